@@ -1,0 +1,1 @@
+"""The ``rsgwm`` command: parse, build a config, call one function, print."""

@@ -1,0 +1,1 @@
+"""The edges: PEFT, GGUF and the Hub, and the proof that what crosses them is unchanged."""

@@ -1,0 +1,3 @@
+"""Role-Specific Gradient-Weighted Merging of LoRA adapters on MLX, and draft–verify answers from the result."""
+
+__version__ = "0.1.0"

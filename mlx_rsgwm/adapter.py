@@ -1,0 +1,257 @@
+"""The adapter folder: a LoRA spec with named arrays that mlx-lm loads unchanged, and what merging needs beside it.
+
+Layout and promises are in docs/formats.md. An :class:`Adapter` never knows a model; ``slots`` checks the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm import files
+from mlx_rsgwm.errors import AdapterError, raise_problems
+
+FORMAT = "mlx-rsgwm/adapter"
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapters.safetensors"
+IMPORTANCE_FILE = "importance.safetensors"
+INIT_FILE = "init.safetensors"
+MANIFEST_FILE = "manifest.json"
+SIGNALS = ("all", "draft", "verify")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What mlx-lm needs to rebuild the LoRA layers: its ``adapter_config.json`` fields.
+
+    ``scale`` multiplies B·A directly (alpha / rank in PEFT's terms). ``keys`` are module names inside one block
+    (``self_attn.q_proj``); ``num_layers`` counts the adapted blocks from the last, -1 for all of them.
+    """
+
+    rank: int
+    scale: float
+    dropout: float
+    keys: tuple[str, ...]
+    num_layers: int
+    fine_tune_type: str = "lora"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.rank < 1:
+            problems.append(f"rank must be at least 1, found {self.rank}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must be in [0, 1), found {self.dropout}")
+        if not abs(self.scale) < float("inf") or self.scale == 0:
+            problems.append(f"scale must be finite and not zero, found {self.scale}")
+        if self.fine_tune_type not in ("lora", "dora"):
+            problems.append(f"fine_tune_type must be lora or dora, found {self.fine_tune_type!r}")
+        raise_problems("adapter spec", problems, AdapterError)
+
+    def to_config(self) -> dict[str, Any]:
+        """The JSON object mlx-lm reads from ``adapter_config.json``."""
+        return {
+            "fine_tune_type": self.fine_tune_type,
+            "num_layers": self.num_layers,
+            "lora_parameters": {
+                "rank": self.rank,
+                "scale": self.scale,
+                "dropout": self.dropout,
+                "keys": list(self.keys),
+            },
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], where: str) -> LoraSpec:
+        """Read mlx-lm's fields; extra ones (the training arguments mlx_lm.lora adds) are ignored."""
+        parameters = config.get("lora_parameters")
+        if not isinstance(parameters, Mapping):
+            raise AdapterError(f"{where}: no lora_parameters; is this an mlx-lm LoRA adapter?")
+        try:
+            return cls(
+                rank=int(parameters["rank"]),
+                scale=float(parameters["scale"]),
+                dropout=float(parameters.get("dropout", 0.0)),
+                keys=tuple(parameters.get("keys") or ()),
+                num_layers=int(config.get("num_layers", -1)),
+                fine_tune_type=str(config.get("fine_tune_type", "lora")),
+            )
+        except KeyError as error:
+            raise AdapterError(f"{where}: lora_parameters has no {error}") from None
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"{where}: {error}") from None
+
+
+@dataclass
+class Adapter:
+    """One LoRA adapter in memory.
+
+    ``weights``: ``{module}.lora_a`` (in, rank), ``{module}.lora_b`` (rank, out), for DoRA also ``{module}.m`` (out,).
+    ``importance``: float32 arrays of the weights' shapes under ``all/``, ``draft/``, ``verify/`` + weight name, or
+    empty. ``init``: lora_a at initialisation under the weights' names, or empty. ``manifest``: provenance.
+    """
+
+    spec: LoraSpec
+    weights: dict[str, mx.array]
+    importance: dict[str, mx.array] = field(default_factory=dict)
+    importance_metadata: dict[str, str] = field(default_factory=dict)
+    init: dict[str, mx.array] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def where(self) -> str:
+        return str(self.path) if self.path else "adapter"
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Fingerprint of the base it was trained on, or None for an adapter that someone else wrote."""
+        return (self.manifest.get("base") or {}).get("fingerprint")
+
+    @property
+    def template_hash(self) -> str | None:
+        return (self.manifest.get("template") or {}).get("hash")
+
+    def modules(self) -> list[str]:
+        """Names of the adapted modules, in the weights' order."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.weights))
+
+    def factors(self) -> Iterator[tuple[str, mx.array, mx.array]]:
+        """``(module, lora_a (in, r), lora_b (r, out))`` for every adapted module."""
+        for module in self.modules():
+            yield module, self.weights[f"{module}.lora_a"], self.weights[f"{module}.lora_b"]
+
+    def importance_of(self, signal: str) -> dict[str, mx.array]:
+        """The importance arrays recorded for ``signal`` (all, draft or verify), under the weights' names."""
+        prefix = signal + "/"
+        return {name[len(prefix) :]: value for name, value in self.importance.items() if name.startswith(prefix)}
+
+    def problems(self) -> list[str]:
+        """Everything wrong inside the adapter itself: names, shapes, ranks, values that are not finite."""
+        found = []
+        for module in self.modules():
+            a, b = self.weights.get(f"{module}.lora_a"), self.weights.get(f"{module}.lora_b")
+            if a is None or b is None:
+                found.append(f"{module} has no lora_{'a' if a is None else 'b'}")
+            elif a.ndim == 2 and b.ndim == 2:
+                if a.shape[1] != self.spec.rank or b.shape[0] != self.spec.rank:
+                    found.append(f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}")
+            elif a.ndim != 3 or b.ndim != 3:
+                found.append(f"{module}: lora_a has shape {a.shape} and lora_b {b.shape}")
+            if self.spec.fine_tune_type == "dora" and f"{module}.m" not in self.weights:
+                found.append(f"{module} has no magnitude m")
+        leaves = {"lora_a", "lora_b"} | ({"m"} if self.spec.fine_tune_type == "dora" else set())
+        found += [f"unknown array {name}" for name in self.weights if name.rpartition(".")[2] not in leaves]
+        if not self.weights:
+            found.append("holds no arrays")
+        for label, group in (("", self.weights), ("importance ", self.importance), ("init ", self.init)):
+            finite = {name: mx.all(mx.isfinite(value)) for name, value in group.items()}
+            mx.eval(finite)
+            found += [f"{label}{name} has values that are not finite" for name, ok in finite.items() if not ok.item()]
+        for name, value in self.importance.items():
+            signal, _, parameter = name.partition("/")
+            weight = self.weights.get(parameter)
+            if signal not in SIGNALS or weight is None or weight.shape != value.shape:
+                found.append(f"importance {name} {value.shape} has no weight of its shape")
+        for name, value in self.init.items():
+            if name not in self.weights or self.weights[name].shape != value.shape:
+                found.append(f"init {name} {value.shape} has no weight of its shape")
+        return found
+
+    @classmethod
+    def load(cls, path: str | Path) -> Adapter:
+        """Read and validate an adapter folder, ours or mlx-lm's.
+
+        Raises:
+            AdapterError: naming every problem found: a missing folder or file, pickle weights, a damaged
+                safetensors file, a hash that differs from the manifest, wrong names, shapes or values.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise AdapterError(f"adapter folder {folder} does not exist")
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise AdapterError(_explain_missing_weights(folder))
+        manifest = files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
+        if manifest and manifest.get("format") != FORMAT:
+            raise AdapterError(f"{folder / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+        _check_hashes(folder, manifest.get("files") or {})
+        spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        weights, _ = files.read_safetensors(folder / WEIGHTS_FILE)
+        importance, metadata = _read_optional(folder / IMPORTANCE_FILE)
+        init, _ = _read_optional(folder / INIT_FILE)
+        adapter = cls(spec, weights, importance, metadata, init, manifest, folder)
+        raise_problems(str(folder), adapter.problems(), AdapterError)
+        return adapter
+
+    def save(self, path: str | Path) -> Path:
+        """Write the folder: arrays and config by rename, manifest last, with the SHA-256 of every other file."""
+        raise_problems(self.where, self.problems(), AdapterError)
+        folder = Path(path)
+        groups = (self.weights, self.importance, self.init)
+        files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+        files.make_folder(folder)
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        written = [CONFIG_FILE, WEIGHTS_FILE]
+        files.write_json(folder / CONFIG_FILE, self.spec.to_config())
+        files.write_safetensors(folder / WEIGHTS_FILE, self.weights)
+        for name, arrays, metadata in (
+            (IMPORTANCE_FILE, self.importance, self.importance_metadata),
+            (INIT_FILE, self.init, {}),
+        ):
+            if arrays:
+                files.write_safetensors(folder / name, arrays, metadata)
+                written.append(name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        hashes = {name: files.sha256_file(folder / name) for name in written}
+        self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
+        files.write_json(folder / MANIFEST_FILE, self.manifest)
+        self.path = folder
+        return folder
+
+
+def is_complete(path: str | Path) -> bool:
+    """True when the folder holds a manifest, which is written last, and so everything else too."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def _read_optional(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    return files.read_safetensors(path) if path.is_file() else ({}, {})
+
+
+def _check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+    problems = []
+    for name, expected in hashes.items():
+        if Path(name).name != name:
+            raise AdapterError(f"{folder / MANIFEST_FILE}: file name {name!r} points outside the folder")
+        if not (folder / name).is_file():
+            problems.append(f"{name} is in the manifest but not in the folder")
+        elif files.sha256_file(folder / name) != expected:
+            problems.append(f"{name} was changed or damaged after it was written (its SHA-256 differs)")
+    raise_problems(str(folder), problems, AdapterError)
+
+
+def _explain_missing_weights(folder: Path) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in files.PICKLE_SUFFIXES)
+    if pickles:
+        return f"{folder}: {pickles[0]} is a pickle file, which can run code when loaded; only .safetensors is read"
+    if (folder / "adapter_model.safetensors").is_file():
+        return f"{folder} is a PEFT adapter; convert it first: rsgwm convert from-peft {folder} OUT --base BASE"
+    return f"{folder} holds no {WEIGHTS_FILE}; it is not an mlx-lm adapter folder"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the components that shape results, for manifests and reports."""
+    found = {}
+    for package in ("mlx-rsgwm", "mlx", "mlx-lm", "numpy", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+

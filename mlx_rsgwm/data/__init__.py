@@ -1,0 +1,1 @@
+"""Questions with gold answers, and the training rows made from them."""

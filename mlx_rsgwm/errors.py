@@ -1,0 +1,32 @@
+"""The errors a user may see: one readable line each, mapped to an exit code by the command line.
+
+Everything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class RsgwmError(Exception):
+    """Bad input: says what is wrong, where, and what to do. Exit code 2."""
+
+    exit_code = 2
+
+
+class AdapterError(RsgwmError):
+    """An adapter folder that cannot be read, is damaged, or does not fit the base model."""
+
+
+class CheckFailed(RsgwmError):
+    """A check that was asked for (parity, a gate) did not pass. Exit code 3."""
+
+    exit_code = 3
+
+
+def raise_problems(where: str, problems: Iterable[str], error: type[RsgwmError] = RsgwmError) -> None:
+    """Raise one error that names ``where`` and lists every problem; do nothing when there is none."""
+    found = list(problems)
+    if found:
+        shown = found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} more"]
+        raise error(f"{where}: " + "; ".join(shown))

@@ -1,0 +1,1 @@
+"""Turning a pool of adapters into one, by a method chosen by name."""

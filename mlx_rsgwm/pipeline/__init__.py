@@ -1,0 +1,1 @@
+"""Draft, score, accept or retry: answers that carry a score."""

@@ -1,0 +1,1 @@
+"""LoRA training that remembers how hard the optimiser pulled on every parameter."""
