@@ -1,0 +1,90 @@
+# Sets up .venv on first use and runs the project in it. `make help` lists the targets.
+# Works with GNU make 3.81 (macOS) and later.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --no-input --disable-pip-version-check
+SYSTEM := $(shell uname -s)
+
+# MLX's Linux wheel links a reference BLAS, forty times slower than OpenBLAS. The path is looked up when a recipe
+# starts, since `openblas` may just have installed it; there is none on macOS, and then nothing is preloaded.
+OPENBLAS = $(shell ls /usr/lib/$$(uname -m)-linux-gnu/openblas-pthread/libopenblas.so.0 2>/dev/null)
+RUN = $(if $(OPENBLAS),LD_PRELOAD="$(OPENBLAS)$${LD_PRELOAD:+:$$LD_PRELOAD}")
+
+SOURCES := $(shell find mlx_rsgwm converters cli bench -name "*.py" -o -name "*.yaml" -o -name py.typed)
+
+.PHONY: demo test slow lint format wheel-check openblas clean help
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo openblas  ## set up everything, then data, pool, merge, evaluation and PEFT export in runs/demo
+	$(RUN) $(BIN)/rsgwm demo --out runs/demo
+
+test: $(VENV)/.test openblas  ## set up everything and run the tests
+	$(RUN) $(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.test openblas  ## run the long proofs
+	$(RUN) $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test $(VENV)/.wheel  ## ruff, and mypy against an installed copy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(VENV)/copy
+	$(PIP) install --no-deps --target $(VENV)/copy dist/*.whl
+	cd $(VENV)/copy && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p mlx_rsgwm
+
+format: $(VENV)/.test  ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A wheel that misses a folder only shows outside the repository, with nothing else installed.
+wheel-check: $(VENV)/.wheel openblas  ## install the wheel in a fresh environment and run it from another folder
+	rm -rf $(VENV)/fresh
+	$(BIN)/python -m venv $(VENV)/fresh
+	$(VENV)/fresh/bin/python -m pip -qq --no-input --disable-pip-version-check install dist/*.whl
+	cd / && "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" --help
+	cd / && "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" --version
+	cd / && $(RUN) "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" doctor
+	rm -rf $(VENV)/fresh
+
+clean:  ## remove the environment, builds and caches (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found; run make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+# On Linux the newest torch brings gigabytes of GPU libraries; the pinned release has a plain CPU wheel.
+$(VENV)/.torch: | $(BIN)/python
+ifeq ($(SYSTEM),Linux)
+	$(PIP) install torch==2.13.0
+endif
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	$(PIP) install --editable '.[torch,plots]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.torch
+	$(PIP) install --editable '.[test]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.wheel: pyproject.toml README.md LICENSE $(SOURCES) | $(VENV)/.test
+	rm -rf build dist
+	@$(BIN)/python -m build --outdir dist . >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@touch $@
+
+openblas:
+ifeq ($(SYSTEM),Linux)
+	@test -n "$(OPENBLAS)" || { \
+		sudo="env DEBIAN_FRONTEND=noninteractive"; test "$$(id -u)" = 0 || sudo="sudo -n $$sudo"; \
+		command -v apt-get >/dev/null && \
+		{ $$sudo apt-get install -y libopenblas0-pthread || \
+			{ $$sudo apt-get update && $$sudo apt-get install -y libopenblas0-pthread; }; } </dev/null >/dev/null 2>&1 || \
+		echo "slow matrix products ahead: OpenBLAS is missing; run: apt-get install libopenblas0-pthread"; }
+endif

@@ -1,0 +1,1 @@
+"""Measurements of time: what runs how fast, beside which peer, on which machine."""

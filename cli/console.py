@@ -1,0 +1,151 @@
+"""What every command shares: the common options, where text and results go, and how progress is drawn."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import click
+
+from mlx_rsgwm.progress import SILENT, Advance, Progress
+
+DEFAULT_SEED = 42  # the paper's
+
+
+@dataclass(frozen=True)
+class Console:
+    """Output of one command, as asked for by ``--json``, ``--quiet`` and ``--seed``.
+
+    Standard output holds the result: text for people, or with ``--json`` one JSON object as its last line, and then
+    the text moves to standard error. Progress always goes to standard error.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    seed: int = DEFAULT_SEED
+
+    def line(self, text: str = "") -> None:
+        """Print text for people (it may hold newlines)."""
+        click.echo(text, err=self.json)
+
+    def result(self, mapping: Mapping[str, Any]) -> None:
+        """Print the command's result as JSON, with ``--json`` only. Call it once, at the end.
+
+        Paths become strings. NaN and infinity raise ``ValueError``, for they are not JSON.
+        """
+        if not self.json:
+            return
+        click.echo(json.dumps(mapping, ensure_ascii=False, allow_nan=False, default=os.fspath))
+        context = click.get_current_context(silent=True)
+        if context is not None and isinstance(context.obj, dict):
+            context.obj["result_printed"] = True  # a later failed check must not print a second object
+
+    @cached_property
+    def progress(self) -> Progress:
+        """Bars on a terminal, plain lines elsewhere, nothing with ``--quiet``."""
+        if self.quiet:
+            return SILENT
+        return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+class BarProgress(Progress):
+    """Draws one bar per open task on standard error, which must be a terminal."""
+
+    def __init__(self) -> None:
+        from rich import console, progress  # 60 ms that short commands need not spend
+
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.fields[note]}", markup=False),
+            console=console.Console(stderr=True),
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # a redirected result must not pass through the bars' stream
+        )
+        self._open = 0
+
+    def message(self, text: str) -> None:
+        """Print above the bars."""
+        self._bars.console.print(text, markup=False, highlight=False)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Advance]:
+        """Show a bar while the work lasts, and one plain line once it is done; tasks may nest."""
+        if self._open == 0:
+            self._bars.start()
+        self._open += 1
+        started = time.monotonic()
+        bar = self._bars.add_task(label, total=total, note="")
+
+        def advance(units: int, note: str = "") -> None:
+            self._bars.update(bar, advance=units, note=note)
+
+        try:
+            yield advance
+            self.message(f"{label}: done in {time.monotonic() - started:.0f} s")
+        finally:
+            self._bars.remove_task(bar)
+            self._open -= 1
+            if self._open == 0:
+                self._bars.stop()
+
+
+class LineProgress(Progress):
+    """Prints plain lines on standard error: the first step of a task, one about every tenth of it, and the last."""
+
+    def message(self, text: str) -> None:
+        """Print one line."""
+        click.echo(text, err=True)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Advance]:
+        """Report on ``total`` units of work; a task that ends early without an error says how far it came."""
+        started = time.monotonic()
+        done, shown, last_note = 0, -1, ""
+
+        def show() -> None:
+            nonlocal shown
+            shown = done
+            note = f", {last_note}" if last_note else ""
+            self.message(f"{label}: {done}/{total}{note}, {time.monotonic() - started:.0f} s")
+
+        def advance(units: int, note: str = "") -> None:
+            nonlocal done, last_note
+            done, last_note = done + units, note
+            tenths = 10 * done // max(total, 1)
+            if shown < 0 or done >= total > shown or tenths > 10 * shown // max(total, 1):
+                show()
+
+        yield advance
+        if shown != done:
+            show()
+
+
+def common_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--json``, ``--quiet`` and ``--seed``, and pass its function a :class:`Console` first."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output.")
+    @click.option("--quiet", is_flag=True, help="Show no progress.")
+    @click.option(
+        "--seed",
+        type=click.IntRange(0, 2**32 - 1),
+        default=DEFAULT_SEED,
+        show_default=True,
+        metavar="INTEGER",
+        help="Seed of everything random.",
+    )
+    @functools.wraps(function)
+    def command(*arguments: Any, as_json: bool, quiet: bool, seed: int, **options: Any) -> None:
+        function(Console(as_json, quiet, seed), *arguments, **options)
+
+    return command

@@ -1,0 +1,193 @@
+"""The ``rsgwm`` command: its subcommands, and how errors become one line and an exit code.
+
+Exit codes: 0 done; 1 internal failure; 2 bad input; 3 a check that was asked for failed; 130 interrupted.
+Subcommands are imported only when they run, so that ``rsgwm --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from threading import current_thread, main_thread
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from mlx_rsgwm import __version__
+from mlx_rsgwm.errors import RsgwmError
+
+# Name: where the command is, and what `rsgwm --help` says of it without importing it.
+COMMANDS = {
+    "demo": ("mlx_rsgwm.cli.run:demo", "The whole job on a small base model, in minutes."),
+    "run": ("mlx_rsgwm.cli.run:run", "Run a recipe: a whole job as one YAML file, resumable."),
+    "base": ("mlx_rsgwm.cli.base:base", "Fetch a base model or show what it is."),
+    "data": ("mlx_rsgwm.cli.data:data", "Build a corpus of draft rows and verifier pairs."),
+    "train": ("mlx_rsgwm.cli.train:train", "Train one LoRA adapter, or a pool, and keep its importance."),
+    "merge": ("mlx_rsgwm.cli.merge:merge", "Merge a pool into a drafter and a verifier."),
+    "eval": ("mlx_rsgwm.cli.evaluate:evaluate", "Compare the drafter alone with draft–verify on the same items."),
+    "ask": ("mlx_rsgwm.cli.ask:ask", "Answer one question, showing the drafts and their scores."),
+    "convert": ("mlx_rsgwm.cli.convert:convert", "Turn an adapter into PEFT's format, or back."),
+    "parity": ("mlx_rsgwm.cli.parity:parity", "Compare an adapter's logits with torch and PEFT."),
+    "bench": ("mlx_rsgwm.cli.bench:bench", "Measure latency against torch."),
+    "doctor": ("mlx_rsgwm.cli.doctor:doctor", "Examine this machine and say what to fix."),
+}
+
+INTERRUPTED = 130
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class Rsgwm(click.Group):
+    """A group that imports its commands late and ends every failure as this project promises."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table: the order in which a job uses them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command by its name; ``None`` when there is no such name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or suggest the nearest name."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands with their summaries, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **settings: Any
+    ) -> NoReturn:
+        """Run the command line and exit; the arguments are those of :meth:`click.Command.main`."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        outcome: dict[str, bool] = {}
+        code, text = 0, ""
+        try:
+            with stopped_by_sigterm():
+                returned = super().main(
+                    arguments, prog_name or "rsgwm", **{**settings, "standalone_mode": False, "obj": outcome}
+                )
+            code = returned if isinstance(returned, int) else 0
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            code, text = INTERRUPTED, "interrupted; what was finished before is kept"
+        except Exception as error:
+            code, text = explain(error)
+        if text:
+            report_failure(code, text, as_json=asks_json(arguments) and not outcome.get("result_printed"))
+        sys.exit(code)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Exit code and the one line for a failure; an unforeseen one prints its traceback here."""
+    if isinstance(error, RsgwmError):
+        return error.exit_code, str(error)
+    if isinstance(error, click.UsageError):
+        context = error.ctx
+        return 2, f"{error.format_message()} (try '{context.command_path if context else 'rsgwm'} --help')"
+    if isinstance(error, click.ClickException):
+        return 2, error.format_message()
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return 2, f"no space left on the disk{where}; free some space or choose another folder"
+    if isinstance(error, OSError) and error.errno in FORBIDDEN:
+        where = error.filename or "a file"
+        return 2, f"{where}: {error.strerror}; change its permissions or choose another place"
+    traceback.print_exception(error)
+    return 1, f"internal failure: {type(error).__name__}: {error}"
+
+
+def report_failure(code: int, text: str, as_json: bool) -> None:
+    """One line on standard error; with ``--json`` also an object as the last line of standard output."""
+    line = " ".join(text.split())
+    click.echo(f"rsgwm: error: {line}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": line, "exit_code": code}, ensure_ascii=False))
+
+
+def asks_json(arguments: Sequence[str]) -> bool:
+    """Whether ``--json`` is among the options: known even when the rest cannot be parsed."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in options
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Let ``kill`` end the work as Ctrl-C does, so that every ``finally`` runs."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if current_thread() is not main_thread():  # only there may signals be handled
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Defaults for the libraries below, which the user's own settings override.
+
+    No telemetry; no tokenizer threads, which only warn once the process forks.
+    """
+    environment.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print the version and those of the parts a report of a problem needs."""
+    if not value or ctx.resilient_parsing:
+        return
+    from mlx_rsgwm.doctor import all_versions
+
+    parts = ", ".join(f"{name} {version}" for name, version in all_versions().items() if name != "mlx-rsgwm")
+    click.echo(f"rsgwm {__version__} ({parts})")
+    ctx.exit()
+
+
+@click.group(cls=Rsgwm, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Show the version, and those of the main components.",
+)
+def rsgwm() -> None:
+    """Train a pool of LoRA adapters, merge it into a drafter and a verifier, get checked answers.
+
+    Start with `rsgwm demo`; `rsgwm doctor` examines the machine.
+    """
+
+
+def main() -> NoReturn:
+    """The entry point of the ``rsgwm`` script."""
+    set_environment()
+    rsgwm.main()

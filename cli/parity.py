@@ -1,0 +1,46 @@
+"""``rsgwm parity``: does torch with PEFT compute the same as MLX with this adapter?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+TOLERANCE = 1e-3
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--base", help="Base model: Hub id, folder, .gguf file or smollm2-135m; default: the adapter's own.")
+@click.option("--peft", type=click.Path(path_type=Path), help="Compare this PEFT folder; default: convert on the fly.")
+@click.option("--tolerance", default=TOLERANCE, show_default=True, help="Largest difference of two logits that passes.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Torch's: auto (MPS, else the CPU), mps, cuda or cpu."
+)
+@common_options
+def parity(console: Console, adapter: Path, base: str | None, peft: Path | None, tolerance: float, device: str) -> None:
+    """Compare ADAPTER's float32 logits in MLX with torch and PEFT on the same base and tokens.
+
+    Exits 3 when they differ by more than the tolerance, or when either side does not apply the adapter.
+
+    Example: rsgwm parity runs/drafter --base smollm2-135m
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.converters.parity import check_parity
+    from mlx_rsgwm.errors import CheckFailed, RsgwmError
+
+    name = base or (Adapter.load(adapter).manifest.get("base") or {}).get("name")
+    if not name:
+        raise RsgwmError(f"{adapter} does not say which base model it is for; give --base")
+    result = check_parity(
+        adapter, name, peft_folder=peft, tolerance=tolerance, device=device, progress=console.progress
+    )
+    console.line(
+        f"parity: max |Δlogit| {result['max_abs_logit']:.1e} over {result['tokens']} tokens "
+        f"({result['dtype']}, torch {result['device']}) — {'passed' if result['passed'] else 'failed'}"
+    )
+    console.result(result)
+    if not result["passed"]:
+        raise CheckFailed(f"parity of {adapter} with torch failed: {'; '.join(result['failures'])}")

@@ -1,0 +1,94 @@
+"""What an adapter loses in PEFT's format, kept in the folder ``mlx_rsgwm/`` inside the PEFT folder.
+
+Importance, initialisation, manifest, and the exact spec (a scale may have no alpha that divides back to it). PEFT
+never looks there. The sidecar counts only while PEFT's two files are the ones it was written with, so an adapter that
+was trained further in torch does not come back with stale importance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import CONFIG_FILE, IMPORTANCE_FILE, INIT_FILE, MANIFEST_FILE, Adapter, LoraSpec
+from mlx_rsgwm.errors import AdapterError, raise_problems
+
+PEFT_CONFIG_FILE = "adapter_config.json"
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+SIDECAR_FOLDER = "mlx_rsgwm"
+SIDECAR_FORMAT = "mlx-rsgwm/peft-sidecar"
+
+
+def write_sidecar(adapter: Adapter, config: Mapping[str, Any], out: Path) -> None:
+    """Write what PEFT has no place for beside ``adapter_model.safetensors`` in ``out``, which must be there already."""
+    folder = files.make_folder(out / SIDECAR_FOLDER)
+    files.write_json(folder / CONFIG_FILE, adapter.spec.to_config())
+    written = [CONFIG_FILE]
+    for name, arrays, metadata in (
+        (IMPORTANCE_FILE, adapter.importance, adapter.importance_metadata),
+        (INIT_FILE, adapter.init, {}),
+    ):
+        if arrays:
+            files.write_safetensors(folder / name, arrays, metadata)
+            written.append(name)
+    files.write_json(
+        folder / MANIFEST_FILE,
+        {
+            "format": SIDECAR_FORMAT,
+            "format_version": 1,
+            "peft": {
+                "config_sha256": files.sha256_json(config),
+                "weights_sha256": files.sha256_file(out / PEFT_WEIGHTS_FILE),
+            },
+            "files": {name: files.sha256_file(folder / name) for name in written},
+            "adapter": adapter.manifest,
+        },
+    )
+
+
+def read_sidecar(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The sidecar's manifest, or None when there is none or PEFT's files are no longer the ones it describes."""
+    path = folder / SIDECAR_FOLDER
+    if not (path / MANIFEST_FILE).is_file():
+        return None
+    manifest = files.read_json_object(path / MANIFEST_FILE)
+    if manifest.get("format") != SIDECAR_FORMAT:
+        raise AdapterError(f"{path / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {SIDECAR_FORMAT!r}")
+    if manifest.get("peft") != {
+        "config_sha256": files.sha256_json(config),
+        "weights_sha256": files.sha256_file(folder / PEFT_WEIGHTS_FILE),
+    }:
+        return None
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or CONFIG_FILE not in listed:
+        raise AdapterError(f"{path / MANIFEST_FILE} does not list {CONFIG_FILE}; remove {path} to convert without it")
+    problems = []
+    for name, expected in listed.items():
+        if name not in (CONFIG_FILE, IMPORTANCE_FILE, INIT_FILE):
+            problems.append(f"unknown file {name!r} in its manifest")
+        elif not (path / name).is_file():
+            problems.append(f"{name} is missing")
+        elif files.sha256_file(path / name) != expected:
+            problems.append(f"{name} was changed or damaged after it was written (its SHA-256 differs)")
+    raise_problems(str(path), problems, AdapterError)
+    return manifest
+
+
+def restore(adapter: Adapter, sidecar: Mapping[str, Any], folder: Path) -> Adapter:
+    """``adapter`` with what the sidecar kept: exact spec, importance, initialisation and manifest."""
+    path = folder / SIDECAR_FOLDER
+    listed = sidecar["files"]
+    importance, metadata = files.read_safetensors(path / IMPORTANCE_FILE) if IMPORTANCE_FILE in listed else ({}, {})
+    init = files.read_safetensors(path / INIT_FILE)[0] if INIT_FILE in listed else {}
+    spec = LoraSpec.from_config(files.read_json_object(path / CONFIG_FILE), str(path / CONFIG_FILE))
+    return replace(
+        adapter,
+        spec=spec,
+        importance=importance,
+        importance_metadata=metadata,
+        init=init,
+        manifest=dict(sidecar.get("adapter") or {}),
+    )

@@ -1,0 +1,88 @@
+"""Rows to batches: bucketed by length, one role a batch, little padding, every row used once an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+ROLES = ("draft", "verify")
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One training row: token ids of prompt and completion, and how many of them are prompt."""
+
+    role: str
+    tokens: tuple[int, ...]
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs and the positions whose next token is trained.
+
+    ``inputs`` (rows, length) int32, right-padded with 0; ``positions`` (targets,) int32 into the flattened inputs;
+    ``targets`` (targets,) int32; ``weights`` (targets,) float32, 0 for entries that only round the count up.
+    Padding is never an input position that is trained: causal attention keeps it from every real one.
+    """
+
+    role: str
+    inputs: mx.array
+    positions: mx.array
+    targets: mx.array
+    weights: mx.array
+    real_tokens: int
+    trained_tokens: int
+
+    @property
+    def padded_tokens(self) -> int:
+        """Cells of ``inputs`` that hold padding."""
+        return self.inputs.size - self.real_tokens
+
+
+def make_batch(rows: Sequence[TokenRow], length_step: int = 8, target_step: int = 32) -> Batch:
+    """Pad rows of one role to a batch; lengths round up to ``length_step`` so that few shapes occur."""
+    longest = max(len(row.tokens) for row in rows) - 1
+    length = -(-longest // length_step) * length_step
+    inputs = np.zeros((len(rows), length), dtype=np.int32)
+    positions, targets = [], []
+    for index, row in enumerate(rows):
+        tokens = np.asarray(row.tokens, dtype=np.int32)
+        inputs[index, : len(tokens) - 1] = tokens[:-1]
+        # Position p predicts token p + 1, so the first trained position is the prompt's last token.
+        positions.append(index * length + np.arange(row.prompt_length - 1, len(tokens) - 1))
+        targets.append(tokens[row.prompt_length :])
+    flat_positions, flat_targets = np.concatenate(positions), np.concatenate(targets)
+    count = len(flat_targets)
+    padded = -(-count // target_step) * target_step
+    weights = np.zeros(padded, dtype=np.float32)
+    weights[:count] = 1.0
+    return Batch(
+        role=rows[0].role,
+        inputs=mx.array(inputs),
+        positions=mx.array(np.pad(flat_positions, (0, padded - count)).astype(np.int32)),
+        targets=mx.array(np.pad(flat_targets, (0, padded - count)).astype(np.int32)),
+        weights=mx.array(weights),
+        real_tokens=sum(len(row.tokens) - 1 for row in rows),
+        trained_tokens=count,
+    )
+
+
+def plan_epoch(rows: Sequence[TokenRow], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices of the rows of every batch of one epoch, in training order.
+
+    Rows of one role are shuffled, sorted by length (so equal lengths meet differently each epoch), cut into batches,
+    and the batches of all roles shuffled together. The last batch of a role may be smaller; no row is dropped.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    batches: list[list[int]] = []
+    for role in ROLES:
+        indices = np.array([index for index, row in enumerate(rows) if row.role == role], dtype=np.int64)
+        indices = rng.permutation(indices)
+        lengths = np.array([len(rows[index].tokens) for index in indices])
+        ordered = indices[np.argsort(lengths, kind="stable")] if len(indices) else indices
+        batches += [ordered[start : start + batch_size].tolist() for start in range(0, len(ordered), batch_size)]
+    return [batches[index] for index in rng.permutation(len(batches))]

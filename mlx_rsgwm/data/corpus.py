@@ -1,0 +1,168 @@
+"""A corpus: the training rows of one adapter as a folder with a manifest and hashes.
+
+Draft rows teach to answer; verify rows ask whether a proposed answer is correct, half of them with the gold answer and
+half with a perturbed one. Rows keep text, not token ids: the template in the manifest renders them at training time.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.data.batching import ROLES, TokenRow
+from mlx_rsgwm.data.negatives import perturb
+from mlx_rsgwm.data.sources import Question
+from mlx_rsgwm.data.template import Template, Tokenizer
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+
+FORMAT = "mlx-rsgwm/corpus"
+ROWS_FILE = "rows.jsonl"
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class CorpusRow:
+    """One training row. ``answer`` is what the drafter should write, or what the verifier is shown.
+
+    ``correct`` is None for a draft row, else the verdict the verifier should give.
+    """
+
+    id: str
+    task: str
+    role: str
+    question: str
+    answer: str
+    correct: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise RsgwmError(f"row {self.id}: role must be one of {', '.join(ROLES)}, found {self.role!r}")
+        if (self.role == "verify") != isinstance(self.correct, bool):
+            raise RsgwmError(f"row {self.id}: a verify row, and only one, says whether its answer is correct")
+        if not self.question.strip() or not self.answer.strip():
+            raise RsgwmError(f"row {self.id}: question and answer must not be empty")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Rows with their template and provenance; ``hash`` is that of the rows file."""
+
+    rows: tuple[CorpusRow, ...]
+    template: Template
+    manifest: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        digest: str = self.manifest["files"][ROWS_FILE]
+        return digest
+
+    def describe(self) -> dict[str, Any]:
+        """For an adapter's manifest."""
+        return {"hash": self.hash, "counts": self.manifest["counts"], "seed": self.manifest.get("seed")}
+
+
+def make_rows(questions: Sequence[Question], draft_rows: int, verify_rows: int, seed: int) -> list[CorpusRow]:
+    """Draft rows from the first ``draft_rows`` questions, verify rows from the first that can be perturbed.
+
+    Verify rows alternate gold and perturbed answers, each question once, so that the pairs are balanced and neither
+    the question nor its length gives the verdict away.
+    """
+    if draft_rows > len(questions):
+        raise RsgwmError(f"{draft_rows} draft rows asked for, but there are {len(questions)} questions")
+    rng = random.Random(f"negatives/{seed}")
+    rows = [CorpusRow(f"{q.id}/draft", q.task, "draft", q.question, q.answer) for q in questions[:draft_rows]]
+    made = 0
+    for question in questions:
+        if made == verify_rows:
+            break
+        negative = perturb(question, rng)
+        if negative is None:
+            continue
+        correct = made % 2 == 0
+        answer = question.answer if correct else negative.answer
+        rows.append(CorpusRow(f"{question.id}/verify", question.task, "verify", question.question, answer, correct))
+        made += 1
+    if made < verify_rows:
+        raise RsgwmError(
+            f"{verify_rows} verify rows asked for, but only {made} of {len(questions)} questions "
+            "have a solution that can be perturbed; ask for fewer or give more questions"
+        )
+    return rows
+
+
+def save_corpus(folder: Path, rows: Sequence[CorpusRow], template: Template, provenance: Mapping[str, Any]) -> Corpus:
+    """Write the folder, manifest last, and return the corpus as read back would be."""
+    if not rows:
+        raise RsgwmError(f"{folder}: a corpus needs at least one row")
+    files.make_folder(folder)
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+    files.write_text(folder / ROWS_FILE, text)
+    counts = {
+        task: {role: sum(row.task == task and row.role == role for row in rows) for role in ROLES}
+        for task in dict.fromkeys(row.task for row in rows)
+    }
+    manifest = {
+        "format": FORMAT,
+        "format_version": 1,
+        "template": template.describe(),
+        "counts": counts,
+        **provenance,
+        "files": {ROWS_FILE: files.sha256_file(folder / ROWS_FILE)},
+    }
+    files.write_json(folder / MANIFEST_FILE, manifest)
+    return Corpus(tuple(rows), template, manifest)
+
+
+def load_corpus(folder: Path) -> Corpus:
+    """Read and check a corpus folder."""
+    if not (folder / MANIFEST_FILE).is_file():
+        raise RsgwmError(f"{folder} is not a corpus folder (no {MANIFEST_FILE}); make one with: rsgwm data build")
+    manifest = files.read_json_object(folder / MANIFEST_FILE)
+    if manifest.get("format") != FORMAT:
+        raise RsgwmError(f"{folder / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+    path = folder / ROWS_FILE
+    if not path.is_file():
+        raise RsgwmError(f"{folder}: {ROWS_FILE} is missing")
+    if files.sha256_file(path) != (manifest.get("files") or {}).get(ROWS_FILE):
+        raise RsgwmError(f"{path} was changed after it was built; build the corpus again")
+    rows, problems = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(CorpusRow(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError, RsgwmError) as error:
+            problems.append(f"line {number}: {error}")
+    raise_problems(str(path), problems)
+    if not rows:
+        raise RsgwmError(f"{path} holds no rows")
+    return Corpus(tuple(rows), Template.from_description(manifest["template"]), manifest)
+
+
+def tokenize(corpus: Corpus, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[TokenRow], int]:
+    """Token rows of a corpus and how many were left out because they exceed ``max_tokens``.
+
+    A row that does not fit is dropped, not cut: a cut draft row would teach to stop early, a cut verify row has lost
+    its verdict.
+    """
+    template = corpus.template
+    verdicts = dict(zip((True, False), template.verdict_ids(tokenizer), strict=True))
+    rows, dropped = [], 0
+    for row in corpus.rows:
+        if row.correct is None:
+            prompt = template.draft_prompt(tokenizer, row.question)
+            completion = template.completion(tokenizer, row.answer)
+        else:
+            prompt = template.verify_prompt(tokenizer, row.question, row.answer)
+            completion = [verdicts[row.correct]]
+        if len(prompt) + len(completion) > max_tokens:
+            dropped += 1
+        else:
+            rows.append(TokenRow(row.role, (*prompt, *completion), len(prompt)))
+    if not rows:
+        raise RsgwmError(f"every row of the corpus is longer than {max_tokens} tokens; raise max_tokens")
+    return rows, dropped

@@ -1,0 +1,133 @@
+"""Prompts: one Template object turns questions and answers into token ids, in training and at answer time alike.
+
+A template has a hash; adapters record it, so that a verifier is never asked in words it was not trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.files import sha256_json
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that a template needs (mlx-lm's wrapper and transformers' tokenizers both have it)."""
+
+    @property
+    def eos_token_id(self) -> int: ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a question becomes a drafting prompt, and a question with a candidate answer a verifying prompt.
+
+    ``draft`` holds ``{question}``; ``verify`` holds ``{question}`` and ``{answer}``. With ``chat`` both are sent as the
+    user's message through the tokenizer's own chat template (``system`` as the system message when it is not empty).
+    ``yes`` and ``no`` are the verdict texts; each must start with a different token.
+    """
+
+    name: str
+    draft: str
+    verify: str
+    yes: str = " yes"
+    no: str = " no"
+    answer_prefix: str = " "
+    chat: bool = False
+    system: str = ""
+
+    def __post_init__(self) -> None:
+        if "{question}" not in self.draft:
+            raise RsgwmError(f"template {self.name}: draft has no {{question}}")
+        if "{question}" not in self.verify or "{answer}" not in self.verify:
+            raise RsgwmError(f"template {self.name}: verify needs {{question}} and {{answer}}")
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over every field but the name: equal wording is equal, whatever it is called."""
+        fields = asdict(self)
+        del fields["name"]
+        return sha256_json(fields)
+
+    def describe(self) -> dict[str, Any]:
+        """For manifests: all fields and the hash."""
+        return {**asdict(self), "hash": self.hash}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> Template:
+        """The template a manifest recorded; its stored hash must still be the one of its fields."""
+        fields = {key: value for key, value in description.items() if key != "hash"}
+        try:
+            template = cls(**fields)
+        except TypeError as error:
+            raise RsgwmError(f"template description not understood: {error}") from None
+        if description.get("hash", template.hash) != template.hash:
+            raise RsgwmError(f"template {template.name}: its recorded hash is not that of its fields")
+        return template
+
+    def draft_prompt(self, tokenizer: Tokenizer, question: str) -> list[int]:
+        """Token ids up to where the drafter starts writing."""
+        return self._encode(tokenizer, self.draft.replace("{question}", question))
+
+    def verify_prompt(self, tokenizer: Tokenizer, question: str, answer: str) -> list[int]:
+        """Token ids up to where the verifier says yes or no."""
+        # One pass, so that a question holding "{answer}" stays as it is.
+        before, after = self.verify.split("{answer}", 1)
+        text = before.replace("{question}", question) + answer + after.replace("{question}", question)
+        return self._encode(tokenizer, text)
+
+    def completion(self, tokenizer: Tokenizer, answer: str) -> list[int]:
+        """Token ids of an answer as the drafter should write it, end of text included."""
+        ids = tokenizer.encode(self.answer_prefix + answer, add_special_tokens=False)
+        return [*ids, tokenizer.eos_token_id]
+
+    def verdict_ids(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        """First token of the yes and of the no verdict."""
+        yes, no = (tokenizer.encode(text, add_special_tokens=False)[0] for text in (self.yes, self.no))
+        if yes == no:
+            raise RsgwmError(f"template {self.name}: {self.yes!r} and {self.no!r} start with the same token")
+        return yes, no
+
+    def _encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        if not self.chat:
+            return list(tokenizer.encode(text, add_special_tokens=True))
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": text})
+        return list(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        )
+
+
+_CHECK = "Is the answer correct?"
+
+TEMPLATES = {
+    "plain": Template(
+        name="plain",
+        draft="Q: {question}\nA:",
+        verify="Q: {question}\nA: {answer}\n" + _CHECK,
+    ),
+    "chat": Template(
+        name="chat",
+        draft="{question}\nEnd with a line '#### answer'.",
+        verify="{question}\n\nProposed answer:\n{answer}\n\n" + _CHECK + " Answer yes or no.",
+        yes="yes",
+        no="no",
+        answer_prefix="",
+        chat=True,
+    ),
+}
+
+
+def find_template(name: str) -> Template:
+    """A shipped template by name."""
+    if name not in TEMPLATES:
+        raise RsgwmError(f"unknown template {name!r}; there are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]

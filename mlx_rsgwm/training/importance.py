@@ -1,0 +1,50 @@
+"""How hard the optimiser pulled on every parameter: the moment that Adam keeps, kept for each role as well.
+
+s = sqrt(v / (1 - beta2^t)) with v the exponential moving average of squared gradients (SPEC 6.12, 8). The gradients are
+those of the loss, before clipping and weight decay. Steps of a role update only ``all`` and that role's moments, so
+``draft`` and ``verify`` are what Adam would hold had it seen those batches alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from mlx_rsgwm.adapter import SIGNALS
+
+
+class Importance:
+    """Second moments in float32 for every signal, each of the trained parameters' shapes."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], beta2: float) -> None:
+        self.beta2 = beta2
+        self.steps = dict.fromkeys(SIGNALS, 0)
+        self.moments = {signal: {name: mx.zeros(shape) for name, shape in shapes.items()} for signal in SIGNALS}
+
+    def update(self, role: str, gradients: Mapping[str, mx.array]) -> None:
+        """Take one step's gradients (lazily: the caller evaluates ``moments`` with the rest of the step)."""
+        squares = {name: mx.square(gradient.astype(mx.float32)) for name, gradient in gradients.items()}
+        for signal in ("all", role):
+            self.steps[signal] += 1
+            moments = self.moments[signal]
+            for name, square in squares.items():
+                moments[name] = self.beta2 * moments[name] + (1 - self.beta2) * square
+
+    def arrays(self) -> dict[str, mx.array]:
+        """``{signal}/{parameter}`` → s, for the signals that saw a step."""
+        return {
+            f"{signal}/{name}": mx.sqrt(moment / (1 - self.beta2**steps))
+            for signal, steps in self.steps.items()
+            if steps
+            for name, moment in self.moments[signal].items()
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """What ``importance.safetensors`` says about itself."""
+        return {
+            "beta2": repr(self.beta2),
+            "bias_correction": "true",
+            "source": "training gradients before clipping and weight decay",
+            **{f"steps/{signal}": str(steps) for signal, steps in self.steps.items()},
+        }

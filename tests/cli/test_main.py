@@ -1,0 +1,223 @@
+"""What a user meets at the edge: exit codes, one line for every foreseen error, JSON as the last line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm import __version__
+from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.main import COMMANDS, asks_json, rsgwm, set_environment
+from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError
+
+ENTRY = "from mlx_rsgwm.cli.main import main; main()"
+
+
+@pytest.fixture
+def run():
+    """Runs ``rsgwm`` with the given arguments and gives click's result."""
+    return lambda *arguments: CliRunner().invoke(rsgwm, list(arguments))
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Adds a command ``probe`` whose body is the given function of a console."""
+
+    def add(body):
+        @click.command()
+        @common_options
+        def probe(console: Console) -> None:
+            body(console)
+
+        module = types.ModuleType("probe_module")
+        module.probe = probe
+        monkeypatch.setitem(sys.modules, "probe_module", module)
+        monkeypatch.setitem(COMMANDS, "probe", ("probe_module:probe", "A probe."))
+
+    return add
+
+
+def raising(error):
+    def body(console):
+        raise error
+
+    return body
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_of_the_table_exists_and_explains_itself(run, name):
+    result = run(name, "--help")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"Usage: rsgwm {name}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_every_command_on_one_line(run, name):
+    module, summary = COMMANDS[name]
+    assert f"  {name} " in run("--help").stdout
+    assert summary in run("--help").stdout
+    assert module.startswith("mlx_rsgwm.cli.")
+
+
+def test_version_names_the_components(run):
+    output = run("--version").stdout
+    assert output.startswith(f"rsgwm {__version__} (mlx ")
+    assert "mlx-lm " in output
+    assert "transformers " in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["doctr"], ["no command 'doctr'", "did you mean 'doctor'", "rsgwm --help"]),
+        (["xyzzy"], ["no command 'xyzzy'", "demo, run, base"]),
+        (["doctor", "--sed", "1"], ["--sed", "--seed", "rsgwm doctor --help"]),
+        (["doctor", "--seed", "x"], ["--seed", "'x' is not a valid integer", "rsgwm doctor --help"]),
+        (["doctor", "--seed", "-1"], ["--seed", "-1"]),
+        (["doctor", "extra"], ["extra", "rsgwm doctor --help"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(run, arguments, parts):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("rsgwm: error: ")
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_no_arguments_show_the_help(run):
+    result = run()
+    assert result.exit_code == 2
+    assert "Commands:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "part"),
+    [
+        (RsgwmError("a/b: no such file\nsay which"), 2, "a/b: no such file say which"),
+        (AdapterError("shape differs"), 2, "shape differs"),
+        (CheckFailed("parity 0.2 > 0.001"), 3, "parity 0.2 > 0.001"),
+        (click.ClickException("bad"), 2, "bad"),
+        (click.BadParameter("too many", param_hint="--count"), 2, "--count: too many"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 2, "runs/x: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "runs/x"), 2, "runs/x: Read-only"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "no space left on the disk"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (click.Abort(), 130, "interrupted"),
+    ],
+)
+def test_a_foreseen_failure_is_one_line(run, command, error, code, part):
+    command(raising(error))
+    result = run("probe")
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert len(lines) == 1
+    assert lines[0].startswith("rsgwm: error: ")
+    assert part in lines[0]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "gone", "x")])
+def test_an_unforeseen_failure_keeps_its_traceback(run, command, error):
+    command(raising(error))
+    result = run("probe", "--json")
+    assert result.exit_code == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert type(error).__name__ in result.stderr
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert last["exit_code"] == 1
+    assert type(error).__name__ in last["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["probe", "--json"], 2), (["probe", "--json", "--nope"], 2), (["prob", "--json"], 2)]
+)
+def test_with_json_a_failure_ends_in_an_object(run, command, arguments, code):
+    command(raising(RsgwmError("no such folder")))
+    result = run(*arguments)
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == last["exit_code"] == code
+    assert result.stderr == f"rsgwm: error: {last['error']}\n"
+
+
+def test_a_failed_check_keeps_its_result_as_the_last_line(run, command):
+    def body(console):
+        console.result({"max_abs_logit": 0.5})
+        raise CheckFailed("too far")
+
+    command(body)
+    result = run("probe", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout) == {"max_abs_logit": 0.5}
+    assert result.stderr == "rsgwm: error: too far\n"
+
+
+def test_an_exit_code_asked_of_click_is_kept(run, command):
+    command(lambda console: click.get_current_context().exit(3))
+    assert run("probe").exit_code == 3
+
+
+def test_json_after_a_double_dash_is_an_argument():
+    assert asks_json(["ask", "--json", "x"])
+    assert not asks_json(["ask", "--", "--json"])
+
+
+def test_the_environment_has_defaults_that_users_override():
+    environment = {"TOKENIZERS_PARALLELISM": "true"}
+    set_environment(environment)
+    assert environment == {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_kill_and_ctrl_c_run_the_clean_up(number, tmp_path):
+    """A command that is stopped runs its ``finally`` and exits with 130."""
+    ready, cleaned = tmp_path / "ready", tmp_path / "cleaned"
+    (tmp_path / "probe_module.py").write_text(
+        "import pathlib, time, click\n"
+        "@click.command()\n"
+        "def probe():\n"
+        "    try:\n"
+        f"        pathlib.Path({str(ready)!r}).touch()\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        f"        pathlib.Path({str(cleaned)!r}).touch()\n"
+    )
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from mlx_rsgwm.cli import main\n"
+        "main.COMMANDS['probe'] = ('probe_module:probe', '')\n"
+        "main.main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "probe"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert cleaned.exists()
+    assert "rsgwm: error: interrupted" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_help_is_quick():
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", ENTRY, "--help"], check=True, capture_output=True)
+    assert time.monotonic() - started < 2  # 0.1 s on an idle machine

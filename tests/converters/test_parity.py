@@ -1,0 +1,300 @@
+"""Parity with torch: what is right passes, and every planted fault is caught."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_rsgwm.adapter import Adapter, LoraSpec
+from mlx_rsgwm.base import load_base
+from mlx_rsgwm.converters.parity import Logits, check_parity, compare, exact_float32, torch_device
+from mlx_rsgwm.converters.peft import to_peft
+from mlx_rsgwm.errors import AdapterError, RsgwmError
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+LAYERS, VOCABULARY, RANK = 2, 96, 4
+# q is square and v is not, so that swapped factors still have legal shapes in one of them.
+KEYS = ("self_attn.q_proj", "self_attn.v_proj")
+IDS = [[1, 5, 9, 2, 33, 70, 41], [8, 95, 3]]
+
+
+def make_base(folder, seed):
+    """A tiny random Llama saved by transformers, with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=LAYERS,
+        intermediate_size=80,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"), 0)
+
+
+def make_adapter(size=0.2, dtype=mx.float32, manifest=None, scale=2.0):
+    key, weights = mx.random.key(7), {}
+    for layer in range(LAYERS):
+        for name, out_dims in zip(KEYS, (64, 32), strict=True):
+            key, one, two = mx.random.split(key, 3)
+            module = f"model.layers.{layer}.{name}"
+            weights[f"{module}.lora_a"] = (size * mx.random.normal((64, RANK), key=one)).astype(dtype)
+            weights[f"{module}.lora_b"] = (size * mx.random.normal((RANK, out_dims), key=two)).astype(dtype)
+    return Adapter(LoraSpec(RANK, scale, 0.3, KEYS, -1), weights, manifest=manifest or {})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """More threads cost more than they give on a model this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def adapter_folder(tmp_path):
+    return make_adapter().save(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dtype": mx.bfloat16}, {"dtype": mx.float16}, {"size": 0.005}, {"scale": 20.0, "size": 0.1}],
+    ids=["float32", "bfloat16", "float16", "faint", "strong"],
+)
+def test_a_right_adapter_passes(base_folder, tmp_path, settings):
+    folder = make_adapter(**settings).save(tmp_path / "adapter")
+    result = check_parity(folder, str(base_folder), device="cpu", token_ids=IDS, tolerance=1e-4)
+    assert result["failures"] == []
+    assert result["passed"] is True
+    assert result["max_abs_logit"] <= 1e-4
+    assert result["effect_mlx"] == pytest.approx(result["effect_torch"], rel=0.05)
+    assert (result["tokens"], result["modules"], result["device"]) == (10, 4, "cpu")
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_default_texts_go_through_the_tokenizer(base_folder, adapter_folder):
+    assert check_parity(adapter_folder, str(base_folder), device="cpu")["tokens"] > 20
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------
+
+PREFIX = "base_model.model.model.layers."
+FAINT_TOLERANCE = 0.1
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_arrays(folder, change):
+    path = str(folder / "adapter_model.safetensors")
+    mx.save_safetensors(path, change(dict(mx.load(path))), {"format": "pt"})
+
+
+def without_transpose(arrays):
+    """Rows and columns read in the wrong order: the same shape, other places."""
+    return {name: value.T.reshape(value.shape) for name, value in arrays.items()}
+
+
+def swapped_modules(arrays):
+    """Layer 0's and layer 1's factors exchanged."""
+    return {
+        name.replace(".0.", ".#.").replace(".1.", ".0.").replace(".#.", ".1."): value for name, value in arrays.items()
+    }
+
+
+def swapped_factors(arrays):
+    """A where B belongs and the reverse, as far as shapes allow (q is square)."""
+    return {
+        name: arrays[name.replace("lora_A", "#").replace("lora_B", "lora_A").replace("#", "lora_B")].T
+        if "q_proj" in name
+        else value
+        for name, value in arrays.items()
+    }
+
+
+FAULTS = {
+    "missing transpose": lambda folder: edit_arrays(folder, without_transpose),
+    "swapped layers": lambda folder: edit_arrays(folder, swapped_modules),
+    "swapped factors": lambda folder: edit_arrays(folder, swapped_factors),
+    "alpha for scale": lambda folder: edit_config(folder, lora_alpha=2),
+    "alpha two per cent off": lambda folder: edit_config(folder, lora_alpha=8.16),
+    "rank-stabilised by mistake": lambda folder: edit_config(folder, use_rslora=True),
+    "layer dropped from the config": lambda folder: edit_config(folder, layers_to_transform=[0]),
+    "module dropped from the config": lambda folder: edit_config(folder, target_modules=["self_attn.q_proj"]),
+    "layer dropped from the arrays": lambda folder: edit_arrays(
+        folder, lambda arrays: {name: value for name, value in arrays.items() if f"{PREFIX}1." not in name}
+    ),
+    "one module zeroed": lambda folder: edit_arrays(
+        folder,
+        lambda arrays: {**arrays, (n := f"{PREFIX}1.self_attn.v_proj.lora_B.weight"): mx.zeros_like(arrays[n])},
+    ),
+    "names that PEFT does not know": lambda folder: edit_arrays(
+        folder, lambda arrays: {name.removeprefix("base_model.model."): value for name, value in arrays.items()}
+    ),
+    "sign": lambda folder: edit_config(folder, lora_alpha=-8),
+    "one value not a number": lambda folder: edit_arrays(
+        folder,
+        lambda arrays: {**arrays, (n := f"{PREFIX}0.self_attn.q_proj.lora_A.weight"): arrays[n] * float("nan")},
+    ),
+}
+
+
+def parity_of_converted(base_folder, folder, tmp_path, fault=None):
+    """Parity of an adapter so faint that its whole effect is within the tolerance."""
+    peft_folder = to_peft(Adapter.load(folder), str(base_folder), tmp_path / "peft")
+    if fault is not None:
+        fault(peft_folder)
+    return check_parity(
+        folder, str(base_folder), peft_folder=peft_folder, device="cpu", token_ids=IDS, tolerance=FAINT_TOLERANCE
+    )
+
+
+def test_the_faint_adapter_passes_and_its_effect_is_within_the_tolerance(base_folder, tmp_path):
+    result = parity_of_converted(base_folder, make_adapter(size=0.02).save(tmp_path / "adapter"), tmp_path)
+    assert result["failures"] == []
+    assert result["effect_torch"] < FAINT_TOLERANCE
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
+def test_a_planted_fault_is_caught(base_folder, tmp_path, fault):
+    result = parity_of_converted(base_folder, make_adapter(size=0.02).save(tmp_path / "adapter"), tmp_path, fault)
+    assert not result["passed"]
+    assert result["failures"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_factors_that_do_not_fit_are_one_line(base_folder, adapter_folder, tmp_path):
+    peft_folder = to_peft(Adapter.load(adapter_folder), str(base_folder), tmp_path / "peft")
+    edit_arrays(peft_folder, lambda arrays: {name: value.T for name, value in arrays.items()})
+    with pytest.raises(AdapterError, match="PEFT cannot load") as caught:
+        check_parity(adapter_folder, str(base_folder), peft_folder=peft_folder, device="cpu", token_ids=IDS)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_effect_proves_nothing(base_folder, tmp_path):
+    adapter = make_adapter()
+    adapter.weights = {n: v * (0 if n.endswith("lora_b") else 1) for n, v in adapter.weights.items()}
+    result = check_parity(adapter.save(tmp_path / "a"), str(base_folder), device="cpu", token_ids=IDS)
+    assert not result["passed"]
+    assert "the adapter changes nothing in MLX" in result["failures"]
+    assert "the adapter changes nothing in torch" in result["failures"]
+
+
+def logits(base=0.0, adapted=1.0, modules=2):
+    return Logits(np.full((2, 3), base, np.float32), np.full((2, 3), adapted, np.float32), modules)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        (logits(adapted=1.2), ["with the adapter differ", "what the adapter changes"]),
+        (logits(base=0.2, adapted=1.2), ["with the adapter differ", "bare base differ"]),
+        (logits(adapted=0.0), ["with the adapter", "what the adapter changes", "changes nothing in torch"]),
+        (logits(modules=1), ["torch adapted 1 modules"]),
+        (logits(adapted=np.nan), ["with the adapter differ", "what the adapter changes"]),
+        (logits(), []),
+    ],
+)
+def test_every_reason_to_fail_is_said(theirs, expected):
+    result = compare(logits(), theirs, 2, 1e-3)
+    assert result["passed"] is (not expected)
+    assert len(result["failures"]) == len(expected)
+    assert all(part in text for part, text in zip(expected, result["failures"], strict=True))
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path):
+    manifest = {"base": load_base(str(base_folder)).describe()}
+    folder = make_adapter(manifest=manifest).save(tmp_path / "adapter")
+    other = make_base(tmp_path / "other", 1)
+    with pytest.raises(AdapterError, match="the weights differ"):
+        check_parity(folder, str(other), device="cpu", token_ids=IDS)
+
+
+def test_without_torch_the_error_says_how_to_get_it(base_folder, adapter_folder, monkeypatch):
+    real = builtins.__import__
+
+    def no_torch(name, *rest, **named):
+        if name == "peft":
+            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", no_torch)
+    with pytest.raises(RsgwmError, match=r'needs peft: pip install "mlx-rsgwm\[torch\]"'):
+        check_parity(adapter_folder, str(base_folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"device": "abacus"}, "no device 'abacus'"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"tolerance": 0.0}, "tolerance must be above 0"),
+    ],
+)
+def test_bad_options_are_one_line(base_folder, adapter_folder, options, expected):
+    with pytest.raises(RsgwmError, match=expected):
+        check_parity(adapter_folder, str(base_folder), **options)
+
+
+def test_auto_is_a_device_that_is_there():
+    assert torch_device("auto") == ("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def test_float32_that_is_not_float32_is_noticed(monkeypatch):
+    with exact_float32() as device:
+        assert device == str(mx.default_device().type).rpartition(".")[2]
+    exact = mx.matmul
+    # The device's products lose bits while those asked of the CPU stream do not: as on M5 with TF32.
+    monkeypatch.setattr(mx, "matmul", lambda a, b, stream: exact(a, b, stream=stream) + 0.01)
+    with exact_float32() as device:
+        assert device == "cpu"
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_passes_and_fails_with_exit_codes(base_folder, adapter_folder, tmp_path):
+    from click.testing import CliRunner
+
+    from mlx_rsgwm.cli.main import rsgwm
+
+    run, options = CliRunner().invoke, ["--base", str(base_folder), "--quiet"]
+    good = run(rsgwm, ["parity", str(adapter_folder), *options])
+    assert good.exit_code == 0, good.output
+    assert good.stdout.startswith("parity: max |Δlogit| ")
+    assert good.stdout.strip().endswith("— passed")
+    peft_folder = to_peft(Adapter.load(adapter_folder), str(base_folder), tmp_path / "peft")
+    edit_config(peft_folder, lora_alpha=4)
+    bad = run(rsgwm, ["parity", str(adapter_folder), *options, "--json", "--peft", str(peft_folder)])
+    assert bad.exit_code == 3
+    assert json.loads(bad.stdout.splitlines()[-1])["passed"] is False
+    assert "— failed" in bad.stderr
+    assert "what the adapter changes differs" in bad.stderr
