@@ -5,8 +5,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip -qq --no-input --disable-pip-version-check
+PIP_FLAGS := -qq --no-input --disable-pip-version-check
+PIP := $(BIN)/python -m pip $(PIP_FLAGS)
 SYSTEM := $(shell uname -s)
+
+# Compiling every file while installing takes a minute of processor time, compiling those in use takes seconds;
+# they are compiled once, at first import, unless the caller's environment forbids it.
+export PYTHONDONTWRITEBYTECODE :=
 
 # MLX's Linux wheel links a reference BLAS, forty times slower than OpenBLAS. The path is looked up when a recipe
 # starts, since `openblas` may just have installed it; there is none on macOS, and then nothing is preloaded.
@@ -34,7 +39,7 @@ lint: $(VENV)/.test $(VENV)/.wheel  ## ruff, and mypy against an installed copy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf $(VENV)/copy
-	$(PIP) install --no-deps --target $(VENV)/copy dist/*.whl
+	$(PIP) install --no-compile --no-deps --target $(VENV)/copy dist/*.whl
 	cd $(VENV)/copy && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p mlx_rsgwm
 
 format: $(VENV)/.test  ## let ruff rewrite the code
@@ -45,7 +50,7 @@ format: $(VENV)/.test  ## let ruff rewrite the code
 wheel-check: $(VENV)/.wheel openblas  ## install the wheel in a fresh environment and run it from another folder
 	rm -rf $(VENV)/fresh
 	$(BIN)/python -m venv $(VENV)/fresh
-	$(VENV)/fresh/bin/python -m pip -qq --no-input --disable-pip-version-check install dist/*.whl
+	$(VENV)/fresh/bin/python -m pip $(PIP_FLAGS) install --no-compile dist/*.whl
 	cd / && "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" --help
 	cd / && "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" --version
 	cd / && $(RUN) "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" doctor
@@ -62,16 +67,16 @@ $(BIN)/python:
 # On Linux the newest torch brings gigabytes of GPU libraries; the pinned release has a plain CPU wheel.
 $(VENV)/.torch: | $(BIN)/python
 ifeq ($(SYSTEM),Linux)
-	$(PIP) install torch==2.13.0
+	$(PIP) install --no-compile torch==2.13.0
 endif
 	@touch $@
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch
-	$(PIP) install --editable '.[torch,plots]'
+	$(PIP) install --no-compile --editable '.[torch,plots]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
-	$(PIP) install --editable '.[test]'
+	$(PIP) install --no-compile --editable '.[test]'
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.wheel: pyproject.toml README.md LICENSE $(SOURCES) | $(VENV)/.test

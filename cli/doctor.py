@@ -40,7 +40,7 @@ def describe(diagnosis: Diagnosis) -> str:
         "device": machine.device,
         "memory": memory,
         "disk": f"{gigabytes(machine.disk_free)} free for {machine.cache}",
-        "float32 matmul": f"{diagnosis.matmul_gflops:.0f} GFLOP/s",
+        "float32 matmul": f"{diagnosis.matmul_gflops:.0f} GFLOP/s{' with OpenBLAS' if machine.openblas else ''}",
         **diagnosis.versions,
     }
     lines = [f"{name:<16}{value}" for name, value in facts.items()]

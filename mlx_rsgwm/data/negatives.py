@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from mlx_rsgwm.data.numbers import LITERAL, decimals_needed, parse_number, read_literal, write_number
+from mlx_rsgwm.data.numbers import LITERAL, decimals_needed, parse_number, read_literal, unfrac, write_number
 from mlx_rsgwm.data.sources import Question, last_boxed
 
 _OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
@@ -127,8 +127,10 @@ def _tokens(line: str, offset: int) -> list[Token]:
         to_number = bool(leads) and (leads[0] == "number" or (leads[0] == "paren" and found[index + 1].text != ")"))
         if token.kind == "op" and not to_number:
             token = replace(token, kind="word" if leads and leads[0] == "word" else "other")
-        elif token.kind == "word" and to_number and (
-            token.text in ("x", "X") or (token.text == "of" and index > 0 and found[index - 1].text.endswith("%"))
+        elif (
+            token.kind == "word"
+            and to_number
+            and (token.text in ("x", "X") or (token.text == "of" and index > 0 and found[index - 1].text.endswith("%")))
         ):
             token = replace(token, kind="op")
         tokens.append(replace(token, start=token.start + offset, end=token.end + offset))
@@ -254,13 +256,22 @@ def make_wrong(question: Question, rng: random.Random) -> Wrong | None:
     letters = re.findall(r"(?m)^\s*\(?([A-Z])[.):]\s", question.question)
     if re.fullmatch(r"[A-Z]", gold) and (gold in letters or not letters):
         others = [letter for letter in (letters or list("ABCDE")) if letter != gold]
-        return Wrong(question.rationale, rng.choice(others), "label") if others else None
+        if not others:
+            return None
+        wrong, span = rng.choice(others), last_boxed(question.rationale)
+        boxed = span is not None and question.rationale[span[0] : span[1]].strip() == gold
+        rationale = _put(question.rationale, span, wrong) if span and boxed else question.rationale
+        return Wrong(rationale, wrong, "label")
     value = parse_number(gold)
     if value is not None:
         computed = _perturb_computation(question.rationale, gold, value, rng)
         if computed is not None:
             return computed
     return _perturb_answer(question.rationale, gold, rng)
+
+
+def _put(text: str, span: tuple[int, int], new: str) -> str:
+    return text[: span[0]] + new + text[span[1] :]
 
 
 def _cased(text: str, like: str) -> str:
@@ -282,9 +293,9 @@ def _perturb_computation(rationale: str, gold: str, value: Fraction, rng: random
     rng.shuffle(kinds)
     rng.shuffle(edits)
     edits.sort(key=lambda edit: kinds.index(edit.change))
-    for most_decimals in (0, 2):  # whole results stay whole unless nothing else works
+    for most_decimals, factor in _PREFERENCES:
         for edit in edits:
-            carried = _carry(rationale, equations, edit, most_decimals)
+            carried = _carry(rationale, equations, edit, most_decimals, factor)
             if carried is None:
                 continue
             text, changed = carried
@@ -293,6 +304,10 @@ def _perturb_computation(rationale: str, gold: str, value: Fraction, rng: random
                 continue
             return Wrong(text, write_number(-new if value < 0 else new, like=gold), edit.change)
     return None
+
+
+# Whole results stay whole and within a factor of ten of the right ones, unless nothing else works.
+_PREFERENCES = ((0, 10), (0, 10**9), (2, 10**9))
 
 
 @dataclass(frozen=True)
@@ -311,9 +326,11 @@ def _edits(index: int, equation: Equation, rng: random.Random) -> Iterator[Edit]
     for number in equation.numbers:
         for value in _nearby(number, rng)[:4]:
             yield Edit(index, "operand", number.start, number.end, write_number(value, like=number.text), value)
+    # A percentage is a factor; adding it to something would be nonsense rather than a mistake.
+    offered = "*/" if any(number.scale != 1 for number in equation.numbers) else "+-*/"
     for part in equation.parts:
         if not isinstance(part, Number) and part[2] in _OPERATIONS:
-            for sign in sorted(set(_OPERATIONS) - {part[2]}):
+            for sign in offered.replace(part[2], ""):
                 yield Edit(index, "operation", part[0], part[1], sign, sign)
     right = equation.right
     for value in _nearby(right, rng)[:4]:
@@ -334,7 +351,7 @@ def _nearby(number: Number, rng: random.Random) -> list[Fraction]:
 
 
 def _carry(
-    text: str, equations: list[Equation], edit: Edit, most_decimals: int
+    text: str, equations: list[Equation], edit: Edit, most_decimals: int, factor: int
 ) -> tuple[str, dict[Fraction, Fraction]] | None:
     """Apply ``edit`` and recompute what follows.
 
@@ -369,7 +386,7 @@ def _carry(
         if index == edit.equation and edit.change == "slip":
             assert isinstance(edit.value, Fraction)
             result = edit.value
-        if result is None or not _presentable(result, right.value, most_decimals):
+        if result is None or not _presentable(result, right.value, most_decimals, factor):
             return None
         if result == right.value:
             if index == edit.equation:
@@ -379,19 +396,35 @@ def _carry(
         else:
             changed[right.value] = result
             pieces.append((right.start, right.end, write_number(result, like=right.text)))
+            pieces += _announced(text, equation, result)
         cursor = right.end
     mentions = _replace_mentions(text, cursor, len(text), changed)
     if mentions is None:
         return None
-    for start, end, new_text in sorted(pieces + mentions, reverse=True):
+    unique = {start: (end, new_text) for start, end, new_text in pieces + mentions}
+    for start, (end, new_text) in sorted(unique.items(), reverse=True):
         text = text[:start] + new_text + text[end:]
     return text, changed
 
 
-def _presentable(value: Fraction, old: Fraction, most_decimals: int) -> bool:
-    """Positive and short enough: at most the decimals of the value it replaces, or ``most_decimals``."""
+def _announced(text: str, equation: Equation, result: Fraction) -> list[tuple[int, int, str]]:
+    """The result stated ahead of its computation ("They pay $126 because 200 - 74 = 126")."""
+    start = text.rfind("\n", 0, equation.start) + 1
+    reason = re.search(r"\b(?:because|since)\b", text[start : equation.start])
+    if reason is None:
+        return []
+    right = equation.right
+    mentions = list(_MENTION.finditer(text, start, start + reason.start()))
+    same = [found for found in mentions if read_literal(found[0]) == right.value]
+    return [(found.start(), found.end(), write_number(result, like=found[0])) for found in same[-1:]]
+
+
+def _presentable(value: Fraction, old: Fraction, most_decimals: int, factor: int) -> bool:
+    """Positive, no more decimals than the value it replaces or ``most_decimals``, and within ``factor`` of it."""
     digits, before = decimals_needed(value), decimals_needed(old)
-    return value > 0 and digits is not None and before is not None and digits <= max(before, most_decimals)
+    if value <= 0 or digits is None or before is None:
+        return False
+    return digits <= max(before, most_decimals) and old <= value * factor and value <= max(old, 1) * factor
 
 
 def _replace_mentions(
@@ -420,9 +453,10 @@ def _sound(text: str, count: int, change: str) -> bool:
 
 def _perturb_answer(rationale: str, gold: str, rng: random.Random) -> Wrong | None:
     r"""Change one number of the answer itself: in the last ``\boxed``, else at its last mention in the last line."""
+    shown = unfrac(gold)  # "\\frac12" holds no number 12
     numbers = [
         Number(found.start(), found.end(), found[0], value)
-        for found in re.finditer(LITERAL, gold)
+        for found in re.finditer(LITERAL, shown)
         if (value := read_literal(found[0])) is not None
     ]
     if not numbers:
@@ -431,16 +465,16 @@ def _perturb_answer(rationale: str, gold: str, rng: random.Random) -> Wrong | No
     options = _nearby(number, rng)
     if not options:
         return None
-    wrong = gold[: number.start] + write_number(options[0], like=number.text) + gold[number.end :]
+    wrong = shown[: number.start] + write_number(options[0], like=number.text) + shown[number.end :]
     old_value, new_value = parse_number(gold), parse_number(wrong)
     if old_value is not None and old_value == new_value:
         return None
     span = last_boxed(rationale)
     if span is not None and rationale[span[0] : span[1]].strip() == gold:
-        return Wrong(rationale[: span[0]] + wrong + rationale[span[1] :], wrong, "answer")
+        return Wrong(_put(rationale, span, wrong), wrong, "answer")
     last = rationale.rfind("\n") + 1
     mentions = [
-        found for found in _MENTION.finditer(rationale, last) if old_value is not None and parse_number(found[0]) == old_value
+        found for found in _MENTION.finditer(rationale, last) if read_literal(found[0]) == abs(old_value or Fraction(0))
     ]
     if mentions:
         start, end = mentions[-1].span()

@@ -146,8 +146,10 @@ def _parse_commonsense_qa(row: Row) -> Parsed:
 
 def _parse_strategyqa(row: Row) -> Parsed:
     answer = row.get("answer")
-    label = answer if isinstance(answer, bool) else {"true": True, "yes": True, "false": False, "no": False}.get(
-        str(answer).strip().lower()
+    label = (
+        answer
+        if isinstance(answer, bool)
+        else {"true": True, "yes": True, "false": False, "no": False}.get(str(answer).strip().lower())
     )
     if label is None:
         raise ValueError("no gold answer: answer is neither true nor false")
@@ -270,7 +272,9 @@ def load_jsonl(
         RsgwmError: a missing or empty file, bad rows with their line numbers, duplicate ids.
     """
     path = Path(path)
-    questions = _to_questions(str(path), _read_rows(path), _parse_any, task or path.stem, path.stem, "line", task is None)
+    questions = _to_questions(
+        str(path), _read_rows(path), _parse_any, task or path.stem, path.stem, "line", task is None
+    )
     return select(questions, limit=limit, offset=offset, seed=seed)
 
 

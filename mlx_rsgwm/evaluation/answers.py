@@ -35,7 +35,9 @@ _SIGNED = (
 _NUMBER = re.compile(_SIGNED)
 _MARKER = re.compile(r"#{4,}")
 _AFTER_MARKER = re.compile(rf"[\s:=*`$€£]*?({_SIGNED})(?![0-9A-Za-z_]*[0-9_])")
-_STATED_LETTER = re.compile(r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\**\(?([A-Ja-j])\)?(?![A-Za-z'’])", re.IGNORECASE)
+_STATED_LETTER = re.compile(
+    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\**\(?([A-Ja-j])\)?(?![A-Za-z'’])", re.IGNORECASE
+)
 _STATED = re.compile(r"answer\s*(?:is|:|=)\s*(.+)", re.IGNORECASE)
 _LABEL = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
 _LABELS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}

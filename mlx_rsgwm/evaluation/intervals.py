@@ -1,4 +1,4 @@
-"""Estimates that carry their error: Wilson intervals, the paired exact McNemar test, AUROC with a bootstrap interval."""
+"""Estimates that carry their error: Wilson intervals, the exact paired McNemar test, bootstrapped AUROC."""
 
 from __future__ import annotations
 

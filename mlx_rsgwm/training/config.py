@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_rsgwm.adapter import LoraSpec
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.errors import raise_problems
+from mlx_rsgwm.settings import build
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -71,21 +71,5 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Settings from YAML or JSON; an unknown key is refused with the nearest known one."""
-        known = {field.name: field.type for field in fields(cls)}
-        problems = []
-        for name in values:
-            if name not in known:
-                near = get_close_matches(str(name), known, n=1)
-                problems.append(f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-        raise_problems("training config", problems)
-        casts = {"int": int, "float": float, "str": str}
-        cast = {}
-        for name, value in values.items():
-            try:
-                cast[name] = tuple(map(str, value)) if name == "keys" else casts[str(known[name])](value)
-            except (TypeError, ValueError):
-                raise RsgwmError(f"training config: {name} must be of type {known[name]}, found {value!r}") from None
-            if isinstance(value, bool) or (known[name] == "int" and isinstance(value, float) and value != int(value)):
-                raise RsgwmError(f"training config: {name} must be of type {known[name]}, found {value!r}")
-        return cls(**cast)
+        """Settings from YAML or JSON; unknown keys and wrong types are refused by name."""
+        return build(cls, values, "training config")

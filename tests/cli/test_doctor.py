@@ -22,6 +22,7 @@ HEALTHY = doctor.Machine(
     wired_limit=None,
     cache="cache",
     disk_free=50 * 10**9,
+    openblas=False,
 )
 
 VM_STAT = """Mach Virtual Memory Statistics: (page size of 16384 bytes)
@@ -85,6 +86,24 @@ def test_a_gpu_is_not_blamed_for_its_blas(machine):
     result = run("--check")
     assert result.exit_code == 0
     assert "wired limit 10.0 GB" in result.stdout
+
+
+def test_a_busy_machine_is_not_blamed_for_its_blas(machine):
+    machine(gflops=12.0, openblas=True)
+    result = run("--check")
+    assert result.exit_code == 0
+    assert "12 GFLOP/s with OpenBLAS" in result.stdout
+
+
+def test_a_preload_that_does_not_exist_is_not_believed(monkeypatch):
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert not doctor.openblas_preloaded()
+    monkeypatch.setenv("LD_PRELOAD", "nowhere/libopenblas.so.0")
+    maps = "7f00-7f01 r-xp 0 /usr/lib/libm.so.6\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: maps)
+    assert not doctor.openblas_preloaded()
+    maps += "7f02-7f03 r-xp 0 /usr/lib/openblas-pthread/libopenblasp-r0.3.21.so\n"
+    assert doctor.openblas_preloaded()
 
 
 def test_unknown_memory_is_no_problem(machine):

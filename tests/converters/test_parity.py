@@ -175,14 +175,14 @@ def parity_of_converted(base_folder, folder, tmp_path, fault=None):
 
 
 def test_the_faint_adapter_passes_and_its_effect_is_within_the_tolerance(base_folder, tmp_path):
-    result = parity_of_converted(base_folder, make_adapter(size=0.02).save(tmp_path / "adapter"), tmp_path)
+    result = parity_of_converted(base_folder, make_adapter(size=0.01).save(tmp_path / "adapter"), tmp_path)
     assert result["failures"] == []
     assert result["effect_torch"] < FAINT_TOLERANCE
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
 def test_a_planted_fault_is_caught(base_folder, tmp_path, fault):
-    result = parity_of_converted(base_folder, make_adapter(size=0.02).save(tmp_path / "adapter"), tmp_path, fault)
+    result = parity_of_converted(base_folder, make_adapter(size=0.01).save(tmp_path / "adapter"), tmp_path, fault)
     assert not result["passed"]
     assert result["failures"]
     json.dumps(result, allow_nan=False)

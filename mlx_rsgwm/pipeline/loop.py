@@ -1,0 +1,209 @@
+"""The draft–verify loop: draft, score, accept at a threshold or draft again, at last return the best-scored draft.
+
+One resident base, two adapters in slots. The loop is a generator of steps, so that command line, tests and evaluation
+see the same loop; ``draft_many`` and ``score_many`` do the same work for many questions in batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
+from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.pipeline.verifying import SCORES, mean_logprob, yesno
+from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.slots import AdapterSlots
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Settings of the loop. ``attempts`` counts all drafts of a question, the first included (SPEC 6.6)."""
+
+    attempts: int = 3
+    threshold: float = 0.7
+    score: str = "mean_logprob"
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.attempts < 1:
+            problems.append(f"attempts must be at least 1, found {self.attempts}")
+        if not 0 <= self.threshold <= 1:
+            problems.append(f"threshold must be in [0, 1], found {self.threshold}")
+        if self.score not in SCORES:
+            problems.append(f"score must be one of {', '.join(SCORES)}, found {self.score!r}")
+        raise_problems("draft–verify loop", problems, RsgwmError)
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """The drafter spoke: attempt number from 1, text, token ids, whether the text ended by itself."""
+
+    attempt: int
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The verifier spoke: the score of one attempt in [0, 1] and whether it reaches the threshold."""
+
+    attempt: int
+    score: float
+    accepted: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is returned: the accepted draft, or the best-scored one marked as not accepted."""
+
+    text: str
+    score: float
+    accepted: bool
+    attempts: int
+
+
+Step = Drafted | Scored | Answer
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Outcome of the loop over scores in order: index of the draft returned, attempts used, accepted or not."""
+
+    chosen: int
+    attempts: int
+    accepted: bool
+
+
+def decide(scores: Sequence[float], threshold: float) -> Decision:
+    """The first score at or above ``threshold`` wins; with none, the best one (the earliest of equals)."""
+    for index, score in enumerate(scores):
+        if score >= threshold:
+            return Decision(index, index + 1, True)
+    best = max(range(len(scores)), key=lambda index: (scores[index], -index))
+    return Decision(best, len(scores), False)
+
+
+class DraftVerify:
+    """Drafter and verifier by slot name (None: the bare base) over one base, with one template."""
+
+    def __init__(
+        self, slots: AdapterSlots, template: Template, drafter: str | None, verifier: str | None, config: LoopConfig
+    ) -> None:
+        for role, name in (("drafter", drafter), ("verifier", verifier)):
+            trained_with = slots.adapter(name).template_hash if name is not None else None
+            if trained_with is not None and trained_with != template.hash:
+                raise RsgwmError(
+                    f"the {role} was trained with another prompt template than {template.name!r} "
+                    f"({trained_with[:12]} against {template.hash[:12]}); use the template in its manifest"
+                )
+        self.slots = slots
+        self.template = template
+        self.drafter = drafter
+        self.verifier = verifier
+        self.config = config
+        self.tokenizer = slots.base.tokenizer
+        self.end_ids = frozenset({*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id})
+        self.verdict_ids = template.verdict_ids(self.tokenizer)
+
+    def steps(self, question: str) -> Iterator[Step]:
+        """One question, step by step; the last step is the :class:`Answer`."""
+        if not question.strip():
+            raise RsgwmError("the question is empty")
+        prompt = tuple(self.template.draft_prompt(self.tokenizer, question))
+        drafts: list[Drafted] = []
+        scores: list[float] = []
+        for attempt in range(1, self.config.attempts + 1):
+            drafts += self._draft([DraftRequest(prompt, question, attempt)])
+            yield drafts[-1]
+            scores += self.score([question], drafts[-1:], self.config.score)
+            accepted = scores[-1] >= self.config.threshold
+            yield Scored(attempt, scores[-1], accepted)
+            if accepted:
+                break
+        decision = decide(scores, self.config.threshold)
+        yield Answer(drafts[decision.chosen].text, scores[decision.chosen], decision.accepted, decision.attempts)
+
+    def answer(self, question: str) -> Answer:
+        """The last step of :meth:`steps`."""
+        *_, last = self.steps(question)
+        assert isinstance(last, Answer)
+        return last
+
+    def draft_many(
+        self, questions: Sequence[str], attempts: int, batch_rows: int = 32, progress: Progress = SILENT
+    ) -> list[list[Drafted]]:
+        """``attempts`` drafts for every question, about ``batch_rows`` drafts at a time, prompts of like length together.
+
+        Attempt k of a question draws from the same random stream as in :meth:`steps`.
+        """
+        prompts = [tuple(self.template.draft_prompt(self.tokenizer, question)) for question in questions]
+        order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
+        size = max(1, batch_rows // attempts)
+        drafts: list[list[Drafted]] = [[] for _ in questions]
+        with progress.task("draft", len(questions)) as advance:
+            for start in range(0, len(order), size):
+                chunk = order[start : start + size]
+                requests = [
+                    DraftRequest(prompts[index], questions[index], attempt)
+                    for index in chunk
+                    for attempt in range(1, attempts + 1)
+                ]
+                found = self._draft(requests)
+                for position, index in enumerate(chunk):
+                    drafts[index] = found[position * attempts : (position + 1) * attempts]
+                advance(len(chunk), "")
+        return drafts
+
+    def score_many(
+        self,
+        questions: Sequence[str],
+        drafts: Sequence[Drafted],
+        score: str,
+        batch_rows: int = 32,
+        progress: Progress = SILENT,
+    ) -> list[float]:
+        """Scores of (question, draft) pairs in batches of like length."""
+        order = sorted(range(len(drafts)), key=lambda index: len(questions[index]) + 3 * len(drafts[index].tokens))
+        scores = [0.0] * len(drafts)
+        with progress.task(f"verify by {score}", len(drafts)) as advance:
+            for start in range(0, len(order), batch_rows):
+                chunk = order[start : start + batch_rows]
+                found = self.score([questions[index] for index in chunk], [drafts[index] for index in chunk], score)
+                for index, value in zip(chunk, found, strict=True):
+                    scores[index] = value
+                advance(len(chunk), "")
+        return scores
+
+    def score(self, questions: Sequence[str], drafts: Sequence[Drafted], score: str) -> list[float]:
+        """Scores of (question, draft) pairs by the verifier, in one forward pass."""
+        with self.slots.using(self.verifier):
+            if score == "yesno":
+                texts = [
+                    self.template.verify_prompt(self.tokenizer, question, item.text.strip())
+                    for question, item in zip(questions, drafts, strict=True)
+                ]
+                return yesno(self.slots.model, texts, self.verdict_ids)
+            prompts = [self.template.draft_prompt(self.tokenizer, question) for question in questions]
+            # A draft that ended by itself also chose to end; one that was cut off did not.
+            end = (self.tokenizer.eos_token_id,)
+            completions = [item.tokens + (end if item.finished else ()) for item in drafts]
+            return mean_logprob(self.slots.model, prompts, completions)
+
+    def as_draft(self, answer: str) -> Drafted:
+        """A given answer text in the form of a draft, so that it can be scored."""
+        return Drafted(0, answer, tuple(self.template.completion(self.tokenizer, answer)[:-1]), True)
+
+    def _draft(self, requests: Sequence[DraftRequest]) -> list[Drafted]:
+        with self.slots.using(self.drafter):
+            found: list[DraftTokens] = draft(self.slots.model, self.end_ids, requests, self.config.sampling)
+        return [
+            Drafted(request.attempt, self.tokenizer.decode(list(item.tokens)), item.tokens, item.finished)
+            for request, item in zip(requests, found, strict=True)
+        ]
+
+

@@ -1,0 +1,122 @@
+"""The report folder: whole, readable back, the same numbers everywhere."""
+
+import builtins
+import json
+import random
+
+import pytest
+
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation import metrics, report
+from mlx_rsgwm.evaluation.metrics import Draft, ItemRecord
+from mlx_rsgwm.progress import Progress
+
+
+def make_records(n=24, k=3):
+    rng = random.Random(0)
+    records = []
+    for index in range(n):
+        drafts = []
+        for _ in range(k):
+            right = rng.random() < 0.5
+            value = "1" if right else rng.choice(["2", None])
+            score = min(1.0, max(0.0, rng.random() * 0.6 + 0.4 * right))
+            drafts.append(Draft("text ▸ #### 1", value, right, {"yesno": score, "mean_logprob": rng.random()}, 4))
+        row = ItemRecord(f"i{index}", f"family|{index % 4}", "q", "1", tuple(drafts), "yesno", 2.0, False, 1, 0)
+        records.append(metrics.replay(row, 0.7, k))
+    return records
+
+
+def test_folder_is_whole_and_reads_back(tmp_path):
+    records = make_records()
+    summary = report.write_report(
+        tmp_path / "out" / "report", records, 3, {"base": "toy", "seed": 0}, {"drafter": 2.0, "draft_verify": 6.0}
+    )
+    folder = tmp_path / "out" / "report"
+    assert sorted(path.name for path in folder.iterdir()) == ["items.jsonl", "plot.png", "report.json", "report.md"]
+    stored = json.loads((folder / "report.json").read_text())
+    assert stored == json.loads(json.dumps(summary))
+    assert report.read_items(folder / "items.jsonl") == records
+    again = report.summarise(
+        report.read_items(folder / "items.jsonl"), 3, stored["metadata"], {"drafter": 2.0, "draft_verify": 6.0}
+    )
+    assert json.loads(json.dumps(again)) == {name: value for name, value in stored.items() if name != "files"}
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert stored["draft_verify"]["items_per_minute"] == pytest.approx(240)
+    assert stored["oracle"]["any_of_k"]["value"] >= stored["draft_verify"]["accuracy"]["value"]
+    assert len(stored["sweep"]["yesno"]) == 21
+
+
+def test_text_and_markdown_show_every_row_with_interval_and_n():
+    summary = report.summarise(make_records(), 3)
+    text, markdown = report.render_table(summary), report.render_markdown(summary)
+    cell = report.show(summary["draft_verify"]["accuracy"])
+    rate = summary["draft_verify"]["false_accept_rate"]
+    for shown in (text, markdown):
+        assert all(label in shown for label in report.ROWS.values())
+        assert cell in shown
+        assert f"{rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]" in shown
+        assert "mean_logprob" in shown
+        assert "yesno (used)" in shown
+        assert "oracle" in shown
+    accept_line = next(line for line in text.split("\n") if line.startswith("False-accept rate "))
+    assert accept_line.split()[-1] == str(rate["n"])
+    assert r"family\|0" in markdown
+    assert "nan" not in text.lower()
+
+
+def test_missing_drafts_leave_dashes(tmp_path):
+    records = [
+        ItemRecord("a", "t", "q", "1", (Draft("1", "1", True, {"yesno": 0.9}),), "yesno", 0.7, True, 1, 0),
+        ItemRecord("b", "t", "q", "1", (Draft("1", "1", True, {"yesno": 0.8}),), "yesno", 0.7, True, 1, 0),
+    ]
+    summary = report.write_report(tmp_path, records, 3)
+    assert summary["oracle"] == {"any_of_k": None, "majority_of_k": None, "gap_closed": None}
+    assert summary["verifier_auroc"] == {"yesno": {"all": None, "first": None}}
+    assert "–" in report.render_table(summary)
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest, **named):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **named)
+
+    class Listener(Progress):
+        heard: list = []  # noqa: RUF012
+
+        def message(self, text):
+            self.heard.append(text)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    summary = report.write_report(tmp_path, make_records(6), 3, progress=Listener())
+    assert "plot.png" not in summary["files"]
+    assert not (tmp_path / "plot.png").exists()
+    assert (tmp_path / "report.json").is_file()
+    assert "matplotlib" in Listener.heard[0]
+
+
+def test_report_json_is_absent_after_a_crash(tmp_path, monkeypatch):
+    report.write_report(tmp_path, make_records(6), 3)
+
+    def fail(*rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "plot", fail)
+    with pytest.raises(KeyboardInterrupt):
+        report.write_report(tmp_path, make_records(6), 3)
+    assert not (tmp_path / "report.json").exists()
+    assert not [path for path in tmp_path.iterdir() if ".tmp" in path.name]
+
+
+def test_bad_items_file_names_the_line(tmp_path):
+    path = tmp_path / "items.jsonl"
+    report.write_items(path, make_records(2))
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(RsgwmError, match=r"items\.jsonl line 3: not valid JSON"):
+        report.read_items(path)
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(RsgwmError, match="line 1: not an item record"):
+        report.read_items(path)
