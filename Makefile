@@ -9,8 +9,8 @@ PIP_FLAGS := -qq --no-input --disable-pip-version-check
 PIP := $(BIN)/python -m pip $(PIP_FLAGS)
 SYSTEM := $(shell uname -s)
 
-# Compiling every file while installing takes a minute of processor time, compiling those in use takes seconds;
-# they are compiled once, at first import, unless the caller's environment forbids it.
+# pip compiling every installed file takes a minute of processor time; compiling those in use takes seconds. So
+# `--no-compile`, and the first import compiles and keeps them, even where the caller's environment says not to.
 export PYTHONDONTWRITEBYTECODE :=
 
 # MLX's Linux wheel links a reference BLAS, forty times slower than OpenBLAS. The path is looked up when a recipe
@@ -64,7 +64,8 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found; run make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 
-# On Linux the newest torch brings gigabytes of GPU libraries; the pinned release has a plain CPU wheel.
+# On Linux the newest torch brings gigabytes of GPU libraries. An exact version lets pip take the CPU build of it
+# (2.13.0+cpu) where a configured index or --find-links offers one; elsewhere it takes PyPI's build of that release.
 $(VENV)/.torch: | $(BIN)/python
 ifeq ($(SYSTEM),Linux)
 	$(PIP) install --no-compile torch==2.13.0

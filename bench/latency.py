@@ -277,7 +277,8 @@ def floating_dtype(model: nn.Module) -> str:
     """Name of the dtype the model's norms are in, which is what it computes in."""
     from mlx.utils import tree_flatten
 
-    dtypes = {str(value.dtype).rpartition(".")[2] for name, value in tree_flatten(model.parameters()) if "norm" in name}
+    norms = [value for name, value in dict(tree_flatten(model.parameters())).items() if "norm" in name]
+    dtypes = {str(value.dtype).rpartition(".")[2] for value in norms}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         raise RsgwmError(f"the base model computes in {', '.join(sorted(dtypes)) or 'no known dtype'}; give --dtype")
     return dtypes.pop()
@@ -300,11 +301,14 @@ def describe_machine(device: str, dtype: str) -> dict[str, Any]:
 
 
 def slow_machine() -> Iterator[str]:
-    """One line where MLX's CPU back end runs on a slow BLAS, which would say nothing of MLX."""
-    if mx.default_device().type == mx.DeviceType.cpu:
-        gflops = matmul_gflops()
-        if gflops < SLOW_GFLOPS:
-            yield f"MLX multiplies matrices at {gflops:.0f} GFLOP/s here, a slow BLAS; first: {blas_fix()}"
+    """One line where MLX's CPU back end multiplies slowly, for then the times say little of MLX."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return
+    gflops = matmul_gflops()
+    if gflops < SLOW_GFLOPS:
+        preloaded = "openblas" in os.environ.get("LD_PRELOAD", "")
+        advice = "other programs keep the processor busy" if preloaded else f"a slow BLAS; first: {blas_fix()}"
+        yield f"MLX multiplies matrices at {gflops:.0f} GFLOP/s here: {advice}"
 
 
 # --- as a script ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ def exact_float32() -> Iterator[str]:
     device = mx.default_device()
     a = mx.random.normal((64, 256), key=mx.random.key(0))
     b = mx.random.normal((256, 64), key=mx.random.key(1))
-    error = mx.max(mx.abs(a @ b - mx.matmul(a, b, stream=mx.cpu))).item()
+    error = float(mx.max(mx.abs(a @ b - mx.matmul(a, b, stream=mx.cpu))))
     exact = error < 1e-3  # products of 256 terms of size 1: float32 errs by 1e-5, ten bits by 1e-2
     with nullcontext() if exact else mx.stream(mx.cpu):
         name = str((device if exact else mx.Device(mx.cpu, 0)).type).rpartition(".")[2]
@@ -251,7 +252,7 @@ def load_torch_base(path: Path, device: str, dtype: str, attention: str = "eager
 
     with _quiet_transformers():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 str(path),
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
@@ -273,7 +274,9 @@ def apply_peft(model: Any, peft_folder: Path, widen: bool) -> Any:
     from peft import PeftModel
 
     try:
-        adapted = PeftModel.from_pretrained(model, str(peft_folder), autocast_adapter_dtype=widen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of transformers, nothing a user can change
+            adapted = PeftModel.from_pretrained(model, str(peft_folder), autocast_adapter_dtype=widen)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise AdapterError(f"PEFT cannot load {peft_folder} on this base: {reason}") from error

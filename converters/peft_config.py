@@ -79,6 +79,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"{name} asks for {what}, which is not converted yet" if what else f"{name} is an unknown PEFT option"
         )
+    rank: Any
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
     if not _is_number(rank) or rank != int(rank) or rank < 1:
         problems.append(f"r must be a whole number of at least 1, found {rank!r}")

@@ -424,7 +424,7 @@ def _presentable(value: Fraction, old: Fraction, most_decimals: int, factor: int
     digits, before = decimals_needed(value), decimals_needed(old)
     if value <= 0 or digits is None or before is None:
         return False
-    return digits <= max(before, most_decimals) and old <= value * factor and value <= max(old, 1) * factor
+    return digits <= max(before, most_decimals) and old <= value * factor and value <= max(old, Fraction(1)) * factor
 
 
 def _replace_mentions(

@@ -78,6 +78,11 @@ def write_number(value: Fraction, like: str = "") -> str:
 
 
 def plain_number(text: str) -> str:
-    """``text`` without commas and units if it is a number ("$1,080" → "1080"), else stripped."""
+    """``text`` without commas and units if it is a number ("$1,080" → "1080"), else stripped.
+
+    A fraction stays one, in lowest terms ("2/4" → "1/2"); everything else becomes an integer or a decimal.
+    """
     value = parse_number(text)
-    return text.strip() if value is None else write_number(value)
+    if value is None:
+        return text.strip()
+    return str(value) if "/" in unfrac(text) else write_number(value)

@@ -67,15 +67,18 @@ class Source:
 
 def last_boxed(text: str) -> tuple[int, int] | None:
     r"""Start and end of what the last complete ``\boxed{…}`` or ``\fbox{…}`` holds, nested braces included."""
-    for opening in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))):
-        depth = 1
-        for position in range(opening.end(), len(text)):
-            # An escaped brace is a printed one (a set), not grammar.
-            if text[position] in "{}" and text[position - 1] != "\\":
-                depth += 1 if text[position] == "{" else -1
-            if depth == 0:
-                return opening.end(), position
-    return None
+    openings = {found.end() - 1 for found in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)}
+    open_braces: list[int] = []
+    last: tuple[int, int] | None = None
+    # An escaped brace is a printed one (a set), not grammar.
+    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if found[0] == "{" or found.end() - 1 in openings:
+            open_braces.append(found.end() - 1)
+        elif found[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if start in openings and (last is None or start + 1 > last[0]):
+                last = (start + 1, found.start())
+    return last
 
 
 def split_marked(answer: str) -> tuple[str, str] | None:

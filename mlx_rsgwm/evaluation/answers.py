@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_rsgwm.data.numbers import LITERAL, parse_number, plain_number, unfrac, write_number
+from mlx_rsgwm.data.numbers import LITERAL, parse_number, plain_number, unfrac
 from mlx_rsgwm.data.sources import last_boxed
 from mlx_rsgwm.errors import RsgwmError
 
@@ -54,8 +54,7 @@ def _tidy(text: str) -> str:
 
 
 def _number(text: str) -> str | None:
-    value = parse_number(text)
-    return None if value is None else write_number(value)
+    return None if parse_number(text) is None else plain_number(text)
 
 
 def _strict(text: str) -> str | None:

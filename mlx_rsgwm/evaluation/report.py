@@ -67,7 +67,7 @@ def summarise(
     alone = metrics.table(records, "drafter", wall_seconds=times.get("drafter"))
     checked = metrics.table(records, "draft_verify", wall_seconds=times.get("draft_verify"), max_attempts=k)
     ceiling = metrics.any_of_k(records, k)
-    tasks = {mode: metrics.by_task(records, mode) for mode in ("drafter", "draft_verify")}  # type: ignore[arg-type]
+    alone_by_task, checked_by_task = metrics.by_task(records, "drafter"), metrics.by_task(records, "draft_verify")
     auroc = metrics.verifier_auroc(records, seed)
     return {
         "format": FORMAT,
@@ -80,8 +80,8 @@ def summarise(
         "draft_verify": checked.to_dict(),
         "paired": metrics.compare(records).to_dict(),
         "by_task": {
-            task: {"drafter": rate.to_dict(), "draft_verify": tasks["draft_verify"][task].to_dict()}
-            for task, rate in tasks["drafter"].items()
+            task: {"drafter": rate.to_dict(), "draft_verify": checked_by_task[task].to_dict()}
+            for task, rate in alone_by_task.items()
         },
         "verifier_auroc": {
             name: {label: _plain(rate) for label, rate in found.items()} for name, found in auroc.items()

@@ -159,11 +159,16 @@ def test_bad_settings_are_one_line(base_folder, changes, expected):
         measure_latency(small(base_folder, **changes))
 
 
-def test_a_slow_blas_is_said_in_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("preload", "expected"), [("", "a slow BLAS"), ("/usr/lib/libopenblas.so.0", "other programs keep the processor")]
+)
+def test_a_slow_machine_is_said_in_one_line(monkeypatch, preload, expected):
     monkeypatch.setattr(latency.mx, "default_device", lambda: mx.Device(mx.cpu, 0))
+    monkeypatch.setenv("LD_PRELOAD", preload)
     monkeypatch.setattr(latency, "matmul_gflops", lambda: 4.0)
     (line,) = latency.slow_machine()
     assert "4 GFLOP/s" in line
+    assert expected in line
     assert "\n" not in line
     monkeypatch.setattr(latency, "matmul_gflops", lambda: 180.0)
     assert list(latency.slow_machine()) == []

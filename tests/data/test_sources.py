@@ -162,7 +162,7 @@ def test_bad_rows_name_file_and_line(tmp_path, rows, message):
 
 def test_missing_things_say_what_is_there(tmp_path):
     write(tmp_path / "svamp" / "test.jsonl", {"Body": "b", "Question": "q", "Answer": 1.0})
-    with pytest.raises(RsgwmError, match="data folder .*nowhere does not exist"):
+    with pytest.raises(RsgwmError, match=r"data folder .*nowhere does not exist"):
         load_questions("svamp", "test", tmp_path / "nowhere")
     with pytest.raises(RsgwmError, match="has no folder gsm8k; there is svamp"):
         load_questions("gsm8k", "test", tmp_path)

@@ -38,7 +38,7 @@ CASES = [
     ("flexible", "10 - 5 = 5, that is (-3)", "-3"),
     ("flexible", "a loss of -$20.50!", "-20.5"),
     ("flexible", "half, or 1/2", "1/2"),
-    ("flexible", "about 2 1/2 cups", "2.5"),
+    ("flexible", "about 2 1/2 cups", "5/2"),
     ("flexible", "28/4=7", "7"),
     ("flexible", "25 % of them", "25"),
     ("flexible", r"it is \frac{3}{8}", "3/8"),

@@ -1,0 +1,62 @@
+"""``rsgwm data``: corpora for training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.group()
+def data() -> None:
+    """Build corpora of draft rows and verifier pairs."""
+
+
+@data.command(name="build")
+@click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeat for a mix.")
+@click.option("--draft-rows", default=102, show_default=True, help="Rows per task that teach to answer.")
+@click.option("--verify-rows", default=100, show_default=True, help="Rows per task that teach to judge, half of them wrong.")
+@click.option("--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub.")
+@click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template: plain or chat.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Corpus folder to write.")
+@common_options
+def build(
+    console: Console,
+    tasks: tuple[str, ...],
+    draft_rows: int,
+    verify_rows: int,
+    folder: Path | None,
+    template_name: str,
+    out: Path,
+) -> None:
+    """Build a corpus folder.
+
+    \b
+    Examples:
+      rsgwm data build --task addition --out corpus/addition
+      rsgwm data build --task gsm8k --data ../data --draft-rows 400 --verify-rows 0 --out corpus/gsm8k
+      rsgwm data build --task my_questions.jsonl --out corpus/mine
+    """
+    from mlx_rsgwm.data.corpus import make_rows, save_corpus
+    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.data.template import find_template
+    from mlx_rsgwm.errors import RsgwmError
+
+    if draft_rows < 0 or verify_rows < 0 or draft_rows + verify_rows == 0:
+        raise RsgwmError("--draft-rows and --verify-rows must not be negative, and not both 0")
+    template = find_template(template_name)
+    rows = []
+    for task in tasks:
+        wanted = None if task.endswith(".jsonl") else max(draft_rows, 2 * verify_rows, 1)
+        questions = questions_for(task, "train", wanted, console.seed, folder)
+        drafts = min(draft_rows, len(questions)) if task.endswith(".jsonl") else draft_rows
+        pairs = min(verify_rows, len(questions)) if task.endswith(".jsonl") else verify_rows
+        rows += make_rows(questions, drafts, pairs, console.seed)
+    corpus = save_corpus(out, rows, template, {"seed": console.seed, "tasks": list(tasks), "split": "train"})
+    counts = corpus.manifest["counts"]
+    for task, found in counts.items():
+        console.line(f"{task}: {found['draft']} draft rows, {found['verify']} verify rows")
+    console.line(f"corpus: {out}")
+    console.result({"out": str(out), "counts": counts, "hash": corpus.hash, "template": template.hash})

@@ -1,0 +1,100 @@
+"""Options of every command that runs the draft–verify loop, and the pipeline they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mlx_rsgwm.cli.console import Console
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.pipeline.calibration import Calibration
+    from mlx_rsgwm.pipeline.loop import DraftVerify
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPTIONS = (
+    click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias."),
+    click.option("--drafter", type=click.Path(path_type=Path), required=True, help="Adapter folder of the drafter."),
+    click.option("--verifier", type=click.Path(path_type=Path), required=True, help="Adapter folder of the verifier."),
+    click.option(
+        "--score", default="auto", show_default=True, help="yesno, mean_logprob, or auto: by the verifier's calibration."
+    ),
+    click.option(
+        "--threshold", default="auto", show_default=True, help="In [0, 1]; auto: the verifier's calibration, else 0.7."
+    ),
+    click.option("--attempts", default=3, show_default=True, help="Drafts in all, the first included."),
+    click.option("--temperature", default=0.7, show_default=True),
+    click.option("--top-p", default=0.9, show_default=True),
+    click.option("--max-tokens", default=256, show_default=True, help="Longest draft."),
+    click.option("--template", "template_name", help="plain or chat; default: the one the drafter was trained with."),
+)
+
+
+def loop_options(command: F) -> F:
+    """Add the options; the command takes them as keywords and hands them to :func:`build_pipeline`."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def build_pipeline(
+    console: Console,
+    options: Mapping[str, Any],
+    calibrate: Callable[[DraftVerify], Calibration] | None = None,
+) -> DraftVerify:
+    """Load base and adapters and settle score and threshold.
+
+    ``auto`` takes what was stored beside the verifier; without that, ``calibrate`` decides on held-out questions, and
+    where there are none the literal reading of the paper (mean_logprob, 0.7) is used and said so.
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.template import Template, find_template
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.pipeline.calibration import load_calibration
+    from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+    from mlx_rsgwm.pipeline.sampling import Sampling
+    from mlx_rsgwm.slots import AdapterSlots
+
+    score, threshold = options["score"], _threshold(options["threshold"])
+    sampling = Sampling(options["temperature"], options["top_p"], options["max_tokens"], console.seed)
+    provisional = "mean_logprob" if score == "auto" else score
+    config = LoopConfig(options["attempts"], 0.7 if threshold is None else threshold, provisional, sampling)
+    drafter, verifier = Adapter.load(options["drafter"]), Adapter.load(options["verifier"])
+    if options["template_name"]:
+        template = find_template(options["template_name"])
+    elif drafter.manifest.get("template"):
+        template = Template.from_description(drafter.manifest["template"])
+    else:
+        raise RsgwmError(f"{options['drafter']} does not say which prompt template it was trained with; give --template")
+    calibration = load_calibration(options["verifier"])
+    slots = AdapterSlots(load_base(options["base_name"], progress=console.progress))
+    slots.load("drafter", drafter)
+    slots.load("verifier", verifier)
+    pipeline = DraftVerify(slots, template, "drafter", "verifier", config)
+    if score == "auto" and calibration is None and calibrate is not None:
+        calibration = calibrate(pipeline)
+    if score == "auto":
+        score = calibration.score if calibration else "mean_logprob"
+        if calibration is None:
+            console.progress.message("the verifier is not calibrated: its score is mean_logprob")
+    if threshold is None:
+        matching = calibration is not None and calibration.score == score
+        threshold = calibration.threshold if calibration is not None and matching else 0.7
+    chosen = LoopConfig(options["attempts"], threshold, score, sampling)
+    return DraftVerify(slots, template, "drafter", "verifier", chosen)
+
+
+def _threshold(text: str) -> float | None:
+    from mlx_rsgwm.errors import RsgwmError
+
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise RsgwmError(f"--threshold must be auto or a number in [0, 1], found {text!r}") from None

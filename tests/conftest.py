@@ -1,0 +1,150 @@
+"""Shared fixtures: a tiny real Llama with a byte-level tokenizer, and the guards that stand in for Metal."""
+
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+LINALG = ("svd", "qr", "inv", "tri_inv", "cholesky", "cholesky_inv", "eigh", "eigvalsh", "eig", "eigvals", "pinv", "lu",
+          "lu_factor", "solve", "solve_triangular")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def metal_rules(monkeypatch):
+    """On Metal these run on the CPU stream only; here everything does, so the rule is enforced by name."""
+
+    def guarded(name, function):
+        def call(*arguments, **options):
+            assert options.get("stream") == mx.cpu, f"mx.linalg.{name} needs stream=mx.cpu on Metal"
+            return function(*arguments, **options)
+
+        return call
+
+    for name in LINALG:
+        if hasattr(mx.linalg, name):
+            monkeypatch.setattr(mx.linalg, name, guarded(name, getattr(mx.linalg, name)))
+    for name in ("array", "zeros", "ones", "full", "arange"):
+        function = getattr(mx, name)
+
+        def checked(*arguments, _function=function, **options):
+            made = _function(*arguments, **options)
+            assert not isinstance(made, mx.array) or made.dtype != mx.float64, "float64 does not exist on Metal"
+            return made
+
+        if name != "array":  # mx.array is a type that code checks instances against
+            monkeypatch.setattr(mx, name, checked)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    mx.random.seed(0)
+    np.random.seed(0)
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """A tokenizer whose tokens are bytes, with an end-of-text token and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<|end|>": 0, **{symbol: index for index, symbol in enumerate(alphabet, start=1)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    fast.save_pretrained(folder)
+
+
+def make_base(folder: Path, seed: int = 0, layers: int = 2) -> Path:
+    """A random Llama of hidden size 32 as a Hugging Face folder."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 320,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+        "bos_token_id": 0,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    }
+    folder.mkdir(parents=True)
+    mx.random.seed(seed)
+    model = Model(ModelArgs.from_dict(config))
+    weights = {name: value * 2 if "proj" in name else value for name, value in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """Folder of a tiny base model."""
+    return make_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture
+def base(tiny_base):
+    """The tiny base, loaded."""
+    from mlx_rsgwm.base import load_base
+
+    return load_base(str(tiny_base), dtype="float32")
+
+
+@pytest.fixture
+def make_adapter(base):
+    """A random adapter on the tiny base, with importance for every signal and a shared initialisation."""
+    from mlx_rsgwm.adapter import SIGNALS, Adapter, LoraSpec
+    from mlx_rsgwm.data.template import TEMPLATES
+    from mlx_rsgwm.slots import linear_shape
+    from mlx_rsgwm.training.loop import initial_factors
+
+    def make(seed, rank=4, scale=2.0, keys=("self_attn.q_proj", "self_attn.v_proj"), init_seed=0, size=0.1):
+        spec = LoraSpec(rank, scale, 0.0, tuple(keys), len(base.model.layers))
+        shapes = {
+            f"model.layers.{index}.{key}": linear_shape(dict(layer.named_modules())[key])
+            for index, layer in enumerate(base.model.layers)
+            for key in keys
+        }
+        rng = np.random.default_rng(seed)
+
+        def random(shape, spread):
+            return mx.array((rng.standard_normal(shape) * spread).astype(np.float32))
+
+        init = initial_factors(shapes, rank, init_seed)
+        weights = {}
+        for module, (_, outputs) in shapes.items():
+            name = f"{module}.lora_a"
+            weights[name] = init[name] + random(init[name].shape, size / 4)
+            weights[f"{module}.lora_b"] = random((rank, outputs), size)
+        importance = {
+            f"{signal}/{name}": mx.abs(random(value.shape, 1.0)) for signal in SIGNALS for name, value in weights.items()
+        }
+        manifest = {"kind": "trained", "base": base.describe(), "template": TEMPLATES["plain"].describe()}
+        return Adapter(spec, weights, importance, {}, init, manifest)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """The folder with real data slices, or a skip that says how to name it."""
+    folder = Path(os.environ.get("RSGWM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set RSGWM_DATA")
+    return folder

@@ -1,0 +1,79 @@
+"""Slots: the same outputs as mlx-lm's own loading, constant-time switching, nothing silently unapplied."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_rsgwm.base import load_base
+from mlx_rsgwm.errors import AdapterError, RsgwmError
+from mlx_rsgwm.slots import AdapterSlots
+
+IDS = [[5, 9, 200, 31, 7, 7, 80]]
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_outputs_equal_mlx_lm(base, tiny_base, make_adapter, tmp_path, quantised):
+    from mlx_lm.tuner.utils import load_adapters
+
+    adapter = make_adapter(1)
+    adapter.save(tmp_path / "a")
+    other = load_base(str(tiny_base), dtype="float32")
+    if quantised:
+        for model in (base.model, other.model):
+            nn.quantize(model, group_size=32, bits=8)
+    load_adapters(other.model, str(tmp_path / "a"))
+    other.model.eval()
+    slots = AdapterSlots(base)
+    bare = slots.model(mx.array(IDS))
+    slots.load("one", adapter)
+    slots.load("two", make_adapter(2))
+    assert mx.array_equal(slots.model(mx.array(IDS)), bare).item()
+    slots.use("one")
+    assert mx.array_equal(slots.model(mx.array(IDS)), other.model(mx.array(IDS))).item()
+    slots.use("two")
+    assert not mx.allclose(slots.model(mx.array(IDS)), other.model(mx.array(IDS))).item()
+    slots.unload("two")
+    assert slots.active is None
+    assert mx.array_equal(slots.model(mx.array(IDS)), bare).item()
+
+
+def test_replacing_an_adapter_forgets_the_old_one(base, make_adapter):
+    slots = AdapterSlots(base)
+    slots.load("x", make_adapter(1))
+    slots.load("x", make_adapter(2, keys=("self_attn.k_proj",)))
+    slots.load("y", make_adapter(2, keys=("self_attn.k_proj",)))
+    with slots.using("x"):
+        first = slots.model(mx.array(IDS))
+    with slots.using("y"):
+        assert mx.array_equal(slots.model(mx.array(IDS)), first).item()
+
+
+def test_using_restores_after_an_error(base, make_adapter):
+    slots = AdapterSlots(base)
+    slots.load("x", make_adapter(1))
+    with pytest.raises(ZeroDivisionError), slots.using("x"):
+        raise ZeroDivisionError
+    assert slots.active is None
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(base, make_adapter):
+    slots = AdapterSlots(base)
+    foreign = make_adapter(1)
+    foreign.manifest["base"] = {**foreign.manifest["base"], "fingerprint": "0" * 64, "name": "elsewhere"}
+    with pytest.raises(AdapterError, match="was made for elsewhere"):
+        slots.load("x", foreign)
+    dead = make_adapter(1)
+    dead.weights = {name: value * (name.endswith("lora_a")) for name, value in dead.weights.items()}
+    with pytest.raises(AdapterError, match="would change nothing"):
+        slots.load("x", dead)
+    misshapen = make_adapter(1)
+    misshapen.weights["model.layers.7.self_attn.q_proj.lora_a"] = mx.zeros((32, 4))
+    misshapen.weights["model.layers.7.self_attn.q_proj.lora_b"] = mx.zeros((4, 32))
+    misshapen.weights["model.layers.0.self_attn.q_proj.lora_a"] = mx.zeros((31, 4))
+    with pytest.raises(AdapterError) as caught:
+        slots.load("x", misshapen)
+    assert "no module model.layers.7.self_attn.q_proj" in str(caught.value)
+    assert "31→32" in str(caught.value)
+    assert slots.names() == []
+    with pytest.raises(RsgwmError, match="no adapter named 'x'"):
+        slots.use("x")
