@@ -31,6 +31,7 @@ class Console:
     json: bool = False
     quiet: bool = False
     seed: int = DEFAULT_SEED
+    seed_given: bool = False  # on the command line, so that it goes before a recipe's own
 
     def line(self, text: str = "") -> None:
         """Print text for people (it may hold newlines)."""
@@ -146,6 +147,8 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
     )
     @functools.wraps(function)
     def command(*arguments: Any, as_json: bool, quiet: bool, seed: int, **options: Any) -> None:
-        function(Console(as_json, quiet, seed), *arguments, **options)
+        source = click.get_current_context().get_parameter_source("seed")
+        given = source not in (None, click.core.ParameterSource.DEFAULT)
+        function(Console(as_json, quiet, seed, given), *arguments, **options)
 
     return command

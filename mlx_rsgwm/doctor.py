@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -36,6 +37,7 @@ class Machine:
     cache: str
     disk_free: int
     openblas: bool  # preloaded, so that MLX's matrix products on the CPU run in it
+    generic_kernels: str = ""  # the OPENBLAS_CORETYPE to set where OpenBLAS takes this processor for an ancient one
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def examine_machine(cache: Path) -> Machine:
         cache=str(cache),
         disk_free=shutil.disk_usage(existing).free,
         openblas=openblas_preloaded(),
+        generic_kernels=missed_core(),
     )
 
 
@@ -168,6 +171,13 @@ def find_problems(machine: Machine, gflops: float) -> list[Problem]:
     # With OpenBLAS a low rate only says that other programs keep the processor busy.
     if machine.device == "cpu" and gflops < SLOW_GFLOPS and not machine.openblas:
         problems.append(Problem(f"float32 matrix products run at {gflops:.0f} GFLOP/s: a slow BLAS", blas_fix()))
+    if machine.openblas and machine.generic_kernels:
+        problems.append(
+            Problem(
+                "OpenBLAS does not know this processor and runs its oldest kernels, several times slower",
+                f"export OPENBLAS_CORETYPE={machine.generic_kernels}",
+            )
+        )
     if machine.memory_free is not None and machine.memory_free < MEMORY_NEEDED:
         problems.append(
             Problem(
@@ -185,6 +195,26 @@ def find_problems(machine: Machine, gflops: float) -> list[Problem]:
             )
         )
     return problems
+
+
+def missed_core() -> str:
+    """The OPENBLAS_CORETYPE that fits a processor which the preloaded OpenBLAS does not recognise, or nothing.
+
+    OpenBLAS 0.3.21 (Debian 12) picks kernels by model number and takes newer Intel server processors for a Prescott of
+    2004. The library is asked which core it chose; the processor's flags say which would fit.
+    """
+    if not openblas_preloaded() or os.environ.get("OPENBLAS_CORETYPE"):
+        return ""
+    try:
+        library = ctypes.CDLL(os.environ["LD_PRELOAD"].split(":")[0])
+        library.openblas_get_corename.restype = ctypes.c_char_p
+        core = library.openblas_get_corename().decode()
+        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    except (OSError, AttributeError):
+        return ""
+    if core.lower() not in ("prescott", "core2", "nehalem", "generic"):
+        return ""
+    return "SKYLAKEX" if "avx512f" in flags else "HASWELL" if "avx2" in flags else ""
 
 
 def blas_fix() -> str:

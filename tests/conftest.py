@@ -51,7 +51,11 @@ def byte_tokenizer(folder: Path) -> None:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|end|>": 0, **{symbol: index for index, symbol in enumerate(alphabet, start=1)}}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    # The verdicts " yes" and " no" must differ in their first token.
+    merges = [("Ġ", "y"), ("Ġy", "e"), ("Ġye", "s"), ("Ġ", "n"), ("Ġn", "o")]
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
@@ -69,7 +73,7 @@ def make_base(folder: Path, seed: int = 0, layers: int = 2) -> Path:
         "model_type": "llama",
         "hidden_size": 32,
         "num_hidden_layers": layers,
-        "intermediate_size": 48,
+        "intermediate_size": 64,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-5,
@@ -114,13 +118,15 @@ def make_adapter(base):
     from mlx_rsgwm.slots import linear_shape
     from mlx_rsgwm.training.loop import initial_factors
 
+    linear = {
+        name: linear_shape(module)
+        for name, module in base.model.named_modules()
+        if name.startswith("model.layers") and hasattr(module, "weight") and module.weight.ndim == 2
+    }
+
     def make(seed, rank=4, scale=2.0, keys=("self_attn.q_proj", "self_attn.v_proj"), init_seed=0, size=0.1):
         spec = LoraSpec(rank, scale, 0.0, tuple(keys), len(base.model.layers))
-        shapes = {
-            f"model.layers.{index}.{key}": linear_shape(dict(layer.named_modules())[key])
-            for index, layer in enumerate(base.model.layers)
-            for key in keys
-        }
+        shapes = {name: shape for name, shape in linear.items() if name.endswith(tuple(keys))}
         rng = np.random.default_rng(seed)
 
         def random(shape, spread):
