@@ -15,10 +15,16 @@ def data() -> None:
 
 
 @data.command(name="build")
-@click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeat for a mix.")
+@click.option(
+    "--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeat for a mix."
+)
 @click.option("--draft-rows", default=102, show_default=True, help="Rows per task that teach to answer.")
-@click.option("--verify-rows", default=100, show_default=True, help="Rows per task that teach to judge, half of them wrong.")
-@click.option("--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub.")
+@click.option(
+    "--verify-rows", default=100, show_default=True, help="Rows per task that teach to judge, half of them wrong."
+)
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
+)
 @click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template: plain or chat.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Corpus folder to write.")
 @common_options

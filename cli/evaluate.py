@@ -12,7 +12,9 @@ from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
 
 @click.command(name="eval")
 @click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
-@click.option("--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub.")
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
+)
 @click.option("--split", help="Split of a data set; default: the one to report on.")
 @click.option("--limit", default=100, show_default=True, help="Items of each task, the first ones.")
 @click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 OPTIONS = (
-    click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias."),
+    click.option(
+        "--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias."
+    ),
     click.option("--drafter", type=click.Path(path_type=Path), required=True, help="Adapter folder of the drafter."),
     click.option("--verifier", type=click.Path(path_type=Path), required=True, help="Adapter folder of the verifier."),
     click.option(
-        "--score", default="auto", show_default=True, help="yesno, mean_logprob, or auto: by the verifier's calibration."
+        "--score",
+        default="auto",
+        show_default=True,
+        help="yesno, mean_logprob, or auto: by the verifier's calibration.",
     ),
     click.option(
         "--threshold", default="auto", show_default=True, help="In [0, 1]; auto: the verifier's calibration, else 0.7."
@@ -70,7 +75,9 @@ def build_pipeline(
     elif drafter.manifest.get("template"):
         template = Template.from_description(drafter.manifest["template"])
     else:
-        raise RsgwmError(f"{options['drafter']} does not say which prompt template it was trained with; give --template")
+        raise RsgwmError(
+            f"{options['drafter']} does not say which prompt template it was trained with; give --template"
+        )
     calibration = load_calibration(options["verifier"])
     slots = AdapterSlots(load_base(options["base_name"], progress=console.progress))
     slots.load("drafter", drafter)

@@ -18,7 +18,9 @@ from mlx_rsgwm.cli.console import Console, common_options
 @click.option("--signal", default="per_role", show_default=True, help="per_role, or shared (the paper's letter).")
 @click.option("--scope", default="tensor", show_default=True, help="Quantile over each tensor, or global.")
 @click.option("--reference", default="init", show_default=True, help="Deltas from the shared init, or from zero.")
-@click.option("--normalise", default="mean", show_default=True, help="Importances of different tasks: mean, rank or none.")
+@click.option(
+    "--normalise", default="mean", show_default=True, help="Importances of different tasks: mean, rank or none."
+)
 @click.option("--weight", "weights", multiple=True, type=float, help="One for each adapter, in their order.")
 @common_options
 def merge(

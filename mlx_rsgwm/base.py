@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rsgwm import files
+from mlx_rsgwm.cpu import quicken
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_folder import check_folder, fingerprint_of, first_line, read_config, rope_fields, weight_files
 from mlx_rsgwm.progress import SILENT, Progress
@@ -108,6 +109,7 @@ def load_base(name: str, dtype: str = "auto", progress: Progress = SILENT) -> Ba
         raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
     model.eval()
     model.freeze()
+    quicken(model)
     try:
         extra = {"trust_remote_code": False, "local_files_only": True}
         tokenizer = load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id"))

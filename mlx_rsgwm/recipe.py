@@ -118,7 +118,9 @@ class LoopSection:
         raise_problems("recipe, loop", problems)
 
     def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
-        return LoopConfig(self.attempts, threshold, score, Sampling(self.temperature, self.top_p, self.max_tokens, seed))
+        return LoopConfig(
+            self.attempts, threshold, score, Sampling(self.temperature, self.top_p, self.max_tokens, seed)
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,9 @@ class Recipe:
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package."""
     return sorted(
-        Path(entry.name).stem for entry in resources.files("mlx_rsgwm.recipes").iterdir() if entry.name.endswith(".yaml")
+        Path(entry.name).stem
+        for entry in resources.files("mlx_rsgwm.recipes").iterdir()
+        if entry.name.endswith(".yaml")
     )
 
 
@@ -292,9 +296,7 @@ class Run:
     def _questions(self, tasks: Sequence[str], purpose: str, count: int) -> list[Question]:
         folder = Path(self.recipe.data.folder) if self.recipe.data.folder else None
         return [
-            question
-            for task in tasks
-            for question in questions_for(task, purpose, count, self.recipe.seed, folder)
+            question for task in tasks for question in questions_for(task, purpose, count, self.recipe.seed, folder)
         ]
 
     def _calibrate(self) -> None:
@@ -334,7 +336,12 @@ class Run:
             "calibration": calibration.to_dict() if calibration else None,
         }
         write_report(
-            self.out / "report", records, pipeline.config.attempts, metadata, seed=self.recipe.seed, progress=self.progress
+            self.out / "report",
+            records,
+            pipeline.config.attempts,
+            metadata,
+            seed=self.recipe.seed,
+            progress=self.progress,
         )
 
     def _export(self) -> None:
@@ -364,7 +371,9 @@ class Run:
     def _summary(self, seconds: float) -> dict[str, Any]:
         report = files.read_json_object(self.out / "report" / "report.json")
         parity = self.out / "export" / "parity.json"
-        stamps = {stage: files.read_json_object(self.out / "stages" / f"{stage}.json")["seconds"] for stage in self._keys}
+        stamps = {
+            stage: files.read_json_object(self.out / "stages" / f"{stage}.json")["seconds"] for stage in self._keys
+        }
         summary = {
             "recipe": self.recipe.name,
             "out": str(self.out),
@@ -374,7 +383,7 @@ class Run:
             "verifier_auroc": report["verifier_auroc"][report["score"]]["all"],
             "verifier": report["verifier_auroc"],
             "calibration": report["metadata"].get("calibration"),
-            "any_of_k": report.get("any_of_k"),
+            "oracle": report["oracle"],
             "by_task": report["by_task"],
             "score": report["score"],
             "threshold": report["threshold"],

@@ -115,9 +115,7 @@ class AdapterSlots:
 
     def nbytes(self) -> dict[str, int]:
         """Bytes that each adapter's arrays take."""
-        return {
-            name: sum(value.nbytes for value in adapter.weights.values()) for name, adapter in self._loaded.items()
-        }
+        return {name: sum(value.nbytes for value in adapter.weights.values()) for name, adapter in self._loaded.items()}
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
@@ -151,7 +149,9 @@ def check_fit(base: Base, adapter: Adapter) -> None:
         else:
             expected = linear_shape(layer)
             if (a.shape[0], b.shape[1]) != expected:
-                problems.append(f"{module}: adapter is {a.shape[0]}→{b.shape[1]}, the model's layer {expected[0]}→{expected[1]}")
+                problems.append(
+                    f"{module}: adapter is {a.shape[0]}→{b.shape[1]}, the model's layer {expected[0]}→{expected[1]}"
+                )
     raise_problems(f"{adapter.where} does not fit {base.name}", problems, AdapterError)
     norms = [mx.max(mx.abs(a)) * mx.max(mx.abs(b)) for _, a, b in adapter.factors()]
     if not mx.any(mx.stack(norms) > 0).item():
@@ -166,5 +166,3 @@ def _find_module(model: nn.Module, name: str) -> Any:
         except (KeyError, IndexError, ValueError, TypeError):
             return None
     return found
-
-

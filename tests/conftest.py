@@ -139,7 +139,9 @@ def make_adapter(base):
             weights[name] = init[name] + random(init[name].shape, size / 4)
             weights[f"{module}.lora_b"] = random((rank, outputs), size)
         importance = {
-            f"{signal}/{name}": mx.abs(random(value.shape, 1.0)) for signal in SIGNALS for name, value in weights.items()
+            f"{signal}/{name}": mx.abs(random(value.shape, 1.0))
+            for signal in SIGNALS
+            for name, value in weights.items()
         }
         manifest = {"kind": "trained", "base": base.describe(), "template": TEMPLATES["plain"].describe()}
         return Adapter(spec, weights, importance, {}, init, manifest)

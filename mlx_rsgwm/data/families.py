@@ -13,7 +13,24 @@ from collections.abc import Callable
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.errors import RsgwmError
 
-NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo", "Mia", "Noah", "Omar", "Pia")
+NAMES = (
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Eva",
+    "Finn",
+    "Gus",
+    "Hana",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Omar",
+    "Pia",
+)
 THINGS = ("apples", "books", "cards", "coins", "eggs", "kites", "marbles", "pens", "plums", "shells", "stamps", "toys")
 
 
@@ -76,7 +93,7 @@ FAMILIES: dict[str, Callable[[random.Random, str, str], tuple[str, str, int]]] =
 }
 
 
-SPLITS = {"train": range(0, 6), "calibration": range(6, 8), "test": range(8, 10)}
+SPLITS = {"train": range(6), "calibration": range(6, 8), "test": range(8, 10)}
 
 
 def split_of(text: str) -> str:

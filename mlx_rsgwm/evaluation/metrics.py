@@ -102,8 +102,8 @@ class Table:
     """The eight rows of Table 1, and what the paper leaves out. None marks what does not apply or was not timed.
 
     ``false_accept_rate`` counts every accepted wrong answer over the accepted ones; ``far_halluc`` leaves refusals out
-    of the numerator (SPEC 6.1). ``average_latency_ms`` is end to end; ``items_per_minute`` is by the wall clock when
-    that was given.
+    of the numerator (SPEC 6.1). ``average_latency_ms`` is end to end, the mean over the ``timed_items`` that were run
+    one by one; ``items_per_minute`` is by the wall clock when that was given, else 60000 / latency.
     """
 
     mode: Mode
@@ -116,6 +116,7 @@ class Table:
     average_attempts: float | None
     average_latency_ms: float | None
     items_per_minute: float | None
+    timed_items: int
     refusal_rate: Rate
     truncated_rate: Rate
     far_halluc: Rate | None
@@ -150,7 +151,7 @@ def table(
     finals = [record.first if alone else record.returned for record in records]
     times = [record.first.latency_ms if alone else record.latency_ms for record in records]
     timed = [value for value in times if value is not None]
-    latency = sum(timed) / n if len(timed) == n else None
+    latency = sum(timed) / len(timed) if timed else None
     seconds = wall_seconds if wall_seconds is not None else (None if latency is None else latency * n / 1000)
     accepted = [record.returned for record in records if record.accepted]
     wrong = [draft for draft in accepted if not draft.correct]
@@ -165,6 +166,7 @@ def table(
         average_attempts=None if alone else sum(record.attempts for record in records) / n,
         average_latency_ms=latency,
         items_per_minute=60 * n / seconds if seconds else None,
+        timed_items=len(timed),
         refusal_rate=_share(sum(draft.value is None for draft in finals), n),
         truncated_rate=_share(sum(not draft.finished for draft in finals), n),
         far_halluc=None if alone else wilson(sum(draft.value is not None for draft in wrong), len(accepted)),

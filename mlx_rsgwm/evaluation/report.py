@@ -40,6 +40,7 @@ ROWS = {
     "truncated_rate": "Truncated rate",
     "far_halluc": "False-accept rate without refusals",
 }
+TIMED = ("average_latency_ms", "items_per_minute")  # over the items that were run one by one
 THRESHOLDS = tuple(step / 20 for step in range(21))
 
 
@@ -116,6 +117,8 @@ def _sections(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     main = [["", "drafter alone", "n", "draft–verify", "n"]]
     for name, label in ROWS.items():
         counts = [row[name]["n"] if isinstance(row[name], Mapping) else None for row in (alone, checked)]
+        if name in TIMED:
+            counts = [row["timed_items"] if row[name] is not None else None for row in (alone, checked)]
         shown = [str(count) if count is not None else "" for count in counts]
         main.append([label, show(alone[name]), shown[0], show(checked[name]), shown[1]])
     tasks = [["family", "drafter alone", "draft–verify", "n"]]

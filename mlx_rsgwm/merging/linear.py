@@ -20,7 +20,10 @@ def linear(adapters: Sequence[Adapter], options: MergeOptions) -> dict[str, mx.a
     total = sum(weights)
     return {
         name: sum(
-            (adapter.weights[name].astype(mx.float32) * (w / total) for adapter, w in zip(adapters, weights, strict=True)),
+            (
+                adapter.weights[name].astype(mx.float32) * (w / total)
+                for adapter, w in zip(adapters, weights, strict=True)
+            ),
             mx.zeros(value.shape),
         )
         for name, value in adapters[0].weights.items()

@@ -76,7 +76,9 @@ def check_pool(adapters: Sequence[Adapter], options: MergeOptions) -> None:
             key = unequal[0]
             problems.append(f"{name}: {key} has shape {other.weights[key].shape}, not {first.weights[key].shape}")
         elif not same_initialisation(first, other):
-            problems.append(f"{name} does not share its lora_a initialisation with {first.where} (or has none recorded)")
+            problems.append(
+                f"{name} does not share its lora_a initialisation with {first.where} (or has none recorded)"
+            )
         if other.template_hash != first.template_hash:
             problems.append(f"{name} was trained with another prompt template than {first.where}")
     raise_problems("the pool cannot be merged factor by factor", problems)
@@ -86,7 +88,9 @@ def same_initialisation(first: Adapter, second: Adapter) -> bool:
     """Both recorded lora_a at initialisation, and it is the same array for array."""
     if not first.init or first.init.keys() != second.init.keys():
         return False
-    return bool(mx.all(mx.stack([mx.array_equal(value, second.init[name]) for name, value in first.init.items()])).item())
+    return bool(
+        mx.all(mx.stack([mx.array_equal(value, second.init[name]) for name, value in first.init.items()])).item()
+    )
 
 
 def _source(adapter: Adapter) -> dict[str, Any]:

@@ -33,7 +33,9 @@ class DraftRequest:
     attempt: int
 
 
-def draft(model: Any, end_ids: frozenset[int], requests: Sequence[DraftRequest], sampling: Sampling) -> list[DraftTokens]:
+def draft(
+    model: Any, end_ids: frozenset[int], requests: Sequence[DraftRequest], sampling: Sampling
+) -> list[DraftTokens]:
     """Draft all requests in one batch, with the adapter that is active on ``model``.
 
     Requests that share a prompt are prefilled once. Rows leave the batch when they end. Prompts are left-padded, which

@@ -205,5 +205,3 @@ class DraftVerify:
             Drafted(request.attempt, self.tokenizer.decode(list(item.tokens)), item.tokens, item.finished)
             for request, item in zip(requests, found, strict=True)
         ]
-
-

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
+from mlx_rsgwm.cpu import cross_entropy
 from mlx_rsgwm.data.batching import TokenRow, make_batch
 from mlx_rsgwm.logits import split_head
 
@@ -28,7 +28,7 @@ def mean_logprob(model: Any, prompts: Sequence[Sequence[int]], completions: Sequ
     hidden, head = split_head(model)
     states = hidden(batch.inputs)
     picked = states.reshape(-1, states.shape[-1])[batch.positions]
-    loss = nn.losses.cross_entropy(head(picked).astype(mx.float32), batch.targets) * batch.weights
+    loss = cross_entropy(head(picked).astype(mx.float32), batch.targets) * batch.weights
     owner = batch.positions // batch.inputs.shape[1]
     total = mx.zeros(len(rows)).at[owner].add(loss)
     lengths = mx.array([len(completions[row]) for row in filled])

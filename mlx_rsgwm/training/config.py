@@ -54,7 +54,8 @@ class TrainConfig:
             "max_tokens": self.max_tokens >= 2,
         }
         raise_problems(
-            "training config", [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok]
+            "training config",
+            [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok],
         )
 
     @property

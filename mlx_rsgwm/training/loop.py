@@ -23,6 +23,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
 from mlx_rsgwm.base import Base
+from mlx_rsgwm.cpu import cross_entropy
 from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch, plan_epoch
 from mlx_rsgwm.data.corpus import Corpus, tokenize
 from mlx_rsgwm.errors import RsgwmError
@@ -92,7 +93,7 @@ def batch_loss(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
     """Mean cross-entropy in nats over the batch's trained tokens; logits exist at their positions only."""
     states = hidden(batch.inputs)
     picked = states.reshape(-1, states.shape[-1])[batch.positions]
-    loss = nn.losses.cross_entropy(head(picked).astype(mx.float32), batch.targets)
+    loss = cross_entropy(head(picked).astype(mx.float32), batch.targets)
     return (loss * batch.weights).sum() / batch.weights.sum()
 
 
@@ -140,7 +141,9 @@ def train(
     """
     rows, dropped = tokenize(corpus, base.tokenizer, config.max_tokens)
     held_rows = tokenize(held_out, base.tokenizer, config.max_tokens)[0] if held_out else []
-    plan = [batch for epoch in range(config.epochs) for batch in plan_epoch(rows, config.batch_size, config.seed, epoch)]
+    plan = [
+        batch for epoch in range(config.epochs) for batch in plan_epoch(rows, config.batch_size, config.seed, epoch)
+    ]
     model: Any = base.model
     spec = config.spec()
     started = time.monotonic()

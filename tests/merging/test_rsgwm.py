@@ -15,8 +15,8 @@ def reference(adapters, options):
     """Algorithm 1 of the paper with the readings of SPEC 6, entry by entry in float64."""
     signal = options.role if options.signal == "per_role" else "all"
     names = list(adapters[0].weights)
-    numerator = {name: 0.0 for name in names}
-    denominator = {name: 0.0 for name in names}
+    numerator = dict.fromkeys(names, 0.0)
+    denominator = dict.fromkeys(names, 0.0)
     for adapter in adapters:
         s = {name: np.array(adapter.importance[f"{signal}/{name}"]).astype(np.float64) for name in names}
         everything = np.concatenate([value.ravel() for value in s.values()])
@@ -57,7 +57,9 @@ def test_linear_is_the_weighted_mean(make_adapter):
     adapters = [make_adapter(seed) for seed in range(3)]
     merged = merge(adapters, MergeOptions(method="linear", weights=(1.0, 2.0, 5.0)))
     for name, value in merged.weights.items():
-        expected = sum(np.array(a.weights[name]).astype(np.float64) * w for a, w in zip(adapters, (1, 2, 5), strict=True))
+        expected = sum(
+            np.array(a.weights[name]).astype(np.float64) * w for a, w in zip(adapters, (1, 2, 5), strict=True)
+        )
         np.testing.assert_allclose(np.array(value), expected / 8, rtol=1e-5, atol=1e-7)
 
 

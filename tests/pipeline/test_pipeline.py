@@ -63,7 +63,7 @@ def test_streams_differ_by_seed_question_and_attempt():
     assert (uniforms(1, "q", 1, 4) == base[:4]).all()
     for other in (uniforms(2, "q", 1, 8), uniforms(1, "r", 1, 8), uniforms(1, "q", 2, 8)):
         assert (other != base).all()
-    assert 0 <= base.min()
+    assert base.min() >= 0
     assert base.max() < 1
 
 
@@ -113,7 +113,11 @@ def pipeline(base, make_adapter):
 
 
 def test_mean_logprob_is_the_verifiers_own(pipeline):
-    drafts = [pipeline.as_draft("4\n#### 4"), pipeline.as_draft("a rather long answer\n#### 12"), Drafted(1, "", (), False)]
+    drafts = [
+        pipeline.as_draft("4\n#### 4"),
+        pipeline.as_draft("a rather long answer\n#### 12"),
+        Drafted(1, "", (), False),
+    ]
     found = pipeline.score(QUESTIONS, drafts, "mean_logprob")
     with pipeline.slots.using("verifier"):
         for question, item, score in zip(QUESTIONS, drafts, found, strict=True):
@@ -169,7 +173,11 @@ def test_steps_say_who_spoke_and_agree_with_the_batched_path(pipeline, threshold
 def test_what_the_loop_refuses(pipeline, base, make_adapter):
     with pytest.raises(RsgwmError, match="the question is empty"):
         next(pipeline.steps("  "))
-    for values, message in (({"attempts": 0}, "attempts"), ({"threshold": 1.2}, "threshold"), ({"score": "vibes"}, "score")):
+    for values, message in (
+        ({"attempts": 0}, "attempts"),
+        ({"threshold": 1.2}, "threshold"),
+        ({"score": "vibes"}, "score"),
+    ):
         with pytest.raises(RsgwmError, match=message):
             LoopConfig(**values)
     with pytest.raises(RsgwmError, match="another prompt template"):

@@ -28,7 +28,9 @@ def corpus(tmp_path):
 
 
 def config(**changes):
-    return TrainConfig(**{"rank": 4, "alpha": 8.0, "keys": KEYS, "batch_size": 4, "epochs": 1, "dropout": 0.0, **changes})
+    return TrainConfig(
+        **{"rank": 4, "alpha": 8.0, "keys": KEYS, "batch_size": 4, "epochs": 1, "dropout": 0.0, **changes}
+    )
 
 
 def reference_loss(model, rows):

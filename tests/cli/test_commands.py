@@ -1,0 +1,135 @@
+"""The commands on the tiny base: each works, and bad input is one line, exit 2, and nothing written."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm.cli.main import rsgwm
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def line(tiny_base, tmp_path):
+    """A trained pool, a drafter and a verifier, made by the commands themselves."""
+    for task in ("addition", "subtraction"):
+        corpus = tmp_path / "corpus" / task
+        made = invoke(
+            "data", "build", "--task", task, "--draft-rows", 8, "--verify-rows", 8, "--out", corpus, "--quiet"
+        )
+        assert made.exit_code == 0, made.stderr
+        trained = invoke(
+            "train", "--base", tiny_base, "--data", corpus, "--out", tmp_path / "pool" / task, "--epochs", 1,
+            "--rank", 4, "--alpha", 8, "--batch-size", 4, "--learning-rate", 0.01, "--json",
+        )  # fmt: skip
+        assert trained.exit_code == 0, trained.stderr
+        assert json.loads(trained.stdout.splitlines()[-1])["steps"] == 4
+    for role, name in (("draft", "drafter"), ("verify", "verifier")):
+        merged = invoke(
+            "merge", tmp_path / "pool/addition", tmp_path / "pool/subtraction", "--role", role, "--out", tmp_path / name
+        )
+        assert merged.exit_code == 0, merged.stderr
+        assert "cosine to the mean product" in merged.stdout
+    return tmp_path
+
+
+def test_eval_has_the_eight_rows(line, tiny_base):
+    found = invoke(
+        "eval", "--base", tiny_base, "--drafter", line / "drafter", "--verifier", line / "verifier", "--task", "addition",
+        "--limit", 4, "--timed", 2, "--max-tokens", 5, "--attempts", 2, "--out", line / "report", "--json",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    result = json.loads(found.stdout.splitlines()[-1])
+    for name in ("accuracy", "hallucination_rate", "accept_rate", "accepted_and_correct"):
+        assert set(result[name]) == {"value", "low", "high", "n"}
+    assert "false_accept_rate" in result
+    assert 1 <= result["average_attempts"] <= 2
+    assert result["average_latency_ms"] > 0
+    assert result["items_per_minute"] > 0
+    assert (line / "report" / "report.json").is_file()
+
+
+def test_ask_shows_the_steps(line, tiny_base):
+    found = invoke(
+        "ask", "What is 2 + 2?", "--base", tiny_base, "--drafter", line / "drafter", "--verifier", line / "verifier",
+        "--max-tokens", 4, "--attempts", 2, "--threshold", 1, "--json",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    result = json.loads(found.stdout.splitlines()[-1])
+    assert result["accepted"] is False
+    assert len(result["steps"]) == result["attempts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge", "{tmp}/nowhere", "{tmp}/elsewhere", "--out", "{tmp}/m"], "nowhere does not exist"),
+        (["merge", "{pool}/addition", "--out", "{tmp}/m"], "at least two adapters"),
+        (["merge", "{pool}/addition", "{pool}/subtraction", "--tau", "2", "--out", "{tmp}/m"], "tau must be in (0, 1)"),
+        (["merge", "{pool}/addition", "{pool}/subtraction", "--out", "{tmp}/drafter"], "already holds"),
+        (["merge", "{pool}/addition", "{pool}/subtraction", "--weight", "1", "--out", "{tmp}/m"], "1 weights for 2"),
+        (["train", "--data", "{tmp}/nowhere", "--out", "{tmp}/a"], "is not a corpus folder"),
+        (["data", "build", "--task", "nonesuch", "--out", "{tmp}/c"], "unknown task 'nonesuch'"),
+        (["data", "build", "--task", "{tmp}/empty.jsonl", "--out", "{tmp}/c"], "empty"),
+        (["data", "build", "--task", "addition", "--draft-rows", "-1", "--out", "{tmp}/c"], "must not be negative"),
+        (["run", "demo", "--out", "{tmp}/r", "--set", "trian.x=1"], "did you mean 'train'"),
+        (["ask", " ", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"], "the question is empty"),
+        (["ask", "q", "--drafter", "{tmp}/pickled", "--verifier", "{tmp}/verifier"], "is a pickle file"),
+        (["ask", "q", "--base", "{tmp}/nobase", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"], "nobase"),
+        (["ask", "q", "--base", "{other}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"], "was made for"),
+        (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/cut", "--verifier", "{tmp}/verifier"], "SHA-256"),
+        (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier", "--attempts", "0"],
+         "attempts must be at least 1"),
+        (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier",
+          "--threshold", "high"], "--threshold must be auto or a number"),
+        (["eval", "--task", "gsm8k", "--data", "{tmp}/none", "--drafter", "{tmp}/drafter", "--verifier",
+          "{tmp}/verifier"], "none does not exist"),
+    ],
+)  # fmt: skip
+def test_bad_input(line, tiny_base, other_base, arguments, message):
+    (line / "empty.jsonl").write_text("")
+    (line / "pickled").mkdir()
+    (line / "pickled" / "adapters.bin").write_bytes(b"\x80")
+    cut = line / "cut"
+    cut.mkdir()
+    for file in (line / "drafter").iterdir():
+        data = file.read_bytes()
+        (cut / file.name).write_bytes(data[:-20] if file.suffix == ".safetensors" else data)
+    before = sorted(line.rglob("*"))
+    names = {"tmp": line, "pool": line / "pool", "base": tiny_base, "other": other_base}
+    found = invoke(*(argument.format(**names) for argument in arguments), "--json")
+    assert found.exit_code == 2, found.output
+    errors = [row for row in found.stderr.splitlines() if row.startswith("rsgwm: error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in found.stderr
+    assert json.loads(found.stdout.splitlines()[-1])["exit_code"] == 2
+    assert sorted(line.rglob("*")) == before
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory):
+    """Another base of the same shape."""
+    import shutil
+
+    import mlx.core as mx
+
+    folder = tmp_path_factory.mktemp("other") / "base"
+    shutil.copytree(tmp_path_factory.getbasetemp() / "base0" / "tiny", folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    return folder
+
+
+def test_full_disk_is_one_line_and_writes_nothing(line, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    found = invoke("merge", line / "pool/addition", line / "pool/subtraction", "--out", line / "full")
+    assert found.exit_code == 2
+    assert "not enough disk space" in found.stderr
+    assert not (line / "full").exists()

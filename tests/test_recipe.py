@@ -1,0 +1,130 @@
+"""A recipe on the tiny base: every stage, resume, what runs again when a setting changes, and bad recipes."""
+
+import json
+
+import pytest
+import yaml
+
+from mlx_rsgwm.adapter import Adapter
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.report import read_items
+from mlx_rsgwm.recipe import load_recipe, run_recipe, shipped_recipes
+
+
+@pytest.fixture
+def recipe_file(tiny_base, tmp_path):
+    def write(**changes):
+        values = {
+            "name": "tiny",
+            "base": str(tiny_base),
+            "data": {"tasks": ["addition", "division"], "rows": 24, "verify_share": 0.5, "calibration_items": 2},
+            "train": {"rank": 4, "alpha": 8, "epochs": 1, "batch_size": 4, "learning_rate": 1e-2},
+            "loop": {"attempts": 2, "max_tokens": 6, "threshold": "auto"},
+            "evaluate": {"items": 3, "timed": 2},
+            "export": {"parity": False},
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return str(path)
+
+    return write
+
+
+STAGES = [
+    "data-addition",
+    "train-addition",
+    "data-division",
+    "train-division",
+    "merge",
+    "calibrate",
+    "evaluate",
+    "export",
+]
+
+
+def test_run_then_resume_then_change(recipe_file, tmp_path):
+    out = tmp_path / "out"
+    first = run_recipe(load_recipe(recipe_file()), out)
+    assert first["executed"] == STAGES
+    assert first["draft_verify"]["n"] == 6
+    assert len(read_items(out / "report" / "items.jsonl")) == 6
+    assert json.loads((out / "summary.json").read_text()) == first
+    for role in ("drafter", "verifier"):
+        assert Adapter.load(out / role).manifest["merge"]["role"] in ("draft", "verify")
+        assert (out / "export" / f"{role}-peft" / "adapter_model.safetensors").is_file()
+    assert (out / "verifier" / "calibration.json").is_file()
+
+    again = run_recipe(load_recipe(recipe_file()), out)
+    assert again["executed"] == []
+    assert again["draft_verify"] == first["draft_verify"]
+
+    longer = run_recipe(load_recipe(recipe_file(), ["evaluate.items=4"]), out)
+    assert longer["executed"] == ["evaluate"]
+    assert longer["draft_verify"]["n"] == 8
+
+    remerged = run_recipe(load_recipe(recipe_file(), ["merge.tau_draft=0.4"]), out)
+    assert remerged["executed"] == ["merge", "calibrate", "evaluate", "export"]
+
+    retrained = run_recipe(load_recipe(recipe_file(), ["train.learning_rate=0.02"]), out)
+    assert retrained["executed"] == [stage for stage in STAGES if not stage.startswith("data-")]
+
+
+def test_same_recipe_same_bytes(recipe_file, tmp_path):
+    recipe = load_recipe(recipe_file(), ["evaluate.timed=0"])
+    summaries = [run_recipe(recipe, tmp_path / name) for name in ("one", "two")]
+    assert summaries[0]["draft_verify"] == summaries[1]["draft_verify"]
+    for file in ("drafter/adapters.safetensors", "verifier/adapters.safetensors", "report/items.jsonl"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_interrupted_run_keeps_what_was_finished(recipe_file, tmp_path, monkeypatch):
+    from mlx_rsgwm import recipe as module
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "merge", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load_recipe(recipe_file()), tmp_path / "out")
+    monkeypatch.undo()
+    resumed = run_recipe(load_recipe(recipe_file()), tmp_path / "out")
+    assert resumed["executed"] == ["merge", "calibrate", "evaluate", "export"]
+
+
+def test_shipped_recipes_are_valid():
+    assert shipped_recipes() == ["demo", "paper"]
+    paper = load_recipe("paper")
+    assert paper.data.rows == 810
+    assert sum(sum(paper.data.budget(task)) for task in paper.data.tasks) == 810
+    assert (paper.train.rank, paper.train.alpha, paper.train.dropout, paper.train.epochs) == (16, 32, 0.05, 2)
+    assert (paper.merge.tau_draft, paper.merge.tau_verify, paper.loop.attempts) == (0.3, 0.5, 3)
+    assert load_recipe("demo").base == "smollm2-135m"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["trian.epochs=1"], "unknown key 'trian', did you mean 'train'"),
+        (["train.epoch=1"], r"unknown key 'train\.epoch', did you mean 'epochs'"),
+        (["train.epochs=many"], r"train\.epochs"),
+        (["train.epochs=0"], "epochs = 0 is out of range"),
+        (["loop.score=vibes"], "score must be auto or one of"),
+        (["merge.tau_draft=1.5"], "tau must be in"),
+        (["data.tasks=[]"], "at least one task"),
+        (["epochs"], "expected key=value"),
+        (["name.x=1"], "name is not a section"),
+        (["train={"], "not valid YAML"),
+    ],
+)
+def test_bad_settings_are_one_line(recipe_file, settings, message):
+    with pytest.raises(RsgwmError, match=message) as caught:
+        load_recipe(recipe_file(), settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_recipes(tmp_path):
+    with pytest.raises(RsgwmError, match="shipped are demo, paper"):
+        load_recipe("demos")
+    with pytest.raises(RsgwmError, match="does not exist"):
+        load_recipe(str(tmp_path / "none.yaml"))
