@@ -116,7 +116,7 @@ def make_adapter(base):
     from mlx_rsgwm.adapter import SIGNALS, Adapter, LoraSpec
     from mlx_rsgwm.data.template import TEMPLATES
     from mlx_rsgwm.slots import linear_shape
-    from mlx_rsgwm.training.loop import initial_factors
+    from mlx_rsgwm.training.layers import initial_factors
 
     linear = {
         name: linear_shape(module)

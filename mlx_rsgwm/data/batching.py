@@ -13,11 +13,20 @@ ROLES = ("draft", "verify")
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One training row: token ids of prompt and completion, and how many of them are prompt."""
+    """One training row: token ids of prompt and completion, and how many of them are prompt (at least 1).
+
+    ``id`` names the row to people; ``cut`` says that its end was left out to fit.
+    """
 
     role: str
     tokens: tuple[int, ...]
     prompt_length: int
+    id: str = ""
+    cut: bool = False
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_length
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,16 @@ def make_batch(rows: Sequence[TokenRow], length_step: int = 8, target_step: int 
         real_tokens=sum(len(row.tokens) - 1 for row in rows),
         trained_tokens=count,
     )
+
+
+def plan_steps(rows: Sequence[TokenRow], batch_size: int, seed: int, epochs: int, steps: int = 0) -> list[list[int]]:
+    """The batches of a whole run: of ``epochs``, or of as many as ``steps`` above 0 need."""
+    plan: list[list[int]] = []
+    epoch = 0
+    while len(plan) < steps or (not steps and epoch < epochs):
+        plan += plan_epoch(rows, batch_size, seed, epoch)
+        epoch += 1
+    return plan[:steps] if steps else plan
 
 
 def plan_epoch(rows: Sequence[TokenRow], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -61,6 +61,10 @@ class Corpus:
         digest: str = self.manifest["files"][ROWS_FILE]
         return digest
 
+    def token_rows(self, tokenizer: Tokenizer, max_tokens: int, long_rows: str) -> tuple[list[TokenRow], int]:
+        """See :func:`tokenize`."""
+        return tokenize(self, tokenizer, max_tokens, long_rows)
+
     def describe(self) -> dict[str, Any]:
         """For an adapter's manifest."""
         return {"hash": self.hash, "counts": self.manifest["counts"], "seed": self.manifest.get("seed")}
@@ -143,11 +147,13 @@ def load_corpus(folder: Path) -> Corpus:
     return Corpus(tuple(rows), Template.from_description(manifest["template"]), manifest)
 
 
-def tokenize(corpus: Corpus, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[TokenRow], int]:
+def tokenize(
+    corpus: Corpus, tokenizer: Tokenizer, max_tokens: int, long_rows: str = "drop"
+) -> tuple[list[TokenRow], int]:
     """Token rows of a corpus and how many were left out because they exceed ``max_tokens``.
 
-    A row that does not fit is dropped, not cut: a cut draft row would teach to stop early, a cut verify row has lost
-    its verdict.
+    ``long_rows`` ``cut`` keeps the beginning of a draft row that does not fit, if a part of its answer is in it; a cut
+    verify row would have lost its verdict, and is always left out.
     """
     template = corpus.template
     verdicts = dict(zip((True, False), template.verdict_ids(tokenizer), strict=True))
@@ -159,10 +165,23 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, max_tokens: int) -> tuple[lis
         else:
             prompt = template.verify_prompt(tokenizer, row.question, row.answer)
             completion = [verdicts[row.correct]]
-        if len(prompt) + len(completion) > max_tokens:
+        fitted = fit_row(row.role, prompt, completion, row.id, max_tokens, long_rows if row.correct is None else "drop")
+        if fitted is None:
             dropped += 1
         else:
-            rows.append(TokenRow(row.role, (*prompt, *completion), len(prompt)))
+            rows.append(fitted)
     if not rows:
         raise RsgwmError(f"every row of the corpus is longer than {max_tokens} tokens; raise max_tokens")
     return rows, dropped
+
+
+def fit_row(
+    role: str, prompt: Sequence[int], completion: Sequence[int], name: str, max_tokens: int, long_rows: str
+) -> TokenRow | None:
+    """The token row of a prompt and a completion, cut to ``max_tokens`` if ``long_rows`` says so; None if left out."""
+    tokens = (*prompt, *completion)
+    if len(tokens) <= max_tokens:
+        return TokenRow(role, tokens, len(prompt), name)
+    if long_rows == "cut" and len(prompt) < max_tokens:
+        return TokenRow(role, tokens[:max_tokens], len(prompt), name, cut=True)
+    return None

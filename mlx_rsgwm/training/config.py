@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,14 +12,27 @@ from mlx_rsgwm.errors import raise_problems
 from mlx_rsgwm.settings import build
 
 SCHEDULES = ("constant", "linear", "cosine")
+FINE_TUNE_TYPES = ("lora", "dora")
+OPTIMIZERS = ("adam", "adamw")
+SELECTIONS = ("last", "best")
+LONG_ROWS = ("drop", "cut")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. ``alpha`` / ``rank`` is the scale of B·A; ``num_layers`` counts blocks from the last, -1 for all.
+    """Everything that decides what one run computes. ``alpha`` / ``rank`` is the scale of B·A.
 
-    ``init_seed`` seeds lora_a alone and is shared by a pool: factor-space merging is only meaningful for adapters that
-    started from the same A (SPEC 6.13). ``seed`` seeds dropout and the order of the data.
+    ``num_layers`` counts blocks from the last, -1 for all. ``init_seed`` seeds lora_a alone and is shared by a pool:
+    factor-space merging is only meaningful for adapters that started from the same A (SPEC 6.13). ``seed`` seeds dropout
+    and the order of the data.
+
+    One step takes ``accumulate`` batches of ``batch_size`` rows, weighted by their trained tokens, so that it equals a
+    step with one batch of all their rows. ``steps`` above 0 ends the run there, else ``epochs`` does. ``clip`` is the
+    greatest global norm of the gradient, 0 for no clipping. ``weight_decay`` is AdamW's, decoupled.
+    ``validate_every`` scores the held-out rows that often; ``patience`` ends the run after that many of these scores
+    without a new lowest; ``select`` keeps the last weights or those of the lowest score. ``long_rows`` says what becomes
+    of rows above ``max_tokens``. ``recompute`` trades time for memory: blocks keep their inputs only (gradient
+    checkpointing).
     """
 
     rank: int = 16
@@ -26,14 +40,25 @@ class TrainConfig:
     dropout: float = 0.05
     keys: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     num_layers: int = -1
+    fine_tune_type: str = "lora"
     epochs: int = 2
+    steps: int = 0
     batch_size: int = 8
+    accumulate: int = 1
+    optimizer: str = "adam"
     learning_rate: float = 5e-4
     warmup: float = 0.05
     schedule: str = "linear"
     beta1: float = 0.9
     beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip: float = 0.0
     max_tokens: int = 1024
+    long_rows: str = "drop"
+    recompute: bool = False
+    validate_every: int = 0
+    patience: int = 0
+    select: str = "last"
     seed: int = 42
     init_seed: int = 42
 
@@ -42,29 +67,47 @@ class TrainConfig:
             "rank": self.rank >= 1,
             "alpha": 0 < self.alpha < float("inf"),
             "dropout": 0 <= self.dropout < 1,
-            "keys": len(self.keys) > 0,
+            "keys": len(self.keys) > 0 and len(set(self.keys)) == len(self.keys),
             "num_layers": self.num_layers == -1 or self.num_layers >= 1,
+            "fine_tune_type": self.fine_tune_type in FINE_TUNE_TYPES,
             "epochs": self.epochs >= 1,
+            "steps": self.steps >= 0,
             "batch_size": self.batch_size >= 1,
+            "accumulate": self.accumulate >= 1,
+            "optimizer": self.optimizer in OPTIMIZERS,
             "learning_rate": 0 < self.learning_rate < 1,
             "warmup": 0 <= self.warmup < 1,
             "schedule": self.schedule in SCHEDULES,
             "beta1": 0 <= self.beta1 < 1,
             "beta2": 0 < self.beta2 < 1,
+            "weight_decay": 0 <= self.weight_decay < float("inf"),
+            "clip": 0 <= self.clip < float("inf"),
             "max_tokens": self.max_tokens >= 2,
+            "long_rows": self.long_rows in LONG_ROWS,
+            "validate_every": self.validate_every >= 0,
+            "patience": self.patience >= 0,
+            "select": self.select in SELECTIONS,
         }
-        raise_problems(
-            "training config",
-            [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok],
-        )
+        problems = [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok]
+        if self.weight_decay and self.optimizer == "adam":
+            problems.append(f"weight_decay = {self.weight_decay!r} needs optimizer adamw, found adam")
+        for name in ("patience", "select"):
+            if getattr(self, name) not in (0, "last") and not self.validate_every:
+                problems.append(f"{name} = {getattr(self, name)!r} needs validate_every")
+        raise_problems("training config", problems)
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def step_rows(self) -> int:
+        """Rows of one step: all its batches together."""
+        return self.batch_size * self.accumulate
+
     def spec(self) -> LoraSpec:
         """What the adapter folder records."""
-        return LoraSpec(self.rank, self.scale, self.dropout, self.keys, self.num_layers)
+        return LoraSpec(self.rank, self.scale, self.dropout, self.keys, self.num_layers, self.fine_tune_type)
 
     def describe(self) -> dict[str, Any]:
         """JSON object of all settings."""
@@ -74,3 +117,16 @@ class TrainConfig:
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Settings from YAML or JSON; unknown keys and wrong types are refused by name."""
         return build(cls, values, "training config")
+
+
+def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
+    """Learning rate of 0-based ``step``: linear warm-up from one step's share, then the schedule down to zero."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(total - warmup, 1)
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - progress)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate

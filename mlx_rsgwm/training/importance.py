@@ -31,6 +31,27 @@ class Importance:
             for name, square in squares.items():
                 moments[name] = self.beta2 * moments[name] + (1 - self.beta2) * square
 
+    def copy(self) -> Importance:
+        """The state as it is now; arrays are shared, since they are never changed in place."""
+        twin = Importance({}, self.beta2)
+        twin.steps = dict(self.steps)
+        twin.moments = {signal: dict(moments) for signal, moments in self.moments.items()}
+        return twin
+
+    def state(self, prefix: str) -> dict[str, mx.array]:
+        """The raw moments under ``{prefix}{signal}/{parameter}``, for a checkpoint."""
+        return {
+            f"{prefix}{signal}/{name}": moment
+            for signal, moments in self.moments.items()
+            for name, moment in moments.items()
+        }
+
+    def restore(self, arrays: Mapping[str, mx.array], prefix: str, steps: Mapping[str, int]) -> None:
+        """Take up what :meth:`state` gave, and the steps that went into it."""
+        self.steps = {signal: steps[signal] for signal in SIGNALS}
+        for signal, moments in self.moments.items():
+            self.moments[signal] = {name: arrays[f"{prefix}{signal}/{name}"] for name in moments}
+
     def arrays(self) -> dict[str, mx.array]:
         """``{signal}/{parameter}`` → s, for the signals that saw a step."""
         return {

@@ -1,212 +1,155 @@
-"""Training one LoRA adapter: mlx-lm's layers, our own loop.
+"""Training one LoRA or DoRA adapter: mlx-lm's layers, our own loop.
 
 Loss is taken on completion tokens only, logits are computed only at their positions, batches hold one role each and
-are bucketed by length, and the second moment of the gradients is kept as importance.
+are bucketed by length, and the second moment of the gradients is kept as importance. With a :class:`Saving` the run can
+be stopped at any moment and goes on later to the same bits.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optimizers
-import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx.utils import tree_flatten
 
-from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
+from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import Base
-from mlx_rsgwm.cpu import cross_entropy
-from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch, plan_epoch
-from mlx_rsgwm.data.corpus import Corpus, tokenize
+from mlx_rsgwm.data.batching import TokenRow, plan_steps
+from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.logits import Head, Hidden, split_head
 from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.training.checkpoints import Saving, deferred_interrupts, prune, read_checkpoint
 from mlx_rsgwm.training.config import TrainConfig
-from mlx_rsgwm.training.importance import Importance
+from mlx_rsgwm.training.layers import lora_layers
+from mlx_rsgwm.training.losses import held_out_loss
+from mlx_rsgwm.training.memory import MemoryOptions, check_estimate, estimate, memory_line, memory_now
+from mlx_rsgwm.training.parallel import ALONE, Processes
+from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
+from mlx_rsgwm.training.run import Run
 
 
-@dataclass(frozen=True)
-class Step:
-    """One line of the loss history: mean loss in nats per trained token of the step's batch."""
+class TrainingData(Protocol):
+    """What can be trained on: a :class:`Corpus`, or mlx-lm's formats (``data.examples``)."""
 
-    step: int
-    role: str
-    loss: float
-    trained_tokens: int
+    @property
+    def template(self) -> Template | None: ...
 
+    @property
+    def hash(self) -> str: ...
 
-def initial_factors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, mx.array]:
-    """lora_a (in, rank) ~ U(±1/sqrt(in)) for every module of ``shapes`` (module → (in, out)), float32.
+    def token_rows(self, tokenizer: Tokenizer, max_tokens: int, long_rows: str) -> tuple[list[TokenRow], int]: ...
 
-    The stream is named by seed and module, so that adapters of a pool share A whatever modules each of them adapts.
-    """
-    factors = {}
-    for module, (inputs, _) in shapes.items():
-        digest = hashlib.sha256(f"{seed}/{module}".encode()).digest()
-        generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
-        bound = 1 / math.sqrt(inputs)
-        factors[f"{module}.lora_a"] = mx.array(generator.uniform(-bound, bound, (inputs, rank)).astype(np.float32))
-    return factors
-
-
-@contextmanager
-def lora_layers(model: Any, spec: LoraSpec, seed: int) -> Iterator[dict[str, mx.array]]:
-    """Put mlx-lm's LoRA layers into ``model`` with seeded factors; take them out again at the end.
-
-    Yields lora_a at initialisation by parameter name. lora_b starts at zero.
-    """
-    names = {name for name, _ in model.layers[-1].named_modules()}
-    unmatched = sorted(set(spec.keys) - names)
-    if unmatched:
-        known = sorted(name for name, module in model.layers[-1].named_modules() if hasattr(module, "weight"))
-        raise RsgwmError(f"no layer has a module {', '.join(unmatched)}; there are {', '.join(known)}")
-    if spec.num_layers > len(model.layers):
-        raise RsgwmError(f"num_layers is {spec.num_layers}, but the model has {len(model.layers)} layers")
-    layers = len(model.layers) if spec.num_layers == -1 else spec.num_layers
-    before = dict(model.named_modules())
-    model.freeze()
-    parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(spec.keys)}
-    linear_to_lora_layers(model, layers, parameters)
-    try:
-        shapes = {
-            name.rpartition(".")[0]: (value.shape[0], 0)
-            for name, value in tree_flatten(model.trainable_parameters())
-            if name.endswith(".lora_a")
-        }
-        init = initial_factors(shapes, spec.rank, seed)
-        model.update(tree_unflatten(list(init.items())))
-        yield init
-    finally:
-        model.update_modules(tree_unflatten([(name, before[name]) for name in shapes]))
-        model.eval()
-
-
-def batch_loss(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
-    """Mean cross-entropy in nats over the batch's trained tokens; logits exist at their positions only."""
-    states = hidden(batch.inputs)
-    picked = states.reshape(-1, states.shape[-1])[batch.positions]
-    loss = cross_entropy(head(picked).astype(mx.float32), batch.targets)
-    return (loss * batch.weights).sum() / batch.weights.sum()
-
-
-def held_out_loss(model: Any, rows: Sequence[TokenRow], batch_size: int) -> dict[str, float]:
-    """Mean loss in nats per trained token for each role, dropout off."""
-    model.eval()
-    hidden, head = split_head(model)
-    sums: dict[str, list[float]] = {}
-    for indices in plan_epoch(rows, batch_size, seed=0, epoch=0):
-        batch = make_batch([rows[index] for index in indices])
-        loss = batch_loss(hidden, head, batch).item()
-        total = sums.setdefault(batch.role, [0.0, 0.0])
-        total[0] += loss * batch.trained_tokens
-        total[1] += batch.trained_tokens
-    return {role: total / count for role, (total, count) in sums.items()}
-
-
-def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
-    """Learning rate of 0-based ``step``: linear warm-up from one step's share, then the schedule down to zero."""
-    warmup = round(config.warmup * total)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(total - warmup, 1)
-    if config.schedule == "linear":
-        return config.learning_rate * (1 - progress)
-    if config.schedule == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate
+    def describe(self) -> dict[str, Any]: ...
 
 
 def train(
     base: Base,
-    corpus: Corpus,
+    corpus: TrainingData,
     config: TrainConfig,
-    held_out: Corpus | None = None,
+    held_out: TrainingData | None = None,
     label: str = "train",
     progress: Progress = SILENT,
+    saving: Saving | None = None,
+    reports: Reports = NO_REPORTS,
+    memory: MemoryOptions | None = None,
+    processes: Processes = ALONE,
 ) -> Adapter:
     """Train one adapter on ``corpus`` and return it with importance, initialisation and provenance.
 
-    The base model is left as it was found. ``held_out`` is scored before and after, for the manifest.
+    The base model is left as it was found. ``held_out`` is scored before and after, and as ``config`` says in between.
+    ``saving`` keeps checkpoints and snapshots in the adapter's folder; the caller saves the adapter there afterwards.
+    Of several ``processes`` all return the same adapter, and only the first writes.
 
     Raises:
-        RsgwmError: rows that do not fit, keys that match nothing, a loss that is not finite (names step and role).
+        RsgwmError: rows that do not fit, keys that match nothing, a rank above a layer's dimensions, too little memory,
+            a run that cannot be resumed, a loss that is not finite (names step and rows).
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
-    rows, dropped = tokenize(corpus, base.tokenizer, config.max_tokens)
-    held_rows = tokenize(held_out, base.tokenizer, config.max_tokens)[0] if held_out else []
-    plan = [
-        batch for epoch in range(config.epochs) for batch in plan_epoch(rows, config.batch_size, config.seed, epoch)
-    ]
-    model: Any = base.model
-    spec = config.spec()
+    memory = memory or MemoryOptions()
+    memory.apply()
+    rows, dropped = corpus.token_rows(base.tokenizer, config.max_tokens, config.long_rows)
+    held_rows = held_out.token_rows(base.tokenizer, config.max_tokens, "drop")[0] if held_out else []
+    if config.validate_every and not held_rows:
+        raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
+    plan = plan_steps(rows, config.step_rows, config.seed, config.epochs, config.steps)
+    identity = {
+        "config": config.describe(),
+        "base": base.fingerprint,
+        "dtype": _float_type(base.model),
+        "data": corpus.hash,
+        "template": corpus.template.hash if corpus.template else None,
+        "held_out": held_out.hash if held_out else None,
+        "processes": processes.size,
+    }
+    about = {
+        "base": base.describe(),
+        **({"template": corpus.template.describe()} if corpus.template else {}),
+        "config": config.describe(),
+        "data": {
+            **corpus.describe(),
+            "rows": len(rows),
+            "rows_too_long": dropped,
+            "rows_cut": sum(row.cut for row in rows),
+        },
+        "seed": config.seed,
+        "versions": versions(),
+    }
     started = time.monotonic()
-    with lora_layers(model, spec, config.init_seed) as init:
-        before = held_out_loss(model, held_rows, config.batch_size) if held_rows else {}
-        importance, history, padded, real = _optimise(model, rows, plan, config, label, progress)
+    model: Any = base.model
+    with ExitStack() as stack:
+        init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
+        longest = max(rows, key=lambda row: len(row.tokens))
+        biggest = min(config.batch_size, len(rows))
+        share = -(-biggest // processes.size)
+        need = estimate(
+            model, base.config, share, len(longest.tokens), share * longest.trained_tokens, config.accumulate,
+            config.recompute,
+        )  # fmt: skip
+        progress.message(f"{label}: {check_estimate(need, memory.enforce)}")
+        run = Run(model, rows, plan, held_rows, config, label, processes)
+        checkpoint = read_checkpoint(saving, identity, progress) if saving else None
+        if checkpoint is not None:
+            run.restore(checkpoint)
+            progress.message(f"{label}: continuing after step {checkpoint.step} of {len(plan)}")
+        elif held_rows:
+            run.before = held_out_loss(model, held_rows, config.batch_size)
+        with deferred_interrupts() as interruption:
+            run.execute(progress, saving, identity, about, reports, interruption)
+        run.settle()
         after = held_out_loss(model, held_rows, config.batch_size) if held_rows else {}
-        weights = dict(tree_flatten(model.trainable_parameters()))
-        weights = {name: weights[name] for name in sorted(weights)}
+        weights, importance = run.result()
+        progress.message(f"{label}: {memory_line()}")
     arrays = importance.arrays()
     mx.eval(weights, arrays)
     manifest = {
         "kind": "trained",
-        "base": base.describe(),
-        "template": corpus.template.describe(),
-        "config": config.describe(),
-        "data": {**corpus.describe(), "rows": len(rows), "rows_too_long": dropped},
-        "seed": config.seed,
-        "versions": versions(),
-        "seconds": round(time.monotonic() - started, 3),
+        **about,
+        "seconds": round(run.seconds + time.monotonic() - started, 3),
         "tokens": {
-            "trained": sum(step.trained_tokens for step in history),
-            "real": real,
-            "padding": padded,
+            "trained": sum(step.trained_tokens for step in run.history),
+            "real": run.real,
+            "padding": run.padded,
         },
-        "held_out_loss": {"before": before, "after": after},
-        "history": [[step.step, step.role, round(step.loss, 6), step.trained_tokens] for step in history],
+        "memory": {**memory_now(), "estimate": need.total},
+        "held_out_loss": {"before": run.before, "after": after},
+        "validation": [[score.step, score.loss, score.by_role] for score in run.scores],
+        "kept_step": run.kept_step,
+        "history": [[step.step, step.role, round(step.loss, 6), step.trained_tokens] for step in run.history],
     }
-    return Adapter(spec, weights, arrays, importance.metadata(), init, manifest)
+    return Adapter(config.spec(), weights, arrays, importance.metadata(), init, manifest)
 
 
-def _optimise(
-    model: Any, rows: Sequence[TokenRow], plan: Sequence[list[int]], config: TrainConfig, label: str, progress: Progress
-) -> tuple[Importance, list[Step], int, int]:
-    hidden, head = split_head(model)
-    optimizer = optimizers.Adam(config.learning_rate, betas=[config.beta1, config.beta2], bias_correction=True)
-    trainable = dict(tree_flatten(model.trainable_parameters()))
-    importance = Importance({name: value.shape for name, value in trainable.items()}, config.beta2)
+def finish(adapter: Adapter, saving: Saving) -> None:
+    """Save a finished run's adapter into its folder; its checkpoints keep their weights, but no state to resume from."""
+    adapter.save(saving.folder)
+    prune(saving.folder, saving.keep, with_state=0)
 
-    def loss_of(_: Any, batch: Batch) -> mx.array:
-        return batch_loss(hidden, head, batch)
 
-    loss_and_gradients = nn.value_and_grad(model, loss_of)
-    mx.random.seed(config.seed)
-    model.train()
-    history: list[Step] = []
-    padded = real = 0
-    with progress.task(label, len(plan)) as advance:
-        for number, indices in enumerate(plan):
-            batch = make_batch([rows[index] for index in indices])
-            optimizer.learning_rate = learning_rate_at(config, number, len(plan))
-            loss, gradients = loss_and_gradients(model, batch)
-            importance.update(batch.role, dict(tree_flatten(gradients)))
-            optimizer.update(model, gradients)
-            mx.eval(loss, model.trainable_parameters(), optimizer.state, importance.moments)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise RsgwmError(
-                    f"{label}: the loss is {value} at step {number + 1} ({batch.role} batch); "
-                    "lower the learning rate or look at the data of that batch"
-                )
-            history.append(Step(number + 1, batch.role, value, batch.trained_tokens))
-            padded += batch.padded_tokens
-            real += batch.real_tokens
-            advance(1, f"{batch.role} loss {value:.3f}")
-    return importance, history, padded, real
+def _float_type(model: Any) -> str:
+    types: Sequence[str] = sorted(
+        {str(value.dtype) for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)}
+    )
+    return ", ".join(name.removeprefix("mlx.core.") for name in types)

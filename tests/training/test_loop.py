@@ -14,8 +14,10 @@ from mlx_rsgwm.data.families import generate
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import split_head
-from mlx_rsgwm.training.config import TrainConfig
-from mlx_rsgwm.training.loop import batch_loss, learning_rate_at, lora_layers, train
+from mlx_rsgwm.training.config import TrainConfig, learning_rate_at
+from mlx_rsgwm.training.layers import lora_layers
+from mlx_rsgwm.training.loop import train
+from mlx_rsgwm.training.losses import batch_loss
 
 KEYS = ("self_attn.q_proj", "self_attn.v_proj")
 

@@ -1,0 +1,233 @@
+"""Checkpoints: a run's whole state on disk, so that it can go on as if nothing had happened.
+
+``checkpoints/step-NNNNNN/`` inside the adapter folder is itself an adapter folder (weights, config, manifest with the
+losses at that step). The newest two also hold ``state.safetensors``: optimiser moments, importance moments and what
+else a continued run needs. A checkpoint is written under a temporary name, its manifest last, and renamed; a run that
+is killed at any moment loses what came after the newest one.
+
+MLX's global random stream can be read but not set (mlx 0.32.4). So the run seeds it before every step by number
+(:func:`step_seed`): its state needs no storing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import CONFIG_FILE, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.progress import Progress
+
+FOLDER = "checkpoints"
+STATE_FILE = "state.safetensors"
+WITH_STATE = 2
+RESUME = ("refuse", "continue", "replace")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where and how often a run keeps its state.
+
+    ``folder`` is the adapter folder; ``every`` counts steps, 0 saves only when interrupted; ``keep`` checkpoints stay.
+    ``resume`` says what to do with the checkpoints of an unfinished run: ``refuse`` to start, ``continue`` it (and
+    refuse if it was another run's), or continue it and ``replace`` another run's. ``snapshots`` are the shares of the run
+    after which update and gradient are kept.
+    """
+
+    folder: Path
+    every: int = 100
+    keep: int = 3
+    resume: str = "refuse"
+    snapshots: tuple[float, ...] = (0.01, 0.02, 0.05)
+
+    def __post_init__(self) -> None:
+        checks = {
+            "every": self.every >= 0,
+            "keep": self.keep >= 1,
+            "resume": self.resume in RESUME,
+            "snapshots": all(0 < share <= 1 for share in self.snapshots),
+        }
+        raise_problems(
+            "saving", [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok]
+        )
+
+
+@dataclass
+class Checkpoint:
+    """A run at the end of ``step``. ``arrays`` are the state's, ``record`` what JSON holds of it."""
+
+    step: int
+    weights: dict[str, mx.array]
+    arrays: dict[str, mx.array]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of the random stream for one step of one process."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big")
+
+
+def write_checkpoint(
+    folder: Path, spec: LoraSpec, checkpoint: Checkpoint, run: Mapping[str, Any], about: Mapping[str, Any], keep: int
+) -> Path:
+    """Write ``checkpoint`` below the adapter folder ``folder``, then prune older ones to ``keep``.
+
+    ``run`` identifies the run (see :func:`read_checkpoint`); ``about`` is what the manifest says of the adapter.
+
+    Raises:
+        RsgwmError: weights that are not finite (nothing is written, older checkpoints stay), no room on the disk.
+    """
+    finite = mx.all(mx.stack([mx.all(mx.isfinite(value)) for value in checkpoint.weights.values()]))
+    if not finite.item():
+        raise RsgwmError(
+            f"weights are no longer finite after step {checkpoint.step}; older checkpoints are kept in {folder / FOLDER}; "
+            "lower the learning rate"
+        )
+    groups = (checkpoint.weights, checkpoint.arrays)
+    files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    parent = files.make_folder(folder / FOLDER)
+    final = parent / f"step-{checkpoint.step:06d}"
+    work = parent / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(work, ignore_errors=True)
+    files.make_folder(work)
+    try:
+        files.write_json(work / CONFIG_FILE, spec.to_config())
+        files.write_safetensors(work / WEIGHTS_FILE, checkpoint.weights)
+        files.write_safetensors(work / STATE_FILE, checkpoint.arrays)
+        manifest = {
+            **about,
+            "kind": "checkpoint",
+            "step": checkpoint.step,
+            "run": dict(run),
+            "record": checkpoint.record,
+            "state": {STATE_FILE: files.sha256_file(work / STATE_FILE)},
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "files": {name: files.sha256_file(work / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
+        }
+        files.write_json(work / MANIFEST_FILE, manifest)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run had to step back behind
+        os.rename(work, final)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    prune(folder, keep, WITH_STATE)
+    return final
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The whole checkpoints of an adapter folder, newest first."""
+    found = [path for path in (folder / FOLDER).glob("step-*") if (path / MANIFEST_FILE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def prune(folder: Path, keep: int, with_state: int) -> None:
+    """Keep the newest ``keep`` checkpoints, the state of the newest ``with_state``; clear unfinished ones away."""
+    for position, path in enumerate(checkpoint_folders(folder)):
+        if position >= keep and position >= with_state:
+            # The manifest first: without it the rest is no checkpoint, whenever this is cut short.
+            (path / MANIFEST_FILE).unlink()
+            shutil.rmtree(path, ignore_errors=True)
+        elif position >= with_state:
+            (path / STATE_FILE).unlink(missing_ok=True)
+    for path in (folder / FOLDER).glob("*"):
+        if path.is_dir() and not (path / MANIFEST_FILE).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) -> Checkpoint | None:
+    """The newest sound checkpoint of an unfinished run as ``saving.resume`` asks; None to start at the beginning.
+
+    ``run`` is everything the result depends on: nested mappings of JSON values.
+
+    Raises:
+        RsgwmError: there are checkpoints but ``resume`` refuses, or they are of a run that differs (every field that
+            differs is named with both values), or all of them are damaged.
+    """
+    found = checkpoint_folders(saving.folder)
+    if not found:
+        return None
+    if saving.resume == "refuse":
+        raise RsgwmError(
+            f"{saving.folder} holds an unfinished run ({found[0].name}); continue it with --resume, "
+            "or remove the folder, or choose another"
+        )
+    damaged = []
+    for path in found:
+        manifest = files.read_json_object(path / MANIFEST_FILE)
+        expected = {**(manifest.get("files") or {}), **(manifest.get("state") or {})}
+        if any(not (path / name).is_file() or files.sha256_file(path / name) != sha for name, sha in expected.items()):
+            damaged.append(path.name)
+            progress.message(f"{path} is incomplete or damaged; trying an older checkpoint")
+            continue
+        differences = differing(manifest.get("run") or {}, run)
+        if differences and saving.resume == "replace":
+            shutil.rmtree(saving.folder / FOLDER)
+            return None
+        raise_problems(f"cannot resume {path}", differences)
+        weights, _ = files.read_safetensors(path / WEIGHTS_FILE)
+        arrays, _ = files.read_safetensors(path / STATE_FILE)
+        return Checkpoint(int(manifest["step"]), weights, arrays, manifest["record"])
+    if saving.resume == "replace":
+        shutil.rmtree(saving.folder / FOLDER)
+        return None
+    raise RsgwmError(f"no checkpoint in {saving.folder / FOLDER} can be resumed (damaged: {', '.join(damaged)})")
+
+
+def differing(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two trees of JSON values, by dotted name and with both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return [
+            line
+            for key in dict.fromkeys([*before, *now])
+            for line in differing(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    same = before == now or (isinstance(before, (list, tuple)) and list(before) == list(now or ()))
+    return [] if same else [f"{name} is {_shown(now)} now, was {_shown(before)}"]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 48 else f"{text[:12]}…"
+
+
+@dataclass
+class Interruption:
+    """Whether the process was asked to end."""
+
+    requested: bool = False
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[Interruption]:
+    """Let Ctrl-C and SIGTERM wait for the end of a step; a second one interrupts at once.
+
+    Outside the main thread, where Python delivers no signals, nothing changes.
+    """
+    interruption = Interruption()
+
+    def request(signum: int, frame: FrameType | None) -> None:
+        if interruption.requested:
+            raise KeyboardInterrupt
+        interruption.requested = True
+
+    if current_thread() is not main_thread():
+        yield interruption
+        return
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interruption
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

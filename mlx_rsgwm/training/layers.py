@@ -1,0 +1,138 @@
+"""mlx-lm's LoRA and DoRA layers on a base model, for the length of a training run."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_rsgwm.adapter import LoraSpec
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.slots import linear_shape
+
+LAYERS = {"lora": LoRALinear, "dora": DoRALinear}
+
+
+def initial_factors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, mx.array]:
+    """lora_a (in, rank) ~ U(±1/sqrt(in)) for every module of ``shapes`` (module → (in, out)), float32.
+
+    The stream is named by seed and module, so that adapters of a pool share A whatever modules each of them adapts.
+    """
+    factors = {}
+    for module, (inputs, _) in shapes.items():
+        digest = hashlib.sha256(f"{seed}/{module}".encode()).digest()
+        generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+        bound = 1 / math.sqrt(inputs)
+        factors[f"{module}.lora_a"] = mx.array(generator.uniform(-bound, bound, (inputs, rank)).astype(np.float32))
+    return factors
+
+
+def target_modules(model: Any, spec: LoraSpec) -> dict[str, nn.Module]:
+    """The linear layers that ``spec`` names, by full name, in the model's order.
+
+    Raises:
+        RsgwmError: a key that matches nothing, more layers than there are, a rank above a layer's dimensions.
+    """
+    found = {name for block in model.layers for name, _ in block.named_modules()}
+    unmatched = sorted(set(spec.keys) - found)
+    if unmatched:
+        known = sorted(name for name, module in model.layers[-1].named_modules() if hasattr(module, "weight"))
+        raise RsgwmError(f"no layer has a module {', '.join(unmatched)}; there are {', '.join(known)}")
+    if spec.num_layers > len(model.layers):
+        raise RsgwmError(f"num_layers is {spec.num_layers}, but the model has {len(model.layers)} layers")
+    blocks = model.layers if spec.num_layers == -1 else model.layers[-spec.num_layers :]
+    wanted = {id(module) for block in blocks for name, module in block.named_modules() if name in spec.keys}
+    modules = {name: module for name, module in model.named_modules() if id(module) in wanted}
+    problems = []
+    for name, module in modules.items():
+        if not isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+            problems.append(f"{name} is a {type(module).__name__}; only linear layers can be adapted")
+        elif spec.rank > min(linear_shape(module)):
+            inputs, outputs = linear_shape(module)
+            problems.append(f"rank {spec.rank} is above the dimensions of {name} ({inputs}→{outputs})")
+    raise_problems("target keys", problems)
+    return modules
+
+
+@contextmanager
+def adapted(
+    model: Any, modules: Mapping[str, nn.Module], spec: LoraSpec, weights: Mapping[str, mx.array]
+) -> Iterator[None]:
+    """Wrap ``modules`` of ``model`` in trainable layers that hold ``weights``; put them back at the end.
+
+    What ``weights`` does not name stays as mlx-lm makes it: lora_b zero, DoRA's m the norms of the base's rows.
+    """
+    model.freeze()
+    make = LAYERS[spec.fine_tune_type].from_base
+    layers = {
+        name: make(module, r=spec.rank, dropout=spec.dropout, scale=spec.scale) for name, module in modules.items()
+    }
+    model.update_modules(tree_unflatten(list(layers.items())))
+    try:
+        model.update(tree_unflatten(list(weights.items())))
+        mx.eval(model.trainable_parameters())
+        yield
+    finally:
+        model.update_modules(tree_unflatten(list(modules.items())))
+        model.freeze()
+        model.eval()
+
+
+@contextmanager
+def lora_layers(model: Any, spec: LoraSpec, seed: int) -> Iterator[dict[str, mx.array]]:
+    """Put mlx-lm's layers into ``model`` with seeded factors; take them out again at the end.
+
+    Yields lora_a at initialisation by parameter name. lora_b starts at zero.
+    """
+    modules = target_modules(model, spec)
+    init = initial_factors({name: linear_shape(module) for name, module in modules.items()}, spec.rank, seed)
+    with adapted(model, modules, spec, init):
+        yield init
+
+
+def trainable(model: nn.Module) -> dict[str, mx.array]:
+    """The trained parameters by name, sorted."""
+    return dict(sorted(tree_flatten(model.trainable_parameters())))
+
+
+@contextmanager
+def recomputed_blocks(model: Any, next_seed: Callable[[], int]) -> Iterator[None]:
+    """Gradient checkpointing: a block keeps only its inputs and runs again in the backward pass.
+
+    Running again draws dropout again, and ``mx.checkpoint`` would then differentiate through other masks than those of
+    the forward pass (mlx-lm 0.32.2 with ``--grad-checkpoint`` and dropout does). So every run of a block starts by
+    seeding the stream with a number that ``next_seed`` gave its first run.
+    """
+    kinds = {type(block): type(block).__call__ for block in model.layers}
+
+    def checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(block: Any, *arguments: Any, **options: Any) -> Any:
+            if not block.training:
+                return function(block, *arguments, **options)
+            seed = next_seed()
+
+            def inner(parameters: Any, *arguments: Any, **options: Any) -> Any:
+                mx.random.seed(seed)
+                block.update(parameters)
+                return function(block, *arguments, **options)
+
+            return mx.checkpoint(inner)(block.trainable_parameters(), *arguments, **options)
+
+        return call
+
+    for kind, function in kinds.items():
+        kind.__call__ = checkpointed(function)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for kind, function in kinds.items():
+            kind.__call__ = function  # type: ignore[method-assign]

@@ -1,0 +1,42 @@
+"""The loss of a batch: cross-entropy in nats at trained positions only, logits nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm.cpu import cross_entropy
+from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch, plan_epoch
+from mlx_rsgwm.logits import Head, Hidden, split_head
+
+
+def batch_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
+    """Sum of cross-entropies in nats over the batch's trained tokens."""
+    states = hidden(batch.inputs)
+    picked = states.reshape(-1, states.shape[-1])[batch.positions]
+    loss = cross_entropy(head(picked).astype(mx.float32), batch.targets)
+    return (loss * batch.weights).sum()
+
+
+def batch_loss(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
+    """Mean cross-entropy in nats over the batch's trained tokens."""
+    return batch_nats(hidden, head, batch) / batch.trained_tokens
+
+
+def held_out_nats(model: Any, rows: Sequence[TokenRow], batch_size: int) -> dict[str, tuple[float, int]]:
+    """Sum of the loss in nats and count of trained tokens for each role, dropout off."""
+    model.eval()
+    hidden, head = split_head(model)
+    sums: dict[str, tuple[float, int]] = {}
+    for indices in plan_epoch(rows, batch_size, seed=0, epoch=0):
+        batch = make_batch([rows[index] for index in indices])
+        nats, count = sums.get(batch.role, (0.0, 0))
+        sums[batch.role] = (nats + batch_nats(hidden, head, batch).item(), count + batch.trained_tokens)
+    return sums
+
+
+def held_out_loss(model: Any, rows: Sequence[TokenRow], batch_size: int) -> dict[str, float]:
+    """Mean loss in nats per trained token for each role, dropout off."""
+    return {role: nats / count for role, (nats, count) in held_out_nats(model, rows, batch_size).items()}

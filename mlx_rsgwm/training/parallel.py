@@ -1,0 +1,54 @@
+"""Several processes train one adapter: each takes its share of every batch, the gradients are summed.
+
+Started by ``mlx.launch``. Losses are sums divided by the trained tokens of the whole step, so the sum over processes is
+that of one process, whatever the shares' sizes. Every process holds the same parameters; only the first writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's ``rank`` among ``size``; ``group`` is MLX's, None for one process."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def writes(self) -> bool:
+        return self.rank == 0
+
+    def share(self, rows: Sequence[int]) -> list[int]:
+        """Every size-th row: rows are sorted by length, so shares are alike."""
+        return list(rows[self.rank :: self.size])
+
+    def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """The sum over processes of every array, in one float32 message."""
+        if self.size == 1:
+            return dict(arrays)
+        joined = mx.concatenate([value.astype(mx.float32).reshape(-1) for value in arrays.values()])
+        total = mx.distributed.all_sum(joined, group=self.group)
+        summed, start = {}, 0
+        for name, value in arrays.items():
+            summed[name] = total[start : start + value.size].reshape(value.shape).astype(value.dtype)
+            start += value.size
+        return summed
+
+
+ALONE = Processes()
+
+
+def launched_processes() -> Processes:
+    """The processes ``mlx.launch`` started this one among; :data:`ALONE` without it."""
+    if not any(name in os.environ for name in ("MLX_RANK", "MLX_HOSTFILE", "OMPI_COMM_WORLD_RANK", "PMI_RANK")):
+        return ALONE
+    group = mx.distributed.init()
+    return Processes(group.rank(), group.size(), group) if group.size() > 1 else ALONE
