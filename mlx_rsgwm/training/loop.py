@@ -76,11 +76,8 @@ def lora_layers(model: Any, spec: LoraSpec, seed: int) -> Iterator[dict[str, mx.
     parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(spec.keys)}
     linear_to_lora_layers(model, layers, parameters)
     try:
-        shapes = {
-            name.rpartition(".")[0]: (value.shape[0], 0)
-            for name, value in tree_flatten(model.trainable_parameters())
-            if name.endswith(".lora_a")
-        }
+        trainable: Any = tree_flatten(model.trainable_parameters())
+        shapes = {name.rpartition(".")[0]: (value.shape[0], 0) for name, value in trainable if name.endswith(".lora_a")}
         init = initial_factors(shapes, spec.rank, seed)
         model.update(tree_unflatten(list(init.items())))
         yield init
@@ -104,7 +101,7 @@ def held_out_loss(model: Any, rows: Sequence[TokenRow], batch_size: int) -> dict
     sums: dict[str, list[float]] = {}
     for indices in plan_epoch(rows, batch_size, seed=0, epoch=0):
         batch = make_batch([rows[index] for index in indices])
-        loss = batch_loss(hidden, head, batch).item()
+        loss: Any = batch_loss(hidden, head, batch).item()
         total = sums.setdefault(batch.role, [0.0, 0.0])
         total[0] += loss * batch.trained_tokens
         total[1] += batch.trained_tokens
