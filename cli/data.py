@@ -41,7 +41,7 @@ def build(
 
     \b
     Examples:
-      rsgwm data build --task addition --out corpus/addition
+      rsgwm data build --task change --out corpus/change
       rsgwm data build --task gsm8k --data ../data --draft-rows 400 --verify-rows 0 --out corpus/gsm8k
       rsgwm data build --task my_questions.jsonl --out corpus/mine
     """

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.pipeline.calibration import Calibration
+    from mlx_rsgwm.pipeline.loop import DraftVerify
 
 
 @click.command(name="eval")
@@ -51,7 +56,7 @@ def evaluate(
             raise RsgwmError(f"{name} must be at least 1, found {value}")
     questions = [q for task in tasks for q in questions_for(task, "test", limit, console.seed, folder, split=split)]
 
-    def calibrate_here(pipeline):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def calibrate_here(pipeline: DraftVerify) -> Calibration:
         count = max(4, 24 // len(tasks))
         held_out = [q for task in tasks for q in questions_for(task, "calibration", count, console.seed, folder)]
         return calibrate(pipeline, held_out, console.seed, batch_rows, console.progress)

@@ -76,6 +76,7 @@ class Rsgwm(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
+    # click overloads `main` on `standalone_mode`, which is not for callers of this one to choose.
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **settings: Any
     ) -> NoReturn:

@@ -66,7 +66,8 @@ def render(summary: Mapping[str, Any], out: Path) -> str:
             shown = ", ".join(f"{name} {_two(value)}" for name, value in calibration[key].items())
             lines.append(f"calibration, AUROC on {title}: {shown}")
         lines.append(
-            f"chosen there ({calibration['drafts']} drafts): score {summary['score']}, threshold {summary['threshold']:.3f}"
+            f"chosen there ({calibration['drafts']} drafts): score {summary['score']}, "
+            f"threshold {summary['threshold']:.3f}"
         )
     parity = summary["parity"]
     if parity:

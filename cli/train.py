@@ -50,7 +50,7 @@ def train(
 ) -> None:
     """Train one LoRA adapter and keep how hard the optimiser pulled on every parameter.
 
-    Example: rsgwm train --data corpus/addition --out pool/addition --epochs 1
+    Example: rsgwm train --data corpus/change --out pool/change --epochs 1
     """
     from mlx_rsgwm.adapter import is_complete
     from mlx_rsgwm.base import load_base

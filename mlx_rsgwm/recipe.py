@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -242,9 +243,9 @@ class Run:
         recipe = self.recipe
         shared = {"base": self._fingerprint, "template": self.template.hash, "seed": recipe.seed}
         for task in recipe.data.tasks:
-            self._stage(f"data-{task}", {**shared, **_data_inputs(recipe.data, task)}, (), lambda t=task: self._data(t))
+            self._stage(f"data-{task}", {**shared, **_data_inputs(recipe.data, task)}, (), partial(self._data, task))
             train = {**shared, "config": recipe.train.describe()}
-            self._stage(f"train-{task}", train, (f"data-{task}",), lambda t=task: self._train(t))
+            self._stage(f"train-{task}", train, (f"data-{task}",), partial(self._train, task))
         self._stage("merge", asdict(recipe.merge), [f"train-{task}" for task in recipe.data.tasks], self._merge)
         loop = {**shared, **asdict(recipe.loop), "items": recipe.data.calibration_items}
         self._stage("calibrate", loop, ("merge",), self._calibrate)

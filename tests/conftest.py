@@ -51,8 +51,8 @@ def byte_tokenizer(folder: Path) -> None:
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|end|>": 0, **{symbol: index for index, symbol in enumerate(alphabet, start=1)}}
-    # The verdicts " yes" and " no" must differ in their first token.
-    merges = [("Ġ", "y"), ("Ġy", "e"), ("Ġye", "s"), ("Ġ", "n"), ("Ġn", "o")]
+    # The verdicts " Yes" and " No" must differ in their first token.
+    merges = [("Ġ", "Y"), ("ĠY", "e"), ("ĠYe", "s"), ("Ġ", "N"), ("ĠN", "o")]
     for left, right in merges:
         vocabulary[left + right] = len(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))

@@ -21,6 +21,7 @@ FOUNDATIONS = {
     "base",
     "slots",
     "logits",
+    "cpu",
     "doctor",
 }
 # An import of a module on the right is allowed in the one on the left, beyond the general rules.

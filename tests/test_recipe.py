@@ -17,7 +17,7 @@ def recipe_file(tiny_base, tmp_path):
         values = {
             "name": "tiny",
             "base": str(tiny_base),
-            "data": {"tasks": ["addition", "division"], "rows": 24, "verify_share": 0.5, "calibration_items": 2},
+            "data": {"tasks": ["change", "groups"], "rows": 24, "verify_share": 0.5, "calibration_items": 2},
             "train": {"rank": 4, "alpha": 8, "epochs": 1, "batch_size": 4, "learning_rate": 1e-2},
             "loop": {"attempts": 2, "max_tokens": 6, "threshold": "auto"},
             "evaluate": {"items": 3, "timed": 2},
@@ -32,10 +32,10 @@ def recipe_file(tiny_base, tmp_path):
 
 
 STAGES = [
-    "data-addition",
-    "train-addition",
-    "data-division",
-    "train-division",
+    "data-change",
+    "train-change",
+    "data-groups",
+    "train-groups",
     "merge",
     "calibrate",
     "evaluate",

@@ -373,7 +373,10 @@ def _carry(
             value = _value(part)
             if index == edit.equation and _start(part) == edit.start:
                 pieces.append((edit.start, edit.end, edit.text))
-                value = edit.value * part.scale if isinstance(part, Number) else edit.value  # type: ignore[operator]
+                value = edit.value
+                if isinstance(part, Number):
+                    assert isinstance(value, Fraction)
+                    value = value * part.scale
             elif isinstance(part, Number) and part.value in changed:
                 new = changed[part.value]
                 pieces.append((part.start, part.end, write_number(new, like=part.text)))

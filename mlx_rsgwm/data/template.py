@@ -38,8 +38,8 @@ class Template:
     name: str
     draft: str
     verify: str
-    yes: str = " yes"
-    no: str = " no"
+    yes: str = " Yes"
+    no: str = " No"
     answer_prefix: str = " "
     chat: bool = False
     system: str = ""
@@ -106,20 +106,24 @@ class Template:
         )
 
 
-_CHECK = "Is the answer correct?"
+# Wordings were compared by how much of a base model's next-token mass falls on the two verdicts: for SmolLM2-135M 0.38
+# with this one, 0.001 with "Is the answer correct?" and " yes", which then takes many rows to unlearn.
+_CHECK = "Is the answer correct, yes or no?"
 
 TEMPLATES = {
     "plain": Template(
         name="plain",
         draft="Q: {question}\nA:",
-        verify="Q: {question}\nA: {answer}\n" + _CHECK,
+        verify="Q: {question}\nA: {answer}\nQ: " + _CHECK + "\nA:",
+        yes=" Yes",
+        no=" No",
     ),
     "chat": Template(
         name="chat",
         draft="{question}\nEnd with a line '#### answer'.",
-        verify="{question}\n\nProposed answer:\n{answer}\n\n" + _CHECK + " Answer yes or no.",
-        yes="yes",
-        no="no",
+        verify="{question}\n\nProposed answer:\n{answer}\n\n" + _CHECK,
+        yes="Yes",
+        no="No",
         answer_prefix="",
         chat=True,
     ),

@@ -47,7 +47,7 @@ def evaluate(
                 task=question.task,
                 question=question.question,
                 gold=question.gold,
-                drafts=tuple(map(lambda d, s, q=question: judge(q, d, s), drafts, item_scores)),  # type: ignore[misc]
+                drafts=tuple(judge(question, *pair) for pair in zip(drafts, item_scores, strict=True)),
                 score_name=config.score,
                 threshold=config.threshold,
                 accepted=decision.accepted,

@@ -42,19 +42,20 @@ def diagnose(sources: Sequence[Adapter], merged: Adapter) -> dict[str, Any]:
             pairs.append((a, b * adapter.spec.scale))
         grams[module] = gram(pairs)
     mx.eval(grams)
-    per_module = {module: _summary(value.tolist()) for module, value in grams.items()}
-    overall = _summary(sum(grams.values()).tolist())  # type: ignore[union-attr]
+    per_module = {module: _summary(value) for module, value in grams.items()}
+    overall = _summary(sum(grams.values(), mx.array(0.0)))
     dead = {module: row["norm_share"] for module, row in per_module.items() if row["norm_share"] < COLLAPSE_SHARE}
     if dead:
         module, share = min(dead.items(), key=lambda item: item[1])
         raise RsgwmError(
-            f"the merge collapses in {len(dead)} of {len(per_module)} modules ({module}: the product keeps {share:.2%} of "
-            "the sources' mean norm); use the quantile scope 'tensor', the reference 'init' or a lower tau"
+            f"the merge collapses in {len(dead)} of {len(per_module)} modules ({module}: the product keeps {share:.2%} "
+            "of the sources' mean norm); use the quantile scope 'tensor', the reference 'init' or a lower tau"
         )
     return {"overall": overall, "modules": per_module}
 
 
-def _summary(values: Sequence[Sequence[float]]) -> dict[str, Any]:
+def _summary(products: mx.array) -> dict[str, Any]:
+    values: Any = products.tolist()
     norms = [max(values[index][index], 0.0) ** 0.5 for index in range(len(values))]
     mean = sum(norms[1:]) / (len(norms) - 1)
     cosines = [
@@ -82,4 +83,5 @@ def mean_product_cosine(sources: Sequence[Adapter], weights: Mapping[str, mx.arr
         merged_square = merged_square + inner_product(a, b, a, b)
         mean_square = mean_square + gram(factors).sum()
     norm = mx.sqrt(merged_square * mean_square)
-    return float((dot / mx.maximum(norm, 1e-30)).item())
+    cosine: Any = (dot / mx.maximum(norm, 1e-30)).item()
+    return float(cosine)

@@ -81,7 +81,7 @@ def _decode(
         mx.eval(tokens, certain)
         if not mx.all(certain).item():
             tokens = choose_exact(logits, uniform, sampling.temperature, sampling.top_p)
-        chosen: list[int] = tokens.tolist()
+        chosen: Any = tokens.tolist()
         keep = []
         for position, (row, token) in enumerate(zip(rows_left, chosen, strict=True)):
             if token in end_ids:

@@ -137,7 +137,7 @@ class DraftVerify:
     def draft_many(
         self, questions: Sequence[str], attempts: int, batch_rows: int = 32, progress: Progress = SILENT
     ) -> list[list[Drafted]]:
-        """``attempts`` drafts for every question, about ``batch_rows`` drafts at a time, prompts of like length together.
+        """``attempts`` drafts for every question, about ``batch_rows`` at a time, prompts of like length together.
 
         Attempt k of a question draws from the same random stream as in :meth:`steps`.
         """
@@ -167,17 +167,21 @@ class DraftVerify:
         batch_rows: int = 32,
         progress: Progress = SILENT,
     ) -> list[float]:
-        """Scores of (question, draft) pairs in batches of like length."""
-        order = sorted(range(len(drafts)), key=lambda index: len(questions[index]) + 3 * len(drafts[index].tokens))
-        scores = [0.0] * len(drafts)
-        with progress.task(f"verify by {score}", len(drafts)) as advance:
+        """Scores of (question, draft) pairs in batches of like length; equal pairs are scored once."""
+        pairs = list(zip(questions, drafts, strict=True))
+        first = {
+            (question, item.tokens, item.finished): index for index, (question, item) in reversed([*enumerate(pairs)])
+        }
+        owner = [first[question, item.tokens, item.finished] for question, item in pairs]
+        order = sorted(set(owner), key=lambda index: len(questions[index]) + 3 * len(drafts[index].tokens))
+        found: dict[int, float] = {}
+        with progress.task(f"verify by {score}", len(order)) as advance:
             for start in range(0, len(order), batch_rows):
                 chunk = order[start : start + batch_rows]
-                found = self.score([questions[index] for index in chunk], [drafts[index] for index in chunk], score)
-                for index, value in zip(chunk, found, strict=True):
-                    scores[index] = value
+                values = self.score([questions[index] for index in chunk], [drafts[index] for index in chunk], score)
+                found.update(zip(chunk, values, strict=True))
                 advance(len(chunk), "")
-        return scores
+        return [found[index] for index in owner]
 
     def score(self, questions: Sequence[str], drafts: Sequence[Drafted], score: str) -> list[float]:
         """Scores of (question, draft) pairs by the verifier, in one forward pass."""

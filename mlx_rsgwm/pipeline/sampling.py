@@ -45,7 +45,7 @@ def uniforms(seed: int, question: str, attempt: int, count: int) -> np.ndarray:
 
 
 def choose(logits: mx.array, uniform: mx.array, temperature: float, top_p: float) -> tuple[mx.array, mx.array]:
-    """Next tokens (rows,) for logits (rows, vocabulary) by inverse transform, and whether the answer is certain (rows,).
+    """Next tokens (rows,) for logits (rows, vocabulary) by inverse transform, and whether each is certain (rows,).
 
     The nucleus is the smallest set of most probable tokens whose mass reaches ``top_p``. It is searched among the
     ``CANDIDATES`` best, which spares sorting the vocabulary; a row whose candidates do not reach ``top_p`` comes back

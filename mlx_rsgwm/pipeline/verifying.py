@@ -32,7 +32,8 @@ def mean_logprob(model: Any, prompts: Sequence[Sequence[int]], completions: Sequ
     owner = batch.positions // batch.inputs.shape[1]
     total = mx.zeros(len(rows)).at[owner].add(loss)
     lengths = mx.array([len(completions[row]) for row in filled])
-    for row, score in zip(filled, mx.exp(-total / lengths).tolist(), strict=True):
+    found: Any = mx.exp(-total / lengths).tolist()
+    for row, score in zip(filled, found, strict=True):
         scores[row] = score
     return scores
 
@@ -45,5 +46,5 @@ def yesno(model: Any, prompts: Sequence[Sequence[int]], verdict_ids: tuple[int, 
     states = hidden(batch.inputs)
     picked = states.reshape(-1, states.shape[-1])[batch.positions]
     logits = head(picked).astype(mx.float32)
-    scores: list[float] = mx.sigmoid(logits[:, verdict_ids[0]] - logits[:, verdict_ids[1]]).tolist()
+    scores: Any = mx.sigmoid(logits[:, verdict_ids[0]] - logits[:, verdict_ids[1]]).tolist()
     return scores

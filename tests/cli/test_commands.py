@@ -15,7 +15,7 @@ def invoke(*arguments):
 @pytest.fixture
 def line(tiny_base, tmp_path):
     """A trained pool, a drafter and a verifier, made by the commands themselves."""
-    for task in ("addition", "subtraction"):
+    for task in ("change", "compare"):
         corpus = tmp_path / "corpus" / task
         made = invoke(
             "data", "build", "--task", task, "--draft-rows", 8, "--verify-rows", 8, "--out", corpus, "--quiet"
@@ -29,7 +29,7 @@ def line(tiny_base, tmp_path):
         assert json.loads(trained.stdout.splitlines()[-1])["steps"] == 4
     for role, name in (("draft", "drafter"), ("verify", "verifier")):
         merged = invoke(
-            "merge", tmp_path / "pool/addition", tmp_path / "pool/subtraction", "--role", role, "--out", tmp_path / name
+            "merge", tmp_path / "pool/change", tmp_path / "pool/compare", "--role", role, "--out", tmp_path / name
         )
         assert merged.exit_code == 0, merged.stderr
         assert "cosine to the mean product" in merged.stdout
@@ -38,8 +38,9 @@ def line(tiny_base, tmp_path):
 
 def test_eval_has_the_eight_rows(line, tiny_base):
     found = invoke(
-        "eval", "--base", tiny_base, "--drafter", line / "drafter", "--verifier", line / "verifier", "--task", "addition",
-        "--limit", 4, "--timed", 2, "--max-tokens", 5, "--attempts", 2, "--out", line / "report", "--json",
+        "eval", "--base", tiny_base, "--drafter", line / "drafter", "--verifier", line / "verifier",
+        "--task", "change", "--limit", 4, "--timed", 2, "--max-tokens", 5, "--attempts", 2,
+        "--out", line / "report", "--json",
     )  # fmt: skip
     assert found.exit_code == 0, found.stderr
     result = json.loads(found.stdout.splitlines()[-1])
@@ -67,22 +68,24 @@ def test_ask_shows_the_steps(line, tiny_base):
     ("arguments", "message"),
     [
         (["merge", "{tmp}/nowhere", "{tmp}/elsewhere", "--out", "{tmp}/m"], "nowhere does not exist"),
-        (["merge", "{pool}/addition", "--out", "{tmp}/m"], "at least two adapters"),
-        (["merge", "{pool}/addition", "{pool}/subtraction", "--tau", "2", "--out", "{tmp}/m"], "tau must be in (0, 1)"),
-        (["merge", "{pool}/addition", "{pool}/subtraction", "--out", "{tmp}/drafter"], "already holds"),
-        (["merge", "{pool}/addition", "{pool}/subtraction", "--weight", "1", "--out", "{tmp}/m"], "1 weights for 2"),
+        (["merge", "{pool}/change", "--out", "{tmp}/m"], "at least two adapters"),
+        (["merge", "{pool}/change", "{pool}/compare", "--tau", "2", "--out", "{tmp}/m"], "tau must be in (0, 1)"),
+        (["merge", "{pool}/change", "{pool}/compare", "--out", "{tmp}/drafter"], "already holds"),
+        (["merge", "{pool}/change", "{pool}/compare", "--weight", "1", "--out", "{tmp}/m"], "1 weights for 2"),
         (["train", "--data", "{tmp}/nowhere", "--out", "{tmp}/a"], "is not a corpus folder"),
         (["data", "build", "--task", "nonesuch", "--out", "{tmp}/c"], "unknown task 'nonesuch'"),
         (["data", "build", "--task", "{tmp}/empty.jsonl", "--out", "{tmp}/c"], "empty"),
-        (["data", "build", "--task", "addition", "--draft-rows", "-1", "--out", "{tmp}/c"], "must not be negative"),
+        (["data", "build", "--task", "change", "--draft-rows", "-1", "--out", "{tmp}/c"], "must not be negative"),
         (["run", "demo", "--out", "{tmp}/r", "--set", "trian.x=1"], "did you mean 'train'"),
         (["ask", " ", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"], "the question is empty"),
         (["ask", "q", "--drafter", "{tmp}/pickled", "--verifier", "{tmp}/verifier"], "is a pickle file"),
-        (["ask", "q", "--base", "{tmp}/nobase", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"], "nobase"),
-        (["ask", "q", "--base", "{other}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"], "was made for"),
+        (["ask", "q", "--base", "{tmp}/nobase", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"],
+         "nobase"),
+        (["ask", "q", "--base", "{other}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"],
+         "was made for"),
         (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/cut", "--verifier", "{tmp}/verifier"], "SHA-256"),
-        (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier", "--attempts", "0"],
-         "attempts must be at least 1"),
+        (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier",
+          "--attempts", "0"], "attempts must be at least 1"),
         (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier",
           "--threshold", "high"], "--threshold must be auto or a number"),
         (["eval", "--task", "gsm8k", "--data", "{tmp}/none", "--drafter", "{tmp}/drafter", "--verifier",
@@ -129,7 +132,7 @@ def test_full_disk_is_one_line_and_writes_nothing(line, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    found = invoke("merge", line / "pool/addition", line / "pool/subtraction", "--out", line / "full")
+    found = invoke("merge", line / "pool/change", line / "pool/compare", "--out", line / "full")
     assert found.exit_code == 2
     assert "not enough disk space" in found.stderr
     assert not (line / "full").exists()

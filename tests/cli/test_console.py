@@ -55,7 +55,10 @@ def test_options_reach_the_console():
     seen = []
     run(seen.append)
     run(seen.append, "--seed", "7", "--quiet", "--json")
-    assert seen == [Console(json=False, quiet=False, seed=DEFAULT_SEED), Console(json=True, quiet=True, seed=7)]
+    assert seen == [
+        Console(json=False, quiet=False, seed=DEFAULT_SEED),
+        Console(json=True, quiet=True, seed=7, seed_given=True),
+    ]
     assert DEFAULT_SEED == 42
 
 

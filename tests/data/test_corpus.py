@@ -50,7 +50,7 @@ def test_templates_render(base, name):
 
 
 def test_corpus_is_balanced_and_read_back(base, tmp_path):
-    questions = generate("addition", 30, 1, "train")
+    questions = generate("change", 30, 1, "train")
     rows = make_rows(questions, 30, 20, 1)
     verdicts = [row.correct for row in rows if row.role == "verify"]
     assert sum(verdicts) == 10
@@ -74,7 +74,7 @@ def test_corpus_is_balanced_and_read_back(base, tmp_path):
 
 
 def test_changed_corpus_is_refused(tmp_path):
-    save_corpus(tmp_path, make_rows(generate("addition", 4, 1, "train"), 4, 2, 1), TEMPLATES["plain"], {})
+    save_corpus(tmp_path, make_rows(generate("change", 4, 1, "train"), 4, 2, 1), TEMPLATES["plain"], {})
     (tmp_path / "rows.jsonl").write_text("{}\n")
     with pytest.raises(RsgwmError, match="was changed after it was built"):
         load_corpus(tmp_path)

@@ -25,7 +25,7 @@ KEYS = ("self_attn.q_proj", "self_attn.v_proj")
 @pytest.fixture
 def corpus(tmp_path):
     return save_corpus(
-        tmp_path / "corpus", make_rows(generate("addition", 13, 1, "train"), 13, 10, 1), TEMPLATES["plain"], {"seed": 1}
+        tmp_path / "corpus", make_rows(generate("change", 13, 1, "train"), 13, 10, 1), TEMPLATES["plain"], {"seed": 1}
     )
 
 
@@ -141,7 +141,7 @@ def test_adapter_is_accepted_by_mlx_lm(base, corpus, tiny_base, tmp_path):
 def test_training_learns_and_scores_held_out_rows(base, corpus):
     adapter = train(base, corpus, config(epochs=20, learning_rate=2e-2), held_out=corpus)
     loss = adapter.manifest["held_out_loss"]
-    assert loss["after"]["draft"] < 0.7 * loss["before"]["draft"]
+    assert loss["after"]["draft"] < 0.85 * loss["before"]["draft"]
     history = adapter.manifest["history"]
     assert len(history) == 20 * 7
     assert adapter.manifest["tokens"]["trained"] == sum(row[3] for row in history)
