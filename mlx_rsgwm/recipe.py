@@ -39,8 +39,9 @@ from mlx_rsgwm.pipeline.verifying import SCORES
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.settings import build
 from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
-from mlx_rsgwm.training.loop import train
+from mlx_rsgwm.training.loop import finish, train
 
 
 @dataclass(frozen=True)
@@ -277,9 +278,13 @@ class Run:
 
     def _train(self, task: str) -> None:
         corpus = load_corpus(self._corpus(task))
-        adapter = train(self.base, corpus, self.recipe.train, label=f"train {task}", progress=self.progress)
+        # An adapter that is whole here belongs to other settings, or this stage would have been skipped.
+        saving = Saving(self._adapter(task), resume="replace")
+        adapter = train(
+            self.base, corpus, self.recipe.train, label=f"train {task}", progress=self.progress, saving=saving
+        )
         adapter.manifest["task"] = task
-        adapter.save(self._adapter(task))
+        finish(adapter, saving)
 
     def _merge(self) -> None:
         pool = [Adapter.load(self._adapter(task)) for task in self.recipe.data.tasks]

@@ -40,10 +40,10 @@ RESUME = ("refuse", "continue", "replace")
 class Saving:
     """Where and how often a run keeps its state.
 
-    ``folder`` is the adapter folder; ``every`` counts steps, 0 saves only when interrupted; ``keep`` checkpoints stay.
-    ``resume`` says what to do with the checkpoints of an unfinished run: ``refuse`` to start, ``continue`` it (and
-    refuse if it was another run's), or continue it and ``replace`` another run's. ``snapshots`` are the shares of the run
-    after which update and gradient are kept.
+    ``folder`` is the adapter folder; ``every`` counts steps, 0 saves only when interrupted; ``keep`` checkpoints
+    stay. ``resume`` says what to do with the checkpoints of an unfinished run: ``refuse`` to start, ``continue`` it
+    (and refuse if it was another run's), or continue it and ``replace`` another run's. ``snapshots`` are the shares of
+    the run after which update and gradient are kept.
     """
 
     folder: Path
@@ -92,8 +92,8 @@ def write_checkpoint(
     finite = mx.all(mx.stack([mx.all(mx.isfinite(value)) for value in checkpoint.weights.values()]))
     if not finite.item():
         raise RsgwmError(
-            f"weights are no longer finite after step {checkpoint.step}; older checkpoints are kept in {folder / FOLDER}; "
-            "lower the learning rate"
+            f"weights are no longer finite after step {checkpoint.step}; older checkpoints are kept "
+            f"in {folder / FOLDER}; lower the learning rate"
         )
     groups = (checkpoint.weights, checkpoint.arrays)
     files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)

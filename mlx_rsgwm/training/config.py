@@ -23,15 +23,15 @@ class TrainConfig:
     """Everything that decides what one run computes. ``alpha`` / ``rank`` is the scale of B·A.
 
     ``num_layers`` counts blocks from the last, -1 for all. ``init_seed`` seeds lora_a alone and is shared by a pool:
-    factor-space merging is only meaningful for adapters that started from the same A (SPEC 6.13). ``seed`` seeds dropout
-    and the order of the data.
+    factor-space merging is only meaningful for adapters that started from the same A (SPEC 6.13). ``seed`` seeds
+    dropout and the order of the data.
 
     One step takes ``accumulate`` batches of ``batch_size`` rows, weighted by their trained tokens, so that it equals a
     step with one batch of all their rows. ``steps`` above 0 ends the run there, else ``epochs`` does. ``clip`` is the
     greatest global norm of the gradient, 0 for no clipping. ``weight_decay`` is AdamW's, decoupled.
     ``validate_every`` scores the held-out rows that often; ``patience`` ends the run after that many of these scores
-    without a new lowest; ``select`` keeps the last weights or those of the lowest score. ``long_rows`` says what becomes
-    of rows above ``max_tokens``. ``recompute`` trades time for memory: blocks keep their inputs only (gradient
+    without a new lowest; ``select`` keeps the last weights or those of the lowest score. ``long_rows`` says what
+    becomes of rows above ``max_tokens``. ``recompute`` trades time for memory: blocks keep their inputs only (gradient
     checkpointing).
     """
 

@@ -143,7 +143,7 @@ def train(
 
 
 def finish(adapter: Adapter, saving: Saving) -> None:
-    """Save a finished run's adapter into its folder; its checkpoints keep their weights, but no state to resume from."""
+    """Save a finished run's adapter into its folder; its checkpoints keep their weights, but not their state."""
     adapter.save(saving.folder)
     prune(saving.folder, saving.keep, with_state=0)
 

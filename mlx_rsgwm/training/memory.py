@@ -147,7 +147,5 @@ def memory_line() -> str:
 
 def _item_size(model: nn.Module) -> int:
     """Bytes of one activation: those of the model's floating type."""
-    sizes = [
-        value.itemsize for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)
-    ]
+    sizes = [value.itemsize for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
     return min(sizes, default=4)

@@ -75,6 +75,7 @@ class Run:
         self.seconds = 0.0
         self.gradient_sum: Arrays = {}
         self.best: tuple[Arrays, Importance] | None = None
+        self._saved_step = 0
         self._blocks = 0
         self._loss_and_gradients = self._differentiate()
 
@@ -116,7 +117,9 @@ class Run:
         def save() -> None:
             if saving is not None:
                 self.seconds = earlier + time.monotonic() - started
-                kept = write_checkpoint(saving.folder, self.config.spec(), self.checkpoint(), identity, about, saving.keep)
+                kept = write_checkpoint(
+                    saving.folder, self.config.spec(), self.checkpoint(), identity, about, saving.keep
+                )
                 progress.message(f"{self.label}: saved {kept}")
 
         with progress.task(self.label, len(self.plan)) as advance, self._recomputing():
@@ -152,6 +155,7 @@ class Run:
         number = self.done
         indices = self.plan[number]
         mx.random.seed(step_seed(self.config.seed, number, self.processes.rank))
+        self._blocks = 0
         self.model.train()
         loss, gradients = self._gradients(indices)
         role = self.rows[indices[0]].role
@@ -209,8 +213,7 @@ class Run:
         if self.best:
             arrays |= {f"best/{name}": value for name, value in self.best[0].items()}
             arrays |= self.best[1].state("best_moments/")
-        saved = self.history[: self.done]
-        window = saved[self._window_start() :]
+        window = self.history[min(self._saved_step, max(self.done - 1, 0)) :]
         tokens = sum(step.trained_tokens for step in window)
         record = {
             "train_loss_window": sum(step.loss * step.trained_tokens for step in window) / tokens if tokens else None,
@@ -251,11 +254,6 @@ class Run:
         self.history = [Step(*line) for line in record["history"]]
         self._saved_step = checkpoint.step
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.importance.moments)
-
-    _saved_step = 0
-
-    def _window_start(self) -> int:
-        return min(self._saved_step, max(self.done - 1, 0))
 
     def _out_of_patience(self) -> bool:
         best = self.best_score

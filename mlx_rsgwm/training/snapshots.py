@@ -38,8 +38,9 @@ def write_snapshot(
 ) -> Path:
     """Write ``snapshots/step-NNNNNN/`` below the adapter folder, manifest last.
 
-    ``update.safetensors`` is ``weights`` minus ``start`` (what is missing there started at zero); ``gradient.safetensors``
-    the mean over the run's steps so far of the gradient before clipping and weight decay. Both float32.
+    ``update.safetensors`` is ``weights`` minus ``start`` (what is missing there started at zero),
+    ``gradient.safetensors`` the mean over the run's steps so far of the gradient before clipping and weight decay.
+    Both float32.
     """
     target = files.make_folder(folder / FOLDER / f"step-{step:06d}")
     update = {name: value - start[name] if name in start else value for name, value in weights.items()}

@@ -9,9 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.data.batching import make_batch, plan_epoch
-from mlx_rsgwm.data.corpus import make_rows, save_corpus, tokenize
-from mlx_rsgwm.data.families import generate
-from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.data.corpus import tokenize
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at
@@ -20,19 +18,6 @@ from mlx_rsgwm.training.loop import train
 from mlx_rsgwm.training.losses import batch_loss
 
 KEYS = ("self_attn.q_proj", "self_attn.v_proj")
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    return save_corpus(
-        tmp_path / "corpus", make_rows(generate("change", 13, 1, "train"), 13, 10, 1), TEMPLATES["plain"], {"seed": 1}
-    )
-
-
-def config(**changes):
-    return TrainConfig(
-        **{"rank": 4, "alpha": 8.0, "keys": KEYS, "batch_size": 4, "epochs": 1, "dropout": 0.0, **changes}
-    )
 
 
 def reference_loss(model, rows):
@@ -57,7 +42,7 @@ def test_loss_is_that_of_completion_tokens_without_padding(base, corpus):
         assert found == pytest.approx(reference_loss(base.model, chosen), rel=1e-5)
 
 
-def test_importance_is_the_replayed_second_moment(base, corpus):
+def test_importance_is_the_replayed_second_moment(base, corpus, config):
     settings = config(epochs=2, learning_rate=1e-2)
     adapter = train(base, corpus, settings)
     rows, _ = tokenize(corpus, base.tokenizer, settings.max_tokens)
@@ -96,7 +81,7 @@ def test_importance_is_the_replayed_second_moment(base, corpus):
     assert adapter.importance_metadata["steps/draft"] == str(steps["draft"])
 
 
-def test_base_is_left_as_found(base, corpus):
+def test_base_is_left_as_found(base, corpus, config):
     before = dict(tree_flatten(base.model.parameters()))
     logits = base.model(mx.array([[1, 2, 3]]))
     train(base, corpus, config())
@@ -105,7 +90,7 @@ def test_base_is_left_as_found(base, corpus):
     assert mx.array_equal(base.model(mx.array([[1, 2, 3]])), logits).item()
 
 
-def test_pool_shares_a_and_seeds_are_what_matters(base, corpus):
+def test_pool_shares_a_and_seeds_are_what_matters(base, corpus, config):
     first, again = train(base, corpus, config()), train(base, corpus, config())
     other = train(base, corpus, config(seed=7, learning_rate=1e-4))
     wider = train(base, corpus, config(keys=(*KEYS, "self_attn.o_proj")))
@@ -119,7 +104,7 @@ def test_pool_shares_a_and_seeds_are_what_matters(base, corpus):
     assert not mx.array_equal(first.weights[name], other.weights[name]).item()
 
 
-def test_adapter_is_accepted_by_mlx_lm(base, corpus, tiny_base, tmp_path):
+def test_adapter_is_accepted_by_mlx_lm(base, corpus, tiny_base, tmp_path, config):
     from mlx_lm.tuner.utils import load_adapters
 
     from mlx_rsgwm.base import load_base
@@ -138,7 +123,7 @@ def test_adapter_is_accepted_by_mlx_lm(base, corpus, tiny_base, tmp_path):
     assert mx.array_equal(slots.model(ids), other(ids)).item()
 
 
-def test_training_learns_and_scores_held_out_rows(base, corpus):
+def test_training_learns_and_scores_held_out_rows(base, corpus, config):
     adapter = train(base, corpus, config(epochs=20, learning_rate=2e-2), held_out=corpus)
     loss = adapter.manifest["held_out_loss"]
     assert loss["after"]["draft"] < 0.85 * loss["before"]["draft"]
@@ -147,7 +132,7 @@ def test_training_learns_and_scores_held_out_rows(base, corpus):
     assert adapter.manifest["tokens"]["trained"] == sum(row[3] for row in history)
 
 
-def test_schedule():
+def test_schedule(config):
     settings = config(learning_rate=1e-3, warmup=0.1)
     rates = [learning_rate_at(settings, step, 100) for step in range(100)]
     assert max(rates) == pytest.approx(1e-3)
@@ -172,14 +157,14 @@ def test_bad_settings_are_named(values, message):
         TrainConfig.from_mapping(values)
 
 
-def test_bad_keys_and_layers(base, corpus):
+def test_bad_keys_and_layers(base, corpus, config):
     with pytest.raises(RsgwmError, match=r"no layer has a module self_attn\.nonesuch; there are .*self_attn\.q_proj"):
         train(base, corpus, config(keys=("self_attn.nonesuch",)))
     with pytest.raises(RsgwmError, match="the model has 2 layers"):
         train(base, corpus, config(num_layers=3))
 
 
-def test_a_loss_that_is_not_finite_names_its_step(base, corpus):
+def test_a_loss_that_is_not_finite_names_its_step(base, corpus, config):
     base.model.model.norm.weight = base.model.model.norm.weight * float("nan")
     with pytest.raises(RsgwmError, match=r"the loss is nan at step 1 \("):
         train(base, corpus, config())
