@@ -1,102 +1,148 @@
-"""``rsgwm train``: one LoRA adapter from one corpus."""
+"""``rsgwm train``: one LoRA or DoRA adapter from a corpus, or from mlx-lm's chat, completions or text rows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.train_options import memory_options, saving_options, train_config, train_options
 
 
 @click.command()
-@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
 @click.option(
-    "--data", "folder", type=click.Path(path_type=Path), required=True, help="Corpus folder (rsgwm data build)."
+    "--config", "file", type=click.Path(path_type=Path), help="YAML of settings: ours, or one of mlx_lm.lora."
 )
-@click.option("--held-out", type=click.Path(path_type=Path), help="Corpus scored before and after, never trained.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Adapter folder to write.")
-@click.option("--rank", default=16, show_default=True)
-@click.option("--alpha", default=32.0, show_default=True, help="Scale of the update is alpha / rank.")
-@click.option("--dropout", default=0.05, show_default=True)
+@click.option("--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: smollm2-135m]")
 @click.option(
-    "--layers", "num_layers", default=-1, show_default=True, help="Blocks to adapt, from the last; -1 for all."
+    "--data",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Corpus folder (rsgwm data build), folder with train.jsonl, or .jsonl file.",
 )
-@click.option("--epochs", default=2, show_default=True)
-@click.option("--batch-size", default=8, show_default=True)
-@click.option("--learning-rate", default=5e-4, show_default=True)
-@click.option("--schedule", default="linear", show_default=True, help="constant, linear or cosine.")
-@click.option("--max-tokens", default=1024, show_default=True, help="Longer rows are left out, and counted.")
 @click.option(
-    "--init-seed", default=42, show_default=True, help="Seed of lora_a: the same for every adapter of a pool."
+    "--held-out", type=click.Path(path_type=Path), help="As --data: scored, never trained.  [default: valid.jsonl]"
 )
+@click.option("--mask-prompt/--no-mask-prompt", default=None, help="Train completions only (corpora always do).")
+@click.option("--out", type=click.Path(path_type=Path), help="Adapter folder to write.")
+@train_options
 @common_options
 def train(
     console: Console,
-    base_name: str,
-    folder: Path,
+    file: Path | None,
+    base_name: str | None,
+    folder: Path | None,
     held_out: Path | None,
-    out: Path,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    num_layers: int,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    schedule: str,
-    max_tokens: int,
-    init_seed: int,
+    mask_prompt: bool | None,
+    out: Path | None,
+    settings: Mapping[str, Any],
+    running: Mapping[str, Any],
 ) -> None:
-    """Train one LoRA adapter and keep how hard the optimiser pulled on every parameter.
+    """Train one adapter and keep how hard the optimiser pulled on every parameter.
 
-    Example: rsgwm train --data corpus/change --out pool/change --epochs 1
+    Ctrl-C and kill save first; the same command with --resume goes on to the same bits.
+
+    \b
+    Examples:
+      rsgwm train --data corpus/change --out pool/change --epochs 1
+      rsgwm train --config lora_config.yaml
+      mlx.launch -n 2 -- rsgwm train --data corpus/change --out pool/change
     """
     from mlx_rsgwm.adapter import is_complete
     from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.data.corpus import load_corpus
+    from mlx_rsgwm.data.sets import load_data
     from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.training.config import TrainConfig
+    from mlx_rsgwm.progress import SILENT
+    from mlx_rsgwm.training.loop import finish
     from mlx_rsgwm.training.loop import train as train_adapter
+    from mlx_rsgwm.training.mlx_lm_config import TrainingFile, read_training_file
+    from mlx_rsgwm.training.parallel import launched_processes
+    from mlx_rsgwm.training.reporting import NO_REPORTS, open_reports
 
-    if is_complete(out):
-        raise RsgwmError(f"{out} already holds a finished adapter; choose another folder or remove it")
-    config = TrainConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        num_layers=num_layers,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        max_tokens=max_tokens,
-        seed=console.seed,
-        init_seed=init_seed,
-    )
-    corpus = load_corpus(folder)
-    held = load_corpus(held_out) if held_out else None
-    adapter = train_adapter(
-        load_base(base_name, progress=console.progress), corpus, config, held, progress=console.progress
-    )
-    adapter.save(out)
-    manifest = adapter.manifest
-    steps, last = len(manifest["history"]), manifest["history"][-1][2]
-    rate = manifest["tokens"]["real"] / manifest["seconds"]
-    console.line(f"{out}: {steps} steps in {manifest['seconds']:.0f} s ({rate:.0f} tokens/s), last loss {last:.3f}")
-    if manifest["data"]["rows_too_long"]:
-        console.line(f"{manifest['data']['rows_too_long']} rows were longer than {max_tokens} tokens and left out")
-    for role, value in manifest["held_out_loss"]["after"].items():
-        console.line(
-            f"held-out {role} loss: {manifest['held_out_loss']['before'][role]:.3f} → {value:.3f} nats per token"
-        )
-    console.result(
-        {
-            "out": str(out),
-            "steps": steps,
-            "seconds": manifest["seconds"],
-            "tokens": manifest["tokens"],
-            "rows_too_long": manifest["data"]["rows_too_long"],
-            "held_out_loss": manifest["held_out_loss"],
-        }
-    )
+    asked = read_training_file(file) if file else TrainingFile()
+    chosen: dict[str, Any] = {
+        "base": base_name or asked.run.get("base") or "smollm2-135m",
+        "data": folder or asked.run.get("data"),
+        "out": out or asked.run.get("out"),
+        "held_out": held_out or asked.run.get("held_out"),
+    }
+    missing = [f"--{name}" for name in ("data", "out") if chosen[name] is None]
+    if missing:
+        raise RsgwmError(f"{' and '.join(missing)} must be given, as options or in the --config file")
+    target = Path(chosen["out"])
+    if is_complete(target):
+        raise RsgwmError(f"{target} already holds a finished adapter; choose another folder or remove it")
+    config = train_config(console, asked.config, settings)
+    saving = saving_options(target, asked.run, running)
+    memory = memory_options(running)
+    mask = mask_prompt if mask_prompt is not None else bool(asked.run.get("mask_prompt", False))
+    corpus, held = load_data(Path(chosen["data"]), Path(chosen["held_out"]) if chosen["held_out"] else None, mask)
+    if file and held is None and config.validate_every:  # mlx-lm goes on without validation, too
+        from dataclasses import replace
+
+        config = replace(config, validate_every=0, patience=0, select="last")
+        asked.notes.append("there are no held-out rows: no validation")
+    processes = launched_processes()
+    progress = console.progress if processes.writes else SILENT
+    if processes.writes:
+        for note in asked.notes:
+            progress.message(f"{file}: {note}")
+    services = [name.strip() for name in (running["report_to"] or asked.run.get("report_to") or "").split(",")]
+    services = [name for name in services if name]
+    base = load_base(chosen["base"], progress=progress)
+    reports = NO_REPORTS
+    if services and processes.writes:
+        project = running["project"] or asked.run.get("project") or "mlx-rsgwm"
+        reports = open_reports(services, project, target, config.describe())
+    try:
+        adapter = train_adapter(
+            base, corpus, config, held, progress=progress, saving=saving, reports=reports, memory=memory,
+            processes=processes,
+        )  # fmt: skip
+    finally:
+        reports.close()
+    if not processes.writes:
+        return
+    finish(adapter, saving)
+    summary = summarise(target, adapter.manifest)
+    console.line(render(summary, config.max_tokens))
+    console.result(summary)
+
+
+def summarise(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the command's JSON says of a finished run."""
+    return {
+        "out": str(out),
+        "steps": len(manifest["history"]),
+        "kept_step": manifest["kept_step"],
+        "last_loss": manifest["history"][-1][2],
+        "seconds": manifest["seconds"],
+        "tokens": manifest["tokens"],
+        "rows": manifest["data"]["rows"],
+        "rows_too_long": manifest["data"]["rows_too_long"],
+        "rows_cut": manifest["data"]["rows_cut"],
+        "held_out_loss": manifest["held_out_loss"],
+        "memory": manifest["memory"],
+    }
+
+
+def render(summary: Mapping[str, Any], max_tokens: int) -> str:
+    """The text a person reads at the end of a run."""
+    rate = summary["tokens"]["real"] / max(summary["seconds"], 1e-9)
+    lines = [
+        f"{summary['out']}: {summary['steps']} steps in {summary['seconds']:.0f} s ({rate:.0f} tokens/s), "
+        f"last loss {summary['last_loss']:.3f}"
+    ]
+    if summary["kept_step"] != summary["steps"]:
+        lines.append(f"kept the weights of step {summary['kept_step']}, the best held-out score")
+    if summary["rows_too_long"]:
+        lines.append(f"{summary['rows_too_long']} rows were longer than {max_tokens} tokens and left out")
+    if summary["rows_cut"]:
+        lines.append(f"{summary['rows_cut']} rows were cut to {max_tokens} tokens")
+    for role, value in summary["held_out_loss"]["after"].items():
+        before = summary["held_out_loss"]["before"][role]
+        lines.append(f"held-out {role} loss: {before:.3f} → {value:.3f} nats per token")
+    return "\n".join(lines)

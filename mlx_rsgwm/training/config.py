@@ -16,15 +16,17 @@ FINE_TUNE_TYPES = ("lora", "dora")
 OPTIMIZERS = ("adam", "adamw")
 SELECTIONS = ("last", "best")
 LONG_ROWS = ("drop", "cut")
+ALL_LINEAR = ("all-linear",)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what one run computes. ``alpha`` / ``rank`` is the scale of B·A.
 
-    ``num_layers`` counts blocks from the last, -1 for all. ``init_seed`` seeds lora_a alone and is shared by a pool:
-    factor-space merging is only meaningful for adapters that started from the same A (SPEC 6.13). ``seed`` seeds
-    dropout and the order of the data.
+    ``keys`` are module names inside a block, or ``all-linear`` for every linear layer there. ``num_layers`` counts
+    blocks from the last, -1 for all. ``init_seed`` seeds lora_a alone and is shared by a pool: factor-space merging is
+    only meaningful for adapters that started from the same A (SPEC 6.13). ``seed`` seeds dropout and the order of the
+    data.
 
     One step takes ``accumulate`` batches of ``batch_size`` rows, weighted by their trained tokens, so that it equals a
     step with one batch of all their rows. ``steps`` above 0 ends the run there, else ``epochs`` does. ``clip`` is the

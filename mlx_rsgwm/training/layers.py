@@ -19,7 +19,7 @@ from mlx_rsgwm.adapter import LoraSpec
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.slots import linear_shape
 
-LAYERS = {"lora": LoRALinear, "dora": DoRALinear}
+LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
 
 
 def initial_factors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, mx.array]:
@@ -63,6 +63,18 @@ def target_modules(model: Any, spec: LoraSpec) -> dict[str, nn.Module]:
     return modules
 
 
+def linear_keys(model: Any) -> tuple[str, ...]:
+    """Names of every linear layer inside the model's blocks, in order."""
+    return tuple(
+        dict.fromkeys(
+            name
+            for block in model.layers
+            for name, module in reversed(block.named_modules())
+            if isinstance(module, (nn.Linear, nn.QuantizedLinear))
+        )
+    )
+
+
 @contextmanager
 def adapted(
     model: Any, modules: Mapping[str, nn.Module], spec: LoraSpec, weights: Mapping[str, mx.array]
@@ -101,7 +113,8 @@ def lora_layers(model: Any, spec: LoraSpec, seed: int) -> Iterator[dict[str, mx.
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
     """The trained parameters by name, sorted."""
-    return dict(sorted(tree_flatten(model.trainable_parameters())))
+    flat: Any = tree_flatten(model.trainable_parameters())
+    return dict(sorted(flat))
 
 
 @contextmanager
@@ -130,9 +143,9 @@ def recomputed_blocks(model: Any, next_seed: Callable[[], int]) -> Iterator[None
         return call
 
     for kind, function in kinds.items():
-        kind.__call__ = checkpointed(function)  # type: ignore[method-assign]
+        kind.__call__ = checkpointed(function)
     try:
         yield
     finally:
         for kind, function in kinds.items():
-            kind.__call__ = function  # type: ignore[method-assign]
+            kind.__call__ = function

@@ -8,8 +8,8 @@ be stopped at any moment and goes on later to the same bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -22,8 +22,8 @@ from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.training.checkpoints import Saving, deferred_interrupts, prune, read_checkpoint
-from mlx_rsgwm.training.config import TrainConfig
-from mlx_rsgwm.training.layers import lora_layers
+from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
+from mlx_rsgwm.training.layers import linear_keys, lora_layers
 from mlx_rsgwm.training.losses import held_out_loss
 from mlx_rsgwm.training.memory import MemoryOptions, check_estimate, estimate, memory_line, memory_now
 from mlx_rsgwm.training.parallel import ALONE, Processes
@@ -68,6 +68,8 @@ def train(
             a run that cannot be resumed, a loss that is not finite (names step and rows).
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
+    if config.keys == ALL_LINEAR:
+        config = replace(config, keys=linear_keys(base.model))
     memory = memory or MemoryOptions()
     memory.apply()
     rows, dropped = corpus.token_rows(base.tokenizer, config.max_tokens, config.long_rows)
@@ -149,7 +151,6 @@ def finish(adapter: Adapter, saving: Saving) -> None:
 
 
 def _float_type(model: Any) -> str:
-    types: Sequence[str] = sorted(
-        {str(value.dtype) for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)}
-    )
-    return ", ".join(name.removeprefix("mlx.core.") for name in types)
+    flat: Any = tree_flatten(model.parameters())
+    types = {str(value.dtype) for _, value in flat if mx.issubdtype(value.dtype, mx.floating)}
+    return ", ".join(name.removeprefix("mlx.core.") for name in sorted(types))

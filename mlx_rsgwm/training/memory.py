@@ -77,8 +77,7 @@ def estimate(
     Logits exist four times at their positions: product, float32, exponentials, gradient.
     """
     text = {**config, **(config.get("text_config") or {})}
-    size = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
-    trained_bytes = sum(value.nbytes for _, value in tree_flatten(model.trainable_parameters()))
+    size, trained_bytes = _nbytes(model.parameters()), _nbytes(model.trainable_parameters())
     hidden = int(text["hidden_size"])
     mlp = int(text.get("intermediate_size") or 4 * hidden)
     heads = int(text.get("num_attention_heads") or 1)
@@ -147,5 +146,10 @@ def memory_line() -> str:
 
 def _item_size(model: nn.Module) -> int:
     """Bytes of one activation: those of the model's floating type."""
-    sizes = [value.itemsize for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
-    return min(sizes, default=4)
+    flat: Any = tree_flatten(model.parameters())
+    return min((value.itemsize for _, value in flat if mx.issubdtype(value.dtype, mx.floating)), default=4)
+
+
+def _nbytes(parameters: Any) -> int:
+    flat: Any = tree_flatten(parameters)
+    return sum(value.nbytes for _, value in flat)

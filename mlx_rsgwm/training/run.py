@@ -171,7 +171,7 @@ class Run:
         updated = self.optimizer.apply_gradients(gradients, trainable(self.model))
         self.model.update(tree_unflatten(list(updated.items())))
         mx.eval(loss, updated, self.optimizer.state, self.importance.moments, self.gradient_sum)
-        value = loss.item()
+        value: Any = loss.item()
         if not math.isfinite(value):
             named = [self.rows[index].id for index in indices]
             shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
@@ -294,7 +294,8 @@ class Run:
             if position + 1 < len(batches):
                 mx.eval(loss, gradients)  # or the activations of all batches would live at once
         summed = self.processes.sum({**gradients, "/loss": loss, "/padded": mx.array(float(padded))})
-        self.padded += padded if self.processes.size == 1 else int(summed["/padded"].item())
+        everywhere: Any = summed["/padded"].item() if self.processes.size > 1 else padded
+        self.padded += int(everywhere)
         return summed["/loss"], {name: summed[name] for name in self.start}
 
     @contextmanager

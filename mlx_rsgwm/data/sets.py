@@ -1,0 +1,34 @@
+"""Training data from a path: a corpus folder, or mlx-lm's JSON lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_rsgwm.data.corpus import Corpus, load_corpus
+from mlx_rsgwm.data.examples import Examples, example_files, is_examples, load_examples
+from mlx_rsgwm.errors import RsgwmError
+
+
+def load_data(
+    path: Path, held_out: Path | None, mask_prompt: bool = False
+) -> tuple[Corpus | Examples, Corpus | Examples | None]:
+    """Training and held-out rows; without ``held_out`` those of ``valid.jsonl`` beside the training rows, if any.
+
+    Raises:
+        RsgwmError: what :func:`load_corpus` or :func:`load_examples` raises; held-out rows that are the training rows.
+    """
+    if held_out is not None and held_out.exists() and path.exists() and held_out.samefile(path):
+        raise RsgwmError(f"held-out rows and training rows are the same: {path}")
+    data: Corpus | Examples
+    if not is_examples(path):
+        data, beside = load_corpus(path), None
+    else:
+        train_file, beside = example_files(path)
+        data = load_examples(train_file, mask_prompt)
+    if held_out is None and beside is None:
+        return data, None
+    chosen = held_out or beside
+    assert chosen is not None
+    if not is_examples(chosen):
+        return data, load_corpus(chosen)
+    return data, load_examples(example_files(chosen)[0] if held_out else chosen, mask_prompt)
