@@ -17,8 +17,7 @@ from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
 def ask(console: Console, question: str, **loop: Any) -> None:
     """Answer QUESTION: draft, score, accept or draft again, and return the best with its score.
 
-    Example: rsgwm ask "Ada has 12 pens and gets 7 more. How many?" --drafter runs/demo/drafter
-    --verifier runs/demo/verifier
+    Example, after `rsgwm demo`: rsgwm ask "Ada has 12 pens and gets 7 more. How many pens does Ada have now?"
     """
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.pipeline.loop import Answer, Drafted, Scored

@@ -20,8 +20,20 @@ OPTIONS = (
     click.option(
         "--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias."
     ),
-    click.option("--drafter", type=click.Path(path_type=Path), required=True, help="Adapter folder of the drafter."),
-    click.option("--verifier", type=click.Path(path_type=Path), required=True, help="Adapter folder of the verifier."),
+    click.option(
+        "--drafter",
+        type=click.Path(path_type=Path),
+        default=Path("runs/demo/drafter"),
+        show_default=True,
+        help="Adapter folder of the drafter.",
+    ),
+    click.option(
+        "--verifier",
+        type=click.Path(path_type=Path),
+        default=Path("runs/demo/verifier"),
+        show_default=True,
+        help="Adapter folder of the verifier.",
+    ),
     click.option(
         "--score",
         default="auto",

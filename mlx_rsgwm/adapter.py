@@ -173,7 +173,9 @@ class Adapter:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise AdapterError(f"adapter folder {folder} does not exist")
+            raise AdapterError(
+                f"adapter folder {folder} does not exist; `rsgwm demo` makes some, `rsgwm train` your own"
+            )
         if not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(_explain_missing_weights(folder))
         manifest = files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}

@@ -21,9 +21,13 @@ from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 
 @dataclass
 class ActiveAdapter:
-    """Which adapter the wrapped layers apply; None is the bare base. Shared by all layers of one model."""
+    """Which adapter the wrapped layers apply; None is the bare base. Shared by all layers of one model.
+
+    ``retired``: another :class:`AdapterSlots` has taken the model over, so selecting here would change nothing.
+    """
 
     name: str | None = None
+    retired: bool = False
 
 
 class SlotLinear(nn.Module):
@@ -46,13 +50,17 @@ class SlotLinear(nn.Module):
 
 
 class AdapterSlots:
-    """Named adapters on one base model. Loading wraps layers once; ``use`` selects in constant time."""
+    """Named adapters on one base model. Loading wraps layers once; ``use`` selects in constant time.
+
+    A model has one set of slots: a new one takes the model over, and the former refuses any further use.
+    """
 
     def __init__(self, base: Base) -> None:
         self.base = base
         self.model: Any = base.model
         self._active = ActiveAdapter()
         self._loaded: dict[str, Adapter] = {}
+        unwrap(self.model)
 
     @property
     def active(self) -> str | None:
@@ -69,6 +77,7 @@ class AdapterSlots:
 
     def use(self, name: str | None) -> None:
         """Make one loaded adapter the active one, or none of them (the bare base)."""
+        self._require_model()
         if name is not None:
             self.adapter(name)
         self._active.name = name
@@ -90,6 +99,7 @@ class AdapterSlots:
             AdapterError: when it was made for another base, names a module the model has not, has another shape, or
                 would change nothing at all (every product B·A is zero). The model is left as it was.
         """
+        self._require_model()
         check_fit(self.base, adapter)
         wrapped = {}
         for module, a, b in adapter.factors():
@@ -113,9 +123,22 @@ class AdapterSlots:
         if self._active.name == name:
             self._active.name = None
 
+    def _require_model(self) -> None:
+        if self._active.retired:
+            raise RuntimeError("these slots were replaced: another AdapterSlots was made for the same base")
+
     def nbytes(self) -> dict[str, int]:
         """Bytes that each adapter's arrays take."""
         return {name: sum(value.nbytes for value in adapter.weights.values()) for name, adapter in self._loaded.items()}
+
+
+def unwrap(model: Any) -> None:
+    """Put the plain layers back and retire the slots that wrapped them."""
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, SlotLinear)]
+    for _, module in wrapped:
+        module.active.name, module.active.retired = None, True
+    if wrapped:
+        model.update_modules(tree_unflatten([(name, module.linear) for name, module in wrapped]))
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

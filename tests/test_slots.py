@@ -77,3 +77,21 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(base, make_adapter):
     assert slots.names() == []
     with pytest.raises(RsgwmError, match="no adapter named 'x'"):
         slots.use("x")
+
+
+def test_new_slots_take_the_model_over(base, make_adapter):
+    """Once, two sets of slots on one base left the second one's adapters silently unapplied."""
+    first = AdapterSlots(base)
+    bare = first.model(mx.array(IDS))
+    first.load("x", make_adapter(1))
+    first.use("x")
+    applied = first.model(mx.array(IDS))
+    second = AdapterSlots(base)
+    assert mx.array_equal(second.model(mx.array(IDS)), bare).item()
+    second.load("x", make_adapter(1))
+    second.use("x")
+    assert mx.array_equal(second.model(mx.array(IDS)), applied).item()
+    with pytest.raises(RuntimeError, match="these slots were replaced"):
+        first.use("x")
+    with pytest.raises(RuntimeError, match="these slots were replaced"):
+        first.load("y", make_adapter(2))

@@ -1,0 +1,222 @@
+"""LoRA training: this project against mlx_lm.lora's trainer and against a plain torch + PEFT loop, on the same rows.
+
+    python bench/training.py --data FOLDER [--rows 32] [--trials 3] [--no-torch]
+
+All sides train the same GSM8K rows (FOLDER/gsm8k/train.jsonl) once, prompt masked, from the same token ids, with
+rank 16, alpha 32, q/k/v/o of every layer, dropout 0.05, Adam, batch size 4, float32, in one process, trial by trial in
+turns. Speed is completion tokens (the trained ones, the same number on every side) over the wall-clock time of the
+whole training call.
+
+The last line is JSON: ``ratio_vs_mlx_lm``, ``ratio_vs_torch`` (above 1: this project is faster),
+``importance_overhead`` (share of a step that keeping the importance takes) and ``padding_share`` (of all input cells,
+for each side).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_rsgwm.base import load_base, resolve_base
+from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch
+from mlx_rsgwm.data.corpus import Corpus, make_rows, save_corpus, tokenize
+from mlx_rsgwm.data.sources import load_questions
+from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.training.config import TrainConfig
+from mlx_rsgwm.training.importance import Importance
+from mlx_rsgwm.training.loop import train
+
+BATCH_SIZE = 4
+KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LEARNING_RATE = 1e-4
+
+
+def ours(base_name: str, corpus: Corpus) -> Callable[[], None]:
+    """This project's ``train``, tokenisation included."""
+    base = load_base(base_name, dtype="float32")
+    config = TrainConfig(epochs=1, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, schedule="constant", keys=KEYS)
+    return lambda: (train(base, corpus, config), None)[1]
+
+
+class Rows:
+    """Token rows as mlx-lm's cached data set wants them: mappings of two keys, as its prompt/completion rows are.
+
+    Its length sorting looks at the number of keys, so here as there every row counts as equally long.
+    """
+
+    def __init__(self, rows: Sequence[TokenRow]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"tokens": self.rows[index].tokens, "offset": self.rows[index].prompt_length}
+
+    def process(self, row: dict[str, Any]) -> tuple[list[int], int]:
+        """The call mlx-lm's cached data set makes."""
+        return list(row["tokens"]), row["offset"]
+
+
+def mlx_lm_side(base_path: Path, rows: Sequence[TokenRow], folder: Path) -> Callable[[], None]:
+    """mlx-lm's own trainer on its own model object, as ``mlx_lm.lora --mask-prompt`` runs it."""
+    from mlx_lm.tuner.datasets import CacheDataset
+    from mlx_lm.tuner.trainer import TrainingArgs
+    from mlx_lm.tuner.trainer import train as mlx_lm_train
+    from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(base_path)
+    steps = len(rows) // BATCH_SIZE
+
+    def run() -> None:
+        model.freeze()
+        parameters = {"rank": 16, "scale": 2.0, "dropout": 0.05, "keys": list(KEYS)}
+        linear_to_lora_layers(model, len(model.layers), parameters)
+        arguments = TrainingArgs(
+            batch_size=BATCH_SIZE,
+            iters=steps,
+            steps_per_report=steps,
+            adapter_file=str(folder / "adapters.safetensors"),
+        )
+        mlx_lm_train(model, optimizers.Adam(LEARNING_RATE), CacheDataset(Rows(rows)), None, arguments)
+        remove_lora_layers(model)
+
+    return run
+
+
+def torch_side(base_path: Path, rows: Sequence[TokenRow]) -> Callable[[], None]:
+    """The loop people write: transformers, PEFT, right-padded batches of like length, labels −100 on the prompt."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    plain = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
+    names = [key.rpartition(".")[2] for key in KEYS]
+    model = get_peft_model(plain, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=names)).to(device)
+    plan = plan_epoch(rows, BATCH_SIZE, seed=0, epoch=0)
+
+    def run() -> None:
+        model.train()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+        for indices in plan:
+            chosen = [rows[index] for index in indices]
+            longest = max(len(row.tokens) for row in chosen)
+            ids, labels = (np.full((len(chosen), longest), fill) for fill in (0, -100))
+            for position, row in enumerate(chosen):
+                ids[position, : len(row.tokens)] = row.tokens
+                labels[position, row.prompt_length : len(row.tokens)] = row.tokens[row.prompt_length :]
+            mask = torch.tensor(ids != 0).to(device)
+            loss = model(torch.tensor(ids).to(device), attention_mask=mask, labels=torch.tensor(labels).to(device)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+
+    return run
+
+
+def importance_seconds(base_name: str) -> float:
+    """Median seconds that one update of the importance takes at this model's adapter shapes."""
+    base = load_base(base_name, dtype="float32")
+    from mlx_rsgwm.training.loop import lora_layers
+
+    with lora_layers(base.model, TrainConfig(keys=KEYS).spec(), 0):
+        gradients = {name: mx.ones(value.shape) for name, value in tree_flatten(base.model.trainable_parameters())}
+    importance = Importance({name: value.shape for name, value in gradients.items()}, 0.999)
+    mx.eval(gradients, importance.moments)
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        importance.update("draft", gradients)
+        mx.eval(importance.moments)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def padding_shares(rows: Sequence[TokenRow]) -> dict[str, float]:
+    """Share of input cells that hold padding: our batches, and mlx-lm's (multiples of 32, in its order)."""
+    batches = [make_batch([rows[i] for i in batch]) for batch in plan_epoch(rows, BATCH_SIZE, 42, 0)]
+    padded, real = sum(b.padded_tokens for b in batches), sum(b.real_tokens for b in batches)
+    from mlx_lm.tuner.datasets import CacheDataset
+    from mlx_lm.tuner.trainer import iterate_batches
+
+    theirs = list(iterate_batches(CacheDataset(Rows(rows)), BATCH_SIZE, 2048))
+    cells = sum(ids[:, :-1].size for ids, _ in theirs)
+    used = sum(int((lengths[:, 1] - 1).sum().item()) for _, lengths in theirs)
+    return {"ours": round(padded / (padded + real), 4), "mlx_lm": round(1 - used / cells, 4)}
+
+
+def measure(sides: dict[str, Callable[[], None]], trials: int) -> dict[str, list[float]]:
+    """Seconds of every side in every trial, taken in turns after one untimed step of warm-up by the first trial."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for trial in range(trials):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            mx.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+            print(f"trial {trial + 1}, {name}: {seconds[name][-1]:.1f} s", flush=True)
+    return seconds
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/train.jsonl")
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--rows", type=int, default=32, help="a multiple of 4: mlx-lm drops the last partial batch")
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    options = parser.parse_args()
+    questions = load_questions("gsm8k", "train", options.data, limit=options.rows)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        corpus = save_corpus(folder / "corpus", make_rows(questions, options.rows, 0, 0), find_template("plain"), {})
+        base = load_base(options.base, dtype="float32")
+        rows, _ = tokenize(corpus, base.tokenizer, 1024)
+        path = resolve_base(options.base)
+        sides = {"ours": ours(options.base, corpus), "mlx_lm": mlx_lm_side(path, rows, folder)}
+        if not options.no_torch:
+            sides["torch"] = torch_side(path, rows)
+        seconds = measure(sides, options.trials)
+    trained = sum(len(row.tokens) - row.prompt_length for row in rows)
+    step = statistics.median(seconds["ours"]) / (len(rows) / BATCH_SIZE)
+    ratios = {
+        name: statistics.median(other / mine for other, mine in zip(times, seconds["ours"], strict=True))
+        for name, times in seconds.items()
+    }
+    result: dict[str, Any] = {
+        "ratio_vs_mlx_lm": round(ratios["mlx_lm"], 3),
+        "ratio_vs_torch": round(ratios["torch"], 3) if "torch" in ratios else None,
+        "importance_overhead": round(importance_seconds(options.base) / step, 5),
+        "padding_share": padding_shares(rows),
+        "completion_tokens": trained,
+        "completion_tokens_per_second": {n: round(trained / statistics.median(t), 1) for n, t in seconds.items()},
+        "seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()},
+        "rows": len(rows),
+        "batch_size": BATCH_SIZE,
+        "mlx": mx.__version__,
+    }
+    for name, rate in result["completion_tokens_per_second"].items():
+        print(f"{name:<8}{rate:>8.1f} completion tokens/s")
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
