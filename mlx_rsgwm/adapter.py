@@ -54,16 +54,15 @@ class LoraSpec:
         raise_problems("adapter spec", problems, AdapterError)
 
     def to_config(self) -> dict[str, Any]:
-        """The JSON object mlx-lm reads from ``adapter_config.json``."""
+        """The JSON object mlx-lm reads from ``adapter_config.json``.
+
+        mlx-lm takes an empty list of keys for no layers and no list for all linear ones, so none is written for none.
+        """
+        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout}
         return {
             "fine_tune_type": self.fine_tune_type,
             "num_layers": self.num_layers,
-            "lora_parameters": {
-                "rank": self.rank,
-                "scale": self.scale,
-                "dropout": self.dropout,
-                "keys": list(self.keys),
-            },
+            "lora_parameters": {**parameters, **({"keys": list(self.keys)} if self.keys else {})},
         }
 
     @classmethod

@@ -30,6 +30,11 @@ class Processes:
         """Every size-th row: rows are sorted by length, so shares are alike."""
         return list(rows[self.rank :: self.size])
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            mx.eval(mx.distributed.all_sum(mx.ones(()), group=self.group))
+
     def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """The sum over processes of every array, in one float32 message."""
         if self.size == 1:

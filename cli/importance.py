@@ -1,0 +1,64 @@
+"""``rsgwm importance``: for adapters that were trained elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.group()
+def importance() -> None:
+    """Collect importance for adapters that were trained elsewhere."""
+
+
+@importance.command(name="collect")
+@click.argument("adapter_folder", metavar="ADAPTER", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Corpus folder, folder with train.jsonl, or .jsonl file.",
+)
+@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out.")
+@click.option("--mask-prompt/--no-mask-prompt", default=True, show_default=True, help="Completions only (.jsonl).")
+@click.option("--replace", is_flag=True, help="Replace importance that is already there.")
+@common_options
+def collect(
+    console: Console,
+    adapter_folder: Path,
+    folder: Path,
+    base_name: str,
+    batch_size: int,
+    max_tokens: int,
+    mask_prompt: bool,
+    replace: bool,
+) -> None:
+    """Pass once over data and keep the root mean square of the gradients as ADAPTER's importance.
+
+    For adapters of mlx_lm.lora, or of PEFT after `rsgwm convert from-peft`. Weights stay as they are.
+
+    Example: rsgwm importance collect adapters --data corpus/change --base smollm2-135m
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.sets import load_data
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.training.collect import collect_importance, save_importance
+
+    adapter = Adapter.load(adapter_folder)
+    if adapter.importance and not replace:
+        source = adapter.importance_metadata.get("source", "an unknown source")
+        raise RsgwmError(f"{adapter_folder} already has importance ({source}); pass --replace to replace it")
+    data, _ = load_data(folder, None, mask_prompt)
+    base = load_base(base_name, progress=console.progress)
+    arrays, metadata = collect_importance(base, adapter, data, batch_size, max_tokens, console.progress)
+    save_importance(adapter, base, data, arrays, metadata)
+    batches = {name.removeprefix("steps/"): int(text) for name, text in metadata.items() if name.startswith("steps/")}
+    console.line(f"{adapter_folder}: importance from {batches['all']} batches")
+    console.result({"adapter": str(adapter_folder), "batches": batches, "source": metadata["source"]})

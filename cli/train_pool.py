@@ -1,0 +1,103 @@
+"""``rsgwm train-pool``: several adapters that share one initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.train_options import memory_options, saving_options, train_config, train_options
+
+
+@click.command(name="train-pool")
+@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
+@click.option(
+    "--data", "folders", multiple=True, type=click.Path(path_type=Path), help="Corpus folder or rows; repeat."
+)
+@click.option("--task", "tasks", multiple=True, help="Family, data set or .jsonl of questions to build from; repeat.")
+@click.option("--draft-rows", default=102, show_default=True, help="Rows of a --task that teach to answer.")
+@click.option("--verify-rows", default=100, show_default=True, help="Rows of a --task that teach to judge.")
+@click.option("--questions", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub.")
+@click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template of --task.")
+@click.option("--mask-prompt/--no-mask-prompt", default=True, show_default=True, help="Completions only (.jsonl).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder that gets one folder per adapter.")
+@train_options
+@common_options
+def train_pool(
+    console: Console,
+    base_name: str,
+    folders: tuple[Path, ...],
+    tasks: tuple[str, ...],
+    draft_rows: int,
+    verify_rows: int,
+    questions: Path | None,
+    template_name: str,
+    mask_prompt: bool,
+    out: Path,
+    settings: Mapping[str, Any],
+    running: Mapping[str, Any],
+) -> None:
+    """Train a pool: one adapter for each --data and --task, with the same settings and the same initial A.
+
+    Finished adapters are skipped, so the same command with --resume goes on where it was cut off. Under mlx.launch the
+    adapters are shared out among the processes.
+
+    \b
+    Examples:
+      rsgwm train-pool --task change --task groups --out pool
+      rsgwm train-pool --data corpus/a --data corpus/b --epochs 1 --out pool --resume
+      mlx.launch -n 2 -- rsgwm train-pool --data corpus/a --data corpus/b --out pool
+    """
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.sets import load_data
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.progress import SILENT
+    from mlx_rsgwm.training import pool
+    from mlx_rsgwm.training.parallel import launched_processes
+
+    if not folders and not tasks:
+        raise RsgwmError("give at least one --data or --task")
+    config = train_config(console, {}, settings)
+    saving = saving_options(out, {}, running)
+    processes = launched_processes()
+    corpora = {folder.stem: folder for folder in folders}
+    if len(corpora) < len(folders):
+        raise RsgwmError("two --data folders have the same name; adapters are named after them")
+    if processes.writes:
+        _build(tasks, out, draft_rows, verify_rows, questions, template_name, console.seed)
+    processes.wait()
+    corpora |= {Path(task).stem: out / "data" / Path(task).stem for task in tasks}
+    members = [pool.Member(name, *load_data(folder, None, mask_prompt)) for name, folder in corpora.items()]
+    progress = console.progress if processes.writes else SILENT
+    base = load_base(base_name, progress=progress)
+    trained = pool.train_pool(base, members, config, saving, memory_options(running), progress, processes)
+    processes.wait()
+    if not processes.writes:
+        return
+    rows = pool.pool_summary(out, list(corpora))
+    console.line(pool.render_pool(rows))
+    console.result({"out": str(out), "trained": trained, "adapters": rows})
+
+
+def _build(
+    tasks: tuple[str, ...],
+    out: Path,
+    draft_rows: int,
+    verify_rows: int,
+    questions: Path | None,
+    template_name: str,
+    seed: int,
+) -> None:
+    """Write the corpora of ``tasks`` below ``out``, where they are not already."""
+    from mlx_rsgwm.data.corpus import make_rows, save_corpus
+    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.data.template import find_template
+
+    for task in tasks:
+        found = questions_for(task, "train", max(draft_rows, 2 * verify_rows, 1), seed, questions)
+        rows = make_rows(found, draft_rows, verify_rows, seed)
+        provenance = {"seed": seed, "tasks": [task], "split": "train"}
+        save_corpus(out / "data" / Path(task).stem, rows, find_template(template_name), provenance)
