@@ -75,7 +75,7 @@ class Examples:
         )
         options = {"tools": row.get("tools"), "tokenize": True, "return_dict": False}
         tokens = list(tokenizer.apply_chat_template(messages, **options))
-        if not self.mask_prompt:
+        if not self.mask_prompt or len(messages) == 1:
             return tokens, 1
         asks = messages[-1].get("role") == "assistant"
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=asks, **options)

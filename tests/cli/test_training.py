@@ -1,0 +1,203 @@
+"""The training commands on the tiny base: YAML, mlx-lm's data, resume after a signal, pools, importance, processes."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import Adapter
+from mlx_rsgwm.cli.main import rsgwm
+
+RSGWM = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
+SMALL = ("--rank", 4, "--alpha", 8, "--batch-size", 4, "--learning-rate", 0.01, "--epochs", 1)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
+
+
+def result(found):
+    assert found.exit_code == 0, found.output
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    for task in ("change", "groups"):
+        out = tmp_path / "corpus" / task
+        result(invoke("data", "build", "--task", task, "--draft-rows", 8, "--verify-rows", 8, "--out", out, "--json"))
+    return tmp_path / "corpus"
+
+
+def write_rows(folder, count=8):
+    folder.mkdir()
+    rows = [{"prompt": f"What is {n} + 1?", "completion": f"It is {n + 1}."} for n in range(count)]
+    for name, part in (("train", rows), ("valid", rows[:3])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def test_an_mlx_lm_yaml_trains(tiny_base, tmp_path):
+    data = write_rows(tmp_path / "rows")
+    (tmp_path / "c.yaml").write_text(
+        f"model: {tiny_base}\ntrain: true\ndata: {data}\nadapter_path: {tmp_path / 'a'}\niters: 6\nbatch_size: 2\n"
+        "num_layers: 1\nlearning_rate: 1e-2\nsteps_per_eval: 3\nmask_prompt: true\nfine_tune_type: dora\n"
+        "lora_parameters: {rank: 4, scale: 2.0, dropout: 0.0, keys: [mlp.up_proj]}\n"
+    )
+    found = invoke("train", "--config", tmp_path / "c.yaml", "--json")
+    summary = result(found)
+    assert summary["steps"] == 6
+    assert "iters → steps = 6" in found.stderr
+    assert "memory estimate" in found.stderr
+    adapter = Adapter.load(tmp_path / "a")
+    assert adapter.spec.fine_tune_type == "dora"
+    assert adapter.manifest["data"]["format"] == "completions"
+    assert [line[0] for line in adapter.manifest["validation"]] == [3, 6]
+    again = invoke("train", "--config", tmp_path / "c.yaml", "--rank", 2, "--out", tmp_path / "b", "--json")
+    assert result(again)["steps"] == 6
+    assert Adapter.load(tmp_path / "b").spec.rank == 2  # an option wins over the file
+
+
+def test_a_signal_saves_and_resume_goes_on(tiny_base, corpora, tmp_path):
+    command = ["train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--save-every", 0]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert invoke(*command, "--epochs", 15, "--out", whole, "--quiet").exit_code == 0
+    arguments = [str(argument) for argument in (*command, "--epochs", 15, "--out", cut)]
+    child = subprocess.Popen([*RSGWM, *arguments], stderr=subprocess.PIPE, text=True)
+    for line in child.stderr:
+        if "train: 6/" in line:
+            break
+    child.send_signal(signal.SIGTERM)
+    rest = child.stderr.read()
+    assert child.wait() == 130, rest
+    assert "interrupted; what was finished before is kept" in rest
+    assert not (cut / "manifest.json").exists()
+    refused = invoke(*command, "--epochs", 15, "--out", cut)
+    assert refused.exit_code == 2
+    assert "continue it with --resume" in refused.stderr
+    changed = invoke(*command, "--epochs", 16, "--out", cut, "--resume")
+    assert changed.exit_code == 2
+    assert "config.epochs is 16 now, was 15" in changed.stderr
+    assert invoke(*command, "--epochs", 15, "--out", cut, "--resume").exit_code == 0
+    for name in ("adapters.safetensors", "importance.safetensors"):
+        assert files.sha256_file(whole / name) == files.sha256_file(cut / name)
+
+
+def test_a_pool_shares_a_and_goes_on(tiny_base, corpora, tmp_path):
+    pool = ("--base", tiny_base, *SMALL, "--out", tmp_path / "pool")
+    first = result(invoke("train-pool", "--data", corpora / "change", *pool, "--json"))
+    assert first["trained"] == ["change"]
+    found = invoke(
+        "train-pool",
+        "--data",
+        corpora / "change",
+        "--task",
+        "groups",
+        "--draft-rows",
+        6,
+        "--verify-rows",
+        4,
+        *pool,
+        "--json",
+    )
+    second = result(found)
+    assert second["trained"] == ["groups"]
+    assert [row["name"] for row in second["adapters"]] == ["change", "groups"]
+    assert "adapter  rows  steps" in found.stderr
+    pair = [Adapter.load(tmp_path / "pool" / name) for name in ("change", "groups")]
+    for name, value in pair[0].init.items():
+        assert (value == pair[1].init[name]).all().item()
+    refused = invoke("train-pool", "--data", corpora / "change", *pool, "--rank", 2)
+    assert refused.exit_code == 2
+    assert "an adapter of another pool (config.rank is 2 now, was 4" in refused.stderr
+
+
+def test_importance_for_an_adapter_of_others(tiny_base, corpora, tmp_path):
+    result(
+        invoke("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
+    )
+    for name in ("importance.safetensors", "manifest.json", "init.safetensors"):
+        (tmp_path / "a" / name).unlink()
+    collect = ("importance", "collect", tmp_path / "a", "--data", corpora / "change", "--base", tiny_base)
+    found = result(invoke(*collect, "--batch-size", 4, "--json"))
+    assert found["batches"] == {"all": 4, "draft": 2, "verify": 2}
+    assert Adapter.load(tmp_path / "a").manifest["importance"]["collected"] is True
+    again = invoke(*collect)
+    assert again.exit_code == 2
+    assert "already has importance (collected after training" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out", "{tmp}/x"], "--data must be given"),
+        (["train", "--data", "{data}", "--out", "{tmp}/x", "--rank", "64"], "rank 64 is above the dimensions"),
+        (
+            ["train", "--data", "{data}", "--out", "{tmp}/x", "--key", "q_prok"],
+            "no layer has a module q_prok",
+        ),
+        (
+            ["train", "--data", "{data}", "--out", "{tmp}/x", "--learning-rate", "5"],
+            "learning_rate = 5.0",
+        ),
+        (["train", "--data", "{data}", "--out", "{tmp}/x", "--patience", "2"], "patience = 2 needs validate_every"),
+        (["train", "--data", "{data}", "--out", "{tmp}/x", "--report-to", "mlflow"], "report-to mlflow is unknown"),
+        (["train", "--data", "{data}", "--out", "{tmp}/x", "--held-out", "{data}"], "are the same"),
+        (["train", "--data", "{data}", "--out", "{tmp}/x", "--config", "{tmp}/none.yaml"], "none.yaml does not exist"),
+        (["train", "--data", "{tmp}/none.jsonl", "--out", "{tmp}/x"], "none.jsonl does not exist"),
+        (["train", "--data", "{data}", "--out", "{tmp}/x", "--save-every", "-1"], "every = -1 is out of range"),
+        (["train-pool", "--out", "{tmp}/x"], "at least one --data or --task"),
+        (["importance", "collect", "{tmp}/none", "--data", "{data}"], "none does not exist"),
+    ],
+)
+def test_bad_input(tiny_base, corpora, tmp_path, arguments, message):
+    before = sorted(tmp_path.rglob("*"))
+    named = [argument.format(tmp=tmp_path, data=corpora / "change") for argument in arguments]
+    found = invoke(*named, "--base", tiny_base)
+    assert found.exit_code == 2, found.output
+    errors = [line for line in found.stderr.splitlines() if line.startswith("rsgwm: error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def launch(*arguments):
+    """mlx.launch with two local processes; it ends with 0 whatever became of them."""
+    start = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "--"]
+    command = [*start, *RSGWM, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.stdout + done.stderr
+
+
+def test_two_processes_train_as_one(tiny_base, corpora, tmp_path):
+    run = (
+        "train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--epochs", 3, "--accumulate", 2,
+        "--dropout", 0, "--save-every", 2,
+    )  # fmt: skip
+    result(invoke(*run, "--out", tmp_path / "one", "--json"))
+    told = launch(*run, "--out", tmp_path / "two")
+    assert (tmp_path / "two" / "manifest.json").exists(), told
+    one, two = Adapter.load(tmp_path / "one"), Adapter.load(tmp_path / "two")
+    for left, right in zip(one.manifest["history"], two.manifest["history"], strict=True):
+        assert left[:2] == right[:2]
+        assert left[3] == right[3]
+        assert right[2] == pytest.approx(left[2], rel=1e-5)
+    assert one.manifest["tokens"]["real"] == two.manifest["tokens"]["real"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_pool(tiny_base, corpora, tmp_path):
+    pool = ("--base", tiny_base, *SMALL, "--data", corpora / "change", "--data", corpora / "groups")
+    result(invoke("train-pool", *pool, "--out", tmp_path / "one", "--json"))
+    told = launch("train-pool", *pool, "--out", tmp_path / "two")
+    for name in ("change", "groups"):
+        assert (tmp_path / "two" / name / "manifest.json").exists(), told
+        for file in ("adapters.safetensors", "importance.safetensors"):
+            assert files.sha256_file(tmp_path / "one" / name / file) == files.sha256_file(
+                tmp_path / "two" / name / file
+            )
+    assert "adapter" in told

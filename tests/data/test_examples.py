@@ -1,0 +1,113 @@
+"""mlx-lm's data formats: the same tokens as mlx-lm's own data sets, and errors that name lines."""
+
+import json
+
+import pytest
+
+from mlx_rsgwm.data.examples import load_examples
+from mlx_rsgwm.data.sets import load_data
+from mlx_rsgwm.errors import RsgwmError
+
+ROWS = {
+    "chat": [
+        {"messages": [{"role": "user", "content": f"{n} and 1?"}, {"role": "assistant", "content": str(n + 1)}]}
+        for n in range(5)
+    ],
+    "completions": [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(5)],
+    "text": [{"text": f"{n} times two is {2 * n}."} for n in range(5)],
+}
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("kind", list(ROWS))
+def test_tokens_are_those_of_mlx_lm(base, tmp_path, kind, mask):
+    from types import SimpleNamespace
+
+    from mlx_lm.tuner.datasets import create_dataset
+
+    if kind == "text" and mask:
+        pytest.skip("text has no prompt")
+    examples = load_examples(write(tmp_path / "train.jsonl", ROWS[kind]), mask)
+    assert examples.format == kind
+    rows, dropped = examples.token_rows(base.tokenizer, 512, "drop")
+    theirs = create_dataset(ROWS[kind], base.tokenizer, SimpleNamespace(mask_prompt=mask))
+    assert dropped == 0
+    for index, row in enumerate(rows):
+        tokens, offset = theirs.process(theirs[index])
+        assert list(row.tokens) == tokens
+        assert row.prompt_length == max(1, offset)
+        assert row.id == f"train.jsonl:{index + 1}"
+        assert row.role == "draft"
+
+
+def test_long_rows_are_dropped_or_cut_and_counted(base, tmp_path):
+    rows = [{"text": "short"}, {"text": "a text that is quite a bit longer than the other one"}]
+    examples = load_examples(write(tmp_path / "a.jsonl", rows), False)
+    kept, dropped = examples.token_rows(base.tokenizer, 20, "drop")
+    assert (len(kept), dropped) == (1, 1)
+    kept, dropped = examples.token_rows(base.tokenizer, 20, "cut")
+    assert (len(kept), dropped) == (2, 0)
+    assert len(kept[1].tokens) == 20
+    assert [row.cut for row in kept] == [False, True]
+    with pytest.raises(RsgwmError, match=r"every row of .*a\.jsonl is longer than 3 tokens"):
+        examples.token_rows(base.tokenizer, 3, "drop")
+    masked = load_examples(write(tmp_path / "b.jsonl", ROWS["completions"]), True)
+    prompt = masked.token_rows(base.tokenizer, 512, "drop")[0][0].prompt_length
+    with pytest.raises(RsgwmError, match="longer than"):  # no part of the completion would be left
+        masked.token_rows(base.tokenizer, prompt, "cut")
+
+
+def test_a_folder_brings_its_held_out_rows(tmp_path):
+    write(tmp_path / "d" / "train.jsonl", ROWS["chat"])
+    assert load_data(tmp_path / "d", None)[1] is None
+    write(tmp_path / "d" / "valid.jsonl", ROWS["chat"][:2])
+    data, held = load_data(tmp_path / "d", None, True)
+    assert (len(data.rows), len(held.rows)) == (5, 2)
+    assert data.hash != load_data(tmp_path / "d", None, False)[0].hash
+    single, none = load_data(tmp_path / "d" / "train.jsonl", None)
+    assert len(single.rows) == 5
+    assert none is None
+    with pytest.raises(RsgwmError, match="are the same"):
+        load_data(tmp_path / "d", tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("lines", "mask", "message"),
+    [
+        ("", False, "holds no rows"),
+        ('{"text": "a"}\n{"text"', False, "line 2 is not JSON"),
+        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', False, "line 2 is no row of text"),
+        ('{"question": "a"}', False, "line 1 is no row of a known format; the formats are completions: prompt"),
+        ('{"text": 3}', False, "line 1: text is not text"),
+        ('{"messages": []}', False, "line 1: messages is not a list of messages"),
+        ('{"messages": [{"content": "a"}]}', False, "line 1: a message has no role"),
+        ('{"text": "a"}', True, "plain text, which has no prompt"),
+        ("[1]", False, "line 1 is no row"),
+    ],
+)
+def test_bad_files(tmp_path, lines, mask, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines)
+    with pytest.raises(RsgwmError, match=message):
+        load_examples(path, mask)
+
+
+def test_a_single_message_is_trained_whole(base, tmp_path):
+    row = {"messages": [{"role": "user", "content": "hello"}]}
+    examples = load_examples(write(tmp_path / "a.jsonl", [row]), True)
+    rows, _ = examples.token_rows(base.tokenizer, 100, "drop")
+    assert rows[0].prompt_length == 1
+
+
+def test_no_chat_template_is_an_error(tmp_path):
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(RsgwmError, match="need a chat template"):
+        load_examples(write(tmp_path / "a.jsonl", ROWS["chat"]), True).token_rows(Bare(), 100, "drop")
