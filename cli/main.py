@@ -39,6 +39,7 @@ COMMANDS = {
     "ask": ("mlx_rsgwm.cli.ask:ask", "Answer one question, showing the drafts and their scores."),
     "convert": ("mlx_rsgwm.cli.convert:convert", "Turn an adapter into PEFT's format, or back."),
     "parity": ("mlx_rsgwm.cli.parity:parity", "Compare an adapter's logits with torch and PEFT."),
+    "plot": ("mlx_rsgwm.cli.plot:plot", "Draw the training curves of adapters."),
     "bench": ("mlx_rsgwm.cli.bench:bench", "Measure latency against torch."),
     "doctor": ("mlx_rsgwm.cli.doctor:doctor", "Examine this machine and say what to fix."),
 }

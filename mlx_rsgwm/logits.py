@@ -10,9 +10,10 @@ import mlx.nn as nn
 
 Hidden = Callable[..., mx.array]
 Head = Callable[[mx.array], mx.array]
+Parts = tuple[Hidden, Head]
 
 
-def split_head(model: nn.Module) -> tuple[Hidden, Head]:
+def split_head(model: nn.Module) -> Parts:
     """``(hidden, head)`` with ``head(hidden(ids, cache=...)) == model(ids, cache=...)``.
 
     For a vocabulary of 49k and a batch of which one token in four is trained, most of the head's work on whole

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
-from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.logits import Parts
 from mlx_rsgwm.pipeline.sampling import Sampling, choose, choose_exact, uniforms
 
 PREFILL_STEP = 2048
@@ -34,25 +34,30 @@ class DraftRequest:
 
 
 def draft(
-    model: Any, end_ids: frozenset[int], requests: Sequence[DraftRequest], sampling: Sampling
+    model: Any, parts: Parts, end_ids: frozenset[int], requests: Sequence[DraftRequest], sampling: Sampling
 ) -> list[DraftTokens]:
-    """Draft all requests in one batch, with the adapter that is active on ``model``.
+    """Draft all requests in one batch, with the adapter that is active on ``model``; ``parts`` is its ``split_head``.
 
     Requests that share a prompt are prefilled once. Rows leave the batch when they end. Prompts are left-padded, which
     changes nothing but float round-off (masked keys get weight zero).
     """
     if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
         # Sliding-window and recurrent caches: one row at a time, through the model's own cache.
-        return [_decode(model, end_ids, [request], sampling, batched=False)[0] for request in requests]
-    return _decode(model, end_ids, requests, sampling, batched=True)
+        return [_decode(model, parts, end_ids, [request], sampling, batched=False)[0] for request in requests]
+    return _decode(model, parts, end_ids, requests, sampling, batched=True)
 
 
 def _decode(
-    model: Any, end_ids: frozenset[int], requests: Sequence[DraftRequest], sampling: Sampling, batched: bool
+    model: Any,
+    parts: Parts,
+    end_ids: frozenset[int],
+    requests: Sequence[DraftRequest],
+    sampling: Sampling,
+    batched: bool,
 ) -> list[DraftTokens]:
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    hidden, head = split_head(model)
+    hidden, head = parts
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
     caches = make_prompt_cache(model)

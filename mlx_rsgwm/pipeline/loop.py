@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.verifying import SCORES, mean_logprob, yesno
@@ -107,6 +108,7 @@ class DraftVerify:
         self.verifier = verifier
         self.config = config
         self.tokenizer = slots.base.tokenizer
+        self.parts = split_head(slots.model)
         self.end_ids = frozenset({*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id})
         self.verdict_ids = template.verdict_ids(self.tokenizer)
 
@@ -191,12 +193,12 @@ class DraftVerify:
                     self.template.verify_prompt(self.tokenizer, question, item.text.strip())
                     for question, item in zip(questions, drafts, strict=True)
                 ]
-                return yesno(self.slots.model, texts, self.verdict_ids)
+                return yesno(self.parts, texts, self.verdict_ids)
             prompts = [self.template.draft_prompt(self.tokenizer, question) for question in questions]
             # A draft that ended by itself also chose to end; one that was cut off did not.
             end = (self.tokenizer.eos_token_id,)
             completions = [item.tokens + (end if item.finished else ()) for item in drafts]
-            return mean_logprob(self.slots.model, prompts, completions)
+            return mean_logprob(self.parts, prompts, completions)
 
     def as_draft(self, answer: str) -> Drafted:
         """A given answer text in the form of a draft, so that it can be scored."""
@@ -204,7 +206,7 @@ class DraftVerify:
 
     def _draft(self, requests: Sequence[DraftRequest]) -> list[Drafted]:
         with self.slots.using(self.drafter):
-            found: list[DraftTokens] = draft(self.slots.model, self.end_ids, requests, self.config.sampling)
+            found: list[DraftTokens] = draft(self.slots.model, self.parts, self.end_ids, requests, self.config.sampling)
         return [
             Drafted(request.attempt, self.tokenizer.decode(list(item.tokens)), item.tokens, item.finished)
             for request, item in zip(requests, found, strict=True)

@@ -9,12 +9,12 @@ import mlx.core as mx
 
 from mlx_rsgwm.cpu import cross_entropy
 from mlx_rsgwm.data.batching import TokenRow, make_batch
-from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.logits import Parts
 
 SCORES = ("yesno", "mean_logprob")
 
 
-def mean_logprob(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
+def mean_logprob(parts: Parts, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
     """exp(mean token log-probability of the completion given the prompt), one number in (0, 1] a row.
 
     The literal reading of the paper's "log-probability score in [0, 1]" (SPEC 6.7, 9). An empty completion scores 0.
@@ -25,7 +25,7 @@ def mean_logprob(model: Any, prompts: Sequence[Sequence[int]], completions: Sequ
         return scores
     rows = [TokenRow("draft", (*prompts[row], *completions[row]), len(prompts[row])) for row in filled]
     batch = make_batch(rows)
-    hidden, head = split_head(model)
+    hidden, head = parts
     states = hidden(batch.inputs)
     picked = states.reshape(-1, states.shape[-1])[batch.positions]
     loss = cross_entropy(head(picked).astype(mx.float32), batch.targets) * batch.weights
@@ -38,11 +38,11 @@ def mean_logprob(model: Any, prompts: Sequence[Sequence[int]], completions: Sequ
     return scores
 
 
-def yesno(model: Any, prompts: Sequence[Sequence[int]], verdict_ids: tuple[int, int]) -> list[float]:
+def yesno(parts: Parts, prompts: Sequence[Sequence[int]], verdict_ids: tuple[int, int]) -> list[float]:
     """P(yes) / (P(yes) + P(no)) at the end of each verifying prompt."""
     rows = [TokenRow("verify", (*prompt, 0), len(prompt)) for prompt in prompts]
     batch = make_batch(rows, target_step=1)
-    hidden, head = split_head(model)
+    hidden, head = parts
     states = hidden(batch.inputs)
     picked = states.reshape(-1, states.shape[-1])[batch.positions]
     logits = head(picked).astype(mx.float32)

@@ -6,6 +6,7 @@ import pytest
 
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.pipeline.calibration import area_under_roc, best_threshold, fit, load_calibration, save_calibration
 from mlx_rsgwm.pipeline.drafting import DraftRequest, draft
 from mlx_rsgwm.pipeline.loop import Answer, Drafted, DraftVerify, LoopConfig, Scored, decide
@@ -97,7 +98,7 @@ def test_batched_drafts_equal_the_uncached_unbatched_path(base, make_adapter, te
     ]
     likely = plain_draft(slots.model, frozenset(), requests[0], sampling)[0]
     end = frozenset({0, likely[4]})  # a token that is really drawn, so that rows leave the batch at different times
-    found = draft(slots.model, end, requests, sampling)
+    found = draft(slots.model, split_head(slots.model), end, requests, sampling)
     assert len({len(item.tokens) for item in found}) > 1
     for request, item in zip(requests, found, strict=True):
         assert (item.tokens, item.finished) == plain_draft(slots.model, end, request, sampling)
