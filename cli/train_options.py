@@ -44,7 +44,7 @@ SETTINGS = (
 )
 RUNNING = (
     click.option("--resume", is_flag=True, help="Continue an unfinished run from its newest checkpoint."),
-    click.option("--save-every", type=int, help="Steps between checkpoints; 0: only on Ctrl-C.  [default: 100]"),
+    click.option("--save-every", type=int, help="Steps between checkpoints; 0 for only the last.  [default: 100]"),
     click.option("--keep", type=int, help="Checkpoints to keep.  [default: 3]"),
     click.option("--report-to", help="wandb, swanlab, trackio; several with commas. Needs their packages."),
     click.option("--project", help="Project name at these services.  [default: mlx-rsgwm]"),

@@ -29,6 +29,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.progress import Progress
+from mlx_rsgwm.training.snapshots import FOLDER as SNAPSHOTS
 
 FOLDER = "checkpoints"
 STATE_FILE = "state.safetensors"
@@ -40,10 +41,10 @@ RESUME = ("refuse", "continue", "replace")
 class Saving:
     """Where and how often a run keeps its state.
 
-    ``folder`` is the adapter folder; ``every`` counts steps, 0 saves only when interrupted; ``keep`` checkpoints
-    stay. ``resume`` says what to do with the checkpoints of an unfinished run: ``refuse`` to start, ``continue`` it
-    (and refuse if it was another run's), or continue it and ``replace`` another run's. ``snapshots`` are the shares of
-    the run after which update and gradient are kept.
+    ``folder`` is the adapter folder; ``every`` counts steps, 0 saves only when interrupted and at the end; ``keep``
+    checkpoints stay. ``resume`` says what to do with the checkpoints of an unfinished run: ``refuse`` to start,
+    ``continue`` it (and refuse if it was another run's), or continue it and ``replace`` another run's. ``snapshots``
+    are the shares of the run after which update and gradient are kept.
     """
 
     folder: Path
@@ -173,16 +174,22 @@ def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) 
             continue
         differences = differing(manifest.get("run") or {}, run)
         if differences and saving.resume == "replace":
-            shutil.rmtree(saving.folder / FOLDER)
+            _clear(saving.folder)
             return None
         raise_problems(f"cannot resume {path}", differences)
         weights, _ = files.read_safetensors(path / WEIGHTS_FILE)
         arrays, _ = files.read_safetensors(path / STATE_FILE)
         return Checkpoint(int(manifest["step"]), weights, arrays, manifest["record"])
     if saving.resume == "replace":
-        shutil.rmtree(saving.folder / FOLDER)
+        _clear(saving.folder)
         return None
     raise RsgwmError(f"no checkpoint in {saving.folder / FOLDER} can be resumed (damaged: {', '.join(damaged)})")
+
+
+def _clear(folder: Path) -> None:
+    """Forget what another run left."""
+    for name in (FOLDER, SNAPSHOTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def differing(before: Any, now: Any, name: str = "") -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import mlx.optimizers as optimizers
+
 from mlx_rsgwm.adapter import LoraSpec
 from mlx_rsgwm.errors import raise_problems
 from mlx_rsgwm.settings import build
@@ -132,3 +134,11 @@ def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
     if config.schedule == "cosine":
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate
+
+
+def make_optimizer(config: TrainConfig) -> Any:
+    """Adam or AdamW with bias correction, which MLX leaves out by default."""
+    betas = [config.beta1, config.beta2]
+    if config.optimizer == "adamw":
+        return optimizers.AdamW(config.learning_rate, betas, weight_decay=config.weight_decay, bias_correction=True)
+    return optimizers.Adam(config.learning_rate, betas, bias_correction=True)

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
+from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch
@@ -19,7 +19,8 @@ from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.progress import Progress
 from mlx_rsgwm.training.checkpoints import Checkpoint, Interruption, Saving, step_seed, write_checkpoint
-from mlx_rsgwm.training.config import TrainConfig, learning_rate_at
+from mlx_rsgwm.training.config import TrainConfig, learning_rate_at, make_optimizer
+from mlx_rsgwm.training.history import Score, Step, mean_loss
 from mlx_rsgwm.training.importance import Importance
 from mlx_rsgwm.training.layers import recomputed_blocks, trainable
 from mlx_rsgwm.training.losses import batch_nats, held_out_nats
@@ -29,25 +30,6 @@ from mlx_rsgwm.training.reporting import Reports
 from mlx_rsgwm.training.snapshots import snapshot_steps, write_snapshot
 
 Arrays = dict[str, mx.array]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One line of the loss history: mean loss in nats per trained token of the step's rows."""
-
-    step: int
-    role: str
-    loss: float
-    trained_tokens: int
-
-
-@dataclass(frozen=True)
-class Score:
-    """Held-out loss in nats per trained token after a step, over all rows and by role."""
-
-    step: int
-    loss: float
-    by_role: dict[str, float]
 
 
 class Run:
@@ -114,11 +96,13 @@ class Run:
         snapshots = snapshot_steps(saving.snapshots, len(self.plan)) if saving else {}
         last_snapshot = max(snapshots, default=0)
 
-        def save() -> None:
+        def save(scored: bool = True) -> None:
             if saving is not None:
+                # For the averaging of checkpoints; a run that was asked to end does not wait for it.
+                held_out = self._held_out_now() if scored else None
                 self.seconds = earlier + time.monotonic() - started
                 kept = write_checkpoint(
-                    saving.folder, self.config.spec(), self.checkpoint(), identity, about, saving.keep
+                    saving.folder, self.config.spec(), self.checkpoint(held_out), identity, about, saving.keep
                 )
                 progress.message(f"{self.label}: saved {kept}")
 
@@ -143,10 +127,10 @@ class Run:
                     reports.log(step.step, {"held_out_loss": score.loss})
                 due = saving is not None and saving.every and step.step % saving.every == 0
                 if due or interruption.requested:
-                    save()
+                    save(scored=not interruption.requested)
                 if interruption.requested:
                     raise KeyboardInterrupt
-            if saving is not None and saving.every and self.done % saving.every:
+            if self._saved_step != self.done:
                 save()
         self.seconds = earlier
 
@@ -166,7 +150,7 @@ class Run:
                 for name, value in gradients.items()
             }
         if self.config.clip:
-            gradients, _ = optimizers.clip_grad_norm(gradients, self.config.clip)
+            gradients, _ = clip_grad_norm(gradients, self.config.clip)
         self.optimizer.learning_rate = learning_rate_at(self.config, number, len(self.plan))
         updated = self.optimizer.apply_gradients(gradients, trainable(self.model))
         self.model.update(tree_unflatten(list(updated.items())))
@@ -203,8 +187,17 @@ class Run:
         """Put the weights of :meth:`result` into the model."""
         self.model.update(tree_unflatten(list(self.result()[0].items())))
 
-    def checkpoint(self) -> Checkpoint:
-        """The whole state at the end of the last step."""
+    def _held_out_now(self) -> float | None:
+        """The held-out loss of the present weights; None without held-out rows."""
+        if self.scores and self.scores[-1].step == self.done:
+            return self.scores[-1].loss
+        if not self.held_rows:
+            return None
+        sums = held_out_nats(self.model, self.held_rows, self.config.batch_size)
+        return sum(nats for nats, _ in sums.values()) / sum(count for _, count in sums.values())
+
+    def checkpoint(self, held_out: float | None) -> Checkpoint:
+        """The whole state at the end of the last step; ``held_out`` is for the record alone."""
         arrays: Arrays = {f"optimizer/{name}": self.optimizer.state[name] for name in ("step", "learning_rate")}
         for name in self.start:
             arrays |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[name].items()}
@@ -214,11 +207,10 @@ class Run:
             arrays |= {f"best/{name}": value for name, value in self.best[0].items()}
             arrays |= self.best[1].state("best_moments/")
         window = self.history[min(self._saved_step, max(self.done - 1, 0)) :]
-        tokens = sum(step.trained_tokens for step in window)
         record = {
-            "train_loss_window": sum(step.loss * step.trained_tokens for step in window) / tokens if tokens else None,
+            "train_loss_window": mean_loss(window),
             "window_steps": len(window),
-            "validation_loss": self.scores[-1].loss if self.scores and self.scores[-1].step == self.done else None,
+            "validation_loss": held_out,
             "importance_steps": self.importance.steps,
             "best_importance_steps": self.best[1].steps if self.best else None,
             "before": self.before,
@@ -306,11 +298,3 @@ class Run:
 
         with recomputed_blocks(self.model, next_seed) if self.config.recompute else nullcontext():
             yield
-
-
-def make_optimizer(config: TrainConfig) -> Any:
-    """Adam or AdamW with bias correction, which MLX leaves out by default."""
-    betas = [config.beta1, config.beta2]
-    if config.optimizer == "adamw":
-        return optimizers.AdamW(config.learning_rate, betas, weight_decay=config.weight_decay, bias_correction=True)
-    return optimizers.Adam(config.learning_rate, betas, bias_correction=True)

@@ -124,8 +124,10 @@ def test_checkpoints_are_adapters_with_losses_and_old_ones_go(base, corpus, conf
     assert [path.name for path in kept] == ["step-000013", "step-000012", "step-000010"]
     assert [(path / "state.safetensors").exists() for path in kept] == [True, True, False]
     manifests = [json.loads((path / "manifest.json").read_text()) for path in kept]
-    assert manifests[1]["record"]["validation_loss"] > 0
-    assert manifests[0]["record"]["validation_loss"] is None
+    assert manifests[1]["record"]["validation_loss"] == manifests[1]["record"]["scores"][-1]["loss"]
+    assert manifests[2]["record"]["validation_loss"] > 0  # not a step that is scored otherwise
+    assert manifests[2]["record"]["scores"][-1]["step"] == 8
+    assert manifests[0]["record"]["validation_loss"] is None  # interrupted
     history = manifests[0]["record"]["history"]
     window = history[10:12]
     expected = sum(loss * tokens for _, _, loss, tokens in window) / sum(tokens for *_, tokens in window)
