@@ -24,7 +24,7 @@ from mlx_rsgwm.training.history import Score, Step, mean_loss
 from mlx_rsgwm.training.importance import Importance
 from mlx_rsgwm.training.layers import recomputed_blocks, trainable
 from mlx_rsgwm.training.losses import batch_nats, held_out_nats
-from mlx_rsgwm.training.memory import memory_now
+from mlx_rsgwm.training.memory import memory_line, memory_now
 from mlx_rsgwm.training.parallel import Processes
 from mlx_rsgwm.training.reporting import Reports
 from mlx_rsgwm.training.snapshots import snapshot_steps, write_snapshot
@@ -104,7 +104,7 @@ class Run:
                 kept = write_checkpoint(
                     saving.folder, self.config.spec(), self.checkpoint(held_out), identity, about, saving.keep
                 )
-                progress.message(f"{self.label}: saved {kept}")
+                progress.message(f"{self.label}: saved {kept}; {memory_line()}")
 
         with progress.task(self.label, len(self.plan)) as advance, self._recomputing():
             if self.done:

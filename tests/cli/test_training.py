@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -174,19 +175,21 @@ def launch(*arguments):
 
 
 def test_two_processes_train_as_one(tiny_base, corpora, tmp_path):
-    run = (
-        "train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--epochs", 3, "--accumulate", 2,
-        "--dropout", 0, "--save-every", 2,
-    )  # fmt: skip
+    """8 rows of a role in batches of 7: shares of 4 and 3 rows, then one row for the first process alone."""
+    run = ("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--epochs", 3, "--dropout", 0)
+    run = (*run, "--batch-size", 7, "--save-every", 2)
     result(invoke(*run, "--out", tmp_path / "one", "--json"))
     told = launch(*run, "--out", tmp_path / "two")
     assert (tmp_path / "two" / "manifest.json").exists(), told
     one, two = Adapter.load(tmp_path / "one"), Adapter.load(tmp_path / "two")
+    assert len(one.manifest["history"]) == 12
     for left, right in zip(one.manifest["history"], two.manifest["history"], strict=True):
         assert left[:2] == right[:2]
         assert left[3] == right[3]
         assert right[2] == pytest.approx(left[2], rel=1e-5)
     assert one.manifest["tokens"]["real"] == two.manifest["tokens"]["real"]
+    for name, value in one.importance.items():
+        np.testing.assert_allclose(np.array(two.importance[name]), np.array(value), rtol=1e-2, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
