@@ -114,14 +114,14 @@ def test_bad_input(line, tiny_base, other_base, arguments, message):
 
 
 @pytest.fixture(scope="session")
-def other_base(tmp_path_factory):
+def other_base(tiny_base, tmp_path_factory):
     """Another base of the same shape."""
     import shutil
 
     import mlx.core as mx
 
     folder = tmp_path_factory.mktemp("other") / "base"
-    shutil.copytree(tmp_path_factory.getbasetemp() / "base0" / "tiny", folder)
+    shutil.copytree(tiny_base, folder)
     weights = mx.load(str(folder / "model.safetensors"))
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.5
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
