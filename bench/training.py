@@ -28,6 +28,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_rsgwm.adapter import versions
 from mlx_rsgwm.base import load_base, resolve_base
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch
 from mlx_rsgwm.data.corpus import Corpus, make_rows, save_corpus, tokenize
@@ -134,7 +135,8 @@ def importance_seconds(base_name: str) -> float:
     from mlx_rsgwm.training.loop import lora_layers
 
     with lora_layers(base.model, TrainConfig(keys=KEYS).spec(), 0):
-        gradients = {name: mx.ones(value.shape) for name, value in tree_flatten(base.model.trainable_parameters())}
+        trainable: Any = tree_flatten(base.model.trainable_parameters())
+        gradients = {name: mx.ones(value.shape) for name, value in trainable}
     importance = Importance({name: value.shape for name, value in gradients.items()}, 0.999)
     mx.eval(gradients, importance.moments)
     times = []
@@ -209,7 +211,7 @@ def main() -> None:
         "seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()},
         "rows": len(rows),
         "batch_size": BATCH_SIZE,
-        "mlx": mx.__version__,
+        "versions": versions(),
     }
     for name, rate in result["completion_tokens_per_second"].items():
         print(f"{name:<8}{rate:>8.1f} completion tokens/s")
