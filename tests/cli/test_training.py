@@ -170,7 +170,7 @@ def launch(*arguments):
     """mlx.launch with two local processes; it ends with 0 whatever became of them."""
     start = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "--"]
     command = [*start, *RSGWM, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     return done.stdout + done.stderr
 
 
