@@ -20,9 +20,34 @@ def applies() -> bool:
     return not sys.platform.startswith("darwin") and mx.default_device() == mx.Device(mx.cpu)
 
 
+@mx.custom_function
+def _power_exp(x: mx.array) -> mx.array:
+    return mx.power(math.e, x)
+
+
+@_power_exp.vjp  # type: ignore[untyped-decorator]  # MLX's stubs do not type the decorator
+def _power_exp_vjp(primals: mx.array, cotangents: mx.array, outputs: mx.array) -> mx.array:
+    # Left to itself, MLX multiplies by the logarithm of the base, taken again for every element.
+    return cotangents * outputs
+
+
 def exp(x: mx.array) -> mx.array:
     """e to the ``x``, elementwise, by the quicker of MLX's two ways."""
-    return mx.power(math.e, x) if applies() else mx.exp(x)
+    found: mx.array = _power_exp(x) if applies() else mx.exp(x)
+    return found
+
+
+@mx.custom_function
+def _gated(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * up / (1 + mx.power(math.e, -gate))
+
+
+@_gated.vjp  # type: ignore[untyped-decorator]
+def _gated_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    gate, up = primals
+    share = 1 / (1 + mx.power(math.e, -gate))
+    silu = gate * share
+    return cotangent * up * (share + silu * (1 - share)), cotangent * silu
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -58,8 +83,7 @@ class GatedMlp(nn.Module):
     """down(silu(gate(x)) · up(x)) with the exponential of :func:`exp`: 40 % of a layer's time otherwise."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate = self.gate_proj(x)
-        down: mx.array = self.down_proj(gate * self.up_proj(x) / (1 + exp(-gate)))
+        down: mx.array = self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
         return down
 
 
