@@ -25,6 +25,8 @@ def data() -> None:
 @click.option(
     "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
 )
+@click.option("--split", help="Split to take; default: train. Take another one for held-out rows.")
+@click.option("--offset", default=0, show_default=True, help="Questions to pass over first.")
 @click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template: plain or chat.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Corpus folder to write.")
 @common_options
@@ -34,6 +36,8 @@ def build(
     draft_rows: int,
     verify_rows: int,
     folder: Path | None,
+    split: str | None,
+    offset: int,
     template_name: str,
     out: Path,
 ) -> None:
@@ -56,11 +60,11 @@ def build(
     rows = []
     for task in tasks:
         wanted = None if task.endswith(".jsonl") else max(draft_rows, 2 * verify_rows, 1)
-        questions = questions_for(task, "train", wanted, console.seed, folder)
+        questions = questions_for(task, "train", wanted, console.seed, folder, offset, split)
         drafts = min(draft_rows, len(questions)) if task.endswith(".jsonl") else draft_rows
         pairs = min(verify_rows, len(questions)) if task.endswith(".jsonl") else verify_rows
         rows += make_rows(questions, drafts, pairs, console.seed)
-    corpus = save_corpus(out, rows, template, {"seed": console.seed, "tasks": list(tasks), "split": "train"})
+    corpus = save_corpus(out, rows, template, {"seed": console.seed, "tasks": list(tasks), "split": split or "train"})
     counts = corpus.manifest["counts"]
     for task, found in counts.items():
         console.line(f"{task}: {found['draft']} draft rows, {found['verify']} verify rows")

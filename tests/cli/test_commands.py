@@ -64,6 +64,21 @@ def test_ask_shows_the_steps(line, tiny_base):
     assert len(result["steps"]) == result["attempts"] == 2
 
 
+def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
+    corpora = {}
+    for split in ("train", "test"):
+        out = tmp_path / split
+        made = invoke(
+            "data", "build", "--task", "gsm8k", "--data", data_folder, "--split", split, "--offset", 2,
+            "--draft-rows", 3, "--verify-rows", 0, "--out", out, "--json",
+        )  # fmt: skip
+        assert made.exit_code == 0, made.stderr
+        corpora[split] = [json.loads(row)["question"] for row in (out / "rows.jsonl").read_text().splitlines()]
+    source = [json.loads(row)["question"] for row in (data_folder / "gsm8k/test.jsonl").read_text().splitlines()]
+    assert corpora["test"] == source[2:5]
+    assert not set(corpora["train"]) & set(corpora["test"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
