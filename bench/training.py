@@ -162,7 +162,10 @@ def padding_shares(rows: Sequence[TokenRow]) -> dict[str, float]:
 
 
 def measure(sides: dict[str, Callable[[], None]], trials: int) -> dict[str, list[float]]:
-    """Seconds of every side in every trial, taken in turns after one untimed step of warm-up by the first trial."""
+    """Seconds of every side in every trial, taken in turns.
+
+    The first call of a side also allocates; a trial lasts a minute, so with three or more the median is past it.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for trial in range(trials):
         for name, run in sides.items():
