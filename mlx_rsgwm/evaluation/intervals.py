@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mlx_rsgwm.pipeline.calibration import area_under_roc
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -99,7 +101,7 @@ def auroc(
         raise ValueError(f"scores {values.shape}, labels {positive.shape} and groups must have one length")
     if not np.all(np.isfinite(values)):
         raise ValueError("scores must be finite")
-    estimate = _auroc(values, positive)
+    estimate = area_under_roc(values, positive)
     if estimate is None:
         return None
     keys = list(range(len(values))) if groups is None else list(groups)
@@ -111,20 +113,8 @@ def auroc(
     drawn = []
     for _ in range(resamples):
         chosen = np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))])
-        value = _auroc(values[chosen], positive[chosen])
+        value = area_under_roc(values[chosen], positive[chosen])
         if value is not None:
             drawn.append(value)
     low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (0.0, 1.0)
     return Rate(estimate, min(float(low), estimate), max(float(high), estimate), len(values))
-
-
-def _auroc(values: np.ndarray, positive: np.ndarray) -> float | None:
-    """Mann–Whitney U over the number of pairs, by average ranks."""
-    from scipy.stats import rankdata
-
-    count = int(positive.sum())
-    pairs = count * (len(values) - count)
-    if not pairs:
-        return None
-    rank_sum = float(rankdata(values)[positive].sum())
-    return (rank_sum - count * (count + 1) / 2) / pairs

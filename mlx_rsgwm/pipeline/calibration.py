@@ -36,11 +36,17 @@ class Calibration:
         return {**asdict(self), "auroc": dict(self.auroc), "perturbed_auroc": dict(self.perturbed_auroc)}
 
 
-def area_under_roc(scores: Sequence[float], correct: Sequence[bool]) -> float | None:
-    """AUROC, ties counted half; None when all or none are correct."""
-    from sklearn.metrics import roc_auc_score
+def area_under_roc(scores: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float | None:
+    """AUROC as Mann–Whitney U over the number of pairs, ties counted half; None when all or none are correct."""
+    from scipy.stats import rankdata
 
-    return float(roc_auc_score(correct, scores)) if len(set(correct)) == 2 else None
+    positive = np.asarray(correct, dtype=bool)
+    count = int(positive.sum())
+    pairs = count * (len(positive) - count)
+    if not pairs:
+        return None
+    rank_sum = float(rankdata(scores)[positive].sum())
+    return (rank_sum - count * (count + 1) / 2) / pairs
 
 
 def best_threshold(scores: Sequence[float], correct: Sequence[bool]) -> float:
