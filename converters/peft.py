@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter, LoraSpec, versions
-from mlx_rsgwm.base import ALIASES, fingerprint_of, resolve_base, weight_files
+from mlx_rsgwm.base import ALIASES, describe_base, fingerprint_of, resolve_base, weight_files
 from mlx_rsgwm.converters.peft_config import alpha_for, config_problems, scale_of
 from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, read_sidecar, restore, write_sidecar
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
@@ -225,24 +225,12 @@ def from_peft_on(folder: Path, base_name: str, progress: Progress = SILENT) -> A
     """
     from_peft(folder)
     path = resolve_base(base_name, progress)
-    adapter = from_peft(folder, _describe_base(base_name, path))
+    adapter = from_peft(
+        folder, describe_base(base_name, fingerprint_of(path), files.read_json_object(path / "config.json"))
+    )
     problems = _fit_problems(adapter, path)
     raise_problems(f"{folder} does not fit {base_name}", problems, AdapterError)
     return adapter
-
-
-def _describe_base(name: str, path: Path) -> dict[str, Any]:
-    """``Base.describe()`` without loading the base."""
-    config = files.read_json_object(path / "config.json")
-    text = {**config, **(config.get("text_config") or {})}
-    return {
-        "name": name,
-        "fingerprint": fingerprint_of(path),
-        "model_type": config["model_type"],
-        "hidden_size": text.get("hidden_size"),
-        "num_layers": text.get("num_hidden_layers"),
-        "vocab_size": text.get("vocab_size"),
-    }
 
 
 def _fit_problems(adapter: Adapter, path: Path) -> list[str]:

@@ -25,15 +25,7 @@ SIDECAR_FORMAT = "mlx-rsgwm/peft-sidecar"
 def write_sidecar(adapter: Adapter, config: Mapping[str, Any], out: Path) -> None:
     """Write what PEFT has no place for beside ``adapter_model.safetensors`` in ``out``, which must be there already."""
     folder = files.make_folder(out / SIDECAR_FOLDER)
-    files.write_json(folder / CONFIG_FILE, adapter.spec.to_config())
-    written = [CONFIG_FILE]
-    for name, arrays, metadata in (
-        (IMPORTANCE_FILE, adapter.importance, adapter.importance_metadata),
-        (INIT_FILE, adapter.init, {}),
-    ):
-        if arrays:
-            files.write_safetensors(folder / name, arrays, metadata)
-            written.append(name)
+    written = adapter.write_beside(folder)
     files.write_json(
         folder / MANIFEST_FILE,
         {

@@ -197,9 +197,18 @@ class Adapter:
         files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
         files.make_folder(folder)
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        written = [CONFIG_FILE, WEIGHTS_FILE]
-        files.write_json(folder / CONFIG_FILE, self.spec.to_config())
         files.write_safetensors(folder / WEIGHTS_FILE, self.weights)
+        written = [WEIGHTS_FILE, *self.write_beside(folder)]
+        hashes = {name: files.sha256_file(folder / name) for name in written}
+        self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
+        files.write_json(folder / MANIFEST_FILE, self.manifest)
+        self.path = folder
+        return folder
+
+    def write_beside(self, folder: Path) -> list[str]:
+        """Write everything but weights and manifest into an existing folder; returns the names of the files."""
+        files.write_json(folder / CONFIG_FILE, self.spec.to_config())
+        written = [CONFIG_FILE]
         for name, arrays, metadata in (
             (IMPORTANCE_FILE, self.importance, self.importance_metadata),
             (INIT_FILE, self.init, {}),
@@ -209,11 +218,7 @@ class Adapter:
                 written.append(name)
             else:
                 (folder / name).unlink(missing_ok=True)
-        hashes = {name: files.sha256_file(folder / name) for name in written}
-        self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
-        files.write_json(folder / MANIFEST_FILE, self.manifest)
-        self.path = folder
-        return folder
+        return written
 
 
 def is_complete(path: str | Path) -> bool:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,15 +74,20 @@ class Base:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest keeps of the base it was made with."""
-        text = {**self.config, **(self.config.get("text_config") or {})}
-        return {
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "model_type": self.config["model_type"],
-            "hidden_size": text.get("hidden_size"),
-            "num_layers": text.get("num_hidden_layers"),
-            "vocab_size": text.get("vocab_size"),
-        }
+        return describe_base(self.name, self.fingerprint, self.config)
+
+
+def describe_base(name: str, fingerprint: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest keeps of a base, loaded or not; ``config`` is its ``config.json``."""
+    text = {**config, **(config.get("text_config") or {})}
+    return {
+        "name": name,
+        "fingerprint": fingerprint,
+        "model_type": config["model_type"],
+        "hidden_size": text.get("hidden_size"),
+        "num_layers": text.get("num_hidden_layers"),
+        "vocab_size": text.get("vocab_size"),
+    }
 
 
 def load_base(name: str, dtype: str = "auto", progress: Progress = SILENT) -> Base:
