@@ -97,6 +97,38 @@ def make_base(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     return folder
 
 
+def make_torch_base(folder: Path, seed: int = 0, layers: int = 2, vocabulary: int = 96) -> Path:
+    """A random Llama of hidden size 64 with grouped queries, saved by transformers, and a word-level tokenizer."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=layers,
+        intermediate_size=80,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def torch_base():
+    """Maker of tiny bases that transformers loads too: ``torch_base(folder, seed, layers, vocabulary)``."""
+    return make_torch_base
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """Folder of a tiny base model."""

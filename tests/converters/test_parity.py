@@ -25,33 +25,9 @@ KEYS = ("self_attn.q_proj", "self_attn.v_proj")
 IDS = [[1, 5, 9, 2, 33, 70, 41], [8, 95, 3]]
 
 
-def make_base(folder, seed):
-    """A tiny random Llama saved by transformers, with a word-level tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=LAYERS,
-        intermediate_size=80,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"), 0)
+def base_folder(torch_base, tmp_path_factory):
+    return torch_base(tmp_path_factory.mktemp("base"), 0, LAYERS, VOCABULARY)
 
 
 def make_adapter(size=0.2, dtype=mx.float32, manifest=None, scale=2.0):
@@ -230,10 +206,10 @@ def test_every_reason_to_fail_is_said(theirs, expected):
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path):
+def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path, torch_base):
     manifest = {"base": load_base(str(base_folder)).describe()}
     folder = make_adapter(manifest=manifest).save(tmp_path / "adapter")
-    other = make_base(tmp_path / "other", 1)
+    other = torch_base(tmp_path / "other", 1, LAYERS, VOCABULARY)
     with pytest.raises(AdapterError, match="the weights differ"):
         check_parity(folder, str(other), device="cpu", token_ids=IDS)
 
