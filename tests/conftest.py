@@ -124,8 +124,8 @@ def make_torch_base(folder: Path, seed: int = 0, layers: int = 2, vocabulary: in
 
 
 @pytest.fixture(scope="session")
-def torch_base():
-    """Maker of tiny bases that transformers loads too: ``torch_base(folder, seed, layers, vocabulary)``."""
+def make_torch_llama():
+    """Maker of tiny bases that transformers loads too: ``make_torch_llama(folder, seed, layers, vocabulary)``."""
     return make_torch_base
 
 

@@ -26,8 +26,8 @@ IDS = [[1, 5, 9, 2, 33, 70, 41], [8, 95, 3]]
 
 
 @pytest.fixture(scope="module")
-def base_folder(torch_base, tmp_path_factory):
-    return torch_base(tmp_path_factory.mktemp("base"), 0, LAYERS, VOCABULARY)
+def base_folder(make_torch_llama, tmp_path_factory):
+    return make_torch_llama(tmp_path_factory.mktemp("base"), 0, LAYERS, VOCABULARY)
 
 
 def make_adapter(size=0.2, dtype=mx.float32, manifest=None, scale=2.0):
@@ -206,10 +206,10 @@ def test_every_reason_to_fail_is_said(theirs, expected):
 # --- bad input --------------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path, torch_base):
+def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path, make_torch_llama):
     manifest = {"base": load_base(str(base_folder)).describe()}
     folder = make_adapter(manifest=manifest).save(tmp_path / "adapter")
-    other = torch_base(tmp_path / "other", 1, LAYERS, VOCABULARY)
+    other = make_torch_llama(tmp_path / "other", 1, LAYERS, VOCABULARY)
     with pytest.raises(AdapterError, match="the weights differ"):
         check_parity(folder, str(other), device="cpu", token_ids=IDS)
 

@@ -38,8 +38,8 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 @pytest.fixture(scope="module")
-def base_folder(torch_base, tmp_path_factory):
-    return torch_base(tmp_path_factory.mktemp("base"), 0, LAYERS, VOCABULARY)
+def base_folder(make_torch_llama, tmp_path_factory):
+    return make_torch_llama(tmp_path_factory.mktemp("base"), 0, LAYERS, VOCABULARY)
 
 
 @pytest.fixture(autouse=True, scope="module")
