@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_rsgwm.data.negatives import evaluate, find_equations, make_wrong, perturb, scan_equations
+from mlx_rsgwm.data.equations import evaluate, find_equations, scan_equations
+from mlx_rsgwm.data.negatives import make_wrong, perturb
 from mlx_rsgwm.data.numbers import parse_number, write_number
 from mlx_rsgwm.data.sources import Question, load_questions
 
