@@ -8,6 +8,7 @@ be stopped at any moment and goes on later to the same bits.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from mlx_rsgwm.training.checkpoints import Saving, deferred_interrupts, prune, r
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
 from mlx_rsgwm.training.layers import linear_keys, lora_layers
 from mlx_rsgwm.training.losses import held_out_loss
-from mlx_rsgwm.training.memory import MemoryOptions, check_estimate, estimate, memory_line, memory_now
+from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estimate, estimate, memory_line, memory_now
 from mlx_rsgwm.training.parallel import ALONE, Processes
 from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
 from mlx_rsgwm.training.run import Run
@@ -77,39 +78,13 @@ def train(
     if config.validate_every and not held_rows:
         raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
     plan = plan_steps(rows, config.step_rows, config.seed, config.epochs, config.steps)
-    identity = {
-        "config": config.describe(),
-        "base": base.fingerprint,
-        "dtype": _float_type(base.model),
-        "data": corpus.hash,
-        "template": corpus.template.hash if corpus.template else None,
-        "held_out": held_out.hash if held_out else None,
-        "processes": processes.size,
-    }
-    about = {
-        "base": base.describe(),
-        **({"template": corpus.template.describe()} if corpus.template else {}),
-        "config": config.describe(),
-        "data": {
-            **corpus.describe(),
-            "rows": len(rows),
-            "rows_too_long": dropped,
-            "rows_cut": sum(row.cut for row in rows),
-        },
-        "seed": config.seed,
-        "versions": versions(),
-    }
+    identity = _identity(base, corpus, config, held_out, processes)
+    about = _provenance(base, corpus, config, rows, dropped)
     started = time.monotonic()
     model: Any = base.model
     with ExitStack() as stack:
         init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
-        longest = max(rows, key=lambda row: len(row.tokens))
-        biggest = min(config.batch_size, len(rows))
-        share = -(-biggest // processes.size)
-        need = estimate(
-            model, base.config, share, len(longest.tokens), share * longest.trained_tokens, config.accumulate,
-            config.recompute,
-        )  # fmt: skip
+        need = _estimate(base, rows, config, processes)
         progress.message(f"{label}: {check_estimate(need, memory.enforce)}")
         run = Run(model, rows, plan, held_rows, config, label, processes)
         checkpoint = read_checkpoint(saving, identity, progress) if saving else None
@@ -142,6 +117,55 @@ def train(
         "history": [[step.step, step.role, round(step.loss, 6), step.trained_tokens] for step in run.history],
     }
     return Adapter(config.spec(), weights, arrays, importance.metadata(), init, manifest)
+
+
+def _identity(
+    base: Base, corpus: TrainingData, config: TrainConfig, held_out: TrainingData | None, processes: Processes
+) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued."""
+    return {
+        "config": config.describe(),
+        "base": base.fingerprint,
+        "dtype": _float_type(base.model),
+        "data": corpus.hash,
+        "template": corpus.template.hash if corpus.template else None,
+        "held_out": held_out.hash if held_out else None,
+        "processes": processes.size,
+    }
+
+
+def _provenance(
+    base: Base, corpus: TrainingData, config: TrainConfig, rows: Sequence[TokenRow], dropped: int
+) -> dict[str, Any]:
+    """What the manifest, and every checkpoint, says of where the adapter comes from."""
+    return {
+        "base": base.describe(),
+        **({"template": corpus.template.describe()} if corpus.template else {}),
+        "config": config.describe(),
+        "data": {
+            **corpus.describe(),
+            "rows": len(rows),
+            "rows_too_long": dropped,
+            "rows_cut": sum(row.cut for row in rows),
+        },
+        "seed": config.seed,
+        "versions": versions(),
+    }
+
+
+def _estimate(base: Base, rows: Sequence[TokenRow], config: TrainConfig, processes: Processes) -> MemoryEstimate:
+    """Memory that the largest batch of this process needs; the LoRA layers must be in the model."""
+    longest = max(rows, key=lambda row: len(row.tokens))
+    share = -(-min(config.batch_size, len(rows)) // processes.size)
+    return estimate(
+        base.model,
+        base.config,
+        share,
+        len(longest.tokens),
+        share * longest.trained_tokens,
+        config.accumulate,
+        config.recompute,
+    )
 
 
 def finish(adapter: Adapter, saving: Saving) -> None:

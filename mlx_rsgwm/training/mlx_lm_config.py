@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +80,17 @@ def from_mlx_lm(values: Mapping[str, Any], where: str) -> TrainingFile:
     def steps(iterations: Any) -> int:
         return max(1, int(iterations) // accumulate)
 
-    def to_config(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Callable[[str, Any], None]:
+    def to(
+        target: dict[str, Any], name: str, convert: Callable[[Any], Any] = lambda value: value
+    ) -> Callable[[str, Any], None]:
         def put(key: str, value: Any) -> None:
-            file.config[name] = convert(value)
+            target[name] = convert(value)
             if key in values and name != key:
-                file.notes.append(f"{key} → {name} = {file.config[name]}")
+                file.notes.append(f"{key} → {name} = {target[name]}")
 
         return put
 
-    def to_run(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Callable[[str, Any], None]:
-        def put(key: str, value: Any) -> None:
-            file.run[name] = convert(value)
-            if key in values and name != key:
-                file.notes.append(f"{key} → {name} = {file.run[name]}")
-
-        return put
+    to_config, to_run = partial(to, file.config), partial(to, file.run)
 
     def ignored(key: str, value: Any) -> None:
         file.notes.append(f"{key} has no effect here")
