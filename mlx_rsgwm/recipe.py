@@ -62,6 +62,8 @@ class DataSection:
         problems = []
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             problems.append(f"tasks must name at least one task, each once, found {', '.join(self.tasks) or 'none'}")
+        elif len({_folder_name(task) for task in self.tasks}) != len(self.tasks):
+            problems.append(f"tasks must differ in their file names, found {', '.join(self.tasks)}")
         if self.rows < 2 * len(self.tasks):
             problems.append(f"rows must be at least two per task, found {self.rows}")
         if not 0 <= self.verify_share < 1:
@@ -244,10 +246,19 @@ class Run:
         recipe = self.recipe
         shared = {"base": self._fingerprint, "template": self.template.hash, "seed": recipe.seed}
         for task in recipe.data.tasks:
-            self._stage(f"data-{task}", {**shared, **_data_inputs(recipe.data, task)}, (), partial(self._data, task))
+            self._stage(
+                f"data-{_folder_name(task)}",
+                {**shared, **_data_inputs(recipe.data, task)},
+                (),
+                partial(self._data, task),
+            )
             train = {**shared, "config": recipe.train.describe()}
-            self._stage(f"train-{task}", train, (f"data-{task}",), partial(self._train, task))
-        self._stage("merge", asdict(recipe.merge), [f"train-{task}" for task in recipe.data.tasks], self._merge)
+            self._stage(
+                f"train-{_folder_name(task)}", train, (f"data-{_folder_name(task)}",), partial(self._train, task)
+            )
+        self._stage(
+            "merge", asdict(recipe.merge), [f"train-{_folder_name(task)}" for task in recipe.data.tasks], self._merge
+        )
         loop = {**shared, **asdict(recipe.loop), "items": recipe.data.calibration_items}
         self._stage("calibrate", loop, ("merge",), self._calibrate)
         self._stage("evaluate", asdict(recipe.evaluate), ("calibrate",), self._evaluate)
@@ -419,10 +430,12 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT) -> dict[s
 
 
 def _data_inputs(data: DataSection, task: str) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"task": task, "budget": data.budget(task), "folder": data.folder}
-    if task.endswith(".jsonl") and Path(task).is_file():
-        inputs["sha256"] = files.sha256_file(Path(task))
-    return inputs
+    """What the rows of a task depend on: its budget, and the bytes of the files they may come from."""
+    local = [Path(task)] if task.endswith(".jsonl") else []
+    if data.folder and not local:
+        local = sorted((Path(data.folder) / task).glob("*.jsonl"))
+    hashes = {path.name: files.sha256_file(path) for path in local if path.is_file()}
+    return {"task": task, "budget": data.budget(task), "folder": data.folder, "files": hashes}
 
 
 def _folder_name(task: str) -> str:

@@ -70,6 +70,26 @@ def test_run_then_resume_then_change(recipe_file, tmp_path):
     assert retrained["executed"] == [stage for stage in STAGES if not stage.startswith("data-")]
 
 
+def test_changed_data_files_are_noticed(recipe_file, tmp_path):
+    questions = tmp_path / "mine.jsonl"
+
+    def write(first):
+        rows = [
+            {"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(first, 40)
+        ]
+        questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    settings = [f"data.tasks=[{questions}, change]", "evaluate.timed=0"]
+    write(1)
+    run_recipe(load_recipe(recipe_file(), settings), tmp_path / "out")
+    assert run_recipe(load_recipe(recipe_file(), settings), tmp_path / "out")["executed"] == []
+    write(2)
+    executed = run_recipe(load_recipe(recipe_file(), settings), tmp_path / "out")["executed"]
+    assert executed[:2] == [f"data-{questions.stem}", f"train-{questions.stem}"]
+    assert "train-change" not in executed
+    assert executed[2:] == ["merge", "calibrate", "evaluate", "export"]
+
+
 def test_same_recipe_same_bytes(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file(), ["evaluate.timed=0"])
     summaries = [run_recipe(recipe, tmp_path / name) for name in ("one", "two")]
@@ -112,6 +132,7 @@ def test_shipped_recipes_are_valid():
         (["loop.score=vibes"], "score must be auto or one of"),
         (["merge.tau_draft=1.5"], "tau must be in"),
         (["data.tasks=[]"], "at least one task"),
+        (["data.tasks=[a/mine.jsonl, b/mine.jsonl]"], "must differ in their file names"),
         (["epochs"], "expected key=value"),
         (["name.x=1"], "name is not a section"),
         (["train={"], "not valid YAML"),
