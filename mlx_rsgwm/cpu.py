@@ -2,13 +2,16 @@
 
 Measured with mlx 0.32.4 on x86-64 (``bench/cpu.py`` prints it): ``mx.exp`` takes 26 ns an element and ``mx.power``
 with a constant base 7; a product of (rows, 1, in) with a shared matrix runs as one product per row unless the leading
-axes are flattened. Both rewrites compute the same values to float32 round-off.
+axes are flattened. ``mx.fast.scaled_dot_product_attention`` takes its softmax by the slow exponential and computes it
+again for the gradient. All rewrites compute the same values to float32 round-off.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
@@ -52,6 +55,67 @@ def _gated_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: 
     return cotangent * up * (share + silu * (1 - share)), cotangent * silu
 
 
+@mx.custom_function
+def _softmax(scores: mx.array) -> mx.array:
+    powers = mx.power(math.e, scores - mx.max(scores, axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@_softmax.vjp
+def _softmax_vjp(scores: mx.array, cotangent: mx.array, shares: mx.array) -> mx.array:
+    weighted = cotangent * shares
+    return weighted - shares * weighted.sum(axis=-1, keepdims=True)
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """softmax(scale · Q Kᵀ + mask) V for queries (batch, heads, length, size), keys and values (batch, kv heads, seen, size).
+
+    Takes the place, and the arguments, of mlx-lm's ``scaled_dot_product_attention``; what is not plain float32 is
+    handed on to it. The heads that share keys are multiplied together.
+    """
+    if queries.dtype != mx.float32 or sinks is not None or hasattr(cache, "bits"):
+        from mlx_lm.models.base import scaled_dot_product_attention
+
+        handed_on: mx.array = scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+        return handed_on
+    batch, heads, length, size = queries.shape
+    groups, seen = keys.shape[1], keys.shape[2]
+    stacked = (queries * scale).reshape(batch, groups, -1, size)
+    scores = (stacked @ keys.swapaxes(-1, -2)).reshape(batch, groups, heads // groups, length, seen)
+    if isinstance(mask, str):  # mlx-lm's only name: "causal", the queries being the last of the keys' positions
+        mask = mx.tri(length, seen, seen - length, dtype=mx.bool_) if length > 1 else None
+    if mask is not None:
+        if mask.ndim > 2:
+            mask = mx.expand_dims(mask, -3) if mask.shape[-3] == 1 else mx.unflatten(mask, -3, (groups, -1))
+        scores = mx.where(mask, scores, -1e30) if mask.dtype == mx.bool_ else scores + mask
+    shares = _softmax(scores).reshape(batch, groups, -1, seen)
+    return (shares @ values).reshape(batch, heads, length, values.shape[-1])
+
+
+@cache
+def _attending_here(kind: type) -> type | None:
+    """``kind`` with its calls of mlx-lm's attention function going to :func:`attention`; None when it makes none."""
+    call = kind.__call__
+    name = "scaled_dot_product_attention"
+    if not isinstance(call, FunctionType) or name not in call.__code__.co_names:
+        return None
+    if getattr(call.__globals__.get(name), "__module__", "") != "mlx_lm.models.base":
+        return None
+    redirected = FunctionType(
+        call.__code__, {**call.__globals__, name: attention}, call.__name__, call.__defaults__, call.__closure__
+    )
+    redirected.__kwdefaults__ = call.__kwdefaults__
+    return type(kind.__name__, (kind,), {"__call__": redirected})
+
+
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """−log softmax(logits)[target] in nats: logits (n, vocabulary) float32, targets (n,), result (n,).
 
@@ -92,8 +156,8 @@ class GatedMlp(nn.Module):
 def quicken(model: nn.Module) -> None:
     """Let the model's layers take the quicker ways, in place; parameters and their names stay as they are.
 
-    Only plain layers are touched, and SwiGLU blocks that consist of the three usual projections and call mlx-lm's
-    ``swiglu``. Off Linux's CPU nothing happens.
+    Only plain layers are touched, SwiGLU blocks that consist of the three usual projections and call mlx-lm's
+    ``swiglu``, and blocks that call mlx-lm's attention function. Off Linux's CPU nothing happens.
     """
     if not applies():
         return
@@ -104,6 +168,8 @@ def quicken(model: nn.Module) -> None:
             module.__class__ = FlatEmbedding
         elif _is_swiglu_block(module):
             module.__class__ = GatedMlp
+        elif attending := _attending_here(type(module)):
+            module.__class__ = attending
 
 
 def _is_swiglu_block(module: Any) -> bool:

@@ -20,6 +20,7 @@ def test_model_is_the_same(tiny_base):
     cpu.quicken(quick)
     assert type(quick.model.layers[0].mlp) is cpu.GatedMlp
     assert type(quick.model.layers[0].self_attn.q_proj) is cpu.FlatLinear
+    assert type(quick.model.layers[0].self_attn).__call__.__globals__["scaled_dot_product_attention"] is cpu.attention
     assert mx.allclose(plain(ids), quick(ids), rtol=1e-5, atol=1e-5).item()
     assert plain.parameters().keys() == quick.parameters().keys()
 
@@ -63,3 +64,37 @@ def test_other_devices_are_left_alone(tiny_base, monkeypatch):
     model = load_model(tiny_base)[0]
     cpu.quicken(model)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 5, 5), (1, 6, 2, 1, 7), (3, 4, 4, 3, 8)])
+@pytest.mark.parametrize("kind", ["none", "causal", "boolean", "additive", "per head"])
+def test_attention_and_its_gradients(shape, kind):
+    batch, heads, groups, length, seen = shape
+    queries = mx.random.normal((batch, heads, length, 8))
+    keys, values = (mx.random.normal((batch, groups, seen, 8)) for _ in range(2))
+    causal = mx.tri(length, seen, seen - length, dtype=mx.bool_)
+    mask = {
+        "none": None,
+        "causal": "causal",
+        "boolean": mx.broadcast_to(causal, (batch, 1, length, seen)),
+        "additive": mx.where(causal, 0.0, -1e9),
+        "per head": mx.random.normal((batch, heads, length, seen)),
+    }[kind]
+
+    def loss(function):
+        return lambda *arrays: (function(*arrays) ** 3).sum()
+
+    ours = loss(lambda q, k, v: cpu.attention(q, k, v, None, 0.3, mask))
+    theirs = loss(lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask))
+    assert ours(queries, keys, values).item() == pytest.approx(theirs(queries, keys, values).item(), rel=1e-4)
+    for mine, expected in zip(
+        *(mx.grad(f, argnums=(0, 1, 2))(queries, keys, values) for f in (ours, theirs)), strict=True
+    ):
+        assert mx.allclose(mine, expected, rtol=1e-3, atol=1e-5).item()
+
+
+def test_attention_hands_on_what_is_not_float32():
+    queries, keys, values = (mx.random.normal((1, 2, 3, 8)).astype(mx.bfloat16) for _ in range(3))
+    found = cpu.attention(queries, keys, values, None, 0.3, "causal")
+    expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask="causal")
+    assert mx.array_equal(found, expected).item()
