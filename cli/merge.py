@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,63 +12,159 @@ from mlx_rsgwm.cli.console import Console, common_options
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Adapter folder to write.")
-@click.option("--method", default="rsgwm", show_default=True, help="rsgwm or linear.")
-@click.option("--role", default="draft", show_default=True, help="draft or verify: which importance and which tau.")
-@click.option("--tau", type=float, help="Quantile of the mask, in (0, 1); default: 0.30 to draft, 0.50 to verify.")
-@click.option("--signal", default="per_role", show_default=True, help="per_role, or shared (the paper's letter).")
-@click.option("--scope", default="tensor", show_default=True, help="Quantile over each tensor, or global.")
-@click.option("--reference", default="init", show_default=True, help="Deltas from the shared init, or from zero.")
+@click.argument("adapters", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Adapter folder to write.")
+@click.option("--method", default="rsgwm", show_default=True, help="Name of a method; --list shows all.")
+@click.option("--role", default="draft", show_default=True, help="draft, verify, or a role of your own.")
+@click.option("--tau", type=float, help="rsgwm: quantile of the mask, in (0, 1); default 0.30 draft, 0.50 verify.")
+@click.option("--signal", help="rsgwm: importance used: per_role (default), shared, or a signal's name.")
+@click.option("--space", help="factor or product, where the method has both.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any parameter of the method.")
 @click.option(
-    "--normalise", default="mean", show_default=True, help="Importances of different tasks: mean, rank or none."
+    "--at",
+    "overrides",
+    multiple=True,
+    nargs=2,
+    metavar="PATTERN NAME=VALUE[,…]",
+    help="Other parameters, or weights=1/0.5/…, for modules whose name matches the regular expression.",
 )
 @click.option("--weight", "weights", multiple=True, type=float, help="One for each adapter, in their order.")
+@click.option("--rank", type=int, help="Rank of the result; default: the highest of the sources, for cat their sum.")
+@click.option("--dry-run", is_flag=True, help="Print the diagnosis, write nothing.")
+@click.option("--list", "list_methods", is_flag=True, help="List the methods with their parameters and sources.")
 @common_options
 def merge(
     console: Console,
     adapters: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
     method: str,
     role: str,
     tau: float | None,
-    signal: str,
-    scope: str,
-    reference: str,
-    normalise: str,
+    signal: str | None,
+    space: str | None,
+    settings: tuple[str, ...],
+    overrides: tuple[tuple[str, str], ...],
     weights: tuple[float, ...],
+    rank: int | None,
+    dry_run: bool,
+    list_methods: bool,
 ) -> None:
-    """Merge ADAPTERS, trained on one base from one initialisation, into one.
+    """Merge ADAPTERS, trained on one base, into one.
 
     \b
     Examples:
       rsgwm merge pool/* --role draft --out drafter
-      rsgwm merge pool/* --role verify --out verifier
-      rsgwm merge a b --method linear --weight 0.7 --weight 0.3 --out mixed
+      rsgwm merge pool/* --role verify --tau 0.6 --out verifier
+      rsgwm merge a b --method ties --set density=0.3 --out mixed
+      rsgwm merge a b --method linear --at 'layers\\.2[0-9]' weights=0/1 --out mixed
+      rsgwm merge pool/* --method karcher --dry-run
+      rsgwm merge --list
     """
-    from mlx_rsgwm.adapter import Adapter, is_complete
+    from mlx_rsgwm.adapter import is_complete
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.merging.merge import merge as merge_adapters
     from mlx_rsgwm.merging.options import MergeOptions
 
-    if is_complete(out):
+    if list_methods:
+        _list(console)
+        return
+    if not adapters:
+        raise RsgwmError("no adapters given; name at least two adapter folders, or use --list")
+    if out is None and not dry_run:
+        raise RsgwmError("no --out folder given; name one, or look first with --dry-run")
+    if out is not None and is_complete(out) and not dry_run:
         raise RsgwmError(f"{out} already holds a finished adapter; choose another folder or remove it")
+    named = {"tau": tau, "signal": signal, "space": space}
     options = MergeOptions(
         method=method,
         role=role,
-        tau=tau,
-        signal=signal,
-        scope=scope,
-        reference=reference,
-        normalise=normalise,
+        parameters={name: value for name, value in named.items() if value is not None} | _pairs(settings, "--set"),
         weights=weights,
+        rank=rank,
+        seed=console.seed,
+        overrides=tuple(_override(pattern, text) for pattern, text in overrides),
     )
-    merged = merge_adapters([Adapter.load(path) for path in adapters], options)
-    merged.save(out)
-    overall = merged.manifest["merge"]["diagnosis"]["overall"]
-    console.line(f"{out}: {method} of {len(adapters)} adapters for the {role} role")
+    merged = merge_adapters(list(adapters), options, console.progress)
+    if not dry_run:
+        assert out is not None
+        merged.save(out)
+    _tell(console, adapters, merged.manifest["merge"], "nothing written" if dry_run else str(out))
+
+
+def _tell(console: Console, adapters: Sequence[Path], merge: dict[str, Any], out: str) -> None:
+    found = merge["diagnosis"]
+    overall = found["overall"]
+    console.line(
+        f"{out}: {merge['method']} of {len(adapters)} adapters for the {merge['role']} role, rank {merge['rank']}"
+    )
+    for warning in merge["warnings"]:
+        console.line(f"warning: {warning}")
     console.line(f"norm of the update: {overall['norm_share']:.3f} of the sources' mean")
-    for path, cosine in zip(adapters, overall["cosines"], strict=True):
-        console.line(f"cosine to {path}: {cosine:.3f}")
+    for path, cosine, norm in zip(adapters, overall["cosines"], overall["source_norms"], strict=True):
+        console.line(f"cosine to {path}: {cosine:.3f} (its norm: {norm:.4g})")
     console.line(f"cosine to the mean product: {overall['cosine_to_mean_product']:.3f}")
-    console.result({"out": str(out), "options": options.describe(), "diagnosis": overall})
+    console.line(f"lost to the rank: {overall['discarded']:.2%} of the squared norm")
+    for leaf in ("a", "b"):
+        if f"kept_{leaf}" in overall:
+            kept = ", ".join(f"{share:.0%}" for share in overall[f"kept_{leaf}"])
+            console.line(
+                f"kept of lora_{leaf}: {kept}; by all adapters {overall[f'overlap_{leaf}']:.0%} of what any keeps"
+            )
+    worst = min(found["modules"].items(), key=lambda item: item[1]["norm_share"])
+    console.line(f"weakest module: {worst[0]}, norm {worst[1]['norm_share']:.3f} of the sources' mean")
+    console.result({"out": out, "merge": {**merge, "diagnosis": found}})
+
+
+def _list(console: Console) -> None:
+    from mlx_rsgwm.merging.methods import METHODS
+
+    for name, method in METHODS.items():
+        console.line(f"{name}: {method.summary} ({method.source})")
+        for parameter, meaning in method.parameters.items():
+            choices = f" [{', '.join(str(choice) for choice in meaning.choices)}]" if meaning.choices else ""
+            console.line(f"    {parameter}={meaning.default}{choices}  {meaning.meaning}")
+    console.result(
+        {
+            name: {
+                "summary": method.summary,
+                "source": method.source,
+                "needs": list(method.needs),
+                "parameters": {key: parameter.default for key, parameter in method.parameters.items()},
+            }
+            for name, method in METHODS.items()
+        }
+    )
+
+
+def _pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
+    from mlx_rsgwm.errors import RsgwmError
+
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise RsgwmError(f"{option} wants NAME=VALUE, found {text!r}")
+        pairs[name] = _value(value)
+    return pairs
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "null": None}.get(text, text)
+
+
+def _override(pattern: str, text: str) -> Any:
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.merging.options import Override
+
+    pairs = _pairs(text.split(","), "--at")
+    weights = str(pairs.pop("weights", ""))
+    try:
+        numbers = tuple(float(weight) for weight in weights.split("/") if weight)
+    except ValueError:
+        raise RsgwmError(f"--at {pattern}: weights are numbers with / between them, found {weights!r}") from None
+    return Override(pattern, pairs, numbers)

@@ -155,7 +155,7 @@ class Adapter:
         for name, value in self.importance.items():
             signal, _, parameter = name.partition("/")
             weight = self.weights.get(parameter)
-            if signal not in SIGNALS or weight is None or weight.shape != value.shape:
+            if not signal.isidentifier() or weight is None or weight.shape != value.shape:
                 found.append(f"importance {name} {value.shape} has no weight of its shape")
         for name, value in self.init.items():
             if name not in self.weights or self.weights[name].shape != value.shape:

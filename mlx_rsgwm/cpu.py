@@ -84,7 +84,8 @@ def attention(
     if queries.dtype != mx.float32 or sinks is not None or hasattr(cache, "bits"):
         from mlx_lm.models.base import scaled_dot_product_attention
 
-        handed_on: mx.array = scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
+        inputs: Any = (queries, keys, values, cache, scale, mask, sinks)
+        handed_on: mx.array = scaled_dot_product_attention(*inputs)
         return handed_on
     batch, heads, length, size = queries.shape
     groups, seen = keys.shape[1], keys.shape[2]
@@ -96,8 +97,8 @@ def attention(
         if mask.ndim > 2:
             mask = mx.expand_dims(mask, -3) if mask.shape[-3] == 1 else mx.unflatten(mask, -3, (groups, -1))
         scores = mx.where(mask, scores, -1e30) if mask.dtype == mx.bool_ else scores + mask
-    shares = _softmax(scores).reshape(batch, groups, -1, seen)
-    return (shares @ values).reshape(batch, heads, length, values.shape[-1])
+    shares: Any = _softmax(scores)
+    return (shares.reshape(batch, groups, -1, seen) @ values).reshape(batch, heads, length, values.shape[-1])
 
 
 @cache
@@ -168,7 +169,7 @@ def quicken(model: nn.Module) -> None:
             module.__class__ = FlatEmbedding
         elif _is_swiglu_block(module):
             module.__class__ = GatedMlp
-        elif attending := _attending_here(type(module)):
+        elif attending := _attending_here(module.__class__):
             module.__class__ = attending
 
 

@@ -89,8 +89,9 @@ def write_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapp
             temporary.unlink(missing_ok=True)
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    """Read a safetensors file into evaluated arrays and its metadata.
+def read_safetensors(path: Path, evaluate: bool = True) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Read a safetensors file into arrays and its metadata; with ``evaluate=False`` an array's values are read when
+    they are first used.
 
     The header is validated by the safetensors library first (sizes, offsets, dtypes, truncation), so that MLX only
     ever maps a sound file. Pickle-based formats are refused by name.
@@ -103,7 +104,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         with safe_open(str(path), framework="np") as file:
             metadata = dict(file.metadata() or {})
         arrays = mx.load(str(path), format="safetensors")
-        mx.eval(arrays)
+        if evaluate:
+            mx.eval(arrays)
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RsgwmError(f"{path} is not a sound safetensors file: {reason}") from error

@@ -29,6 +29,7 @@ from mlx_rsgwm.errors import CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.evaluation.harness import calibrate, evaluate
 from mlx_rsgwm.evaluation.report import write_report
 from mlx_rsgwm.merging.merge import merge
+from mlx_rsgwm.merging.methods import find_method, resolved
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.model_folder import fingerprint_of
 from mlx_rsgwm.pipeline.calibration import FILE as CALIBRATION_FILE
@@ -82,24 +83,30 @@ class DataSection:
 
 @dataclass(frozen=True)
 class MergeSection:
-    """How both roles are merged; see :class:`MergeOptions`."""
+    """How both roles are merged; ``parameters`` are the method's own (``rsgwm merge --list`` shows them)."""
 
     method: str = "rsgwm"
     tau_draft: float = 0.30
     tau_verify: float = 0.50
-    signal: str = "per_role"
-    scope: str = "tensor"
-    reference: str = "init"
-    normalise: str = "mean"
-    epsilon: float = 1e-8
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    rank: int | None = None
 
     def options(self, role: str) -> MergeOptions:
-        shared = {key: value for key, value in asdict(self).items() if not key.startswith("tau_")}
-        return MergeOptions(role=role, tau=self.tau_draft if role == "draft" else self.tau_verify, **shared)
+        tau = self.tau_draft if role == "draft" else self.tau_verify
+        return MergeOptions(
+            method=self.method,
+            role=role,
+            parameters={"tau": tau, **self.parameters}
+            if "tau" in find_method(self.method).parameters
+            else self.parameters,
+            weights=self.weights,
+            rank=self.rank,
+        )
 
     def __post_init__(self) -> None:
         for role in ("draft", "verify"):
-            self.options(role)
+            resolved(self.options(role))
 
 
 @dataclass(frozen=True)
@@ -298,9 +305,9 @@ class Run:
         finish(adapter, saving)
 
     def _merge(self) -> None:
-        pool = [Adapter.load(self._adapter(task)) for task in self.recipe.data.tasks]
+        pool = [self._adapter(task) for task in self.recipe.data.tasks]
         for role, folder in (("draft", "drafter"), ("verify", "verifier")):
-            merge(pool, self.recipe.merge.options(role)).save(self.out / folder)
+            merge(pool, self.recipe.merge.options(role), self.progress).save(self.out / folder)
         self.progress.message(f"merged {len(pool)} adapters into {self.out / 'drafter'} and {self.out / 'verifier'}")
 
     def _pipeline(self, score: str, threshold: float) -> DraftVerify:

@@ -1,65 +1,88 @@
-"""The steps of role-specific gradient-weighted merging: quantiles, masks, the masked weighted mean (SPEC 8)."""
+"""The steps of role-specific gradient-weighted merging: quantiles, masks, importances on one scale (SPEC 8)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-SCOPES = ("tensor", "global")
+SCOPES = ("tensor", "factor", "module", "global")
 NORMALISATIONS = ("mean", "none", "rank")
+
+# The histogram of a pool-wide quantile in product space: a float's upper 20 bits below the sign, eight of exponent and
+# twelve of fraction, so a bin is at most 2^-12 of its value wide.
+BIN_BITS = 20
 
 
 def quantile(values: mx.array, tau: float) -> mx.array:
-    """The ``tau``-quantile of all entries, linearly interpolated as ``numpy.quantile`` does; a float32 scalar."""
-    ordered = mx.sort(values.astype(mx.float32).reshape(-1))
-    position = tau * (ordered.size - 1)
+    """The ``tau``-quantile of all entries, linearly interpolated as ``numpy.quantile`` does; a float32 scalar.
+
+    Partitions instead of sorting.
+    """
+    flat = values.astype(mx.float32).reshape(-1)
+    position = tau * (flat.size - 1)
     low = int(position)
-    high = min(low + 1, ordered.size - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    parted = mx.partition(flat, low)
+    if low + 1 == flat.size:
+        return parted[low]
+    return parted[low] + (parted[low + 1 :].min() - parted[low]) * (position - low)
 
 
-def quantile_masks(importance: Mapping[str, mx.array], tau: float, scope: str) -> dict[str, mx.array]:
-    """m = 1[s ≥ Q_tau(s)] for one task: float32 arrays of the importance's shapes.
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of non-negative float32 values by their leading bits: a quantile of more values than fit in memory."""
 
-    ``scope``: ``tensor`` takes the quantile of every array by itself; ``global`` one over all arrays together, which
-    favours lora_b, whose gradients are larger, and may leave nothing of lora_a (SPEC 6.14).
-    """
-    if scope == "global":
-        threshold = quantile(mx.concatenate([s.reshape(-1) for s in importance.values()]), tau)
-        return {name: (s >= threshold).astype(mx.float32) for name, s in importance.items()}
-    return {name: (s >= quantile(s, tau)).astype(mx.float32) for name, s in importance.items()}
+    counts: mx.array
 
+    @classmethod
+    def empty(cls) -> Histogram:
+        return cls(mx.zeros((1 << BIN_BITS,), dtype=mx.int32))
 
-def normalised(importance: Mapping[str, mx.array], how: str) -> dict[str, mx.array]:
-    """Importance of one task on a scale that other tasks share (SPEC 6.11: s grows with the task's loss).
+    def add(self, values: mx.array) -> Histogram:
+        """With the entries of ``values`` (≥ 0, any shape) counted in."""
+        bins = (values.astype(mx.float32).reshape(-1).view(mx.uint32) >> (31 - BIN_BITS)).astype(mx.int32)
+        return Histogram(self.counts.at[bins].add(1))
 
-    ``mean`` divides by the mean over all entries; ``rank`` replaces every entry by its rank in (0, 1] within its array;
-    ``none`` leaves it as recorded.
-    """
-    if how == "mean":
-        total = sum(s.sum() for s in importance.values())
-        mean = total / sum(s.size for s in importance.values())
-        return {name: s / mx.maximum(mean, 1e-30) for name, s in importance.items()}
-    if how == "rank":
-        return {name: _ranks(s) for name, s in importance.items()}
-    return dict(importance)
+    def quantile(self, tau: float) -> mx.array:
+        """The lower edge of the bin in which the ``tau``-quantile lies: at most 2^-12 of it too low."""
+        below = mx.cumsum(self.counts)
+        total = below[-1].astype(mx.float32)
+        index = mx.argmax(below > tau * (total - 1))
+        return (index.astype(mx.uint32) << (31 - BIN_BITS)).view(mx.float32)
 
 
-def _ranks(values: mx.array) -> mx.array:
+def ranks(values: mx.array) -> mx.array:
+    """Every entry's rank among all of them, in (0, 1]."""
     flat = values.reshape(-1)
     order = mx.argsort(mx.argsort(flat))
     return ((order + 1).astype(mx.float32) / flat.size).reshape(values.shape)
 
 
-def masked_weighted_mean(
-    deltas: Sequence[mx.array], importances: Sequence[mx.array], masks: Sequence[mx.array], epsilon: float
-) -> mx.array:
-    """Δ = Σ s ⊙ m ⊙ Δ_t / (Σ s ⊙ m + ε), entry by entry; where no task keeps an entry the result is 0."""
-    numerator = mx.zeros(deltas[0].shape)
-    denominator = mx.zeros(deltas[0].shape)
-    for delta, importance, mask in zip(deltas, importances, masks, strict=True):
+def mean_of(arrays: Iterable[mx.array]) -> mx.array:
+    """Mean over the entries of all arrays, never 0."""
+    total, count = mx.array(0.0), 0
+    for array in arrays:
+        total, count = total + array.sum(), count + array.size
+    return mx.maximum(total / max(count, 1), 1e-30)
+
+
+def masked_weighted_mean(terms: Iterable[tuple[mx.array, mx.array, mx.array]], epsilon: float) -> mx.array:
+    """Δ = Σ s ⊙ m ⊙ Δ_t / (Σ s ⊙ m + ε) over the terms (Δ_t, s_t, m_t), entry by entry.
+
+    Where no task keeps an entry the result is 0. Terms are taken up one by one: numerator and denominator are the only
+    state.
+    """
+    numerator = denominator = mx.array(0.0)
+    for delta, importance, mask in terms:
         weight = importance * mask
-        numerator = numerator + weight * delta.astype(mx.float32)
+        numerator = numerator + weight * delta
         denominator = denominator + weight
+        mx.eval(numerator, denominator)
     return numerator / (denominator + epsilon)
+
+
+def overlap(masks: Sequence[mx.array]) -> mx.array:
+    """Share of the entries that any mask keeps which all of them keep (the Jaccard index for two); a float32 scalar."""
+    kept = sum((mask.astype(mx.float32) for mask in masks), mx.zeros(masks[0].shape))
+    return (kept == len(masks)).sum() / mx.maximum((kept > 0).sum(), 1)

@@ -1,102 +1,163 @@
-"""Merging a pool: check that it can be merged, run the method, look at what came out, hand back an adapter."""
+"""Merging a pool: check that it can be merged, run the method module by module, look at what came out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import MappingProxyType
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.adapter import Adapter, versions
+from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.files import sha256_file, sha256_json
-from mlx_rsgwm.merging.linear import linear
+from mlx_rsgwm.merging.diagnosis import diagnosis, measure
+from mlx_rsgwm.merging.lowrank import Truncated, truncate, truncate_dense
+from mlx_rsgwm.merging.methods import Method, find_method, resolved
+from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.merging.products import diagnose, mean_product_cosine
-from mlx_rsgwm.merging.rsgwm import rsgwm
+from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.progress import SILENT, Progress
 
-Method = Callable[[Sequence[Adapter], MergeOptions], dict[str, mx.array]]
+# Modules are evaluated together until their dense size passes this many entries.
+BATCH_ENTRIES = 1 << 24
 
-METHODS: MappingProxyType[str, Method] = MappingProxyType({"rsgwm": rsgwm, "linear": linear})
 
-
-def merge(adapters: Sequence[Adapter], options: MergeOptions) -> Adapter:
+def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: Progress = SILENT) -> Adapter:
     """One adapter from several, with the diagnosis and the sources in its manifest.
 
+    Adapters given as folders are streamed: memory does not grow with their number.
+
     Raises:
-        RsgwmError: an unknown method, fewer than two adapters, a pool that does not fit together (every reason at
-            once), a result that is not finite or that collapses.
+        AdapterError: an adapter is damaged.
+        RsgwmError: an unknown method or parameter, fewer than two adapters, a pool that does not fit together (every
+            reason at once), missing importance, a result that is not finite or that collapses.
     """
-    if options.method not in METHODS:
-        raise RsgwmError(f"unknown method {options.method!r}; there are {', '.join(METHODS)}")
-    check_pool(adapters, options)
-    weights = METHODS[options.method](adapters, options)
-    mx.eval(weights)
-    first = adapters[0]
-    merged = Adapter(first.spec, weights)
+    method, parameters = find_method(options.method), resolved(options)
+    if len(adapters) < 2:
+        raise RsgwmError(f"a merge needs at least two adapters, found {len(adapters)}")
+    _check_weights(method, options, len(adapters))
+    pool = Pool.open(adapters)
+    _check_space(pool, options, parameters)
+    rank = options.rank or _usual_rank(method, pool)
+    spec = merged_spec(pool, rank)
+    weights: dict[str, mx.array] = {}
+    measured = {}
+    waiting: list[Any] = []
+    entries = 0
+    with progress.task(f"merge by {options.method}", len(pool.modules)) as advance:
+        for module in _modules(pool, method, options, parameters):
+            found = _compressed(method.merge(module), rank, module.key)
+            a, b = _padded(found.factors, rank)
+            weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
+            measured[module.name] = measure(module, found)
+            waiting += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], measured[module.name]]
+            entries += a.shape[0] * b.shape[1]
+            if entries > BATCH_ENTRIES:
+                mx.eval(waiting)
+                waiting, entries = [], 0
+            advance(1, "")
+    mx.eval(waiting)
+    merged = Adapter(spec, weights)
     raise_problems(f"{options.method} merge", merged.problems())
-    diagnosis = diagnose(adapters, merged)
-    diagnosis["overall"]["cosine_to_mean_product"] = mean_product_cosine(adapters, weights, first.spec.scale)
-    merged.manifest = {
-        "kind": "merged",
-        "base": first.manifest.get("base"),
-        "template": first.manifest.get("template"),
-        "merge": {
-            **options.describe(),
-            "sources": [_source(adapter) for adapter in adapters],
-            "diagnosis": diagnosis,
-        },
-        "versions": versions(),
-    }
+    merged.manifest = _manifest(pool, options, parameters, rank, diagnosis(measured, [s.label for s in pool.sources]))
     return merged
 
 
-def check_pool(adapters: Sequence[Adapter], options: MergeOptions) -> None:
-    """Raise one error with every reason why these adapters cannot be merged factor by factor."""
-    if len(adapters) < 2:
-        raise RsgwmError(f"a merge needs at least two adapters, found {len(adapters)}")
-    if options.weights and len(options.weights) != len(adapters):
-        raise RsgwmError(f"{len(options.weights)} weights for {len(adapters)} adapters; give one for each")
-    first, problems = adapters[0], []
-    for other in adapters[1:]:
-        name = other.where
-        if other.spec.fine_tune_type != "lora" or first.spec.fine_tune_type != "lora":
-            problems.append(f"{name}: only lora adapters can be merged")
-        if (other.base_fingerprint or "") != (first.base_fingerprint or ""):
-            problems.append(f"{name} was made for another base than {first.where}")
-        if other.spec.scale != first.spec.scale:
-            problems.append(f"{name} has scale {other.spec.scale}, {first.where} has {first.spec.scale}")
-        missing = sorted(set(first.modules()) ^ set(other.modules()))
-        if missing:
-            problems.append(f"{name} and {first.where} differ in modules: {', '.join(missing[:4])}")
-            continue
-        unequal = [key for key, value in first.weights.items() if other.weights[key].shape != value.shape]
-        if unequal:
-            key = unequal[0]
-            problems.append(f"{name}: {key} has shape {other.weights[key].shape}, not {first.weights[key].shape}")
-        elif not same_initialisation(first, other):
-            problems.append(
-                f"{name} does not share its lora_a initialisation with {first.where} (or has none recorded)"
-            )
-        if other.template_hash != first.template_hash:
-            problems.append(f"{name} was trained with another prompt template than {first.where}")
-    raise_problems("the pool cannot be merged factor by factor", problems)
+def merged_spec(pool: Pool, rank: int) -> LoraSpec:
+    """The spec that covers every module of the pool, with the first adapter's scale and dropout."""
+    specs = [source.spec for source in pool.sources]
+    keys = tuple(dict.fromkeys(key for spec in specs for key in spec.keys))
+    layers = -1 if any(spec.num_layers < 0 for spec in specs) else max(spec.num_layers for spec in specs)
+    return LoraSpec(rank, specs[0].scale, specs[0].dropout, keys, layers)
 
 
-def same_initialisation(first: Adapter, second: Adapter) -> bool:
-    """Both recorded lora_a at initialisation, and it is the same array for array."""
-    if not first.init or first.init.keys() != second.init.keys():
-        return False
-    return bool(
-        mx.all(mx.stack([mx.array_equal(value, second.init[name]) for name, value in first.init.items()])).item()
-    )
+def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Module]:
+    survey = method.survey(pool, parameters) if method.survey else None
+    importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else repeat(())
+    initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
+    scales = tuple(source.spec.scale for source in pool.sources)
+    for (name, factors), importance in zip(pool.updates(), importances, strict="importance" in method.needs):
+        override = next((one for one in options.overrides if one.covers(name)), None)
+        start = initial.pop(f"{name}.lora_a", None)
+        yield Module(
+            name=name,
+            factors=factors,
+            scales=scales,
+            weights=(override.weights if override else ()) or options.weights or (1.0,) * len(factors),
+            key=_key(options.seed, name),
+            importances=importance,
+            initial_a=None if start is None else start.astype(mx.float32),
+            survey=survey,
+            parameters=resolved(options, override.parameters) if override else parameters,
+        )
 
 
-def _source(adapter: Adapter) -> dict[str, Any]:
-    manifest = adapter.path / "manifest.json" if adapter.path else None
-    if manifest is not None and manifest.is_file():
-        digest = sha256_file(manifest)
-    else:
-        digest = sha256_json({name: list(value.shape) for name, value in adapter.weights.items()})
-    return {"name": adapter.path.name if adapter.path else "", "manifest_sha256": digest}
+def _compressed(found: Factors | mx.array, rank: int, key: mx.array) -> Truncated:
+    return truncate(found, rank) if isinstance(found, Factors) else truncate_dense(found, rank, key)
+
+
+def _padded(factors: Factors, rank: int) -> tuple[mx.array, mx.array]:
+    missing = rank - factors.rank
+    if not missing:
+        return factors.a, factors.b
+    return mx.pad(factors.a, [(0, 0), (0, missing)]), mx.pad(factors.b, [(0, missing), (0, 0)])
+
+
+def _usual_rank(method: Method, pool: Pool) -> int:
+    ranks = [source.spec.rank for source in pool.sources]
+    return sum(ranks) if method.rank == "sum" else max(ranks)
+
+
+def _check_weights(method: Method, options: MergeOptions, count: int) -> None:
+    for weights in (options.weights, *(override.weights for override in options.overrides)):
+        if weights and len(weights) != count:
+            raise RsgwmError(f"{len(weights)} weights for {count} adapters; give one for each")
+        if weights and sum(weights) == 0 and not method.sums:
+            raise RsgwmError(f"merge options: weights must not sum to zero, {options.method} is a mean")
+
+
+def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any]) -> None:
+    for override in options.overrides:
+        resolved(options, override.parameters)
+        if fixed := {"space", "scope", "signal"} & set(override.parameters):
+            raise RsgwmError(f"merge options: {', '.join(sorted(fixed))} cannot differ between modules")
+        if not any(override.covers(module) for module in pool.modules):
+            raise RsgwmError(f"merge options: {override.pattern!r} finds no module; there is e.g. {pool.modules[0]}")
+    if parameters.get("space") != "factor":
+        return
+    advice = " (merge the products instead: --set space=product)"
+    problems = pool.factor_problems()
+    raise_problems("the pool cannot be merged factor by factor" + advice if problems else "", problems)
+
+
+def _key(seed: int, module: str) -> mx.array:
+    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    return mx.random.key(int.from_bytes(digest[:8], "little"))
+
+
+def _manifest(
+    pool: Pool, options: MergeOptions, parameters: Mapping[str, Any], rank: int, found: dict[str, Any]
+) -> dict[str, Any]:
+    first = pool.sources[0].manifest
+    hashes = {source.template_hash for source in pool.sources}
+    return {
+        "kind": "merged",
+        "base": next((s.manifest["base"] for s in pool.sources if s.base_fingerprint), None),
+        # Adapters of several templates make an adapter of none.
+        "template": first.get("template") if len(hashes) == 1 else None,
+        "merge": {
+            "method": options.method,
+            "role": options.role,
+            "parameters": dict(parameters),
+            "weights": list(options.weights),
+            "overrides": [vars(override) | {"weights": list(override.weights)} for override in options.overrides],
+            "rank": rank,
+            "seed": options.seed,
+            "sources": [source.describe() for source in pool.sources],
+            "warnings": list(pool.warnings),
+            "diagnosis": found,
+        },
+        "versions": versions(),
+    }

@@ -1,68 +1,58 @@
-"""What a merge is asked to do: the method's name and its parameters, checked before anything is read."""
+"""What a merge is asked to do, as the user says it; :mod:`methods` knows what each method takes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.merging.masks import NORMALISATIONS, SCOPES
 
-# A role is a name, and here its quantile: the drafter keeps the top 70 %, the verifier the top 50 % (SPEC 8).
-ROLE_TAU: Mapping[str, float] = MappingProxyType({"draft": 0.30, "verify": 0.50})
-SIGNAL_CHOICES = ("per_role", "shared")
-REFERENCES = ("init", "zero")
+
+@dataclass(frozen=True)
+class Override:
+    """Other parameters, or weights, for the modules whose name the regular expression ``pattern`` finds."""
+
+    pattern: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise RsgwmError(f"merge options: {self.pattern!r} is not a regular expression: {error}") from None
+
+    def covers(self, module: str) -> bool:
+        return re.search(self.pattern, module) is not None
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """Parameters of a merge; methods ignore what they have no use for and say so in their docstring.
+    """A merge: its method, for which role, and how.
 
-    ``role``: draft or verify. ``tau``: quantile of the mask, None for the role's own. ``signal``: which importance is
-    used, the role's own (``per_role``) or the one over all batches (``shared``, the paper's letter). ``scope``: over
-    what the quantile is taken. ``reference``: deltas are taken from the shared initialisation (``init``) or from zero.
-    ``normalise``: how importances of different tasks are brought to one scale. ``weights``: one per adapter, or empty
-    for equal ones.
+    ``role`` is a name; draft and verify are the two of the pipeline, others need a ``signal`` and a ``tau`` of their own.
+    ``parameters`` are the method's own, by name; what is left out takes the method's default. ``weights``: one per
+    adapter, or empty for equal ones. ``rank``: of the result; None for the method's usual one, the highest of the sources
+    or, for ``cat``, their sum. ``seed`` sets the masks of the random methods and the sketches of the truncation.
     """
 
     method: str = "rsgwm"
     role: str = "draft"
-    tau: float | None = None
-    signal: str = "per_role"
-    scope: str = "tensor"
-    reference: str = "init"
-    normalise: str = "mean"
-    epsilon: float = 1e-8
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
+    rank: int | None = None
+    seed: int = 0
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         problems = []
-        for name, choices in (
-            ("role", tuple(ROLE_TAU)),
-            ("signal", SIGNAL_CHOICES),
-            ("scope", SCOPES),
-            ("reference", REFERENCES),
-            ("normalise", NORMALISATIONS),
-        ):
-            if getattr(self, name) not in choices:
-                problems.append(f"{name} must be one of {', '.join(choices)}, found {getattr(self, name)!r}")
-        if self.tau is not None and not 0 < self.tau < 1:
-            problems.append(f"tau must be in (0, 1), found {self.tau}")
-        if not 0 < self.epsilon < 1:
-            problems.append(f"epsilon must be in (0, 1), found {self.epsilon}")
-        if any(not abs(weight) < float("inf") for weight in self.weights):
-            problems.append("weights must be finite")
-        elif self.weights and sum(self.weights) == 0:
-            problems.append("weights must not sum to zero")
-        raise_problems("merge options", problems, RsgwmError)
-
-    @property
-    def quantile(self) -> float:
-        """τ in force."""
-        return ROLE_TAU[self.role] if self.tau is None else self.tau
-
-    def describe(self) -> dict[str, Any]:
-        """JSON object for the manifest, with τ resolved."""
-        return {**asdict(self), "tau": self.quantile, "weights": list(self.weights)}
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", self.role):
+            problems.append(f"role must be a lower-case name, found {self.role!r}")
+        if self.rank is not None and self.rank < 1:
+            problems.append(f"rank must be at least 1, found {self.rank}")
+        for weights in (self.weights, *(override.weights for override in self.overrides)):
+            if any(not abs(weight) < float("inf") for weight in weights):
+                problems.append("weights must be finite")
+        raise_problems("merge options", problems)

@@ -1,0 +1,111 @@
+"""What a merge did to every module's update, measured while its factors are in memory; and when to refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.merging.lowrank import Truncated, cross, gram, stack
+from mlx_rsgwm.merging.module import Factors, Module
+
+COLLAPSE_SHARE = 0.01
+
+
+def measure(module: Module, merged: Truncated) -> dict[str, mx.array]:
+    """Inner products of one module's merged update with its T sources and their mean, and what the method noted.
+
+    Arrays, not yet evaluated: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the
+    sources‖², ``whole`` and ``discarded`` (before truncation, and lost by it). Time is linear in T.
+    """
+    factors = merged.factors
+    return {
+        "square": cross(factors, factors),
+        "squares": mx.stack([cross(one, one) for one in module.factors]),
+        "dots": mx.stack([cross(factors, one) for one in module.factors]),
+        "mean_square": _square_of_sum(module.factors) / len(module.factors) ** 2,
+        "whole": merged.square,
+        "discarded": merged.discarded,
+        **{f"note/{name}": value for name, value in module.notes.items()},
+    }
+
+
+def _square_of_sum(factors: Sequence[Factors]) -> mx.array:
+    rows, columns = factors[0].a.shape[0], factors[0].b.shape[1]
+    total = sum(one.rank for one in factors)
+    if total * (rows + columns) < rows * columns:
+        return gram(factors).sum()
+    together = stack(factors)
+    return mx.square(together.a @ together.b).sum()
+
+
+def diagnosis(measured: Mapping[str, Mapping[str, mx.array]], labels: Sequence[str]) -> dict[str, Any]:
+    """The manifest's ``diagnosis``: one object per module and one over all.
+
+    ``norm`` and ``source_norms`` ‖ΔW‖_F, ``norm_share`` norm over the sources' mean norm, ``cosines`` to each source,
+    ``cosine_to_mean_product``, ``discarded`` the share of ‖·‖² that the output rank could not hold.
+
+    Raises:
+        RsgwmError: not finite, a source's module is zero, or a product below 1 % of its sources' mean norm (SPEC 6.14):
+            such a merge silently is the base model.
+    """
+    plain: dict[str, dict[str, Any]] = {
+        module: {name: value.tolist() for name, value in row.items()} for module, row in measured.items()
+    }
+    modules = {module: _summary(row) for module, row in plain.items()}
+    _refuse(plain, modules, labels)
+    keys = ("square", "mean_square", "whole", "discarded")
+    overall: dict[str, Any] = {key: sum(row[key] for row in plain.values()) for key in keys}
+    for key in ("squares", "dots"):
+        overall[key] = [sum(column) for column in zip(*(row[key] for row in plain.values()), strict=True)]
+    notes = {name for row in plain.values() for name in row if name.startswith("note/")}
+    for name in notes:
+        values = [row[name] for row in plain.values() if name in row]
+        if isinstance(values[0], list):
+            overall[name] = [sum(column) / len(column) for column in zip(*values, strict=True)]
+        else:
+            overall[name] = sum(values) / len(values)
+    return {"overall": _summary(overall), "modules": modules}
+
+
+def _summary(row: Mapping[str, Any]) -> dict[str, Any]:
+    norm = max(row["square"], 0.0) ** 0.5
+    norms = [max(square, 0.0) ** 0.5 for square in row["squares"]]
+    present = [one for one in norms if one]
+    mean = sum(present) / len(present) if present else 0.0
+    count = len(norms)
+    return {
+        "norm": norm,
+        "source_norms": norms,
+        "norm_share": norm / mean if mean else 0.0,
+        "cosines": [_cosine(dot, norm, one) for dot, one in zip(row["dots"], norms, strict=True)],
+        "cosine_to_mean_product": _cosine(sum(row["dots"]) / count, norm, max(row["mean_square"], 0.0) ** 0.5),
+        "discarded": min(max(row["discarded"], 0.0) / row["whole"], 1.0) if row["whole"] > 0 else 0.0,
+        **{name.removeprefix("note/"): value for name, value in row.items() if name.startswith("note/")},
+    }
+
+
+def _cosine(dot: float, first: float, second: float) -> float:
+    return dot / (first * second) if first and second else 0.0
+
+
+def _refuse(plain: Mapping[str, Any], modules: Mapping[str, Any], labels: Sequence[str]) -> None:
+    raise_problems(
+        "the merge is not finite",
+        [f"{module} of the result" for module, row in plain.items() if not abs(row["square"]) < float("inf")],
+    )
+    zero = [
+        f"{label} changes nothing: every lora_a @ lora_b of it is zero"
+        for index, label in enumerate(labels)
+        if not any(row["squares"][index] for row in plain.values())
+    ]
+    raise_problems("the pool cannot be merged", zero)
+    dead = {module: row["norm_share"] for module, row in modules.items() if row["norm_share"] < COLLAPSE_SHARE}
+    if dead:
+        module, share = min(dead.items(), key=lambda item: item[1])
+        raise RsgwmError(
+            f"the merge collapses in {len(dead)} of {len(modules)} modules ({module}: the product keeps {share:.2%} "
+            "of the sources' mean norm); use the quantile scope 'tensor', the reference 'init', a lower tau or another method"
+        )

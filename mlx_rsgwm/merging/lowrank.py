@@ -1,0 +1,108 @@
+"""Low-rank algebra: inner products of updates that are never formed, and the way back from a sum to a given rank.
+
+Everything is float32; factorisations run on the CPU stream, the only one that has them (Metal has none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_rsgwm.merging.module import Factors
+
+# A dense update whose smaller side is at most this long is decomposed whole: cheaper than sketching it well.
+EXACT_SIDE = 256
+OVERSAMPLING = 16
+POWER_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """An update at a given rank, and what that cost.
+
+    ``square``: ‖ΔW‖²_F before; ``discarded``: the part of it that is gone, ‖ΔW − ab‖²_F, a float32 scalar. ``exact``:
+    the truncation is the best there is of this rank (Eckart–Young), not a sketch's.
+    """
+
+    factors: Factors
+    square: mx.array
+    discarded: mx.array
+    exact: bool
+
+
+def cross(first: Factors, second: Factors) -> mx.array:
+    """⟨a₁b₁, a₂b₂⟩ = Σ (a₁ᵀa₂) ⊙ (b₁b₂ᵀ), a float32 scalar."""
+    return ((first.a.T @ second.a) * (first.b @ second.b.T)).sum()
+
+
+def gram(updates: Sequence[Factors]) -> mx.array:
+    """(T, T) inner products between T updates of one module, by two products of the stacked factors."""
+    stacked = stack(updates)
+    pieces = (stacked.a.T @ stacked.a) * (stacked.b @ stacked.b.T)
+    starts = [0]
+    for update in updates:
+        starts.append(starts[-1] + update.rank)
+    rows = [pieces[low:high].sum(axis=0) for low, high in zip(starts, starts[1:], strict=False)]
+    return mx.stack(
+        [mx.stack([row[low:high].sum() for low, high in zip(starts, starts[1:], strict=False)]) for row in rows]
+    )
+
+
+def stack(updates: Sequence[Factors], coefficients: mx.array | Sequence[float] | None = None) -> Factors:
+    """Σ_t c_t a_t b_t as one pair of factors of rank Σ r_t, exactly; coefficients are 1 unless given."""
+    scaled = [one.b if coefficients is None else one.b * coefficients[index] for index, one in enumerate(updates)]
+    return Factors(mx.concatenate([one.a for one in updates], axis=1), mx.concatenate(scaled, axis=0))
+
+
+def truncate(update: Factors, rank: int) -> Truncated:
+    """The best approximation of ab of at most ``rank``, exactly: QR of both factors, SVD of the small core between them.
+
+    The new factors share the singular values' roots, a' = U √σ and b' = √σ Vᵀ. An update whose rank is not above
+    ``rank`` is handed back as it is.
+    """
+    if update.rank <= rank:
+        return Truncated(update, cross(update, update), mx.array(0.0), True)
+    left, upper_left = mx.linalg.qr(update.a, stream=mx.cpu)
+    right, upper_right = mx.linalg.qr(update.b.T, stream=mx.cpu)
+    u, sigma, vt = mx.linalg.svd(upper_left @ upper_right.T, stream=mx.cpu)
+    squares = mx.square(sigma)
+    root = mx.sqrt(sigma[:rank])
+    factors = Factors(left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ right.T)
+    return Truncated(factors, squares.sum(), squares[rank:].sum(), True)
+
+
+def truncate_dense(update: mx.array, rank: int, key: mx.array, exact: bool | None = None) -> Truncated:
+    """A dense (in, out) update at ``rank``: by its SVD when its smaller side is at most 256 (or ``exact``), else by a
+    randomised range finder with oversampling and power iterations (Halko, Martinsson, Tropp, 2011, algorithm 4.4).
+
+    ``discarded`` is the error really made, ‖ΔW‖² − ‖ab‖² (a projection), so a sketch that missed something shows it.
+    """
+    square = mx.square(update).sum()
+    if exact is None:
+        exact = min(update.shape) <= EXACT_SIDE
+    if exact:
+        return _truncate_whole(update, rank, square)
+    width = min(rank + OVERSAMPLING, *update.shape)
+    basis = _orthonormal(update @ mx.random.normal((update.shape[1], width), key=key))
+    for _ in range(POWER_ITERATIONS):
+        basis = _orthonormal(update @ _orthonormal(update.T @ basis))
+    sketched = truncate(Factors(basis, basis.T @ update), rank)
+    kept = cross(sketched.factors, sketched.factors)
+    return Truncated(sketched.factors, square, mx.maximum(square - kept, 0.0), False)
+
+
+def _truncate_whole(update: mx.array, rank: int, square: mx.array) -> Truncated:
+    # QR first: MLX's SVD returns both orthogonal matrices whole, and the longer of them would be in × in.
+    tall = update if update.shape[0] >= update.shape[1] else update.T
+    basis, upper = mx.linalg.qr(tall, stream=mx.cpu)
+    u, sigma, vt = mx.linalg.svd(upper, stream=mx.cpu)
+    root = mx.sqrt(sigma[:rank])
+    a, b = basis @ (u[:, :rank] * root), root[:, None] * vt[:rank]
+    factors = Factors(a, b) if tall is update else Factors(b.T, a.T)
+    return Truncated(factors, square, mx.square(sigma[rank:]).sum(), True)
+
+
+def _orthonormal(columns: mx.array) -> mx.array:
+    return mx.linalg.qr(columns, stream=mx.cpu)[0]

@@ -1,0 +1,212 @@
+"""The table of merge methods: every name, what it computes, what it takes, what it needs, where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.merging import combinations as combine
+from mlx_rsgwm.merging.masks import NORMALISATIONS, SCOPES
+from mlx_rsgwm.merging.module import Factors, Module
+from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.rsgwm import rsgwm, survey
+
+# The drafter keeps the top 70 % of a task's parameters, the verifier the top 50 % (SPEC 8).
+ROLE_TAU: Mapping[str, float] = MappingProxyType({"draft": 0.30, "verify": 0.50})
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A method's parameter: its default, what it means, and its range or choices. None: it has to be found out."""
+
+    default: Any
+    meaning: str
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def problem(self, name: str, value: Any) -> str | None:
+        """Why ``value`` cannot be; None when it can."""
+        if self.choices:
+            return None if value in self.choices else f"{name} must be one of {_listed(self.choices)}, found {value!r}"
+        if self.low is None and self.high is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return f"{name} must be a number, found {value!r}"
+        low, high = (
+            (-float("inf") if self.low is None else self.low),
+            (float("inf") if self.high is None else self.high),
+        )
+        above = value > low if self.open_low else value >= low
+        below = value < high if self.open_high else value <= high
+        if above and below and abs(value) != float("inf"):
+            return None
+        return f"{name} must be in {'(' if self.open_low else '['}{low:g}, {high:g}{')' if self.open_high else ']'}, found {value}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row: ``merge`` turns a module of the pool into its merged update.
+
+    ``survey`` is a pass over the whole pool before it. ``needs``: importance, grams. ``rank``: of the result unless
+    the user says, ``highest`` or ``sum`` of the sources'. ``sums``: weights are coefficients, not shares of a mean, so
+    they may sum to zero.
+    """
+
+    merge: Callable[[Module], Factors | mx.array]
+    summary: str
+    source: str
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    survey: Callable[[Pool, Mapping[str, Any]], Any] | None = None
+    needs: tuple[str, ...] = ()
+    rank: str = "highest"
+    sums: bool = False
+
+    def with_defaults(self, **defaults: Any) -> Mapping[str, Parameter]:
+        """The same parameters with other defaults, for a preset."""
+        return {
+            name: Parameter(**{**vars(parameter), "default": defaults.get(name, parameter.default)})
+            for name, parameter in self.parameters.items()
+        }
+
+
+def spaces(*allowed: str) -> Parameter:
+    """The parameter ``space``; the first is the default."""
+    return Parameter(allowed[0], "merge the factors A and B, or the products ΔW", choices=allowed)
+
+
+LAMBDA = Parameter(1.0, "factor on the merged update", 0, open_low=True)
+
+_RSGWM = Method(
+    rsgwm,
+    "importance-weighted mean of what each adapter's top parameters changed, for a role",
+    "RS-GWM, equations 1 and 2; SPEC 6 and 8",
+    {
+        "space": spaces("factor", "product"),
+        "tau": Parameter(None, "quantile of the mask; 0.30 to draft, 0.50 to verify", 0, 1, True, True),
+        "signal": Parameter("per_role", "importance used: per_role, shared (over all batches), or a signal's name"),
+        "scope": Parameter("tensor", "what the quantile is taken over", choices=SCOPES),
+        "reference": Parameter("init", "what an entry that no mask keeps falls back to", choices=("init", "zero")),
+        "normalise": Parameter("mean", "how importances come to one scale", choices=NORMALISATIONS),
+        "epsilon": Parameter(1e-8, "added to the denominator", 0, 1, True, True),
+    },
+    survey,
+    needs=("importance",),
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "rsgwm": _RSGWM,
+        "paper-literal": Method(
+            rsgwm,
+            "Algorithm 1 as printed: one signal for all roles, one quantile over all parameters, nothing normalised",
+            "RS-GWM, Algorithm 1; SPEC 6.10–6.14 on what it leaves open",
+            _RSGWM.with_defaults(signal="shared", scope="global", reference="zero", normalise="none"),
+            survey,
+            needs=("importance",),
+        ),
+        "linear": Method(
+            combine.linear,
+            "weighted mean",
+            "the exact mean of the products; mergekit linear; in factor space the mean of A and of B",
+            {"space": spaces("product", "factor")},
+        ),
+        "task_arithmetic": Method(
+            combine.combination(combine.weighted_sum),
+            "weighted sum",
+            "Ilharco et al., 2023; mergekit task_arithmetic",
+            {"lambda": LAMBDA},
+            sums=True,
+        ),
+        "norm_equalised": Method(
+            combine.combination(combine.norm_equalised),
+            "weighted mean of adapters brought to equal norm",
+            "SPEC 1.4",
+            {
+                "definition": Parameter(
+                    "global", "equal norms over the adapter, or in every module", choices=("global", "geometric")
+                )
+            },
+            combine.survey_norms,
+        ),
+        "cat": Method(
+            combine.combination(combine.weighted_sum),
+            "weighted sum without truncation: the ranks add up",
+            "PEFT cat, with exact scales",
+            {"lambda": LAMBDA},
+            rank="sum",
+            sums=True,
+        ),
+        "slerp": Method(
+            combine.combination(combine.slerp),
+            "spherical interpolation of two",
+            "Shoemake, 1985; mergekit slerp",
+            survey=combine.two_adapters,
+        ),
+        "multislerp": Method(
+            combine.combination(combine.multislerp), "spherical mean in one tangent step", "mergekit multislerp"
+        ),
+        "karcher": Method(
+            combine.combination(combine.karcher),
+            "Riemannian mean of the directions at the mean length",
+            "mergekit karcher",
+            {"iterations": Parameter(10, "at most so many steps", 1, 1000)},
+        ),
+        "model_stock": Method(
+            combine.combination(combine.model_stock),
+            "mean shrunk by the angle between the updates",
+            "Jang et al., 2024; mergekit model_stock",
+        ),
+    }
+)
+
+
+def find_method(name: str) -> Method:
+    """The row called ``name``; RsgwmError with the nearest names when there is none."""
+    if name in METHODS:
+        return METHODS[name]
+    near = get_close_matches(name, METHODS, n=1)
+    advice = f"did you mean {near[0]!r}? " if near else ""
+    raise RsgwmError(f"unknown method {name!r}; {advice}there are {', '.join(METHODS)}")
+
+
+def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The parameters of ``options``' method, checked, with the defaults filled in; ``values`` override for a module.
+
+    Raises:
+        RsgwmError: unknown names and values out of range, all in one error.
+    """
+    method = find_method(options.method)
+    given = {**options.parameters, **(values or {})}
+    problems = []
+    for name, value in given.items():
+        if name not in method.parameters:
+            known = ", ".join(method.parameters) or "none"
+            problems.append(f"{options.method} has no parameter {name!r}; it takes {known}")
+        elif value is not None and (problem := method.parameters[name].problem(name, value)):
+            problems.append(problem)
+    found = {
+        name: parameter.default if given.get(name) is None else given[name]
+        for name, parameter in method.parameters.items()
+    }
+    if "tau" in found and found["tau"] is None:
+        found["tau"] = ROLE_TAU.get(options.role)
+        if found["tau"] is None:
+            problems.append(f"role {options.role!r} has no tau of its own; give one, in (0, 1)")
+    if "signal" in found:
+        found["signal"] = {"per_role": options.role, "shared": "all"}.get(found["signal"], found["signal"])
+    raise_problems("merge options", problems)
+    return found
+
+
+def _listed(choices: tuple[Any, ...]) -> str:
+    return ", ".join(str(choice) for choice in choices)

@@ -1,0 +1,236 @@
+"""A pool of adapters as merging reads it: checked one by one, then streamed from disk module by module.
+
+Memory does not grow with the number of adapters beyond one module's factors: an adapter's arrays are read lazily and
+dropped when the module is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rsgwm.adapter import IMPORTANCE_FILE, INIT_FILE, WEIGHTS_FILE, Adapter, LoraSpec
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.files import read_safetensors, sha256_file, sha256_json
+from mlx_rsgwm.merging.module import Factors
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter of a pool without its arrays.
+
+    ``shapes``: (in, rank, out) of every module. ``signals``: the importance it has. ``initialisation``: a digest of its
+    lora_a at initialisation, empty when none was recorded. Arrays come from ``folder``, or from ``held`` when the
+    adapter is only in memory.
+    """
+
+    label: str
+    spec: LoraSpec
+    manifest: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, int, int]]
+    signals: frozenset[str]
+    initialisation: str
+    folder: Path | None
+    held: Adapter | None
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Source:
+        """Raises RsgwmError, all reasons at once, for an adapter that no merge can take."""
+        shapes, problems = {}, []
+        if adapter.spec.fine_tune_type != "lora":
+            problems.append(f"it is a {adapter.spec.fine_tune_type} adapter; only lora adapters can be merged")
+        for module, a, b in adapter.factors():
+            if a.ndim != 2:
+                problems.append(f"{module} is a layer of experts, {a.shape}; those cannot be merged yet")
+            elif not problems:
+                shapes[module] = (a.shape[0], a.shape[1], b.shape[1])
+        raise_problems(f"{adapter.where} cannot be merged", problems)
+        return cls(
+            label=adapter.where,
+            spec=adapter.spec,
+            manifest=adapter.manifest,
+            shapes=shapes,
+            signals=frozenset(name.partition("/")[0] for name in adapter.importance),
+            initialisation=_digest(adapter.init) if adapter.init else "",
+            folder=adapter.path,
+            held=None if adapter.path else adapter,
+        )
+
+    def weights(self) -> Arrays:
+        """A fresh mapping of lora_a and lora_b, read when used."""
+        return dict(self.held.weights) if self.held else self._read(WEIGHTS_FILE)
+
+    def importance(self, signal: str) -> Arrays:
+        """A fresh mapping of the importance of ``signal`` under the weights' names, read when used."""
+        arrays = dict(self.held.importance) if self.held else self._read(IMPORTANCE_FILE)
+        prefix = signal + "/"
+        return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
+
+    def initial(self) -> Arrays:
+        """A fresh mapping of lora_a at initialisation, read when used; empty when none was recorded."""
+        if self.held:
+            return dict(self.held.init)
+        return self._read(INIT_FILE) if self.initialisation else {}
+
+    def _read(self, name: str) -> Arrays:
+        assert self.folder is not None
+        return read_safetensors(self.folder / name, evaluate=False)[0]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON object that names this source in a merge's manifest."""
+        manifest = self.folder / "manifest.json" if self.folder else None
+        if manifest is not None and manifest.is_file():
+            digest = sha256_file(manifest)
+        else:
+            digest = sha256_json({name: list(shape) for name, shape in self.shapes.items()})
+        return {"name": self.folder.name if self.folder else "", "manifest_sha256": digest}
+
+    @property
+    def base_fingerprint(self) -> str:
+        return (self.manifest.get("base") or {}).get("fingerprint") or ""
+
+    @property
+    def template_hash(self) -> str:
+        return (self.manifest.get("template") or {}).get("hash") or ""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """T adapters on one base, and ``warnings``: what a careful person would want to know before trusting a merge."""
+
+    sources: tuple[Source, ...]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def open(cls, adapters: Sequence[Adapter | Path]) -> Pool:
+        """Load and check every adapter, one at a time, keeping none of the arrays.
+
+        Raises:
+            AdapterError: an adapter is damaged.
+            RsgwmError: no adapter, adapters of different bases, modules of one name with different shapes; every
+                problem at once.
+        """
+        sources = tuple(Source.of(one if isinstance(one, Adapter) else Adapter.load(one)) for one in adapters)
+        if not sources:
+            raise RsgwmError("no adapters to merge")
+        raise_problems("the pool cannot be merged", _misfits(sources))
+        return cls(sources, tuple(_doubts(sources)))
+
+    @property
+    def modules(self) -> list[str]:
+        """Every module that at least one adapter adapts, in the order of the adapters' files."""
+        return list(dict.fromkeys(name for source in self.sources for name in source.shapes))
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(in, out) of a module."""
+        found = next(source.shapes[module] for source in self.sources if module in source.shapes)
+        return found[0], found[2]
+
+    def factor_problems(self) -> list[str]:
+        """Why these adapters cannot be merged factor by factor; empty when they can."""
+        first, problems = self.sources[0], []
+        for other in self.sources[1:]:
+            missing = sorted(set(first.shapes) ^ set(other.shapes))
+            unequal = [name for name, shape in other.shapes.items() if first.shapes.get(name, shape) != shape]
+            if missing:
+                problems.append(f"{other.label} and {first.label} differ in modules: {', '.join(missing[:4])}")
+            elif unequal:
+                ranks = f"{other.shapes[unequal[0]][1]}, not {first.shapes[unequal[0]][1]}"
+                problems.append(f"{other.label}: {unequal[0]} has rank {ranks} as in {first.label}")
+            if not other.initialisation or other.initialisation != first.initialisation:
+                problems.append(
+                    f"{other.label} does not share its lora_a initialisation with {first.label} (or has none recorded)"
+                )
+        return problems
+
+    def updates(self) -> Iterator[tuple[str, tuple[Factors, ...]]]:
+        """Every module with its T updates, scale folded into b; one that an adapter lacks is zero there."""
+        readers = [source.weights() for source in self.sources]
+        for module in self.modules:
+            rows, columns = self.shape(module)
+            factors = []
+            for source, arrays in zip(self.sources, readers, strict=True):
+                if module in source.shapes:
+                    a, b = (arrays.pop(f"{module}.{leaf}").astype(mx.float32) for leaf in ("lora_a", "lora_b"))
+                    factors.append(Factors(a, b * source.spec.scale))
+                else:
+                    factors.append(Factors(mx.zeros((rows, 1)), mx.zeros((1, columns))))
+            yield module, tuple(factors)
+
+    def importances(self, signal: str) -> Iterator[tuple[tuple[mx.array, mx.array], ...]]:
+        """For every module, in the order of :meth:`updates`, the T pairs (s_a, s_b) recorded for ``signal``.
+
+        Raises:
+            RsgwmError: naming every adapter that has no such importance, and how to get it.
+        """
+        self.require_signal(signal)
+        readers = [source.importance(signal) for source in self.sources]
+        for module in self.modules:
+            rows, columns = self.shape(module)
+            yield tuple(
+                (arrays.pop(f"{module}.lora_a"), arrays.pop(f"{module}.lora_b"))
+                if module in source.shapes
+                else (mx.zeros((rows, 1)), mx.zeros((1, columns)))
+                for source, arrays in zip(self.sources, readers, strict=True)
+            )
+
+    def require_signal(self, signal: str) -> None:
+        """Raise unless every adapter has the importance of ``signal``."""
+        raise_problems(
+            f"the merge needs importance for {signal!r}",
+            [
+                f"{source.label} has {'only ' + ', '.join(sorted(source.signals)) if source.signals else 'none'}; collect it "
+                f"(rsgwm importance collect {source.label} --data ROWS), or use signal shared or a method without it"
+                for source in self.sources
+                if signal not in source.signals
+            ],
+        )
+
+
+def _misfits(sources: Sequence[Source]) -> list[str]:
+    first, problems = sources[0], []
+    for other in sources[1:]:
+        if other.base_fingerprint and first.base_fingerprint and other.base_fingerprint != first.base_fingerprint:
+            problems.append(f"{other.label} was made for another base than {first.label}")
+        for name, (rows, _, columns) in other.shapes.items():
+            expected = first.shapes.get(name, (rows, 0, columns))
+            if (rows, columns) != (expected[0], expected[2]):
+                problems.append(
+                    f"{other.label}: {name} maps {rows} to {columns}, in {first.label} {expected[0]} to {expected[2]}"
+                )
+                break
+        if not first.shapes.keys() & other.shapes.keys():
+            problems.append(
+                f"{other.label} and {first.label} have no module in common "
+                f"({next(iter(other.shapes))} against {next(iter(first.shapes))})"
+            )
+    return problems
+
+
+def _doubts(sources: Sequence[Source]) -> list[str]:
+    doubts = []
+    unknown = [source.label for source in sources if not source.base_fingerprint]
+    if unknown:
+        doubts.append(f"the base of {', '.join(unknown)} is not recorded: make sure that it is the same one")
+    if len({source.template_hash for source in sources if source.template_hash}) > 1:
+        doubts.append("the adapters were trained with different prompt templates: the merge may follow neither")
+    shared = set.intersection(*(set(source.shapes) for source in sources))
+    if any(set(source.shapes) != shared for source in sources):
+        doubts.append("the adapters differ in modules: where an adapter has none its update counts as zero")
+    return doubts
+
+
+def _digest(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.array(arrays[name].astype(mx.float32)).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""The driver: what it refuses, what it measures, how it streams, overrides, mixed adapters."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_rsgwm.adapter import Adapter
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.merging.merge import merge
+from mlx_rsgwm.merging.methods import METHODS, find_method, resolved
+from mlx_rsgwm.merging.options import MergeOptions, Override
+
+
+def product(adapter, module):
+    """ΔW (in, out) in float64; zero where the adapter lacks the module is the caller's business."""
+    a, b = (np.array(adapter.weights[f"{module}.{leaf}"]).astype(np.float64) for leaf in ("lora_a", "lora_b"))
+    return adapter.spec.scale * a @ b
+
+
+def strip(adapter, field):
+    setattr(adapter, field, {})
+    return adapter
+
+
+def test_collapse_is_refused_with_the_reason(make_adapter):
+    """With zero reference and a global quantile A can be masked away whole: the verifier would be the base model."""
+    adapters = [make_adapter(seed) for seed in range(2)]
+    for adapter in adapters:
+        for name in adapter.importance:
+            if name.endswith("lora_a"):
+                adapter.importance[name] = adapter.importance[name] * 1e-6
+    wide = {"scope": "global", "tau": 0.7}
+    with pytest.raises(RsgwmError, match="the merge collapses in 4 of 4 modules"):
+        merge(adapters, MergeOptions(role="verify", parameters={**wide, "reference": "zero"}))
+    merge(adapters, MergeOptions(role="verify", parameters={**wide, "reference": "init"}))
+
+
+def test_diagnosis_is_that_of_dense_products(make_adapter):
+    adapters = [make_adapter(seed) for seed in range(3)]
+    merged = merge(adapters, MergeOptions())
+    module = merged.modules()[1]
+    row = merged.manifest["merge"]["diagnosis"]["modules"][module]
+    found = product(merged, module)
+    sources = [product(adapter, module) for adapter in adapters]
+
+    def cosine(x, y):
+        return (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+
+    assert row["norm"] == pytest.approx(np.linalg.norm(found), rel=1e-4)
+    assert row["source_norms"] == pytest.approx([np.linalg.norm(source) for source in sources], rel=1e-4)
+    assert row["cosines"] == pytest.approx([cosine(found, source) for source in sources], abs=1e-4)
+    assert row["cosine_to_mean_product"] == pytest.approx(cosine(found, sum(sources)), abs=1e-4)
+    everything = np.concatenate([product(merged, name).ravel() for name in merged.modules()])
+    overall = merged.manifest["merge"]["diagnosis"]["overall"]
+    assert overall["norm"] == pytest.approx(np.linalg.norm(everything), rel=1e-4)
+
+
+def test_folders_and_adapters_in_memory_give_the_same(make_adapter, tmp_path):
+    adapters = [make_adapter(seed) for seed in range(3)]
+    held = merge(adapters, MergeOptions())
+    folders = [adapter.save(tmp_path / str(index)) for index, adapter in enumerate(adapters)]
+    streamed = merge(folders, MergeOptions())
+    assert all(mx.array_equal(value, streamed.weights[name]).item() for name, value in held.weights.items())
+    assert streamed.manifest["merge"]["sources"][2]["name"] == "2"
+
+
+def test_merged_folder_is_an_mlx_lm_adapter(make_adapter, tiny_base, tmp_path):
+    from mlx_lm.tuner.utils import load_adapters
+
+    from mlx_rsgwm.base import load_base
+
+    merge([make_adapter(0), make_adapter(1)], MergeOptions()).save(tmp_path / "m")
+    again = Adapter.load(tmp_path / "m")
+    assert again.manifest["kind"] == "merged"
+    assert len(again.manifest["merge"]["sources"]) == 2
+    load_adapters(load_base(str(tiny_base), dtype="float32").model, str(tmp_path / "m"))
+
+
+def test_mixed_ranks_scales_and_modules_merge_in_product_space(make_adapter):
+    first = make_adapter(0)
+    second = make_adapter(1, rank=3, scale=0.5, keys=("self_attn.q_proj",))
+    merged = merge([first, second], MergeOptions("linear", weights=(1.0, 3.0), rank=first.spec.rank + 3))
+    only_first = set(first.modules()) - set(second.modules())
+    assert only_first
+    for module in merged.modules():
+        expected = 0.25 * product(first, module)
+        if module not in only_first:
+            expected = expected + 0.75 * product(second, module)
+        np.testing.assert_allclose(product(merged, module), expected, rtol=1e-4, atol=1e-5)
+    assert any("differ in modules" in warning for warning in merged.manifest["merge"]["warnings"])
+
+
+def test_an_override_changes_its_modules_only(make_adapter):
+    adapters = [make_adapter(0), make_adapter(1)]
+    plain = merge(adapters, MergeOptions("linear"))
+    module, *others = plain.modules()
+    override = Override(f"^{module}$".replace(".", r"\."), weights=(1.0, 0.0))
+    changed = merge(adapters, MergeOptions("linear", overrides=(override,)))
+    np.testing.assert_allclose(product(changed, module), product(adapters[0], module), rtol=1e-4, atol=1e-5)
+    for other in others:
+        assert mx.array_equal(changed.weights[f"{other}.lora_b"], plain.weights[f"{other}.lora_b"]).item()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (Override("nowhere"), "'nowhere' finds no module"),
+        (Override("q_proj", {"space": "factor"}), "space cannot differ between modules"),
+        (Override("q_proj", {"tua": 0.5}), "linear has no parameter 'tua'"),
+        (Override("q_proj", {}, (1.0,)), "1 weights for 2 adapters"),
+    ],
+)
+def test_bad_overrides(make_adapter, override, message):
+    with pytest.raises(RsgwmError, match=message):
+        merge([make_adapter(0), make_adapter(1)], MergeOptions("linear", overrides=(override,)))
+
+
+def test_an_override_must_be_a_pattern():
+    with pytest.raises(RsgwmError, match="not a regular expression"):
+        Override("(")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a[:1], "needs at least two adapters"),
+        (lambda a: [a[0], strip(a[1], "importance")], "needs importance for 'draft': .* has none; collect it"),
+        (lambda a: [a[0], strip(a[1], "init")], "space=product.*does not share its lora_a initialisation"),
+        (lambda a: [a[0], zeroed(a[1])], "changes nothing"),
+    ],
+)
+def test_pools_that_cannot_be_merged(make_adapter, change, message):
+    with pytest.raises(RsgwmError, match=message):
+        merge(change([make_adapter(0), make_adapter(1)]), MergeOptions())
+
+
+def zeroed(adapter):
+    adapter.weights = {name: value * 0 if name.endswith("lora_b") else value for name, value in adapter.weights.items()}
+    return adapter
+
+
+def test_every_reason_at_once(make_adapter):
+    first = make_adapter(0)
+    other = make_adapter(1, rank=3, keys=("self_attn.q_proj",))
+    first.manifest = {"base": {"fingerprint": "e"}}
+    other.manifest = {"base": {"fingerprint": "f"}}
+    with pytest.raises(RsgwmError, match="another base"):
+        merge([first, other], MergeOptions())
+    other.manifest = {}
+    with pytest.raises(RsgwmError) as caught:
+        merge([first, other], MergeOptions())
+    for part in ("differ in modules", "does not share"):
+        assert part in str(caught.value)
+
+
+def test_modules_of_other_shapes_are_named(make_adapter):
+    other = make_adapter(1)
+    name = next(iter(other.weights)).removesuffix(".lora_a")
+    other.importance, other.init = {}, {}
+    other.weights[f"{name}.lora_a"] = mx.ones((7, other.spec.rank))
+    with pytest.raises(RsgwmError, match=f"{name} maps 7 to"):
+        merge([make_adapter(0), other], MergeOptions("linear"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"parameters": {"tau": 0.0}}, r"tau must be in \(0, 1\), found 0.0"),
+        ({"parameters": {"tau": 1.0}}, "tau"),
+        ({"parameters": {"tau": "x"}}, "tau must be a number"),
+        ({"parameters": {"scope": "galaxy"}}, "scope must be one of tensor, factor, module, global"),
+        ({"parameters": {"epsilon": 0.0, "reference": 3}}, "epsilon.*reference|reference.*epsilon"),
+        ({"method": "magic"}, "unknown method 'magic'; there are rsgwm"),
+        ({"method": "slrp"}, "did you mean 'slerp'"),
+        ({"method": "linear", "parameters": {"tau": 0.5}}, "linear has no parameter 'tau'; it takes space"),
+    ],
+)
+def test_bad_parameters(values, message):
+    with pytest.raises(RsgwmError, match=message):
+        resolved(MergeOptions(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"role": "Judge!"}, "role must be"),
+        ({"weights": (1.0, float("nan"))}, "finite"),
+        ({"rank": 0}, "rank must be at least 1"),
+    ],
+)
+def test_bad_options(values, message):
+    with pytest.raises(RsgwmError, match=message):
+        MergeOptions(**values)
+
+
+def test_weights(make_adapter):
+    adapters = [make_adapter(0), make_adapter(1)]
+    with pytest.raises(RsgwmError, match="3 weights for 2 adapters"):
+        merge(adapters, MergeOptions(weights=(1.0, 1.0, 1.0)))
+    with pytest.raises(RsgwmError, match="must not sum to zero"):
+        merge(adapters, MergeOptions("linear", weights=(1.0, -1.0)))
+    difference = merge(adapters, MergeOptions("task_arithmetic", weights=(1.0, -1.0), rank=8))
+    module = difference.modules()[0]
+    expected = product(adapters[0], module) - product(adapters[1], module)
+    np.testing.assert_allclose(product(difference, module), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "grams" not in method.needs])
+def test_every_method_merges_two_and_is_repeatable(make_adapter, name):
+    adapters = [make_adapter(0), make_adapter(1)]
+    options = MergeOptions(name, seed=5)
+    once, twice = merge(adapters, options), merge(adapters, options)
+    assert all(mx.array_equal(value, twice.weights[key]).item() for key, value in once.weights.items())
+    assert find_method(name).summary
+    assert find_method(name).source
