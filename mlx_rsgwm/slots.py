@@ -5,48 +5,101 @@ The wrapped layers compute what mlx-lm's ``LoRALinear`` computes, so outputs equ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """What one adapter adds to one layer: a (in, r), b (r, out), scale; DoRA's ``gain``, see :func:`_gain`, (out,)."""
+
+    a: mx.array
+    b: mx.array
+    scale: float
+    gain: mx.array | None = None
+
+
 @dataclass
 class ActiveAdapter:
-    """Which adapter the wrapped layers apply; None is the bare base. Shared by all layers of one model.
+    """Which adapter the wrapped layers apply. Shared by all layers of one model.
 
-    ``retired``: another :class:`AdapterSlots` has taken the model over, so selecting here would change nothing.
+    ``runs``: (name, first row, last row + 1) of a batch, name None for the bare base; None at the end for all
+    the rest. ``retired``: another :class:`AdapterSlots` has the model now, so selecting here would change nothing.
     """
 
-    name: str | None = None
+    runs: tuple[tuple[str | None, int, int | None], ...] = ((None, 0, None),)
     retired: bool = False
 
+    @property
+    def name(self) -> str | None:
+        """The adapter of all rows; None for the bare base, and where rows differ."""
+        return self.runs[0][0] if len(self.runs) == 1 else None
 
-class SlotLinear(nn.Module):
-    """A linear layer with several low-rank updates, of which the active one is added: y + scale · (x A) B."""
 
-    def __init__(self, linear: nn.Module, active: ActiveAdapter) -> None:
+class Slots(nn.Module):
+    """A layer with several low-rank updates, of which the active one is added, to each run of rows its own."""
+
+    def __init__(self, layer: nn.Module, active: ActiveAdapter) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear = layer
         self.active = active
         # The leading underscore keeps these out of parameters(): they belong to no checkpoint of the base.
-        self._factors: dict[str, tuple[mx.array, mx.array, float]] = {}
+        self._factors: dict[str, LowRank] = {}
+
+    def _update(self, x: mx.array, y: mx.array, apply: Callable[[mx.array, mx.array, LowRank], mx.array]) -> mx.array:
+        runs = self.active.runs
+        if len(runs) == 1:
+            found = self._factors.get(runs[0][0] or "")
+            return y if found is None else apply(x, y, found)
+        parts = []
+        for name, start, stop in runs:
+            found = self._factors.get(name or "")
+            parts.append(y[start:stop] if found is None else apply(x[start:stop], y[start:stop], found))
+        return mx.concatenate(parts, axis=0)
+
+
+class SlotLinear(Slots):
+    """A linear layer, dense or quantised: y + scale · (x A) B; for DoRA, without the bias, gain ⊙ that."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        factors = self._factors.get(self.active.name) if self.active.name is not None else None
-        if factors is None:
-            return y
-        a, b, scale = factors
-        return y + (scale * ((x @ a) @ b)).astype(x.dtype)
+        return self._update(x, self.linear(x), self._apply)
+
+    def _apply(self, x: mx.array, y: mx.array, update: LowRank) -> mx.array:
+        added = (update.scale * ((x @ update.a) @ update.b)).astype(x.dtype)
+        if update.gain is None:
+            return y + added
+        bias = self.linear.bias if "bias" in self.linear else None
+        plain = (y if bias is None else y - bias) + added
+        scaled: mx.array = update.gain.astype(x.dtype) * plain
+        return scaled if bias is None else scaled + bias
+
+
+class SlotEmbedding(Slots):
+    """An embedding: rows of W + scale · A B, and the same matrix when it is used as the output head."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        def apply(ids: mx.array, y: mx.array, update: LowRank) -> mx.array:
+            return y + (update.scale * (update.a[ids] @ update.b)).astype(y.dtype)
+
+        return self._update(ids, self.linear(ids), apply)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits of states ``x`` (rows, …, dims)."""
+
+        def apply(x: mx.array, y: mx.array, update: LowRank) -> mx.array:
+            return y + (update.scale * ((x @ update.b.T) @ update.a.T)).astype(y.dtype)
+
+        return self._update(x, self.linear.as_linear(x), apply)
 
 
 class AdapterSlots:
@@ -80,17 +133,36 @@ class AdapterSlots:
         self._require_model()
         if name is not None:
             self.adapter(name)
-        self._active.name = name
+        self._active.runs = ((name, 0, None),)
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
         """``use`` for the length of a block; the former choice comes back even after an error."""
-        before = self._active.name
+        before = self._active.runs
         self.use(name)
         try:
             yield
         finally:
-            self._active.name = before
+            self._active.runs = before
+
+    @contextmanager
+    def using_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """For the length of a block, row i of every batch goes through the adapter ``names[i]`` (None: the bare base).
+
+        Rows of one adapter next to each other are computed together.
+        """
+        self._require_model()
+        for name in set(names) - {None}:
+            self.adapter(str(name))
+        before = self._active.runs
+        starts = [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
+        self._active.runs = tuple(
+            (names[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)
+        )
+        try:
+            yield
+        finally:
+            self._active.runs = before
 
     def load(self, name: str, adapter: Adapter) -> None:
         """Put an adapter into the slot ``name``, replacing what was there.
@@ -104,10 +176,13 @@ class AdapterSlots:
         wrapped = {}
         for module, a, b in adapter.factors():
             layer = _find_module(self.model, module)
-            if not isinstance(layer, SlotLinear):
-                layer = SlotLinear(layer, self._active)
+            if not isinstance(layer, Slots):
+                embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
+                layer = (SlotEmbedding if embedding else SlotLinear)(layer, self._active)
                 wrapped[module] = layer
-            layer._factors[name] = (a, b, adapter.spec.scale)
+            magnitude = adapter.weights.get(f"{module}.m")
+            gain = None if magnitude is None else _gain(layer.linear, a, b, adapter.spec.scale, magnitude)
+            layer._factors[name] = LowRank(a, b, adapter.spec.scale, gain)
         if wrapped:
             self.model.update_modules(tree_unflatten(list(wrapped.items())))
         if name in self._loaded:
@@ -121,38 +196,42 @@ class AdapterSlots:
             _find_module(self.model, module)._factors.pop(name, None)
         del self._loaded[name]
         if self._active.name == name:
-            self._active.name = None
+            self.use(None)
 
     def _require_model(self) -> None:
         if self._active.retired:
             raise RuntimeError("these slots were replaced: another AdapterSlots was made for the same base")
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes that each adapter's arrays take."""
+        """Bytes that each adapter's arrays take; see :meth:`memory` for the base."""
         return {name: sum(value.nbytes for value in adapter.weights.values()) for name, adapter in self._loaded.items()}
+
+    def memory(self) -> dict[str, Any]:
+        """``{"base": bytes, "adapters": {name: bytes}}``: what is resident."""
+        flat: Any = tree_flatten(self.model.parameters())
+        return {"base": sum(value.nbytes for _, value in flat), "adapters": self.nbytes()}
 
 
 def unwrap(model: Any) -> None:
     """Put the plain layers back and retire the slots that wrapped them."""
-    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, SlotLinear)]
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, Slots)]
     for _, module in wrapped:
-        module.active.name, module.active.retired = None, True
+        module.active.runs, module.active.retired = ((None, 0, None),), True
     if wrapped:
         model.update_modules(tree_unflatten([(name, module.linear) for name, module in wrapped]))
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """``(in, out)`` of a dense or quantised linear layer."""
+    """``(in, out)`` of a dense or quantised linear layer; of an embedding, (dims, entries)."""
     rows, columns = layer.weight.shape
-    if isinstance(layer, nn.QuantizedLinear):
+    if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         columns = columns * 32 // layer.bits
     return columns, rows
 
 
 def check_fit(base: Base, adapter: Adapter) -> None:
     """Raise one :class:`AdapterError` with everything that keeps ``adapter`` from applying to ``base``."""
-    if adapter.spec.fine_tune_type != "lora":
-        raise AdapterError(f"{adapter.where}: {adapter.spec.fine_tune_type} adapters cannot be put into a slot")
+    adapter.require_factors_only("be put into a slot")
     fingerprint = adapter.base_fingerprint
     if fingerprint is not None and fingerprint != base.fingerprint:
         trained_on = (adapter.manifest.get("base") or {}).get("name", "another base")
@@ -163,22 +242,46 @@ def check_fit(base: Base, adapter: Adapter) -> None:
     problems = []
     for module, a, b in adapter.factors():
         layer = _find_module(base.model, module)
-        if isinstance(layer, SlotLinear):
+        if isinstance(layer, Slots):
             layer = layer.linear
+        embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
         if layer is None:
             problems.append(f"the model has no module {module}")
-        elif not isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
-            problems.append(f"{module} is a {type(layer).__name__}, not a linear layer")
+        elif not embedding and not isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
+            problems.append(f"{module} is a {type(layer).__name__}, neither a linear layer nor an embedding")
+        elif embedding and f"{module}.m" in adapter.weights:
+            problems.append(f"{module} is an embedding; DoRA there is not supported")
+        elif a.ndim != 2:
+            problems.append(f"{module}: lora_a has shape {a.shape}; layers of experts cannot be put into a slot")
         else:
-            expected = linear_shape(layer)
+            expected = linear_shape(layer)[::-1] if embedding else linear_shape(layer)
             if (a.shape[0], b.shape[1]) != expected:
                 problems.append(
                     f"{module}: adapter is {a.shape[0]}→{b.shape[1]}, the model's layer {expected[0]}→{expected[1]}"
                 )
     raise_problems(f"{adapter.where} does not fit {base.name}", problems, AdapterError)
     norms = [mx.max(mx.abs(a)) * mx.max(mx.abs(b)) for _, a, b in adapter.factors()]
-    if not mx.any(mx.stack(norms) > 0).item():
+    # A DoRA adapter may do all its work by the magnitudes.
+    if adapter.spec.fine_tune_type == "lora" and not mx.any(mx.stack(norms) > 0).item():
         raise AdapterError(f"{adapter.where} would change nothing: every product B·A is zero")
+
+
+def _gain(layer: Any, a: mx.array, b: mx.array, scale: float, magnitude: mx.array) -> mx.array:
+    """m / ‖W + scale · BᵀAᵀ‖ by output unit, (out,) float32: what mlx-lm's DoRALinear computes anew at every call."""
+    weight = layer.weight
+    if isinstance(layer, nn.QuantizedLinear):
+        weight = mx.dequantize(
+            weight,
+            layer.scales,
+            getattr(layer, "biases", None),
+            group_size=layer.group_size,
+            bits=layer.bits,
+            mode=layer.mode,
+        )
+    adapted = weight.astype(mx.float32) + scale * (a.astype(mx.float32) @ b.astype(mx.float32)).T
+    gain = magnitude.astype(mx.float32) / mx.sqrt(mx.square(adapted).sum(axis=1))
+    mx.eval(gain)
+    return gain
 
 
 def _find_module(model: nn.Module, name: str) -> Any:

@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import load_base
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.slots import AdapterSlots
@@ -95,3 +96,84 @@ def test_new_slots_take_the_model_over(base, make_adapter):
         first.use("x")
     with pytest.raises(RuntimeError, match="these slots were replaced"):
         first.load("y", make_adapter(2))
+
+
+def dora(adapter, base):
+    """The adapter as DoRA: with magnitudes near, but not at, the norms of the base's rows."""
+    spec = LoraSpec(**{**vars(adapter.spec), "fine_tune_type": "dora"})
+    weights = dict(adapter.weights)
+    layers = dict(base.model.named_modules())
+    for position, module in enumerate(adapter.modules()):
+        layer = getattr(layers[module], "linear", layers[module])
+        out = layer.weight.shape[0]
+        weights[f"{module}.m"] = 1 + 0.1 * mx.arange(out, dtype=mx.float32) / out + position
+    return Adapter(spec, weights, manifest=adapter.manifest)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora_equals_mlx_lm(base, tiny_base, make_adapter, tmp_path, bits, bias):
+    from mlx_lm.tuner.utils import load_adapters
+
+    other = load_base(str(tiny_base), dtype="float32")
+    for model in (base.model, other.model):
+        if bias:
+            for layer in model.layers:
+                layer.self_attn.q_proj.bias = mx.linspace(-1, 1, layer.self_attn.q_proj.weight.shape[0])
+        if bits:
+            nn.quantize(model, group_size=32, bits=bits)
+    adapter = dora(make_adapter(1), base)
+    adapter.save(tmp_path / "a")
+    load_adapters(other.model, str(tmp_path / "a"))
+    other.model.eval()
+    slots = AdapterSlots(base)
+    slots.load("one", adapter)
+    slots.use("one")
+    assert mx.allclose(slots.model(mx.array(IDS)), other.model(mx.array(IDS)), rtol=1e-4, atol=1e-4).item()
+    slots.use(None)
+    assert not mx.allclose(slots.model(mx.array(IDS)), other.model(mx.array(IDS)), atol=1e-2).item()
+
+
+def test_rows_of_a_batch_take_their_own_adapters(base, make_adapter):
+    slots = AdapterSlots(base)
+    slots.load("one", make_adapter(1))
+    slots.load("two", dora(make_adapter(2, rank=3, keys=("self_attn.k_proj",)), base))
+    rows = ["two", None, "one", "one", "two"]
+    batch = mx.array([[5, 9, 200 + row, 31] for row in range(len(rows))])
+    with slots.using_rows(rows):
+        assert slots.active is None
+        found = slots.model(batch)
+    for row, name in enumerate(rows):
+        with slots.using(name):
+            assert mx.allclose(found[row], slots.model(batch[row : row + 1])[0], rtol=1e-4, atol=1e-4).item()
+    with pytest.raises(RsgwmError, match="no adapter named 'three'"), slots.using_rows(["one", "three"]):
+        pass
+    with slots.using("one"), slots.using_rows(["two"]):
+        assert slots.active == "two"
+
+
+def test_an_adapted_embedding_equals_mlx_lm(base):
+    from mlx_lm.tuner.lora import LoRAEmbedding
+
+    table = base.model.model.embed_tokens
+    a, b = mx.random.normal((table.weight.shape[0], 3)), mx.random.normal((3, table.weight.shape[1]))
+    peer = LoRAEmbedding.from_base(table, r=3, scale=0.5)
+    peer.lora_a, peer.lora_b = a, b
+    slots = AdapterSlots(base)
+    weights = {"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b}
+    slots.load("one", Adapter(LoraSpec(3, 0.5, 0.0, ("embed_tokens",), -1), weights))
+    states = mx.random.normal((1, 4, table.weight.shape[1]))
+    with slots.using("one"):
+        layer = base.model.model.embed_tokens
+        assert mx.allclose(layer(mx.array(IDS)), peer(mx.array(IDS)), atol=1e-5).item()
+        assert mx.allclose(layer.as_linear(states), peer.as_linear(states), rtol=1e-4, atol=1e-4).item()
+
+
+def test_the_memory_account(base, make_adapter):
+    slots = AdapterSlots(base)
+    before = slots.memory()["base"]
+    adapter = make_adapter(1)
+    slots.load("one", adapter)
+    account = slots.memory()
+    assert account["base"] == before
+    assert account["adapters"] == {"one": sum(value.nbytes for value in adapter.weights.values())}

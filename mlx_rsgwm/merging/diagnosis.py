@@ -107,5 +107,6 @@ def _refuse(plain: Mapping[str, Any], modules: Mapping[str, Any], labels: Sequen
         module, share = min(dead.items(), key=lambda item: item[1])
         raise RsgwmError(
             f"the merge collapses in {len(dead)} of {len(modules)} modules ({module}: the product keeps {share:.2%} "
-            "of the sources' mean norm); use the quantile scope 'tensor', the reference 'init', a lower tau or another method"
+            "of the sources' mean norm); use the quantile scope 'tensor', the reference 'init', a lower tau or another "
+            "method"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import mlx.core as mx
 
@@ -41,13 +42,9 @@ def gram(updates: Sequence[Factors]) -> mx.array:
     """(T, T) inner products between T updates of one module, by two products of the stacked factors."""
     stacked = stack(updates)
     pieces = (stacked.a.T @ stacked.a) * (stacked.b @ stacked.b.T)
-    starts = [0]
-    for update in updates:
-        starts.append(starts[-1] + update.rank)
-    rows = [pieces[low:high].sum(axis=0) for low, high in zip(starts, starts[1:], strict=False)]
-    return mx.stack(
-        [mx.stack([row[low:high].sum() for low, high in zip(starts, starts[1:], strict=False)]) for row in rows]
-    )
+    ends = list(accumulate(update.rank for update in updates))
+    spans = list(pairwise([0, *ends]))
+    return mx.stack([mx.stack([pieces[i:j, k:m].sum() for k, m in spans]) for i, j in spans])
 
 
 def stack(updates: Sequence[Factors], coefficients: mx.array | Sequence[float] | None = None) -> Factors:
@@ -57,7 +54,7 @@ def stack(updates: Sequence[Factors], coefficients: mx.array | Sequence[float] |
 
 
 def truncate(update: Factors, rank: int) -> Truncated:
-    """The best approximation of ab of at most ``rank``, exactly: QR of both factors, SVD of the small core between them.
+    """The best approximation of ab of at most ``rank``, exactly: QR of both factors, SVD of the core between them.
 
     The new factors share the singular values' roots, a' = U √σ and b' = √σ Vᵀ. An update whose rank is not above
     ``rank`` is handed back as it is.

@@ -76,9 +76,10 @@ def merged_spec(pool: Pool, rank: int) -> LoraSpec:
 def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Module]:
     survey = method.survey(pool, parameters) if method.survey else None
     importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else repeat(())
+    grams: Any = pool.grams() if "grams" in method.needs else repeat(())
     initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
     scales = tuple(source.spec.scale for source in pool.sources)
-    for (name, factors), importance in zip(pool.updates(), importances, strict="importance" in method.needs):
+    for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):
         override = next((one for one in options.overrides if one.covers(name)), None)
         start = initial.pop(f"{name}.lora_a", None)
         yield Module(
@@ -89,6 +90,7 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
             key=_key(options.seed, name),
             importances=importance,
             initial_a=None if start is None else start.astype(mx.float32),
+            grams=gram,
             survey=survey,
             parameters=resolved(options, override.parameters) if override else parameters,
         )

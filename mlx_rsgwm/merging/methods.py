@@ -12,10 +12,16 @@ import mlx.core as mx
 
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.merging import combinations as combine
+from mlx_rsgwm.merging import fisher, peft_modes, task_vectors
+from mlx_rsgwm.merging.elementwise import elementwise
+from mlx_rsgwm.merging.knots import MERGES as KNOTS_MERGES
+from mlx_rsgwm.merging.knots import knots
+from mlx_rsgwm.merging.lego import lego
 from mlx_rsgwm.merging.masks import NORMALISATIONS, SCOPES
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.regmean import regmean
 from mlx_rsgwm.merging.rsgwm import rsgwm, survey
 
 # The drafter keeps the top 70 % of a task's parameters, the verifier the top 50 % (SPEC 8).
@@ -50,7 +56,8 @@ class Parameter:
         below = value < high if self.open_high else value <= high
         if above and below and abs(value) != float("inf"):
             return None
-        return f"{name} must be in {'(' if self.open_low else '['}{low:g}, {high:g}{')' if self.open_high else ']'}, found {value}"
+        ends = f"{'(' if self.open_low else '['}{low:g}, {high:g}{')' if self.open_high else ']'}"
+        return f"{name} must be in {ends}, found {value}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Method:
 
     ``survey`` is a pass over the whole pool before it. ``needs``: importance, grams. ``rank``: of the result unless
     the user says, ``highest`` or ``sum`` of the sources'. ``sums``: weights are coefficients, not shares of a mean, so
-    they may sum to zero.
+    they may sum to zero. ``check`` finds what is wrong with parameters together, each being in its range.
     """
 
     merge: Callable[[Module], Factors | mx.array]
@@ -70,6 +77,7 @@ class Method:
     needs: tuple[str, ...] = ()
     rank: str = "highest"
     sums: bool = False
+    check: Callable[[Mapping[str, Any]], list[str]] | None = None
 
     def with_defaults(self, **defaults: Any) -> Mapping[str, Parameter]:
         """The same parameters with other defaults, for a preset."""
@@ -102,6 +110,40 @@ _RSGWM = Method(
     survey,
     needs=("importance",),
 )
+
+
+def _elementwise(row: task_vectors.Row) -> Method:
+    parameters = {
+        name: Parameter(row.defaults[name], task_vectors.MEANINGS[name], **vars(allowed))
+        for name, allowed in row.ranges.items()
+    }
+    return Method(
+        elementwise(row.merge),
+        row.summary,
+        row.source,
+        {"space": spaces("product", "factor"), **parameters},
+        sums=row.defaults.get("normalise") == "none",
+        check=task_vectors.check,
+    )
+
+
+def _peft(kind: str) -> Method:
+    parameters = {}
+    if kind.removesuffix("_svd") not in ("linear", "cat", "svd", ""):
+        parameters["density"] = Parameter(0.5, "share of the entries that is kept", 0, 1)
+    if "ties" in kind:
+        parameters["majority_sign_method"] = Parameter(
+            "total", "sign of the sum, or of the majority", choices=peft_modes.MAJORITY_SIGN_METHODS
+        )
+    return Method(
+        peft_modes.TYPES[kind],
+        f"what PEFT's add_weighted_adapter computes for {kind}, its mistakes included",
+        f"PEFT 0.21.2 combination_type={kind}",
+        parameters,
+        rank="sum" if kind == "cat" else "highest",
+        sums=True,
+    )
+
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -166,6 +208,66 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "mean shrunk by the angle between the updates",
             "Jang et al., 2024; mergekit model_stock",
         ),
+        **{name: _elementwise(row) for name, row in task_vectors.FAMILY.items()},
+        "fisher": Method(
+            fisher.fisher,
+            "mean weighted entry by entry by the squared importance",
+            "Matena and Raffel, 2022; fusion_bench fisher_merging",
+            {
+                "space": spaces("product", "factor"),
+                "signal": Parameter("per_role", "importance used: per_role, shared, or a signal's name"),
+                "normalise": Parameter(
+                    "l2", "weights of an adapter over their norm, or as they are", choices=("l2", "none")
+                ),
+                "minimum": Parameter(1e-6, "added to every weight", 0),
+                "floor": Parameter(
+                    "relative",
+                    "unit of minimum: the adapter's root mean square, or 1",
+                    choices=("relative", "absolute"),
+                ),
+            },
+            fisher.survey,
+            needs=("importance",),
+        ),
+        "regmean": Method(
+            regmean,
+            "the update whose outputs are nearest to every adapter's on its own inputs",
+            "Jin et al., 2023; fusion_bench regmean",
+            {
+                "off_diagonal": Parameter(1.0, "factor on the Gram matrices' entries off the diagonal", 0, 1),
+                "ridge": Parameter(1e-6, "times the mean of the diagonal, added to it", 0, 1),
+            },
+            needs=("grams",),
+        ),
+        "knots": Method(
+            knots,
+            "bring the updates to one basis by a joint SVD, merge there",
+            "Stoica et al., 2025 (arXiv 2410.19735); fusion_bench",
+            {
+                "merge": Parameter("ties", "how the aligned updates are merged", choices=tuple(KNOTS_MERGES)),
+                "density": Parameter(1.0, "share of an aligned update's entries that is kept", 0, 1, open_low=True),
+                "part": Parameter("v", "what is merged: V_t, or diag(S) V_t", choices=("v", "sv")),
+                "threshold": Parameter(1e-4, "singular values up to this are dropped", 0),
+                "lambda": LAMBDA,
+            },
+        ),
+        "lego": Method(
+            lego,
+            "cluster the rank-one units of all adapters; a cluster is a unit of the result",
+            "Zhao et al., 2025 (arXiv 2409.16167); scaling as in SPEC 5",
+            {
+                "clusters": Parameter(0, "number of units; 0 for the highest rank of the pool", 0),
+                "output": Parameter(
+                    "sum",
+                    "norm of the result: of a sum, of one adapter, or of the units",
+                    choices=("sum", "mean", "none"),
+                ),
+                "signs": Parameter("aligned", "whether a unit may be turned round", choices=("aligned", "kept")),
+                "restarts": Parameter(8, "of the clustering", 1, 1000),
+                "iterations": Parameter(30, "of the clustering", 1, 1000),
+            },
+        ),
+        **{f"peft:{kind}": _peft(kind) for kind in peft_modes.TYPES},
     }
 )
 
@@ -204,6 +306,8 @@ def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> 
             problems.append(f"role {options.role!r} has no tau of its own; give one, in (0, 1)")
     if "signal" in found:
         found["signal"] = {"per_role": options.role, "shared": "all"}.get(found["signal"], found["signal"])
+    if not problems and method.check:
+        problems += method.check(found)
     raise_problems("merge options", problems)
     return found
 

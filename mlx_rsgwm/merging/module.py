@@ -56,7 +56,7 @@ class DenseUpdates(Sequence[mx.array]):
 class Module:
     """One module of a pool of T adapters.
 
-    ``factors``: T updates; ranks may differ, and an adapter that does not adapt this module has a zero update of rank 1.
+    ``factors``: T updates; ranks may differ, and an adapter without this module has a zero update of rank 1.
     ``scales``: the T scales that are multiplied into ``factors``' b. ``weights``: T coefficients as the user gave them
     (1.0 each by default). ``key``: a random key of this module's own (``mx.random.split`` it, one per adapter).
     ``importances``: T pairs (s_a, s_b) of importance arrays of ``factors``' shapes, or empty when the method asked for

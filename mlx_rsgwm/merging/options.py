@@ -32,10 +32,10 @@ class Override:
 class MergeOptions:
     """A merge: its method, for which role, and how.
 
-    ``role`` is a name; draft and verify are the two of the pipeline, others need a ``signal`` and a ``tau`` of their own.
+    ``role`` is a name; draft and verify are the two of the pipeline, others need a ``signal`` and a ``tau``.
     ``parameters`` are the method's own, by name; what is left out takes the method's default. ``weights``: one per
-    adapter, or empty for equal ones. ``rank``: of the result; None for the method's usual one, the highest of the sources
-    or, for ``cat``, their sum. ``seed`` sets the masks of the random methods and the sketches of the truncation.
+    adapter, or empty for equal ones. ``rank``: of the result; None for the method's usual one, the highest of the
+    sources or, for ``cat``, their sum. ``seed`` sets random masks and sketches.
     """
 
     method: str = "rsgwm"

@@ -19,6 +19,7 @@ from mlx_rsgwm.adapter import IMPORTANCE_FILE, INIT_FILE, WEIGHTS_FILE, Adapter,
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.files import read_safetensors, sha256_file, sha256_json
 from mlx_rsgwm.merging.module import Factors
+from mlx_rsgwm.training.grams import load_grams
 
 Arrays = dict[str, mx.array]
 
@@ -47,6 +48,8 @@ class Source:
         shapes, problems = {}, []
         if adapter.spec.fine_tune_type != "lora":
             problems.append(f"it is a {adapter.spec.fine_tune_type} adapter; only lora adapters can be merged")
+        if adapter.full:
+            problems.append(f"it replaces whole parameters of the base ({next(iter(adapter.full))}, …)")
         for module, a, b in adapter.factors():
             if a.ndim != 2:
                 problems.append(f"{module} is a layer of experts, {a.shape}; those cannot be merged yet")
@@ -182,12 +185,30 @@ class Pool:
                 for source, arrays in zip(self.sources, readers, strict=True)
             )
 
+    def grams(self) -> Iterator[tuple[mx.array, ...]]:
+        """For every module, in the order of :meth:`updates`, the T matrices XᵀX / n (in, in); zero where none is.
+
+        Raises:
+            RsgwmError: an adapter without collected matrices, and how to get them.
+        """
+        readers = []
+        for source in self.sources:
+            if source.folder is None:
+                raise RsgwmError(f"{source.label} is not saved, so it has no Gram matrices")
+            readers.append(load_grams(source.folder))
+        for module in self.modules:
+            width = self.shape(module)[0]
+            yield tuple(
+                readers[index].pop(module) if module in source.shapes else mx.zeros((width, width))
+                for index, source in enumerate(self.sources)
+            )
+
     def require_signal(self, signal: str) -> None:
         """Raise unless every adapter has the importance of ``signal``."""
         raise_problems(
             f"the merge needs importance for {signal!r}",
             [
-                f"{source.label} has {'only ' + ', '.join(sorted(source.signals)) if source.signals else 'none'}; collect it "
+                f"{source.label} has {', '.join(sorted(source.signals)) or 'none'}; collect it "
                 f"(rsgwm importance collect {source.label} --data ROWS), or use signal shared or a method without it"
                 for source in self.sources
                 if signal not in source.signals

@@ -1,11 +1,18 @@
 """The draft–verify loop: draft, score, accept at a threshold or draft again, at last return the best-scored draft.
 
 One resident base, two adapters in slots. The loop is a generator of steps, so that command line, tests and evaluation
-see the same loop; ``draft_many`` and ``score_many`` do the same work for many questions in batches.
+see the same loop; ``draft_many``, ``score_many`` and ``answer_many`` do the same work for many questions in batches.
+Every attempt has its own random stream, so the modes differ in time and not in what they decide:
+
+- ``sequential``: draft, verify, maybe draft again.
+- ``parallel``: all K drafts side by side, the verifier reading along; the first accepted in order wins, and the rest
+  stops there.
+- ``adaptive``: parallel, but the first draft goes alone while first drafts have mostly been accepted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +21,15 @@ from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
 from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.pipeline.together import Read, can_batch, draft_and_read, prefill
 from mlx_rsgwm.pipeline.verifying import SCORES, mean_logprob, yesno
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
+
+MODES = ("adaptive", "parallel", "sequential")
+
+# Two rows more in a batch cost a step about a tenth; drafting once more costs a draft. Alone is worth it from here on.
+ALONE_FROM = 0.85
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,7 @@ class LoopConfig:
     threshold: float = 0.7
     score: str = "mean_logprob"
     sampling: Sampling = field(default_factory=Sampling)
+    mode: str = "adaptive"
 
     def __post_init__(self) -> None:
         problems = []
@@ -36,6 +50,8 @@ class LoopConfig:
             problems.append(f"threshold must be in [0, 1], found {self.threshold}")
         if self.score not in SCORES:
             problems.append(f"score must be one of {', '.join(SCORES)}, found {self.score!r}")
+        if self.mode not in MODES:
+            problems.append(f"mode must be one of {', '.join(MODES)}, found {self.mode!r}")
         raise_problems("draft–verify loop", problems, RsgwmError)
 
 
@@ -111,24 +127,76 @@ class DraftVerify:
         self.parts = split_head(slots.model)
         self.end_ids = frozenset({*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id})
         self.verdict_ids = template.verdict_ids(self.tokenizer)
+        self.batches = can_batch(slots.model)
+        # First drafts accepted, of all; one of two to begin with.
+        self._accepted_first, self._asked = 1, 2
 
     def steps(self, question: str) -> Iterator[Step]:
         """One question, step by step; the last step is the :class:`Answer`."""
-        if not question.strip():
-            raise RsgwmError("the question is empty")
-        prompt = tuple(self.template.draft_prompt(self.tokenizer, question))
+        prompt = self._prompt(question)
         drafts: list[Drafted] = []
         scores: list[float] = []
-        for attempt in range(1, self.config.attempts + 1):
-            drafts += self._draft([DraftRequest(prompt, question, attempt)])
-            yield drafts[-1]
-            scores += self.score([question], drafts[-1:], self.config.score)
+        for drafted, score in self._attempts(question, prompt):
+            drafts.append(drafted)
+            yield drafted
+            scores.append(self.score([question], [drafted], self.config.score)[0] if score is None else score)
             accepted = scores[-1] >= self.config.threshold
-            yield Scored(attempt, scores[-1], accepted)
+            if len(scores) == 1:
+                self._asked, self._accepted_first = self._asked + 1, self._accepted_first + accepted
+            yield Scored(len(scores), scores[-1], accepted)
             if accepted:
                 break
         decision = decide(scores, self.config.threshold)
         yield Answer(drafts[decision.chosen].text, scores[decision.chosen], decision.accepted, decision.attempts)
+
+    def _attempts(self, question: str, prompt: tuple[int, ...]) -> Iterator[tuple[Drafted, float | None]]:
+        """Attempts in order, each with its score where the verifier has read along and None where it has not."""
+        numbers = range(1, self.config.attempts + 1)
+        if not self.batches:
+            for attempt in numbers:
+                yield self._draft([DraftRequest(prompt, question, attempt)])[0], None
+            return
+        together = self.config.mode != "sequential"
+        reads = self.config.score == "mean_logprob"
+        names = (self.drafter, self.verifier) if reads and together else (self.drafter,)
+        prefilled = prefill(self.slots, self.parts, names, prompt)
+        alone = self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked
+        first = 1 if alone or not together else len(numbers)
+        width = 1 if not together else len(numbers)
+        batches = [numbers[:first], *(numbers[at : at + width] for at in range(first, len(numbers), width))]
+        for batch in batches:
+            waiting: dict[int, Read] = {}
+            following = iter(batch)
+            awaited = next(following)
+            running = draft_and_read(
+                self.slots,
+                self.parts,
+                prefilled,
+                question,
+                batch,
+                self.end_ids,
+                self.tokenizer.eos_token_id,
+                self.config.sampling,
+            )
+            for found in running:
+                waiting[found.attempt] = found
+                while awaited in waiting:
+                    ready = waiting.pop(awaited)
+                    awaited = next(following, 0)
+                    score = math.exp(sum(ready.logprobs) / len(ready.logprobs)) if ready.logprobs else None
+                    yield self._drafted(ready.attempt, ready.draft), score
+
+    def _prompt(self, question: str) -> tuple[int, ...]:
+        if not question.strip():
+            raise RsgwmError("the question is empty")
+        prompt = tuple(self.template.draft_prompt(self.tokenizer, question))
+        limit = self.slots.base.config.get("max_position_embeddings")
+        if limit and len(prompt) + self.config.sampling.max_tokens > limit:
+            raise RsgwmError(
+                f"the question takes {len(prompt)} tokens, and with {self.config.sampling.max_tokens} for an answer it "
+                f"is beyond the model's context of {limit}; shorten it or lower max_tokens"
+            )
+        return prompt
 
     def answer(self, question: str) -> Answer:
         """The last step of :meth:`steps`."""
@@ -143,23 +211,52 @@ class DraftVerify:
 
         Attempt k of a question draws from the same random stream as in :meth:`steps`.
         """
-        prompts = [tuple(self.template.draft_prompt(self.tokenizer, question)) for question in questions]
+        return self._draft_round(questions, range(1, attempts + 1), batch_rows, progress)
+
+    def _draft_round(
+        self, questions: Sequence[str], attempts: Sequence[int], batch_rows: int, progress: Progress
+    ) -> list[list[Drafted]]:
+        prompts = [self._prompt(question) for question in questions]
         order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
-        size = max(1, batch_rows // attempts)
+        size = max(1, batch_rows // len(attempts))
         drafts: list[list[Drafted]] = [[] for _ in questions]
         with progress.task("draft", len(questions)) as advance:
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
                 requests = [
-                    DraftRequest(prompts[index], questions[index], attempt)
-                    for index in chunk
-                    for attempt in range(1, attempts + 1)
+                    DraftRequest(prompts[index], questions[index], attempt) for index in chunk for attempt in attempts
                 ]
                 found = self._draft(requests)
                 for position, index in enumerate(chunk):
-                    drafts[index] = found[position * attempts : (position + 1) * attempts]
+                    drafts[index] = found[position * len(attempts) : (position + 1) * len(attempts)]
                 advance(len(chunk), "")
         return drafts
+
+    def answer_many(self, questions: Sequence[str], batch_rows: int = 32, progress: Progress = SILENT) -> list[Answer]:
+        """What :meth:`answer` says to each question, ``batch_rows`` drafts or verdicts at a time.
+
+        All first attempts are drafted and scored, then the second ones of what was not accepted, and so on.
+        """
+        drafts: list[list[Drafted]] = [[] for _ in questions]
+        scores: list[list[float]] = [[] for _ in questions]
+        pending = list(range(len(questions)))
+        for attempt in range(1, self.config.attempts + 1):
+            texts = [questions[index] for index in pending]
+            drafted = self._draft_round(texts, [attempt], batch_rows, progress)
+            found = self.score_many(texts, [one for (one,) in drafted], self.config.score, batch_rows, progress)
+            for index, (made,), score in zip(pending, drafted, found, strict=True):
+                drafts[index].append(made)
+                scores[index].append(score)
+            pending = [index for index in pending if scores[index][-1] < self.config.threshold]
+            if not pending:
+                break
+        answers = []
+        for item, found in zip(drafts, scores, strict=True):
+            decision = decide(found, self.config.threshold)
+            answers.append(
+                Answer(item[decision.chosen].text, found[decision.chosen], decision.accepted, decision.attempts)
+            )
+        return answers
 
     def score_many(
         self,
@@ -207,7 +304,7 @@ class DraftVerify:
     def _draft(self, requests: Sequence[DraftRequest]) -> list[Drafted]:
         with self.slots.using(self.drafter):
             found: list[DraftTokens] = draft(self.slots.model, self.parts, self.end_ids, requests, self.config.sampling)
-        return [
-            Drafted(request.attempt, self.tokenizer.decode(list(item.tokens)), item.tokens, item.finished)
-            for request, item in zip(requests, found, strict=True)
-        ]
+        return [self._drafted(request.attempt, item) for request, item in zip(requests, found, strict=True)]
+
+    def _drafted(self, attempt: int, found: DraftTokens) -> Drafted:
+        return Drafted(attempt, self.tokenizer.decode(list(found.tokens)), found.tokens, found.finished)

@@ -53,6 +53,45 @@ def test_eval_has_the_eight_rows(line, tiny_base):
     assert (line / "report" / "report.json").is_file()
 
 
+def test_loss_of_base_and_adapter(line, tiny_base):
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.corpus import load_corpus
+    from mlx_rsgwm.training.losses import held_out_loss
+
+    corpus, adapter = line / "corpus" / "change", line / "pool" / "change"
+    found = invoke("loss", corpus, "--adapter", adapter, "--base", tiny_base, "--json")
+    assert found.exit_code == 0, found.stderr
+    result = json.loads(found.stdout.splitlines()[-1])
+    base = load_base(str(tiny_base))
+    rows, _ = load_corpus(corpus).token_rows(base.tokenizer, 1024, "drop")
+    assert result["rows"] == len(rows) == 16
+    expected = held_out_loss(base.model, rows, 8)
+    for role in ("draft", "verify"):
+        assert result["loss"]["base"][role] == pytest.approx(expected[role], rel=1e-5)
+        assert result["loss"][str(adapter)][role] < expected[role]
+
+
+def test_merge_by_name_with_overrides_and_dry_run(line):
+    pool = [line / "pool" / "change", line / "pool" / "compare"]
+    looked = invoke("merge", *pool, "--method", "karcher", "--dry-run")
+    assert looked.exit_code == 0, looked.stderr
+    assert "nothing written" in looked.stdout
+    made = invoke(
+        "merge", *pool, "--method", "dare_ties", "--set", "density=0.7", "--at", "q_proj", "density=1,weights=1/0",
+        "--rank", 6, "--out", line / "dare", "--json",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.stderr
+    merge = json.loads(made.stdout.splitlines()[-1])["merge"]
+    assert merge["parameters"]["density"] == 0.7
+    assert merge["rank"] == 6
+    q_proj = {name: row["cosines"] for name, row in merge["diagnosis"]["modules"].items() if "q_proj" in name}
+    assert q_proj
+    assert all(cosines[0] == pytest.approx(1, abs=1e-4) for cosines in q_proj.values())
+    listed = invoke("merge", "--list")
+    assert "ties: trim the small" in listed.stdout
+    assert "density=0.2" in listed.stdout
+
+
 def test_ask_shows_the_steps(line, tiny_base):
     found = invoke(
         "ask", "What is 2 + 2?", "--base", tiny_base, "--drafter", line / "drafter", "--verifier", line / "verifier",
@@ -86,6 +125,26 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
         (["merge", "{pool}/change", "--out", "{tmp}/m"], "at least two adapters"),
         (["merge", "{pool}/change", "{pool}/compare", "--tau", "2", "--out", "{tmp}/m"], "tau must be in (0, 1)"),
         (["merge", "{pool}/change", "{pool}/compare", "--out", "{tmp}/drafter"], "already holds"),
+        (["merge"], "no adapters given"),
+        (["merge", "{pool}/change", "{pool}/compare"], "no --out folder given"),
+        (["merge", "{pool}/change", "{pool}/compare", "--set", "density", "--out", "{tmp}/m"], "NAME=VALUE"),
+        (
+            ["merge", "{pool}/change", "{pool}/compare", "--method", "ties", "--set", "density=2", "--out", "{tmp}/m"],
+            "density must be in (0, 1], found 2",
+        ),
+        (
+            ["merge", "{pool}/change", "{pool}/compare", "--method", "ties", "--tau", "0.5", "--out", "{tmp}/m"],
+            "ties has no parameter 'tau'",
+        ),
+        (
+            ["merge", "{pool}/change", "{pool}/compare", "--at", "q_proj", "weights=1/x", "--out", "{tmp}/m"],
+            "weights are numbers with / between them",
+        ),
+        (["merge", "{pool}/change", "{pool}/compare", "--weight", "1", "--out", "{tmp}/m"], "1 weights for 2 adapters"),
+        (
+            ["merge", "{pool}/change", "{pool}/compare", "--method", "regmean", "--out", "{tmp}/m"],
+            "has no Gram matrices; collect them",
+        ),
         (["merge", "{pool}/change", "{pool}/compare", "--weight", "1", "--out", "{tmp}/m"], "1 weights for 2"),
         (["train", "--data", "{tmp}/nowhere", "--out", "{tmp}/a"], "is not a corpus folder"),
         (["data", "build", "--task", "nonesuch", "--out", "{tmp}/c"], "unknown task 'nonesuch'"),

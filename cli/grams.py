@@ -1,0 +1,77 @@
+"""``rsgwm grams``: what RegMean needs to know of an adapter's inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.group()
+def grams() -> None:
+    """Collect Gram matrices of an adapter's inputs, for RegMean."""
+
+
+@grams.command(name="collect")
+@click.argument("adapter_folder", metavar="ADAPTER", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    "folder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Corpus folder, folder with train.jsonl, or .jsonl file.",
+)
+@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
+@click.option("--rows", type=click.IntRange(0), default=256, show_default=True, help="So many rows at most; 0 for all.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out.")
+@click.option("--replace", is_flag=True, help="Replace Gram matrices that are already there.")
+@common_options
+def collect(
+    console: Console,
+    adapter_folder: Path,
+    folder: Path,
+    base_name: str,
+    rows: int,
+    batch_size: int,
+    max_tokens: int,
+    replace: bool,
+) -> None:
+    """Pass once over data and keep the mean XᵀX of the inputs X of every module that ADAPTER adapts.
+
+    The data should be of the adapter's own task: RegMean looks for the update that answers every adapter's inputs as
+    that adapter does. Weights stay as they are.
+
+    Example: rsgwm grams collect adapters/change --data corpus/change --base smollm2-135m
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.sets import load_data
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, save_grams
+
+    adapter = Adapter.load(adapter_folder)
+    if GRAMS_FILE in (adapter.manifest.get("files") or {}) and not replace:
+        raise RsgwmError(f"{adapter_folder} already has Gram matrices; pass --replace to replace them")
+    data, _ = load_data(folder, None)
+    base = load_base(base_name, progress=console.progress)
+    found, metadata = collect_grams(base, adapter, data, batch_size, max_tokens, rows, console.seed, console.progress)
+    save_grams(adapter, base, data, found, metadata)
+    size = (adapter_folder / GRAMS_FILE).stat().st_size
+    matrices = len({id(gram) for gram in found.values()})
+    console.line(
+        f"{adapter_folder}: {matrices} Gram matrices for {len(found)} modules from {metadata['tokens']} tokens "
+        f"({size / 1e6:.0f} MB)"
+    )
+    console.result(
+        {
+            "adapter": str(adapter_folder),
+            "modules": len(found),
+            "matrices": matrices,
+            "rows": int(metadata["rows"]),
+            "tokens": int(metadata["tokens"]),
+            "bytes": size,
+        }
+    )

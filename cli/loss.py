@@ -1,0 +1,63 @@
+"""``rsgwm loss``: how well a base, and adapters on it, predict the completions of a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), help="Adapter folder; repeat it."
+)
+@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
+@click.option("--rows", type=click.IntRange(0), default=0, help="Only the first so many rows; 0 for all.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out.")
+@common_options
+def loss(
+    console: Console,
+    data: Path,
+    adapters: tuple[Path, ...],
+    base_name: str,
+    rows: int,
+    batch_size: int,
+    max_tokens: int,
+) -> None:
+    """Mean negative log-likelihood, in nats per completion token, of DATA's rows under the base and each adapter.
+
+    DATA is a corpus folder, a folder with train.jsonl, or a .jsonl file. Prompts do not count; dropout is off.
+
+    Example: rsgwm loss corpus/change --adapter adapters/change
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.sets import load_data
+    from mlx_rsgwm.slots import AdapterSlots
+    from mlx_rsgwm.training.losses import held_out_loss
+
+    loaded = {str(path): Adapter.load(path) for path in adapters}
+    examples, _ = load_data(data, None)
+    base = load_base(base_name, progress=console.progress)
+    found, dropped = examples.token_rows(base.tokenizer, max_tokens, "drop")
+    chosen = found[:rows] if rows else found
+    slots = AdapterSlots(base)
+    for name, adapter in loaded.items():
+        slots.load(name, adapter)
+    results: dict[str, Any] = {}
+    with console.progress.task("loss", 1 + len(loaded)) as advance:
+        for name in (None, *loaded):
+            with slots.using(name):
+                results[name or "base"] = held_out_loss(slots.model, chosen, batch_size)
+            advance(1, name or "base")
+    for name, values in results.items():
+        told = ", ".join(f"{role} {value:.4f}" for role, value in values.items())
+        console.line(
+            f"{name}: {told} nats per completion token, {len(chosen)} rows{f' ({dropped} too long)' * bool(dropped)}"
+        )
+    console.result({"rows": len(chosen), "loss": results})

@@ -1,0 +1,86 @@
+"""How sparsified updates of several adapters become one: a weighted sum or mean, or one over an elected sign.
+
+Updates come one by one and are not kept: what an election needs of them, the sums of either sign, is gathered before
+it is known who wins. So one pass is enough, and memory does not depend on the number of adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm.errors import RsgwmError
+
+ELECTIONS = ("sum", "count")
+NORMALISATIONS = ("weights", "none")
+
+# Up to so many entries over all updates, a merge stays one lazy graph that runs together with those of other modules;
+# beyond, it is evaluated update by update.
+LAZY_ENTRIES = 1 << 24
+
+Weights = Sequence[float | mx.array]
+
+
+def weighted_sum(updates: Iterable[mx.array], weights: Sequence[float], normalise: str = "weights") -> mx.array:
+    """Σ_t w_t u_t, with ``normalise`` weights divided by Σ_t w_t; float32 of the updates' shape.
+
+    Raises:
+        RsgwmError: a mean is asked for and the weights sum to 0.
+    """
+    whole = sum(weights)
+    if normalise == "weights" and whole == 0:
+        raise RsgwmError("weights sum to zero, so there is no mean; give others, or normalise none")
+    total = mx.array(0.0)
+    for update, weight in zip(updates, weights, strict=True):
+        total = total + update * (weight / whole if normalise == "weights" else weight)
+        settle(total, len(weights))
+    return total
+
+
+def elected_sum(
+    updates: Iterable[mx.array],
+    weights: Weights,
+    election: str = "sum",
+    normalise: str = "weights",
+    ballots: Sequence[float] | None = None,
+) -> mx.array:
+    """Σ w_t u_t over the updates that have, entry by entry, the elected sign (TIES; Yadav et al., 2023).
+
+    ``election``: the sign of Σ w_t u_t (sum: PEFT ``total``, mergekit ``sum``), or that of the majority of the w_t u_t
+    that are not 0 (count), a draw going to the sign of the sum; PEFT and mergekit give every draw to plus. Where the
+    sum draws too, nobody is elected and the entry is 0. ``normalise`` weights divides by Σ |w_t| of the agreeing.
+    ``ballots``: other weights for the sum's election (SCE). A negative weight turns an update round. float32 of the
+    updates' shape.
+    """
+    sums: dict[str, mx.array] = {}
+    for index, (update, weight) in enumerate(zip(updates, weights, strict=True)):
+        share = update * weight
+        parts = {"positive": mx.maximum(share, 0.0), "negative": mx.minimum(share, 0.0)}
+        if election == "count":
+            parts["votes"] = mx.sign(share)
+        elif ballots is not None:
+            parts["votes"] = update * ballots[index]
+        if normalise == "weights":
+            strength: Any = abs(weight)
+            parts |= {"above": (share > 0) * strength, "below": (share < 0) * strength}
+        sums = {name: sums[name] + part for name, part in parts.items()} if sums else parts
+        settle(sums, len(weights))
+    winner = mx.sign(sums["positive"] + sums["negative"])
+    if "votes" in sums:
+        winner = mx.sign(2 * mx.sign(sums["votes"]) + winner)
+    # Products with masks, because mx.where takes six times as long on the CPU.
+    plus, minus = winner > 0, winner < 0
+    total = sums["positive"] * plus + sums["negative"] * minus
+    if normalise == "none":
+        return total
+    agreeing = sums["above"] * plus + sums["below"] * minus
+    return total / (agreeing + (agreeing == 0))
+
+
+def settle(state: mx.array | dict[str, mx.array], count: int) -> None:
+    """Evaluate the running ``state`` of a walk over ``count`` updates, if those are too large to stay in one graph."""
+    size = max(array.size for array in (state.values() if isinstance(state, dict) else (state,)))
+    if size * count > LAZY_ENTRIES:
+        mx.eval(state)

@@ -1,0 +1,114 @@
+"""Fisher-weighted merging (Matena and Raffel, 2022): every entry is averaged with how much its loss depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.merging.module import Factors, Module
+from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.rsgwm import product_importance
+
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Over all modules of each adapter: ``norms``, the L2 norm of its Fisher weights, and their root mean square."""
+
+    norms: mx.array
+    roots: mx.array
+
+
+def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
+    """One pass over the importances, adapter by adapter; both results (T,) float32.
+
+    Raises:
+        RsgwmError: an adapter without the importance of ``parameters["signal"]``.
+    """
+    pool.require_signal(parameters["signal"])
+    norms, roots = [], []
+    for source in pool.sources:
+        alone = Pool((source,), ())
+        # Fourth powers of importances leave float32's range: all is in units of the greatest.
+        unit = mx.maximum(mx.stack([mx.max(s) for s in source.importance(parameters["signal"]).values()]).max(), TINY)
+        total, count = mx.array(0.0), 0
+        for (_, (factors,)), (pair,) in zip(alone.updates(), alone.importances(parameters["signal"]), strict=True):
+            scaled = (pair[0] / unit, pair[1] / unit)
+            for fisher in _fisher(factors, scaled, source.spec.scale, parameters["space"]):
+                total, count = total + mx.square(fisher).sum(), count + fisher.size
+            mx.eval(total)
+        norms.append(mx.square(unit) * mx.sqrt(total))
+        roots.append(norms[-1] / max(count, 1) ** 0.5)
+    return Survey(mx.stack(norms), mx.stack(roots))
+
+
+def fisher_mean(
+    terms: Iterable[tuple[mx.array, mx.array, mx.array | float]], floors: Iterable[mx.array | float]
+) -> mx.array:
+    """Σ_t λ_t (F_t + floor_t) θ_t / Σ_t λ_t (F_t + floor_t) over the terms (θ_t, F_t, λ_t), entry by entry.
+
+    As fusion_bench's ``merging_with_fisher_weights``. Terms are taken up one by one: numerator and denominator are the
+    only state.
+    """
+    numerator = denominator = mx.array(0.0)
+    for (value, fisher, coefficient), floor in zip(terms, floors, strict=True):
+        weight = coefficient * (fisher + floor)
+        numerator = numerator + weight * value
+        denominator = denominator + weight
+        mx.eval(numerator, denominator)
+    return numerator / mx.where(denominator == 0, 1.0, denominator)
+
+
+def fisher(module: Module) -> Factors | mx.array:
+    """Σ λ_t F_t θ_t / Σ λ_t F_t with F = s², the recorded importance squared (SPEC 5; fusion_bench ``fisher_merging``).
+
+    Parameters: ``space`` product (entries of ΔW; F from the factors' moments, SPEC 6.13) | factor (entries of A and of
+    B); ``normalise`` l2 | none: with l2 an adapter's weights are divided by their L2 norm over all its modules, so that
+    none wins by a steeper loss; ``minimum`` is added to every F; ``floor`` relative | absolute: whether ``minimum``
+    is in units of the adapter's root mean square F, or as it is. fusion_bench's is absolute 1e-6, made for gradients
+    of whole models; an adapter's F is of that size itself (SPEC 9: 2e-8 for A, 1e-6 for B), and the result
+    then little but the mean. ``weights`` are the λ.
+
+    Raises:
+        RsgwmError: a weight below 0.
+    """
+    if min(module.weights) < 0:
+        raise RsgwmError(f"fisher averages: weights must not be negative, found {min(module.weights)}")
+    parameters, found = module.parameters, module.survey
+    assert isinstance(found, Survey)
+    count = len(module.factors)
+    minimum = parameters["minimum"]
+    relative = parameters["floor"] == "relative"
+    offset = TINY if relative else minimum
+    normalisers = found.norms + offset if parameters["normalise"] == "l2" else mx.ones((count,))
+    floors = minimum * found.roots if relative else mx.full((count,), minimum)
+
+    def merged(values: Iterable[tuple[mx.array, mx.array]]) -> mx.array:
+        # Both are divided by the normaliser before they are added: F² of small importances is near float32's end.
+        terms = (
+            (value, weight / normaliser, coefficient)
+            for (value, weight), normaliser, coefficient in zip(values, normalisers, module.weights, strict=True)
+        )
+        return fisher_mean(terms, list(floors / normalisers))
+
+    def weights_of(index: int) -> tuple[mx.array, ...]:
+        return _fisher(module.factors[index], module.importances[index], module.scales[index], parameters["space"])
+
+    if parameters["space"] == "product":
+        return merged((one.dense(), weights_of(index)[0]) for index, one in enumerate(module.factors))
+    return Factors(
+        merged((one.a, weights_of(index)[0]) for index, one in enumerate(module.factors)),
+        merged((one.b, weights_of(index)[1]) for index, one in enumerate(module.factors)),
+    )
+
+
+def _fisher(factors: Factors, importance: tuple[mx.array, mx.array], scale: float, space: str) -> tuple[mx.array, ...]:
+    """F of ΔW, or of A and of B with its scale in it (whose gradient is that of B over the scale)."""
+    if space == "product":
+        return (mx.square(product_importance(factors, importance, scale)),)
+    return mx.square(importance[0]), mx.square(importance[1] / scale)

@@ -1,0 +1,101 @@
+"""Which entries of an update a method keeps, and how what is kept makes up for what is not.
+
+Thresholds come by partitioning, and every entry whose magnitude equals the threshold is kept, so that a mask does not
+depend on the order of the entries. (PEFT and mergekit keep an unspecified choice among equals.)
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+SPARSIFICATIONS = ("none", "magnitude", "bernoulli", "della", "breadcrumbs")
+RESCALES = ("none", "density", "l1")
+
+TINY = 1e-30
+
+
+def sparsified(
+    delta: mx.array,
+    how: str,
+    key: mx.array,
+    *,
+    density: float,
+    epsilon: float = 0.0,
+    gamma: float = 0.0,
+    rescale: str = "none",
+    mask: mx.array | None = None,
+) -> mx.array:
+    """``delta`` (float32, any shape with two axes or more) with what ``how`` drops set to 0, the rest rescaled.
+
+    ``how``: none, magnitude (TIES), bernoulli (DARE), della, breadcrumbs; at a ``density`` of 1 or more each of them
+    keeps everything, as in mergekit. ``rescale``: none; density, dividing every entry by the probability with which it
+    was kept, so that the expectation is ``delta`` (DARE and DELLA as published, PEFT); l1, by which the kept entries'
+    sum of magnitudes becomes that of all of them (mergekit). ``mask`` takes the place of the mask drawn with ``key``.
+    """
+    if how == "none" or (density >= 1 and mask is None):
+        return delta
+    probability: float | mx.array = keep_probabilities(delta, density, epsilon) if how == "della" else density
+    if mask is None:
+        if how == "magnitude":
+            mask = magnitude_mask(delta, density)
+        elif how == "breadcrumbs":
+            mask = breadcrumbs_mask(delta, density, gamma)
+        else:
+            mask = mx.random.bernoulli(probability, delta.shape, key=key)
+    kept = delta * mask
+    if rescale == "density":
+        return kept / probability
+    if rescale == "l1":
+        return kept * (mx.abs(delta).sum() / mx.maximum(mx.abs(kept).sum(), TINY))
+    return kept
+
+
+def keep_count(size: int, density: float) -> int:
+    """How many of ``size`` entries a density in (0, 1] keeps: int(density · size), but never none.
+
+    mergekit's rule for magnitude pruning; PEFT keeps nothing where density · size is below 1.
+    """
+    return min(size, max(1, int(density * size)))
+
+
+def magnitude_mask(delta: mx.array, density: float) -> mx.array:
+    """The ``keep_count`` entries of largest magnitude, over the whole array; bool of ``delta``'s shape.
+
+    The trimming step of TIES (Yadav et al., 2023); mergekit ``magnitude``.
+    """
+    magnitudes = mx.abs(delta)
+    dropped = delta.size - keep_count(delta.size, density)
+    return magnitudes >= mx.partition(magnitudes.reshape(-1), dropped)[dropped]
+
+
+def breadcrumbs_mask(delta: mx.array, density: float, gamma: float) -> mx.array:
+    """The middle: without the share ``gamma`` of largest magnitudes, and of the rest the ``keep_count`` largest.
+
+    Model Breadcrumbs (Davari and Belilovsky, 2023) as mergekit's ``magnitude_outliers`` puts it: where gamma and
+    density pass 1 together, fewer outliers are dropped, never fewer entries kept. bool of ``delta``'s shape.
+    """
+    magnitudes = mx.abs(delta)
+    kept = keep_count(delta.size, density)
+    bottom = max(0, delta.size - kept - int(gamma * delta.size))
+    upper = mx.partition(magnitudes.reshape(-1), bottom)[bottom:]
+    highest = mx.partition(upper, kept - 1)[kept - 1]
+    return (magnitudes >= upper[0]) & (magnitudes <= highest)
+
+
+def keep_probabilities(delta: mx.array, density: float, epsilon: float) -> mx.array:
+    """DELLA's probability of keeping an entry, linear in the rank of its magnitude among those of its output unit.
+
+    From density − ε for the smallest to density + ε for the largest of a column of the (in, out) ``delta``; the columns
+    are the rows of the (out, in) weights of papers and of mergekit's ``della_magprune``. A column of one entry has
+    probability ``density`` (mergekit divides 0 by 0 there: a rank-1 factor). float32 of ``delta``'s shape.
+
+    Source: Deep, Bhardwaj and Poria, 2024 (arXiv 2406.11617).
+    """
+    rows = delta.shape[-2]
+    if rows == 1:
+        return mx.full(delta.shape, density)
+    # Ranks along the last axis of a transposed copy: sorting along a strided axis takes twice as long.
+    order = mx.argsort(mx.contiguous(mx.abs(delta).swapaxes(-1, -2)), axis=-1)
+    places = mx.broadcast_to(mx.arange(rows, dtype=mx.float32), order.shape)
+    ranks = mx.put_along_axis(mx.zeros(order.shape), order, places, axis=-1).swapaxes(-1, -2)
+    return (density - epsilon) + ranks * (2 * epsilon / (rows - 1))

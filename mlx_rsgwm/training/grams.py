@@ -1,0 +1,241 @@
+"""Gram matrices XᵀX / n of the inputs of an adapter's modules, collected in one pass over data: what RegMean needs.
+
+They stand beside the adapter's weights in ``grams.safetensors``: float32, one (in, in) array under a module's name.
+Modules that are handed the same input (the query, key and value projections) share one; the file's metadata says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    IMPORTANCE_FILE,
+    INIT_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    versions,
+)
+from mlx_rsgwm.base import Base
+from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch
+from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.training.collect import fitting_modules
+from mlx_rsgwm.training.layers import adapted
+from mlx_rsgwm.training.loop import TrainingData
+from mlx_rsgwm.training.memory import device_limit
+
+GRAMS_FILE = "grams.safetensors"
+
+
+class InputSums:
+    """Sums of XᵀX over the inputs of layers. Layers handed the same array share one: ``owners`` tells whose."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, mx.array] = {}
+        self.counts: dict[str, int] = {}
+        self.owners: dict[str, str] = {}
+        self._positions = mx.array([])
+        self._seen: list[tuple[mx.array, str]] = []
+
+    def start(self, positions: mx.array) -> None:
+        """Begin a batch of which ``positions`` (n,), into the flattened rows, are tokens and not padding."""
+        self._positions, self._seen = positions, []
+
+    def add(self, name: str, x: mx.array) -> None:
+        """Take the input (..., in) of the layer ``name``."""
+        owner = next((owner for other, owner in self._seen if other is x), name)
+        if self.owners.setdefault(name, owner) != owner:
+            raise RuntimeError(f"{name} shares its input with {self.owners[name]} in some batches only")
+        if owner != name:
+            return
+        self._seen.append((x, name))
+        rows = x.reshape(-1, x.shape[-1])[self._positions].astype(mx.float32)
+        product = rows.T @ rows
+        self.sums[name] = self.sums[name] + product if name in self.sums else product
+        self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
+
+
+class Observed(nn.Module):
+    """A layer that shows its input to ``sums`` before it computes."""
+
+    def __init__(self, layer: nn.Module, name: str, sums: InputSums) -> None:
+        super().__init__()
+        self.layer = layer
+        self.name = name
+        self.sums = sums
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.sums.add(self.name, x)
+        y: mx.array = self.layer(x)
+        return y
+
+
+def collect_grams(
+    base: Base,
+    adapter: Adapter,
+    data: TrainingData,
+    batch_size: int = 8,
+    max_tokens: int = 1024,
+    rows: int = 0,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """XᵀX / n (in, in) float32 for every module of ``adapter``, base and adapter active, over all tokens of ``data``.
+
+    ``rows`` above 0 takes that many, drawn by ``seed``. Returns the matrices by module, one object for modules with the
+    same input, and metadata. Prompts count, padding does not; the base model is left as it was found.
+
+    Raises:
+        AdapterError: the adapter does not fit ``base``.
+        RsgwmError: the data gives no rows; the matrices do not fit into memory; a value that is not finite.
+    """
+    modules = fitting_modules(base, adapter)
+    chosen = _chosen(data.token_rows(base.tokenizer, max_tokens, "drop")[0], rows, seed)
+    _check_memory(adapter)
+    plan = plan_epoch(chosen, batch_size, seed=0, epoch=0)
+    weights = {name: value.astype(mx.float32) for name, value in adapter.weights.items()}
+    sums = InputSums()
+    model: Any = base.model
+    with (
+        adapted(model, modules, replace(adapter.spec, dropout=0.0), weights),
+        progress.task("Gram matrices", len(plan)) as advance,
+    ):
+        hidden, _ = split_head(model)
+        layers = dict(model.named_modules())
+        model.update_modules(tree_unflatten([(name, Observed(layers[name], name, sums)) for name in modules]))
+        model.eval()
+        for indices in plan:
+            batch = [chosen[index] for index in indices]
+            inputs = make_batch(batch).inputs
+            sums.start(real_positions(batch, inputs.shape[1]))
+            hidden(inputs)
+            mx.eval(sums.sums)  # and nothing behind the last of them
+            advance(1, f"{sum(sums.counts.values()) // max(len(sums.counts), 1)} tokens")
+    raise_problems(
+        f"{adapter.where} on {base.name}", [f"{name} is never used" for name in modules if name not in sums.owners]
+    )
+    means = {name: total / sums.counts[name] for name, total in sums.sums.items()}
+    finite = {name: mx.all(mx.isfinite(mean)) for name, mean in means.items()}
+    mx.eval(means, finite)
+    raise_problems(
+        "Gram matrices", [f"the inputs of {name} are not finite" for name, ok in finite.items() if not ok.item()]
+    )
+    metadata = {
+        "rows": str(len(chosen)),
+        "tokens": str(max(sums.counts.values())),
+        "data_hash": data.hash,
+        "source": "mean of XᵀX over the tokens of the data, base and adapter active",
+    }
+    return {name: means[sums.owners[name]] for name in modules}, metadata
+
+
+def real_positions(rows: Sequence[TokenRow], length: int) -> mx.array:
+    """Where the tokens are in a right-padded batch of ``rows`` × ``length``, flattened; int32. A row's last token is
+    no input (see :func:`make_batch`).
+    """
+    ranges = [index * length + np.arange(len(row.tokens) - 1) for index, row in enumerate(rows)]
+    return mx.array(np.concatenate(ranges).astype(np.int32))
+
+
+def _chosen(rows: list[TokenRow], limit: int, seed: int) -> list[TokenRow]:
+    if not limit or limit >= len(rows):
+        return rows
+    return [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))[:limit]]
+
+
+def _check_memory(adapter: Adapter) -> None:
+    inputs = {
+        name.rpartition(".")[0]: value.shape[0] for name, value in adapter.weights.items() if name.endswith(".lora_a")
+    }
+    # Which modules share an input shows only once the model runs; the blocks of Llama's kind share a good half.
+    need = sum(4 * width * width for width in inputs.values()) // 2
+    limit, source = device_limit()
+    if need > limit:
+        raise RsgwmError(
+            f"{adapter.where}: the Gram matrices of {len(inputs)} modules take {need / 1e9:.0f} GB and {source} is "
+            f"{limit / 1e9:.0f} GB; RegMean needs adapters of fewer modules"
+        )
+
+
+def save_grams(
+    adapter: Adapter, base: Base, data: TrainingData, grams: Mapping[str, mx.array], metadata: Mapping[str, str]
+) -> Path:
+    """Put collected matrices beside an adapter's weights: ``grams.safetensors``, then the manifest.
+
+    Weights and config are not touched. An adapter without a manifest gets one of kind ``imported``. Killed in between,
+    the folder is what it was, at worst without its former matrices.
+    """
+    folder = adapter.path
+    assert folder is not None
+    owners: dict[int, str] = {}
+    shared = {name: owners.setdefault(id(gram), name) for name, gram in grams.items()}
+    arrays = {name: gram for name, gram in grams.items() if shared[name] == name}
+    aliases = {name: owner for name, owner in shared.items() if owner != name}
+    files.require_space(folder, sum(gram.nbytes for gram in arrays.values()) + 2**20)
+    kept = _kept_files(adapter, folder)
+    if GRAMS_FILE in (adapter.manifest.get("files") or {}):
+        files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": kept})
+    weights_hash = {"weights_sha256": kept[WEIGHTS_FILE]}
+    files.write_safetensors(folder / GRAMS_FILE, arrays, {**metadata, **weights_hash, "shared": json.dumps(aliases)})
+    adapter.manifest = {
+        "kind": "imported",
+        "base": base.describe(),
+        "versions": versions(),
+        **adapter.manifest,
+        "grams": {**metadata, "data": data.describe()},
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "files": {**kept, GRAMS_FILE: files.sha256_file(folder / GRAMS_FILE)},
+    }
+    files.write_json(folder / MANIFEST_FILE, adapter.manifest)
+    return folder
+
+
+def _kept_files(adapter: Adapter, folder: Path) -> dict[str, str]:
+    """Hashes of the folder's files but the matrices: the manifest's, or of what is there when it has none."""
+    recorded = {name: sha for name, sha in (adapter.manifest.get("files") or {}).items() if name != GRAMS_FILE}
+    if recorded:
+        return recorded
+    present = [name for name in (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE) if (folder / name).is_file()]
+    return {name: files.sha256_file(folder / name) for name in present}
+
+
+def load_grams(folder: Path) -> dict[str, mx.array]:
+    """The matrices of an adapter folder by module, each read when it is first used; one object for a shared one.
+
+    That the file is whole, its SHA-256 tells, which ``Adapter.load`` checks.
+
+    Raises:
+        RsgwmError: there are none, they are of other weights than the folder's, or not square.
+    """
+    remedy = f"collect them: rsgwm grams collect {folder} --data ROWS"
+    path = folder / GRAMS_FILE
+    if not path.is_file():
+        raise RsgwmError(f"{folder} has no Gram matrices; {remedy}")
+    manifest = files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
+    hashes = manifest.get("files") or {}
+    arrays, metadata = files.read_safetensors(path, evaluate=False)
+    if GRAMS_FILE not in hashes or metadata.get("weights_sha256") != hashes.get(WEIGHTS_FILE):
+        raise RsgwmError(f"{path} belongs to earlier weights of this folder; {remedy}")
+    wrong = [f"{name} has shape {gram.shape}" for name, gram in arrays.items() if gram.shape != gram.shape[::-1]]
+    raise_problems(f"{path}: Gram matrices are square", wrong, AdapterError)
+    try:
+        aliases = json.loads(metadata.get("shared", "{}"))
+        return {**arrays, **{str(name): arrays[owner] for name, owner in aliases.items()}}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise AdapterError(f"{path}: its list of shared matrices is damaged; {remedy} --replace") from None

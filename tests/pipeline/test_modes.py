@@ -1,0 +1,164 @@
+"""The loop's modes: the same drafts and the same decisions in different time; batches of questions say the same."""
+
+import statistics
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.pipeline.drafting import DraftRequest, draft
+from mlx_rsgwm.pipeline.loop import MODES, Answer, Drafted, DraftVerify, LoopConfig, Scored
+from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.pipeline.together import draft_and_read, prefill
+from mlx_rsgwm.slots import AdapterSlots
+
+QUESTIONS = [f"Ada has {n} pens and gets {n * 7 % 13} more{' today' * (n % 3)}. How many?" for n in range(50)]
+SAMPLING = Sampling(max_tokens=8, seed=3)
+
+
+@pytest.fixture
+def slots(request, base, make_adapter):
+    if getattr(request, "param", None):
+        nn.quantize(base.model, group_size=32, bits=request.param)
+    slots = AdapterSlots(base)
+    slots.load("drafter", make_adapter(1))
+    slots.load("verifier", make_adapter(2))
+    return slots
+
+
+@pytest.fixture
+def make_pipeline(slots):
+    def make(mode, threshold=0.5, score="mean_logprob", attempts=3):
+        config = LoopConfig(attempts, threshold, score, SAMPLING, mode)
+        return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
+
+    return make
+
+
+def ended_early(pipeline):
+    """Let a common token end drafts, so that they end at different steps: a random model hardly ever ends one."""
+    first = [pipeline.draft_many(QUESTIONS[:6], 3)[item][k].tokens for item in range(6) for k in range(3)]
+    common = statistics.mode(token for tokens in first for token in tokens[1:])
+    pipeline.end_ids = pipeline.end_ids | {common}
+    return pipeline
+
+
+@pytest.mark.parametrize("score", ["mean_logprob", "yesno"])
+def test_modes_decide_alike(make_pipeline, score):
+    reference = ended_early(make_pipeline("sequential", score=score))
+    scores = [
+        step.score for question in QUESTIONS[:10] for step in reference.steps(question) if isinstance(step, Scored)
+    ]
+    threshold = statistics.median(scores)
+    expected = {}
+    for mode in ("sequential", "parallel", "adaptive"):
+        pipeline = make_pipeline(mode, threshold, score)
+        pipeline.end_ids = reference.end_ids
+        for question in QUESTIONS:
+            steps = list(pipeline.steps(question))
+            told = [step.tokens if isinstance(step, Drafted) else round(step.score, 4) for step in steps]
+            attempts = steps[-1].attempts
+            assert [type(step) for step in steps] == [Drafted, Scored] * attempts + [Answer]
+            if mode == "sequential":
+                expected[question] = (told, steps[-1].text, steps[-1].accepted)
+            else:
+                assert (told, steps[-1].text, steps[-1].accepted) == expected[question]
+    # The threshold has to leave both early acceptances and retries, or nothing was compared.
+    assert {len(told) for told, _, _ in expected.values()} >= {3, 7}
+    assert {accepted for _, _, accepted in expected.values()} == {True, False}
+
+
+def test_many_questions_at_once_get_the_same_answers(make_pipeline):
+    pipeline = ended_early(make_pipeline("parallel"))
+    median = statistics.median(pipeline.answer(question).score for question in QUESTIONS[:9])
+    pipeline.config = LoopConfig(3, median, "mean_logprob", SAMPLING)
+    one_by_one = [pipeline.answer(question) for question in QUESTIONS[:20]]
+    together = pipeline.answer_many(QUESTIONS[:20], batch_rows=7)
+    for alone, batched in zip(one_by_one, together, strict=True):
+        assert batched.text == alone.text
+        assert (batched.attempts, batched.accepted) == (alone.attempts, alone.accepted)
+        assert batched.score == pytest.approx(alone.score, abs=1e-4)
+    assert len({answer.attempts for answer in together}) > 1
+
+
+@pytest.mark.parametrize("slots", [None, 4], ids=["float32", "4-bit"], indirect=True)
+def test_reading_along_equals_reading_afterwards(make_pipeline):
+    pipeline = ended_early(make_pipeline("parallel"))
+    question = QUESTIONS[4]
+    prompt = tuple(pipeline.template.draft_prompt(pipeline.tokenizer, question))
+    prefilled = prefill(pipeline.slots, pipeline.parts, ("drafter", "verifier"), prompt)
+    for _ in range(2):  # the second time from the same prefilled prompt, as after a retry
+        found = {
+            read.attempt: read
+            for read in draft_and_read(
+                pipeline.slots,
+                pipeline.parts,
+                prefilled,
+                question,
+                (1, 2, 3),
+                pipeline.end_ids,
+                pipeline.tokenizer.eos_token_id,
+                SAMPLING,
+            )
+        }
+        with pipeline.slots.using("drafter"):
+            requests = [DraftRequest(prompt, question, attempt) for attempt in (1, 2, 3)]
+            plain = draft(pipeline.slots.model, pipeline.parts, pipeline.end_ids, requests, SAMPLING)
+        for attempt, alone in enumerate(plain, start=1):
+            assert found[attempt].draft == alone
+            with pipeline.slots.using("verifier"):
+                ids = [*prompt, *alone.tokens]
+                logits = pipeline.slots.model(mx.array([ids]))[0]
+                values = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+                expected = [values[at - 1, ids[at]].item() for at in range(len(prompt), len(ids))]
+            assert list(found[attempt].logprobs[: len(expected)]) == pytest.approx(expected, abs=1e-3)
+            assert len(found[attempt].logprobs) == len(expected) + alone.finished
+
+
+def test_adaptive_goes_alone_while_first_drafts_are_accepted(make_pipeline, monkeypatch):
+    from mlx_rsgwm.pipeline import loop
+
+    widths = []
+
+    def watched(slots, parts, prompt, question, attempts, *rest):
+        widths.append(len(attempts))
+        return draft_and_read(slots, parts, prompt, question, attempts, *rest)
+
+    monkeypatch.setattr(loop, "draft_and_read", watched)
+    pipeline = make_pipeline("adaptive", threshold=0.0)
+    for question in QUESTIONS[:12]:
+        pipeline.answer(question)
+    assert widths[0] == 3
+    assert widths[-1] == 1
+    pipeline.config = LoopConfig(3, 1.0, "mean_logprob", SAMPLING, "adaptive")
+    widths.clear()
+    pipeline.answer(QUESTIONS[0])
+    assert widths == [1, 2]  # alone, then the other two side by side
+    for question in QUESTIONS[:6]:
+        pipeline.answer(question)
+    assert widths[-1] == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupted_question_leaves_the_pipeline_usable(make_pipeline, mode):
+    pipeline = make_pipeline(mode)
+    expected = pipeline.answer(QUESTIONS[1])
+    steps = pipeline.steps(QUESTIONS[0])
+    next(steps)
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt())
+    assert pipeline.slots.active is None
+    assert pipeline.answer(QUESTIONS[1]).text == expected.text
+
+
+def test_what_is_refused(make_pipeline, slots):
+    with pytest.raises(RsgwmError, match="mode must be one of adaptive, parallel, sequential"):
+        make_pipeline("telepathic")
+    limit = slots.base.config["max_position_embeddings"]
+    pipeline = make_pipeline("parallel")
+    with pytest.raises(RsgwmError, match=f"beyond the model's context of {limit}"):
+        pipeline.answer("word " * limit)
+    with pytest.raises(RsgwmError, match="the question is empty"):
+        pipeline.answer_many(["fine?", " "])
