@@ -9,8 +9,8 @@ answers. Throughput: the same items through ``answer_many`` and through the loop
 ``generate_step`` on a resident drafter and a plain forward pass of a resident verifier (two of mlx-lm's own models, so
 that it never has to switch), drafting the same tokens, as often as the loop decided.
 
-The last line is JSON: ``latency_ratio`` by mode (mean latency over the drafter's mean; ``latency_ratio_median`` the same
-of medians), ``throughput_ratio``, ``memory_ratio`` (peak over base + adapters + key–value caches), ``switch_ms``.
+The last line is JSON: ``latency_ratio`` by mode (mean latency over the drafter's; ``latency_ratio_median`` of medians),
+``throughput_ratio``, ``memory_ratio`` (peak over base + adapters + key–value caches), ``switch_ms``.
 """
 
 from __future__ import annotations

@@ -51,10 +51,10 @@ def loss(
         slots.load(name, adapter)
     results: dict[str, Any] = {}
     with console.progress.task("loss", 1 + len(loaded)) as advance:
-        for name in (None, *loaded):
-            with slots.using(name):
-                results[name or "base"] = held_out_loss(slots.model, chosen, batch_size)
-            advance(1, name or "base")
+        for name in ("base", *loaded):
+            with slots.using(None if name == "base" else name):
+                results[name] = held_out_loss(slots.model, chosen, batch_size)
+            advance(1, name)
     for name, values in results.items():
         told = ", ".join(f"{role} {value:.4f}" for role, value in values.items())
         console.line(

@@ -22,8 +22,10 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
 INIT_FILE = "init.safetensors"
+KEPT_FILE = "kept.safetensors"
 MANIFEST_FILE = "manifest.json"
 SIGNALS = ("all", "draft", "verify")
+FULL_LEAVES = ("weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,11 @@ class Adapter:
     ``weights``: ``{module}.lora_a`` (in, rank), ``{module}.lora_b`` (rank, out), for DoRA also ``{module}.m`` (out,).
     ``importance``: float32 arrays of the weights' shapes under ``all/``, ``draft/``, ``verify/`` + weight name, or
     empty. ``init``: lora_a at initialisation under the weights' names, or empty. ``manifest``: provenance.
+    Layers of experts have three axes: ``lora_a`` (experts, rank, in), ``lora_b`` (experts, out, rank).
+
+    ``full``: ``{module}.weight`` or ``.bias`` of the base that this adapter replaces, trained in another framework.
+    They are saved among the weights, so that mlx-lm, which cannot apply them, refuses the folder; ``rsgwm fuse``
+    applies them. ``kept``: arrays of another format that a conversion back needs and nothing else reads.
     """
 
     spec: LoraSpec
@@ -102,6 +109,8 @@ class Adapter:
     init: dict[str, mx.array] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    full: dict[str, mx.array] = field(default_factory=dict)
+    kept: dict[str, mx.array] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -125,6 +134,15 @@ class Adapter:
         for module in self.modules():
             yield module, self.weights[f"{module}.lora_a"], self.weights[f"{module}.lora_b"]
 
+    def require_factors_only(self, purpose: str) -> None:
+        """Raise for an adapter that replaces whole parameters of the base, which only ``rsgwm fuse`` can apply."""
+        if self.full:
+            names = ", ".join(list(self.full)[:3]) + (" …" if len(self.full) > 3 else "")
+            raise AdapterError(
+                f"{self.where} replaces whole parameters of the base ({names}) and cannot {purpose}; "
+                "make a model of it first (rsgwm fuse)"
+            )
+
     def importance_of(self, signal: str) -> dict[str, mx.array]:
         """The importance arrays recorded for ``signal`` (all, draft or verify), under the weights' names."""
         prefix = signal + "/"
@@ -132,6 +150,16 @@ class Adapter:
 
     def problems(self) -> list[str]:
         """Everything wrong inside the adapter itself: names, shapes, ranks, values that are not finite."""
+        found = self.shape_problems()
+        groups = (("", self.weights), ("", self.full), ("importance ", self.importance), ("init ", self.init))
+        for label, group in groups:
+            finite = {name: mx.all(mx.isfinite(value)) for name, value in group.items()}
+            mx.eval(finite)
+            found += [f"{label}{name} has values that are not finite" for name, ok in finite.items() if not ok.item()]
+        return found
+
+    def shape_problems(self) -> list[str]:
+        """What is wrong with names, shapes and ranks; no value is read."""
         found = []
         for module in self.modules():
             a, b = self.weights.get(f"{module}.lora_a"), self.weights.get(f"{module}.lora_b")
@@ -140,18 +168,18 @@ class Adapter:
             elif a.ndim == 2 and b.ndim == 2:
                 if a.shape[1] != self.spec.rank or b.shape[0] != self.spec.rank:
                     found.append(f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}")
-            elif a.ndim != 3 or b.ndim != 3:
+            elif a.ndim == 3 and b.ndim == 3:
+                if a.shape[1] != self.spec.rank or b.shape[2] != self.spec.rank or a.shape[0] != b.shape[0]:
+                    found.append(f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}")
+            else:
                 found.append(f"{module}: lora_a has shape {a.shape} and lora_b {b.shape}")
             if self.spec.fine_tune_type == "dora" and f"{module}.m" not in self.weights:
                 found.append(f"{module} has no magnitude m")
         leaves = {"lora_a", "lora_b"} | ({"m"} if self.spec.fine_tune_type == "dora" else set())
         found += [f"unknown array {name}" for name in self.weights if name.rpartition(".")[2] not in leaves]
-        if not self.weights:
+        found += [f"unknown array {name}" for name in self.full if name.rpartition(".")[2] not in FULL_LEAVES]
+        if not self.weights and not self.full:
             found.append("holds no arrays")
-        for label, group in (("", self.weights), ("importance ", self.importance), ("init ", self.init)):
-            finite = {name: mx.all(mx.isfinite(value)) for name, value in group.items()}
-            mx.eval(finite)
-            found += [f"{label}{name} has values that are not finite" for name, ok in finite.items() if not ok.item()]
         for name, value in self.importance.items():
             signal, _, parameter = name.partition("/")
             weight = self.weights.get(parameter)
@@ -182,10 +210,13 @@ class Adapter:
             raise AdapterError(f"{folder / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {FORMAT!r}")
         _check_hashes(folder, manifest.get("files") or {})
         spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
-        weights, _ = files.read_safetensors(folder / WEIGHTS_FILE)
+        arrays, _ = files.read_safetensors(folder / WEIGHTS_FILE)
+        full = {name: value for name, value in arrays.items() if name.rpartition(".")[2] in FULL_LEAVES}
+        weights = {name: value for name, value in arrays.items() if name not in full}
+        kept = files.read_safetensors(folder / KEPT_FILE, evaluate=False)[0] if (folder / KEPT_FILE).is_file() else {}
         importance, metadata = _read_optional(folder / IMPORTANCE_FILE)
         init, _ = _read_optional(folder / INIT_FILE)
-        adapter = cls(spec, weights, importance, metadata, init, manifest, folder)
+        adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept)
         raise_problems(str(folder), adapter.problems(), AdapterError)
         return adapter
 
@@ -193,11 +224,11 @@ class Adapter:
         """Write the folder: arrays and config by rename, manifest last, with the SHA-256 of every other file."""
         raise_problems(self.where, self.problems(), AdapterError)
         folder = Path(path)
-        groups = (self.weights, self.importance, self.init)
+        groups = (self.weights, self.full, self.importance, self.init, self.kept)
         files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
         files.make_folder(folder)
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        files.write_safetensors(folder / WEIGHTS_FILE, self.weights)
+        files.write_safetensors(folder / WEIGHTS_FILE, {**self.weights, **self.full})
         written = [WEIGHTS_FILE, *self.write_beside(folder)]
         hashes = {name: files.sha256_file(folder / name) for name in written}
         self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
@@ -212,6 +243,7 @@ class Adapter:
         for name, arrays, metadata in (
             (IMPORTANCE_FILE, self.importance, self.importance_metadata),
             (INIT_FILE, self.init, {}),
+            (KEPT_FILE, self.kept, {}),
         ):
             if arrays:
                 files.write_safetensors(folder / name, arrays, metadata)

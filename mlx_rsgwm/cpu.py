@@ -76,7 +76,7 @@ def attention(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """softmax(scale · Q Kᵀ + mask) V: queries (batch, heads, length, size), keys and values (batch, groups, seen, size).
+    """softmax(scale · Q Kᵀ + mask) V: queries (batch, heads, length, size), keys, values (batch, groups, seen, size).
 
     Takes the place, and the arguments, of mlx-lm's ``scaled_dot_product_attention``; what is not plain float32 is
     handed on to it. The heads that share keys are multiplied together.

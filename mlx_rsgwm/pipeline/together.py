@@ -124,9 +124,10 @@ def draft_and_read(
             mx.eval(states)
 
 
-def _taken(cache: BatchKVCache, rows: mx.array) -> BatchKVCache:
+def _taken(cache: Any, rows: mx.array) -> BatchKVCache:
     """A new cache with the ``rows`` of an old one, which keeps what it has."""
-    taken = BatchKVCache([0] * rows.size)
+    taken: Any = BatchKVCache([0] * rows.size)
     taken.keys, taken.values = (x[rows, :, : cache._idx] for x in (cache.keys, cache.values))
     taken.offset, taken.left_padding, taken._idx = cache.offset[rows], cache.left_padding[rows], cache._idx
-    return taken
+    found: BatchKVCache = taken
+    return found

@@ -1,0 +1,158 @@
+"""``rsgwm merge-sweep``: one pool merged by many methods, ranked on held-out items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.command(name="merge-sweep")
+@click.argument("pool", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--methods",
+    multiple=True,
+    metavar="METHOD[:NAME=VALUE[/VALUE…],…],…",
+    help="Merges to compare; values with / make one each, 'all' is every method.  [default: all, and rsgwm's readings]",
+)
+@click.option(
+    "--eval", "tasks", multiple=True, help="Family, data set or .jsonl file; repeat.  [default: the pool's tasks]"
+)
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
+)
+@click.option("--split", help="Split of a data set; default: the one to report on.")
+@click.option("--items", default=24, show_default=True, help="Held-out items of each task.")
+@click.option("--judged", type=int, help="Items of each task whose answers the verifiers score.  [default: all]")
+@click.option(
+    "--with", "extras", multiple=True, metavar="NAME=FOLDER", help="Another adapter beside the merges; repeat."
+)
+@click.option("--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one in the pool's manifests]")
+@click.option("--template", "template_name", help="Prompt template.  [default: the one the pool was trained with]")
+@click.option("--weight", "weights", multiple=True, type=float, help="One for each adapter, in their order.")
+@click.option("--rank", type=int, help="Rank of the merges; default: each method's usual one.")
+@click.option("--max-tokens", type=int, help="Longest draft.  [default: twice the longest gold answer]")
+@click.option("--batch-rows", default=32, show_default=True, help="Rows drafted or scored at a time.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/merge-sweep"),
+    show_default=True,
+    help="Folder of the sweep; run again to resume or to add merges.",
+)
+@common_options
+def merge_sweep(
+    console: Console,
+    pool: tuple[Path, ...],
+    methods: tuple[str, ...],
+    tasks: tuple[str, ...],
+    folder: Path | None,
+    split: str | None,
+    items: int,
+    judged: int | None,
+    extras: tuple[str, ...],
+    base_name: str | None,
+    template_name: str | None,
+    weights: tuple[float, ...],
+    rank: int | None,
+    max_tokens: int | None,
+    batch_rows: int,
+    out: Path,
+) -> None:
+    """Merge POOL by many methods and rank them on held-out items.
+
+    Every merge drafts greedily, is scored on gold answers, and judges the same labelled answers as a verifier. The
+    pool's own adapters and the base stand beside them. What was measured is kept: Ctrl-C loses one merge at most, and
+    the same command goes on.
+
+    \b
+    Examples:
+      rsgwm merge-sweep runs/demo/pool/*
+      rsgwm merge-sweep pool/* --methods linear,ties:density=0.2/0.5 --methods rsgwm:space=product,tau=0.3/0.5
+      rsgwm merge-sweep pool/* --eval change --eval held_out.jsonl --items 50 --with joint=joint --out runs/sweep
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.sweep import DEFAULT_METHODS, Plan, Sweep, parse_variants
+    from mlx_rsgwm.evaluation.sweep_report import render_table, write_sweep
+
+    for name, value in (
+        ("--items", items),
+        ("--batch-rows", batch_rows),
+        ("--max-tokens", max_tokens),
+        ("--judged", judged),
+    ):
+        if value is not None and value < 1:
+            raise RsgwmError(f"{name} must be at least 1, found {value}")
+    variants = parse_variants(methods or DEFAULT_METHODS)
+    adapters = [Adapter.load(path) for path in pool]
+    plan = Plan(
+        pool=pool,
+        variants=tuple(variants),
+        questions=tuple(
+            question
+            for task in tasks or _known_tasks(pool, adapters)
+            for question in questions_for(task, "test", items, console.seed, folder, split=split)
+        ),
+        template=_template(template_name, adapters),
+        extras=_extras(extras),
+        judged=judged or items,
+        max_tokens=max_tokens,
+        weights=weights,
+        rank=rank,
+        seed=console.seed,
+        batch_rows=batch_rows,
+    )
+    names = [(adapter.manifest.get("base") or {}).get("name") for adapter in adapters]
+    del adapters
+    base = load_base(base_name or next(filter(None, names), "smollm2-135m"), progress=console.progress)
+    measured = Sweep(base, plan, out, console.progress).execute()
+    summary = write_sweep(out, [measured], console.seed, console.progress)
+    console.line(render_table(summary))
+    console.line(f"sweep: {out}")
+    console.result({**summary, "out": str(out)})
+
+
+def _known_tasks(pool: Sequence[Path], adapters: Sequence[Any]) -> list[str]:
+    """The tasks that the pool's adapters say they were trained on."""
+    from mlx_rsgwm.data.families import FAMILIES
+    from mlx_rsgwm.data.sources import SOURCES
+    from mlx_rsgwm.errors import RsgwmError
+
+    tasks = [str(adapter.manifest.get("task") or path.name) for path, adapter in zip(pool, adapters, strict=True)]
+    unknown = [task for task in tasks if not task.endswith(".jsonl") and task not in FAMILIES and task not in SOURCES]
+    if unknown:
+        raise RsgwmError(f"there are no held-out items for {', '.join(unknown)}; say what to evaluate on with --eval")
+    return list(dict.fromkeys(tasks))
+
+
+def _template(name: str | None, adapters: Sequence[Any]) -> Any:
+    from mlx_rsgwm.data.template import Template, find_template
+    from mlx_rsgwm.errors import RsgwmError
+
+    if name:
+        return find_template(name)
+    for adapter in adapters:
+        if adapter.manifest.get("template"):
+            return Template.from_description(adapter.manifest["template"])
+    raise RsgwmError("no adapter of the pool says which prompt template it was trained with; give --template")
+
+
+def _extras(texts: Sequence[str]) -> dict[str, Path]:
+    from mlx_rsgwm.errors import RsgwmError
+
+    extras: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not name or not equals or not folder:
+            raise RsgwmError(f"--with wants NAME=FOLDER, found {text!r}")
+        if name in extras:
+            raise RsgwmError(f"--with names {name!r} twice")
+        extras[name] = Path(folder)
+    return extras
