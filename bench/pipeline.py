@@ -32,8 +32,8 @@ from mlx_rsgwm.data.tasks import questions_for
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.pipeline.calibration import load_calibration
 from mlx_rsgwm.pipeline.loop import Answer, Drafted, DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.prompts import Writer, prefill
 from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.pipeline.together import draft_and_read, prefill
 from mlx_rsgwm.slots import AdapterSlots
 
 MODES = ("sequential", "parallel", "adaptive")
@@ -60,19 +60,11 @@ def drafter_alone(pipeline: DraftVerify) -> Callable[[str], Any]:
 
     def run(question: str) -> Any:
         prompt = pipeline.template.draft_prompt(pipeline.tokenizer, question)
-        prefilled = prefill(pipeline.slots, pipeline.parts, ("drafter",), prompt)
-        return next(
-            draft_and_read(
-                pipeline.slots,
-                pipeline.parts,
-                prefilled,
-                question,
-                [1],
-                pipeline.end_ids,
-                pipeline.tokenizer.eos_token_id,
-                pipeline.config.sampling,
-            )
-        )
+        with pipeline.slots.using("drafter"):
+            prefilled = prefill(pipeline.slots.model, pipeline.parts[0], prompt)
+            writer = Writer(pipeline.parts, prefilled, question, [1], pipeline.end_ids, pipeline.config.sampling)
+            while not writer.done:
+                writer.step()
 
     return run
 
@@ -170,7 +162,7 @@ def throughput(
 
 
 def memory_ratio(pipeline: DraftVerify, question: str) -> float:
-    """Peak memory of one question over base + adapters + the caches of 2 K rows at their allocated length."""
+    """Peak memory of one question over base + adapters + the caches at their allocated length."""
     account = pipeline.slots.memory()
     resident = account["base"] + sum(account["adapters"].values())
     mx.clear_cache()
@@ -182,7 +174,8 @@ def memory_ratio(pipeline: DraftVerify, question: str) -> float:
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     length = len(pipeline.template.draft_prompt(pipeline.tokenizer, question)) + pipeline.config.sampling.max_tokens
     length = -(-length // 256) * 256
-    caches = 2 * config["num_hidden_layers"] * 2 * pipeline.config.attempts * heads * size * length * 4
+    rows = pipeline.config.attempts + 2  # the drafts and, of either adapter, the prompt
+    caches = config["num_hidden_layers"] * 2 * rows * heads * size * length * 4
     # What else the process holds (other pipelines, copies for the peer) is not this pipeline's.
     return (mx.get_peak_memory() - before + resident) / (resident + caches)
 

@@ -5,30 +5,29 @@ see the same loop; ``draft_many``, ``score_many`` and ``answer_many`` do the sam
 Every attempt has its own random stream, so the modes differ in time and not in what they decide:
 
 - ``sequential``: draft, verify, maybe draft again.
-- ``parallel``: all K drafts side by side, the verifier reading along; the first accepted in order wins, and the rest
-  stops there.
+- ``parallel``: all K drafts side by side; the verifier reads the first when it ends, and the first accepted in order
+  ends it all.
 - ``adaptive``: parallel, but the first draft goes alone while first drafts have mostly been accepted.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.logits import Parts, split_head
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
+from mlx_rsgwm.pipeline.prompts import Writer, can_batch, prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.pipeline.together import Read, can_batch, draft_and_read, prefill
 from mlx_rsgwm.pipeline.verifying import SCORES, mean_logprob, yesno
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
 
 MODES = ("adaptive", "parallel", "sequential")
 
-# Two rows more in a batch cost a step about a tenth; drafting once more costs a draft. Alone is worth it from here on.
+# Two more rows in a batch cost a step about a tenth; another batch costs a draft. Alone is worth it from here on.
 ALONE_FROM = 0.85
 
 
@@ -134,12 +133,14 @@ class DraftVerify:
     def steps(self, question: str) -> Iterator[Step]:
         """One question, step by step; the last step is the :class:`Answer`."""
         prompt = self._prompt(question)
+        hidden, head = self.parts
+        reader = (remembering(self.slots.model, hidden, prompt), head) if self.batches else self.parts
         drafts: list[Drafted] = []
         scores: list[float] = []
-        for drafted, score in self._attempts(question, prompt):
+        for drafted in self._attempts(question, prompt):
             drafts.append(drafted)
             yield drafted
-            scores.append(self.score([question], [drafted], self.config.score)[0] if score is None else score)
+            scores += self.score([question], [drafted], self.config.score, reader)
             accepted = scores[-1] >= self.config.threshold
             if len(scores) == 1:
                 self._asked, self._accepted_first = self._asked + 1, self._accepted_first + accepted
@@ -149,42 +150,26 @@ class DraftVerify:
         decision = decide(scores, self.config.threshold)
         yield Answer(drafts[decision.chosen].text, scores[decision.chosen], decision.accepted, decision.attempts)
 
-    def _attempts(self, question: str, prompt: tuple[int, ...]) -> Iterator[tuple[Drafted, float | None]]:
-        """Attempts in order, each with its score where the verifier has read along and None where it has not."""
+    def _attempts(self, question: str, prompt: tuple[int, ...]) -> Iterator[Drafted]:
+        """Attempts in order. Those of a batch are written side by side, and no further than they are asked for."""
         numbers = range(1, self.config.attempts + 1)
         if not self.batches:
             for attempt in numbers:
-                yield self._draft([DraftRequest(prompt, question, attempt)])[0], None
+                yield self._draft([DraftRequest(prompt, question, attempt)])[0]
             return
-        together = self.config.mode != "sequential"
-        reads = self.config.score == "mean_logprob"
-        names = (self.drafter, self.verifier) if reads and together else (self.drafter,)
-        prefilled = prefill(self.slots, self.parts, names, prompt)
+        with self.slots.using(self.drafter):
+            prefilled = prefill(self.slots.model, self.parts[0], prompt)
+        width = 1 if self.config.mode == "sequential" else len(numbers)
         alone = self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked
-        first = 1 if alone or not together else len(numbers)
-        width = 1 if not together else len(numbers)
-        batches = [numbers[:first], *(numbers[at : at + width] for at in range(first, len(numbers), width))]
-        for batch in batches:
-            waiting: dict[int, Read] = {}
-            following = iter(batch)
-            awaited = next(following)
-            running = draft_and_read(
-                self.slots,
-                self.parts,
-                prefilled,
-                question,
-                batch,
-                self.end_ids,
-                self.tokenizer.eos_token_id,
-                self.config.sampling,
-            )
-            for found in running:
-                waiting[found.attempt] = found
-                while awaited in waiting:
-                    ready = waiting.pop(awaited)
-                    awaited = next(following, 0)
-                    score = math.exp(sum(ready.logprobs) / len(ready.logprobs)) if ready.logprobs else None
-                    yield self._drafted(ready.attempt, ready.draft), score
+        first = 1 if alone else width
+        for batch in (numbers[:first], *(numbers[at : at + width] for at in range(first, len(numbers), width))):
+            writer = Writer(self.parts, prefilled, question, batch, self.end_ids, self.config.sampling)
+            ended: dict[int, DraftTokens] = {}
+            for attempt in batch:
+                while attempt not in ended:
+                    with self.slots.using(self.drafter):
+                        ended |= writer.step()
+                yield self._drafted(attempt, ended[attempt])
 
     def _prompt(self, question: str) -> tuple[int, ...]:
         if not question.strip():
@@ -282,20 +267,23 @@ class DraftVerify:
                 advance(len(chunk), "")
         return [found[index] for index in owner]
 
-    def score(self, questions: Sequence[str], drafts: Sequence[Drafted], score: str) -> list[float]:
-        """Scores of (question, draft) pairs by the verifier, in one forward pass."""
+    def score(
+        self, questions: Sequence[str], drafts: Sequence[Drafted], score: str, parts: Parts | None = None
+    ) -> list[float]:
+        """Scores of (question, draft) pairs by the verifier, in one forward pass; ``parts`` if not the model's."""
+        parts = self.parts if parts is None else parts
         with self.slots.using(self.verifier):
             if score == "yesno":
                 texts = [
                     self.template.verify_prompt(self.tokenizer, question, item.text.strip())
                     for question, item in zip(questions, drafts, strict=True)
                 ]
-                return yesno(self.parts, texts, self.verdict_ids)
+                return yesno(parts, texts, self.verdict_ids)
             prompts = [self.template.draft_prompt(self.tokenizer, question) for question in questions]
             # A draft that ended by itself also chose to end; one that was cut off did not.
             end = (self.tokenizer.eos_token_id,)
             completions = [item.tokens + (end if item.finished else ()) for item in drafts]
-            return mean_logprob(self.parts, prompts, completions)
+            return mean_logprob(parts, prompts, completions)
 
     def as_draft(self, answer: str) -> Drafted:
         """A given answer text in the form of a draft, so that it can be scored."""

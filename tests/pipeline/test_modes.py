@@ -10,8 +10,8 @@ from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.pipeline.drafting import DraftRequest, draft
 from mlx_rsgwm.pipeline.loop import MODES, Answer, Drafted, DraftVerify, LoopConfig, Scored
+from mlx_rsgwm.pipeline.prompts import Writer, prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.pipeline.together import draft_and_read, prefill
 from mlx_rsgwm.slots import AdapterSlots
 
 QUESTIONS = [f"Ada has {n} pens and gets {n * 7 % 13} more{' today' * (n % 3)}. How many?" for n in range(50)]
@@ -84,37 +84,40 @@ def test_many_questions_at_once_get_the_same_answers(make_pipeline):
 
 
 @pytest.mark.parametrize("slots", [None, 4], ids=["float32", "4-bit"], indirect=True)
-def test_reading_along_equals_reading_afterwards(make_pipeline):
+def test_a_prompt_read_once_gives_the_same_drafts_every_time(make_pipeline):
     pipeline = ended_early(make_pipeline("parallel"))
     question = QUESTIONS[4]
     prompt = tuple(pipeline.template.draft_prompt(pipeline.tokenizer, question))
-    prefilled = prefill(pipeline.slots, pipeline.parts, ("drafter", "verifier"), prompt)
-    for _ in range(2):  # the second time from the same prefilled prompt, as after a retry
-        found = {
-            read.attempt: read
-            for read in draft_and_read(
-                pipeline.slots,
-                pipeline.parts,
-                prefilled,
-                question,
-                (1, 2, 3),
-                pipeline.end_ids,
-                pipeline.tokenizer.eos_token_id,
-                SAMPLING,
-            )
-        }
-        with pipeline.slots.using("drafter"):
-            requests = [DraftRequest(prompt, question, attempt) for attempt in (1, 2, 3)]
-            plain = draft(pipeline.slots.model, pipeline.parts, pipeline.end_ids, requests, SAMPLING)
-        for attempt, alone in enumerate(plain, start=1):
-            assert found[attempt].draft == alone
-            with pipeline.slots.using("verifier"):
-                ids = [*prompt, *alone.tokens]
-                logits = pipeline.slots.model(mx.array([ids]))[0]
-                values = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-                expected = [values[at - 1, ids[at]].item() for at in range(len(prompt), len(ids))]
-            assert list(found[attempt].logprobs[: len(expected)]) == pytest.approx(expected, abs=1e-3)
-            assert len(found[attempt].logprobs) == len(expected) + alone.finished
+    requests = [DraftRequest(prompt, question, attempt) for attempt in (1, 2, 3)]
+    with pipeline.slots.using("drafter"):
+        plain = draft(pipeline.slots.model, pipeline.parts, pipeline.end_ids, requests, SAMPLING)
+        prefilled = prefill(pipeline.slots.model, pipeline.parts[0], prompt)
+        for _ in range(2):  # the second time from the same caches, as after a retry
+            writer = Writer(pipeline.parts, prefilled, question, (1, 2, 3), pipeline.end_ids, SAMPLING)
+            found = {}
+            while not writer.done:
+                found |= writer.step()
+            assert [found[attempt] for attempt in (1, 2, 3)] == plain
+    assert len({len(item.tokens) for item in plain}) > 1
+
+
+@pytest.mark.parametrize("slots", [None, 4], ids=["float32", "4-bit"], indirect=True)
+def test_reading_after_a_remembered_prompt_equals_reading_whole(make_pipeline):
+    pipeline = make_pipeline("parallel")
+    hidden, _ = pipeline.parts
+    prompt = pipeline.template.draft_prompt(pipeline.tokenizer, QUESTIONS[3])
+    after = remembering(pipeline.slots.model, hidden, prompt)
+    rows = {
+        "first": [[*prompt, 5, 6, 7]],
+        "two, longer": [[*prompt, 9, 9, 8, 1], [*prompt, 4, 0, 0, 0]],
+        "the prompt alone": [list(prompt)],
+        "another prompt": [[*prompt[:-1], 3, 5, 6]],
+        "shorter": [list(prompt)[:-2]],
+    }
+    with pipeline.slots.using("verifier"):
+        for ids in rows.values():
+            expected = hidden(mx.array(ids))
+            assert mx.allclose(after(mx.array(ids)), expected, rtol=1e-4, atol=1e-4).item()
 
 
 def test_adaptive_goes_alone_while_first_drafts_are_accepted(make_pipeline, monkeypatch):
@@ -122,11 +125,11 @@ def test_adaptive_goes_alone_while_first_drafts_are_accepted(make_pipeline, monk
 
     widths = []
 
-    def watched(slots, parts, prompt, question, attempts, *rest):
+    def watched(parts, prefilled, question, attempts, *rest):
         widths.append(len(attempts))
-        return draft_and_read(slots, parts, prompt, question, attempts, *rest)
+        return Writer(parts, prefilled, question, attempts, *rest)
 
-    monkeypatch.setattr(loop, "draft_and_read", watched)
+    monkeypatch.setattr(loop, "Writer", watched)
     pipeline = make_pipeline("adaptive", threshold=0.0)
     for question in QUESTIONS[:12]:
         pipeline.answer(question)
@@ -139,6 +142,18 @@ def test_adaptive_goes_alone_while_first_drafts_are_accepted(make_pipeline, monk
     for question in QUESTIONS[:6]:
         pipeline.answer(question)
     assert widths[-1] == 3
+
+
+def test_a_draft_is_written_no_further_than_it_is_asked_for(make_pipeline, monkeypatch):
+    pipeline = ended_early(make_pipeline("parallel", threshold=0.0))
+    steps, step = [], Writer.step
+    monkeypatch.setattr(Writer, "step", lambda writer: steps.append(1) or step(writer))
+    for question in QUESTIONS[:8]:
+        steps.clear()
+        first = next(iter(pipeline.steps(question)))
+        pipeline.answer(question)
+        # Once for `first` and once for the answer, each as long as the first draft and the token that ends it.
+        assert len(steps) == 2 * (len(first.tokens) + first.finished)
 
 
 @pytest.mark.parametrize("mode", MODES)
