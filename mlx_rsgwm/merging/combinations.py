@@ -99,7 +99,9 @@ def slerp(module: Module) -> mx.array:
 
 
 def multislerp(module: Module) -> mx.array:
-    """Spherical mean of several updates in the tangent space at their weighted mean (mergekit ``multislerp``).
+    """Spherical mean of several updates in the tangent space at their weighted mean (mergekit ``karcher``'s).
+
+    mergekit's own ``multislerp`` leaves out θ / sin θ, so that its tangent vectors cancel and it returns the start.
 
     Directions are taken to the tangent space at the normalised weighted mean direction, averaged there, and taken
     back; the length is the weighted mean of the lengths.

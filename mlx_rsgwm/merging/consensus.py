@@ -16,9 +16,9 @@ from mlx_rsgwm.errors import RsgwmError
 ELECTIONS = ("sum", "count")
 NORMALISATIONS = ("weights", "none")
 
-# Up to so many entries over all updates, a merge stays one lazy graph that runs together with those of other modules;
-# beyond, it is evaluated update by update.
-LAZY_ENTRIES = 1 << 24
+# Up to so many entries over all updates (4 MB), a merge stays one lazy graph that runs together with those of other
+# modules; beyond, it is evaluated update by update, which then costs little.
+LAZY_ENTRIES = 1 << 20
 
 Weights = Sequence[float | mx.array]
 
@@ -35,7 +35,7 @@ def weighted_sum(updates: Iterable[mx.array], weights: Sequence[float], normalis
     total = mx.array(0.0)
     for update, weight in zip(updates, weights, strict=True):
         total = total + update * (weight / whole if normalise == "weights" else weight)
-        settle(total, len(weights))
+        settle({"total": total}, len(weights))
     return total
 
 
@@ -56,16 +56,10 @@ def elected_sum(
     """
     sums: dict[str, mx.array] = {}
     for index, (update, weight) in enumerate(zip(updates, weights, strict=True)):
-        share = update * weight
-        parts = {"positive": mx.maximum(share, 0.0), "negative": mx.minimum(share, 0.0)}
-        if election == "count":
-            parts["votes"] = mx.sign(share)
-        elif ballots is not None:
-            parts["votes"] = update * ballots[index]
-        if normalise == "weights":
-            strength: Any = abs(weight)
-            parts |= {"above": (share > 0) * strength, "below": (share < 0) * strength}
+        ballot = None if ballots is None else ballots[index]
+        parts = _parts(update, weight, election, normalise, ballot)
         sums = {name: sums[name] + part for name, part in parts.items()} if sums else parts
+        del parts, update  # named, they would be kept while the sums are evaluated
         settle(sums, len(weights))
     winner = mx.sign(sums["positive"] + sums["negative"])
     if "votes" in sums:
@@ -79,8 +73,27 @@ def elected_sum(
     return total / (agreeing + (agreeing == 0))
 
 
-def settle(state: mx.array | dict[str, mx.array], count: int) -> None:
-    """Evaluate the running ``state`` of a walk over ``count`` updates, if those are too large to stay in one graph."""
-    size = max(array.size for array in (state.values() if isinstance(state, dict) else (state,)))
-    if size * count > LAZY_ENTRIES:
-        mx.eval(state)
+def _parts(
+    update: mx.array, weight: float | mx.array, election: str, normalise: str, ballot: float | None
+) -> dict[str, mx.array]:
+    """What one update adds to the sums an election needs."""
+    share = update * weight
+    parts = {"positive": mx.maximum(share, 0.0), "negative": mx.minimum(share, 0.0)}
+    if election == "count":
+        parts["votes"] = mx.sign(share)
+    elif ballot is not None:
+        parts["votes"] = update * ballot
+    if normalise == "weights":
+        strength: Any = abs(weight)
+        parts |= {"above": (share > 0) * strength, "below": (share < 0) * strength}
+    return parts
+
+
+def settle(state: dict[str, mx.array], count: int) -> None:
+    """Evaluate the running ``state`` of a walk over ``count`` updates, if those are too large to stay in one graph.
+
+    One array after the other: together, they would all be held twice.
+    """
+    if max(array.size for array in state.values()) * count > LAZY_ENTRIES:
+        for array in state.values():
+            mx.eval(array)

@@ -112,6 +112,13 @@ _RSGWM = Method(
 )
 
 
+def _check_elementwise(parameters: Mapping[str, Any]) -> list[str]:
+    problems = task_vectors.check(parameters)
+    if parameters["space"] == "factor" and parameters.get("normalise") == "none":
+        problems.append("normalise none in factor space would weigh A and B, and so the product twice; use product")
+    return problems
+
+
 def _elementwise(row: task_vectors.Row) -> Method:
     parameters = {
         name: Parameter(row.defaults[name], task_vectors.MEANINGS[name], **vars(allowed))
@@ -123,7 +130,7 @@ def _elementwise(row: task_vectors.Row) -> Method:
         row.source,
         {"space": spaces("product", "factor"), **parameters},
         sums=row.defaults.get("normalise") == "none",
-        check=task_vectors.check,
+        check=_check_elementwise,
     )
 
 
@@ -195,7 +202,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             survey=combine.two_adapters,
         ),
         "multislerp": Method(
-            combine.combination(combine.multislerp), "spherical mean in one tangent step", "mergekit multislerp"
+            combine.combination(combine.multislerp),
+            "spherical mean in one tangent step",
+            "mergekit karcher with one step; mergekit's multislerp means this step, and takes none",
         ),
         "karcher": Method(
             combine.combination(combine.karcher),

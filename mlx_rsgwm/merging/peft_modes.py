@@ -17,7 +17,7 @@ scale 1. PEFT itself then applies it √rank times over when its first adapter i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
@@ -27,6 +27,9 @@ from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging.module import Factors, Module
 
 MAJORITY_SIGN_METHODS = ("total", "frequency")
+
+# Sums of more entries than this are evaluated task by task, so that one ΔW at a time is formed.
+LARGE = 1 << 18
 
 # A rule on equal-shaped arrays: (deltas, weights, key, and the method's own parameters by name).
 Rule = Callable[..., mx.array]
@@ -66,9 +69,9 @@ def weighted_sum(
 ) -> mx.array:
     """Σ_t w_t prune(δ_t): PEFT's ``task_arithmetic``, ``magnitude_prune``, and ``dare_linear`` (divided by density)."""
     total = mx.array(0.0)
-    for index, one in enumerate(mx.random.split(key, len(deltas))):
+    for index, one in enumerate(_keys(key, len(deltas), how)):
         total = total + _gain(weights[index], how, density) * prune(deltas[index], how, density, one)
-        mx.eval(total)
+        _settle(total)
     return total
 
 
@@ -87,7 +90,7 @@ def elected_mean(
     plus. One pass: the sums and counts of either sign are kept until all votes are in.
     """
     votes = above = below = positives = negatives = mx.array(0.0)
-    for index, one in enumerate(mx.random.split(key, len(deltas))):
+    for index, one in enumerate(_keys(key, len(deltas), how)):
         kept = prune(deltas[index], how, density, one)
         gain = _gain(weights[index], how, density)
         above = above + gain * mx.maximum(kept, 0.0)
@@ -96,7 +99,7 @@ def elected_mean(
         negatives = negatives + (kept < 0)
         if majority_sign_method == "total":
             votes = votes + kept
-        mx.eval(votes, above, below, positives, negatives)
+        _settle(votes, above, below, positives, negatives)
     if majority_sign_method == "frequency":
         votes = positives - negatives
     return mx.where(votes >= 0, above / mx.maximum(positives, 1.0), below / mx.maximum(negatives, 1.0))
@@ -143,6 +146,15 @@ def in_product_space(module: Module, rule: Rule) -> mx.array:
 def _gain(weight: float, how: str, density: float) -> float:
     # PEFT divides by the density after a random pruning. A factor that all tasks share moves no election.
     return weight / density if how == "random" else weight
+
+
+def _keys(key: mx.array, count: int, how: str) -> Iterable[mx.array]:
+    return mx.random.split(key, count) if how == "random" else [key] * count
+
+
+def _settle(*sums: mx.array) -> None:
+    if sums[-1].size > LARGE:
+        mx.eval(sums)
 
 
 def _of_one_rank(module: Module) -> list[int]:
