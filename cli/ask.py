@@ -1,31 +1,98 @@
-"""``rsgwm ask``: one question, with the drafts and their scores as they come."""
+"""``rsgwm ask`` and ``rsgwm chat``: questions, with the drafts and their scores as they come."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
 
+if TYPE_CHECKING:
+    from mlx_rsgwm.pipeline.loop import DraftVerify
+
 
 @click.command()
-@click.argument("question")
+@click.argument("question", required=False)
+@click.option(
+    "--file",
+    "path",
+    type=click.Path(path_type=Path),
+    help="Questions, one a line, or a .jsonl file with a question in every row; - for standard input.",
+)
+@click.option("--batch-size", default=32, show_default=True, help="Drafts at a time with --file; 1 for one by one.")
 @loop_options
 @common_options
-def ask(console: Console, question: str, **loop: Any) -> None:
+def ask(console: Console, question: str | None, path: Path | None, batch_size: int, **loop: Any) -> None:
     """Answer QUESTION: draft, score, accept or draft again, and return the best with its score.
 
-    Example, after `rsgwm demo`: rsgwm ask "Ada has 12 pens and gets 7 more. How many pens does Ada have now?"
+    \b
+    Examples, after `rsgwm demo`:
+      rsgwm ask "Ada has 12 pens and gets 7 more. How many pens does Ada have now?"
+      echo "Tom has 3 boxes of 8 pens. How many pens?" | rsgwm ask -
+      rsgwm ask --file questions.txt --json
+      rsgwm ask --abstain "…"
     """
     from mlx_rsgwm.errors import RsgwmError
+
+    if (question is None) == (path is None):
+        raise RsgwmError("give either a question or --file; a question of - reads it from standard input")
+    if batch_size < 1:
+        raise RsgwmError(f"--batch-size must be at least 1, found {batch_size}")
+    if path is not None:
+        questions = _questions(path)
+        _answer_all(console, build_pipeline(console, loop), questions, batch_size)
+        return
+    text = sys.stdin.read() if question == "-" else str(question)
+    if not text.strip():
+        raise RsgwmError("the question is empty")
+    console.result(_answer_one(console, build_pipeline(console, loop), text.strip()))
+
+
+@click.command()
+@loop_options
+@common_options
+def chat(console: Console, **loop: Any) -> None:
+    """Load base and adapters once and answer question after question, until an empty line or end of file.
+
+    Every question stands alone: drafter and verifier were trained on single questions.
+
+    Example, after `rsgwm demo`: rsgwm chat
+    """
+    from mlx_rsgwm.errors import RsgwmError
+
+    pipeline = build_pipeline(console, loop)
+    console.line("Ask; an empty line ends.")
+    asked = accepted = 0
+    while True:
+        try:
+            text = click.prompt(">", prompt_suffix=" ", default="", show_default=False).strip()
+        except click.Abort:
+            break
+        if not text:
+            break
+        try:
+            found = _answer_one(console, pipeline, text)
+        except RsgwmError as error:
+            console.line(str(error))
+            continue
+        except KeyboardInterrupt:
+            console.line("(stopped)")
+            continue
+        asked, accepted = asked + 1, accepted + bool(found["accepted"])
+    console.line(f"{asked} questions, {accepted} answers accepted")
+    console.result({"asked": asked, "accepted": accepted})
+
+
+def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[str, Any]:
     from mlx_rsgwm.pipeline.loop import Answer, Drafted, Scored
 
-    if not question.strip():
-        raise RsgwmError("the question is empty")
-    pipeline = build_pipeline(console, loop)
-    steps = []
+    steps: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
     for step in pipeline.steps(question):
         if isinstance(step, Drafted):
             console.line(f"draft {step.attempt}: {' / '.join(step.text.strip().splitlines())}")
@@ -36,15 +103,66 @@ def ask(console: Console, question: str, **loop: Any) -> None:
             steps[-1] |= {"score": step.score, "accepted": step.accepted}
         elif isinstance(step, Answer):
             state = "" if step.accepted else " (not accepted: the best of the drafts)"
-            console.line(f"answer, score {step.score:.3f}{state}:\n{step.text.strip()}")
-            console.result(
-                {
-                    "answer": step.text.strip(),
-                    "score": step.score,
-                    "score_name": pipeline.config.score,
-                    "threshold": pipeline.config.threshold,
-                    "accepted": step.accepted,
-                    "attempts": step.attempts,
-                    "steps": steps,
-                }
-            )
+            if step.text is None:
+                console.line(f"no answer: no draft reached {pipeline.config.threshold:.3f}")
+            else:
+                console.line(f"answer, score {step.score:.3f}{state}:\n{step.text.strip()}")
+            found = {**_row(pipeline, step), "steps": steps}
+    return found
+
+
+def _answer_all(console: Console, pipeline: DraftVerify, questions: list[str], batch_size: int) -> None:
+    """Answers in the questions' order, one JSON object a line, or question and answer as text."""
+    if batch_size == 1:
+        answers = [pipeline.answer(question) for question in questions]
+    else:
+        answers = pipeline.answer_many(questions, batch_size, console.progress)
+    rows = [
+        {"question": question, **_row(pipeline, answer)} for question, answer in zip(questions, answers, strict=True)
+    ]
+    for row in rows:
+        shown = "no answer" if row["answer"] is None else " / ".join(row["answer"].splitlines())
+        state = "accepted" if row["accepted"] else "not accepted"
+        console.line(f"{row['question']}\n  {shown} (score {row['score']:.3f}, {state}, {row['attempts']} attempts)")
+    console.result({"answers": rows, "batch_size": batch_size})
+
+
+def _row(pipeline: DraftVerify, answer: Any) -> dict[str, Any]:
+    return {
+        "answer": None if answer.text is None else answer.text.strip(),
+        "score": answer.score,
+        "score_name": pipeline.config.score,
+        "threshold": pipeline.config.threshold,
+        "accepted": answer.accepted,
+        "attempts": answer.attempts,
+    }
+
+
+def _questions(path: Path) -> list[str]:
+    from mlx_rsgwm.errors import RsgwmError
+
+    if str(path) != "-" and not path.is_file():
+        raise RsgwmError(f"{path} does not exist; give a text file with one question a line, or a .jsonl file")
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RsgwmError(f"{path} is not UTF-8 text") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if path.suffix == ".jsonl":
+        lines = [(number, _question_of(path, number, line)) for number, line in lines]
+    if not lines:
+        raise RsgwmError(f"{path} holds no question")
+    return [line for _, line in lines]
+
+
+def _question_of(path: Path, number: int, line: str) -> str:
+    from mlx_rsgwm.errors import RsgwmError
+
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise RsgwmError(f"{path}, line {number}: not JSON") from None
+    question = row.get("question") if isinstance(row, dict) else None
+    if not isinstance(question, str) or not question.strip():
+        raise RsgwmError(f"{path}, line {number}: no text under 'question'")
+    return question.strip()

@@ -47,6 +47,20 @@ OPTIONS = (
     click.option("--temperature", default=0.7, show_default=True),
     click.option("--top-p", default=0.9, show_default=True),
     click.option("--max-tokens", default=256, show_default=True, help="Longest draft."),
+    click.option(
+        "--mode",
+        default="adaptive",
+        show_default=True,
+        help="adaptive, parallel or sequential: the same answers in different time.",
+    ),
+    click.option("--abstain", is_flag=True, help="Say nothing when no draft is accepted, instead of the best one."),
+    click.option("--verify-template", help="Other words for the verifier, to see what misaligned prompts cost."),
+    click.option(
+        "--template-mismatch",
+        default="refuse",
+        show_default=True,
+        help="refuse or warn, when an adapter was trained with another template.",
+    ),
     click.option("--template", "template_name", help="plain or chat; default: the one the drafter was trained with."),
 )
 
@@ -80,7 +94,11 @@ def build_pipeline(
     score, threshold = options["score"], _threshold(options["threshold"])
     sampling = Sampling(options["temperature"], options["top_p"], options["max_tokens"], console.seed)
     provisional = "mean_logprob" if score == "auto" else score
-    config = LoopConfig(options["attempts"], 0.7 if threshold is None else threshold, provisional, sampling)
+    config = LoopConfig(
+        options["attempts"], 0.7 if threshold is None else threshold, provisional, sampling, options["mode"]
+    )
+    asked_in = find_template(options["verify_template"]) if options["verify_template"] else None
+    mismatch = options["template_mismatch"]
     drafter, verifier = Adapter.load(options["drafter"]), Adapter.load(options["verifier"])
     if options["template_name"]:
         template = find_template(options["template_name"])
@@ -94,7 +112,9 @@ def build_pipeline(
     slots = AdapterSlots(load_base(options["base_name"], progress=console.progress))
     slots.load("drafter", drafter)
     slots.load("verifier", verifier)
-    pipeline = DraftVerify(slots, template, "drafter", "verifier", config)
+    pipeline = DraftVerify(slots, template, "drafter", "verifier", config, asked_in, mismatch)
+    for warning in pipeline.warnings:
+        console.progress.message(f"warning: {warning}")
     if score == "auto" and calibration is None and calibrate is not None:
         calibration = calibrate(pipeline)
     if score == "auto":
@@ -104,8 +124,8 @@ def build_pipeline(
     if threshold is None:
         matching = calibration is not None and calibration.score == score
         threshold = calibration.threshold if calibration is not None and matching else 0.7
-    chosen = LoopConfig(options["attempts"], threshold, score, sampling)
-    return DraftVerify(slots, template, "drafter", "verifier", chosen)
+    pipeline.config = LoopConfig(options["attempts"], threshold, score, sampling, options["mode"], options["abstain"])
+    return pipeline
 
 
 def _threshold(text: str) -> float | None:

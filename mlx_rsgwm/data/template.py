@@ -32,7 +32,9 @@ class Template:
 
     ``draft`` holds ``{question}``; ``verify`` holds ``{question}`` and ``{answer}``. With ``chat`` both are sent as the
     user's message through the tokenizer's own chat template (``system`` as the system message when it is not empty).
-    ``yes`` and ``no`` are the verdict texts; each must start with a different token.
+    ``yes`` and ``no`` are the verdict texts; each must start with a different token. ``stop`` are texts of one token
+    each that end a draft, as the end of text does. ``thinking`` is handed to chat templates as
+    ``enable_thinking``; None leaves it to them.
     """
 
     name: str
@@ -43,30 +45,40 @@ class Template:
     answer_prefix: str = " "
     chat: bool = False
     system: str = ""
+    stop: tuple[str, ...] = ()
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         if "{question}" not in self.draft:
             raise RsgwmError(f"template {self.name}: draft has no {{question}}")
         if "{question}" not in self.verify or "{answer}" not in self.verify:
             raise RsgwmError(f"template {self.name}: verify needs {{question}} and {{answer}}")
+        if self.system and not self.chat:
+            raise RsgwmError(f"template {self.name}: a system prompt needs a chat template")
 
     @property
     def hash(self) -> str:
-        """SHA-256 over every field but the name: equal wording is equal, whatever it is called."""
+        """SHA-256 over every field but the name: equal wording is equal, whatever it is called.
+
+        ``stop`` and ``thinking`` count only where they are set: templates were hashed before there were such fields.
+        """
         fields = asdict(self)
         del fields["name"]
+        for name, unset in (("stop", ()), ("thinking", None)):
+            if fields[name] == unset:
+                del fields[name]
         return sha256_json(fields)
 
     def describe(self) -> dict[str, Any]:
         """For manifests: all fields and the hash."""
-        return {**asdict(self), "hash": self.hash}
+        return {**asdict(self), "stop": list(self.stop), "hash": self.hash}
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> Template:
         """The template a manifest recorded; its stored hash must still be the one of its fields."""
         fields = {key: value for key, value in description.items() if key != "hash"}
         try:
-            template = cls(**fields)
+            template = cls(**{**fields, "stop": tuple(fields.get("stop", ()))})
         except TypeError as error:
             raise RsgwmError(f"template description not understood: {error}") from None
         if description.get("hash", template.hash) != template.hash:
@@ -96,13 +108,24 @@ class Template:
             raise RsgwmError(f"template {self.name}: {self.yes!r} and {self.no!r} start with the same token")
         return yes, no
 
+    def stop_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Ids of the stop texts; each must be one token, since drafting stops at a token."""
+        encoded = {text: tokenizer.encode(text, add_special_tokens=False) for text in self.stop}
+        longer = [repr(text) for text, ids in encoded.items() if len(ids) != 1]
+        if longer:
+            raise RsgwmError(f"template {self.name}: stop texts must be one token each, not {', '.join(longer)}")
+        return frozenset(ids[0] for ids in encoded.values())
+
     def _encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
         if not self.chat:
             return list(tokenizer.encode(text, add_special_tokens=True))
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": text})
+        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
         return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options
+            )
         )
 
 

@@ -33,13 +33,17 @@ ALONE_FROM = 0.85
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Settings of the loop. ``attempts`` counts all drafts of a question, the first included (SPEC 6.6)."""
+    """Settings of the loop. ``attempts`` counts all drafts of a question, the first included (SPEC 6.6).
+
+    ``abstain``: when no draft is accepted the answer has no text, instead of the best-scored draft's.
+    """
 
     attempts: int = 3
     threshold: float = 0.7
     score: str = "mean_logprob"
     sampling: Sampling = field(default_factory=Sampling)
     mode: str = "adaptive"
+    abstain: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -75,9 +79,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is returned: the accepted draft, or the best-scored one marked as not accepted."""
+    """What is returned: the accepted draft, or the best-scored one marked as not accepted; no text if abstaining."""
 
-    text: str
+    text: str | None
     score: float
     accepted: bool
     attempts: int
@@ -105,27 +109,47 @@ def decide(scores: Sequence[float], threshold: float) -> Decision:
 
 
 class DraftVerify:
-    """Drafter and verifier by slot name (None: the bare base) over one base, with one template."""
+    """Drafter and verifier by slot name (None: the bare base) over one base, with one template.
+
+    ``verify_template``: other words for the verifier's question, to measure what misaligned prompts cost; the drafter
+    keeps ``template``. ``on_mismatch``: an adapter that was trained with another template than it is used with is an
+    error (refuse), or ``warnings`` says so (warn).
+    """
 
     def __init__(
-        self, slots: AdapterSlots, template: Template, drafter: str | None, verifier: str | None, config: LoopConfig
+        self,
+        slots: AdapterSlots,
+        template: Template,
+        drafter: str | None,
+        verifier: str | None,
+        config: LoopConfig,
+        verify_template: Template | None = None,
+        on_mismatch: str = "refuse",
     ) -> None:
-        for role, name in (("drafter", drafter), ("verifier", verifier)):
-            trained_with = slots.adapter(name).template_hash if name is not None else None
-            if trained_with is not None and trained_with != template.hash:
-                raise RsgwmError(
-                    f"the {role} was trained with another prompt template than {template.name!r} "
-                    f"({trained_with[:12]} against {template.hash[:12]}); use the template in its manifest"
-                )
+        if on_mismatch not in ("refuse", "warn"):
+            raise RsgwmError(f"on_mismatch must be refuse or warn, found {on_mismatch!r}")
         self.slots = slots
         self.template = template
+        self.verify_template = template if verify_template is None else verify_template
         self.drafter = drafter
         self.verifier = verifier
         self.config = config
+        self.warnings: list[str] = []
+        for role, name, used in (("drafter", drafter, template), ("verifier", verifier, self.verify_template)):
+            trained_with = slots.adapter(name).template_hash if name is not None else None
+            if trained_with is not None and trained_with != used.hash:
+                found = (
+                    f"the {role} was trained with another prompt template than {used.name!r} "
+                    f"({trained_with[:12]} against {used.hash[:12]})"
+                )
+                if on_mismatch == "refuse":
+                    raise RsgwmError(f"{found}; use the template in its manifest, or --template-mismatch warn")
+                self.warnings.append(found)
         self.tokenizer = slots.base.tokenizer
         self.parts = split_head(slots.model)
-        self.end_ids = frozenset({*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id})
-        self.verdict_ids = template.verdict_ids(self.tokenizer)
+        own = {*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id}
+        self.end_ids = frozenset(own) | template.stop_ids(self.tokenizer)
+        self.verdict_ids = self.verify_template.verdict_ids(self.tokenizer)
         self.batches = can_batch(slots.model)
         # First drafts accepted, of all; one of two to begin with.
         self._accepted_first, self._asked = 1, 2
@@ -134,7 +158,7 @@ class DraftVerify:
         """One question, step by step; the last step is the :class:`Answer`."""
         prompt = self._prompt(question)
         hidden, head = self.parts
-        reader = (remembering(self.slots.model, hidden, prompt), head) if self.batches else self.parts
+        reader = (remembering(self.slots.model, hidden, self._read_as(question)), head) if self.batches else self.parts
         drafts: list[Drafted] = []
         scores: list[float] = []
         for drafted in self._attempts(question, prompt):
@@ -147,8 +171,7 @@ class DraftVerify:
             yield Scored(len(scores), scores[-1], accepted)
             if accepted:
                 break
-        decision = decide(scores, self.config.threshold)
-        yield Answer(drafts[decision.chosen].text, scores[decision.chosen], decision.accepted, decision.attempts)
+        yield self._answer(drafts, scores)
 
     def _attempts(self, question: str, prompt: tuple[int, ...]) -> Iterator[Drafted]:
         """Attempts in order. Those of a batch are written side by side, and no further than they are asked for."""
@@ -170,6 +193,9 @@ class DraftVerify:
                     with self.slots.using(self.drafter):
                         ended |= writer.step()
                 yield self._drafted(attempt, ended[attempt])
+
+    def _read_as(self, question: str) -> list[int]:
+        return self.verify_template.draft_prompt(self.tokenizer, question)
 
     def _prompt(self, question: str) -> tuple[int, ...]:
         if not question.strip():
@@ -235,13 +261,12 @@ class DraftVerify:
             pending = [index for index in pending if scores[index][-1] < self.config.threshold]
             if not pending:
                 break
-        answers = []
-        for item, found in zip(drafts, scores, strict=True):
-            decision = decide(found, self.config.threshold)
-            answers.append(
-                Answer(item[decision.chosen].text, found[decision.chosen], decision.accepted, decision.attempts)
-            )
-        return answers
+        return [self._answer(item, found) for item, found in zip(drafts, scores, strict=True)]
+
+    def _answer(self, drafts: Sequence[Drafted], scores: Sequence[float]) -> Answer:
+        decision = decide(scores, self.config.threshold)
+        text = None if self.config.abstain and not decision.accepted else drafts[decision.chosen].text
+        return Answer(text, scores[decision.chosen], decision.accepted, decision.attempts)
 
     def score_many(
         self,
@@ -275,11 +300,11 @@ class DraftVerify:
         with self.slots.using(self.verifier):
             if score == "yesno":
                 texts = [
-                    self.template.verify_prompt(self.tokenizer, question, item.text.strip())
+                    self.verify_template.verify_prompt(self.tokenizer, question, item.text.strip())
                     for question, item in zip(questions, drafts, strict=True)
                 ]
                 return yesno(parts, texts, self.verdict_ids)
-            prompts = [self.template.draft_prompt(self.tokenizer, question) for question in questions]
+            prompts = [self.verify_template.draft_prompt(self.tokenizer, question) for question in questions]
             # A draft that ended by itself also chose to end; one that was cut off did not.
             end = (self.tokenizer.eos_token_id,)
             completions = [item.tokens + (end if item.finished else ()) for item in drafts]

@@ -71,6 +71,53 @@ def test_loss_of_base_and_adapter(line, tiny_base):
         assert result["loss"][str(adapter)][role] < expected[role]
 
 
+def loop_of(line, tiny_base, *more):
+    return (
+        "--base", tiny_base, "--drafter", line / "drafter", "--verifier", line / "verifier", "--max-tokens", 4,
+        "--attempts", 2, *more,
+    )  # fmt: skip
+
+
+def test_ask_many_questions_from_a_file(line, tiny_base):
+    (line / "q.txt").write_text("What is 2 + 2?\n\nWhat is 3 + 4?\n")
+    (line / "q.jsonl").write_text('{"question": "What is 2 + 2?"}\n{"question": "What is 3 + 4?", "answer": "7"}\n')
+    found = {}
+    for name in ("q.txt", "q.jsonl"):
+        for size in (1, 8):
+            ran = invoke("ask", "--file", line / name, "--batch-size", size, *loop_of(line, tiny_base, "--json"))
+            assert ran.exit_code == 0, ran.stderr
+            found[name, size] = json.loads(ran.stdout.splitlines()[-1])["answers"]
+    assert [row["question"] for row in found["q.txt", 8]] == ["What is 2 + 2?", "What is 3 + 4?"]
+    for rows in found.values():
+        assert [(row["answer"], row["attempts"]) for row in rows] == [
+            (row["answer"], row["attempts"]) for row in found["q.txt", 1]
+        ]
+
+
+def test_ask_from_standard_input_and_abstaining(line, tiny_base):
+    arguments = [str(x) for x in loop_of(line, tiny_base, "--threshold", 1, "--abstain", "--json")]
+    ran = CliRunner().invoke(rsgwm, ["ask", "-", *arguments], input="What is 2 + 2?\n")
+    assert ran.exit_code == 0, ran.stderr
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert result["answer"] is None
+    assert not result["accepted"]
+    assert result["attempts"] == 2
+
+
+def test_chat_answers_until_an_empty_line(line, tiny_base):
+    arguments = [str(x) for x in loop_of(line, tiny_base, "--threshold", 0)]
+    ran = CliRunner().invoke(rsgwm, ["chat", *arguments], input="What is 2 + 2?\nAnd 3 + 3?\n\n")
+    assert ran.exit_code == 0, ran.stderr
+    assert ran.stdout.count("draft 1:") == 2
+    assert "2 questions, 2 answers accepted" in ran.stdout
+
+
+def test_a_verifier_asked_in_other_words(line, tiny_base):
+    refused = invoke("ask", "What is 2 + 2?", *loop_of(line, tiny_base, "--verify-template", "chat"))
+    assert refused.exit_code == 2
+    assert "the verifier was trained with another prompt template" in refused.stderr
+
+
 def test_merge_by_name_with_overrides_and_dry_run(line):
     pool = [line / "pool" / "change", line / "pool" / "compare"]
     looked = invoke("merge", *pool, "--method", "karcher", "--dry-run")
@@ -126,6 +173,11 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
         (["merge", "{pool}/change", "{pool}/compare", "--tau", "2", "--out", "{tmp}/m"], "tau must be in (0, 1)"),
         (["merge", "{pool}/change", "{pool}/compare", "--out", "{tmp}/drafter"], "already holds"),
         (["merge"], "no adapters given"),
+        (["ask"], "give either a question or --file"),
+        (["ask", "x", "--file", "{tmp}/q"], "give either a question or --file"),
+        (["ask", "--file", "{tmp}/nothing.txt"], "nothing.txt does not exist"),
+        (["ask", "x", "--base", "{base}", "--mode", "psychic", "--drafter", "{tmp}/drafter", "--verifier",
+          "{tmp}/verifier"], "mode must be one of"),
         (["merge", "{pool}/change", "{pool}/compare"], "no --out folder given"),
         (["merge", "{pool}/change", "{pool}/compare", "--set", "density", "--out", "{tmp}/m"], "NAME=VALUE"),
         (
@@ -140,7 +192,6 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
             ["merge", "{pool}/change", "{pool}/compare", "--at", "q_proj", "weights=1/x", "--out", "{tmp}/m"],
             "weights are numbers with / between them",
         ),
-        (["merge", "{pool}/change", "{pool}/compare", "--weight", "1", "--out", "{tmp}/m"], "1 weights for 2 adapters"),
         (
             ["merge", "{pool}/change", "{pool}/compare", "--method", "regmean", "--out", "{tmp}/m"],
             "has no Gram matrices; collect them",
