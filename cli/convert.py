@@ -2,58 +2,144 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 
+if TYPE_CHECKING:
+    from mlx_rsgwm.converters.bulk import Outcome
+    from mlx_rsgwm.converters.peft import Converted
+
+VERIFY = "Read the result back: the same updates from both folders, the same bits there and back."
+
 
 @click.group()
 def convert() -> None:
-    """Turn an adapter into PEFT's format, or back, without changing a bit of it."""
+    """Turn adapters into PEFT's format, or back, without changing a bit of them."""
 
 
 @convert.command("to-peft")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", help="Base model to name in the result; default: the one the adapter was trained on.")
+@click.option("--verify", is_flag=True, help=VERIFY)
+@click.option("--certificate", type=click.Path(path_type=Path), help="A file of `rsgwm parity` to put beside it.")
 @common_options
-def convert_to_peft(console: Console, adapter: Path, out: Path, base: str | None) -> None:
-    """Write ADAPTER (an mlx-lm adapter folder) to the new folder OUT as PEFT loads it.
+def convert_to_peft(
+    console: Console, adapter: Path, out: Path, base: str | None, verify: bool, certificate: Path | None
+) -> None:
+    """Write ADAPTER (an mlx-lm adapter folder, or a folder of them) to the new folder OUT as PEFT loads it.
 
-    Example: rsgwm convert to-peft runs/drafter drafter-peft
+    Example: rsgwm convert to-peft runs/drafter drafter-peft --verify
     """
-    from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.converters.peft import require_empty, to_peft
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.converters import peft
+    from mlx_rsgwm.converters.bulk import is_mlx, is_peft, to_peft_verified
+    from mlx_rsgwm.converters.certificate import embed_certificate
 
-    require_empty(out)
-    source = Adapter.load(adapter)
-    name = base or (source.manifest.get("base") or {}).get("name")
-    if not name:
-        raise RsgwmError(f"{adapter} does not say which base model it is for; give --base")
-    to_peft(source, name, out)
-    modules = len(source.modules())
-    console.line(f"{out}: PEFT adapter for {name}, rank {source.spec.rank}, {modules} modules")
-    console.result({"out": out, "base": name, "rank": source.spec.rank, "modules": modules})
+    def one(source: Path, target: Path) -> Converted:
+        if verify:
+            found = to_peft_verified(source, base, target, console.progress)
+        else:
+            found = peft.convert_to_peft(source, base, target)
+        if certificate is not None:
+            embed_certificate(certificate, source, target)
+        return found
+
+    _run(console, adapter, out, is_mlx, is_peft, one, "PEFT adapter")
 
 
 @convert.command("from-peft")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="Base model: Hub id, folder, .gguf file or smollm2-135m.")
+@click.option("--verify", is_flag=True, help=VERIFY)
 @common_options
-def convert_from_peft(console: Console, folder: Path, out: Path, base: str) -> None:
-    """Write the PEFT adapter in FOLDER to the new folder OUT as mlx-lm loads it.
+def convert_from_peft(console: Console, folder: Path, out: Path, base: str, verify: bool) -> None:
+    """Write the PEFT adapter in FOLDER, or every one below it, to the new folder OUT as mlx-lm loads it.
 
-    Example: rsgwm convert from-peft drafter-peft drafter --base smollm2-135m
+    Example: rsgwm convert from-peft drafter-peft drafter --base smollm2-135m --verify
     """
-    from mlx_rsgwm.converters.peft import from_peft_on, require_empty
+    from mlx_rsgwm.base import resolve_base
+    from mlx_rsgwm.converters import peft
+    from mlx_rsgwm.converters.base_layers import read_base_layers
+    from mlx_rsgwm.converters.bulk import adapter_folders, from_peft_verified, is_mlx, is_peft
 
-    require_empty(out)
-    adapter = from_peft_on(folder, base, console.progress)
-    adapter.save(out)
-    modules, scale = len(adapter.modules()), adapter.spec.scale
-    console.line(f"{out}: adapter for {base}, rank {adapter.spec.rank}, scale {scale:g}, {modules} modules")
-    console.result({"out": out, "base": base, "rank": adapter.spec.rank, "scale": scale, "modules": modules})
+    if is_peft(folder) or not adapter_folders(folder, is_peft):
+        peft.require_empty(out)
+        peft.check_peft(folder)
+    layers = read_base_layers(base, resolve_base(base, console.progress))
+
+    def one(source: Path, target: Path) -> Converted:
+        return (from_peft_verified if verify else peft.convert_from_peft)(source, layers, target)
+
+    _run(console, folder, out, is_peft, is_mlx, one, "adapter")
+
+
+@convert.command("check")
+@click.argument("peft", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path))
+@common_options
+def check(console: Console, peft: Path, adapter: Path) -> None:
+    """Prove that a PEFT folder and an mlx-lm folder hold the same adapter, or name the first layer that differs.
+
+    Exits 3 when they differ.
+
+    Example: rsgwm convert check drafter-peft drafter
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.converters.verify import require_equal
+
+    manifest = Adapter.load(adapter, lazy=True).manifest
+    modules = require_equal(peft, adapter, (manifest.get("base") or {}).get("model_type"))
+    console.line(f"{peft} and {adapter} are the same adapter: {modules} modules")
+    console.result({"peft": peft, "adapter": adapter, "modules": modules, "passed": True})
+
+
+def _run(
+    console: Console,
+    source: Path,
+    out: Path,
+    is_adapter: Callable[[Path], bool],
+    is_result: Callable[[Path], bool],
+    one: Callable[[Path, Path], Converted],
+    noun: str,
+) -> None:
+    """Convert one adapter, or every one below a folder that is none itself."""
+    from mlx_rsgwm.converters.bulk import adapter_folders, convert_all
+
+    if is_adapter(source) or not adapter_folders(source, is_adapter):
+        found = one(source, out)
+        console.line(
+            f"{out}: {noun} for {found.base}, rank {found.spec.rank}, scale {found.spec.scale:g}, "
+            f"{found.modules} modules"
+        )
+        console.result({"out": out, **_facts(found)})
+    else:
+        _report(console, convert_all(source, out, is_adapter, is_result, one, console.progress))
+
+
+def _facts(found: Converted) -> dict[str, Any]:
+    return {"base": found.base, "rank": found.spec.rank, "scale": found.spec.scale, "modules": found.modules}
+
+
+def _report(console: Console, outcomes: Sequence[Outcome]) -> None:
+    from mlx_rsgwm.errors import raise_problems
+
+    for outcome in outcomes:
+        if outcome.converted is not None:
+            console.line(f"{outcome.out}: rank {outcome.converted.spec.rank}, {outcome.converted.modules} modules")
+        else:
+            console.line(f"{outcome.out}: {'failed' if outcome.error else 'there already'}")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    console.result(
+        {
+            "converted": [{"out": one.out, **_facts(one.converted)} for one in outcomes if one.converted],
+            "kept": [one.out for one in outcomes if one.converted is None and not one.error],
+            "failed": [{"source": one.source, "error": one.error} for one in failed],
+        }
+    )
+    raise_problems(f"{len(failed)} of {len(outcomes)} adapters were not converted", [str(one.error) for one in failed])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,8 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
 
 if TYPE_CHECKING:
+    import re
+
     from mlx_rsgwm.pipeline.calibration import Calibration
     from mlx_rsgwm.pipeline.loop import DraftVerify
 
@@ -21,10 +23,16 @@ if TYPE_CHECKING:
     "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
 )
 @click.option("--split", help="Split of a data set; default: the one to report on.")
-@click.option("--limit", default=100, show_default=True, help="Items of each task, the first ones.")
+@click.option("--revision", help="Commit of a Hub data set; default: its newest, which is recorded.")
+@click.option("--limit", default=100, show_default=True, help="Items of each task.")
+@click.option("--slice", "how", default="first", show_default=True, help="first, or seeded: shuffled by --seed.")
+@click.option("--sampling-seeds", default=1, show_default=True, help="Passes over the items, from --seed upwards.")
+@click.option("--drafts", type=int, help="Drafts recorded per item, for pass@k and maj@k; default: the attempts.")
+@click.option("--train-data", type=click.Path(path_type=Path), multiple=True, help="Corpus to check the items against.")
+@click.option("--refusal", "refusal", metavar="REGEX", help="Wording of a refusal, instead of the built-in one.")
 @click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
-@click.option("--out", type=click.Path(path_type=Path), help="Report folder to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="Report folder to write; run again, it goes on.")
 @loop_options
 @common_options
 def evaluate(
@@ -32,29 +40,41 @@ def evaluate(
     tasks: tuple[str, ...],
     folder: Path | None,
     split: str | None,
+    revision: str | None,
     limit: int,
+    how: str,
+    sampling_seeds: int,
+    drafts: int | None,
+    train_data: tuple[Path, ...],
+    refusal: str | None,
     timed: int,
     batch_rows: int,
     out: Path | None,
-    **loop: object,
+    **loop: Any,
 ) -> None:
     """Evaluate a drafter and a verifier: the rows of the paper's Table 1, each rate with n and its interval.
 
     Example: rsgwm eval --base smollm2-135m --drafter runs/demo/drafter --verifier runs/demo/verifier
-    --task gsm8k --data ../data --limit 20
+    --task gsm8k --data ../data --limit 20 --out runs/gsm8k
     """
-    from dataclasses import asdict
-
     from mlx_rsgwm.data.tasks import questions_for
     from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.harness import calibrate
+    from mlx_rsgwm.evaluation.answers import REFUSAL
+    from mlx_rsgwm.evaluation.contamination import contamination, training_questions
+    from mlx_rsgwm.evaluation.harness import calibrate, describe_run
     from mlx_rsgwm.evaluation.harness import evaluate as run_items
+    from mlx_rsgwm.evaluation.journal import FILE, Journal
     from mlx_rsgwm.evaluation.report import render_table, summarise, write_report
+    from mlx_rsgwm.evaluation.slices import Slice, read_slice
 
-    for name, value in (("--limit", limit), ("--batch-rows", batch_rows)):
+    counts = [("--batch-rows", batch_rows), ("--sampling-seeds", sampling_seeds)]
+    for name, value in [*counts, ("--drafts", 1 if drafts is None else drafts)]:
         if value < 1:
             raise RsgwmError(f"{name} must be at least 1, found {value}")
-    questions = [q for task in tasks for q in questions_for(task, "test", limit, console.seed, folder, split=split)]
+    wording = REFUSAL if refusal is None else _pattern(refusal)
+    slices = [read_slice(Slice(task, limit, how, console.seed, split, folder, revision)) for task in tasks]
+    questions = [question for found, _ in slices for question in found]
+    checked = contamination(questions, training_questions(train_data)) if train_data else None
 
     def calibrate_here(pipeline: DraftVerify) -> Calibration:
         count = max(4, 24 // len(tasks))
@@ -62,17 +82,23 @@ def evaluate(
         return calibrate(pipeline, held_out, console.seed, batch_rows, console.progress)
 
     pipeline = build_pipeline(console, loop, calibrate_here)
-    records = run_items(pipeline, questions, max(timed, 0), batch_rows, console.progress)
+    seeds = tuple(range(console.seed, console.seed + sampling_seeds))
+    about = describe_run(
+        pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern
+    )
+    journal = Journal(out / FILE, about) if out is not None else None
+    records = run_items(
+        pipeline, questions, max(timed, 0), batch_rows, console.progress,
+        seeds=seeds, drafts=drafts, journal=journal, refusal=wording,
+    )  # fmt: skip
     metadata = {
+        **about,
         "base": pipeline.slots.base.describe(),
-        "template": pipeline.template.describe(),
         "drafter": str(loop["drafter"]),
         "verifier": str(loop["verifier"]),
-        "tasks": list(tasks),
-        "limit": limit,
+        "tasks": [told for _, told in slices],
         "seed": console.seed,
-        "loop": asdict(pipeline.config),
-        "batch_rows": batch_rows,
+        "contamination": checked,
     }
     attempts = pipeline.config.attempts
     if out is not None:
@@ -83,3 +109,14 @@ def evaluate(
     if out is not None:
         console.line(f"report: {out}")
     console.result({**summary["draft_verify"], **{key: summary[key] for key in summary if key != "draft_verify"}})
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    import re
+
+    from mlx_rsgwm.errors import RsgwmError
+
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as error:
+        raise RsgwmError(f"--refusal {text!r} is not a regular expression: {error}") from None

@@ -79,8 +79,9 @@ def merge_sweep(
     from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.tasks import questions_for
     from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.sweep import DEFAULT_METHODS, Plan, Sweep, parse_variants
+    from mlx_rsgwm.evaluation.sweep import Plan, Sweep
     from mlx_rsgwm.evaluation.sweep_report import render_table, write_sweep
+    from mlx_rsgwm.evaluation.sweep_variants import DEFAULT_METHODS, parse_variants
 
     for name, value in (
         ("--items", items),

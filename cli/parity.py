@@ -17,16 +17,35 @@ TOLERANCE = 1e-3
 @click.option("--peft", type=click.Path(path_type=Path), help="Compare this PEFT folder; default: convert on the fly.")
 @click.option("--tolerance", default=TOLERANCE, show_default=True, help="Largest difference of two logits that passes.")
 @click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of both sides; the default tolerance is for float32.",
+)
+@click.option("--certificate", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
+@click.option(
     "--device", default="auto", show_default=True, help="Torch's: auto (MPS, else the CPU), mps, cuda or cpu."
 )
 @common_options
-def parity(console: Console, adapter: Path, base: str | None, peft: Path | None, tolerance: float, device: str) -> None:
-    """Compare ADAPTER's float32 logits in MLX with torch and PEFT on the same base and tokens.
+def parity(
+    console: Console,
+    adapter: Path,
+    base: str | None,
+    peft: Path | None,
+    tolerance: float,
+    dtype: str,
+    certificate: Path | None,
+    device: str,
+) -> None:
+    """Compare ADAPTER in MLX with torch and PEFT: logits, greedy continuations, perplexity, every adapted layer.
 
-    Exits 3 when they differ by more than the tolerance, or when either side does not apply the adapter.
+    Both sides have the same base, dtype and tokens, torch with eager attention. Exits 3 and names the first layer that
+    differs when they differ by more than the tolerance, or when either side does not apply the adapter.
 
     Example: rsgwm parity runs/drafter --base smollm2-135m
     """
+    from mlx_rsgwm import files
     from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.converters.parity import check_parity
     from mlx_rsgwm.errors import CheckFailed, RsgwmError
@@ -35,12 +54,24 @@ def parity(console: Console, adapter: Path, base: str | None, peft: Path | None,
     if not name:
         raise RsgwmError(f"{adapter} does not say which base model it is for; give --base")
     result = check_parity(
-        adapter, name, peft_folder=peft, tolerance=tolerance, device=device, progress=console.progress
+        adapter, name, peft_folder=peft, tolerance=tolerance, dtype=dtype, device=device, progress=console.progress
     )
+    if certificate is not None:
+        files.make_folder(certificate.absolute().parent)
+        files.write_json(certificate, result)
     console.line(
         f"parity: max |Δlogit| {result['max_abs_logit']:.1e} over {result['tokens']} tokens "
         f"({result['dtype']}, torch {result['device']}) — {'passed' if result['passed'] else 'failed'}"
     )
+    greedy, perplexity = result["greedy"], result["perplexity"]
+    console.line(
+        f"greedy: {greedy['agree']} of {greedy['tokens']} tokens alike; perplexity with the adapter "
+        f"{_shown(perplexity['mlx']['adapted'])} in MLX, {_shown(perplexity['torch']['adapted'])} in torch"
+    )
     console.result(result)
     if not result["passed"]:
         raise CheckFailed(f"parity of {adapter} with torch failed: {'; '.join(result['failures'])}")
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

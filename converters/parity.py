@@ -1,18 +1,17 @@
-"""The proof that an adapter means the same to torch as to MLX: logits of both, with and without it, compared.
+"""The proof that an adapter means the same to torch as to MLX: both run the same base with it, and are compared.
 
 One side is mlx-lm with the adapter folder as its own ``load_adapters`` reads it; the other is transformers and PEFT
-with the PEFT folder. Both see the same base weights, dtype and token ids. Agreement alone would not show that an
-adapter was applied at all, so the change it makes is compared as well, against the disagreement of the bare bases.
+with the PEFT folder, eager attention, the same weights, dtype and token ids. Agreement alone would not show that an
+adapter was applied at all, so the change it makes is compared as well, against the disagreement of the bare bases; and
+every adapted layer is compared alone, on the input it has in MLX, so that the first one that differs is known by name.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,13 @@ import numpy as np
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import load_base
+from mlx_rsgwm.converters.certificate import sign
+from mlx_rsgwm.converters.dense_base import dense_base
+from mlx_rsgwm.converters.parity_mlx import exact_float32, trace_mlx
+from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trace, largest, perplexity
 from mlx_rsgwm.converters.peft import to_peft
+from mlx_rsgwm.converters.peft_folder import open_peft
+from mlx_rsgwm.converters.peft_names import ROUTER, SWITCH, is_embedding, model_order, transformers_module
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.progress import SILENT, Progress
 
@@ -34,22 +39,11 @@ TEXTS = (
 )
 TOLERANCE = 1e-3  # float32 logits of a base of 135M to 1B parameters differ by 1e-5 to 2e-4 between the two
 DTYPES = ("float32", "float16", "bfloat16")
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 NOISE = 4.0  # times the bare bases' disagreement: what rounding alone may do to a difference of two logits
 SHARE = 0.01  # of the adapter's largest effect: a wrong scale, layer or module moves more than this
-
-
-@dataclass(frozen=True)
-class Logits:
-    """One framework's answer: float32 arrays (tokens, vocabulary), the texts one after the other."""
-
-    base: np.ndarray
-    adapted: np.ndarray
-    modules: int
-
-    @property
-    def effect(self) -> float:
-        """The largest change the adapter makes to a logit."""
-        return _largest(self.adapted - self.base)
+ROUNDINGS = 64.0  # how many roundings of a layer's largest output may separate the frameworks
+CONTINUATION = 12
 
 
 def check_parity(
@@ -61,22 +55,24 @@ def check_parity(
     dtype: str = "float32",
     tolerance: float = TOLERANCE,
     token_ids: Sequence[Sequence[int]] | None = None,
+    continuation: int = CONTINUATION,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Compare logits of MLX and torch with one adapter, on the same base, dtype and tokens.
+    """Compare MLX and torch with one adapter, on the same base, dtype and tokens.
 
     Args:
         adapter_folder: the adapter, as mlx-lm reads it.
-        base_name: as for ``load_base``; its folder is what transformers loads too.
+        base_name: as for ``load_base``; its folder is what transformers loads too, dequantised where it is quantised.
         peft_folder: the same adapter in PEFT's format; converted on the fly when None.
         device: torch's: ``auto`` is MPS if present, else the CPU.
         dtype: float32, float16 or bfloat16, on both sides; the default tolerance is for float32.
         tolerance: largest absolute difference of two logits that passes.
         token_ids: sequences to compare on; ``TEXTS`` through the base's tokenizer when None.
+        continuation: tokens to continue each text by, greedily.
 
     Returns:
-        ``passed``, ``failures`` (in words), ``max_abs_logit`` (with the adapter), ``base_max_abs_logit`` (without),
-        ``max_abs_delta_logit`` (of the adapter's effects), ``effect_mlx`` and ``effect_torch``, and what was compared.
+        A certificate: ``passed``, ``failures`` (in words), ``first_difference`` (the layer, or None), the figures of
+        :func:`compare`, :func:`compare_continuations` and the perplexities, and what was compared.
 
     Raises:
         RsgwmError: torch or PEFT is not installed, the base or the device is not there, transformers cannot load it.
@@ -91,24 +87,57 @@ def check_parity(
     adapter = Adapter.load(adapter_folder)
     with tempfile.TemporaryDirectory(prefix="rsgwm-parity-") as temporary, progress.task("parity", 2) as advance:
         folder = peft_folder or to_peft(adapter, base_name, Path(temporary) / "peft")
-        base_path, token_ids, ours, mlx_device = _mlx_logits(adapter, base_name, dtype, token_ids, progress)
+        weights_sha256 = open_peft(folder).sha256()
+        with exact_float32() as mlx_device:
+            base = load_base(base_name, dtype=dtype, progress=progress)
+            if adapter.base_fingerprint and adapter.base_fingerprint != base.fingerprint:
+                trained = (adapter.manifest.get("base") or {}).get("name")
+                raise AdapterError(f"{adapter.where} was trained on {trained}, not on {base_name}: the weights differ")
+            ids = [list(map(int, one)) for one in token_ids or [base.tokenizer.encode(text) for text in TEXTS]]
+            ours = trace_mlx(base, adapter, ids, continuation)
+            path, fingerprint, model_type = base.path, base.fingerprint, base.config["model_type"]
+            del base
+        mx.clear_cache()
         advance(1, "MLX")
-        theirs = _torch_logits(base_path, folder, device, dtype, token_ids)
+        torch_path = dense_base(path, Path(temporary) / "dense")
+        names = {module: torch_module(module, model_type) for module in ours.probes}
+        theirs = _trace_torch(torch_path, folder, device, dtype, ids, ours.probes, names, continuation)
         advance(1, "torch")
-    return {
-        **compare(ours, theirs, len(adapter.modules()), tolerance),
-        "tokens": sum(map(len, token_ids)),
+    verdict = compare(ours.logits, theirs.logits, len(adapter.modules()), tolerance)
+    first = first_difference(ours, theirs, dtype, base_differs=verdict["base_max_abs_logit"] > tolerance)
+    greedy = compare_continuations(ours, theirs, 2 * tolerance + NOISE * verdict["max_abs_logit"])
+    failures = verdict["failures"] + greedy.pop("failures")
+    if first is not None:
+        failures = [f"the first layer that differs is {first['layer']}, by {first['difference']:.1e}", *failures]
+    result = {
+        **verdict,
+        "passed": not failures,
+        "failures": failures,
+        "first_difference": first,
+        "layers_compared": len(ours.probes) + len(ours.blocks),
+        "greedy": greedy,
+        "perplexity": {
+            side: {
+                "base": perplexity(trace.logits.base, ids),
+                "adapted": perplexity(trace.logits.adapted, ids),
+            }
+            for side, trace in (("mlx", ours), ("torch", theirs))
+        },
+        "tokens": sum(map(len, ids)),
         "dtype": dtype,
         "device": device,
         "mlx_device": mlx_device,
+        "attention": "eager",
         "base": base_name,
         "adapter": str(adapter_folder),
+        "peft_weights_sha256": weights_sha256,
         "torch": torch.__version__,
         "peft": _version("peft"),
         "transformers": _version("transformers"),
         "mlx": _version("mlx"),
         "mlx_lm": _version("mlx-lm"),
     }
+    return sign(result, adapter_folder, fingerprint)
 
 
 def compare(ours: Logits, theirs: Logits, modules: int, tolerance: float) -> dict[str, Any]:
@@ -116,15 +145,19 @@ def compare(ours: Logits, theirs: Logits, modules: int, tolerance: float) -> dic
 
     The effects must agree within ``NOISE`` times the bases' own disagreement plus ``SHARE`` of the effect, so that an
     adapter whose effect is smaller than ``tolerance`` still has to be applied, and applied right.
+
+    Returns:
+        ``passed``, ``failures``, ``max_abs_logit`` (with the adapter), ``base_max_abs_logit`` (without),
+        ``max_abs_delta_logit`` (of the adapter's effects), ``effect_mlx`` and ``effect_torch``, ``modules``.
     """
     if ours.adapted.shape != theirs.adapted.shape:
         raise RsgwmError(
             f"MLX and torch give logits of shapes {ours.adapted.shape} and {theirs.adapted.shape}; "
             "their bases do not have the same vocabulary"
         )
-    adapted = _largest(ours.adapted - theirs.adapted)
-    base = _largest(ours.base - theirs.base)
-    delta = _largest((ours.adapted - ours.base) - (theirs.adapted - theirs.base))
+    adapted = largest(ours.adapted - theirs.adapted)
+    base = largest(ours.base - theirs.base)
+    delta = largest((ours.adapted - ours.base) - (theirs.adapted - theirs.base))
     allowed = NOISE * base + SHARE * max(ours.effect, theirs.effect)
     failures = []
     if not adapted <= tolerance:
@@ -151,70 +184,50 @@ def compare(ours: Logits, theirs: Logits, modules: int, tolerance: float) -> dic
     }
 
 
-def _largest(values: np.ndarray) -> float:
-    """Largest absolute value, infinite where anything is not finite (NaN is not JSON, and agrees with nothing)."""
-    largest = float(np.max(np.abs(values)))
-    return largest if np.isfinite(largest) else float(np.finfo(np.float64).max)
+def first_difference(ours: Trace, theirs: Trace, dtype: str, base_differs: bool) -> dict[str, Any] | None:
+    """The first layer, in the model's order, that computes something else: a block of a base that differs, else an
+    adapted layer on the same input. ``difference`` and ``allowed`` are of its output's values.
+    """
+    if base_differs:
+        for index, (one, other) in enumerate(zip(ours.blocks, theirs.blocks, strict=False)):
+            difference, allowed = largest(one - other), 1e-3 * largest(one)
+            if not difference <= allowed:
+                layer = f"block {index} of the bare base"
+                return {"layer": layer, "difference": difference, "allowed": allowed}
+    for module in sorted(ours.probes, key=model_order):
+        probe, other_probe = ours.probes[module], theirs.probes.get(module)
+        there = other_probe.added if other_probe is not None else np.zeros_like(probe.added)
+        allowed = SHARE * largest(probe.added) + ROUNDINGS * EPSILON[dtype] * probe.size
+        difference = largest(probe.added - there)
+        if not difference <= allowed:
+            return {"layer": module, "difference": difference, "allowed": allowed}
+    return None
+
+
+def compare_continuations(ours: Trace, theirs: Trace, tie: float) -> dict[str, Any]:
+    """How far greedy continuations agree; another token is a failure unless MLX's lead for its own is below ``tie``."""
+    agree, total, failures = 0, 0, []
+    for index, (mine, other) in enumerate(zip(ours.continuations, theirs.continuations, strict=True)):
+        total += len(mine)
+        apart = next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), None)
+        agree += len(mine) if apart is None else apart
+        if apart is not None and not ours.margins[index][apart] <= tie:
+            failures.append(f"greedy continuation {index + 1} differs at token {apart + 1}")
+    return {"tokens": total, "agree": agree, "failures": failures}
+
+
+def torch_module(module: str, model_type: str) -> str:
+    """transformers' name of an adapted module of mlx-lm; for experts, the module of their stacked parameters."""
+    name = transformers_module(module, model_type)
+    if SWITCH.fullmatch(module):
+        return name.partition(".switch_mlp.")[0].replace(".block_sparse_moe", ".mlp") + ".experts"
+    return name.replace(".block_sparse_moe.", ".mlp.") if ROUTER.fullmatch(name) else name
 
 
 def _version(package: str) -> str:
     from importlib.metadata import version
 
     return version(package)
-
-
-# --- MLX --------------------------------------------------------------------------------------------------------
-
-
-def _mlx_logits(
-    adapter: Adapter, base_name: str, dtype: str, token_ids: Sequence[Sequence[int]] | None, progress: Progress
-) -> tuple[Path, list[list[int]], Logits, str]:
-    """The base's folder, the token ids, the logits and the MLX device; the model is freed on return."""
-    from mlx_lm.tuner.lora import LoRALinear
-    from mlx_lm.tuner.utils import load_adapters
-
-    with exact_float32() as device:
-        base = load_base(base_name, dtype=dtype, progress=progress)
-        if adapter.base_fingerprint and adapter.base_fingerprint != base.fingerprint:
-            trained = (adapter.manifest.get("base") or {}).get("name")
-            raise AdapterError(f"{adapter.where} was trained on {trained}, not on {base_name}: the weights differ")
-        ids = [list(map(int, one)) for one in token_ids or [base.tokenizer.encode(text) for text in TEXTS]]
-        bare = _mlx_forward(base.model, ids)
-        try:
-            load_adapters(base.model, str(adapter.path))
-        except ValueError as error:
-            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-            raise AdapterError(f"{adapter.where} does not fit {base_name}: {reason}") from error
-        base.model.eval()  # mlx-lm's new layers start in training mode, with dropout
-        adapted = _mlx_forward(base.model, ids)
-        names = set(adapter.modules())
-        modules = sum(name in names and isinstance(one, LoRALinear) for name, one in base.model.named_modules())
-        path = base.path
-        del base
-    mx.clear_cache()
-    return path, ids, Logits(bare, adapted, modules), device
-
-
-def _mlx_forward(model: Any, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.concatenate([np.array(model(mx.array([one]))[0].astype(mx.float32)) for one in token_ids])
-
-
-@contextmanager
-def exact_float32() -> Iterator[str]:
-    """Run MLX where float32 products are float32, and yield that device's name.
-
-    On M5 and on CUDA, MLX multiplies float32 matrices with 10-bit mantissas unless ``MLX_ENABLE_TF32=0`` was set
-    before its first product (mlx issue 3860). Where that is too late, the CPU does the comparison.
-    """
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")
-    device = mx.default_device()
-    a = mx.random.normal((64, 256), key=mx.random.key(0))
-    b = mx.random.normal((256, 64), key=mx.random.key(1))
-    error = float(mx.max(mx.abs(a @ b - mx.matmul(a, b, stream=mx.cpu))))
-    exact = error < 1e-3  # products of 256 terms of size 1: float32 errs by 1e-5, ten bits by 1e-2
-    with nullcontext() if exact else mx.stream(mx.cpu):
-        name = str((device if exact else mx.Device(mx.cpu, 0)).type).rpartition(".")[2]
-        yield name
 
 
 # --- torch ------------------------------------------------------------------------------------------------------
@@ -283,15 +296,103 @@ def apply_peft(model: Any, peft_folder: Path, widen: bool) -> Any:
     return adapted.eval()
 
 
-def _torch_logits(
-    base_path: Path, peft_folder: Path, device: str, dtype: str, token_ids: Sequence[Sequence[int]]
-) -> Logits:
+def _trace_torch(
+    base_path: Path,
+    peft_folder: Path,
+    device: str,
+    dtype: str,
+    token_ids: Sequence[Sequence[int]],
+    probes: dict[str, Probe],
+    names: dict[str, str],
+    continuation: int,
+) -> Trace:
     model = load_torch_base(base_path, device, dtype)
+    blocks = _block_states(model, device, token_ids[0][:TRACED_TOKENS])
     bare = _torch_forward(model, device, token_ids)
     adapted_model = apply_peft(model, peft_folder, widen=dtype == "float32")
     adapted = _torch_forward(adapted_model, device, token_ids)
-    modules = sum("default" in getattr(module, "lora_A", {}) for module in adapted_model.modules())
-    return Logits(bare, adapted, modules)
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in adapted_model.named_modules()
+        if "default" in getattr(module, "lora_A", {}) or "default" in getattr(module, "lora_embedding_A", {})
+    }
+    modules = _count_modules(layers, names)
+    seen = {name: _probe(layers, names[name], name, probe, device) for name, probe in probes.items()}
+    continuations = [_greedy(adapted_model, device, text, continuation) for text in token_ids]
+    return Trace(
+        Logits(bare, adapted, modules),
+        blocks,
+        {name: probe for name, probe in seen.items() if probe is not None},
+        continuations,
+    )
+
+
+def _find(layers: dict[str, Any], name: str, module: str) -> Any:
+    """PEFT's layer for a module of mlx-lm whose name in transformers is ``name``; None where there is none."""
+    if not SWITCH.fullmatch(module):
+        return layers.get(name)
+    parameter = "down_proj" if module.endswith("down_proj") else "gate_up_proj"
+    wrappers = [layers.get(name), layers.get(f"{name}.base_layer")]
+    return next((one for one in wrappers if getattr(one, "parameter_name", None) == parameter), None)
+
+
+def _count_modules(layers: dict[str, Any], names: dict[str, str]) -> int:
+    """Adapted layers as mlx-lm counts them: gate and up apart, a tied head with its embedding."""
+    known = set(names.values())
+    others = {name.removesuffix(".base_layer") for name in layers} - known
+    tied = {name for name in others if name.rpartition(".")[2] == "lm_head" and any(map(is_embedding, names))}
+    return sum(_find(layers, name, module) is not None for module, name in names.items()) + len(others - tied)
+
+
+def _probe(layers: dict[str, Any], name: str, module: str, probe: Probe, device: str) -> Probe | None:
+    """What the adapter adds in torch to the output of one layer for the input that MLX had; None where it is not."""
+    import torch
+
+    layer = _find(layers, name, module)
+    if layer is None:
+        return None
+    with torch.no_grad():
+        x = torch.tensor(probe.inputs, device=device)
+        if SWITCH.fullmatch(module):
+            added = _expert_outputs(layer, x, module)
+        elif hasattr(layer, "parameter_name"):  # a router, which is no linear layer to transformers
+            added = x @ layer.get_delta_weight("default").to(x.dtype).T
+        else:
+            x = x.long() if is_embedding(module) else x.to(layer.get_base_layer().weight.dtype)
+            added = layer(x) - layer.base_layer(x)
+    return Probe(probe.inputs, added.float().cpu().numpy(), probe.size)
+
+
+def _expert_outputs(layer: Any, x: Any, module: str) -> Any:
+    """What is added to the output of every expert that gets ``x``: gate's or up's half of their parameter."""
+    left, right, scale = layer.get_delta_factors("default")
+    added = (scale * (left @ (right @ x.to(left.dtype))[..., None]))[..., 0]
+    half = added.shape[1] // 2
+    if layer.parameter_name == "down_proj":
+        return added
+    return added[:, :half] if module.endswith("gate_proj") else added[:, half:]
+
+
+def _block_states(model: Any, device: str, tokens: Sequence[int]) -> list[np.ndarray]:
+    """The bare base's state after every block."""
+    import torch
+
+    depth = model.config.get_text_config().num_hidden_layers
+    stacks = [m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    states: list[np.ndarray] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        states.append(state[0].float().cpu().numpy())
+
+    hooks = [block.register_forward_hook(keep) for block in (stacks[0] if stacks else [])]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([list(tokens)], device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return states
 
 
 def _torch_forward(model: Any, device: str, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
@@ -300,6 +401,22 @@ def _torch_forward(model: Any, device: str, token_ids: Sequence[Sequence[int]]) 
     with torch.no_grad():
         found = [model(input_ids=torch.tensor([list(one)], device=device)).logits[0] for one in token_ids]
         return np.concatenate([one.float().cpu().numpy() for one in found])
+
+
+def _greedy(model: Any, device: str, text: Sequence[int], count: int) -> list[int]:
+    """The most likely ``count`` tokens after ``text``; generate() would follow the model's own sampling settings."""
+    import torch
+
+    tokens: list[int] = []
+    given, cache = list(text), None
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.tensor([given], device=device)
+            found = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = found.past_key_values
+            tokens.append(int(found.logits[0, -1].argmax()))
+            given = tokens[-1:]
+    return tokens
 
 
 @contextmanager

@@ -191,8 +191,8 @@ class Adapter:
         return found
 
     @classmethod
-    def load(cls, path: str | Path) -> Adapter:
-        """Read and validate an adapter folder, ours or mlx-lm's.
+    def load(cls, path: str | Path, lazy: bool = False) -> Adapter:
+        """Read and validate an adapter folder, ours or mlx-lm's; with ``lazy`` values are read and checked when used.
 
         Raises:
             AdapterError: naming every problem found: a missing folder or file, pickle weights, a damaged
@@ -210,14 +210,14 @@ class Adapter:
             raise AdapterError(f"{folder / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {FORMAT!r}")
         _check_hashes(folder, manifest.get("files") or {})
         spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
-        arrays, _ = files.read_safetensors(folder / WEIGHTS_FILE)
+        arrays, _ = files.read_safetensors(folder / WEIGHTS_FILE, evaluate=not lazy)
         full = {name: value for name, value in arrays.items() if name.rpartition(".")[2] in FULL_LEAVES}
         weights = {name: value for name, value in arrays.items() if name not in full}
-        kept = files.read_safetensors(folder / KEPT_FILE, evaluate=False)[0] if (folder / KEPT_FILE).is_file() else {}
-        importance, metadata = _read_optional(folder / IMPORTANCE_FILE)
-        init, _ = _read_optional(folder / INIT_FILE)
+        importance, metadata = _read_optional(folder / IMPORTANCE_FILE, lazy)
+        init, _ = _read_optional(folder / INIT_FILE, lazy)
+        kept, _ = _read_optional(folder / KEPT_FILE, lazy=True)
         adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept)
-        raise_problems(str(folder), adapter.problems(), AdapterError)
+        raise_problems(str(folder), adapter.shape_problems() if lazy else adapter.problems(), AdapterError)
         return adapter
 
     def save(self, path: str | Path) -> Path:
@@ -258,8 +258,8 @@ def is_complete(path: str | Path) -> bool:
     return (Path(path) / MANIFEST_FILE).is_file()
 
 
-def _read_optional(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    return files.read_safetensors(path) if path.is_file() else ({}, {})
+def _read_optional(path: Path, lazy: bool) -> tuple[dict[str, mx.array], dict[str, str]]:
+    return files.read_safetensors(path, evaluate=not lazy) if path.is_file() else ({}, {})
 
 
 def _check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:

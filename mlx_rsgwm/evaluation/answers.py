@@ -1,29 +1,44 @@
-"""The final answer in a generated text, and whether it equals the gold one.
+r"""The final answer in a generated text, by several named extractors, and what became of a text without one.
 
-A text without a parseable answer is a refusal (SPEC 6.3): it is neither right nor a hallucination. Values are
-compared as exact fractions, never as floats.
+``strict`` reads the number after the last ``####`` that has one, and nothing else. ``flexible`` reads the number that a
+text marks, boxes, states ("the answer is …") or, failing these, mentions last. ``math`` does so for any expression,
+``choice`` for a letter, ``yesno`` for a verdict, ``text`` for the marked or last line.
+
+Every text falls into one class: ``answer``, ``refusal`` (no answer can be read, SPEC 6.3, or it says that it has none)
+or ``truncated`` (the token limit came before the answer). What a text mentions last is its answer only if it came to
+its end; a number that touches the cut may have lost digits and is not read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mlx_rsgwm.data.numbers import LITERAL, parse_number, plain_number, unfrac
 from mlx_rsgwm.data.sources import last_boxed
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.equality import is_correct as is_correct
+from mlx_rsgwm.evaluation.equality import parse_mathematics
 
-Status = Literal["answer", "refusal"]
+Status = Literal["answer", "refusal", "truncated"]
+STATUSES: tuple[Status, ...] = ("answer", "refusal", "truncated")
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """The answer found, in canonical spelling (``1080``, ``B``, ``yes``), or None with status ``refusal``."""
+    """The answer found, in canonical spelling (``1080``, ``B``, ``yes``), or None where the status is another."""
 
     value: str | None
     status: Status
+
+
+class Found(NamedTuple):
+    """A value, and whether the text gives it as its answer or merely mentions it last."""
+
+    value: str
+    stated: bool = True
 
 
 # A minus is a sign only where no number or word stands before it ("10-5" ends in 5) and no space after it.
@@ -32,21 +47,57 @@ _SIGNED = (
     rf"(?:[0-9]{{1,4}}\s+(?=[0-9]+/[0-9]))?"  # the whole part of a mixed number
     rf"{LITERAL}(?:/{LITERAL})?"
 )
-_NUMBER = re.compile(_SIGNED)
+_NUMBER = re.compile(rf"(?<![A-Za-z_^])(?<!\^\{{){_SIGNED}(?!(?:st|nd|rd|th)\b)")
+_CHAIN = re.compile(rf"[^\n=]{{0,80}}?=\s*\**\s*({_SIGNED})")
 _MARKER = re.compile(r"#{4,}")
 _AFTER_MARKER = re.compile(rf"[\s:=*`$€£]*?({_SIGNED})(?![0-9A-Za-z_]*[0-9_])")
-_STATED_LETTER = re.compile(
-    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\**\(?([A-Ja-j])\)?(?![A-Za-z'’])", re.IGNORECASE
+_LIST_LABEL = re.compile(r"(?:^|\n)[ \t*]*(?:step\s+)?$", re.IGNORECASE)
+_OUT_OF = re.compile(r"\bout\s+of\s+(?:the\s+)?(?:total\s+)?(?:of\s+)?[$€£]?$", re.IGNORECASE)
+_STATED = re.compile(
+    r"\banswer\b[^.:=\n\d]{0,50}?(?:\bis\b(?! to\b)|\bwould be\b|\bwill be\b|[:=])[ \t*]*(?:\n[ \t*]*)?([^\n]*)",
+    re.IGNORECASE,
 )
-_STATED = re.compile(r"answer\s*(?:is|:|=)\s*(.+)", re.IGNORECASE)
+_STATED_LETTER = re.compile(
+    r"(?:answer|option|choice)(?:\s+is)?\s*:?\s*\**[\"'“]?\(?([A-Ja-j])\)?(?![A-Za-z'’])", re.IGNORECASE
+)
+# One line of mathematics without a word: all of it, or its right side, is the answer.
+_BARE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z](?![a-zA-Z])|[-+*/^=().,$\[\]{}\d \t])+")
 _LABEL = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
+_LEADING_LABEL = re.compile(r"[\s*\"']*(yes|no|true|false)\b(?=\s*(?:[,.:;!*\n\"']|$))", re.IGNORECASE)
 _LABELS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+_ANSWER_WORD = re.compile(r"^['\"*\s]*(?:the\s+)?(?:final\s+)?answer\b['\"*\s]*(?:is\b|[:=.])?['\"*\s]*", re.IGNORECASE)
+_ANOTHER_QUESTION = re.compile(
+    r"\n[\s#*]*(?:Q\s*\d*\s*:|(?:Question|Problem|Exercise)(?:\s*\d+)?\s*[:.])", re.IGNORECASE
+)
+# Three or more empty markers at the end: the model has said what it had to say and cannot stop.
+_STUCK = re.compile(r"(?:\s*#{4,}[ \t]*(?:answer)?[ \t.:]*(?=\s|$)){3,}\s*$", re.IGNORECASE)
+_CUT_NUMBER = re.compile(r"[\d.,/%]*\d[\d.,/%]*\Z")
+REFUSAL = re.compile(
+    r"\bI(?:'m| am) (?:sorry|unable|not able|not sure)|\bI (?:do not|don['’]t|cannot|can['’]t|can not) "
+    r"(?:know|answer|solve|help|determine|provide|assist|have)|\bas an AI\b|\b(?:cannot|can['’]t|can not) be "
+    r"(?:determined|answered|solved)|\bnot enough information\b|"
+    r"\bimpossible to (?:say|determine|know|tell|give|provide)\b",
+    re.IGNORECASE,
+)
 
 
 def marked_line(text: str) -> str | None:
-    """What follows the last ``####`` (four or more) on its line, or None without a marker."""
-    marks = list(_MARKER.finditer(text))
-    return text[marks[-1].end() :].split("\n")[0].strip() if marks else None
+    """What follows the last filled ``####`` (four or more) on its line, or None without one.
+
+    Models that got stuck end in empty markers, or in the prompt's own ``#### answer``; both count as not filled.
+    """
+    filled = [line for line in _marked_lines(text) if line]
+    return filled[-1] if filled else None
+
+
+def _marked_lines(text: str) -> list[str]:
+    lines = []
+    for found in _MARKER.finditer(text):
+        line, _, after = text[found.end() :].partition("\n")
+        if line.strip().lower().endswith("answer:"):  # and the answer stands below
+            line = after.split("\n", 1)[0]
+        lines.append(_ANSWER_WORD.sub("", line.strip()).strip())
+    return lines
 
 
 def _tidy(text: str) -> str:
@@ -57,75 +108,158 @@ def _number(text: str) -> str | None:
     return None if parse_number(text) is None else plain_number(text)
 
 
-def _strict(text: str) -> str | None:
-    line = marked_line(_tidy(text))
-    found = _AFTER_MARKER.match(unfrac(line)) if line else None
-    return _number(found[1]) if found else None
+def _found(text: str | None, stated: bool = True) -> Found | None:
+    return None if text is None else Found(text, stated)
 
 
-def _flexible(text: str) -> str | None:
-    found = _NUMBER.findall(unfrac(_tidy(text)))
-    return _number(found[-1]) if found else None
+def _strict(text: str, options: Mapping[str, str]) -> Found | None:
+    text = unfrac(_tidy(text))
+    for marker in reversed(list(_MARKER.finditer(text))):
+        end = text.find("\n", marker.end())
+        found = _AFTER_MARKER.match(text[: len(text) if end < 0 else end], marker.end())
+        number = _number(found[1]) if found else None
+        if found and number is not None:
+            return Found(number)
+    return None
 
 
-def _choice(text: str) -> str | None:
+def _numbers(text: str) -> Iterator[re.Match[str]]:
+    """Numbers that can be answers: no list labels, and no totals that something is out of."""
+    for found in _NUMBER.finditer(text):
+        before = text[: found.start()]
+        if _OUT_OF.search(before[-24:]):
+            continue
+        if _LIST_LABEL.search(before[-16:]) and re.match(r"[.):](?:\s|\*)", text[found.end() : found.end() + 2]):
+            continue
+        yield found
+
+
+def _first_value(text: str) -> re.Match[str] | None:
+    """The number a statement gives: the first one, or the right end of the equation that it begins."""
+    found: re.Match[str] | None = next(_numbers(text), None)
+    start = found.end() if found else 0
+    while (
+        found is not None and (further := _CHAIN.match(text, start)) and _is_arithmetic(text[start : further.start(1)])
+    ):
+        found, start = further, further.end()
+    return found
+
+
+def _is_arithmetic(text: str) -> bool:
+    return re.fullmatch(r"[\s\d.,$€£%+\-*×x÷/()=^*]*", text) is not None
+
+
+def _flexible(text: str, options: Mapping[str, str]) -> Found | None:
+    marked = _strict(text, options)
+    if marked is not None:
+        return marked
+    text = unfrac(_tidy(text))
+    span = last_boxed(text)
+    boxed = next(_numbers(text[slice(*span)]), None) if span else None
+    if boxed is not None:
+        return _found(_number(boxed[0]))
+    for stated in reversed(list(_STATED.finditer(text))):
+        said = _first_value(stated[1])
+        if said is not None:
+            return _found(_number(said[said.lastindex or 0]))
+    last = list(_numbers(text))
+    return _found(_number(last[-1][0]), stated=False) if last else None
+
+
+def _choice(text: str, options: Mapping[str, str]) -> Found | None:
     line = marked_line(text)
     if line is not None:
         found = re.match(r"[\s:*(\"']*([A-Ja-j])(?![A-Za-z'’])", line)
-        return found[1].upper() if found else None
+        return Found(found[1].upper()) if found else _by_option(line, options)
     stated = _STATED_LETTER.findall(text)
     if stated:
-        return stated[-1].upper()
-    alone = re.fullmatch(r"[\s*(\"']*([A-Ja-j])(?:[).:\"'*]+.*)?\s*", text, re.DOTALL)
+        return Found(stated[-1].upper())
+    opening = re.findall(r"(?m)^[\s*(\"']*([A-J])(?:[).:]|[ \t]*$)", text)
+    if len(opening) == 1 and re.match(r"[\s*(\"']*[A-J](?:[).:]|\s*$)", text):
+        return Found(opening[0])
+    alone = re.fullmatch(r"[\s*(\"']*([A-Ja-j])[).:\"'*]*\s*", text)
     if alone:
-        return alone[1].upper()
+        return Found(alone[1].upper())
     # "A" opening a sentence and the pronoun "I" are words, so a bare letter must be last or wear brackets.
     bracketed = re.findall(r"\(([A-J])\)", text)
     if bracketed:
-        return bracketed[-1]
+        return Found(bracketed[-1])
     last = re.search(r"(?<![A-Za-z'’])([A-J])[.\s*)\"]*$", text)
-    return last[1] if last else None
+    return Found(last[1], stated=False) if last else _by_option(text, options)
 
 
-def _yesno(text: str) -> str | None:
+def _by_option(text: str, options: Mapping[str, str]) -> Found | None:
+    """The letter of the one option whose words are said; of several none, unless one is stated as the answer."""
+    stated = _STATED.findall(text)
+    for scope in (*stated[-1:], text):
+        said = [
+            letter
+            for letter, words in options.items()
+            if words.strip() and re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", scope, re.IGNORECASE)
+        ]
+        if len(said) == 1:
+            return Found(said[0], stated=scope is not text)
+    return None
+
+
+def _yesno(text: str, options: Mapping[str, str]) -> Found | None:
     line = marked_line(text)
     if line is not None:
         found = re.match(r"[\s:*\"']*(yes|no|true|false)\b", line, re.IGNORECASE)
-        return _LABELS[found[1].lower()] if found else None
+        return Found(_LABELS[found[1].lower()]) if found else None
     stated = _STATED.findall(text)
-    labels = (_LABEL.findall(stated[-1]) if stated else []) or _LABEL.findall(text)
-    return _LABELS[labels[-1].lower()] if labels else None
+    said = _LABEL.findall(stated[-1]) if stated else []
+    if said:
+        return Found(_LABELS[said[0].lower()])
+    leading = _LEADING_LABEL.match(text)
+    if leading:
+        return Found(_LABELS[leading[1].lower()])
+    labels = _LABEL.findall(text)
+    return Found(_LABELS[labels[-1].lower()], stated=False) if labels else None
 
 
-def _math(text: str) -> str | None:
+def _math(text: str, options: Mapping[str, str]) -> Found | None:
     line = marked_line(text)
     scope = line if line is not None else text
     span = last_boxed(scope)
+    stated = _STATED.findall(text)
     if span is not None:
-        value = scope[span[0] : span[1]]
+        value = scope[slice(*span)]
     elif line is not None:
         value = line
+    elif stated and stated[-1].strip(" *$.\\[]("):
+        value = _expression(stated[-1])
+    elif _BARE.fullmatch(text.strip()):
+        value = text.rpartition("=")[2]
     else:
-        stated = _STATED.findall(text)
-        value = stated[-1] if stated else ""
-    value = value.strip().rstrip(".").strip()
-    return plain_number(value.strip("$").strip()) if value.strip("$ ") else None
+        read = parse_mathematics(text)
+        return _found(plain_number(str(read[-1])), stated=False) if read else None
+    value = value.strip(" *`").rstrip(".").strip().strip("$").strip()
+    return Found(plain_number(value)) if value else None
 
 
-def _text(text: str) -> str | None:
+def _expression(text: str) -> str:
+    r"""The mathematics in a stated answer: what stands between ``$`` or ``\(``, else the text up to its full stop."""
+    inside = re.search(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
+    if inside:
+        return inside[1] or inside[2] or inside[3]
+    return re.split(r"\.(?:\s|$)|,\s", text.strip(" *"), maxsplit=1)[0].strip()
+
+
+def _text(text: str, options: Mapping[str, str]) -> Found | None:
     line = marked_line(text)
     if line is None:
         lines = [part.strip() for part in text.split("\n") if part.strip()]
         line = lines[-1] if lines else ""
-    return plain_number(line) or None
+    return _found(plain_number(line) or None, stated=False)
 
 
-KINDS: dict[str, Callable[[str], str | None]] = {
+EXTRACTORS: dict[str, Callable[[str, Mapping[str, str]], Found | None]] = {
     "strict": _strict,
     "flexible": _flexible,
+    "math": _math,
     "choice": _choice,
     "yesno": _yesno,
-    "math": _math,
     "text": _text,
 }
 
@@ -138,9 +272,12 @@ TASK_KINDS = {
     "strategyqa": "yesno",
 }
 
+# What is scored beside the extractor that decides, on the same generations.
+BESIDE = {"strict": ("flexible", "math"), "math": ("flexible", "strict")}
+
 
 def answer_kind(task: str, gold: str | None = None) -> str:
-    """The kind of answer a task asks for: from the table, else from the form of one gold answer, else ``strict``."""
+    """The extractor that decides for a task: from the table, else by the form of one gold answer, else ``strict``."""
     if task in TASK_KINDS:
         return TASK_KINDS[task]
     if gold is None or parse_number(gold) is not None:
@@ -152,40 +289,43 @@ def answer_kind(task: str, gold: str | None = None) -> str:
     return "math" if "\\" in gold else "text"
 
 
-def extract(text: str, kind: str) -> Extraction:
-    r"""Find the final answer in ``text``.
+def extract(
+    text: str,
+    kind: str,
+    finished: bool = True,
+    question: str = "",
+    refusal: re.Pattern[str] = REFUSAL,
+) -> Extraction:
+    """Find the final answer in ``text``.
 
-    Kinds: ``strict`` the number after the last ``#{4,}`` (SPEC 6.9); ``flexible`` the last number anywhere;
-    ``choice`` a letter; ``yesno``; ``math`` the last ``\boxed`` or the marked line; ``text`` the marked or last
-    line. Where a marker stands, only its line counts.
+    Args:
+        text: what was generated; where it goes on to ask another question, it is cut there.
+        kind: a key of ``EXTRACTORS``.
+        finished: whether the text ended by itself.
+        question: for ``choice``: its lettered options can also be named by their words.
+        refusal: wording of a refusal; it overrules a value that is merely mentioned, not one that is stated.
 
     Raises:
-        RsgwmError: an unknown kind.
+        RsgwmError: an unknown extractor.
     """
-    if kind not in KINDS:
-        raise RsgwmError(f"unknown answer kind {kind!r}; known are {', '.join(KINDS)}")
-    value = KINDS[kind](text)
-    return Extraction(value, "refusal" if value is None else "answer")
+    if kind not in EXTRACTORS:
+        raise RsgwmError(f"unknown answer extractor {kind!r}; known are {', '.join(EXTRACTORS)}")
+    further = _ANOTHER_QUESTION.search(text)
+    if further is not None and text[: further.start()].strip():
+        text, finished = text[: further.start()], True
+    stuck = _STUCK.search(text)
+    if stuck is not None:
+        text, finished = text[: stuck.start()], True
+    if not finished:
+        text = _CUT_NUMBER.sub("", text)
+    found = EXTRACTORS[kind](text, options_of(question) if kind == "choice" else {})
+    if (found is None or not found.stated) and refusal.search(text):
+        return Extraction(None, "refusal")
+    if found is None or not (finished or found.stated):
+        return Extraction(None, "refusal" if finished else "truncated")
+    return Extraction(found.value, "answer")
 
 
-def canonical(value: str) -> str:
-    """One spelling for equal answers: the exact value of a number, else folded text without spaces and LaTeX dress."""
-    number = parse_number(value)
-    if number is not None:
-        return f"{number.numerator}/{number.denominator}"
-    text = unfrac(value.replace("−", "-"))
-    text = re.sub(r"\\(?:left|right|displaystyle|[!,;: ])", "", text)
-    text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"(\\sqrt)\s*([0-9a-zA-Z])", r"\1{\2}", text)
-    text = re.sub(r"\s+", "", text.replace("$", "").replace("\\%", "").replace("%", ""))
-    text = re.sub(r"^[a-zA-Z]=(?=.)", "", text)  # "x=5" answers "5"
-    text = text.strip("\"'“”‘’").rstrip(".").casefold()
-    number = parse_number(text)
-    return text if number is None else f"{number.numerator}/{number.denominator}"
-
-
-def is_correct(value: str | None, gold: str) -> bool:
-    """True when ``value`` means the same as ``gold``: equal as exact numbers, else as canonical text."""
-    return value is not None and canonical(value) == canonical(gold)
+def options_of(question: str) -> dict[str, str]:
+    """Lettered options of a question, by letter: lines like ``B. library``."""
+    return {found[1]: found[2].strip() for found in re.finditer(r"(?m)^\s*\(?([A-J])[.):]\s+(.+)$", question)}

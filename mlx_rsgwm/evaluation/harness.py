@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import random
+import re
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import asdict, replace
+from typing import Any
 
+from mlx_rsgwm import files
 from mlx_rsgwm.data.negatives import perturb
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.evaluation.answers import answer_kind, extract, is_correct
-from mlx_rsgwm.evaluation.metrics import Draft, ItemRecord
+from mlx_rsgwm.evaluation.answers import BESIDE, REFUSAL, answer_kind, extract
+from mlx_rsgwm.evaluation.energy import counters, joules
+from mlx_rsgwm.evaluation.equality import is_correct
+from mlx_rsgwm.evaluation.journal import Journal, Timing
+from mlx_rsgwm.evaluation.records import Draft, ItemRecord, Reading
 from mlx_rsgwm.pipeline.calibration import Calibration, fit
-from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, decide
+from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig, decide
 from mlx_rsgwm.pipeline.verifying import SCORES
 from mlx_rsgwm.progress import SILENT, Progress
 
@@ -24,50 +32,166 @@ def evaluate(
     timed: int,
     batch_rows: int = 32,
     progress: Progress = SILENT,
+    *,
+    seeds: Sequence[int] = (),
+    drafts: int | None = None,
+    beside: Mapping[str, DraftVerify] | None = None,
+    scores: Sequence[str] = SCORES,
+    journal: Journal | None = None,
+    part: str = "",
+    refusal: re.Pattern[str] = REFUSAL,
 ) -> list[ItemRecord]:
-    """One record per question, with all K drafts and every score of each.
+    """One record per question and sampling seed, with all drafts and every score of each.
 
     Drafts and scores are made in batches; the loop's decision is then replayed on them. Drafting all K whatever the
     verifier says costs drafts that the loop would not make, and buys the ceiling any-of-K and the drafter alone on the
     same items from the same drafts. Latency is taken apart, one question at a time as a user would wait for it, on
-    ``timed`` questions spread evenly over the list.
+    ``timed`` questions of the first seed, spread evenly over the list.
+
+    Args:
+        pipeline: drafter and verifier; its sampling seed is used where ``seeds`` is empty.
+        questions: each with an id of its own.
+        timed: how many questions are also run one by one; 0 for no latencies.
+        batch_rows: drafts made at a time.
+        seeds: sampling seeds, each one a pass over all questions.
+        drafts: recorded per question, at least the loop's attempts (None: as many).
+        beside: other verifiers of the same drafts; their scores are recorded as ``name:score``.
+        scores: the pipeline's verifier scores to record; the loop's own must be among them, or none at all.
+        journal: keeps every finished batch, and what it holds already is not run again.
+        part: name of this drafter in the journal.
+        refusal: wording of a refusal (see :func:`~mlx_rsgwm.evaluation.answers.extract`).
     """
+    config = pipeline.config
+    _check(questions, scores, config.score)
+    count = max(config.attempts, drafts or 0)
+    records: list[ItemRecord] = []
+    for seed in seeds or (config.sampling.seed,):
+        seeded = replace(config, sampling=replace(config.sampling, seed=seed))
+        drafter = _with_config(pipeline, seeded)
+        found: dict[str, ItemRecord] = {}
+        name = f"{part}/{seed}"
+        blocks = _blocks(pipeline, questions, max(1, batch_rows // count))
+        label = f"{part or 'evaluate'}, seed {seed}" if part or len(seeds) > 1 else "evaluate"
+        with progress.task(label, len(questions)) as advance:
+            for block in blocks:
+                kept = [journal.items.get((name, question.id)) for question in block] if journal else []
+                known = [record for record in kept if record is not None]
+                if len(known) < len(block):
+                    known = list(_block(drafter, block, count, batch_rows, beside or {}, scores, refusal))
+                    if journal:
+                        journal.add_items(name, known)
+                found.update({record.id: record for record in known})
+                advance(len(block), "")
+        rows = [found[question.id] for question in questions]
+        if timed and not records:
+            rows = _with_latency(drafter, rows, min(timed, len(rows)), progress, journal, name)
+        records += rows
+    return records
+
+
+def _with_config(pipeline: DraftVerify, config: LoopConfig) -> DraftVerify:
+    other = copy(pipeline)
+    other.config = config
+    return other
+
+
+def _check(questions: Sequence[Question], scores: Sequence[str], used: str) -> None:
     if not questions:
         raise RsgwmError("there are no questions to evaluate")
+    double = sorted(name for name, count in Counter(question.id for question in questions).items() if count > 1)
+    if double:
+        raise RsgwmError(f"questions need ids of their own; given twice: {', '.join(double[:5])}")
+    if missing := [question.id for question in questions if not question.gold.strip()]:
+        raise RsgwmError(f"questions without a gold answer: {', '.join(missing[:5])}")
+    if scores and used not in scores:
+        raise RsgwmError(f"the loop decides by {used!r}, which is not among the scores {', '.join(scores)}")
+
+
+def _blocks(pipeline: DraftVerify, questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Batches of questions of like prompt length: the same ones whenever the same questions are asked."""
+    lengths = [len(pipeline.template.draft_prompt(pipeline.tokenizer, question.question)) for question in questions]
+    order = sorted(range(len(questions)), key=lambda index: (lengths[index], index))
+    return [[questions[index] for index in order[start : start + size]] for start in range(0, len(order), size)]
+
+
+def _block(
+    pipeline: DraftVerify,
+    questions: Sequence[Question],
+    count: int,
+    batch_rows: int,
+    beside: Mapping[str, DraftVerify],
+    scores: Sequence[str],
+    refusal: re.Pattern[str],
+) -> Iterator[ItemRecord]:
     config = pipeline.config
     texts = [question.question for question in questions]
-    drafted = pipeline.draft_many(texts, config.attempts, batch_rows, progress)
-    scores = _scores(pipeline, texts, drafted, batch_rows, progress)
-    records = []
-    for question, drafts, item_scores in zip(questions, drafted, scores, strict=True):
-        decision = decide([found[config.score] for found in item_scores], config.threshold)
-        records.append(
-            ItemRecord(
-                id=question.id,
-                task=question.task,
-                question=question.question,
-                gold=question.gold,
-                drafts=tuple(judge(question, *pair) for pair in zip(drafts, item_scores, strict=True)),
-                score_name=config.score,
-                threshold=config.threshold,
-                accepted=decision.accepted,
-                attempts=decision.attempts,
-                chosen=decision.chosen,
-            )
+    drafted = pipeline.draft_many(texts, count, batch_rows)
+    verifiers = [("", pipeline, scores), *((f"{name}:", other, SCORES) for name, other in beside.items())]
+    columns = [
+        (prefix, verifier, _scores(verifier, texts, drafted, batch_rows, SILENT, names))
+        for prefix, verifier, names in verifiers
+    ]
+    for index, (question, drafts) in enumerate(zip(questions, drafted, strict=True)):
+        judged = []
+        for number, draft in enumerate(drafts):
+            values: dict[str, float] = {}
+            read: dict[str, int] = {}
+            for prefix, verifier, found in columns:
+                values |= {prefix + name: value for name, value in found[index][number].items()}
+                costs = verified_tokens(verifier, question.question, draft)
+                read |= {prefix + name: costs[name] for name in found[index][number] if name in costs}
+            judged.append(judge(question, draft, values, read, refusal))
+        used = [draft.scores.get(config.score, -1.0) for draft in judged[: config.attempts]]
+        decision = decide(used, config.threshold if scores else -1.0)
+        yield ItemRecord(
+            id=question.id,
+            task=question.task,
+            question=question.question,
+            gold=question.gold,
+            drafts=tuple(judged),
+            score_name=config.score,
+            threshold=config.threshold,
+            accepted=decision.accepted and bool(scores),
+            attempts=decision.attempts,
+            chosen=decision.chosen,
+            seed=config.sampling.seed,
+            abstain=config.abstain,
         )
-    return _with_latency(pipeline, records, min(timed, len(records)), progress)
 
 
-def judge(question: Question, draft: Drafted, scores: dict[str, float]) -> Draft:
-    """Read the answer out of a draft and compare it with gold."""
-    found = extract(draft.text, answer_kind(question.task, question.gold))
+def verified_tokens(pipeline: DraftVerify, question: str, draft: Drafted) -> dict[str, int]:
+    """How many tokens the verifier reads to give each of its scores to a draft, prompt included."""
+    template, tokenizer = pipeline.verify_template, pipeline.tokenizer
+    prompt = len(template.draft_prompt(tokenizer, question))
+    return {
+        "mean_logprob": prompt + len(draft.tokens) + draft.finished,
+        "yesno": len(template.verify_prompt(tokenizer, question, draft.text.strip())),
+    }
+
+
+def judge(
+    question: Question,
+    draft: Drafted,
+    scores: Mapping[str, float],
+    verified: Mapping[str, int] | None = None,
+    refusal: re.Pattern[str] = REFUSAL,
+) -> Draft:
+    """Read the answer out of a draft with every extractor of the task, and compare each reading with gold."""
+    kind = answer_kind(question.task, question.gold)
+    readings = {}
+    for name in (kind, *BESIDE.get(kind, ())):
+        found = extract(draft.text, name, draft.finished, question.question, refusal)
+        readings[name] = Reading(found.value, found.status, is_correct(found.value, question.gold))
     return Draft(
         text=draft.text,
-        value=found.value,
-        correct=is_correct(found.value, question.gold),
-        scores=scores,
+        value=readings[kind].value,
+        correct=readings[kind].correct,
+        scores=dict(scores),
         tokens=len(draft.tokens),
         finished=draft.finished,
+        status=readings[kind].status,
+        readings=readings,
+        verified=dict(verified or {}),
     )
 
 
@@ -106,32 +230,72 @@ def _scores(
     drafted: Sequence[Sequence[Drafted]],
     batch_rows: int,
     progress: Progress,
+    names: Sequence[str] = SCORES,
 ) -> list[list[dict[str, float]]]:
     flat = [draft for drafts in drafted for draft in drafts]
     owners = [text for text, drafts in zip(texts, drafted, strict=True) for _ in drafts]
-    columns = {name: iter(pipeline.score_many(owners, flat, name, batch_rows, progress)) for name in SCORES}
+    columns = {name: iter(pipeline.score_many(owners, flat, name, batch_rows, progress)) for name in names}
     return [[{name: next(column) for name, column in columns.items()} for _ in drafts] for drafts in drafted]
 
 
 def _with_latency(
-    pipeline: DraftVerify, records: Sequence[ItemRecord], timed: int, progress: Progress
+    pipeline: DraftVerify,
+    records: Sequence[ItemRecord],
+    timed: int,
+    progress: Progress,
+    journal: Journal | None,
+    part: str,
 ) -> list[ItemRecord]:
     found = list(records)
-    if not timed:
-        return found
     indices = sorted({round(step * len(records) / timed) for step in range(timed)} - {len(records)})
-    # The first pass through a shape compiles and allocates; nobody should pay for that in the figures.
-    pipeline.answer(records[indices[0]].question)
+    # Side by side, the first draft waits for the others; alone it is what a user of the drafter would wait for.
+    single = replace(pipeline.config, attempts=1, mode="sequential")
+    alone = _with_config(pipeline, single)
+    known = journal.timings if journal else {}
+    if any((part, records[index].id) not in known for index in indices):
+        # The first pass through a shape compiles and allocates; nobody should pay for that in the figures.
+        pipeline.answer(records[indices[0]].question)
     with progress.task("time, one question at a time", len(indices)) as advance:
         for index in indices:
             record = records[index]
-            started = time.perf_counter()
-            first = 0.0
-            for step in pipeline.steps(record.question):
-                if isinstance(step, Drafted) and step.attempt == 1:
-                    first = time.perf_counter() - started
-            total = time.perf_counter() - started
-            drafts = (replace(record.drafts[0], latency_ms=first * 1000), *record.drafts[1:])
-            found[index] = replace(record, drafts=drafts, latency_ms=total * 1000)
-            advance(1, f"{total:.2f} s")
+            timing = known.get((part, record.id))
+            if timing is None:
+                timing = _time(pipeline, alone, record.question)
+                if journal:
+                    journal.add_timing(part, record.id, timing)
+            first, total, energy = timing
+            drafts = (replace(record.drafts[0], latency_ms=first), *record.drafts[1:])
+            found[index] = replace(record, drafts=drafts, latency_ms=total, energy_j=energy)
+            advance(1, f"{total / 1000:.2f} s")
     return found
+
+
+def _time(pipeline: DraftVerify, alone: DraftVerify, question: str) -> Timing:
+    started = time.perf_counter()
+    next(alone.steps(question))
+    first = time.perf_counter() - started
+    known = counters()
+    before = [counter.read() for counter in known]
+    started = time.perf_counter()
+    pipeline.answer(question)
+    total = time.perf_counter() - started
+    return first * 1000, total * 1000, joules(known, before)
+
+
+def describe_run(pipeline: DraftVerify, questions: Sequence[Question], batch_rows: int, **more: Any) -> dict[str, Any]:
+    """Everything the items of a run depend on, for its journal and its report: prompt and decoding included."""
+    adapters = {
+        role: files.sha256_json(pipeline.slots.adapter(name).manifest.get("files") or {}) if name else None
+        for role, name in (("drafter", pipeline.drafter), ("verifier", pipeline.verifier))
+    }
+    return {
+        "base": pipeline.slots.base.fingerprint,
+        "adapters": adapters,
+        "template": pipeline.template.describe(),
+        "verify_template": pipeline.verify_template.describe(),
+        "loop": asdict(pipeline.config),
+        "questions": files.sha256_json([asdict(question) for question in questions]),
+        "items": len(questions),
+        "batch_rows": batch_rows,
+        **more,
+    }

@@ -1,14 +1,19 @@
-"""Estimates that carry their error: Wilson intervals, the exact paired McNemar test, bootstrapped AUROC."""
+"""Estimates that carry their error: Wilson intervals for shares, a bootstrap over items for everything else."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mlx_rsgwm.evaluation.paired import PairedTest as PairedTest
+from mlx_rsgwm.evaluation.paired import mcnemar as mcnemar
+from mlx_rsgwm.evaluation.paired import resampled
 from mlx_rsgwm.pipeline.calibration import area_under_roc
+
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -42,41 +47,49 @@ def wilson(successes: int, n: int) -> Rate | None:
     return Rate(successes / n, max(0.0, float(interval.low)), min(1.0, float(interval.high)), n)
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """Two systems on the same items: how often only one of them is right, and the exact two-sided p-value."""
-
-    n: int
-    only_first: int
-    only_second: int
-    difference: float
-    p_value: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "n": self.n,
-            "only_first": self.only_first,
-            "only_second": self.only_second,
-            "difference": self.difference,
-            "p_value": self.p_value,
-        }
+def share(successes: int, n: int) -> Rate:
+    """:func:`wilson` where there is something to count."""
+    rate = wilson(successes, n)
+    assert rate is not None
+    return rate
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
-    """Exact McNemar test; ``difference`` is the accuracy of ``second`` minus that of ``first``.
+def blocks_of(groups: Sequence[Hashable]) -> list[np.ndarray]:
+    """Positions of each group's members, in order of first appearance."""
+    members: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(groups):
+        members.setdefault(key, []).append(index)
+    return [np.asarray(block) for block in members.values()]
 
-    Raises:
-        ValueError: the sequences differ in length or are empty.
+
+def bootstrapped(
+    statistic: Callable[[np.ndarray], float | None],
+    groups: Sequence[Hashable],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Rate | None:
+    """A statistic in [0, 1] of observations given by their positions, with a 95 % percentile bootstrap interval.
+
+    ``groups`` (one key per observation) are resampled whole: the drafts of one question are not independent. A
+    resample on which the statistic is None is left out. A statistic without spread has a point for an interval however
+    few the items are: read it with ``n``. None where the statistic is None on the whole sample.
     """
-    from scipy.stats import binomtest
+    estimate = statistic(np.arange(len(groups))) if len(groups) else None
+    if estimate is None:
+        return None
+    blocks = blocks_of(groups)
+    if len(blocks) < 2:
+        return Rate(estimate, 0.0, 1.0, len(groups))
 
-    if len(first) != len(second) or not first:
-        raise ValueError(f"paired results must have one length above 0, found {len(first)} and {len(second)}")
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    discordant = only_first + only_second
-    p_value = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
-    return PairedTest(len(first), only_first, only_second, (only_second - only_first) / len(first), p_value)
+    def of(chosen: np.ndarray) -> float:
+        value = statistic(np.concatenate([blocks[index] for index in chosen]))
+        return float("nan") if value is None else value
+
+    drawn = resampled(of, len(blocks), seed, resamples)
+    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (0.0, 1.0)
+    low, high = max(0.0, min(float(low), estimate)), min(1.0, max(float(high), estimate))
+    return Rate(estimate, low, high, len(groups))
 
 
 def auroc(
@@ -85,13 +98,11 @@ def auroc(
     *,
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
 ) -> Rate | None:
     """Probability that a positive scores above a negative, ties counting half; None when a class is missing.
 
-    The interval is the 95 % percentile bootstrap. ``groups`` (one key per score) are resampled whole: the drafts of
-    one question are not independent. A resample without one of the classes is left out. A perfect separation has
-    no spread to resample, so its interval is a point however few the items are: read it with ``n``.
+    The interval is :func:`bootstrapped` over ``groups``.
 
     Raises:
         ValueError: lengths that differ, or a score that is not finite.
@@ -101,20 +112,9 @@ def auroc(
         raise ValueError(f"scores {values.shape}, labels {positive.shape} and groups must have one length")
     if not np.all(np.isfinite(values)):
         raise ValueError("scores must be finite")
-    estimate = area_under_roc(values, positive)
-    if estimate is None:
-        return None
-    keys = list(range(len(values))) if groups is None else list(groups)
-    members: dict[Hashable, list[int]] = {}
-    for index, key in enumerate(keys):
-        members.setdefault(key, []).append(index)
-    blocks = [np.asarray(block) for block in members.values()]
-    random = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        chosen = np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))])
-        value = area_under_roc(values[chosen], positive[chosen])
-        if value is not None:
-            drawn.append(value)
-    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (0.0, 1.0)
-    return Rate(estimate, min(float(low), estimate), max(float(high), estimate), len(values))
+    return bootstrapped(
+        lambda rows: area_under_roc(values[rows], positive[rows]),
+        range(len(values)) if groups is None else groups,
+        seed=seed,
+        resamples=resamples,
+    )

@@ -1,6 +1,6 @@
-"""The report folder of an evaluation: items.jsonl, report.md, plot.png, and report.json last.
+"""The report folder of an evaluation: items.jsonl, report.html, report.md, plot.png, and report.json last.
 
-``summarise`` turns records into one JSON object; everything shown (terminal, Markdown, plot) is drawn from that object,
+Everything shown (terminal, Markdown, page, plot) is drawn from the one object that ``summarise`` makes of the records,
 so no two places can disagree.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.evaluation import metrics
-from mlx_rsgwm.evaluation.intervals import Rate
-from mlx_rsgwm.evaluation.metrics import ItemRecord
+from mlx_rsgwm.evaluation.figures import plot
+from mlx_rsgwm.evaluation.page import render_html
+from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
+from mlx_rsgwm.evaluation.summary import FORMAT, summarise
 from mlx_rsgwm.progress import SILENT, Progress
 
-FORMAT = "mlx-rsgwm/report"
-FORMAT_VERSION = 1
 REPORT_FILE = "report.json"
 MARKDOWN_FILE = "report.md"
+HTML_FILE = "report.html"
 ITEMS_FILE = "items.jsonl"
 PLOT_FILE = "plot.png"
 
@@ -39,67 +39,15 @@ ROWS = {
     "refusal_rate": "Refusal rate",
     "truncated_rate": "Truncated rate",
     "far_halluc": "False-accept rate without refusals",
+    "median_latency_ms": "Median latency, ms",
+    "p95_latency_ms": "95 % latency, ms",
+    "tokens_drafted": "Tokens drafted per item",
+    "tokens_verified": "Tokens verified per item",
+    "energy_j": "Energy per item, J",
 }
-TIMED = ("average_latency_ms", "items_per_minute")  # over the items that were run one by one
-THRESHOLDS = tuple(step / 20 for step in range(21))
+TIMED = ("average_latency_ms", "items_per_minute", "median_latency_ms", "p95_latency_ms", "energy_j")
 
-
-def _plain(value: Any) -> Any:
-    return value.to_dict() if isinstance(value, Rate) else value
-
-
-def summarise(
-    records: Sequence[ItemRecord],
-    k: int,
-    metadata: Mapping[str, Any] | None = None,
-    wall_seconds: Mapping[str, float] | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """One JSON object with everything the report shows.
-
-    Args:
-        records: one per item.
-        k: attempts the loop had in all.
-        metadata: where the numbers come from (base, adapters, data, seed, versions); JSON values.
-        wall_seconds: seconds the whole pass took, under ``drafter`` and ``draft_verify``; either may be missing.
-        seed: of the bootstrap behind the AUROC intervals.
-    """
-    times = dict(wall_seconds or {})
-    alone = metrics.table(records, "drafter", wall_seconds=times.get("drafter"))
-    checked = metrics.table(records, "draft_verify", wall_seconds=times.get("draft_verify"), max_attempts=k)
-    ceiling = metrics.any_of_k(records, k)
-    alone_by_task, checked_by_task = metrics.by_task(records, "drafter"), metrics.by_task(records, "draft_verify")
-    auroc = metrics.verifier_auroc(records, seed)
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "n": len(records),
-        "k": k,
-        "score": records[0].score_name,
-        "threshold": records[0].threshold,
-        "drafter": alone.to_dict(),
-        "draft_verify": checked.to_dict(),
-        "paired": metrics.compare(records).to_dict(),
-        "by_task": {
-            task: {"drafter": rate.to_dict(), "draft_verify": checked_by_task[task].to_dict()}
-            for task, rate in alone_by_task.items()
-        },
-        "verifier_auroc": {
-            name: {label: _plain(rate) for label, rate in found.items()} for name, found in auroc.items()
-        },
-        "oracle": {
-            "any_of_k": _plain(ceiling),
-            "majority_of_k": _plain(metrics.majority_of_k(records, k)),
-            "gap_closed": metrics.gap_closed(
-                checked.accuracy.value, alone.accuracy.value, ceiling.value if ceiling else None
-            ),
-        },
-        "sweep": {
-            name: {str(at): found.to_dict() for at, found in metrics.sweep(records, THRESHOLDS, k, name).items()}
-            for name in auroc
-        },
-        "metadata": dict(metadata or {}),
-    }
+Section = tuple[str, list[list[str]]]
 
 
 def show(value: Any, digits: int = 3) -> str:
@@ -111,65 +59,153 @@ def show(value: Any, digits: int = 3) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _sections(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """Titles and tables (first row is the head) shared by the terminal and the Markdown."""
-    alone, checked, k = summary["drafter"], summary["draft_verify"], summary["k"]
-    main = [["", "drafter alone", "n", "draft–verify", "n"]]
+def p_shown(value: float) -> str:
+    """``= 0.013`` or ``< 0.001``."""
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def sections(summary: Mapping[str, Any]) -> list[Section]:
+    """Titles and tables (first row is the head) shared by the terminal, the Markdown and the page."""
+    found = [
+        ("Draft–verify against the drafter alone", _main(summary)),
+        ("Families", _families(summary)),
+        ("Verifier", _scores(summary)),
+        ("Ceiling", _ceiling(summary)),
+    ]
+    if len(summary["readings"]) > 1:
+        found.append(("The same drafts by other extractors", _readings(summary)))
+    if len(summary["pass_at_k"]) > 1:
+        found.append(("Several drafts", _several(summary)))
+    if summary["seeds"]:
+        found.append((f"Sampling seeds {', '.join(map(str, summary['seeds']['seeds']))}", _seeds(summary["seeds"])))
+    return found
+
+
+def _main(summary: Mapping[str, Any]) -> list[list[str]]:
+    alone, checked = summary["drafter"], summary["draft_verify"]
+    rows = [["", "drafter alone", "n", "draft–verify", "n"]]
     for name, label in ROWS.items():
         counts = [row[name]["n"] if isinstance(row[name], Mapping) else None for row in (alone, checked)]
         if name in TIMED:
             counts = [row["timed_items"] if row[name] is not None else None for row in (alone, checked)]
         shown = [str(count) if count is not None else "" for count in counts]
-        main.append([label, show(alone[name]), shown[0], show(checked[name]), shown[1]])
-    tasks = [["family", "drafter alone", "draft–verify", "n"]]
+        rows.append([label, show(alone[name]), shown[0], show(checked[name]), shown[1]])
+    return rows
+
+
+def _families(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["family", "drafter alone", "draft–verify", "n"]]
     for task, rates in summary["by_task"].items():
-        tasks.append([task, show(rates["drafter"]), show(rates["draft_verify"]), str(rates["drafter"]["n"])])
-    scores = [["verifier score", "AUROC, all drafts", "n", "AUROC, first drafts", "n"]]
-    for name, found in summary["verifier_auroc"].items():
-        used = f"{name} (used)" if name == summary["score"] else name
-        cells = [
-            text for label in ("all", "first") for text in (show(found[label]), str((found[label] or {}).get("n", "")))
-        ]
-        scores.append([used, *cells])
-    oracle, n = summary["oracle"], str(summary["n"])
-    ceiling = [["ceiling", "accuracy", "n"]]
-    ceiling.append([f"any of {k} drafts correct (oracle)", show(oracle["any_of_k"]), n])
-    ceiling.append([f"majority of {k}", show(oracle["majority_of_k"]), n])
-    ceiling.append(["share of the oracle gap closed", show(oracle["gap_closed"]), n])
+        rows.append([task, show(rates["drafter"]), show(rates["draft_verify"]), str(rates["drafter"]["n"])])
+    return rows
+
+
+def _scores(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["verifier score", "drafts", "n", "AUROC", "average precision", "Brier", "ECE", "AURC (best)"]]
+    for name, labels in summary["verifier"].items():
+        for label, found in labels.items():
+            used = f"{name} (used)" if name == summary["score"] else name
+            best = "–" if found["aurc_best"] is None else f"{found['aurc_best']:.3f}"
+            cells = [show(found[key]) for key in ("auroc", "average_precision", "brier", "ece")]
+            rows.append([used, label, str(found["n"]), *cells, f"{show(found['aurc'])} ({best})"])
+    return rows
+
+
+def _ceiling(summary: Mapping[str, Any]) -> list[list[str]]:
+    oracle, n, k = summary["oracle"], str(summary["n"]), summary["k"]
     return [
-        ("Draft–verify against the drafter alone", main),
-        ("Families", tasks),
-        ("Verifier", scores),
-        ("Ceiling", ceiling),
+        ["ceiling", "accuracy", "n"],
+        [f"any of {k} drafts correct (oracle)", show(oracle["any_of_k"]), n],
+        [f"majority of {k}", show(oracle["majority_of_k"]), n],
+        ["share of the oracle gap closed", show(oracle["gap_closed"]), n],
     ]
 
 
-def _notes(summary: Mapping[str, Any]) -> list[str]:
+def _readings(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["extractor", "of", "accuracy", "hallucination", "refusal", "truncated"]]
+    for name, modes in summary["readings"].items():
+        for mode, label in (("drafter", "drafter alone"), ("draft_verify", "draft–verify")):
+            rows.append([name, label, *(show(rate) for rate in modes[mode].values())])
+    return rows
+
+
+def _several(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["k", "pass@k", "maj@k", "n"]]
+    for count, rate in summary["pass_at_k"].items():
+        rows.append([count, show(rate), show(summary["majority_at_k"][count]), str(summary["n"])])
+    return rows
+
+
+def _seeds(seeds: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["", "drafter alone", "median", "draft–verify", "median"]]
+    for name, label in ROWS.items():
+        if name in seeds["drafter"]:
+            cells = []
+            for mode in ("drafter", "draft_verify"):
+                values = [f"{value:.3f}" if value is not None else "–" for value in seeds[mode][name]["values"]]
+                middle = seeds[mode][name]["median"]
+                cells += [f"({', '.join(values)})", "–" if middle is None else f"{middle:.3f}"]
+            rows.append([label, *cells])
+    shown = [show(seeds[mode]["accuracy_all_seeds"]) for mode in ("drafter", "draft_verify")]
+    rows.append(["Accuracy over all seeds", shown[0], "", shown[1], ""])
+    return rows
+
+
+def notes(summary: Mapping[str, Any]) -> list[str]:
+    """What must be said beside the tables."""
     paired = summary["paired"]
-    return [
+    found = [
         f"{summary['n']} items, K = {summary['k']}, score {summary['score']}, threshold {summary['threshold']:g}; "
-        "brackets are 95 % intervals (Wilson; bootstrap over items for AUROC).",
+        "brackets are 95 % intervals (Wilson for shares; bootstrap over items for the rest).",
         f"Same items: only draft–verify right on {paired['only_second']}, only the drafter on {paired['only_first']}, "
-        f"difference {paired['difference']:+.3f}, exact McNemar p = {paired['p_value']:.3f}.",
+        f"difference {paired['difference']:+.3f}, exact McNemar p {p_shown(paired['p_value'])}.",
     ]
+    smallest = paired.get("smallest_difference")
+    floor = f"no test shows fewer than {paired['fewest_discordant']} items, all in one system's favour"
+    shown = f"a difference of {smallest:.3f} would be shown with 80 % power, and " if smallest is not None else ""
+    found.append(f"What {summary['n']} items can show at 5 %: {shown}{floor}.")
+    if summary["seeds"]:
+        gap = summary["seeds"]["difference"]
+        found.append(
+            f"Over all sampling seeds (items as units): difference {gap['value']:+.3f} [{gap['low']:+.3f}, "
+            f"{gap['high']:+.3f}], permutation p {p_shown(gap['p_value'])}. "
+            "The tables above are those of the first seed."
+        )
+    contamination = summary["metadata"].get("contamination")
+    if contamination:
+        found.append(
+            f"Contamination: of {contamination['test']} test questions {contamination['exact']} stand in the "
+            f"{contamination['train']} training questions word for word, {contamination['numbers']} with other "
+            f"numbers, {contamination['near']} nearly."
+        )
+    return found
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table as plain text with a rule under its head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    body = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join([body[0], "|" + "---|" * len(rows[0]), *body[1:]])
 
 
 def render_table(summary: Mapping[str, Any]) -> str:
     """The report as plain text with aligned columns, for a terminal."""
-    blocks = []
-    for title, rows in _sections(summary):
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        blocks.append("\n".join([title, lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]]))
-    return "\n\n".join([*blocks, "\n".join(_notes(summary))])
+    blocks = [f"{title}\n{aligned(rows)}" for title, rows in sections(summary)]
+    return "\n\n".join([*blocks, "\n".join(notes(summary))])
 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    lines = ["# Evaluation", "", *(f"{note}\n" for note in _notes(summary))]
-    for title, rows in _sections(summary):
-        body = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-        lines += [f"## {title}", "", body[0], "|" + "---|" * len(rows[0]), *body[1:], ""]
+    lines = ["# Evaluation", "", *(f"{note}\n" for note in notes(summary))]
+    for title, rows in sections(summary):
+        lines += [f"## {title}", "", markdown_table(rows), ""]
+    lines += [f"![reliability, risk and coverage, thresholds, attempts, latency]({PLOT_FILE})", ""]
     if summary["metadata"]:
         shown = json.dumps(summary["metadata"], indent=2, ensure_ascii=False)
         lines += ["## Where the numbers come from", "", "```json", shown, "```", ""]
@@ -197,7 +233,8 @@ def write_report(
         (folder / REPORT_FILE).unlink()
     write_items(folder / ITEMS_FILE, records)
     files.write_text(folder / MARKDOWN_FILE, render_markdown(summary))
-    names = [ITEMS_FILE, MARKDOWN_FILE]
+    files.write_text(folder / HTML_FILE, render_html("Evaluation", sections(summary), notes(summary), summary, records))
+    names = [ITEMS_FILE, MARKDOWN_FILE, HTML_FILE]
     try:
         plot(summary, folder / PLOT_FILE)
         names.append(PLOT_FILE)
@@ -209,71 +246,15 @@ def write_report(
     return summary
 
 
-def write_items(path: Path, records: Sequence[ItemRecord]) -> None:
-    """One record a line."""
-    lines = [json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) for record in records]
-    files.write_text(path, "\n".join(lines) + "\n")
-
-
-def read_items(path: Path) -> list[ItemRecord]:
-    """Read ``items.jsonl`` back; a bad line is a :class:`RsgwmError` with its number."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RsgwmError(f"cannot read {path}: {error}") from None
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RsgwmError(f"{path} line {number}: not valid JSON ({error.msg})") from None
-            if not isinstance(value, dict):
-                raise RsgwmError(f"{path} line {number}: expected a JSON object, found {type(value).__name__}")
-            records.append(ItemRecord.from_dict(value, f"{path} line {number}"))
-    return records
-
-
-def plot(summary: Mapping[str, Any], path: Path) -> None:
-    """Bars per family with intervals, and accuracy, accept and false-accept rate over the threshold; a PNG.
+def read_report(folder: Path) -> tuple[dict[str, Any], list[ItemRecord]]:
+    """Summary and records of a finished report folder.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        RsgwmError: no finished report there, or items that are not those it was made from.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    bars, curve = figure.subplots(1, 2)
-    tasks = list(summary["by_task"])
-    for shift, (mode, label) in enumerate((("drafter", "drafter alone"), ("draft_verify", "draft–verify"))):
-        rates = [summary["by_task"][task][mode] for task in tasks]
-        values = [rate["value"] for rate in rates]
-        below = [rate["value"] - rate["low"] for rate in rates]
-        above = [rate["high"] - rate["value"] for rate in rates]
-        places = [index + (shift - 0.5) * 0.4 for index in range(len(tasks))]
-        bars.bar(places, values, 0.4, yerr=[below, above], capsize=3, label=label)
-    bars.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
-    bars.set(ylim=(0, 1), ylabel="accuracy", title="Families")
-    bars.legend()
-    points = summary["sweep"].get(summary["score"], {})
-    for name, label in (
-        ("accuracy", "accuracy"),
-        ("accept_rate", "accept rate"),
-        ("false_accept_rate", "false accepts"),
-    ):
-        shown = [(float(at), row[name]["value"]) for at, row in points.items() if row[name] is not None]
-        if shown:
-            curve.plot(*zip(*shown, strict=True), marker=".", label=label)
-    curve.axvline(summary["threshold"], color="grey", linestyle=":", label="threshold used")
-    curve.set(xlim=(0, 1), ylim=(0, 1), xlabel=f"threshold on {summary['score']}", title="Risk and coverage")
-    curve.legend()
-    temporary = files.temporary_for(path)
-    try:
-        figure.savefig(temporary, dpi=120, format="png")
-        files.replace_file(path, temporary)
-    except OSError as error:
-        raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    if not (folder / REPORT_FILE).is_file():
+        raise RsgwmError(f"{folder} holds no {REPORT_FILE}; give the --out folder of a finished rsgwm eval")
+    summary = files.read_json_object(folder / REPORT_FILE)
+    if summary.get("format") != FORMAT:
+        raise RsgwmError(f"{folder / REPORT_FILE}: format is {summary.get('format')!r}, not {FORMAT!r}")
+    return summary, read_items(folder / ITEMS_FILE)

@@ -9,12 +9,10 @@ depends on, so that a sweep that was cut off goes on, and a longer one measures 
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,13 @@ from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.evaluation.harness import judge
+from mlx_rsgwm.evaluation.sweep_meter import Labelled, Meter
+from mlx_rsgwm.evaluation.sweep_variants import ROLES, Variant
 from mlx_rsgwm.merging.merge import merge
-from mlx_rsgwm.merging.methods import METHODS, resolved
+from mlx_rsgwm.merging.methods import resolved
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.drafting import DraftTokens
+from mlx_rsgwm.pipeline.loop import Drafted
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
@@ -37,90 +38,7 @@ from mlx_rsgwm.slots import AdapterSlots
 FORMAT_VERSION = 1
 ITEMS_FILE = "items.json"
 FOLDER = "measured"
-ROLES = ("draft", "verify")
-JUDGED_BY = ("mean_logprob", "yesno")  # the scores that need no fitting
-# Every method, and beside rsgwm's default its other readings.
-DEFAULT_METHODS = (
-    "all",
-    "rsgwm:space=factor/product,signal=per_role/shared",
-    "rsgwm:tau=0.3/0.5/0.8",
-    "rsgwm:normalise=none/rank",
-)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with some of its parameters set, for both roles."""
-
-    method: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """``rsgwm:space=product,tau=0.5``: what :func:`parse_variants` reads."""
-        pairs = ",".join(f"{name}={_shown(value)}" for name, value in self.parameters.items())
-        return f"{self.method}:{pairs}" if pairs else self.method
-
-
-def parse_variants(texts: Sequence[str]) -> list[Variant]:
-    """Variants as a user writes them: ``linear,ties:density=0.2/0.5,rsgwm:space=product,tau=0.3/0.5``.
-
-    Values with / between them make one variant each, several such parameters every combination; ``all`` is every
-    method but the imitations (``peft:…``), with its defaults. Variants that come to the same merge are kept once,
-    under the first name.
-
-    Raises:
-        RsgwmError: unknown methods and parameters, values out of range; all in one error.
-    """
-    found: list[Variant] = []
-    for piece in (part.strip() for text in texts for part in text.split(",") if part.strip()):
-        left, equals, value = piece.partition("=")
-        # Names of methods may hold a colon themselves, names of parameters not.
-        method, colon, name = left.rpartition(":") if equals else (left, ":", "")
-        if method == "all" and not equals:
-            found += [Variant(known) for known in METHODS if ":" not in known]
-        elif colon:
-            found.append(Variant(method))
-        if equals:
-            if not found or not name:
-                raise RsgwmError(f"--methods: expected METHOD:NAME=VALUE, found {piece!r}")
-            found[-1] = replace(found[-1], parameters={**found[-1].parameters, name: value})
-    return _distinct([one for variant in found for one in _expanded(variant)])
-
-
-def _expanded(variant: Variant) -> list[Variant]:
-    choices = [[_value(value) for value in str(text).split("/")] for text in variant.parameters.values()]
-    return [replace(variant, parameters=dict(zip(variant.parameters, row, strict=True))) for row in product(*choices)]
-
-
-def _distinct(variants: Sequence[Variant]) -> list[Variant]:
-    kept: dict[Any, Variant] = {}
-    problems = []
-    for variant in variants:
-        try:
-            merges = [resolved(MergeOptions(variant.method, role, variant.parameters)) for role in ROLES]
-        except RsgwmError as error:
-            problems.append(str(error).removeprefix("merge options: "))
-        else:
-            method = METHODS[variant.method]
-            kept.setdefault((method.merge, method.rank, json.dumps(merges, default=str)), variant)
-    raise_problems("--methods", problems)
-    return list(kept.values())
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+REFERENCE = Variant("linear")
 
 
 @dataclass(frozen=True)
@@ -144,7 +62,7 @@ class Plan:
     rank: int | None = None
     seed: int = 42
     batch_rows: int = 32
-    reference: Variant = Variant("linear")
+    reference: Variant = REFERENCE
 
     def __post_init__(self) -> None:
         problems = []
@@ -175,18 +93,6 @@ class Candidate:
     kind: str
     variant: Variant | None = None
     folder: Path | None = None
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """An answer to judge: index of its question, where it comes from (gold, perturbed, draft), whether it is right."""
-
-    question: int
-    kind: str
-    text: str
-    tokens: tuple[int, ...]
-    finished: bool
-    correct: bool
 
 
 @dataclass(frozen=True)
@@ -239,11 +145,7 @@ class Sweep:
         self.plan = plan
         self.out = out
         self.progress = progress
-        self.slots = AdapterSlots(base)
-        self.texts = [question.question for question in plan.questions]
-        tokenizer = base.tokenizer
-        self.completions = [plan.template.completion(tokenizer, question.answer) for question in plan.questions]
-        self.max_tokens = plan.max_tokens or 2 * max(map(len, self.completions))
+        self.meter = Meter(AdapterSlots(base), plan.questions, plan.template, plan.max_tokens or 0, plan.batch_rows)
         self._identities = {folder: identity(folder) for folder in (*plan.pool, *plan.extras.values())}
         self._about = {
             "format_version": FORMAT_VERSION,
@@ -251,7 +153,7 @@ class Sweep:
             "base": base.fingerprint,
             "template": plan.template.hash,
             "questions": files.sha256_json([asdict(question) for question in plan.questions]),
-            "max_tokens": self.max_tokens,
+            "max_tokens": self.meter.max_tokens,
             "seed": plan.seed,
         }
 
@@ -287,7 +189,7 @@ class Sweep:
             "pool": [folder.name for folder in plan.pool],
             "extras": list(plan.extras),
             "tasks": {task: sum(question.task == task for question in plan.questions) for task in plan.tasks},
-            "max_tokens": self.max_tokens,
+            "max_tokens": self.meter.max_tokens,
             "reference": plan.reference.label,
             "weights": list(plan.weights),
             "rank": plan.rank,
@@ -306,25 +208,28 @@ class Sweep:
         path = self.out / ITEMS_FILE
         if path.is_file() and (found := files.read_json_object(path)).get("key") == key:
             return tuple(Labelled(**{**row, "tokens": tuple(row["tokens"])}) for row in found["answers"])
-        self.slots.load(
-            "drafter", merge(self.plan.pool, self.plan.options(self.plan.reference, "draft"), self.progress)
-        )
-        pipeline = self._pipeline("drafter", "drafter", Sampling(0.7, 0.9, self.max_tokens, self.plan.seed))
-        chosen = self._judged()
-        drafted = pipeline.draft_many([self.texts[index] for index in chosen], 1, self.plan.batch_rows, self.progress)
+        reference = self.plan.options(self.plan.reference, "draft")
+        self.meter.load("drafter", merge(self.plan.pool, reference, self.progress))
+        chosen = self._first_of_each_task()
+        sampling = Sampling(0.7, 0.9, self.meter.max_tokens, self.plan.seed)
+        drafted = self.meter.written("drafter", {index: self.meter.prompts[index] for index in chosen}, sampling)
+        end = (self.meter.tokenizer.eos_token_id,)
         rng = random.Random(f"sweep/{self.plan.seed}")
         answers = []
-        for index, (draft,) in zip(chosen, drafted, strict=True):
+        for index in chosen:
             question = self.plan.questions[index]
-            answers.append(_labelled(index, "gold", pipeline.as_draft(question.answer), True))
+            answers.append(Labelled(index, "gold", question.answer, self.meter.completions[index], True))
             if negative := perturb(question, rng):
-                answers.append(_labelled(index, "perturbed", pipeline.as_draft(negative.answer), False))
-            answers.append(_labelled(index, "draft", draft, judge(question, draft, {}).correct))
+                completion = tuple(self.plan.template.completion(self.meter.tokenizer, negative.answer))
+                answers.append(Labelled(index, "perturbed", negative.answer, completion, False))
+            draft = drafted[index]
+            text, correct = self._judged(index, draft)
+            answers.append(Labelled(index, "draft", text, draft.tokens + (end if draft.finished else ()), correct))
         questions = [asdict(question) for question in self.plan.questions]
         files.write_json(path, {"key": key, "questions": questions, "answers": [asdict(answer) for answer in answers]})
         return tuple(answers)
 
-    def _judged(self) -> list[int]:
+    def _first_of_each_task(self) -> list[int]:
         chosen: dict[str, list[int]] = {}
         for index, question in enumerate(self.plan.questions):
             chosen.setdefault(question.task, []).append(index)
@@ -342,7 +247,7 @@ class Sweep:
         if candidate.variant is not None:
             options = [_plain({**vars(one), "parameters": resolved(one)}) for one in self._both(candidate.variant)]
             return [[self._identities[folder] for folder in self.plan.pool], options]
-        return [candidate.kind, self._identities.get(candidate.folder)]
+        return [candidate.kind, self._identities[candidate.folder] if candidate.folder else None]
 
     def _outcome(self, candidate: Candidate, answers: Sequence[Labelled]) -> Outcome:
         if candidate.variant is not None:
@@ -350,7 +255,7 @@ class Sweep:
         if candidate.folder is None:
             return self._measure(Outcome(candidate.name, candidate.kind), None, None, answers)
         adapter = Adapter.load(candidate.folder)
-        self.slots.load("drafter", adapter)
+        self.meter.load("drafter", adapter)
         task = task_of(candidate.folder, adapter.manifest) if candidate.kind == "adapter" else ""
         return self._measure(Outcome(candidate.name, candidate.kind, task), "drafter", "drafter", answers)
 
@@ -366,7 +271,7 @@ class Sweep:
                 if role == "verify" and same:
                     continue
                 merged = merge(self.plan.pool, options)
-                self.slots.load(slot, merged)
+                self.meter.load(slot, merged)
                 diagnosis[role] = merged.manifest["merge"]["diagnosis"]["overall"]
         except RsgwmError as error:
             return Outcome(variant.label, "merge", refused=str(error))
@@ -377,46 +282,31 @@ class Sweep:
         self, outcome: Outcome, drafter: str | None, verifier: str | None, answers: Sequence[Labelled]
     ) -> Outcome:
         """``outcome`` filled in, for the slots that draft and verify."""
-        plan, greedy = self.plan, Sampling(0.0, 1.0, self.max_tokens, self.plan.seed)
-        alone = self._pipeline(drafter, drafter, greedy)
-        drafted = alone.draft_many(self.texts, 1, plan.batch_rows)
-        drafts = [judge(question, row[0], {}) for question, row in zip(plan.questions, drafted, strict=True)]
-        gold = alone.score_many(
-            self.texts,
-            [alone.as_draft(question.answer) for question in plan.questions],
-            "mean_logprob",
-            plan.batch_rows,
-        )
-        checked = alone if drafter == verifier else self._pipeline(drafter, verifier, greedy)
-        owners = [self.texts[answer.question] for answer in answers]
-        shown = [Drafted(0, answer.text, answer.tokens, answer.finished) for answer in answers]
-        scores = {score: tuple(checked.score_many(owners, shown, score, plan.batch_rows)) for score in JUDGED_BY}
+        drafts, nats = self.meter.drafts(drafter)
         return replace(
             outcome,
-            drafts=tuple((draft.text, draft.correct) for draft in drafts),
-            gold=tuple(
-                (-math.log(max(score, 1e-38)) * len(completion), len(completion))
-                for score, completion in zip(gold, self.completions, strict=True)
-            ),
-            scores=scores,
+            drafts=tuple(self._judged(index, found) for index, found in enumerate(drafts)),
+            gold=tuple((loss, len(tokens)) for loss, tokens in zip(nats, self.meter.completions, strict=True)),
+            scores=self.meter.scores(verifier, answers),
         )
 
-    def _pipeline(self, drafter: str | None, verifier: str | None, sampling: Sampling) -> DraftVerify:
-        return DraftVerify(
-            self.slots, self.plan.template, drafter, verifier, LoopConfig(1, 0.5, JUDGED_BY[0], sampling)
-        )
+    def _judged(self, index: int, found: DraftTokens) -> tuple[str, bool]:
+        """The text of a draft, and whether its answer is right."""
+        text = self.meter.tokenizer.decode(list(found.tokens))
+        draft = Drafted(1, text, found.tokens, found.finished)
+        return text, judge(self.plan.questions[index], draft, {}).correct
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
 
 
 def identity(folder: Path) -> dict[str, str]:
     """Hashes of the files of an adapter folder that a merge may read."""
-    names = sorted(path.name for path in folder.glob("*.safetensors")) + [CONFIG_FILE]
+    names = [CONFIG_FILE, *sorted(path.name for path in folder.glob("*.safetensors"))]
     return {name: files.sha256_file(folder / name) for name in names if (folder / name).is_file()}
 
 
 def task_of(folder: Path, manifest: Mapping[str, Any]) -> str:
     """What an adapter says it was trained on; its folder's name when it says nothing."""
     return Path(str(manifest.get("task") or folder.name)).stem
-
-
-def _labelled(question: int, kind: str, draft: Drafted, correct: bool) -> Labelled:
-    return Labelled(question, kind, draft.text, draft.tokens, draft.finished, correct)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.intervals import mcnemar, wilson
 from mlx_rsgwm.evaluation.report import show
-from mlx_rsgwm.evaluation.sweep import JUDGED_BY, Measured, Outcome
+from mlx_rsgwm.evaluation.sweep import Measured, Outcome
+from mlx_rsgwm.evaluation.sweep_meter import JUDGED_BY
 from mlx_rsgwm.progress import SILENT, Progress
 
 FORMAT = "mlx-rsgwm/merge-sweep"
@@ -152,7 +154,7 @@ class _Table:
         self.accuracy = {name: self._mean(name, self._hits) for name in columns}
         self.nll = {name: self._mean(name, self._loss) for name in columns}
         self.auroc = {
-            (name, score, subset): self._mean(name, lambda s, o, sc=score, su=subset: _auroc(s, o, sc, su))
+            (name, score, subset): self._mean(name, partial(_auroc, score=score, subset=subset))
             for name in columns
             for score in JUDGED_BY
             for subset in SUBSETS
@@ -177,7 +179,7 @@ class _Table:
             },
             "auroc_by_task": {
                 score: {
-                    task: _finite(self._mean(name, lambda s, o, sc=score: _auroc(s, o, sc, "all"), task).value)
+                    task: _finite(self._mean(name, partial(_auroc, score=score, subset="all"), task).value)
                     for task in self.tasks
                 }
                 for score in JUDGED_BY
@@ -269,8 +271,9 @@ def _best(table: _Table, merges: Sequence[str]) -> dict[str, Any]:
     names = list(merges) or list(table.columns)
     auroc: dict[str, str | None] = {}
     for score in JUDGED_BY:
-        known = [name for name in names if np.isfinite(table.auroc[name, score, "all"].value)]
-        auroc[score] = max(known, key=lambda name, sc=score: table.auroc[name, sc, "all"].value) if known else None
+        values = {name: table.auroc[name, score, "all"].value for name in names}
+        known = {name: value for name, value in values.items() if np.isfinite(value)}
+        auroc[score] = max(known, key=known.__getitem__) if known else None
     return {
         "accuracy": max(names, key=lambda name: (table.accuracy[name].value, -table.nll[name].value)),
         "nll": min(names, key=lambda name: table.nll[name].value),

@@ -39,6 +39,7 @@ class Parameter:
     open_low: bool = False
     open_high: bool = False
     choices: tuple[Any, ...] = ()
+    whole: bool = False
 
     def problem(self, name: str, value: Any) -> str | None:
         """Why ``value`` cannot be; None when it can."""
@@ -48,6 +49,8 @@ class Parameter:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"{name} must be a number, found {value!r}"
+        if self.whole and value != int(value):
+            return f"{name} must be a whole number, found {value!r}"
         low, high = (
             (-float("inf") if self.low is None else self.low),
             (float("inf") if self.high is None else self.high),
@@ -210,7 +213,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             combine.combination(combine.karcher),
             "Riemannian mean of the directions at the mean length",
             "mergekit karcher",
-            {"iterations": Parameter(10, "at most so many steps", 1, 1000)},
+            {"iterations": Parameter(10, "at most so many steps", 1, 1000, whole=True)},
         ),
         "model_stock": Method(
             combine.combination(combine.model_stock),
@@ -265,15 +268,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "cluster the rank-one units of all adapters; a cluster is a unit of the result",
             "Zhao et al., 2025 (arXiv 2409.16167); scaling as in SPEC 5",
             {
-                "clusters": Parameter(0, "number of units; 0 for the highest rank of the pool", 0),
+                "clusters": Parameter(0, "number of units; 0 for the highest rank of the pool", 0, whole=True),
                 "output": Parameter(
-                    "sum",
+                    "mean",
                     "norm of the result: of a sum, of one adapter, or of the units",
                     choices=("sum", "mean", "none"),
                 ),
                 "signs": Parameter("aligned", "whether a unit may be turned round", choices=("aligned", "kept")),
-                "restarts": Parameter(8, "of the clustering", 1, 1000),
-                "iterations": Parameter(30, "of the clustering", 1, 1000),
+                "restarts": Parameter(8, "of the clustering", 1, 1000, whole=True),
+                "iterations": Parameter(30, "of the clustering", 1, 1000, whole=True),
             },
         ),
         **{f"peft:{kind}": _peft(kind) for kind in peft_modes.TYPES},

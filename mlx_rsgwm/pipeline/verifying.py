@@ -1,50 +1,163 @@
-"""Scores of a draft in [0, 1], from one batched forward pass that computes logits only where they are read."""
+"""What the verifier says of a draft, from one batched forward pass that computes logits only where they are read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.cpu import cross_entropy
-from mlx_rsgwm.data.batching import TokenRow, make_batch
+from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.logits import Parts
 
 SCORES = ("yesno", "mean_logprob")
 
+LENGTH_STEP = 8
+PICK_STEP = 32
+
+VerdictIds = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one reading of a draft gave; None for a part that was not asked for.
+
+    ``yesno``: P(yes) / (P(yes) + P(no)). ``mean`` and ``minimum``: of the draft's token log-probabilities, in nats; an
+    empty draft has minus infinity. ``tokens``: how many there are, the end-of-text token included if it was written.
+    """
+
+    yesno: float | None
+    mean: float | None
+    minimum: float | None
+    tokens: int
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """exp(mean token log-probability), in [0, 1]: the literal reading of the paper's score (SPEC 6.7)."""
+        return None if self.mean is None else math.exp(self.mean)
+
+
+def signals_of(logprobs: Sequence[float] | None, yesno: float | None) -> Signals:
+    """Signals of a draft from its token log-probabilities in nats and the share of yes; None: not asked for."""
+    if logprobs is None:
+        return Signals(yesno, None, None, 0)
+    if not logprobs:
+        return Signals(yesno, -math.inf, -math.inf, 0)
+    return Signals(yesno, sum(logprobs) / len(logprobs), min(logprobs), len(logprobs))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Token ids of one draft as the verifier reads it.
+
+    ``completion`` is to be predicted after ``prompt``; at the end of ``verdict_prompt`` stands yes or no. Either
+    ``completion`` or ``verdict_prompt`` is None when its part is not asked for.
+    """
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...] | None
+    verdict_prompt: tuple[int, ...] | None
+
+
+def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
+    """Ids of the tokens that say yes and of those that say no.
+
+    The first token of the template's own verdict, and every spelling of the word that is one token: with a space before
+    it and without, as written, in lower case, capitalised and in capitals. Their probabilities are summed, so that a
+    model is not taken to doubt because it writes "yes" where the template has " Yes". A token that begins both is left
+    out of both.
+    """
+    own = template.verdict_ids(tokenizer)
+    found = []
+    for text, first in zip((template.yes, template.no), own, strict=True):
+        word = text.strip()
+        spellings = {
+            space + form for space in ("", " ") for form in (word, word.lower(), word.upper(), word.capitalize())
+        }
+        encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in sorted(spellings)]
+        found.append({first, *(ids[0] for ids in encoded if len(ids) == 1)})
+    yes, no = found
+    shared = (yes & no) - set(own)
+    return tuple(sorted(yes - shared - {own[1]})), tuple(sorted(no - shared - {own[0]}))
+
+
+def read(parts: Parts, readings: Sequence[Reading], verdicts: VerdictIds) -> list[Signals]:
+    """One forward pass over all readings; mean, minimum and number of token log-probabilities come together.
+
+    Where the verifying prompt begins with the drafting prompt and the draft, as that of a plain template does, both
+    parts are read in one row.
+    """
+    rows: list[tuple[int, ...]] = []
+    likelihood: list[tuple[int, int, int]] = []  # row, position, the token that stands next
+    verdict: list[tuple[int, int]] = []  # row, position
+    for reading in readings:
+        written = reading.completion or ()
+        joined = (*reading.prompt, *written)[:-1]
+        shares = reading.verdict_prompt is not None and reading.verdict_prompt[: len(joined)] == joined
+        if written:
+            if not shares:
+                rows.append(joined)
+            row = len(rows) if shares else len(rows) - 1
+            likelihood += [(row, len(reading.prompt) - 1 + index, token) for index, token in enumerate(written)]
+        if reading.verdict_prompt is not None:
+            rows.append(reading.verdict_prompt)
+            verdict.append((len(rows) - 1, len(reading.verdict_prompt) - 1))
+    logprobs, yes = _pass(parts, rows, likelihood, verdict, verdicts) if rows else ([], [])
+    signals, at, judged = [], 0, iter(yes)
+    for reading in readings:
+        own = None
+        if reading.completion is not None:
+            own = logprobs[at : at + len(reading.completion)]
+            at += len(reading.completion)
+        signals.append(signals_of(own, next(judged) if reading.verdict_prompt is not None else None))
+    return signals
+
+
+def _pass(
+    parts: Parts,
+    rows: Sequence[tuple[int, ...]],
+    likelihood: Sequence[tuple[int, int, int]],
+    verdict: Sequence[tuple[int, int]],
+    verdicts: VerdictIds,
+) -> tuple[list[float], list[float]]:
+    """Log-probabilities (likelihood entries,) and shares of yes (verdict entries,) from one pass over ``rows``."""
+    length = -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
+    inputs = np.zeros((len(rows), length), dtype=np.int32)  # causal attention keeps padding on the right from all
+    for index, row in enumerate(rows):
+        inputs[index, : len(row)] = row
+    places = [row * length + position for row, position, *_ in [*likelihood, *verdict]]
+    # Few shapes, so that little is compiled.
+    picks = np.zeros(-(-len(places) // PICK_STEP) * PICK_STEP, dtype=np.int32)
+    picks[: len(places)] = places
+    hidden, head = parts
+    states = hidden(mx.array(inputs))
+    logits = head(states.reshape(-1, states.shape[-1])[mx.array(picks)]).astype(mx.float32)
+    logprobs: Any = []
+    yes: Any = []
+    if likelihood:
+        targets = mx.array(np.array([token for _, _, token in likelihood], dtype=np.int32))
+        logprobs = (-cross_entropy(logits[: len(likelihood)], targets)).tolist()
+    if verdict:
+        said = logits[len(likelihood) : len(places)]
+        yes_mass, no_mass = (mx.logsumexp(said[:, mx.array(ids)], axis=-1) for ids in verdicts)
+        yes = mx.sigmoid(yes_mass - no_mass).tolist()
+    return logprobs, yes
+
 
 def mean_logprob(parts: Parts, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
-    """exp(mean token log-probability of the completion given the prompt), one number in (0, 1] a row.
-
-    The literal reading of the paper's "log-probability score in [0, 1]" (SPEC 6.7, 9). An empty completion scores 0.
-    """
-    filled = [row for row, completion in enumerate(completions) if len(completion)]
-    scores = [0.0] * len(completions)
-    if not filled:
-        return scores
-    rows = [TokenRow("draft", (*prompts[row], *completions[row]), len(prompts[row])) for row in filled]
-    batch = make_batch(rows)
-    hidden, head = parts
-    states = hidden(batch.inputs)
-    picked = states.reshape(-1, states.shape[-1])[batch.positions]
-    loss = cross_entropy(head(picked).astype(mx.float32), batch.targets) * batch.weights
-    owner = batch.positions // batch.inputs.shape[1]
-    total = mx.zeros(len(rows)).at[owner].add(loss)
-    lengths = mx.array([len(completions[row]) for row in filled])
-    found: Any = mx.exp(-total / lengths).tolist()
-    for row, score in zip(filled, found, strict=True):
-        scores[row] = score
-    return scores
+    """exp(mean token log-probability of the completion given the prompt), one number in (0, 1] a row."""
+    readings = [
+        Reading(tuple(prompt), tuple(completion), None) for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return [signals.mean_logprob or 0.0 for signals in read(parts, readings, ((), ()))]
 
 
 def yesno(parts: Parts, prompts: Sequence[Sequence[int]], verdict_ids: tuple[int, int]) -> list[float]:
     """P(yes) / (P(yes) + P(no)) at the end of each verifying prompt."""
-    rows = [TokenRow("verify", (*prompt, 0), len(prompt)) for prompt in prompts]
-    batch = make_batch(rows, target_step=1)
-    hidden, head = parts
-    states = hidden(batch.inputs)
-    picked = states.reshape(-1, states.shape[-1])[batch.positions]
-    logits = head(picked).astype(mx.float32)
-    scores: Any = mx.sigmoid(logits[:, verdict_ids[0]] - logits[:, verdict_ids[1]]).tolist()
-    return scores
+    readings = [Reading((), None, tuple(prompt)) for prompt in prompts]
+    found = read(parts, readings, ((verdict_ids[0],), (verdict_ids[1],)))
+    return [signals.yesno or 0.0 for signals in found]

@@ -21,6 +21,7 @@ from mlx_rsgwm.adapter import (
     FORMAT_VERSION,
     IMPORTANCE_FILE,
     INIT_FILE,
+    KEPT_FILE,
     MANIFEST_FILE,
     SIGNALS,
     WEIGHTS_FILE,
@@ -111,6 +112,7 @@ def fitting_modules(base: Base, adapter: Adapter) -> dict[str, nn.Module]:
     Raises:
         AdapterError: it was made for another base, or a layer is missing or of another shape; everything is named.
     """
+    adapter.require_factors_only("be read here")
     fingerprint = adapter.base_fingerprint
     if fingerprint is not None and fingerprint != base.fingerprint:
         raise AdapterError(
@@ -145,9 +147,14 @@ def save_importance(
     checked = Adapter(adapter.spec, adapter.weights, arrays, metadata, adapter.init, adapter.manifest, folder)
     raise_problems(str(folder), checked.problems(), AdapterError)
     files.require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    known = (CONFIG_FILE, WEIGHTS_FILE, INIT_FILE, KEPT_FILE)
+    kept = {name: sha for name, sha in (adapter.manifest.get("files") or {}).items() if name != IMPORTANCE_FILE} or {
+        name: files.sha256_file(folder / name) for name in known if (folder / name).is_file()
+    }
+    if IMPORTANCE_FILE in (adapter.manifest.get("files") or {}):
+        # Killed between the two writes below, the folder is whole, without its former importance.
+        files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": kept})
     files.write_safetensors(folder / IMPORTANCE_FILE, arrays, metadata)
-    present = [name for name in (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE) if (folder / name).is_file()]
     manifest = {
         "kind": "imported",
         "base": base.describe(),
@@ -156,7 +163,7 @@ def save_importance(
         "importance": {**metadata, "collected": True, "data": data.describe()},
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "files": {name: files.sha256_file(folder / name) for name in present},
+        "files": {**kept, IMPORTANCE_FILE: files.sha256_file(folder / IMPORTANCE_FILE)},
     }
     files.write_json(folder / MANIFEST_FILE, manifest)
     return folder

@@ -24,6 +24,7 @@ from mlx_rsgwm.adapter import (
     FORMAT_VERSION,
     IMPORTANCE_FILE,
     INIT_FILE,
+    KEPT_FILE,
     MANIFEST_FILE,
     WEIGHTS_FILE,
     Adapter,
@@ -211,8 +212,8 @@ def _kept_files(adapter: Adapter, folder: Path) -> dict[str, str]:
     recorded = {name: sha for name, sha in (adapter.manifest.get("files") or {}).items() if name != GRAMS_FILE}
     if recorded:
         return recorded
-    present = [name for name in (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE) if (folder / name).is_file()]
-    return {name: files.sha256_file(folder / name) for name in present}
+    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE)
+    return {name: files.sha256_file(folder / name) for name in known if (folder / name).is_file()}
 
 
 def load_grams(folder: Path) -> dict[str, mx.array]:

@@ -11,9 +11,12 @@ import pytest
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import load_base
-from mlx_rsgwm.converters.parity import Logits, check_parity, compare, exact_float32, torch_device
+from mlx_rsgwm.converters.parity import check_parity, compare, compare_continuations, torch_device
+from mlx_rsgwm.converters.parity_mlx import exact_float32
+from mlx_rsgwm.converters.parity_trace import Logits, Trace, perplexity
 from mlx_rsgwm.converters.peft import to_peft
 from mlx_rsgwm.errors import AdapterError, RsgwmError
+from mlx_rsgwm.files import sha256_file
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -113,30 +116,45 @@ def swapped_factors(arrays):
     }
 
 
+def dropped_layer(arrays):
+    return {name: value for name, value in arrays.items() if f"{PREFIX}1." not in name}
+
+
+def zeroed(arrays):
+    name = f"{PREFIX}1.self_attn.v_proj.lora_B.weight"
+    return {**arrays, name: mx.zeros_like(arrays[name])}
+
+
+def one_nan(arrays):
+    name = f"{PREFIX}1.self_attn.q_proj.lora_A.weight"
+    return {**arrays, name: arrays[name] * float("nan")}
+
+
+# name: (what is done to the PEFT folder, the first layer that differs then)
+FIRST, MIDDLE, LAST = "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"
 FAULTS = {
-    "missing transpose": lambda folder: edit_arrays(folder, without_transpose),
-    "swapped layers": lambda folder: edit_arrays(folder, swapped_modules),
-    "swapped factors": lambda folder: edit_arrays(folder, swapped_factors),
-    "alpha for scale": lambda folder: edit_config(folder, lora_alpha=2),
-    "alpha two per cent off": lambda folder: edit_config(folder, lora_alpha=8.16),
-    "rank-stabilised by mistake": lambda folder: edit_config(folder, use_rslora=True),
-    "layer dropped from the config": lambda folder: edit_config(folder, layers_to_transform=[0]),
-    "module dropped from the config": lambda folder: edit_config(folder, target_modules=["self_attn.q_proj"]),
-    "layer dropped from the arrays": lambda folder: edit_arrays(
-        folder, lambda arrays: {name: value for name, value in arrays.items() if f"{PREFIX}1." not in name}
+    "missing transpose": (lambda folder: edit_arrays(folder, without_transpose), FIRST),
+    "swapped layers": (lambda folder: edit_arrays(folder, swapped_modules), FIRST),
+    "swapped factors": (lambda folder: edit_arrays(folder, swapped_factors), FIRST),
+    "alpha for scale": (lambda folder: edit_config(folder, lora_alpha=2), FIRST),
+    "alpha two per cent off": (lambda folder: edit_config(folder, lora_alpha=8.16), FIRST),
+    "rank-stabilised by mistake": (lambda folder: edit_config(folder, use_rslora=True), FIRST),
+    "one alpha off": (lambda folder: edit_config(folder, alpha_pattern={"layers.1.self_attn.v_proj": 9}), LAST),
+    "layer dropped from the config": (lambda folder: edit_config(folder, layers_to_transform=[0]), MIDDLE),
+    "module dropped from the config": (
+        lambda folder: edit_config(folder, target_modules=["self_attn.q_proj"]),
+        "layers.0.self_attn.v_proj",
     ),
-    "one module zeroed": lambda folder: edit_arrays(
-        folder,
-        lambda arrays: {**arrays, (n := f"{PREFIX}1.self_attn.v_proj.lora_B.weight"): mx.zeros_like(arrays[n])},
+    "layer dropped from the arrays": (lambda folder: edit_arrays(folder, dropped_layer), MIDDLE),
+    "one module zeroed": (lambda folder: edit_arrays(folder, zeroed), LAST),
+    "names that PEFT does not know": (
+        lambda folder: edit_arrays(
+            folder, lambda arrays: {name.removeprefix("base_model.model."): value for name, value in arrays.items()}
+        ),
+        FIRST,
     ),
-    "names that PEFT does not know": lambda folder: edit_arrays(
-        folder, lambda arrays: {name.removeprefix("base_model.model."): value for name, value in arrays.items()}
-    ),
-    "sign": lambda folder: edit_config(folder, lora_alpha=-8),
-    "one value not a number": lambda folder: edit_arrays(
-        folder,
-        lambda arrays: {**arrays, (n := f"{PREFIX}0.self_attn.q_proj.lora_A.weight"): arrays[n] * float("nan")},
-    ),
+    "sign": (lambda folder: edit_config(folder, lora_alpha=-8), FIRST),
+    "one value not a number": (lambda folder: edit_arrays(folder, one_nan), MIDDLE),
 }
 
 
@@ -156,12 +174,27 @@ def test_the_faint_adapter_passes_and_its_effect_is_within_the_tolerance(base_fo
     assert result["effect_torch"] < FAINT_TOLERANCE
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
-def test_a_planted_fault_is_caught(base_folder, tmp_path, fault):
+@pytest.mark.parametrize(("fault", "layer"), FAULTS.values(), ids=list(FAULTS))
+def test_a_planted_fault_is_caught_and_its_first_layer_named(base_folder, tmp_path, fault, layer):
     result = parity_of_converted(base_folder, make_adapter(size=0.01).save(tmp_path / "adapter"), tmp_path, fault)
     assert not result["passed"]
-    assert result["failures"]
+    assert result["first_difference"]["layer"] == f"model.{layer}"
+    assert f"the first layer that differs is model.{layer}" in result["failures"][0]
     json.dumps(result, allow_nan=False)
+
+
+def test_another_base_is_named_by_its_first_block(base_folder, tmp_path, make_torch_llama, monkeypatch):
+    """The fingerprint would stop it sooner: here torch is given other weights behind its back."""
+    import mlx_rsgwm.converters.parity as parity
+
+    folder = make_adapter().save(tmp_path / "adapter")
+    other = make_torch_llama(tmp_path / "other", 0, LAYERS, VOCABULARY)
+    arrays = dict(mx.load(str(other / "model.safetensors")))
+    name = "model.layers.1.mlp.up_proj.weight"
+    mx.save_safetensors(str(other / "model.safetensors"), {**arrays, name: arrays[name] + 0.1}, {"format": "pt"})
+    monkeypatch.setattr(parity, "dense_base", lambda path, out: other)
+    result = check_parity(folder, str(base_folder), device="cpu", token_ids=IDS)
+    assert result["first_difference"]["layer"] == "block 1 of the bare base"
 
 
 def test_factors_that_do_not_fit_are_one_line(base_folder, adapter_folder, tmp_path):
@@ -201,6 +234,37 @@ def test_every_reason_to_fail_is_said(theirs, expected):
     assert result["passed"] is (not expected)
     assert len(result["failures"]) == len(expected)
     assert all(part in text for part, text in zip(expected, result["failures"], strict=True))
+
+
+def trace(continuations, margins):
+    return Trace(logits(), continuations=continuations, margins=margins)
+
+
+def test_a_continuation_may_part_only_at_a_tie():
+    mine = trace([[1, 2, 3], [4, 5, 6]], [[9.0, 9.0, 9.0], [9.0, 0.001, 9.0]])
+    same = compare_continuations(mine, trace([[1, 2, 3], [4, 5, 6]], []), 0.01)
+    assert same == {"tokens": 6, "agree": 6, "failures": []}
+    tie = compare_continuations(mine, trace([[1, 2, 3], [4, 7, 7]], []), 0.01)
+    assert tie == {"tokens": 6, "agree": 4, "failures": []}
+    apart = compare_continuations(mine, trace([[1, 9, 3], [4, 5, 6]], []), 0.01)
+    assert (apart["agree"], apart["failures"]) == (4, ["greedy continuation 1 differs at token 2"])
+
+
+def test_perplexity_is_that_of_the_definition():
+    rows = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3] * 3, [0.2, 0.2, 0.6], [1 / 3] * 3]))
+    assert perplexity(rows, [[0, 1, 1], [2, 2]]) == pytest.approx((0.25 * 0.8 * 0.6) ** (-1 / 3))
+    assert perplexity(rows * np.nan, [[0, 1, 1], [2, 2]]) is None
+
+
+def test_the_certificate_says_what_it_holds_for(base_folder, adapter_folder):
+    result = check_parity(adapter_folder, str(base_folder), device="cpu")
+    assert result["format"] == "mlx-rsgwm/parity"
+    assert result["adapter_sha256"] == sha256_file(adapter_folder / "adapters.safetensors")
+    assert result["base_fingerprint"] == load_base(str(base_folder)).fingerprint
+    assert result["greedy"] == {"tokens": 48, "agree": 48}
+    for kind in ("base", "adapted"):
+        assert result["perplexity"]["mlx"][kind] == pytest.approx(result["perplexity"]["torch"][kind], rel=1e-4)
+    assert result["layers_compared"] == 2 * LAYERS + LAYERS
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
@@ -263,10 +327,12 @@ def test_the_command_passes_and_fails_with_exit_codes(base_folder, adapter_folde
     from mlx_rsgwm.cli.main import rsgwm
 
     run, options = CliRunner().invoke, ["--base", str(base_folder), "--quiet"]
-    good = run(rsgwm, ["parity", str(adapter_folder), *options])
+    proof = tmp_path / "proof" / "parity.json"
+    good = run(rsgwm, ["parity", str(adapter_folder), *options, "--certificate", str(proof)])
     assert good.exit_code == 0, good.output
     assert good.stdout.startswith("parity: max |Δlogit| ")
-    assert good.stdout.strip().endswith("— passed")
+    assert good.stdout.splitlines()[0].endswith("— passed")
+    assert "greedy: " in good.stdout
     peft_folder = to_peft(Adapter.load(adapter_folder), str(base_folder), tmp_path / "peft")
     edit_config(peft_folder, lora_alpha=4)
     bad = run(rsgwm, ["parity", str(adapter_folder), *options, "--json", "--peft", str(peft_folder)])
@@ -274,3 +340,8 @@ def test_the_command_passes_and_fails_with_exit_codes(base_folder, adapter_folde
     assert json.loads(bad.stdout.splitlines()[-1])["passed"] is False
     assert "— failed" in bad.stderr
     assert "what the adapter changes differs" in bad.stderr
+    exported = tmp_path / "exported"
+    options = ["to-peft", str(adapter_folder), str(exported), "--base", str(base_folder), "--certificate", str(proof)]
+    embedded = run(rsgwm, ["convert", *options])
+    assert embedded.exit_code == 0, embedded.output
+    assert json.loads((exported / "mlx_rsgwm" / "parity.json").read_text()) == json.loads(proof.read_text())

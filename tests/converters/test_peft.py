@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import shutil
 import warnings
 
 import mlx.core as mx
@@ -305,15 +304,18 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern: 'q_proj' has rank 0"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern: 'q_proj' has alpha None"),
+        ({"rank_pattern": [8]}, "rank_pattern must map"),
+        ({"rank_pattern": {"(": 8}}, "is not a regular expression"),
+        ({"target_modules": "(a+)+$"}, "could take forever"),
+        ({"target_modules": "(a|a)*$"}, "could take forever"),
+        ({"target_modules": 7}, "target_modules must be a list"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform must be"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: not a list"),
+        ({"bias": "some"}, "bias is 'some'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["experts"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "QALoRA"),
         ({"alora_invocation_tokens": [3]}, "activated LoRA"),
@@ -321,11 +323,17 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj
         ({"init_lora_weights": "olora"}, "olora"),
         ({"init_lora_weights": "loftq"}, "loftq"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
-        ({"kasa_config": {"beta": 1}}, "kasa_config is an unknown PEFT option"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config asks for KaSA"),
+        ({"arrow_config": {"top_k": 1}}, "Arrow"),
+        ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
+        ({"monteclora_config": {"num_samples": 2}}, "Monte Carlo"),
+        ({"megatron_config": {"a": 1}}, "Megatron"),
         ({"something_new": 1}, "something_new is an unknown PEFT option"),
         ({"peft_type": "ADALORA"}, "ADALORA"),
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": "XLORA"}, "XLORA"),
+        ({"peft_type": "LOKR"}, "LOKR"),
         ({"peft_type": None}, "peft_type is None"),
         ({"r": 0}, "r must be"),
         ({"r": "four"}, "r must be"),
@@ -333,6 +341,7 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj
         ({"lora_alpha": math.inf}, "lora_alpha must be"),
         ({"lora_dropout": 1.0}, "lora_dropout must be"),
         ({"use_rslora": "yes"}, "use_rslora must be"),
+        ({"use_dora": "yes"}, "use_dora must be"),
     ],
 )
 def test_every_refusal_names_its_field(change, expected):
@@ -343,21 +352,25 @@ def test_every_refusal_names_its_field(change, expected):
 
 
 def test_all_reasons_come_in_one_line(torch_base, tmp_path):
-    theirs = make_peft(torch_base, tmp_path / "theirs", use_dora=True, rank_pattern={"v_proj": 2})
+    theirs = make_peft(torch_base, tmp_path / "theirs", lora_bias=True, trainable_token_indices=[1])
+    arrays = arrays_of(theirs)
+    save_raw(theirs, {**arrays, Q: arrays[Q].astype(mx.int32), "stray": arrays[Q]})
     with pytest.raises(AdapterError) as caught:
         from_peft(theirs)
     text = str(caught.value)
     assert "\n" not in text
-    for part in ("use_dora", "rank_pattern", "DoRA magnitudes", "does not have rank 4"):
+    for part in ("lora_bias", "trainable_token_indices", "a bias on lora_B", "trained token", "int32", "array stray"):
         assert part in text
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"target_modules": ["embed_tokens"]}, "embeddings"),
-        ({"target_modules": ["lm_head"]}, "lm_head"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"target_modules": ["embed_tokens"]}, "give the base model"),
+        ({"target_modules": ["lm_head"]}, "give the base model"),
+        ({"modules_to_save": ["lm_head"]}, "give the base model"),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, "DoRA on embeddings"),
+        ({"trainable_token_indices": [1]}, "trained token embeddings"),
         ({"lora_bias": True}, "lora_bias"),
     ],
 )
@@ -386,13 +399,16 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda a: a.pop(Q), "has no sound lora_A.weight"),
+        (lambda a: a.pop(Q), "q_proj has no lora_A.weight"),
         (lambda a: a.update({Q: a[Q].T}), r"has shape \(64, 4\)"),
         (lambda a: a.update({Q: a[Q][None]}), r"has shape \(1, 4, 64\)"),
         (lambda a: a.update({Q: a[Q] * mx.array(math.nan)}), "not finite"),
         (lambda a: a.update({Q: a[Q].astype(mx.int32)}), "int32"),
         (lambda a: a.update({"stray": a[Q]}), "unknown array stray"),
-        (lambda a: a.update({Q.replace("model.layers.0.", "model.experts.0."): a[Q]}), "expert layers"),
+        (
+            lambda a: a.update({Q.replace("model.layers.0.", "model.experts.0."): a[Q]}),
+            "experts.0.self_attn.q_proj has no lora_B",
+        ),
         (lambda a: a.clear() or a.update({"base_model.model.x.ia3_l": mx.ones(3)}), "IA3"),
     ],
     ids=["missing", "transposed", "three axes", "nan", "integers", "stray", "experts", "ia3"],
@@ -429,11 +445,8 @@ def test_files_that_are_not_there_or_not_whole(peft_folder, tmp_path):
         from_peft(tmp_path / "nowhere")
 
 
-def test_an_adapter_of_another_base_is_refused(base_folder, peft_folder, tmp_path):
-    config = json.loads((base_folder / "config.json").read_text())
-    other = tmp_path / "other"
-    shutil.copytree(base_folder, other)
-    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+def test_an_adapter_of_another_base_is_refused(base_folder, peft_folder, tmp_path, make_torch_llama):
+    other = make_torch_llama(tmp_path / "other", 0, 2, VOCABULARY)
     with pytest.raises(AdapterError, match="layer 2 is not in the base model"):
         from_peft_on(peft_folder, str(other))
     arrays = arrays_of(peft_folder)
@@ -442,44 +455,35 @@ def test_an_adapter_of_another_base_is_refused(base_folder, peft_folder, tmp_pat
         from_peft_on(peft_folder, str(base_folder))
 
 
+def factors(module, shape_a, shape_b, dtype=mx.float32, **more):
+    made = {f"{module}.lora_a": mx.ones(shape_a).astype(dtype), f"{module}.lora_b": mx.ones(shape_b).astype(dtype)}
+    return made | {f"{module}.{leaf}": mx.ones(shape) for leaf, shape in more.items()}
+
+
+EXPERTS = "model.layers.0.mlp.experts.up_proj"
+
+
 @pytest.mark.parametrize(
-    ("adapter", "expected"),
+    ("spec", "weights", "expected"),
     [
+        (LoraSpec(2, 1.0, 0.0, ("q",), -1), factors("q", (4, 2), (2, 4), mx.int32), "int32"),
+        (LoraSpec(2, 1.0, 0.0, ("e",), -1), factors(EXPERTS, (2, 2, 4), (2, 4, 2)), "named switch_mlp"),
         (
-            Adapter(
-                LoraSpec(2, 1.0, 0.0, ("lm_head",), -1),
-                {"lm_head.lora_a": mx.ones((4, 2)), "lm_head.lora_b": mx.ones((2, 4))},
-            ),
-            "lm_head",
+            LoraSpec(2, 1.0, 0.0, ("e",), -1, "dora"),
+            factors("model.embed_tokens", (4, 2), (2, 4), m=(4,)),
+            "DoRA on embeddings",
         ),
         (
-            Adapter(
-                LoraSpec(2, 1.0, 0.0, ("mlp.switch_mlp.up_proj",), -1),
-                {f"model.layers.0.mlp.switch_mlp.up_proj.lora_{x}": mx.ones((2, 2, 2)) for x in "ab"},
-            ),
-            "expert stacks",
-        ),
-        (
-            Adapter(
-                LoraSpec(2, 1.0, 0.0, ("q",), -1, "dora"),
-                {"model.layers.0.q.lora_a": mx.ones((4, 2)), "model.layers.0.q.lora_b": mx.ones((2, 4))}
-                | {"model.layers.0.q.m": mx.ones(4)},
-            ),
-            "fine_tune_type dora",
-        ),
-        (
-            Adapter(
-                LoraSpec(2, 1.0, 0.0, ("q",), -1),
-                {"blocks.0.q.lora_a": mx.ones((4, 2)), "blocks.0.q.lora_b": mx.ones((2, 4))},
-            ),
-            r"only modules of model.layers.N",
+            LoraSpec(2, 1.0, 0.0, ("e",), -1, "dora"),
+            factors(EXPERTS.replace("experts", "switch_mlp"), (2, 2, 4), (2, 4, 2), m=(4,)),
+            "no DoRA on experts",
         ),
     ],
-    ids=["head", "experts", "dora", "other names"],
+    ids=["integers", "experts of another name", "dora on embeddings", "dora on experts"],
 )
-def test_adapters_without_a_peft_form_are_refused_before_anything_is_written(adapter, expected, tmp_path):
+def test_adapters_without_a_peft_form_are_refused_before_anything_is_written(spec, weights, expected, tmp_path):
     with pytest.raises(AdapterError, match=expected):
-        to_peft(adapter, "b", tmp_path / "out")
+        to_peft(Adapter(spec, weights), "b", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

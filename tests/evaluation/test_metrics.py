@@ -52,7 +52,8 @@ def test_draft_verify_rows(records):
     # returned: a right, b wrong, c right, d silent, e silent, f right (fallback); accepted: a b c e
     assert found.accuracy.value == pytest.approx(3 / 6)
     assert found.hallucination_rate.value == pytest.approx(1 / 6)
-    assert found.refusal_rate.value == pytest.approx(2 / 6)
+    assert found.refusal_rate.value == pytest.approx(1 / 6)
+    assert found.truncated_rate.value == pytest.approx(1 / 6)
     assert found.accept_rate.value == pytest.approx(4 / 6)
     assert found.accepted_and_correct.value == pytest.approx(2 / 6)
     assert (found.false_accept_rate.value, found.false_accept_rate.n) == (0.5, 4)
@@ -66,7 +67,7 @@ def test_draft_verify_rows(records):
 def test_drafter_rows(records):
     found = metrics.table(records, "drafter")
     assert found.accuracy.value == pytest.approx(1 / 6)
-    assert found.refusal_rate.value == pytest.approx(2 / 6)
+    assert found.refusal_rate.value == pytest.approx(1 / 6)
     assert found.truncated_rate.value == pytest.approx(1 / 6)
     assert found.average_latency_ms == pytest.approx(35)
     assert (found.accept_rate, found.false_accept_rate, found.average_attempts) == (None, None, None)

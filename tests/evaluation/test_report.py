@@ -33,7 +33,8 @@ def test_folder_is_whole_and_reads_back(tmp_path):
         tmp_path / "out" / "report", records, 3, {"base": "toy", "seed": 0}, {"drafter": 2.0, "draft_verify": 6.0}
     )
     folder = tmp_path / "out" / "report"
-    assert sorted(path.name for path in folder.iterdir()) == ["items.jsonl", "plot.png", "report.json", "report.md"]
+    names = ["items.jsonl", "plot.png", "report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     stored = json.loads((folder / "report.json").read_text())
     assert stored == json.loads(json.dumps(summary))
     assert report.read_items(folder / "items.jsonl") == records
@@ -73,6 +74,7 @@ def test_missing_drafts_leave_dashes(tmp_path):
     summary = report.write_report(tmp_path, records, 3)
     assert summary["oracle"] == {"any_of_k": None, "majority_of_k": None, "gap_closed": None}
     assert summary["verifier_auroc"] == {"yesno": {"all": None, "first": None}}
+    assert summary["verifier"]["yesno"]["all"]["aurc"]["value"] == 0
     assert "–" in report.render_table(summary)
 
 

@@ -172,6 +172,8 @@ def test_modules_of_other_shapes_are_named(make_adapter):
         ({"parameters": {"epsilon": 0.0, "reference": 3}}, "epsilon.*reference|reference.*epsilon"),
         ({"method": "magic"}, "unknown method 'magic'; there are rsgwm"),
         ({"method": "slrp"}, "did you mean 'slerp'"),
+        ({"method": "lego", "parameters": {"clusters": 4.5}}, "clusters must be a whole number, found 4.5"),
+        ({"method": "ties", "parameters": {"space": "factor", "normalise": "none"}}, "use product"),
         ({"method": "linear", "parameters": {"tau": 0.5}}, "linear has no parameter 'tau'; it takes space"),
     ],
 )

@@ -1,0 +1,215 @@
+"""Two trained pools, three seeds each: what merge methods do when nothing strains them, and when something does.
+
+    python bench/merge_study.py FOLDER [--pool balanced] [--seed 0] [--stage train] [--results FILE]
+
+Pool ``balanced``: the demo's four families, trained alike. Pool ``strain``: families that differ in their answers (a
+number after an equation, yes or no, a letter) and, by learning rate and length, at least fivefold in the norm of their
+updates. For every pool and seed one adapter a family from one initialisation, and one ``joint`` adapter on all the
+pool's rows. Data, training order and initialisation follow the seed. Then one merge sweep for each, and one table over
+the seeds of a pool. Whatever is finished in FOLDER is not made again.
+
+The last line is JSON: for every pool the best merge, and every reading of RS-GWM beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import MANIFEST_FILE, is_complete
+from mlx_rsgwm.base import Base, load_base
+from mlx_rsgwm.data.corpus import CorpusRow, make_rows, save_corpus
+from mlx_rsgwm.data.families import NAMES, THINGS, generate, split_of
+from mlx_rsgwm.data.sources import Question, load_jsonl
+from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.sweep import Measured, Plan, Sweep
+from mlx_rsgwm.evaluation.sweep_meter import JUDGED_BY
+from mlx_rsgwm.evaluation.sweep_report import plot, render_table, write_sweep
+from mlx_rsgwm.evaluation.sweep_variants import parse_variants
+from mlx_rsgwm.progress import Progress
+from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.config import TrainConfig
+from mlx_rsgwm.training.loop import finish, train
+
+BASE = "smollm2-135m"
+DRAFT_ROWS, VERIFY_ROWS = 144, 32
+TEST_ITEMS = 24
+JUDGED_ITEMS = 10
+MAX_TOKENS = 32
+METHODS = (
+    "linear,linear:space=factor,task_arithmetic:lambda=0.5,norm_equalised,karcher,model_stock",
+    "ties,dare_ties,della,breadcrumbs,sce,fisher,knots,lego",
+    "rsgwm,rsgwm:signal=shared,rsgwm:tau=0.5/0.8,rsgwm:normalise=none/rank,paper-literal",
+    "rsgwm:space=product,rsgwm:space=product,signal=shared",
+)
+COMMON: Mapping[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "num_layers": 16}
+
+
+def has(rng: random.Random) -> tuple[str, str]:
+    """A yes/no question: is this among what the person has?"""
+    name, (asked, *others) = rng.choice(NAMES), rng.sample(THINGS, 4)
+    there = rng.random() < 0.5
+    first, second, third = rng.sample([asked, *others[:2]], 3) if there else others
+    return f"{name} has {first}, {second} and {third}. Does {name} have {asked}?", "yes" if there else "no"
+
+
+def where(rng: random.Random) -> tuple[str, str]:
+    """A question with lettered choices: which box holds the things?"""
+    things = rng.sample(THINGS, 3)
+    asked = rng.choice(things)
+    choices = "\n".join(f"{letter}. {thing}" for letter, thing in zip("ABC", things, strict=True))
+    return f"{rng.choice(NAMES)} looks for the {asked}. Which box are they in?\n{choices}", "ABC"[things.index(asked)]
+
+
+GENERATED: Mapping[str, Callable[[random.Random], tuple[str, str]]] = {"has": has, "where": where}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A task and what its adapter's training sets apart from ``COMMON``."""
+
+    task: str
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+POOLS: Mapping[str, tuple[Family, ...]] = {
+    "balanced": tuple(Family(task) for task in ("change", "groups", "compare", "prices")),
+    "strain": (
+        Family("change"),
+        Family("groups"),
+        Family("has", {"learning_rate": 2e-3, "epochs": 2}),
+        Family("where", {"learning_rate": 3e-3, "epochs": 4}),
+    ),
+}
+
+
+def questions(task: str, split: str, count: int, seed: int) -> list[Question]:
+    """``count`` questions of a family; train and test never meet."""
+    if task not in GENERATED:
+        return generate(task, count, seed, split)
+    rng = random.Random(f"{task}/{seed}")
+    found: dict[str, str] = {}
+    while len(found) < count:
+        text, gold = GENERATED[task](rng)
+        if split_of(text) == split:
+            found[text] = gold
+    return [Question(f"{task}-{split}-{seed}-{n}", task, t, "", gold) for n, (t, gold) in enumerate(found.items())]
+
+
+def training_rows(task: str, seed: int) -> list[CorpusRow]:
+    """The rows of one family's adapter."""
+    return make_rows(questions(task, "train", DRAFT_ROWS, seed), DRAFT_ROWS, VERIFY_ROWS, seed)
+
+
+def train_one(base: Base, rows: list[CorpusRow], settings: Mapping[str, Any], out: Path, seed: int) -> None:
+    """Build the corpus beside the adapter and train it, unless that was done."""
+    provenance = {"seed": seed, "tasks": sorted({row.task for row in rows}), "split": "train"}
+    corpus = save_corpus(out.parent / "data" / out.name, rows, find_template("plain"), provenance)
+    config = TrainConfig(**{**COMMON, **settings, "seed": seed, "init_seed": seed})
+    if is_complete(out):
+        manifest = files.read_json_object(out / MANIFEST_FILE)
+        if manifest["config"] != config.describe() or manifest["data"]["hash"] != corpus.hash:
+            raise RsgwmError(f"{out} was trained with other settings or rows; remove it or choose another folder")
+        return
+    saving = Saving(out, resume="continue")
+    adapter = train(base, corpus, config, label=str(out), progress=Lines(), saving=saving)
+    adapter.manifest["task"] = out.name
+    finish(adapter, saving)
+    print(f"{out}: {len(corpus.rows)} rows, {adapter.manifest['seconds']:.0f} s", flush=True)
+
+
+class Lines(Progress):
+    """News as plain lines."""
+
+    def message(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def train_pool(base: Base, pool: str, seed: int, folder: Path) -> None:
+    """The pool's adapters, the joint one, and the held-out questions as JSON lines."""
+    everything: list[CorpusRow] = []
+    for family in POOLS[pool]:
+        rows = training_rows(family.task, seed)
+        everything += rows
+        train_one(base, rows, family.training, folder / family.task, seed)
+        test = questions(family.task, "test", TEST_ITEMS, seed)
+        lines = [{"id": q.id, "task": q.task, "question": q.question, "answer": q.answer} for q in test]
+        files.make_folder(folder / "test")
+        files.write_text(folder / "test" / f"{family.task}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    train_one(base, everything, {}, folder / "joint", seed)
+
+
+def sweep(base: Base, pool: str, seed: int, folder: Path, methods: Sequence[str]) -> Measured:
+    """Every merge of one trained pool on its held-out questions."""
+    tasks = [family.task for family in POOLS[pool]]
+    plan = Plan(
+        pool=tuple(folder / task for task in tasks),
+        variants=tuple(parse_variants(methods)),
+        questions=tuple(q for task in tasks for q in load_jsonl(folder / "test" / f"{task}.jsonl")),
+        template=find_template("plain"),
+        extras={"joint": folder / "joint"},
+        judged=JUDGED_ITEMS,
+        max_tokens=MAX_TOKENS,
+        seed=seed,
+    )
+    return Sweep(base, plan, folder / "sweep", Lines()).execute()
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="what is trained and measured is kept here")
+    parser.add_argument("--base", default=BASE)
+    parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: both")
+    parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
+    parser.add_argument("--methods", action="append", help="as of rsgwm merge-sweep; default: those of the lab notes")
+    parser.add_argument("--stage", choices=("train", "sweep"), help="stop after this one")
+    parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--plots", type=Path, help="folder for merge-study-<pool>.png")
+    options = parser.parse_args()
+    pools, seeds = options.pool or list(POOLS), options.seed or [0, 1, 2]
+    base = load_base(options.base, dtype="float32")
+    for pool in pools:
+        for seed in seeds:
+            train_pool(base, pool, seed, options.folder / pool / f"seed-{seed}")
+    if options.stage == "train":
+        return
+    found: dict[str, Any] = {}
+    for pool in pools:
+        methods = options.methods or METHODS
+        runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods) for seed in seeds]
+        found[pool] = write_sweep(options.folder / pool, runs, progress=Lines())
+        print(f"\n{pool}\n\n{render_table(found[pool])}\n", flush=True)
+        if options.plots:
+            plot(found[pool], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")
+    if options.results:
+        files.write_json(options.results, found)
+    print(json.dumps({pool: brief(summary) for pool, summary in found.items()}))
+
+
+def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The last line's object of one pool."""
+    ours = [row for row in summary["rows"] if row["kind"] == "merge" and row["name"].startswith(("rsgwm", "paper"))]
+    return {
+        "n": sum(summary["tasks"].values()),
+        "best": summary["best"],
+        "rsgwm": {
+            row["name"]: {
+                "accuracy": row["accuracy"]["value"],
+                "tied": row["against_best"]["accuracy"]["tied"],
+                "auroc": {score: row["auroc"][score]["all"]["value"] for score in JUDGED_BY},
+            }
+            for row in ours
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

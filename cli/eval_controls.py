@@ -1,0 +1,90 @@
+"""``rsgwm controls``: draft–verify against every other way to spend the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--task", "tasks", multiple=True, help="What to ask; default: the run's own tasks.")
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
+)
+@click.option("--limit", default=50, show_default=True, help="Items of each task.")
+@click.option("--slice", "how", default="first", show_default=True, help="first, or seeded: shuffled by --seed.")
+@click.option("--calibration-items", default=24, show_default=True, help="Held-out items of each task for thresholds.")
+@click.option("--sampling-seeds", default=3, show_default=True, help="Passes over the items, from --seed upwards.")
+@click.option("--attempts", default=3, show_default=True, help="K: drafts in all, the first included.")
+@click.option("--drafts", default=6, show_default=True, help="Drafts recorded per item; votes may use them all.")
+@click.option("--temperature", default=0.7, show_default=True)
+@click.option("--top-p", default=0.9, show_default=True)
+@click.option("--max-tokens", default=32, show_default=True, help="Longest draft.")
+@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
+@click.option(
+    "--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias of RUN."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; run again, it goes on.")
+@common_options
+def controls(
+    console: Console,
+    run: Path,
+    tasks: tuple[str, ...],
+    folder: Path | None,
+    limit: int,
+    how: str,
+    calibration_items: int,
+    sampling_seeds: int,
+    attempts: int,
+    drafts: int,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    batch_rows: int,
+    base_name: str,
+    out: Path,
+) -> None:
+    """Compare draft–verify with its controls, on the drafts of RUN (the folder of a finished rsgwm run).
+
+    Drafter once, self-verification, best of K, majority of K and at equal tokens, accepting by lot, a verifier trained
+    on the pairs, a joint adapter, each source adapter, the base; every difference with interval and corrected p-value.
+
+    Example: rsgwm controls runs/demo --out runs/controls
+    """
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.control_study import ControlPlan, corpora, run_controls
+    from mlx_rsgwm.evaluation.controls import control_notes, control_rows
+    from mlx_rsgwm.evaluation.report import aligned
+    from mlx_rsgwm.evaluation.slices import Slice, read_slice
+    from mlx_rsgwm.pipeline.sampling import Sampling
+
+    for name, value in (("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
+        if value < 1:
+            raise RsgwmError(f"{name} must be at least 1, found {value}")
+    trained = list(corpora(run))
+    seed = console.seed
+    slices = [read_slice(Slice(task, limit, how, seed, folder=folder)) for task in tasks or trained]
+    held_out = [q for task in trained for q in questions_for(task, "calibration", calibration_items, seed, folder)]
+    plan = ControlPlan(
+        run=run,
+        out=out,
+        questions=tuple(question for found, _ in slices for question in found),
+        calibration=tuple(held_out),
+        attempts=attempts,
+        drafts=drafts,
+        seeds=tuple(range(seed, seed + sampling_seeds)),
+        sampling=Sampling(temperature, top_p, max_tokens, seed),
+        batch_rows=batch_rows,
+        calibration_seed=seed,
+    )
+    summary = run_controls(load_base(base_name, progress=console.progress), plan, console.progress)
+    console.line(aligned(control_rows(summary)))
+    console.line("\n".join(control_notes(summary)))
+    console.line(f"controls: {out}")
+    console.result(summary)

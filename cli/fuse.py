@@ -1,0 +1,60 @@
+"""``rsgwm fuse``: a model of a base and an adapter, once most of the adapter is known to survive in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+# mlx_rsgwm.converters.fuse.FORMATS, which is slow to import; a test holds them equal.
+FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", help="Base model: Hub id, folder, .gguf file or smollm2-135m; default: the adapter's own.")
+@click.option(
+    "--format",
+    "target",
+    type=click.Choice(FORMATS),
+    default="keep",
+    show_default=True,
+    help="Of the result's weights: as the base's, a float type, or quantised (all layers, groups of 64).",
+)
+@click.option(
+    "--min-share",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Share of the adapter's update that must survive in that format.",
+)
+@click.option("--force", is_flag=True, help="Write the model however little survives.")
+@common_options
+def fuse(
+    console: Console, adapter: Path, out: Path, base: str | None, target: str, min_share: float, force: bool
+) -> None:
+    """Work ADAPTER into its base's weights and write the model to the new folder OUT.
+
+    Before anything is written, the share of every layer's update that survives rounding to the format is measured;
+    afterwards the written model's logits are compared. Exits 3 when less than the stated share survives.
+
+    Example: rsgwm fuse runs/drafter drafter-model --format float16
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.converters.fuse import fuse as fuse_adapter
+    from mlx_rsgwm.errors import RsgwmError
+
+    name = base or (Adapter.load(adapter, lazy=True).manifest.get("base") or {}).get("name")
+    if not name:
+        raise RsgwmError(f"{adapter} does not say which base model it is for; give --base")
+    result = fuse_adapter(
+        adapter, name, out, target=target, min_share=min_share, force=force, progress=console.progress
+    )
+    console.line(
+        f"{out}: {result['modules']} modules of {name} fused, {result['share']:.1%} of their updates survive; "
+        f"{result['logit_share']:.1%} of the effect on logits, which are off by at most {result['max_abs_logit']:.1e}"
+    )
+    console.result(result)

@@ -1,0 +1,71 @@
+"""``rsgwm report`` and ``rsgwm compare``: reports from recorded items, without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; default: RUN itself.")
+@click.option(
+    "--lm-eval", "against", is_flag=True, help="List the drafts that lm_eval's GSM8K filters judge otherwise."
+)
+@common_options
+def report(console: Console, run: Path, out: Path | None, against: bool) -> None:
+    """Write the report of RUN anew (report.html, report.md, plot.png, report.json) from its items.jsonl.
+
+    Example: rsgwm report runs/demo/report
+    """
+    from mlx_rsgwm import files
+    from mlx_rsgwm.evaluation.lm_eval_model import disagreements
+    from mlx_rsgwm.evaluation.report import read_report, render_table, write_report
+
+    summary, records = read_report(run)
+    written = write_report(
+        out or run, records, summary["k"], summary["metadata"], seed=console.seed, progress=console.progress
+    )
+    console.line(render_table(written))
+    console.line(f"report: {out or run}")
+    if against:
+        differing = disagreements(records)
+        files.write_json((out or run) / "lm-eval.json", differing)
+        console.line(
+            f"judged otherwise by lm_eval's filters: {len(differing)}, listed in {(out or run) / 'lm-eval.json'}"
+        )
+        written["lm_eval_disagreements"] = differing
+    console.result(written)
+
+
+@click.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option(
+    "--of", "modes", default="draft_verify", show_default=True, help="drafter, draft_verify, or A,B: one each."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Markdown file to write.")
+@common_options
+def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | None) -> None:
+    """Compare RUN_A and RUN_B on the items they share: exact McNemar, paired bootstrap, corrected for several tests.
+
+    \b
+    Examples:
+      rsgwm compare runs/a runs/b
+      rsgwm compare runs/demo/report runs/demo/report --of drafter,draft_verify
+    """
+    from mlx_rsgwm import files
+    from mlx_rsgwm.evaluation.comparison import compare_runs, comparison_notes, comparison_rows
+    from mlx_rsgwm.evaluation.report import aligned, markdown_table, read_report
+
+    first, second = (read_report(run)[1] for run in (run_a, run_b))
+    found = compare_runs(first, second, modes, (str(run_a), str(run_b)), console.seed)
+    console.line(aligned(comparison_rows(found)))
+    console.line("\n".join(comparison_notes(found)))
+    if out is not None:
+        files.write_text(out, "\n\n".join([markdown_table(comparison_rows(found)), *comparison_notes(found)]) + "\n")
+        console.line(f"comparison: {out}")
+    console.result(found)

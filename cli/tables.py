@@ -1,0 +1,126 @@
+"""``rsgwm tables``: the paper's tables, measured here and printed beside its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.evaluation.tables import Setting
+    from mlx_rsgwm.recipe import Recipe
+
+
+@click.command()
+@click.argument("number", type=click.Choice(["1", "2", "3"]))
+@click.option("--recipe", "source", default="paper", show_default=True, help="Shipped recipe or .yaml to train by.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar="NAME:KEY=VALUE",
+    help="Another reading of a row of Table 3; repeatable.",
+)
+@click.option("--task", "tasks", multiple=True, help="What to ask; default: the recipe's evaluation tasks.")
+@click.option("--limit", type=int, help="Items of each task; default: 100 for Table 1, 20 for 2 and 3.")
+@click.option("--sampling-seeds", type=int, help="Default: 1 (--seed) for Table 1, seeds 0, 1, 2 for 2 and 3.")
+@click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")
+@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/tables"), show_default=True)
+@common_options
+def tables(
+    console: Console,
+    number: str,
+    source: str,
+    settings: tuple[str, ...],
+    variants: tuple[str, ...],
+    tasks: tuple[str, ...],
+    limit: int | None,
+    sampling_seeds: int | None,
+    timed: int,
+    batch_rows: int,
+    out: Path,
+) -> None:
+    """Measure the paper's Table NUMBER (1, 2 or 3) at any base and size, and show where its own arithmetic fails.
+
+    What the rows need is trained first, below --out; run again, it goes on.
+
+    \b
+    Examples:
+      rsgwm tables 1 --set data.folder=../data
+      rsgwm tables 2 --recipe demo --limit 20 --out runs/small-tables
+    """
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.paper import TITLES
+    from mlx_rsgwm.evaluation.report import aligned, markdown_table
+    from mlx_rsgwm.evaluation.slices import Slice, read_slice
+    from mlx_rsgwm.evaluation.tables import ROWS, measure, table_notes, table_rows
+    from mlx_rsgwm.files import write_text
+    from mlx_rsgwm.recipe import load_recipe, run_recipe
+
+    table = int(number)
+    for name, value in (("--limit", limit), ("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
+        if value is not None and value < 1:
+            raise RsgwmError(f"{name} must be at least 1, found {value}")
+    readings = _readings(variants)
+    names = dict.fromkeys(row.variant for row in ROWS[table])
+    recipes = {name: load_recipe(source, [*settings, *readings[name]]) for name in names}
+    default = next(iter(recipes.values()))
+    folder = Path(default.data.folder) if default.data.folder else None
+    asked = tasks or default.evaluate.tasks or default.data.tasks
+    count = limit or (100 if table == 1 else 20)
+    per_task = max(1, count // len(asked)) if limit is None else count
+    questions = [q for task in asked for q in read_slice(Slice(task, per_task, seed=default.seed, folder=folder))[0]]
+    for name, recipe in recipes.items():
+        console.progress.message(f"{name}: {' '.join(readings[name]) or 'the recipe as it is'}")
+        run_recipe(recipe, out / _folder(name), console.progress)
+    first = console.seed if table == 1 else 0
+    seeds = tuple(range(first, first + (sampling_seeds or (1 if table == 1 else 3))))
+    measured = {
+        name: _setting(recipe, out / _folder(name), seeds, timed, batch_rows) for name, recipe in recipes.items()
+    }
+    runs = {name: out / _folder(name) for name in recipes}
+    base = load_base(default.base, progress=console.progress)
+    items = out / f"table-{table}"
+    found = measure(table, base, runs, questions, measured, items, console.progress)
+    rows, notes = table_rows(found), table_notes(found)
+    write_text(items / f"table-{table}.md", "\n\n".join([f"# {TITLES[table]}", markdown_table(rows), *notes]) + "\n")
+    console.line(TITLES[table])
+    console.line(aligned(rows))
+    console.line("\n".join(notes))
+    console.result(found)
+
+
+def _readings(variants: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.tables import VARIANTS
+
+    given: dict[str, tuple[str, ...]] = {}
+    for text in variants:
+        name, colon, setting = text.partition(":")
+        if name not in VARIANTS or not colon or "=" not in setting:
+            raise RsgwmError(f"--variant {text!r}: expected NAME:KEY=VALUE with NAME one of {', '.join(VARIANTS)}")
+        given[name] = (*given.get(name, ()), setting)
+    return {**VARIANTS, **given}
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _setting(recipe: Recipe, run: Path, seeds: tuple[int, ...], timed: int, batch_rows: int) -> Setting:
+    """The recipe's loop, ``auto`` settled by the calibration that its run left."""
+    from mlx_rsgwm.evaluation.tables import Setting
+    from mlx_rsgwm.pipeline.calibration import load_calibration
+
+    calibration = load_calibration(run / "verifier")
+    score, threshold = recipe.loop.score, recipe.loop.threshold
+    if calibration is not None:
+        score = calibration.score if score == "auto" else score
+        threshold = calibration.threshold if threshold == "auto" else threshold
+    return Setting(recipe.loop.config(score, float(threshold), recipe.seed), seeds, timed, batch_rows)

@@ -1,0 +1,141 @@
+"""Conversions of folders: one adapter or many, proved afterwards if asked for, and what became of each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_rsgwm.adapter import WEIGHTS_FILE
+from mlx_rsgwm.base import resolve_base
+from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
+from mlx_rsgwm.converters.peft import Converted, convert_from_peft, convert_to_peft
+from mlx_rsgwm.converters.peft_folder import INDEX_FILE, PeftFolder, open_peft
+from mlx_rsgwm.converters.peft_names import parse_name
+from mlx_rsgwm.converters.peft_sidecar import PEFT_WEIGHTS_FILE
+from mlx_rsgwm.converters.raw_arrays import RawArray, read_raw
+from mlx_rsgwm.converters.verify import require_equal
+from mlx_rsgwm.errors import CheckFailed, RsgwmError
+from mlx_rsgwm.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one folder: a conversion, a reason why there is none, or neither where it was there already."""
+
+    source: Path
+    out: Path
+    converted: Converted | None = None
+    error: str | None = None
+
+
+def from_peft_verified(folder: Path, base: BaseLayers, out: Path) -> Converted:
+    """``convert_from_peft``, then the proof: both folders give the same updates, and back come the same bits.
+
+    Raises:
+        CheckFailed: naming the first layer that differs; the result is removed.
+        RsgwmError: as ``convert_from_peft``.
+    """
+    converted = convert_from_peft(folder, base, out)
+    with _removed_on_failure(out), tempfile.TemporaryDirectory(prefix="rsgwm-verify-") as temporary:
+        require_equal(folder, out, base.model_type)
+        back = Path(temporary) / "back"
+        convert_to_peft(out, base.name, back)
+        _require_same_arrays(_peft_arrays(open_peft(folder)), _peft_arrays(open_peft(back)), folder)
+    return converted
+
+
+def to_peft_verified(folder: Path, base_name: str | None, out: Path, progress: Progress = SILENT) -> Converted:
+    """``convert_to_peft``, then the proof as in :func:`from_peft_verified`; the base is needed for the way back."""
+    converted = convert_to_peft(folder, base_name, out)
+    with _removed_on_failure(out), tempfile.TemporaryDirectory(prefix="rsgwm-verify-") as temporary:
+        base = read_base_layers(converted.base, resolve_base(converted.base, progress))
+        require_equal(out, folder, base.model_type)
+        back = Path(temporary) / "back"
+        convert_from_peft(out, base, back)
+        _require_same_arrays(read_raw(folder / WEIGHTS_FILE), read_raw(back / WEIGHTS_FILE), folder)
+    return converted
+
+
+def is_peft(folder: Path) -> bool:
+    return (folder / PEFT_WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
+def is_mlx(folder: Path) -> bool:
+    return (folder / WEIGHTS_FILE).is_file()
+
+
+def adapter_folders(root: Path, is_adapter: Callable[[Path], bool]) -> list[Path]:
+    """Every adapter below ``root``, in order; links to folders are not followed, nor is an adapter looked into."""
+    found = []
+    for name, below, _ in os.walk(root, followlinks=False):
+        below.sort()
+        folder = Path(name)
+        if is_adapter(folder):
+            found.append(folder)
+            below.clear()
+    return found
+
+
+def convert_all(
+    root: Path,
+    out: Path,
+    is_adapter: Callable[[Path], bool],
+    is_result: Callable[[Path], bool],
+    convert: Callable[[Path, Path], Converted],
+    progress: Progress = SILENT,
+) -> list[Outcome]:
+    """Convert every adapter below ``root`` into the folder of the same relative name below ``out``.
+
+    One that cannot be converted does not stop the others; one whose result is there already is left alone.
+
+    Raises:
+        RsgwmError: there is no adapter below ``root``, or ``out`` lies inside it.
+    """
+    if not root.is_dir():
+        raise RsgwmError(f"{root} does not exist")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise RsgwmError(f"{out} lies inside {root}; choose a folder beside it")
+    folders = adapter_folders(root, is_adapter)
+    if not folders:
+        raise RsgwmError(f"there is no such adapter in {root} or below")
+    outcomes = []
+    with progress.task("converting", len(folders)) as advance:
+        for folder in folders:
+            target = out / folder.relative_to(root)
+            if is_result(target):
+                outcomes.append(Outcome(folder, target))
+            else:
+                try:
+                    outcomes.append(Outcome(folder, target, convert(folder, target)))
+                except RsgwmError as error:
+                    outcomes.append(Outcome(folder, target, error=str(error)))
+            advance(1, folder.name)
+    return outcomes
+
+
+@contextmanager
+def _removed_on_failure(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except RsgwmError:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _peft_arrays(folder: PeftFolder) -> dict[str, RawArray]:
+    """A PEFT folder's arrays by what they are, so that names of older versions equal those of today."""
+    arrays = {name: value for file in folder.weights for name, value in read_raw(file).items()}
+    return {" ".join(parse_name(name) or (name,)): value for name, value in arrays.items()}
+
+
+def _require_same_arrays(before: dict[str, RawArray], after: dict[str, RawArray], source: Path) -> None:
+    lost = [name for name, value in before.items() if name not in after or not value.same_bits(after[name])]
+    more = sorted(after.keys() - before.keys())
+    if lost or more:
+        what = f"{lost[0]} comes back changed" if lost else f"{more[0]} comes back in addition"
+        raise CheckFailed(f"{source} does not survive there and back: {what} ({len(lost) + len(more)} arrays in all)")

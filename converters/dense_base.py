@@ -1,0 +1,86 @@
+"""A quantised base as the dense model it computes like, for frameworks that cannot read MLX's packed weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_rsgwm import files
+from mlx_rsgwm.converters.peft_names import MIXTRAL, SWITCH, transformers_module
+from mlx_rsgwm.converters.stream import write_arrays
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.model_folder import first_line, read_config, rope_fields
+
+SIDE_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+
+
+def dense_base(path: Path, out: Path) -> Path:
+    """``path`` itself where it is dense; else the new folder ``out`` with float32 weights under transformers' names.
+
+    The values are those that MLX's packed weights stand for, one layer in memory at a time.
+
+    Raises:
+        RsgwmError: mlx-lm cannot load the base, or ``out`` cannot be written.
+    """
+    config = read_config(path)
+    if not config.get("quantization") and not config.get("quantization_config"):
+        return path
+    from mlx_lm.utils import load_model
+
+    try:
+        model, _ = load_model(path, lazy=True, model_config=rope_fields(config))
+    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
+        raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
+    arrays = {
+        name: value.astype(mx.float32)
+        for module_name, value in _dense_parameters(model).items()
+        for name, value in _transformers_arrays(module_name, value, config["model_type"]).items()
+    }
+    files.make_folder(out)
+    for pattern in SIDE_FILES:
+        for file in path.glob(pattern):
+            if file.name not in ("config.json", "model.safetensors.index.json"):
+                shutil.copyfile(file, out / file.name)
+    write_arrays(out / "model.safetensors", arrays, {"format": "pt"})
+    dense = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    files.write_json(out / "config.json", {**dense, "torch_dtype": "float32"})
+    return out
+
+
+def _dense_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Every parameter by mlx-lm's name, packed ones as the float32 values they stand for; lazy."""
+    flat: Any = tree_flatten(model.parameters())
+    parameters = dict(flat)
+    for name, module in model.named_modules():
+        if hasattr(module, "scales") and hasattr(module, "bits"):
+            parameters[f"{name}.weight"] = dequantised(module)
+            for leaf in ("scales", "biases"):
+                parameters.pop(f"{name}.{leaf}", None)
+    return parameters
+
+
+def dequantised(layer: Any) -> mx.array:
+    """The float32 weight that a quantised layer of mlx-lm stands for."""
+    biases = layer.biases.astype(mx.float32) if getattr(layer, "biases", None) is not None else None
+    scales = layer.scales.astype(mx.float32) if biases is not None else layer.scales
+    dense: mx.array = mx.dequantize(
+        layer.weight, scales, biases, group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+    )
+    return dense.astype(mx.float32)
+
+
+def _transformers_arrays(name: str, value: mx.array, model_type: str) -> dict[str, mx.array]:
+    """An array under transformers' name; stacked experts one by one, as published models have them."""
+    module, _, leaf = name.rpartition(".")
+    theirs = transformers_module(module, model_type)
+    if not SWITCH.fullmatch(module):
+        return {f"{theirs}.{leaf}": value}
+    block, _, projection = theirs.rpartition(".switch_mlp.")
+    if block.endswith("block_sparse_moe"):
+        projection = next(old for old, ours in MIXTRAL.items() if ours == projection)
+    return {f"{block}.experts.{expert}.{projection}.{leaf}": value[expert] for expert in range(value.shape[0])}

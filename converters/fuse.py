@@ -1,0 +1,388 @@
+"""A base with an adapter worked into its weights, once it is known how much of the adapter the target format keeps.
+
+Rounding to a format with few bits can swallow a small update: a 4-bit weight moves by a step or not at all. So every
+adapted layer is measured first: the change that F makes of ΔW, with F the way to the target format and back, is
+F(W + ΔW) − F(W); the share that survives is its projection on ΔW. Afterwards the written model's logits are compared
+with those of base and adapter.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import Adapter, versions
+from mlx_rsgwm.base import DTYPES, Base, load_base, resolve_base
+from mlx_rsgwm.converters.dense_base import dequantised
+from mlx_rsgwm.converters.parity_mlx import apply_adapter, replace_parameters
+from mlx_rsgwm.converters.peft import require_empty
+from mlx_rsgwm.converters.peft_names import model_order
+from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
+from mlx_rsgwm.model_folder import TOKENIZER_FILES, fingerprint_of, first_line, read_config, rope_fields
+from mlx_rsgwm.progress import SILENT, Progress
+
+GROUP_SIZE = 64
+# What a fused model's weights are: as the base has them, a float type, or mlx-lm's affine quantisation.
+FORMATS: dict[str, int | str | None] = {
+    "keep": None,
+    **{name: name for name in DTYPES},
+    "8bit": 8,
+    "4bit": 4,
+    "3bit": 3,
+}
+MIN_SHARE = 0.9
+TEXTS = (
+    "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?",
+    "The capital of France is Paris, and the capital of Italy is",
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one weight is stored: in ``dtype``, or packed with scales of that dtype."""
+
+    dtype: mx.Dtype
+    bits: int | None = None
+    group_size: int = GROUP_SIZE
+    mode: str = "affine"
+
+    def round_trip(self, weight: mx.array) -> mx.array:
+        """The float32 values that a float32 ``weight`` becomes."""
+        if self.bits is None:
+            return weight.astype(self.dtype).astype(mx.float32)
+        packed, scales, *rest = mx.quantize(weight, self.group_size, self.bits, mode=self.mode)
+        biases = None
+        if rest:
+            scales, biases = (part.astype(self.dtype).astype(mx.float32) for part in (scales, rest[0]))
+        dense = mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode)
+        return dense.astype(mx.float32)
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Of one module's ΔW: ``share`` survives along it; ``error``: what comes instead and beside it, in its size.
+
+    ``norm`` is ‖ΔW‖.
+    """
+
+    module: str
+    share: float
+    error: float
+    norm: float
+
+
+def fuse(
+    adapter_folder: Path,
+    base_name: str,
+    out: Path,
+    *,
+    target: str = "keep",
+    min_share: float = MIN_SHARE,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write the model that a base is with an adapter to the new folder ``out``.
+
+    Args:
+        adapter_folder: LoRA or DoRA on any layers, and replaced parameters.
+        base_name: as for ``load_base``.
+        out: a folder that does not exist yet, or an empty one.
+        target: one of :data:`FORMATS`.
+        min_share: the share of the adapter's update, and of its effect on logits, that must survive.
+        force: write it whatever survives.
+
+    Returns:
+        JSON: ``share`` and ``error`` over all modules, the ``worst`` ones, ``logit_share``, ``logit_error``,
+        ``max_abs_logit`` against base and adapter, and what was fused.
+
+    Raises:
+        CheckFailed: less than ``min_share`` survives; nothing is written then, or kept.
+        RsgwmError: the adapter does not fit the base, ``out`` is not empty, no room.
+    """
+    if target not in FORMATS:
+        raise RsgwmError(f"fuse: format {target!r} is unknown; there are {', '.join(FORMATS)}")
+    if not 0 <= min_share <= 1:
+        raise RsgwmError(f"fuse: the share must be in [0, 1], found {min_share}")
+    require_empty(out)
+    adapter = Adapter.load(adapter_folder)
+    path = resolve_base(base_name, progress)
+    if adapter.base_fingerprint and adapter.base_fingerprint != fingerprint_of(path):
+        name = (adapter.manifest.get("base") or {}).get("name")
+        raise AdapterError(f"{adapter.where} was trained on {name}, not on {base_name}: the weights differ")
+    model, config = _adapted_model(path, adapter, base_name)
+    layers = dict(_adapted_layers(model))
+    found = []
+    with progress.task("measuring", len(layers)) as advance:
+        for name in sorted(layers, key=model_order):
+            found.append(_survival(name, layers[name], _stored(layers[name], target)))
+            advance(1, name)
+    total = _total(found)
+    if total.share < min_share and not force:
+        raise CheckFailed(
+            f"only {total.share:.0%} of {adapter.where} survives in the format {target}, below {min_share:.0%} "
+            f"(least in {_worst(found)[0].module}, {_worst(found)[0].share:.0%}); "
+            "choose another --format (float16), or --force"
+        )
+    config = _fused(model, config, layers, target)
+    files.require_space(out, sum(value.nbytes for _, value in _parameters(model)) + 2**24)
+    _write(model, config, path, out)
+    del model, layers
+    mx.clear_cache()
+    result = {
+        "out": str(out),
+        "base": base_name,
+        "adapter": str(adapter_folder),
+        "format": target,
+        "modules": len(found),
+        "replaced": len(adapter.full),
+        "share": total.share,
+        "error": total.error,
+        "worst": [vars(one) for one in _worst(found)],
+        "min_share": min_share,
+        **_compare_logits(adapter, base_name, out, target, progress),
+        "versions": versions(),
+    }
+    if abs(1 - float(str(result["logit_share"]))) > 1 - min_share and not force:
+        shutil.rmtree(out)
+        raise CheckFailed(
+            f"{result['logit_share']:.0%} of the adapter's effect on logits is in the fused model, "
+            f"outside {min_share:.0%} to {2 - min_share:.0%}; it was removed; choose another --format, or --force"
+        )
+    files.write_json(out / "fuse.json", result)
+    return result
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def _adapted_model(path: Path, adapter: Adapter, base_name: str) -> tuple[Any, dict[str, Any]]:
+    from mlx_lm.utils import load_model
+
+    try:
+        model, config = load_model(path, lazy=True, model_config=rope_fields(read_config(path)))
+    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
+        raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
+    if adapter.full:
+        replace_parameters(model, adapter)
+    if adapter.weights:
+        apply_adapter(model, adapter, base_name)
+    names = {name for name, _ in _adapted_layers(model)}
+    missing = [module for module in adapter.modules() if module not in names]
+    raise_problems(adapter.where, [f"{name} was not applied by mlx-lm" for name in missing], AdapterError)
+    return model, config
+
+
+def _adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """mlx-lm's LoRA and DoRA layers whose update is not zero."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_a") and hasattr(module, "lora_b"):
+            yield name, module
+
+
+def _plain(layer: Any) -> Any:
+    """The base's layer inside an adapted one."""
+    return layer.embedding if hasattr(layer, "embedding") else layer.linear
+
+
+def fused_weight(layer: Any) -> tuple[mx.array, mx.array]:
+    """W and the weight that an adapted layer of mlx-lm computes with, both float32."""
+    plain = _plain(layer)
+    weight = dequantised(plain) if hasattr(plain, "scales") else plain.weight.astype(mx.float32)
+    a, b = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
+    update = b @ a if a.ndim == 3 else a @ b if hasattr(layer, "embedding") else b.T @ a.T
+    fused = weight + layer.scale * update
+    if "m" in layer:
+        norms = mx.sqrt(mx.sum(fused * fused, axis=1, keepdims=True))
+        fused = layer.m.astype(mx.float32)[:, None] / norms * fused
+    return weight, fused
+
+
+def _stored(layer: Any, target: str) -> Stored:
+    """How an adapted layer's weight is to be stored."""
+    plain, kind = _plain(layer), FORMATS[target]
+    packed = hasattr(plain, "scales")
+    # Scales of the newer modes are bytes; such a layer's floats are the model's others, which its bias shows or not.
+    dtype = plain.scales.dtype if packed else plain.weight.dtype
+    dtype = dtype if dtype in DTYPES.values() else mx.bfloat16
+    if isinstance(kind, str):
+        return Stored(DTYPES[kind])
+    if kind is None:
+        return Stored(dtype, plain.bits, plain.group_size, plain.mode) if packed else Stored(dtype)
+    columns = plain.scales.shape[-1] * plain.group_size if packed else plain.weight.shape[-1]
+    return Stored(dtype, kind) if columns % GROUP_SIZE == 0 else Stored(dtype)
+
+
+def _survival(name: str, layer: Any, stored: Stored) -> Survival:
+    weight, fused = fused_weight(layer)
+    update = fused - weight
+    survived = stored.round_trip(fused) - stored.round_trip(weight)
+    square = mx.sum(update * update)
+    along = mx.sum(survived * update)
+    beside = mx.sum(mx.square(survived - update))
+    mx.eval(square, along, beside)
+    size, dot, off = (float(one.tolist()) for one in (square, along, beside))  # type: ignore[arg-type]
+    if not size:
+        return Survival(name, 1.0, 0.0, 0.0)
+    return Survival(name, dot / size, (off / size) ** 0.5, size**0.5)
+
+
+def _total(found: list[Survival]) -> Survival:
+    """Over all modules, each by the square of its update's size."""
+    squares = [one.norm**2 for one in found]
+    whole = sum(squares)
+    if not whole:
+        return Survival("", 1.0, 0.0, 0.0)
+    share = sum(one.share * square for one, square in zip(found, squares, strict=True)) / whole
+    error = sum(one.error**2 * square for one, square in zip(found, squares, strict=True)) / whole
+    return Survival("", share, error**0.5, whole**0.5)
+
+
+def _worst(found: list[Survival]) -> list[Survival]:
+    return sorted((one for one in found if one.norm), key=lambda one: one.share)[:5] or found[:1]
+
+
+# --- fusing -----------------------------------------------------------------------------------------------------
+
+
+def _fused(model: Any, config: dict[str, Any], layers: dict[str, Any], target: str) -> dict[str, Any]:
+    """Put plain layers with the fused weights into ``model``, in the target format; returns its config."""
+    from mlx_lm.utils import dequantize_model, quantize_model
+
+    kind = FORMATS[target]
+    replaced = []
+    for name, layer in layers.items():
+        _, weight = fused_weight(layer)
+        stored = _stored(layer, target)
+        replaced.append((name, _layer_like(_plain(layer), weight, stored if kind is None else None)))
+    model.update_modules(tree_unflatten(replaced))
+    if kind is None:
+        return config
+    dtype = _usual_dtype(model)
+    model = dequantize_model(model)
+    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    if isinstance(kind, str):
+        model.set_dtype(DTYPES[kind])
+        return {**config, "torch_dtype": kind}
+    _, config = quantize_model(model, config, GROUP_SIZE, kind)
+    model.set_dtype(dtype)
+    return config
+
+
+def _layer_like(plain: Any, weight: mx.array, stored: Stored | None) -> Any:
+    """A layer of ``plain``'s kind with another weight: stored as said, or float32 and dense for later."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    bias = "bias" in plain
+    made: Any
+    if weight.ndim == 3:
+        made = SwitchLinear(1, 1, 1, bias=bias)
+    elif isinstance(plain, (nn.Embedding, nn.QuantizedEmbedding)):
+        made = nn.Embedding(1, 1)
+    else:
+        made = nn.Linear(1, 1, bias=bias)
+    made.weight = weight
+    if bias:
+        made.bias = plain.bias
+    if stored is None:
+        return made
+    if stored.bits is None:
+        made.weight = weight.astype(stored.dtype)
+        return made
+    packed = made.to_quantized(group_size=stored.group_size, bits=stored.bits, mode=stored.mode)
+    if packed.biases is not None:
+        packed.scales, packed.biases = packed.scales.astype(stored.dtype), packed.biases.astype(stored.dtype)
+    return packed
+
+
+def _usual_dtype(model: Any) -> mx.Dtype:
+    """The float type of most of the model's arrays."""
+    counts: dict[Any, int] = {}
+    for _, value in _parameters(model):
+        if value.dtype in DTYPES.values():
+            counts[value.dtype] = counts.get(value.dtype, 0) + 1
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _parameters(model: Any) -> list[tuple[str, mx.array]]:
+    flat: Any = tree_flatten(model.parameters())
+    return list(flat)
+
+
+def _write(model: Any, config: dict[str, Any], source: Path, out: Path) -> None:
+    """Write the folder under a temporary name, then rename it."""
+    from mlx_lm.utils import save_config, save_model
+
+    files.make_folder(out.absolute().parent)
+    work = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
+    try:
+        save_model(work, model)
+        for pattern in ("*.json", "*.jinja", *TOKENIZER_FILES, "*.txt"):
+            for file in source.glob(pattern):
+                if not (work / file.name).exists() and file.name != "config.json":
+                    shutil.copyfile(file, work / file.name)
+        save_config(config, work / "config.json")
+        work.chmod(0o755)  # mkdtemp makes it private
+        if out.exists():
+            out.rmdir()
+        os.rename(work, out)
+    except (OSError, RuntimeError) as error:
+        raise RsgwmError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+# --- the written model ------------------------------------------------------------------------------------------
+
+
+def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, progress: Progress) -> dict[str, float]:
+    """How much of the adapter's effect on float32 logits the written model has, and how far it is from it."""
+    from mlx_lm.utils import quantize_model
+
+    with progress.task("comparing logits", 3) as advance:
+        base = load_base(base_name, "float32", progress)
+        bare = _logits(base)
+        bits = FORMATS[target]
+        packed = bare
+        if adapter.weights or adapter.full:
+            if adapter.full:
+                replace_parameters(base.model, adapter)
+            if adapter.weights:
+                apply_adapter(base.model, adapter, base_name)
+        adapted = _logits(base)
+        del base
+        advance(1, "base and adapter")
+        if isinstance(bits, int):
+            again = load_base(base_name, "float32", progress)
+            if not again.config.get("quantization"):
+                quantize_model(again.model, dict(again.config), GROUP_SIZE, bits)
+                packed = _logits(again)
+            del again
+        advance(1, "the base in the target format")
+        fused = _logits(load_base(str(out), "float32", progress))
+        advance(1, "the fused model")
+    effect, found = adapted - bare, fused - packed
+    square = float((effect * effect).sum())
+    return {
+        "logit_share": float((effect * found).sum()) / square if square else 1.0,
+        "logit_error": (float(np.square(found - effect).sum()) / square) ** 0.5 if square else 0.0,
+        "max_abs_logit": float(np.abs(fused - adapted).max()),
+    }
+
+
+def _logits(base: Base) -> np.ndarray:
+    model: Any = base.model
+    ids = [base.tokenizer.encode(text) for text in TEXTS]
+    found = [np.array(model(mx.array([one]))[0].astype(mx.float32)).astype(np.float64) for one in ids]
+    mx.clear_cache()
+    return np.concatenate(found)

@@ -1,0 +1,136 @@
+"""Names: of PEFT's arrays and what each of them is, of modules in transformers and in mlx-lm.
+
+transformers 5 keeps the experts of a layer in stacked parameters, older versions in one linear layer an expert;
+mlx-lm has one ``switch_mlp`` of three stacked projections. For everything else the two name modules alike, save for
+the prefixes of a few model types.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+PREFIX = "base_model.model."
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
+BLOCK_MODULE = re.compile(r"(?P<stem>(?:.+\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<key>.+)")
+LEAVES = {  # in PEFT's files, after the module's name: what we call it
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "base_layer.weight": "base_weight",
+    "base_layer.bias": "base_bias",
+    "weight": "weight",
+    "bias": "bias",
+}
+# Older PEFT and tools that save a bare state dict: the adapter's name, or where its module stood.
+VARIANTS = {
+    "lora_A.default.weight": "lora_A.weight",
+    "lora_B.default.weight": "lora_B.weight",
+    "lora_embedding_A.default": "lora_embedding_A",
+    "lora_embedding_B.default": "lora_embedding_B",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "lora_magnitude_vector.default.weight": "lora_magnitude_vector",
+    "modules_to_save.weight": "weight",
+    "modules_to_save.bias": "bias",
+    "modules_to_save.default.weight": "weight",
+    "modules_to_save.default.bias": "bias",
+}
+HINTS = {
+    "lora_B.bias": "a bias on lora_B has no counterpart",
+    "trainable_tokens": "trained token embeddings have no counterpart",
+    "hada_": "this is LoHa",
+    "lokr_": "this is LoKr",
+    "lora_E": "this is AdaLoRA",
+    "ia3_": "this is IA3",
+    "internal_xlora": "this is X-LoRA",
+    "oft_r": "this is OFT",
+    "vera_lambda": "this is VeRA",
+}
+# (transformers' prefix, mlx-lm's prefix, the model types for which the way back is meant; empty: every)
+ROOTS = (
+    ("model.language_model.", "language_model.model.", frozenset[str]()),
+    ("transformer.", "model.", frozenset({"gpt2"})),
+    ("gpt_neox.layers.", "model.h.", frozenset({"gpt_neox"})),
+    ("gpt_neox.", "model.", frozenset({"gpt_neox"})),
+)
+ONE_EXPERT = re.compile(
+    r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)"
+)
+MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+SWITCH = re.compile(r"(?P<block>.+)\.switch_mlp\.(?P<projection>gate_proj|up_proj|down_proj)")
+BLOCK_SPARSE = ("mixtral", "phimoe")  # transformers 5 calls their mixture of experts mlp, mlx-lm as it used to be
+BLOCK_MLP = re.compile(r"(layers\.\d+)\.mlp(\.|$)")
+ROUTER = re.compile(r".+\.(?:mlp|block_sparse_moe)\.gate")
+
+
+class PeftName(NamedTuple):
+    """An array's name taken apart: the module as transformers calls it, and which of :data:`LEAVES` it is."""
+
+    module: str
+    leaf: str
+
+
+def parse_name(name: str) -> PeftName | None:
+    """The module and leaf of a PEFT array, or None for a name that PEFT's LoRA does not write."""
+    if not name.startswith(PREFIX):
+        return None
+    name = name[len(PREFIX) :]
+    leaves = sorted([*VARIANTS, *LEAVES], key=len, reverse=True)
+    leaf = next((one for one in leaves if name.endswith("." + one)), None)
+    if leaf is None or ".lora_" in name[: -len(leaf)]:
+        return None
+    return PeftName(name[: -len(leaf) - 1], LEAVES[VARIANTS.get(leaf, leaf)])
+
+
+def explain_name(name: str) -> str:
+    """A hint, in brackets, at what an unknown array is."""
+    found = next((text for part, text in HINTS.items() if part in name), None)
+    if found is None and not name.startswith(PREFIX):
+        found = f"PEFT's names begin with {PREFIX}"
+    return f" ({found})" if found else ""
+
+
+def mlx_module(module: str, model_type: str | None = None) -> str:
+    """mlx-lm's name for a module of transformers; experts are not its business."""
+    if model_type in BLOCK_SPARSE:
+        module = BLOCK_MLP.sub(r"\1.block_sparse_moe\2", module)
+    for theirs, ours, _ in ROOTS:
+        if module.startswith(theirs):
+            return ours + module[len(theirs) :]
+    return module
+
+
+def transformers_module(module: str, model_type: str | None) -> str:
+    """transformers' name for a module of mlx-lm; experts are not its business."""
+    for theirs, ours, types in ROOTS:
+        if module.startswith(ours) and (not types or model_type in types):
+            return theirs + module[len(ours) :]
+    if module == "language_model.lm_head":
+        return "lm_head"
+    return module
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the block a module sits in, or None outside of the blocks."""
+    found = BLOCK_MODULE.fullmatch(module)
+    return int(found["layer"]) if found else None
+
+
+def key_of(module: str) -> str:
+    """A module's name inside its block; its full name outside of the blocks."""
+    found = BLOCK_MODULE.fullmatch(module)
+    return found["key"] if found else module
+
+
+def model_order(module: str) -> tuple[int, int, str]:
+    """Sorts modules as a model runs through them: embeddings, blocks by number, then the rest."""
+    layer = layer_of(module)
+    if layer is not None:
+        return 1, layer, key_of(module)
+    return (0 if module.rpartition(".")[2] in EMBEDDINGS else 2), 0, module
+
+
+def is_embedding(module: str) -> bool:
+    return module.rpartition(".")[2] in EMBEDDINGS

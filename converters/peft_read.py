@@ -1,0 +1,444 @@
+"""PEFT to MLX: an opened PEFT folder as an :class:`Adapter` whose arrays are still on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
+from mlx_rsgwm.converters.base_layers import BaseLayers
+from mlx_rsgwm.converters.peft_config import config_problems, is_head, rank_of, scale_of, selects
+from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
+from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
+from mlx_rsgwm.converters.peft_names import (
+    MIXTRAL,
+    ONE_EXPERT,
+    ROUTER,
+    is_embedding,
+    key_of,
+    layer_of,
+    mlx_module,
+    model_order,
+    transformers_module,
+)
+from mlx_rsgwm.converters.peft_sidecar import Sidecar, read_sidecar, restore
+from mlx_rsgwm.converters.peft_uniform import (
+    Folding,
+    Update,
+    choose_folding,
+    common_scale,
+    fold,
+    same_bits,
+    widen_rank,
+)
+from mlx_rsgwm.errors import AdapterError, raise_problems
+
+
+@dataclass
+class Layout:
+    """What of a PEFT file's form mlx-lm's does not show, so that a conversion back can restore it.
+
+    ``names``: transformers' names where they are not the ones we would write. ``experts``: ``each`` or ``stacked``.
+    ``folded``: modules whose scale went into lora_b. ``tied``: one embedding pair stands for embedding and head.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    experts: str | None = None
+    folded: dict[str, Folding] = field(default_factory=dict)
+    tied: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        folded = {name: Folding(**one) for name, one in (value.get("folded") or {}).items()}
+        return cls(dict(value.get("names") or {}), value.get("experts"), folded, bool(value.get("tied")))
+
+
+def read_peft(folder: PeftFolder, base: BaseLayers | None, described: Mapping[str, Any] | None) -> Adapter:
+    """The adapter in ``folder``, its arrays lazy.
+
+    Args:
+        folder: as :func:`peft_folder.open_peft` found it.
+        base: the base's layers; without them shapes, names and the selection of modules are not compared with it.
+        described: what manifests keep of the base, None when it is not known.
+
+    Raises:
+        AdapterError: one line with every reason: a PEFT option without a counterpart, wrong names, shapes or dtypes,
+            modules the base has not or the configuration does not select, another base than it was trained on.
+    """
+    config = folder.config
+    problems = config_problems(config)
+    sound = not problems
+    arrays, metadata = folder.arrays()
+    groups, found = group_arrays(arrays, config, sound)
+    if not arrays:
+        found.append("holds no arrays")
+    if not sound:
+        raise_problems(str(folder.path), problems + found, AdapterError)
+    sidecar = read_sidecar(folder.path, config, folder.sha256)
+    layout = Layout()
+    updates, wrong = build_updates(groups, config, sidecar, layout, (described or {}).get("model_type"))
+    found += wrong + _depth_problems(updates, groups, described)
+    found += _head_problems(updates, groups, layout, base)
+    if base is not None:
+        found += _fit_problems(updates, groups, config, base)
+    if not updates and not groups.whole and not found:
+        found.append("holds no LoRA arrays")
+    raise_problems(str(folder.path), list(dict.fromkeys(found)), AdapterError)
+    adapter = _assemble(folder, updates, groups, layout, sidecar, described)
+    if sidecar is not None:
+        adapter = restore(adapter, sidecar)
+        _require_same_base(adapter, described)
+    if not adapter.manifest:
+        adapter.manifest = _manifest(folder, adapter, metadata, layout, described)
+    raise_problems(str(folder.path), adapter.shape_problems(), AdapterError)
+    return adapter
+
+
+def early_problems(folder: PeftFolder) -> list[str]:
+    """What is wrong with an adapter whatever its base, so that none need be fetched for it."""
+    problems = config_problems(folder.config)
+    arrays, _ = folder.arrays()
+    groups, found = group_arrays(arrays, folder.config, not problems)
+    if not problems:
+        found += build_updates(groups, folder.config, None, Layout(), None)[1]
+    return problems + found
+
+
+def build_updates(
+    groups: Groups, config: Mapping[str, Any], sidecar: Sidecar | None, layout: Layout, model_type: str | None
+) -> tuple[list[Update], list[str]]:
+    """Every module's update in mlx-lm's layout and the model's order; fills ``layout``; what is wrong with them."""
+    problems: list[str] = []
+    updates: list[Update] = []
+    each: dict[tuple[str, str], dict[int, str]] = {}
+    for module, pair in groups.pairs.items():
+        if one := ONE_EXPERT.fullmatch(module):
+            projection = MIXTRAL.get(one["projection"], one["projection"])
+            each.setdefault((one["block"], projection), {})[int(one["expert"])] = module
+        elif module.endswith((".experts", ".experts.base_layer")):
+            found, wrong = _stacked(module, pair, config, sidecar, model_type)
+            updates += found
+            problems += wrong
+            layout.experts = "stacked"
+        elif reason := _unselected(module, config):
+            problems.append(reason)
+        else:
+            updates.append(_linear(module, pair, config, groups, model_type))
+    for (block, projection), modules in each.items():
+        found, wrong = _gathered(block, projection, modules, groups, config, model_type)
+        updates += found
+        problems += wrong
+        layout.experts = "each"
+    for module, pair in groups.embeddings.items():
+        if reason := _unselected(module, config):
+            problems.append(reason)
+        updates.append(_linear(module, pair, config, groups, model_type))
+    if config.get("use_dora"):
+        for update in updates:
+            if is_embedding(update.module):
+                problems.append(f"{update.source}: PEFT's DoRA on embeddings scales columns, mlx-lm's rows")
+            elif update.a.ndim == 3:
+                problems.append(f"{update.source}: mlx-lm has no DoRA on experts")
+            elif update.magnitude is None:
+                problems.append(f"{update.source} has no lora_magnitude_vector, which DoRA needs")
+    else:
+        problems += [f"{name} has a lora_magnitude_vector, but use_dora is off" for name in groups.magnitudes]
+    updates.sort(key=lambda update: model_order(update.module))
+    layout.names = {
+        update.module: update.source
+        for update in updates
+        if update.a.ndim == 2 and update.source != transformers_module(update.module, model_type)
+    }
+    return updates, problems
+
+
+def _unselected(module: str, config: Mapping[str, Any]) -> str | None:
+    """Why PEFT would leave a module's arrays out, or None; a head is adapted with its embedding where it is tied."""
+    tied = config.get("ensure_weight_tying") and is_head(module)
+    if tied or selects(config, module) or selects(config, f"{module}.weight"):
+        return None
+    return f"the configuration does not select {module}, so PEFT would not apply its arrays"
+
+
+def _linear(
+    module: str, pair: Mapping[str, mx.array], config: Mapping[str, Any], groups: Groups, model_type: str | None
+) -> Update:
+    named = f"{module}.weight" if ROUTER.fullmatch(module) and not selects(config, module) else module
+    return Update(
+        mlx_module(module, model_type),
+        module,
+        pair["a"].T,
+        pair["b"].T,
+        groups.magnitudes.get(module),
+        rank_of(config, named),
+        scale_of(config, named),
+    )
+
+
+def _stacked(
+    module: str,
+    pair: Mapping[str, mx.array],
+    config: Mapping[str, Any],
+    sidecar: Sidecar | None,
+    model_type: str | None,
+) -> tuple[list[Update], list[str]]:
+    """The updates of a stacked parameter: two for gate and up, one for down."""
+    experts = module.removesuffix(".base_layer")
+    names = parameter_names(config, experts)
+    inner = module.endswith(".base_layer")
+    if len(names) != (2 if inner else len(names)) or not names:
+        return [], [f"target_parameters do not say which parameter of {experts} the arrays of {module} are for"]
+    parameter = f"{experts}.{names[0] if inner else names[-1]}"
+    rank, scale = rank_of(config, parameter), scale_of(config, parameter)
+    if pair["a"].shape[0] % rank or (parameter.endswith("gate_up_proj") and pair["b"].shape[0] % 2):
+        return [], [f"{module} has lora_A {pair['a'].shape}, which does not have rank {rank} for every expert"]
+    block = mlx_module(experts.removesuffix(".experts"), model_type)
+    a, b = split_experts(pair["a"], pair["b"], rank)
+    if parameter.endswith("down_proj"):
+        return [Update(f"{block}.switch_mlp.down_proj", parameter, a, b, None, rank, scale)], []
+    parts = split_gate_up(a, b, sidecar.joined.get(block, ()) if sidecar else ())
+    return [
+        Update(f"{block}.switch_mlp.{name}", parameter, part_a, part_b, None, int(part_a.shape[1]), scale)
+        for name, (part_a, part_b) in parts.items()
+    ], []
+
+
+def _gathered(
+    block: str,
+    projection: str,
+    modules: Mapping[int, str],
+    groups: Groups,
+    config: Mapping[str, Any],
+    model_type: str | None,
+) -> tuple[list[Update], list[str]]:
+    """One update of stacked experts from those of single ones, which must be there without a gap and alike."""
+    missing = sorted(set(range(max(modules) + 1)) - set(modules))
+    if missing:
+        return [], [f"{block} has no {projection} of expert {', '.join(map(str, missing))}, only of others"]
+    ordered = [modules[expert] for expert in sorted(modules)]
+    pairs = [groups.pairs[module] for module in ordered]
+    ranks, scales = {rank_of(config, one) for one in ordered}, {scale_of(config, one) for one in ordered}
+    alike = all(len({(pair[leaf].shape, pair[leaf].dtype) for pair in pairs}) == 1 for leaf in "ab")
+    if not alike or len(ranks) != 1 or len(scales) != 1:
+        return [], [f"{block}: the experts' {projection} differ in rank, scale, shape or dtype"]
+    if reason := next((found for module in ordered if (found := _unselected(module, config))), None):
+        return [], [reason]
+    a, b = mx.stack([pair["a"] for pair in pairs]), mx.stack([pair["b"] for pair in pairs])
+    name = f"{mlx_module(block, model_type)}.switch_mlp.{projection}"
+    return [Update(name, ordered[0], a, b, None, ranks.pop(), scales.pop())], []
+
+
+def _head_problems(updates: list[Update], groups: Groups, layout: Layout, base: BaseLayers | None) -> list[str]:
+    """Embedding and head: apart in PEFT, one in mlx-lm where the base ties them. Equal adapters become one."""
+    embedding = next((update for update in updates if is_embedding(update.module)), None)
+    head = next((update for update in updates if update.module.rpartition(".")[2] == "lm_head"), None)
+    whole = {name.rpartition(".")[0] for name in groups.whole if name.endswith(".weight")}
+    whole_embedding = next((name for name in whole if is_embedding(name)), None)
+    whole_head = next((name for name in whole if name.rpartition(".")[2] == "lm_head"), None)
+    if embedding is None and head is None and whole_embedding is None and whole_head is None:
+        return []
+    if base is None:
+        return ["an adapted embedding or head means something else on a tied base; give the base model"]
+    if not base.tied:
+        return []
+    if embedding is not None and head is not None and _same_update(embedding, head):
+        updates.remove(head)
+        layout.tied = True
+        return []
+    if whole_embedding and whole_head and embedding is None and head is None:
+        one, other = f"{whole_embedding}.weight", f"{whole_head}.weight"
+        if same_bits(groups.whole[one], groups.whole[other]):
+            del groups.whole[other]
+            layout.tied = True
+            return []
+    names = [update.source for update in (embedding, head) if update] + [n for n in (whole_embedding, whole_head) if n]
+    return [
+        f"{' and '.join(names)}: the base's head is its embedding, which mlx-lm adapts as one and PEFT apart; "
+        "only equal adapters of both can be converted"
+    ]
+
+
+def _same_update(embedding: Update, head: Update) -> bool:
+    """Whether the head's update is the embedding's, with factors swapped as its matrix is used the other way."""
+    same_scale = embedding.scale == head.scale
+    return same_scale and same_bits(embedding.a, head.b.T) and same_bits(embedding.b, head.a.T)
+
+
+def _depth_problems(updates: Iterable[Update], groups: Groups, described: Mapping[str, Any] | None) -> list[str]:
+    depth = (described or {}).get("num_layers")
+    if depth is None:
+        return []
+    names = [update.source for update in updates] + list(groups.whole)
+    beyond = sorted({layer for name in names if (layer := layer_of(name)) is not None and layer >= depth})
+    return [f"layer {layer} is not in the base model, which has {depth} layers" for layer in beyond]
+
+
+def _fit_problems(updates: Iterable[Update], groups: Groups, config: Mapping[str, Any], base: BaseLayers) -> list[str]:
+    """Modules the base has not, or has with other dimensions, and modules that are selected but have no arrays."""
+    problems = []
+    adapted = set()
+    for update in updates:
+        adapted.add(update.module)
+        layer = base.layers.get(update.module)
+        a, b = update.a.shape, update.b.shape
+        if layer is None:
+            problems.append(f"the base has no {update.module}")
+        elif len(a) == 3:
+            if layer.kind != "experts" or (layer.experts, layer.outputs, layer.inputs) != (a[0], b[1], a[2]):
+                problems.append(
+                    f"{update.module} is {_shown(layer)} in the base, the adapter is for {a[0], b[1], a[2]}"
+                )
+        elif layer.kind == "experts" or (layer.outputs, layer.inputs) != (b[1], a[0]):
+            problems.append(f"{update.module} is {_shown(layer)} in the base, the adapter is for {b[1], a[0]}")
+        elif (layer.kind == "embedding") != (update.source in groups.embeddings):
+            problems.append(f"{update.source} is a {layer.kind} in the base, its arrays are for another kind")
+    for name, value in groups.whole.items():
+        ours = _parameter(name, base.model_type)
+        if ours not in base.parameters:
+            problems.append(f"the base has no {ours}")
+        elif f"{ours.removesuffix('.weight')}.scales" in base.parameters:
+            problems.append(f"{ours} is quantised in the base and cannot be replaced")
+        elif tuple(value.shape) != base.parameters[ours]:
+            problems.append(f"{ours} is {base.parameters[ours]} in the base, {tuple(value.shape)} in the adapter")
+    experts = any(layer.kind == "experts" for layer in base.layers.values())
+    for module, layer in base.layers.items():
+        theirs = transformers_module(module, base.model_type)
+        if layer.kind != "linear" or module in adapted or (experts and ROUTER.fullmatch(module)):
+            continue
+        if config.get("target_modules") and selects(config, theirs):
+            problems.append(f"the configuration selects {theirs}, but there are no arrays for it")
+    return problems
+
+
+def _parameter(name: str, model_type: str | None) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{mlx_module(module, model_type)}.{leaf}"
+
+
+def _shown(layer: Any) -> tuple[int, ...]:
+    if layer.kind == "experts":
+        return layer.experts, layer.outputs, layer.inputs
+    return layer.outputs, layer.inputs
+
+
+def _assemble(
+    folder: PeftFolder,
+    updates: list[Update],
+    groups: Groups,
+    layout: Layout,
+    sidecar: Sidecar | None,
+    described: Mapping[str, Any] | None,
+) -> Adapter:
+    """One rank and one scale for all; arrays of PEFT's that have no place here are kept beside them."""
+    config = folder.config
+    model_type = (described or {}).get("model_type")
+    kept = {f"{mlx_module(module, model_type)}.weight": value for module, value in groups.copies.items()}
+    rank = max(update.rank for update in updates) if updates else int(config["r"])
+    scale = common_scale(update.scale for update in updates) if updates else scale_of(config)
+    if any(update.scale != scale for update in updates):
+        names = {update.module for update in updates}
+        layout.folded = _choose_foldings(folder, sidecar, scale, names, model_type)
+    weights = {}
+    modules = [update.module for update in updates]
+    while updates:
+        update = updates.pop(0)
+        b = update.b
+        if how := layout.folded.get(update.module):
+            if how.kept:
+                kept[f"{update.module}.lora_b"] = b
+            b = fold(b, update.scale / scale, how.folded)
+        weights[f"{update.module}.lora_a"], weights[f"{update.module}.lora_b"] = widen_rank(update.a, b, rank)
+        if update.magnitude is not None:
+            weights[f"{update.module}.m"] = update.magnitude
+    full = {_parameter(name, model_type): value for name, value in groups.whole.items()}
+    keys, num_layers = _keys(modules, (described or {}).get("num_layers"))
+    spec = LoraSpec(
+        rank=rank,
+        scale=scale,
+        dropout=float(config.get("lora_dropout") or 0.0),
+        keys=keys,
+        num_layers=num_layers,
+        fine_tune_type="dora" if config.get("use_dora") else "lora",
+    )
+    return Adapter(spec, weights, path=folder.path, full=dict(sorted(full.items())), kept=kept)
+
+
+def _choose_foldings(
+    folder: PeftFolder, sidecar: Sidecar | None, scale: float, modules: set[str], model_type: str | None
+) -> dict[str, Folding]:
+    """How each other scale goes into its lora_b: looks at the values, module by module, and keeps none."""
+    groups, _ = group_arrays(folder.arrays()[0], folder.config, sound=True)
+    updates, _ = build_updates(groups, folder.config, sidecar, Layout(), model_type)
+    del groups
+    chosen = {}
+    while updates:
+        update = updates.pop()
+        if update.scale != scale and update.module in modules:
+            chosen[update.module] = choose_folding(update.b, update.scale / scale)
+    return chosen
+
+
+def _keys(modules: list[str], depth: int | None) -> tuple[tuple[str, ...], int]:
+    """mlx-lm's ``keys`` and ``num_layers`` for exactly these modules.
+
+    Names inside the block where every block from some one on has the same; else, and outside of the blocks, full
+    names, which mlx-lm looks up in the whole model.
+    """
+    inside = [module for module in modules if layer_of(module) is not None]
+    outside = tuple(module for module in modules if layer_of(module) is None)
+    layers = sorted({layer for module in inside if (layer := layer_of(module)) is not None})
+    keys = tuple(dict.fromkeys(key_of(module) for module in inside))
+    if not inside:
+        return outside, -1
+    last = layers[-1] if depth is None else depth - 1
+    regular = len(inside) == len(layers) * len(keys) and layers == list(range(layers[0], last + 1))
+    if not regular or (depth is None and layers[0] != 0):
+        return (*inside, *outside), -1
+    return (*keys, *outside), -1 if depth is None else depth - layers[0]
+
+
+def _manifest(
+    folder: PeftFolder,
+    adapter: Adapter,
+    metadata: Mapping[str, str],
+    layout: Layout,
+    described: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    named = {"name": folder.config.get("base_model_name_or_path"), "fingerprint": None}
+    return {
+        "kind": "converted",
+        "base": dict(described) if described is not None else named,
+        "source": {
+            "format": "peft",
+            "config": dict(folder.config),
+            "metadata": dict(metadata),
+            "modules": len(adapter.modules()),
+            "layout": layout.to_json(),
+        },
+        "versions": versions(),
+    }
+
+
+def _require_same_base(adapter: Adapter, base: Mapping[str, Any] | None) -> None:
+    ours, given = adapter.base_fingerprint, (base or {}).get("fingerprint")
+    if ours and given and ours != given:
+        name = (adapter.manifest.get("base") or {}).get("name")
+        raise AdapterError(
+            f"{adapter.where} was trained on {name} ({ours[:12]}), not on {(base or {}).get('name')} ({given[:12]})"
+        )
+
+
+def gate_up_of(modules: Iterable[str]) -> dict[str, list[str]]:
+    """``{block: [gate_proj, up_proj]}`` of the adapted ones of every block's expert layers."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        block, _, projection = module.rpartition(".switch_mlp.")
+        if block and projection in GATE_UP:
+            found.setdefault(block, []).append(projection)
+    return {block: sorted(names) for block, names in found.items()}

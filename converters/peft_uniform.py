@@ -1,0 +1,98 @@
+"""One rank and one scale for all modules, as mlx-lm has them, from PEFT's own rank and scale for each; and back.
+
+A smaller rank is filled up with zeros, which change nothing and get no gradient. Another scale goes into ``lora_b``: by
+a power of two without loss; by any other factor in float32, which narrower arrays come back from bit for bit. Where it
+would not come back, the original is kept beside the adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Update:
+    """What PEFT trained for one module of mlx-lm: ``a`` and ``b`` in mlx-lm's layout, its own rank and scale.
+
+    ``source`` is transformers' name of it.
+    """
+
+    module: str
+    source: str
+    a: mx.array
+    b: mx.array
+    magnitude: mx.array | None
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Folding:
+    """How another scale went into a ``lora_b``: the dtype it had, the dtype it has, whether the original is kept."""
+
+    dtype: str
+    folded: str
+    kept: bool
+
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+NAMES = {value: name for name, value in DTYPES.items()}
+
+
+def common_scale(scales: Iterable[float]) -> float:
+    """The most frequent scale, the first of several equally frequent ones."""
+    return Counter(scales).most_common(1)[0][0]
+
+
+def widen_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
+    """The factors with zeros up to ``rank``; linear layers' or, with three axes, experts'."""
+    missing = rank - a.shape[1]
+    if not missing:
+        return a, b
+    if a.ndim == 3:
+        return mx.pad(a, [(0, 0), (0, missing), (0, 0)]), mx.pad(b, [(0, 0), (0, 0), (0, missing)])
+    return mx.pad(a, [(0, 0), (0, missing)]), mx.pad(b, [(0, missing), (0, 0)])
+
+
+def narrow_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
+    """The reverse of :func:`widen_rank`."""
+    return (a[:, :rank], b[:, :, :rank]) if a.ndim == 3 else (a[:, :rank], b[:rank])
+
+
+def filled_with_zeros(a: mx.array, b: mx.array, rank: int) -> bool:
+    """Whether the factors beyond ``rank`` are zero, so that :func:`narrow_rank` loses nothing."""
+    beyond_b = b[:, :, rank:] if b.ndim == 3 else b[rank:]
+    return not (mx.any(a[:, rank:] != 0) | mx.any(beyond_b != 0)).item()
+
+
+def fold(b: mx.array, ratio: float, dtype: str) -> mx.array:
+    """``b`` times ``ratio``, computed and stored in ``dtype``."""
+    return b.astype(DTYPES[dtype]) * mx.array(ratio, dtype=DTYPES[dtype])
+
+
+def unfold(b: mx.array, ratio: float, dtype: str) -> mx.array:
+    """The reverse of :func:`fold`, rounded to ``dtype``."""
+    return (b / mx.array(ratio, dtype=b.dtype)).astype(DTYPES[dtype])
+
+
+def choose_folding(b: mx.array, ratio: float) -> Folding:
+    """The narrowest way to fold ``ratio`` into ``b`` from which ``b`` comes back bit for bit; else it must be kept."""
+    dtype = NAMES[b.dtype]
+    power_of_two = math.frexp(abs(ratio))[0] == 0.5 and 2.0**-14 <= abs(ratio) <= 2.0**15
+    for chosen in dict.fromkeys([dtype] if power_of_two else []) | {"float32": None}:
+        if same_bits(unfold(fold(b, ratio, chosen), ratio, dtype), b):
+            return Folding(dtype, chosen, kept=False)
+    return Folding(dtype, "float32", kept=True)
+
+
+def same_bits(one: mx.array, other: mx.array) -> bool:
+    """Whether two arrays have the same dtype, shape and bytes."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    width = mx.uint32 if one.itemsize == 4 else mx.uint16
+    return bool(mx.array_equal(mx.contiguous(one).view(width), mx.contiguous(other).view(width)).item())

@@ -1,0 +1,120 @@
+"""Arrays written to safetensors one at a time, so that an adapter of any size needs memory for one of its arrays.
+
+The arrays are lazy: reading, transposing and stacking happen when an array's turn comes, and it is dropped after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
+
+DTYPE_NAMES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.int64: "I64",
+    mx.int32: "I32",
+    mx.int16: "I16",
+    mx.int8: "I8",
+    mx.uint64: "U64",
+    mx.uint32: "U32",
+    mx.uint16: "U16",
+    mx.uint8: "U8",
+}
+# Small arrays are evaluated together: one by one, their number would cost more than their bytes.
+BATCH_BYTES = 1 << 24
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> str:
+    """Write ``arrays`` to a safetensors file, emptying the mapping on the way; returns the file's SHA-256.
+
+    The file is written under a temporary name and renamed, so nothing is left of a failed one.
+
+    Raises:
+        AdapterError: naming the arrays with values that are not finite.
+        RsgwmError: the file cannot be written, or an array read.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in sorted(arrays, key=lambda name: -arrays[name].itemsize):  # stable: wide ones first stay aligned
+        value = arrays[name]
+        start, end = end, end + value.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = files.temporary_for(path)
+    digest = hashlib.sha256()
+    infinite = []
+    names = [name for name in header if name != "__metadata__"]
+    try:
+        with open(temporary, "wb") as file:
+            for part in (struct.pack("<Q", len(text)), text):
+                digest.update(part)
+                file.write(part)
+            while names:
+                batch: dict[str, mx.array] = {}
+                while names and (not batch or sum(one.nbytes for one in batch.values()) < BATCH_BYTES):
+                    name = names.pop(0)
+                    batch[name] = mx.contiguous(arrays.pop(name))
+                finite = {name: mx.all(mx.isfinite(value)) for name, value in batch.items()}
+                mx.eval(batch, finite)
+                infinite += [name for name, ok in finite.items() if not ok.item()]
+                for name in list(batch):
+                    data = raw_bytes(batch.pop(name))
+                    digest.update(data)
+                    file.write(data)
+        raise_problems(str(path), [f"{name} has values that are not finite" for name in infinite], AdapterError)
+        files.replace_file(path, temporary)
+    except (OSError, RuntimeError) as error:
+        raise RsgwmError(f"cannot write {path}: {error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return digest.hexdigest()
+
+
+def raw_bytes(value: mx.array) -> memoryview:
+    """The bytes of an evaluated array in row-major order, without a copy where it is laid out so."""
+    width = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[value.itemsize]
+    flat: Any = np.ascontiguousarray(np.array(value.view(width), copy=False))
+    return memoryview(flat).cast("B") if flat.size else memoryview(b"")
+
+
+def save_adapter(adapter: Adapter, out: Path) -> None:
+    """``Adapter.save`` for an adapter whose weights are lazy, one array in memory at a time; they are consumed.
+
+    Raises:
+        AdapterError: wrong names or shapes, values that are not finite; nothing is left behind then.
+        RsgwmError: no room, or ``out`` cannot be written.
+    """
+    raise_problems(adapter.where, adapter.shape_problems(), AdapterError)
+    groups = (adapter.weights, adapter.full, adapter.importance, adapter.init, adapter.kept)
+    files.require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    made = not out.exists()
+    files.make_folder(out)
+    try:
+        arrays = {**adapter.weights, **adapter.full}
+        adapter.weights.clear()
+        adapter.full.clear()
+        digest = write_arrays(out / WEIGHTS_FILE, arrays, {"format": "mlx"})
+    except RsgwmError:
+        with suppress(OSError):
+            if made:
+                out.rmdir()
+        raise
+    written = adapter.write_beside(out)
+    hashes = {WEIGHTS_FILE: digest, **{name: files.sha256_file(out / name) for name in written}}
+    manifest = {**adapter.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
+    files.write_json(out / MANIFEST_FILE, manifest)

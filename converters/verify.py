@@ -1,0 +1,266 @@
+"""The proof of a conversion from its two folders alone: every module's update computed from both, bits compared.
+
+Nothing of the converters is used but the names of modules: arrays are read, ranks and scales taken, experts and gate
+and up taken apart here a second time, in NumPy and float64. So a mistake that there and back cancel is seen.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import CONFIG_FILE, KEPT_FILE, WEIGHTS_FILE
+from mlx_rsgwm.converters.peft_folder import PeftFolder, open_peft
+from mlx_rsgwm.converters.peft_names import MIXTRAL, ONE_EXPERT, is_embedding, mlx_module, model_order, parse_name
+from mlx_rsgwm.converters.raw_arrays import RawArray, read_raw
+from mlx_rsgwm.errors import CheckFailed
+
+# float64 sums of products of stored values; a scale folded into float32 errs by 6e-8 a term.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side's update of a module: ``a`` (r, in) and ``b`` (out, r) of every expert, one for other layers."""
+
+    a: tuple[RawArray, ...]
+    b: tuple[RawArray, ...]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where the two folders differ, by mlx-lm's name of the module, and how."""
+
+    module: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.module}: {self.what}"
+
+
+def require_equal(peft: Path, adapter: Path, model_type: str | None = None) -> int:
+    """Compare the folders, and return the number of modules compared.
+
+    Raises:
+        CheckFailed: naming the first layer that differs and how, and how many more do.
+        RsgwmError: one of the folders cannot be read.
+    """
+    modules, differences = compare_folders(peft, adapter, model_type)
+    if differences:
+        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
+        raise CheckFailed(f"{peft} and {adapter} are not the same adapter: {differences[0]}{more}")
+    return modules
+
+
+def compare_folders(peft: Path, adapter: Path, model_type: str | None = None) -> tuple[int, list[Difference]]:
+    """How many modules were compared, and every difference in the order in which a model runs through its layers."""
+    opened = open_peft(peft)
+    theirs, their_rest = _peft_sides(opened, model_type)
+    config = files.read_json_object(adapter / CONFIG_FILE)
+    arrays = read_raw(adapter / WEIGHTS_FILE)
+    kept = read_raw(adapter / KEPT_FILE) if (adapter / KEPT_FILE).is_file() else {}
+    ours, our_rest = _mlx_sides(arrays, config)
+    folded = {name.removesuffix(".lora_b") for name in kept if name.endswith(".lora_b")}
+    _untie(theirs, their_rest, ours, our_rest)
+    found = []
+    for module in sorted(theirs.keys() | ours.keys(), key=model_order):
+        if module not in ours or module not in theirs:
+            found.append(
+                Difference(module, f"only the {'PEFT' if module in theirs else 'MLX'} folder has arrays for it")
+            )
+        else:
+            found += [Difference(module, what) for what in _differences(theirs[module], ours[module], module in folded)]
+    for name in sorted(their_rest.keys() | our_rest.keys(), key=lambda name: model_order(name.rpartition(".")[0])):
+        module, _, leaf = name.rpartition(".")
+        one, other = their_rest.get(name), our_rest.get(name)
+        if one is None or other is None:
+            found.append(Difference(module, f"only the {'MLX' if one is None else 'PEFT'} folder has its {leaf}"))
+        elif not one.same_bits(other):
+            found.append(Difference(module, f"its {leaf} differs"))
+    if bool(config.get("fine_tune_type") == "dora") != bool(opened.config.get("use_dora")):
+        found.append(Difference(next(iter(sorted(ours, key=model_order)), ""), "only one of the two is DoRA"))
+    return len(theirs), sorted(found, key=lambda one: model_order(one.module))
+
+
+def _differences(theirs: Side, ours: Side, kept: bool) -> Iterator[str]:
+    """What differs between the two updates of one module; ``kept``: its lora_b was folded and its original kept."""
+    if len(theirs.a) != len(ours.a):
+        yield f"{len(theirs.a)} experts in PEFT, {len(ours.a)} in MLX"
+        return
+    for expert, (a1, b1, a2, b2) in enumerate(zip(theirs.a, theirs.b, ours.a, ours.b, strict=True)):
+        where = f" of expert {expert}" if len(theirs.a) > 1 else ""
+        if 2 * a2.shape[0] == a1.shape[0]:
+            a1, b1 = _own_half(a1, b1, a2)
+        rank = a1.shape[0]
+        if (a1.shape[1], b1.shape[0]) != (a2.shape[1], b2.shape[0]) or a2.shape[0] < rank:
+            yield f"maps {a1.shape[1]} to {b1.shape[0]} in PEFT, {a2.shape[1]} to {b2.shape[0]} in MLX{where}"
+            return
+        for side, pair in (("PEFT", (a1, b1)), ("MLX", (a2, b2))):
+            for leaf, value in zip("ab", pair, strict=True):
+                if not np.isfinite(value.values()).all():
+                    yield f"lora_{leaf}{where} has values that are not finite in {side}"
+                    return
+        if what := _effect(a1, b1, theirs.scale, a2, b2, ours.scale):
+            yield what + where
+            return
+        if a1.dtype != a2.dtype or (b1.dtype != b2.dtype and theirs.scale == ours.scale):
+            yield f"{a1.dtype}, {b1.dtype} in PEFT, {a2.dtype}, {b2.dtype} in MLX{where}"
+            return
+        same_a = a1.same_bits(a2.take(a2.bits[:rank]))
+        same_b = theirs.scale != ours.scale or kept or b1.same_bits(b2.take(b2.bits[:, :rank]))
+        if not same_a or not same_b or a2.bits[rank:].any() or b2.bits[:, rank:].any():
+            yield f"not the same bits in lora_{'b' if same_a else 'a'}{where}"
+            return
+
+
+def _own_half(a: RawArray, b: RawArray, other_a: RawArray) -> tuple[RawArray, RawArray]:
+    """The half of a pair's rank that is this projection's, where gate and up share the pair with zeros between them."""
+    half = a.shape[0] // 2
+    for own, foreign in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
+        cut = a.take(a.bits[own])
+        if not b.bits[:, foreign].any() and cut.same_bits(other_a):
+            return cut, b.take(b.bits[:, own])
+    return a, b
+
+
+def _effect(a1: RawArray, b1: RawArray, scale1: float, a2: RawArray, b2: RawArray, scale2: float) -> str | None:
+    """How the updates of a random input differ, or None where they do not."""
+    x = np.random.default_rng(a1.shape[1]).standard_normal(a1.shape[1])
+    one = scale1 * (b1.values() @ (a1.values() @ x))
+    other = scale2 * (b2.values() @ (a2.values() @ x))
+    size = abs(scale1) * (np.abs(b1.values()) @ (np.abs(a1.values()) @ np.abs(x)))
+    error = np.abs(one - other)
+    if (error <= TOLERANCE * size).all():
+        return None
+    norm = float(one @ one)
+    factor = float(one @ other) / norm if norm else math.inf
+    if not other.any():
+        return "the update is zero in MLX, not in PEFT"
+    if not norm:
+        return "the update is zero in PEFT, not in MLX"
+    if np.abs(other - factor * one).max() <= 1e-4 * np.abs(other).max():
+        return f"the update in MLX is {factor:.6g} times that in PEFT (scale {scale2:g} against {scale1:g})"
+    return f"the updates differ by {math.sqrt(float(error @ error) / norm):.1e} of their size"
+
+
+# --- PEFT's side ------------------------------------------------------------------------------------------------
+
+
+def _peft_sides(folder: PeftFolder, model_type: str | None) -> tuple[dict[str, Side], dict[str, RawArray]]:
+    """Updates by mlx-lm's module, and everything else (magnitudes, trained parameters) by mlx-lm's parameter."""
+    config = folder.config
+    pairs: dict[str, dict[str, RawArray]] = {}
+    rest: dict[str, RawArray] = {}
+    for file in folder.weights:
+        for name, value in read_raw(file).items():
+            parsed = parse_name(name)
+            if parsed is None:
+                rest[name] = value
+            elif parsed.leaf in ("a", "b", "embedding_a", "embedding_b"):
+                pairs.setdefault(parsed.module, {})[parsed.leaf[-1]] = value
+            elif parsed.leaf != "base_weight":
+                leaf = {"magnitude": "m", "base_bias": "bias"}.get(parsed.leaf, parsed.leaf)
+                rest[f"{mlx_module(parsed.module, model_type)}.{leaf}"] = value
+    sides: dict[str, Side] = {}
+    singles: dict[str, dict[int, Side]] = {}
+    for module, pair in pairs.items():
+        if pair.keys() != {"a", "b"}:
+            rest[f"{module}.lora_{next(iter(pair))}"] = next(iter(pair.values()))
+        elif one := ONE_EXPERT.fullmatch(module):
+            projection = MIXTRAL.get(one["projection"], one["projection"])
+            name = f"{mlx_module(one['block'], model_type)}.switch_mlp.{projection}"
+            scale = _scale(config, module, pair["a"].shape[0])
+            singles.setdefault(name, {})[int(one["expert"])] = Side((pair["a"],), (pair["b"],), scale)
+        elif module.endswith((".experts", ".experts.base_layer")):
+            sides |= _expert_sides(module, pair["a"], pair["b"], config, model_type)
+        else:
+            scale = _scale(config, module, pair["a"].shape[0])
+            sides[mlx_module(module, model_type)] = Side((pair["a"],), (pair["b"],), scale)
+    for name, experts in singles.items():
+        ordered = [experts[index] for index in sorted(experts)]
+        a, b = tuple(one.a[0] for one in ordered), tuple(one.b[0] for one in ordered)
+        sides[name] = Side(a, b, ordered[0].scale)
+    return sides, rest
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """PEFT's scaling from the rank that the arrays have."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _expert_sides(
+    module: str, a: RawArray, b: RawArray, config: Mapping[str, Any], model_type: str | None
+) -> dict[str, Side]:
+    experts_name = module.removesuffix(".base_layer")
+    targeted = [
+        name
+        for name in ("gate_up_proj", "down_proj")
+        if any(f".{experts_name}.{name}".endswith("." + one) for one in config.get("target_parameters") or ())
+    ]
+    parameter = targeted[0] if module != experts_name else targeted[-1]
+    rank = int(config["r"])
+    for pattern, value in (config.get("rank_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", f"{experts_name}.{parameter}"):
+            rank = int(value)
+            break
+    count = a.shape[0] // rank
+    factors_a = tuple(a.take(a.bits[expert * rank : (expert + 1) * rank]) for expert in range(count))
+    factors_b = [b.bits[:, expert::count] for expert in range(count)]
+    scale = _scale(config, f"{experts_name}.{parameter}", rank)
+    block = mlx_module(experts_name.removesuffix(".experts"), model_type) + ".switch_mlp"
+    if parameter == "down_proj":
+        return {f"{block}.down_proj": Side(factors_a, tuple(map(b.take, factors_b)), scale)}
+    half = b.shape[0] // 2
+    found = {}
+    for name, rows in (("gate_proj", slice(0, half)), ("up_proj", slice(half, None))):
+        found[f"{block}.{name}"] = Side(factors_a, tuple(b.take(value[rows]) for value in factors_b), scale)
+    return found
+
+
+# --- MLX's side -------------------------------------------------------------------------------------------------
+
+
+def _mlx_sides(
+    arrays: Mapping[str, RawArray], config: Mapping[str, Any]
+) -> tuple[dict[str, Side], dict[str, RawArray]]:
+    scale = float(config["lora_parameters"]["scale"])
+    sides, rest = {}, {}
+    for name, value in arrays.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "lora_a" and (b := arrays.get(f"{module}.lora_b")) is not None:
+            if value.bits.ndim == 3:
+                experts = range(value.shape[0])
+                own_a = tuple(value.take(value.bits[i]) for i in experts)
+                sides[module] = Side(own_a, tuple(b.take(b.bits[i]) for i in experts), scale)
+            else:
+                sides[module] = Side((value.take(value.bits.T),), (b.take(b.bits.T),), scale)
+        elif leaf != "lora_b" or f"{module}.lora_a" not in arrays:
+            rest[name] = value
+    return sides, rest
+
+
+def _untie(
+    theirs: dict[str, Side], their_rest: dict[str, RawArray], ours: dict[str, Side], our_rest: dict[str, RawArray]
+) -> None:
+    """Where MLX has one update or weight for a tied embedding and head, give its head a copy to be compared."""
+    embedding = next((name for name in ours if is_embedding(name)), None)
+    if embedding is not None and "lm_head" in theirs and "lm_head" not in ours:
+        side = ours[embedding]
+        a, b = side.b[0], side.a[0]
+        ours["lm_head"] = Side((a.take(a.bits.T),), (b.take(b.bits.T),), side.scale)
+    whole = next((name for name in our_rest if is_embedding(name.rpartition(".")[0])), None)
+    if whole is not None and "lm_head.weight" in their_rest and "lm_head.weight" not in our_rest:
+        our_rest["lm_head.weight"] = our_rest[whole]

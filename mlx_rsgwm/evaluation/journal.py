@@ -1,0 +1,96 @@
+"""The diary of a run that may be cut off: finished items as JSON lines, so that a second start goes on from there.
+
+The first line holds the hash of everything the items depend on and its readable parts. A line that a crash left half
+written is dropped; what a batch left unfinished is drawn anew, in the same batches, and so to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.records import ItemRecord
+
+FILE = "journal.jsonl"
+
+Timing = tuple[float, float, float | None]  # first draft ms, whole loop ms, joules
+
+
+class Journal:
+    """Records by (part, item id) and latencies by (part, item id), in one append-only file.
+
+    A part is one drafter with one sampling seed. ``about`` names what the items depend on; a journal of something else
+    is refused, or with ``replace`` started anew.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any], replace: bool = False) -> None:
+        self.path = path
+        self.items: dict[tuple[str, str], ItemRecord] = {}
+        self.timings: dict[tuple[str, str], Timing] = {}
+        plain = json.loads(json.dumps(about, default=str))
+        whole = self._read(plain, replace) if path.is_file() else 0
+        files.make_folder(path.parent)
+        try:
+            if whole:
+                os.truncate(path, whole)
+            else:
+                files.write_text(path, json.dumps({"about": plain}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def _read(self, about: Mapping[str, Any], replace: bool) -> int:
+        """Take over what is there; returns how many bytes of the file are whole lines, 0 to start anew."""
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        lines = data[:whole].decode("utf-8", errors="replace").split("\n")[:-1]
+        try:
+            found = json.loads(lines[0])["about"] if lines else None
+        except (json.JSONDecodeError, KeyError, TypeError):
+            found = None
+        if found != about:
+            if found is None or replace:
+                return 0
+            differ = [name for name in {**found, **about} if found.get(name) != about.get(name)]
+            raise RsgwmError(
+                f"{self.path} belongs to an unfinished run that differs in {', '.join(sorted(differ))}; "
+                "give another --out, or delete the file to start anew"
+            )
+        for number, line in enumerate(lines[1:], 2):
+            where = f"{self.path} line {number}"
+            try:
+                value = json.loads(line)
+                if "item" in value:
+                    record = ItemRecord.from_dict(value["item"], where)
+                    self.items[value["part"], record.id] = record
+                else:
+                    first, total, energy = value["timing"]
+                    self.timings[value["part"], value["id"]] = (first, total, energy)
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                raise RsgwmError(f"{where} is damaged; delete the file to start anew") from None
+        return whole
+
+    def add_items(self, part: str, records: Iterable[ItemRecord]) -> None:
+        """Keep finished items; they are on disk when this returns."""
+        found = list(records)
+        self._append({"part": part, "item": record.to_dict()} for record in found)
+        self.items.update({(part, record.id): record for record in found})
+
+    def add_timing(self, part: str, item: str, timing: Timing) -> None:
+        """Keep one item's latency."""
+        self._append([{"part": part, "id": item, "timing": timing}])
+        self.timings[part, item] = timing
+
+    def _append(self, values: Iterable[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RsgwmError(f"cannot write {self.path}: {error.strerror or error}") from error

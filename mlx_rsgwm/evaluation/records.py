@@ -1,0 +1,247 @@
+"""What happened on one item, draft by draft: the lines of ``items.jsonl``, the source of every figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.evaluation.answers import STATUSES
+from mlx_rsgwm.pipeline.loop import decide
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one extractor made of a draft: the answer (None without one), its class, and whether it equals gold."""
+
+    value: str | None
+    status: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One generated answer.
+
+    ``value`` is None without an answer, ``status`` then says why (``refusal``, ``truncated``); ``finished`` is False
+    when the token limit cut the text. ``scores`` holds every verifier score that was computed, in [0, 1], ``verified``
+    how many tokens the verifier read for each; ``readings`` what other extractors found. ``tokens`` counts the draft's
+    own tokens, ``latency_ms`` is the time to draft it.
+    """
+
+    text: str
+    value: str | None
+    correct: bool
+    scores: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    finished: bool = True
+    latency_ms: float | None = None
+    status: str = ""
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    verified: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.status:
+            missing = "refusal" if self.finished else "truncated"
+            object.__setattr__(self, "status", "answer" if self.value is not None else missing)
+        if self.correct and self.value is None:
+            raise RsgwmError("draft: a refusal (value None) cannot be correct")
+        if self.status not in STATUSES or (self.status == "answer") != (self.value is not None):
+            raise RsgwmError(f"draft: status {self.status!r} does not fit the value {self.value!r}")
+
+
+@dataclass(frozen=True)
+class ItemRecord:
+    """What happened on one item with one sampling seed.
+
+    ``drafts`` may hold more drafts than the loop used: the oracle needs all K of them, the loop the first
+    ``attempts``. ``chosen`` is the index of the returned draft; ``latency_ms`` and ``energy_j`` are end to end,
+    verification and retries included, or None when not measured. With ``abstain`` a draft that was not accepted is not
+    given as an answer, which counts as a refusal.
+    """
+
+    id: str
+    task: str
+    question: str
+    gold: str
+    drafts: tuple[Draft, ...]
+    score_name: str
+    threshold: float
+    accepted: bool
+    attempts: int
+    chosen: int
+    latency_ms: float | None = None
+    seed: int = 0
+    energy_j: float | None = None
+    abstain: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 1 <= self.attempts <= len(self.drafts):
+            problems.append(f"attempts is {self.attempts} with {len(self.drafts)} drafts recorded")
+        elif not 0 <= self.chosen < self.attempts:
+            problems.append(f"chosen is {self.chosen}, outside the {self.attempts} attempts")
+        elif (score := self.drafts[self.chosen].scores.get(self.score_name)) is not None:
+            if self.accepted != (score >= self.threshold):
+                verb = "accepted" if self.accepted else "not accepted"
+                problems.append(f"{verb} with {self.score_name} {score} at threshold {self.threshold}")
+        elif self.accepted:
+            problems.append(f"accepted without a score {self.score_name!r}")
+        raise_problems(f"item {self.id}", problems)
+
+    @property
+    def first(self) -> Draft:
+        """The drafter alone: its first draft."""
+        return self.drafts[0]
+
+    @property
+    def returned(self) -> Draft:
+        """What draft–verify returned; an empty refusal where it abstained."""
+        draft = self.drafts[self.chosen]
+        if not self.abstain or self.accepted:
+            return draft
+        return replace(draft, text="", value=None, correct=False, status="refusal", readings={})
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Tokens the drafter wrote in the attempts that the loop made."""
+        return sum(draft.tokens for draft in self.drafts[: self.attempts])
+
+    @property
+    def verified_tokens(self) -> int:
+        """Tokens the verifier read in the attempts that the loop made, prompts included."""
+        return sum(draft.verified.get(self.score_name, 0) for draft in self.drafts[: self.attempts])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object; :meth:`from_dict` reads it back equal."""
+        drafts = [
+            {
+                **asdict(replace(draft, scores={}, readings={}, verified={})),
+                "scores": dict(draft.scores),
+                "readings": {name: asdict(reading) for name, reading in draft.readings.items()},
+                "verified": dict(draft.verified),
+            }
+            for draft in self.drafts
+        ]
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"drafts": drafts}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], where: str = "item record") -> ItemRecord:
+        """Read one line of ``items.jsonl``; missing or unknown fields are a :class:`RsgwmError`."""
+        try:
+            drafts = tuple(_draft_from(draft) for draft in value["drafts"])
+            return cls(**{**value, "drafts": drafts})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RsgwmError(f"{where}: not an item record ({error})") from None
+
+
+def _draft_from(value: Mapping[str, Any]) -> Draft:
+    readings = {name: Reading(**reading) for name, reading in value.get("readings", {}).items()}
+    return Draft(**{**value, "readings": readings})
+
+
+def replay(record: ItemRecord, threshold: float, k: int, score_name: str | None = None) -> ItemRecord:
+    """The record the loop would have left at another threshold or score, from its recorded drafts; not timed.
+
+    Raises:
+        RsgwmError: the loop would have needed a draft or score that was not recorded.
+    """
+    name = score_name or record.score_name
+    scores: list[float] = []
+    for draft in record.drafts[:k]:
+        if name not in draft.scores:
+            raise RsgwmError(f"item {record.id}: draft {len(scores) + 1} has no score {name!r}")
+        scores.append(draft.scores[name])
+        if scores[-1] >= threshold:
+            break
+    if scores[-1] < threshold and len(scores) < k:
+        raise RsgwmError(f"item {record.id}: needs {k} recorded drafts, found {len(record.drafts)}")
+    decision = decide(scores, threshold)
+    return replace(
+        record,
+        score_name=name,
+        threshold=threshold,
+        accepted=decision.accepted,
+        attempts=decision.attempts,
+        chosen=decision.chosen,
+        latency_ms=None,
+        energy_j=None,
+    )
+
+
+def read_with(record: ItemRecord, extractor: str) -> ItemRecord:
+    """The record with every draft's answer as another extractor read it.
+
+    Raises:
+        RsgwmError: the extractor was not run on these drafts.
+    """
+    if any(extractor not in draft.readings for draft in record.drafts):
+        raise RsgwmError(f"item {record.id}: its drafts were not read with {extractor!r}")
+    drafts = tuple(replace(draft, **asdict(draft.readings[extractor])) for draft in record.drafts)
+    return replace(record, drafts=drafts)
+
+
+def write_items(path: Path, records: Sequence[ItemRecord]) -> None:
+    """One record a line."""
+    lines = [json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) for record in records]
+    files.write_text(path, "\n".join(lines) + "\n")
+
+
+def read_items(path: Path) -> list[ItemRecord]:
+    """Read ``items.jsonl`` back.
+
+    Raises:
+        RsgwmError: a file or line that cannot be read (with its number), an item twice with one seed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RsgwmError(f"cannot read {path}: {error}") from None
+    records: list[ItemRecord] = []
+    seen: dict[tuple[str, int], int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RsgwmError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+        if not isinstance(value, dict):
+            raise RsgwmError(f"{path} line {number}: expected a JSON object, found {type(value).__name__}")
+        record = ItemRecord.from_dict(value, f"{path} line {number}")
+        key = (record.id, record.seed)
+        if key in seen:
+            raise RsgwmError(f"{path} line {number}: item {record.id!r} is already in line {seen[key]}")
+        seen[key] = number
+        records.append(record)
+    if not records:
+        raise RsgwmError(f"{path} holds no items")
+    return records
+
+
+def by_seed(records: Sequence[ItemRecord]) -> dict[int, list[ItemRecord]]:
+    """Records of each sampling seed, in order of first appearance.
+
+    Raises:
+        RsgwmError: the seeds were not run on the same items.
+    """
+    found: dict[int, list[ItemRecord]] = {}
+    for record in records:
+        found.setdefault(record.seed, []).append(record)
+    names = {seed: [record.id for record in rows] for seed, rows in found.items()}
+    first = next(iter(names.values()), [])
+    if any(sorted(rows) != sorted(first) for rows in names.values()):
+        raise RsgwmError(f"the sampling seeds {', '.join(map(str, names))} were not run on the same items")
+    return found
+
+
+def by_item(records: Sequence[ItemRecord]) -> dict[str, list[ItemRecord]]:
+    """Records of each item, one for each sampling seed, in order of first appearance."""
+    found: dict[str, list[ItemRecord]] = {}
+    for record in records:
+        found.setdefault(record.id, []).append(record)
+    return found
