@@ -79,6 +79,33 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
     _run(console, folder, out, is_peft, is_mlx, one, "adapter")
 
 
+@convert.command("to-gguf")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", help="Base model; default: the one the adapter was trained on.")
+@click.option("--dtype", type=click.Choice(["f32", "f16"]), default="f32", show_default=True, help="Of its arrays.")
+@common_options
+def convert_to_gguf(console: Console, adapter: Path, out: Path, base: str | None, dtype: str) -> None:
+    """Write ADAPTER to the GGUF file OUT, which llama.cpp applies with --lora, and read it back.
+
+    Example: rsgwm convert to-gguf runs/drafter drafter.gguf
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.base import resolve_base
+    from mlx_rsgwm.converters.base_layers import read_base_layers
+    from mlx_rsgwm.converters.gguf_adapter import to_gguf
+    from mlx_rsgwm.errors import RsgwmError
+
+    source = Adapter.load(adapter)
+    name = base or (source.manifest.get("base") or {}).get("name")
+    if not name:
+        raise RsgwmError(f"{adapter} does not say which base model it is for; give --base")
+    to_gguf(source, read_base_layers(name, resolve_base(name, console.progress)), out, dtype)
+    modules = len(source.modules())
+    console.line(f"{out}: GGUF adapter for {name}, rank {source.spec.rank}, {modules} modules, {dtype}")
+    console.result({"out": out, "base": name, "rank": source.spec.rank, "modules": modules, "dtype": dtype})
+
+
 @convert.command("check")
 @click.argument("peft", type=click.Path(path_type=Path))
 @click.argument("adapter", type=click.Path(path_type=Path))

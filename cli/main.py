@@ -52,6 +52,8 @@ COMMANDS = {
     "convert": ("mlx_rsgwm.cli.convert:convert", "Turn an adapter into PEFT's format, or back."),
     "parity": ("mlx_rsgwm.cli.parity:parity", "Compare an adapter's logits with torch and PEFT."),
     "fuse": ("mlx_rsgwm.cli.fuse:fuse", "Work an adapter into its base, measuring what survives."),
+    "push": ("mlx_rsgwm.cli.hub:push", "Publish an adapter on the Hugging Face Hub."),
+    "pull": ("mlx_rsgwm.cli.hub:pull", "Fetch an adapter from the Hugging Face Hub."),
     "plot": ("mlx_rsgwm.cli.plot:plot", "Draw the training curves of adapters."),
     "bench": ("mlx_rsgwm.cli.bench:bench", "Measure latency against torch."),
     "doctor": ("mlx_rsgwm.cli.doctor:doctor", "Examine this machine and say what to fix."),

@@ -55,7 +55,7 @@ def evaluate(
         batch_rows: drafts made at a time.
         seeds: sampling seeds, each one a pass over all questions.
         drafts: recorded per question, at least the loop's attempts (None: as many).
-        beside: other verifiers of the same drafts; their scores are recorded as ``name:score``.
+        beside: other verifiers of the same drafts; the score each decides by is recorded as ``name:score``.
         scores: the pipeline's verifier scores to record; the loop's own must be among them, or none at all.
         journal: keeps every finished batch, and what it holds already is not run again.
         part: name of this drafter in the journal.
@@ -126,7 +126,7 @@ def _block(
     config = pipeline.config
     texts = [question.question for question in questions]
     drafted = pipeline.draft_many(texts, count, batch_rows)
-    verifiers = [("", pipeline, scores), *((f"{name}:", other, SCORES) for name, other in beside.items())]
+    verifiers = [("", pipeline, scores), *((f"{name}:", other, (other.config.score,)) for name, other in beside.items())]
     columns = [
         (prefix, verifier, _scores(verifier, texts, drafted, batch_rows, SILENT, names))
         for prefix, verifier, names in verifiers

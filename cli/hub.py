@@ -1,0 +1,91 @@
+"""``rsgwm push`` and ``rsgwm pull``: adapters on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--base", help="The base's Hub id; default: the one the adapter was trained on.")
+@click.option("--public", is_flag=True, help="Make a new repository public; it is private otherwise.")
+@click.option("--licence", default="apache-2.0", show_default=True, help="The Hub's identifier of the licence.")
+@click.option("--mlx", "with_mlx", is_flag=True, help="Put mlx-lm's layout beside PEFT's, in the folder mlx/.")
+@click.option("--certificate", type=click.Path(path_type=Path), help="A file of `rsgwm parity`, to publish with it.")
+@click.option("--report", type=click.Path(path_type=Path), help="An evaluation's report.json, for the card's metrics.")
+@click.option("--dry-run", is_flag=True, help="Show every file and the card, and send nothing.")
+@common_options
+def push(
+    console: Console,
+    adapter: Path,
+    repo: str,
+    base: str | None,
+    public: bool,
+    licence: str,
+    with_mlx: bool,
+    certificate: Path | None,
+    report: Path | None,
+    dry_run: bool,
+) -> None:
+    """Publish ADAPTER in PEFT's layout to the Hub repository REPO (owner/name), with a model card.
+
+    The access token comes from `hf auth login` or HF_TOKEN and is never shown.
+
+    Example: rsgwm push runs/drafter me/drafter --dry-run
+    """
+    from mlx_rsgwm.converters import hub
+
+    with tempfile.TemporaryDirectory(prefix="rsgwm-push-") as temporary:
+        staged = hub.stage(
+            adapter,
+            repo,
+            Path(temporary) / "repo",
+            base=base,
+            licence=licence,
+            with_mlx=with_mlx,
+            certificate=certificate,
+            report=report,
+        )
+        for name, size in staged.contents:
+            console.line(f"{size:>12,}  {name}")
+        result = {
+            "repo": repo,
+            "base": staged.base,
+            "private": not public,
+            "dry_run": dry_run,
+            "files": dict(staged.contents),
+        }
+        if dry_run:
+            card = (staged.folder / hub.CARD_FILE).read_text(encoding="utf-8")
+            console.line(f"\n{card}")
+            console.line(f"dry run: nothing was sent to {repo}")
+            console.result({**result, "card": card})
+            return
+        url = hub.push(staged, repo, private=not public)
+    console.line(f"{repo}: {len(staged.contents)} files, {url}")
+    console.result({**result, "url": url})
+
+
+@click.command()
+@click.argument("repo")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", help="Base model; default: the one the adapter names.")
+@click.option("--revision", help="Branch, tag or commit; default: main.")
+@click.option("--peft", "keep_peft", is_flag=True, help="Keep PEFT's layout instead of converting it.")
+@common_options
+def pull(console: Console, repo: str, out: Path, base: str | None, revision: str | None, keep_peft: bool) -> None:
+    """Fetch the PEFT adapter REPO (owner/name) from the Hub to the new folder OUT, as mlx-lm loads it.
+
+    Example: rsgwm pull me/drafter drafter --base smollm2-135m
+    """
+    from mlx_rsgwm.converters import hub
+
+    found = hub.pull(repo, out, base=base, revision=revision, keep_peft=keep_peft, progress=console.progress)
+    console.line(f"{out}: {repo} for {found['base']}, {found['layout']} layout")
+    console.result(found)
