@@ -17,9 +17,10 @@ scale 1. PEFT itself then applies it √rank times over when its first adapter i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -28,81 +29,61 @@ from mlx_rsgwm.merging.module import Factors, Module
 
 MAJORITY_SIGN_METHODS = ("total", "frequency")
 
-# Sums of more entries than this are evaluated task by task, so that one ΔW at a time is formed.
-LARGE = 1 << 18
-
-# A rule on equal-shaped arrays: (deltas, weights, key, and the method's own parameters by name).
-Rule = Callable[..., mx.array]
+# Dense updates are merged by bands of rows that hold about so many entries over all adapters.
+BAND_ENTRIES = 1 << 21
 
 
-def threshold(values: mx.array, density: float) -> mx.array:
-    """The smallest magnitude among the int(density · n) largest, a scalar; +∞ when that is none of them.
+class Rule(NamedTuple):
+    """How entries are dropped (none, magnitude, random), and whether what is left elects signs or is summed."""
 
-    Entries whose magnitudes equal it all stay, where PEFT keeps an unspecified choice among them.
+    dropped: str
+    elects: bool
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "linear": Rule("none", False),
+        "ties": Rule("magnitude", True),
+        "dare_linear": Rule("random", False),
+        "dare_ties": Rule("random", True),
+        "magnitude_prune": Rule("magnitude", False),
+    }
+)
+
+
+def thresholds(deltas: mx.array, density: float) -> mx.array:
+    """The smallest magnitude among the int(density · n) largest of every delta (n entries): (T, n) to (T, 1).
+
+    +∞ when that is none of them. Entries whose magnitudes equal it all stay, where PEFT keeps an unspecified choice
+    among them.
     """
-    count = int(density * values.size)
+    size = deltas.shape[1]
+    count = int(density * size)
     if count == 0:
-        return mx.array(math.inf)
-    place = values.size - count
-    return mx.partition(mx.abs(values).reshape(-1), place)[place]
+        return mx.full((deltas.shape[0], 1), math.inf)
+    place = size - count
+    return mx.partition(mx.abs(deltas), place, axis=1)[:, place : place + 1]
 
 
-def keep_mask(shape: Sequence[int], density: float, key: mx.array) -> mx.array:
-    """Which entries a random pruning keeps, each with probability ``density``: booleans of ``shape``."""
-    return mx.random.bernoulli(density, shape, key=key)
+def keep_masks(count: int, size: int, density: float, key: mx.array) -> mx.array:
+    """Which entries random pruning keeps, each with probability ``density``: (count, size) booleans."""
+    return mx.random.bernoulli(density, (count, size), key=key)
 
 
-def prune(values: mx.array, how: str, density: float, key: mx.array) -> mx.array:
-    """``values`` with those entries set to zero that ``how`` drops: none, magnitude or random. Nothing is rescaled.
+def weighted_sum(kept: mx.array, weights: mx.array) -> mx.array:
+    """Σ_t w_t δ_t of (T, n) deltas, (n,): the last step of PEFT's ``task_arithmetic``."""
+    return weights @ kept
 
-    A density of 1 keeps everything.
+
+def elected_mean(kept: mx.array, weights: mx.array, method: str) -> mx.array:
+    """Mean of w_t δ_t over the tasks whose δ_t has the elected sign: (T, n) pruned deltas to (n,).
+
+    ``method`` total elects the sign of the sum of all δ_t, frequency that of the sum of their signs; 0 elects plus.
     """
-    if how == "none" or density >= 1:
-        return values
-    if how == "random":
-        return values * keep_mask(values.shape, density, key)
-    return values * (mx.abs(values) >= threshold(values, density))
-
-
-def weighted_sum(
-    deltas: Sequence[mx.array], weights: Sequence[float], key: mx.array, *, how: str = "none", density: float = 1.0
-) -> mx.array:
-    """Σ_t w_t prune(δ_t): PEFT's ``task_arithmetic``, ``magnitude_prune``, and ``dare_linear`` (divided by density)."""
-    total = mx.array(0.0)
-    for index, one in enumerate(_keys(key, len(deltas), how)):
-        total = total + _gain(weights[index], how, density) * prune(deltas[index], how, density, one)
-        _settle(total)
-    return total
-
-
-def elected_mean(
-    deltas: Sequence[mx.array],
-    weights: Sequence[float],
-    key: mx.array,
-    *,
-    how: str = "magnitude",
-    density: float = 1.0,
-    majority_sign_method: str = "total",
-) -> mx.array:
-    """Mean of w_t prune(δ_t) over the tasks whose pruned δ_t has the elected sign: PEFT's ``ties`` and ``dare_ties``.
-
-    ``majority_sign_method``: the sign of the sum of all pruned δ_t (total) or of their signs (frequency); 0 elects
-    plus. One pass: the sums and counts of either sign are kept until all votes are in.
-    """
-    votes = above = below = positives = negatives = mx.array(0.0)
-    for index, one in enumerate(_keys(key, len(deltas), how)):
-        kept = prune(deltas[index], how, density, one)
-        gain = _gain(weights[index], how, density)
-        above = above + gain * mx.maximum(kept, 0.0)
-        below = below + gain * mx.minimum(kept, 0.0)
-        positives = positives + (kept > 0)
-        negatives = negatives + (kept < 0)
-        if majority_sign_method == "total":
-            votes = votes + kept
-        _settle(votes, above, below, positives, negatives)
-    if majority_sign_method == "frequency":
-        votes = positives - negatives
-    return mx.where(votes >= 0, above / mx.maximum(positives, 1.0), below / mx.maximum(negatives, 1.0))
+    votes = (kept if method == "total" else mx.sign(kept)).sum(axis=0)
+    elected = 2.0 * (votes >= 0) - 1.0
+    agreeing = mx.maximum(kept * elected, 0.0)
+    return elected * (weights @ agreeing) / mx.maximum(mx.sign(agreeing).sum(axis=0), 1.0)
 
 
 def stacked(module: Module) -> Factors:
@@ -119,42 +100,78 @@ def stacked(module: Module) -> Factors:
 def in_factor_space(module: Module, rule: Rule) -> Factors:
     """``rule`` on the lora_A's with weights sgn(w) √|w s|, and on the lora_B's without their scales with √|w s|.
 
-    Of key_a, key_b = ``mx.random.split(module.key)``, key_a's T parts draw the random masks for a and key_b's for b.
+    Of key_a, key_b = ``mx.random.split(module.key)``, key_a draws the random masks of a and key_b those of b.
 
     Raises:
         RsgwmError: the adapters' ranks differ, listing them.
     """
     chosen = _of_one_rank(module)
-    strengths = [module.weights[index] * module.scales[index] for index in chosen]
+    scales = [module.scales[index] for index in chosen]
+    strengths = [module.weights[index] * scale for index, scale in zip(chosen, scales, strict=True)]
     roots = [math.sqrt(abs(strength)) for strength in strengths]
     signed = [math.copysign(root, strength) for root, strength in zip(roots, strengths, strict=True)]
+    a = mx.stack([module.factors[index].a for index in chosen])
+    b = mx.stack([module.factors[index].b for index in chosen])
     key_a, key_b = mx.random.split(module.key)
-    a = rule([module.factors[index].a for index in chosen], signed, key_a, **module.parameters)
-    unscaled = [module.factors[index].b / module.scales[index] for index in chosen]
-    return Factors(a, rule(unscaled, roots, key_b, **module.parameters))
+    return Factors(
+        _merged(module, rule, a, signed, key_a),
+        _merged(module, rule, b / mx.array(scales)[:, None, None], roots, key_b),
+    )
+
+
+def _merged(module: Module, rule: Rule, deltas: mx.array, weights: Sequence[float], key: mx.array) -> mx.array:
+    flat = deltas.reshape(deltas.shape[0], -1)
+    least = thresholds(flat, module.parameters["density"]) if rule.dropped == "magnitude" else None
+    return _applied(module, rule, flat, weights, least, key).reshape(deltas.shape[1:])
+
+
+def _applied(
+    module: Module, rule: Rule, deltas: mx.array, weights: Sequence[float], least: mx.array | None, key: mx.array
+) -> mx.array:
+    """``rule`` on (T, n) deltas: (n,)."""
+    density = module.parameters.get("density", 1.0)
+    count, size = deltas.shape
+    gain = 1.0
+    if density < 1 and rule.dropped == "random":
+        # PEFT divides by the density before the election. A factor that all tasks share moves no election.
+        deltas, gain = deltas * keep_masks(count, size, density, key), 1 / density
+    elif density < 1 and least is not None:
+        deltas = deltas * (mx.abs(deltas) >= least)
+    coefficients = gain * mx.array(list(weights))
+    if rule.elects:
+        return elected_mean(deltas, coefficients, module.parameters["majority_sign_method"])
+    return weighted_sum(deltas, coefficients)
 
 
 def in_product_space(module: Module, rule: Rule) -> mx.array:
     """``rule`` on the ΔW_t, scales included, with the weights as given: dense, (in, out); ranks may differ.
 
-    One ΔW_t at a time is formed. ``module.key``'s T parts draw the random masks. PEFT truncates the result to the
+    Thresholds are found one ΔW_t at a time; what follows goes band by band of rows, so no T of them are ever held.
+    Part i of ``mx.random.split(module.key, bands)`` draws the random masks of band i. PEFT truncates the result to the
     highest rank of the pool.
     """
-    return rule(module.dense_updates, module.weights, module.key, **module.parameters)
+    least = None
+    if rule.dropped == "magnitude":
+        found = []
+        for delta in module.dense_updates:
+            found.append(thresholds(delta.reshape(1, -1), module.parameters["density"]))
+            mx.eval(found)
+        least = mx.concatenate(found)
+    spans = list(bands(module))
+    merged = []
+    for (start, stop), key in zip(spans, mx.random.split(module.key, len(spans)), strict=True):
+        deltas = mx.stack([one.a[start:stop] @ one.b for one in module.factors])
+        flat = deltas.reshape(deltas.shape[0], -1)
+        merged.append(_applied(module, rule, flat, module.weights, least, key).reshape(deltas.shape[1:]))
+        mx.eval(merged)
+    return mx.concatenate(merged)
 
 
-def _gain(weight: float, how: str, density: float) -> float:
-    # PEFT divides by the density after a random pruning. A factor that all tasks share moves no election.
-    return weight / density if how == "random" else weight
-
-
-def _keys(key: mx.array, count: int, how: str) -> Iterable[mx.array]:
-    return mx.random.split(key, count) if how == "random" else [key] * count
-
-
-def _settle(*sums: mx.array) -> None:
-    if sums[-1].size > LARGE:
-        mx.eval(sums)
+def bands(module: Module) -> Iterator[tuple[int, int]]:
+    """First row and last but one of the bands in which ΔW's rows are merged."""
+    rows, columns = module.factors[0].a.shape[0], module.factors[0].b.shape[1]
+    step = max(1, BAND_ENTRIES // (len(module.factors) * columns))
+    return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def _of_one_rank(module: Module) -> list[int]:
@@ -175,16 +192,6 @@ def _is_missing(factors: Factors) -> bool:
     # An adapter without this module stands in the pool with a zero update of rank 1. PEFT passes over it.
     return factors.rank == 1 and not mx.any(factors.b).item()
 
-
-RULES: Mapping[str, Rule] = MappingProxyType(
-    {
-        "linear": weighted_sum,
-        "ties": elected_mean,
-        "dare_linear": partial(weighted_sum, how="random"),
-        "dare_ties": partial(elected_mean, how="random"),
-        "magnitude_prune": partial(weighted_sum, how="magnitude"),
-    }
-)
 
 # PEFT's combination types. All but linear, cat and svd take density; those with ties in their name take
 # majority_sign_method too.

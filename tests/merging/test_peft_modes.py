@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.merging import peft_modes
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.peft_modes import (
     MAJORITY_SIGN_METHODS,
     RULES,
     TYPES,
+    bands,
     elected_mean,
-    keep_mask,
-    prune,
-    threshold,
-    weighted_sum,
+    keep_masks,
+    thresholds,
 )
 
 ROWS, COLUMNS = 12, 9
@@ -65,14 +65,11 @@ def reference_prune(values, how, density, mask):
     return values * kept.reshape(values.shape)
 
 
-def reference(kind, arrays, weights, key, density, method):
+def reference(kind, arrays, weights, masks, density, method):
     kind = kind.removesuffix("_svd")
     how = {"ties": "magnitude", "magnitude_prune": "magnitude", "dare_ties": "random", "dare_linear": "random"}.get(
         kind, "none"
     )
-    masks = [
-        wide(keep_mask(a.shape, density, k)) for a, k in zip(arrays, mx.random.split(key, len(arrays)), strict=True)
-    ]
     pruned = np.stack([reference_prune(a, how, density, m) for a, m in zip(arrays, masks, strict=True)])
     weighted = pruned * np.reshape(weights, (-1, 1, 1))
     if "ties" not in kind:
@@ -82,13 +79,32 @@ def reference(kind, arrays, weights, key, density, method):
     return (weighted * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
 
 
+def drawn(count, shape, density, key):
+    """The masks of one draw, (count, *shape)."""
+    return wide(keep_masks(count, math.prod(shape), density, key)).reshape(count, *shape)
+
+
 def reference_factors(kind, module, density, method):
     roots = [math.sqrt(abs(w * s)) for w, s in zip(module.weights, module.scales, strict=True)]
     signed = [root * (1 if w >= 0 else -1) for root, w in zip(roots, module.weights, strict=True)]
-    key_a, key_b = mx.random.split(module.key)
-    a = reference(kind, [wide(f.a) for f in module.factors], signed, key_a, density, method)
+    first = module.factors[0]
+    masks_a, masks_b = (
+        drawn(len(module.factors), shape, density, key)
+        for shape, key in zip((first.a.shape, first.b.shape), mx.random.split(module.key), strict=True)
+    )
+    a = reference(kind, [wide(f.a) for f in module.factors], signed, masks_a, density, method)
     raw = [wide(f.b) / scale for f, scale in zip(module.factors, module.scales, strict=True)]
-    return a, reference(kind, raw, roots, key_b, density, method)
+    return a, reference(kind, raw, roots, masks_b, density, method)
+
+
+def reference_dense(kind, module, density, method):
+    dense = [wide(f.a) @ wide(f.b) for f in module.factors]
+    spans = list(bands(module))
+    keys = mx.random.split(module.key, len(spans))
+    masks = [
+        drawn(len(dense), (stop - start, COLUMNS), density, key) for (start, stop), key in zip(spans, keys, strict=True)
+    ]
+    return reference(kind, dense, module.weights, np.concatenate(masks, axis=1), density, method)
 
 
 def close(found, expected):
@@ -131,10 +147,18 @@ def test_negative_weights_turn_lora_a_and_no_election(kind):
 @pytest.mark.parametrize("kind", DENSE_TYPES)
 def test_product_types_take_mixed_ranks(kind, method, density):
     module = make_module(ranks=(2, 5, 3), weights=(0.5, -0.3, 1.0), parameters=parameters_of(kind, density, method))
-    dense = [wide(f.a) @ wide(f.b) for f in module.factors]
     found = TYPES[kind](module)
     assert found.shape == (ROWS, COLUMNS)
-    close(found, reference(kind, dense, module.weights, module.key, density, method))
+    close(found, reference_dense(kind, module, density, method))
+
+
+@pytest.mark.parametrize("kind", DENSE_TYPES)
+def test_product_types_by_bands_of_rows(monkeypatch, kind):
+    """Five rows at a time; thresholds are still of the whole ΔW."""
+    monkeypatch.setattr(peft_modes, "BAND_ENTRIES", 5 * 3 * COLUMNS)
+    module = make_module(ranks=(2, 5, 3), parameters=parameters_of(kind, 0.4))
+    assert list(bands(module)) == [(0, 5), (5, 10), (10, 12)]
+    close(TYPES[kind](module), reference_dense(kind, module, 0.4, "total"))
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd"])
@@ -159,9 +183,8 @@ def test_an_adapter_without_the_module_changes_nothing(kind):
     missing = Factors(mx.zeros((ROWS, 1)), mx.zeros((1, COLUMNS)))
     without = replace(module, factors=module.factors[:2], scales=module.scales[:2], weights=module.weights[:2])
     with_it = replace(module, factors=(*module.factors[:2], missing))
-    if kind.startswith("dare") and kind.endswith("_svd"):  # T keys are drawn, used or not
-        dense = [wide(f.a) @ wide(f.b) for f in with_it.factors]
-        expected = reference(kind, dense, with_it.weights, with_it.key, 0.5, "total")
+    if kind.startswith("dare") and kind.endswith("_svd"):  # masks are drawn for it too
+        expected = reference_dense(kind, with_it, 0.5, "total")
     else:
         found = TYPES[kind](without)
         expected = wide(found.dense() if isinstance(found, Factors) else found)
@@ -184,53 +207,36 @@ def test_random_types_follow_the_key(kind):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.floats(0.001, 0.999), st.integers(0, 2**31))
-def test_threshold_keeps_just_as_many_as_asked(size, density, seed):
+def test_thresholds_keep_just_as_many_as_asked(size, density, seed):
     values = mx.random.permutation(mx.arange(1, size + 1), key=mx.random.key(seed)).astype(mx.float32) * -0.1
-    assert (mx.abs(values) >= threshold(values, density)).sum().item() == int(density * size)
+    deltas = mx.stack([values, 2 * values])
+    assert (mx.abs(deltas) >= thresholds(deltas, density)).sum(axis=1).tolist() == [int(density * size)] * 2
 
 
-def test_magnitude_pruning_keeps_the_largest():
-    values = mx.array([[0.1, -5.0, 3.0], [0.0, -0.2, 4.0]])
-    assert prune(values, "magnitude", 0.5, KEY).tolist() == [[0, -5, 3], [0, 0, 4]]
-    assert prune(values, "magnitude", 0.1, KEY).tolist() == [[0, 0, 0], [0, 0, 0]]
-    assert prune(values, "magnitude", 1.0, KEY).tolist() == values.tolist()
+def test_thresholds_are_of_each_delta():
+    deltas = mx.array([[0.1, -5.0, 3.0, 0.0, -0.2, 4.0], [1.0, 2.0, 3.0, 4.0, 5.0, -6.0]])
+    assert thresholds(deltas, 0.5).tolist() == [[3], [4]]
+    assert thresholds(deltas, 0.1).tolist() == [[math.inf], [math.inf]]
 
 
 def test_random_pruning_keeps_its_share():
-    kept = prune(mx.ones((100, 100)), "random", 0.3, KEY)
-    assert set(np.unique(kept)) == {0.0, 1.0}
-    assert abs(kept.mean().item() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 1e4)
+    kept = keep_masks(4, 10_000, 0.3, KEY)
+    assert kept.shape == (4, 10_000)
+    shares = np.array(kept).mean(axis=1)
+    assert np.abs(shares - 0.3).max() < 4 * math.sqrt(0.3 * 0.7 / 1e4)
+    assert len(set(shares)) > 1
 
 
 def test_a_draw_elects_plus():
-    deltas = [mx.array([[2.0, 0.0, -1.0]]), mx.array([[-2.0, 0.0, -3.0]])]
-    assert elected_mean(deltas, [1.0, 1.0], KEY, density=1.0).tolist() == [[2, 0, -2]]
+    deltas = mx.array([[2.0, 0.0, -1.0], [-2.0, 0.0, -3.0]])
+    assert elected_mean(deltas, mx.array([1.0, 1.0]), "total").tolist() == [2, 0, -2]
 
 
 def test_total_and_frequency_elect_differently():
-    deltas = [mx.array([[5.0]]), mx.array([[-1.0]]), mx.array([[-2.0]])]
+    deltas = mx.array([[5.0], [-1.0], [-2.0]])
     for method, expected in (("total", 5.0), ("frequency", -1.5)):
-        assert elected_mean(deltas, [1.0] * 3, KEY, majority_sign_method=method).item() == expected
+        assert elected_mean(deltas, mx.ones(3), method).item() == expected
 
 
 def test_the_mean_divides_by_the_number_of_adapters():
-    deltas = [mx.array([[3.0]]), mx.array([[5.0]])]
-    assert elected_mean(deltas, [0.1, 0.3], KEY).item() == pytest.approx((0.3 + 1.5) / 2)
-
-
-def test_rules_walk_over_deltas_without_holding_them():
-    formed = []
-
-    class Deltas:
-        """Notes which of its arrays are formed: it can be indexed, and neither sliced nor iterated over."""
-
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, index):
-            formed.append(index)
-            return mx.full((2, 2), float(index + 1))
-
-    assert weighted_sum(Deltas(), [1.0] * 3, KEY).tolist() == [[6, 6], [6, 6]]
-    assert elected_mean(Deltas(), [1.0] * 3, KEY, density=0.5).tolist() == [[2, 2], [2, 2]]
-    assert formed == [0, 1, 2, 0, 1, 2]
+    assert elected_mean(mx.array([[3.0], [5.0]]), mx.array([0.1, 0.3]), "total").item() == pytest.approx(0.9)

@@ -20,7 +20,7 @@ from mlx_rsgwm.merging.lowrank import truncate, truncate_dense
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.merging.peft_modes import MAJORITY_SIGN_METHODS, RULES, TYPES, keep_mask
+from mlx_rsgwm.merging.peft_modes import MAJORITY_SIGN_METHODS, RULES, TYPES, keep_masks
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -121,18 +121,18 @@ def masks_of(kind, modules):
     """The masks our random types draw, in the order and the layout in which PEFT asks torch.bernoulli for its own."""
     drawn = []
     for module in modules:
-        present = [one for one in module.factors if mx.any(one.b).item()]
-        density = module.parameters["density"]
-        if kind.endswith("_svd"):
-            keys = mx.random.split(module.key, len(module.factors))
-            shapes = [
-                (keys[i], (f.a.shape[0], f.b.shape[1])) for i, f in enumerate(module.factors) if mx.any(f.b).item()
-            ]
+        if kind.endswith("_svd"):  # small enough for one band of rows
+            shape = module.factors[0].a.shape[0], module.factors[0].b.shape[1]
+            present = [bool(mx.any(one.b).item()) for one in module.factors]
+            draws = [(shape, mx.random.split(module.key, 1)[0])]
         else:
-            key_a, key_b = mx.random.split(module.key)
-            shapes = [(k, f.a.shape) for k, f in zip(mx.random.split(key_a, len(present)), present, strict=True)]
-            shapes += [(k, f.b.shape) for k, f in zip(mx.random.split(key_b, len(present)), present, strict=True)]
-        drawn += [torch.tensor(np.array(keep_mask(shape, density, key)).T.astype(np.float32)) for key, shape in shapes]
+            chosen = [one for one in module.factors if mx.any(one.b).item()]
+            present = [True] * len(chosen)
+            draws = list(zip((chosen[0].a.shape, chosen[0].b.shape), mx.random.split(module.key), strict=True))
+        for shape, key in draws:
+            masks = np.array(keep_masks(len(present), math.prod(shape), module.parameters["density"], key))
+            for mask, there in zip(masks.reshape(-1, *shape), present, strict=True):
+                drawn += [torch.tensor(mask.T.astype(np.float32))] if there else []
     return drawn
 
 
