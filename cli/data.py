@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.negatives import negatives
 
 
 @click.group()
@@ -70,3 +71,6 @@ def build(
         console.line(f"{task}: {found['draft']} draft rows, {found['verify']} verify rows")
     console.line(f"corpus: {out}")
     console.result({"out": str(out), "counts": counts, "hash": corpus.hash, "template": template.hash})
+
+
+data.add_command(negatives)

@@ -12,11 +12,13 @@ from mlx_rsgwm.cli.console import Console
 
 if TYPE_CHECKING:
     from mlx_rsgwm.pipeline.calibration import Calibration
-    from mlx_rsgwm.pipeline.loop import DraftVerify
+    from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+    from mlx_rsgwm.pipeline.sampling import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-OPTIONS = (
+# What drafts and what reads; the rest decides.
+PIPELINE_OPTIONS = (
     click.option(
         "--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias."
     ),
@@ -34,26 +36,10 @@ OPTIONS = (
         show_default=True,
         help="Adapter folder of the verifier.",
     ),
-    click.option(
-        "--score",
-        default="auto",
-        show_default=True,
-        help="yesno, mean_logprob, or auto: by the verifier's calibration.",
-    ),
-    click.option(
-        "--threshold", default="auto", show_default=True, help="In [0, 1]; auto: the verifier's calibration, else 0.7."
-    ),
     click.option("--attempts", default=3, show_default=True, help="Drafts in all, the first included."),
     click.option("--temperature", default=0.7, show_default=True),
     click.option("--top-p", default=0.9, show_default=True),
     click.option("--max-tokens", default=256, show_default=True, help="Longest draft."),
-    click.option(
-        "--mode",
-        default="adaptive",
-        show_default=True,
-        help="adaptive, parallel or sequential: the same answers in different time.",
-    ),
-    click.option("--abstain", is_flag=True, help="Say nothing when no draft is accepted, instead of the best one."),
     click.option("--verify-template", help="Other words for the verifier, to see what misaligned prompts cost."),
     click.option(
         "--template-mismatch",
@@ -63,13 +49,76 @@ OPTIONS = (
     ),
     click.option("--template", "template_name", help="plain or chat; default: the one the drafter was trained with."),
 )
+DECISION_OPTIONS = (
+    click.option(
+        "--score",
+        default="auto",
+        show_default=True,
+        help="yesno, mean_logprob, combined, or auto: by the verifier's calibration.",
+    ),
+    click.option(
+        "--threshold", default="auto", show_default=True, help="In [0, 1]; auto: the verifier's calibration, else 0.7."
+    ),
+    click.option(
+        "--mode",
+        default="adaptive",
+        show_default=True,
+        help="adaptive, parallel or sequential: the same answers in different time.",
+    ),
+    click.option("--abstain", is_flag=True, help="Say nothing when no draft is accepted, instead of the best one."),
+)
+
+
+def pipeline_options(command: F) -> F:
+    """Add the options of :func:`load_pipeline`; the command takes them as keywords and hands them on."""
+    for option in reversed(PIPELINE_OPTIONS):
+        command = option(command)
+    return command
 
 
 def loop_options(command: F) -> F:
-    """Add the options; the command takes them as keywords and hands them to :func:`build_pipeline`."""
-    for option in reversed(OPTIONS):
+    """Add all options; the command takes them as keywords and hands them to :func:`build_pipeline`."""
+    for option in reversed(DECISION_OPTIONS):
         command = option(command)
-    return command
+    return pipeline_options(command)
+
+
+def load_pipeline(
+    console: Console, options: Mapping[str, Any], config: LoopConfig, calibration: Calibration | None
+) -> DraftVerify:
+    """Load base and adapters; what the verifier's calibration was not made for is said."""
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.template import Template, find_template
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.held_out import identity
+    from mlx_rsgwm.pipeline.loop import DraftVerify
+    from mlx_rsgwm.slots import AdapterSlots
+
+    asked_in = find_template(options["verify_template"]) if options["verify_template"] else None
+    mismatch = options["template_mismatch"]
+    drafter, verifier = Adapter.load(options["drafter"]), Adapter.load(options["verifier"])
+    if options["template_name"]:
+        template = find_template(options["template_name"])
+    elif drafter.manifest.get("template"):
+        template = Template.from_description(drafter.manifest["template"])
+    else:
+        raise RsgwmError(
+            f"{options['drafter']} does not say which prompt template it was trained with; give --template"
+        )
+    slots = AdapterSlots(load_base(options["base_name"], progress=console.progress))
+    slots.load("drafter", drafter)
+    slots.load("verifier", verifier)
+    pipeline = DraftVerify(slots, template, "drafter", "verifier", config, asked_in, mismatch, calibration)
+    for warning in pipeline.warnings:
+        console.progress.message(f"warning: {warning}")
+    changed = calibration.differences(identity(pipeline)) if calibration else []
+    if changed:
+        console.progress.message(
+            f"warning: the verifier was calibrated with another {', '.join(changed)}; its threshold and what its "
+            "scores mean may not hold here; calibrate again with: rsgwm calibrate"
+        )
+    return pipeline
 
 
 def build_pipeline(
@@ -82,41 +131,25 @@ def build_pipeline(
     ``auto`` takes what was stored beside the verifier; without that, ``calibrate`` decides on held-out questions, and
     where there are none the literal reading of the paper (mean_logprob, 0.7) is used and said so.
     """
-    from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.data.template import Template, find_template
-    from mlx_rsgwm.errors import RsgwmError
+    from dataclasses import replace
+
     from mlx_rsgwm.pipeline.calibration import load_calibration
-    from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
-    from mlx_rsgwm.pipeline.sampling import Sampling
-    from mlx_rsgwm.slots import AdapterSlots
+    from mlx_rsgwm.pipeline.loop import LoopConfig
 
     score, threshold = options["score"], _threshold(options["threshold"])
-    sampling = Sampling(options["temperature"], options["top_p"], options["max_tokens"], console.seed)
     provisional = "mean_logprob" if score == "auto" else score
     config = LoopConfig(
-        options["attempts"], 0.7 if threshold is None else threshold, provisional, sampling, options["mode"]
+        attempts=options["attempts"],
+        threshold=0.7 if threshold is None else threshold,
+        score=provisional,
+        sampling=sampling_of(console, options),
+        mode=options["mode"],
+        abstain=options["abstain"],
     )
-    asked_in = find_template(options["verify_template"]) if options["verify_template"] else None
-    mismatch = options["template_mismatch"]
-    drafter, verifier = Adapter.load(options["drafter"]), Adapter.load(options["verifier"])
-    if options["template_name"]:
-        template = find_template(options["template_name"])
-    elif drafter.manifest.get("template"):
-        template = Template.from_description(drafter.manifest["template"])
-    else:
-        raise RsgwmError(
-            f"{options['drafter']} does not say which prompt template it was trained with; give --template"
-        )
     calibration = load_calibration(options["verifier"])
-    slots = AdapterSlots(load_base(options["base_name"], progress=console.progress))
-    slots.load("drafter", drafter)
-    slots.load("verifier", verifier)
-    pipeline = DraftVerify(slots, template, "drafter", "verifier", config, asked_in, mismatch)
-    for warning in pipeline.warnings:
-        console.progress.message(f"warning: {warning}")
+    pipeline = load_pipeline(console, options, config, calibration)
     if score == "auto" and calibration is None and calibrate is not None:
-        calibration = calibrate(pipeline)
+        pipeline.calibration = calibration = calibrate(pipeline)
     if score == "auto":
         score = calibration.score if calibration else "mean_logprob"
         if calibration is None:
@@ -124,8 +157,15 @@ def build_pipeline(
     if threshold is None:
         matching = calibration is not None and calibration.score == score
         threshold = calibration.threshold if calibration is not None and matching else 0.7
-    pipeline.config = LoopConfig(options["attempts"], threshold, score, sampling, options["mode"], options["abstain"])
+    pipeline.config = replace(config, threshold=threshold, score=score)
     return pipeline
+
+
+def sampling_of(console: Console, options: Mapping[str, Any]) -> Sampling:
+    """The sampling that the options ask for."""
+    from mlx_rsgwm.pipeline.sampling import Sampling
+
+    return Sampling(options["temperature"], options["top_p"], options["max_tokens"], console.seed)
 
 
 def _threshold(text: str) -> float | None:

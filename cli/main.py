@@ -41,6 +41,7 @@ COMMANDS = {
         "mlx_rsgwm.cli.merge_sweep:merge_sweep",
         "Merge a pool by many methods and rank them on held-out items.",
     ),
+    "calibrate": ("mlx_rsgwm.cli.calibrate:calibrate", "Fit a verifier's scores and threshold on held-out questions."),
     "eval": ("mlx_rsgwm.cli.evaluate:evaluate", "Compare the drafter alone with draft–verify on the same items."),
     "compare": ("mlx_rsgwm.cli.report:compare", "Compare two runs on the same items: tests and intervals."),
     "report": ("mlx_rsgwm.cli.report:report", "Write a run's report anew from its items."),

@@ -207,7 +207,9 @@ def _rules(
             if not plan.calibration:
                 raise RsgwmError("there are no calibration questions to choose the verifiers' thresholds on")
             pipeline = _pipeline(slots, template, "drafter", slot, plan, LoopRule(SCORES[0], 0.5))
-            found_rule = calibrate(pipeline, plan.calibration, plan.calibration_seed, plan.batch_rows, progress)
+            found_rule = calibrate(
+                pipeline, plan.calibration, plan.calibration_seed, plan.batch_rows, progress, scores=SCORES[:2]
+            )
             rules[name] = LoopRule(found_rule.score, found_rule.threshold)
     files.write_json(path, {"key": key, "rules": {name: asdict(rule) for name, rule in rules.items()}})
     return rules

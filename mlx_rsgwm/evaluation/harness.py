@@ -9,20 +9,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
+from mlx_rsgwm.data.drafted import LabelledDraft
 from mlx_rsgwm.data.negatives import perturb
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.answers import BESIDE, REFUSAL, answer_kind, extract
 from mlx_rsgwm.evaluation.energy import counters, joules
 from mlx_rsgwm.evaluation.equality import is_correct
+from mlx_rsgwm.evaluation.held_out import HeldOutItem, explain, header_of, identity, read_drafts, write_drafts
 from mlx_rsgwm.evaluation.journal import Journal, Timing
 from mlx_rsgwm.evaluation.records import Draft, ItemRecord, Reading
-from mlx_rsgwm.pipeline.calibration import Calibration, fit
+from mlx_rsgwm.pipeline.calibration import Calibration
+from mlx_rsgwm.pipeline.fitting import Judged, fit
+from mlx_rsgwm.pipeline.guarantee import Target
 from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig, decide
-from mlx_rsgwm.pipeline.verifying import SCORES
+from mlx_rsgwm.pipeline.verifying import SCORES, Signals
 from mlx_rsgwm.progress import SILENT, Progress
 
 
@@ -126,7 +131,10 @@ def _block(
     config = pipeline.config
     texts = [question.question for question in questions]
     drafted = pipeline.draft_many(texts, count, batch_rows)
-    verifiers = [("", pipeline, scores), *((f"{name}:", other, (other.config.score,)) for name, other in beside.items())]
+    verifiers = [
+        ("", pipeline, scores),
+        *((f"{name}:", other, (other.config.score,)) for name, other in beside.items()),
+    ]
     columns = [
         (prefix, verifier, _scores(verifier, texts, drafted, batch_rows, SILENT, names))
         for prefix, verifier, names in verifiers
@@ -163,10 +171,12 @@ def verified_tokens(pipeline: DraftVerify, question: str, draft: Drafted) -> dic
     """How many tokens the verifier reads to give each of its scores to a draft, prompt included."""
     template, tokenizer = pipeline.verify_template, pipeline.tokenizer
     prompt = len(template.draft_prompt(tokenizer, question))
-    return {
+    costs = {
         "mean_logprob": prompt + len(draft.tokens) + draft.finished,
         "yesno": len(template.verify_prompt(tokenizer, question, draft.text.strip())),
     }
+    # Where the verdict is asked for after the draft, one reading serves both.
+    return {**costs, "combined": costs["yesno"] if not template.chat else sum(costs.values())}
 
 
 def judge(
@@ -195,33 +205,111 @@ def judge(
     )
 
 
-def calibrate(
-    pipeline: DraftVerify, questions: Sequence[Question], seed: int, batch_rows: int = 32, progress: Progress = SILENT
-) -> Calibration:
-    """Compare the scores on the drafter's own drafts of held-out questions, and on gold against perturbed answers."""
+def collect(
+    pipeline: DraftVerify,
+    questions: Sequence[Question],
+    seed: int,
+    batch_rows: int = 32,
+    progress: Progress = SILENT,
+    file: Path | None = None,
+) -> list[HeldOutItem]:
+    """Draft all attempts of every question and read them, with gold and perturbed answers beside them.
+
+    With ``file``, what is there is read instead, if it is for the same questions, adapters and settings; else it is
+    written.
+
+    Raises:
+        RsgwmError: no questions, or a file that is for something else.
+    """
+    if not questions:
+        raise RsgwmError("there are no held-out questions")
+    header = header_of(pipeline, questions)
+    if file is not None and file.is_file():
+        return read_drafts(file, header, len(questions))
     texts = [question.question for question in questions]
     drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
-    scores = _scores(pipeline, texts, drafted, batch_rows, progress)
-    judged = [
-        judge(question, draft, found)
-        for question, drafts, item_scores in zip(questions, drafted, scores, strict=True)
-        for draft, found in zip(drafts, item_scores, strict=True)
-    ]
-    own = {name: [draft.scores[name] for draft in judged] for name in SCORES}
+    signals = read_all(pipeline, texts, drafted, batch_rows, progress)
     rng = random.Random(f"calibration/{seed}")
-    pair_questions: list[str] = []
-    answers: list[Drafted] = []
+    pairs: list[list[Drafted]] = []
     for question in questions:
-        negative = perturb(question, rng)
-        if negative is not None:
-            pair_questions += [question.question] * 2
-            answers += [pipeline.as_draft(question.answer), pipeline.as_draft(negative.answer)]
-    labels = [index % 2 == 0 for index in range(len(answers))]
-    perturbed = {
-        name: pipeline.score_many(pair_questions, answers, name, batch_rows, progress) if answers else []
-        for name in SCORES
-    }
-    return fit(own, [draft.correct for draft in judged], perturbed, labels, pipeline.template.hash)
+        wrong = perturb(question, rng)
+        answers = [] if wrong is None else [question.answer, wrong.answer]
+        pairs.append([pipeline.as_draft(answer) for answer in answers])
+    read_pairs = read_all(pipeline, texts, pairs, batch_rows, progress)
+    items = [
+        HeldOutItem(
+            id=question.id,
+            task=question.task,
+            texts=tuple(draft.text for draft in drafts),
+            correct=tuple(judge(question, draft, {}).correct for draft in drafts),
+            signals=tuple(said),
+            pair=tuple(pair),
+        )
+        for question, drafts, said, pair in zip(questions, drafted, signals, read_pairs, strict=True)
+    ]
+    if file is not None:
+        write_drafts(file, header, items)
+    return items
+
+
+def calibrate(
+    pipeline: DraftVerify,
+    questions: Sequence[Question],
+    seed: int,
+    batch_rows: int = 32,
+    progress: Progress = SILENT,
+    *,
+    score: str = "auto",
+    scores: Sequence[str] = SCORES,
+    method: str = "auto",
+    target: Target | None = None,
+    file: Path | None = None,
+) -> Calibration:
+    """Fit a calibration on the drafter's own drafts of held-out questions; see :func:`collect` and :func:`fit`."""
+    items = collect(pipeline, questions, seed, batch_rows, progress, file)
+    pairs = [item.pair for item in items if item.pair]
+    calibration = fit(
+        Judged([item.signals for item in items], [item.correct for item in items]),
+        Judged(pairs, [(True, False)] * len(pairs)),
+        score=score,
+        scores=scores,
+        method=method,
+        target=target,
+        made_for=identity(pipeline),
+        seed=seed,
+    )
+    progress.message(explain(calibration))
+    return calibration
+
+
+def read_all(
+    pipeline: DraftVerify,
+    texts: Sequence[str],
+    drafted: Sequence[Sequence[Drafted]],
+    batch_rows: int = 32,
+    progress: Progress = SILENT,
+) -> list[list[Signals]]:
+    """What the verifier says of every draft of every question, for all scores at once."""
+    flat = [draft for drafts in drafted for draft in drafts]
+    owners = [text for text, drafts in zip(texts, drafted, strict=True) for _ in drafts]
+    found = iter(pipeline.signals_many(owners, flat, batch_rows=batch_rows, progress=progress))
+    return [[next(found) for _ in drafts] for drafts in drafted]
+
+
+def label_drafts(
+    pipelines: Sequence[DraftVerify],
+    questions: Sequence[Question],
+    batch_rows: int = 32,
+    progress: Progress = SILENT,
+) -> list[list[LabelledDraft]]:
+    """Drafts of every question by the drafters of all ``pipelines``, each labelled by gold."""
+    texts = [question.question for question in questions]
+    found: list[list[LabelledDraft]] = [[] for _ in questions]
+    for pipeline in pipelines:
+        drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
+        for question, drafts, labelled in zip(questions, drafted, found, strict=True):
+            labelled += [LabelledDraft(draft.text, judge(question, draft, {}).correct) for draft in drafts]
+    return found
 
 
 def _scores(
@@ -232,10 +320,15 @@ def _scores(
     progress: Progress,
     names: Sequence[str] = SCORES,
 ) -> list[list[dict[str, float]]]:
-    flat = [draft for drafts in drafted for draft in drafts]
-    owners = [text for text, drafts in zip(texts, drafted, strict=True) for _ in drafts]
-    columns = {name: iter(pipeline.score_many(owners, flat, name, batch_rows, progress)) for name in names}
-    return [[{name: next(column) for name, column in columns.items()} for _ in drafts] for drafts in drafted]
+    scorers = {name: pipeline.scorer(name) for name in names if name in pipeline.scores}
+    if not scorers:
+        return [[{} for _ in drafts] for drafts in drafted]
+    read = read_all(pipeline, texts, drafted, batch_rows, progress)
+    columns = {name: [scorer.values(signals).tolist() for signals in read] for name, scorer in scorers.items()}
+    return [
+        [{name: columns[name][index][number] for name in scorers} for number in range(len(drafts))]
+        for index, drafts in enumerate(drafted)
+    ]
 
 
 def _with_latency(

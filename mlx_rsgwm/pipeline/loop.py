@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.logits import Parts, split_head
+from mlx_rsgwm.pipeline.calibration import Calibration, load_calibration
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
 from mlx_rsgwm.pipeline.prompts import Writer, can_batch, prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.pipeline.verifying import SCORES, mean_logprob, yesno
+from mlx_rsgwm.pipeline.scores import Scorer
+from mlx_rsgwm.pipeline.verifying import SCORES, Signals, make_reading, read, verdict_ids
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
 
@@ -113,7 +116,8 @@ class DraftVerify:
 
     ``verify_template``: other words for the verifier's question, to measure what misaligned prompts cost; the drafter
     keeps ``template``. ``on_mismatch``: an adapter that was trained with another template than it is used with is an
-    error (refuse), or ``warnings`` says so (warn).
+    error (refuse), or ``warnings`` says so (warn). ``calibration``: what makes the combined score and says what scores
+    mean; ``stored`` takes what is kept beside the verifier.
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class DraftVerify:
         config: LoopConfig,
         verify_template: Template | None = None,
         on_mismatch: str = "refuse",
+        calibration: Calibration | Literal["stored"] | None = "stored",
     ) -> None:
         if on_mismatch not in ("refuse", "warn"):
             raise RsgwmError(f"on_mismatch must be refuse or warn, found {on_mismatch!r}")
@@ -149,7 +154,12 @@ class DraftVerify:
         self.parts = split_head(slots.model)
         own = {*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id}
         self.end_ids = frozenset(own) | template.stop_ids(self.tokenizer)
-        self.verdict_ids = self.verify_template.verdict_ids(self.tokenizer)
+        self.verdict_ids = verdict_ids(self.verify_template, self.tokenizer)
+        if calibration == "stored":
+            folder = slots.adapter(verifier).path if verifier is not None else None
+            calibration = load_calibration(folder) if folder is not None else None
+        self.calibration = calibration
+        self.scorer(config.score)  # combined is refused here, not at the first draft
         self.batches = can_batch(slots.model)
         # First drafts accepted, of all; one of two to begin with.
         self._accepted_first, self._asked = 1, 2
@@ -268,6 +278,16 @@ class DraftVerify:
         text = None if self.config.abstain and not decision.accepted else drafts[decision.chosen].text
         return Answer(text, scores[decision.chosen], decision.accepted, decision.attempts)
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The scores that this verifier can give: ``combined`` only with a calibration."""
+        plain = tuple(name for name in SCORES if name != "combined")
+        return plain if self.calibration is None else self.calibration.scores
+
+    def scorer(self, score: str) -> Scorer:
+        """What turns the verifier's signals into a score."""
+        return Scorer(score) if self.calibration is None else self.calibration.scorer(score)
+
     def score_many(
         self,
         questions: Sequence[str],
@@ -276,19 +296,34 @@ class DraftVerify:
         batch_rows: int = 32,
         progress: Progress = SILENT,
     ) -> list[float]:
-        """Scores of (question, draft) pairs in batches of like length; equal pairs are scored once."""
+        """Scores of (question, draft) pairs in batches, as :meth:`score` gives them."""
+        scorer = self.scorer(score)
+        needs = (scorer.needs_verdict, scorer.needs_logprobs)
+        found: list[float] = scorer.values(self.signals_many(questions, drafts, *needs, batch_rows, progress)).tolist()
+        return found
+
+    def signals_many(
+        self,
+        questions: Sequence[str],
+        drafts: Sequence[Drafted],
+        verdict: bool = True,
+        logprobs: bool = True,
+        batch_rows: int = 32,
+        progress: Progress = SILENT,
+    ) -> list[Signals]:
+        """:meth:`signals` in batches of like length; equal pairs are read once."""
         pairs = list(zip(questions, drafts, strict=True))
         first = {
             (question, item.tokens, item.finished): index for index, (question, item) in reversed([*enumerate(pairs)])
         }
         owner = [first[question, item.tokens, item.finished] for question, item in pairs]
         order = sorted(set(owner), key=lambda index: len(questions[index]) + 3 * len(drafts[index].tokens))
-        found: dict[int, float] = {}
-        with progress.task(f"verify by {score}", len(order)) as advance:
+        found: dict[int, Signals] = {}
+        with progress.task("verify", len(order)) as advance:
             for start in range(0, len(order), batch_rows):
                 chunk = order[start : start + batch_rows]
-                values = self.score([questions[index] for index in chunk], [drafts[index] for index in chunk], score)
-                found.update(zip(chunk, values, strict=True))
+                texts, items = [questions[index] for index in chunk], [drafts[index] for index in chunk]
+                found.update(zip(chunk, self.signals(texts, items, verdict, logprobs), strict=True))
                 advance(len(chunk), "")
         return [found[index] for index in owner]
 
@@ -296,19 +331,31 @@ class DraftVerify:
         self, questions: Sequence[str], drafts: Sequence[Drafted], score: str, parts: Parts | None = None
     ) -> list[float]:
         """Scores of (question, draft) pairs by the verifier, in one forward pass; ``parts`` if not the model's."""
-        parts = self.parts if parts is None else parts
+        scorer = self.scorer(score)
+        needs = (scorer.needs_verdict, scorer.needs_logprobs)
+        found: list[float] = scorer.values(self.signals(questions, drafts, *needs, parts)).tolist()
+        return found
+
+    def signals(
+        self,
+        questions: Sequence[str],
+        drafts: Sequence[Drafted],
+        verdict: bool = True,
+        logprobs: bool = True,
+        parts: Parts | None = None,
+    ) -> list[Signals]:
+        """What the verifier says of (question, draft) pairs, all scores' parts in one forward pass."""
+        # A draft that ended by itself also chose to end; one that was cut off did not.
+        end = (self.tokenizer.eos_token_id,)
+        asked, tokenizer = self.verify_template, self.tokenizer
+        readings = [
+            make_reading(
+                asked, tokenizer, question, item.text, item.tokens + (end if item.finished else ()), verdict, logprobs
+            )
+            for question, item in zip(questions, drafts, strict=True)
+        ]
         with self.slots.using(self.verifier):
-            if score == "yesno":
-                texts = [
-                    self.verify_template.verify_prompt(self.tokenizer, question, item.text.strip())
-                    for question, item in zip(questions, drafts, strict=True)
-                ]
-                return yesno(parts, texts, self.verdict_ids)
-            prompts = [self.verify_template.draft_prompt(self.tokenizer, question) for question in questions]
-            # A draft that ended by itself also chose to end; one that was cut off did not.
-            end = (self.tokenizer.eos_token_id,)
-            completions = [item.tokens + (end if item.finished else ()) for item in drafts]
-            return mean_logprob(parts, prompts, completions)
+            return read(self.parts if parts is None else parts, readings, self.verdict_ids)
 
     def as_draft(self, answer: str) -> Drafted:
         """A given answer text in the form of a draft, so that it can be scored."""

@@ -14,8 +14,9 @@ from mlx_rsgwm.cpu import cross_entropy
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.logits import Parts
 
-SCORES = ("yesno", "mean_logprob")
+SCORES = ("yesno", "mean_logprob", "combined")
 
+EMPTY = -1000.0  # nats of a draft without a token, whose probability is taken as 0
 LENGTH_STEP = 8
 PICK_STEP = 32
 
@@ -26,8 +27,8 @@ VerdictIds = tuple[tuple[int, ...], tuple[int, ...]]
 class Signals:
     """What one reading of a draft gave; None for a part that was not asked for.
 
-    ``yesno``: P(yes) / (P(yes) + P(no)). ``mean`` and ``minimum``: of the draft's token log-probabilities, in nats; an
-    empty draft has minus infinity. ``tokens``: how many there are, the end-of-text token included if it was written.
+    ``yesno``: P(yes) / (P(yes) + P(no)). ``mean`` and ``minimum``: of the draft's token log-probabilities, in nats,
+    ``EMPTY`` for a draft without any. ``tokens``: how many there are, the end-of-text token included if written.
     """
 
     yesno: float | None
@@ -46,7 +47,7 @@ def signals_of(logprobs: Sequence[float] | None, yesno: float | None) -> Signals
     if logprobs is None:
         return Signals(yesno, None, None, 0)
     if not logprobs:
-        return Signals(yesno, -math.inf, -math.inf, 0)
+        return Signals(yesno, EMPTY, EMPTY, 0)
     return Signals(yesno, sum(logprobs) / len(logprobs), min(logprobs), len(logprobs))
 
 
@@ -61,6 +62,23 @@ class Reading:
     prompt: tuple[int, ...]
     completion: tuple[int, ...] | None
     verdict_prompt: tuple[int, ...] | None
+
+
+def make_reading(
+    template: Template,
+    tokenizer: Tokenizer,
+    question: str,
+    text: str,
+    completion: Sequence[int],
+    verdict: bool = True,
+    logprobs: bool = True,
+) -> Reading:
+    """What the verifier is to read of the draft ``text``, whose token ids are ``completion``, and of which parts."""
+    return Reading(
+        tuple(template.draft_prompt(tokenizer, question)) if logprobs else (),
+        tuple(completion) if logprobs else None,
+        tuple(template.verify_prompt(tokenizer, question, text.strip())) if verdict else None,
+    )
 
 
 def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
@@ -146,18 +164,3 @@ def _pass(
         yes_mass, no_mass = (mx.logsumexp(said[:, mx.array(ids)], axis=-1) for ids in verdicts)
         yes = mx.sigmoid(yes_mass - no_mass).tolist()
     return logprobs, yes
-
-
-def mean_logprob(parts: Parts, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
-    """exp(mean token log-probability of the completion given the prompt), one number in (0, 1] a row."""
-    readings = [
-        Reading(tuple(prompt), tuple(completion), None) for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    return [signals.mean_logprob or 0.0 for signals in read(parts, readings, ((), ()))]
-
-
-def yesno(parts: Parts, prompts: Sequence[Sequence[int]], verdict_ids: tuple[int, int]) -> list[float]:
-    """P(yes) / (P(yes) + P(no)) at the end of each verifying prompt."""
-    readings = [Reading((), None, tuple(prompt)) for prompt in prompts]
-    found = read(parts, readings, ((verdict_ids[0],), (verdict_ids[1],)))
-    return [signals.yesno or 0.0 for signals in found]

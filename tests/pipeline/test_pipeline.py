@@ -7,7 +7,6 @@ import pytest
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import split_head
-from mlx_rsgwm.pipeline.calibration import area_under_roc, best_threshold, fit, load_calibration, save_calibration
 from mlx_rsgwm.pipeline.drafting import DraftRequest, draft
 from mlx_rsgwm.pipeline.loop import Answer, Drafted, DraftVerify, LoopConfig, Scored, decide
 from mlx_rsgwm.pipeline.sampling import Sampling, choose, choose_exact, uniforms
@@ -186,21 +185,3 @@ def test_what_the_loop_refuses(pipeline, base, make_adapter):
     for values in ({"temperature": -1}, {"top_p": 0}, {"max_tokens": 0}):
         with pytest.raises(RsgwmError, match=next(iter(values))):
             Sampling(**values)
-
-
-def test_calibration_picks_what_separates(tmp_path):
-    correct = [True, True, False, False, True, False]
-    good = [0.9, 0.8, 0.3, 0.4, 0.7, 0.1]
-    poor = [0.1, 0.9, 0.5, 0.8, 0.2, 0.7]
-    found = fit({"yesno": poor, "mean_logprob": good}, correct, {"yesno": [], "mean_logprob": []}, [], "hash")
-    assert found.score == "mean_logprob"
-    assert found.auroc["mean_logprob"] == 1.0
-    assert found.threshold == 0.7
-    assert area_under_roc(poor, correct) == pytest.approx(1 / 3)
-    save_calibration(tmp_path, found)
-    assert load_calibration(tmp_path) == found
-    assert best_threshold([0.5, 0.6], [True, True]) == 0.0
-    assert best_threshold([0.5, 0.6], [False, False]) == 1.0
-    only_gold = fit({"yesno": [0.5], "mean_logprob": [0.5]}, [True], {"yesno": [0.9, 0.1], "mean_logprob": [0.1, 0.9]},
-                    [True, False], "hash")  # fmt: skip
-    assert only_gold.score == "yesno"

@@ -1,0 +1,399 @@
+"""What a small verifier needs: scores on the drafter's own drafts, perturbed against on-policy negatives, calibration.
+
+Drafts are made once by the drafter of a finished demo run and kept; every verifier reads the same ones. Stages leave
+files in ``--out`` and are skipped when these are there, so that the study can be stopped and taken up again:
+
+    rsgwm demo --out runs/demo
+    python bench/verifier_study.py draft --demo runs/demo --out runs/study
+    python bench/verifier_study.py train --demo runs/demo --out runs/study --verifier perturbed
+    python bench/verifier_study.py read --demo runs/demo --out runs/study --verifier demo
+    python bench/verifier_study.py read --demo runs/demo --out runs/study --verifier perturbed
+    python bench/verifier_study.py report --demo runs/demo --out runs/study --plot docs/verifier.png
+
+``--verifier`` is ``demo`` (the merged one of the run, which needs no training) or a key of ``VERIFIERS``. ``report``
+shows those that have been read; its last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import Adapter, is_complete
+from mlx_rsgwm.base import load_base
+from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, save_corpus
+from mlx_rsgwm.data.drafted import LabelledDraft, make_mixed_rows
+from mlx_rsgwm.data.sources import Question
+from mlx_rsgwm.data.tasks import questions_for
+from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.errors import CheckFailed
+from mlx_rsgwm.evaluation.harness import judge, read_all
+from mlx_rsgwm.evaluation.intervals import auroc, wilson
+from mlx_rsgwm.merging.merge import merge
+from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.pipeline.calibration import calibration_error
+from mlx_rsgwm.pipeline.fitting import Judged, fit
+from mlx_rsgwm.pipeline.guarantee import Items, Target
+from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.pipeline.scores import Scorer
+from mlx_rsgwm.pipeline.verifying import SCORES, Signals
+from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.config import TrainConfig
+from mlx_rsgwm.training.loop import finish, train
+
+TASKS = ("change", "groups", "compare", "prices")
+SEED = 42
+SAMPLING = Sampling(0.7, 0.9, 32, SEED)
+# Questions of each family, those passed over first (the demo's own training questions), drafts of each.
+SPLITS = {"test": (60, 0, 3), "calibration": (75, 0, 3), "train": (120, 200, 2)}
+# Pairs of each family and the share of them whose wrong answer is a draft; one adapter for all families, or one each
+# and merged. All learn to answer from the demo's own draft rows too.
+PAIRS = 80
+VERIFIERS = {
+    "perturbed": {"share": 0.0, "merged": False},
+    "drafted": {"share": 0.75, "merged": False},
+    "merged-drafted": {"share": 0.75, "merged": True},
+}
+TRAINING = TrainConfig(epochs=1, learning_rate=1e-3, num_layers=16)
+TARGETS = (0.05, 0.10, 0.20)
+SPLITS_TRIED = 100
+RESAMPLES = 1000
+
+
+def questions_of(split: str) -> list[Question]:
+    count, offset, _ = SPLITS[split]
+    return [q for task in TASKS for q in questions_for(task, split, count, SEED, offset=offset)]
+
+
+def pipeline_of(base: Any, demo: Path, drafter: Path | None, verifier: Path | None) -> DraftVerify:
+    """A pipeline over adapter folders; None is the bare base."""
+    slots = AdapterSlots(base)
+    for name, path in (("drafter", drafter), ("verifier", verifier)):
+        if path is not None:
+            slots.load(name, Adapter.load(path))
+    template = Template.from_description(Adapter.load(demo / "drafter").manifest["template"])
+    roles = ("drafter" if drafter else None, "verifier" if verifier else None)
+    return DraftVerify(slots, template, roles[0], roles[1], LoopConfig(3, sampling=SAMPLING), calibration=None)
+
+
+def draft_stage(base: Any, demo: Path, out: Path) -> None:
+    pipeline = pipeline_of(base, demo, demo / "drafter", None)
+    for split, (_, _, attempts) in SPLITS.items():
+        for task in TASKS:
+            path = out / "drafts" / f"{split}-{task}.json"
+            if path.is_file():
+                continue
+            started = time.process_time()
+            questions = [question for question in questions_of(split) if question.task == task]
+            drafted = pipeline.draft_many([q.question for q in questions], attempts, batch_rows=96)
+            rows: list[dict[str, Any]] = [
+                {
+                    "question": asdict(question),
+                    "drafts": [{**asdict(draft), "correct": judge(question, draft, {}).correct} for draft in drafts],
+                }
+                for question, drafts in zip(questions, drafted, strict=True)
+            ]
+            files.make_folder(path.parent)
+            files.write_json(path, rows)
+            right = np.mean([draft["correct"] for row in rows for draft in row["drafts"]])
+            seconds = time.process_time() - started
+            print(f"{split}, {task}: {len(rows)} questions, {right:.3f} right, {seconds:.0f} processor s", flush=True)
+
+
+def read_drafts(out: Path, split: str) -> tuple[list[Question], list[list[Drafted]], list[list[bool]]]:
+    rows = [row for task in TASKS for row in files.read_json(out / "drafts" / f"{split}-{task}.json")]
+    questions = [Question(**row["question"]) for row in rows]
+    drafts = [
+        [Drafted(d["attempt"], d["text"], tuple(d["tokens"]), d["finished"]) for d in row["drafts"]] for row in rows
+    ]
+    return questions, drafts, [[d["correct"] for d in row["drafts"]] for row in rows]
+
+
+def corpora(demo: Path, out: Path, name: str) -> dict[str, Path]:
+    """The corpus of every family for one verifier: the demo's draft rows and pairs of this study."""
+    settings = VERIFIERS[name]
+    questions, drafts, correct = read_drafts(out, "train")
+    folders = {}
+    for task in TASKS:
+        own = [index for index, question in enumerate(questions) if question.task == task]
+        labelled = [[LabelledDraft(d.text, c) for d, c in zip(drafts[i], correct[i], strict=True)] for i in own]
+        mixed = make_mixed_rows([questions[i] for i in own], labelled, PAIRS, settings["share"], SEED)
+        before = load_corpus(demo / "data" / task)
+        rows = [row for row in before.rows if row.role == "draft"] + mixed.rows
+        folders[task] = out / "corpora" / name / task
+        counts = {"drafted_pairs": mixed.drafted_pairs, "perturbed_pairs": mixed.perturbed_pairs}
+        save_corpus(folders[task], rows, before.template, {"seed": SEED, "task": task, "negatives": counts})
+        print(f"{name}, {task}: {counts}", flush=True)
+    return folders
+
+
+def train_stage(base: Any, demo: Path, out: Path, name: str) -> None:
+    target = out / "verifiers" / name
+    if is_complete(target):
+        return
+    started = time.process_time()
+    folders = corpora(demo, out, name)
+    if VERIFIERS[name]["merged"]:
+        pool = []
+        for task, folder in folders.items():
+            pool.append(out / "pools" / name / task)
+            if not is_complete(pool[-1]):
+                saving = Saving(pool[-1], every=20, resume="replace")
+                finish(train(base, load_corpus(folder), TRAINING, label=task, saving=saving), saving)
+        merge(pool, MergeOptions(method="rsgwm", role="verify", parameters={"tau": 0.5})).save(target)
+    else:
+        loaded = [load_corpus(folder) for folder in folders.values()]
+        rows: list[CorpusRow] = [row for corpus in loaded for row in corpus.rows]
+        together = save_corpus(out / "corpora" / name / "all", rows, loaded[0].template, {"seed": SEED})
+        saving = Saving(target, every=20, resume="replace")
+        finish(train(base, together, TRAINING, label=name, saving=saving), saving)
+    print(f"{name}: trained in {time.process_time() - started:.0f} processor s", flush=True)
+
+
+def read_stage(base: Any, demo: Path, out: Path, name: str) -> None:
+    verifier = demo / "verifier" if name == "demo" else out / "verifiers" / name
+    pipeline = pipeline_of(base, demo, None, verifier)
+    for split in ("test", "calibration"):
+        path = out / "read" / name / f"{split}.json"
+        if path.is_file():
+            continue
+        started = time.process_time()
+        questions, drafts, correct = read_drafts(out, split)
+        signals = read_all(pipeline, [question.question for question in questions], drafts)
+        files.make_folder(path.parent)
+        files.write_json(path, {"signals": [[asdict(one) for one in item] for item in signals], "correct": correct})
+        print(f"{name}, {split}: read in {time.process_time() - started:.0f} processor s", flush=True)
+
+
+def judged(out: Path, name: str, split: str) -> Judged:
+    found = files.read_json(out / "read" / name / f"{split}.json")
+    return Judged([[Signals(**one) for one in item] for item in found["signals"]], found["correct"])
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """95 % percentile interval of resampled figures."""
+    return [round(float(value), 4) for value in np.quantile(np.array(values), [0.025, 0.975])]
+
+
+def gap_closed(items: Items, threshold: float | None) -> tuple[float, list[float]]:
+    """Share of the gap between first draft and oracle that a rule closes, and its interval (items resampled).
+
+    ``threshold`` None takes the best-scored of all drafts; else the loop's rule.
+    """
+    best = items.scores.argmax(axis=1)
+    if threshold is not None:
+        reaching = items.scores >= threshold
+        best = np.where(reaching.any(axis=1), reaching.argmax(axis=1), best)
+    chosen = items.correct[np.arange(len(best)), best].astype(float)
+    first, oracle = items.correct[:, 0].astype(float), items.correct.any(axis=1).astype(float)
+
+    def share(rows: np.ndarray) -> float:
+        gap = oracle[rows].mean() - first[rows].mean()
+        return float((chosen[rows].mean() - first[rows].mean()) / gap) if gap else 0.0
+
+    rng = np.random.default_rng(SEED)
+    resampled = [share(rng.integers(len(best), size=len(best))) for _ in range(RESAMPLES)]
+    return round(share(np.arange(len(best))), 4), interval(resampled)
+
+
+def scores_of(name: str, out: Path) -> dict[str, Any]:
+    """AUROC, gap closed and reliability of every score on the test items, all fitted on the calibration items."""
+    calibration = fit(judged(out, name, "calibration"))
+    test = judged(out, name, "test")
+    signals, labels, owners = test.flat
+    found: dict[str, Any] = {"picked": calibration.score, "scores": {}}
+    for score in SCORES:
+        scorer = calibration.scorer(score)
+        raw, curve = scorer.values(signals), calibration.curves[score]
+        values = curve.probabilities(raw)
+        rate = auroc(values.tolist(), labels.tolist(), groups=owners.tolist())
+        assert rate is not None
+        items = test.scored(scorer)
+        threshold = (
+            calibration.threshold
+            if score == calibration.score
+            else fit(judged(out, name, "calibration"), score=score).threshold
+        )
+        best, best_interval = gap_closed(items, None)
+        loop, loop_interval = gap_closed(items, threshold)
+        rng = np.random.default_rng(SEED)
+        errors: dict[str, list[float]] = {"before": [], "after": []}
+        for _ in range(RESAMPLES // 5):
+            chosen = rng.integers(len(test), size=len(test))
+            rows = np.concatenate([np.flatnonzero(owners == item) for item in chosen])
+            errors["before"].append(calibration_error(raw[rows], labels[rows]))
+            errors["after"].append(calibration_error(values[rows], labels[rows]))
+        found["scores"][score] = {
+            "auroc": rate.to_dict(),
+            "auroc_calibration_items": calibration.auroc[score],
+            "gap_closed_best_of_3": [best, best_interval],
+            "gap_closed_loop": [loop, loop_interval],
+            "threshold": threshold,
+            "method": curve.method,
+            "ece_before": [calibration_error(raw, labels), interval(errors["before"])],
+            "ece_after": [calibration_error(values, labels), interval(errors["after"])],
+        }
+    return found
+
+
+def promises_of(name: str, out: Path) -> dict[str, Any]:
+    """What is promised and what is kept: once as the command would do it, and over many random divisions."""
+    calibration, test = judged(out, name, "calibration"), judged(out, name, "test")
+    everything = Judged([*calibration.signals, *test.signals], [*calibration.correct, *test.correct])
+    found: dict[str, Any] = {}
+    for far in TARGETS:
+        once: dict[str, Any]
+        try:
+            made = fit(calibration, target=Target(far))
+            assert made.promise is not None
+            accepted, wrong = test.scored(made.scorer(made.score)).counts(made.threshold)
+            rate = wilson(wrong, accepted)
+            once = {
+                "score": made.score,
+                "promise": made.promise.to_dict(),
+                "realised": rate.to_dict() if rate else None,
+                "accept_rate": accepted / len(test),
+            }
+        except CheckFailed as refused:
+            once = {"refused": str(refused)}
+        realised, accepts = [], []
+        for division in range(SPLITS_TRIED):
+            order = np.random.default_rng([SEED, division]).permutation(len(everything))
+            held, unseen = everything.take(order[: len(order) // 2]), everything.take(order[len(order) // 2 :])
+            try:
+                made = fit(held, score="combined", method="platt", target=Target(far), seed=division)
+            except CheckFailed:
+                continue
+            accepted, wrong = unseen.scored(made.scorer(made.score)).counts(made.threshold)
+            realised.append(wrong / accepted if accepted else 0.0)
+            accepts.append(accepted / len(unseen))
+        found[str(far)] = {
+            "once": once,
+            "divisions": SPLITS_TRIED,
+            "promised": len(realised),
+            "realised_mean": float(np.mean(realised)) if realised else None,
+            "realised_spread": interval(realised) if realised else None,
+            "accept_rate_mean": float(np.mean(accepts)) if accepts else None,
+            "above_target": int(sum(value > far for value in realised)),
+        }
+    return found
+
+
+def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
+    """AUROC of every verifier and score; reliability before and after; realised false accepts against the target."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3)
+    names = list(summary["verifiers"])
+    for shift, score in enumerate(SCORES):
+        rates = [summary["verifiers"][name]["scores"][score]["auroc"] for name in names]
+        places = [index + (shift - 1) * 0.27 for index in range(len(names))]
+        errors = [[r["value"] - r["low"] for r in rates], [r["high"] - r["value"] for r in rates]]
+        left.bar(places, [r["value"] for r in rates], 0.27, yerr=errors, capsize=3, label=score)
+    left.axhline(0.5, color="grey", linewidth=0.8)
+    left.axhline(0.9, color="grey", linestyle=":")
+    left.set_xticks(range(len(names)), names)
+    left.set(ylim=(0.3, 1), ylabel="AUROC on own drafts", title=f"Verifiers ({summary['questions']} questions, K = 3)")
+    left.legend(loc="lower right")
+    best = summary["best"]["verifier"]
+    calibration, test = fit(judged(out, best, "calibration"), score=summary["best"]["score"]), judged(out, best, "test")
+    signals, labels, _ = test.flat
+    raw = calibration.scorer(calibration.score).values(signals)
+    after = calibration.curves[calibration.score].probabilities(raw)
+    for values, label in ((raw, "before"), (after, "after")):
+        bins = np.minimum((values * 10).astype(int), 9)
+        kept = [one for one in np.unique(bins) if (bins == one).sum() >= 5]
+        rates = [wilson(int(labels[bins == one].sum()), int((bins == one).sum())).to_dict() for one in kept]  # type: ignore[union-attr]
+        errors = [[r["value"] - r["low"] for r in rates], [r["high"] - r["value"] for r in rates]]
+        x = [values[bins == one].mean() for one in kept]
+        middle.errorbar(x, [r["value"] for r in rates], yerr=errors, marker="o", capsize=2, label=label)
+    middle.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+    middle.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share right", title=f"{best}, {calibration.score}")
+    middle.legend()
+    for far, found in summary["promises"].items():
+        if found["realised_mean"] is not None:
+            low, high = found["realised_spread"]
+            mean = found["realised_mean"]
+            right.errorbar([float(far)], [mean], yerr=[[mean - low], [high - mean]], marker="s", color="C0", capsize=3)
+        rate = found["once"].get("realised")
+        if rate:
+            spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
+            right.errorbar([float(far) + 0.006], [rate["value"]], yerr=spread, marker="o", color="C1", capsize=3)
+    right.plot([0, 0.25], [0, 0.25], color="grey", linewidth=0.8)
+    right.set(
+        xlim=(0, 0.25), ylim=(0, 0.35), xlabel="promised false-accept rate", ylabel="realised on unseen items",
+        title="Promises: 100 divisions (blue), the command (orange)",
+    )  # fmt: skip
+    temporary = files.temporary_for(path)
+    figure.savefig(temporary, dpi=110, format="png")
+    files.replace_file(path, temporary)
+
+
+def report_stage(out: Path, path: Path | None) -> None:
+    names = [name for name in ("demo", *VERIFIERS) if (out / "read" / name / "calibration.json").is_file()]
+    test = judged(out, names[0], "test")
+    plain = test.scored(Scorer("mean_logprob"))
+    verifiers = {name: scores_of(name, out) for name in names}
+    ranked = [
+        (found["auroc"]["value"], name, score) for name in names for score, found in verifiers[name]["scores"].items()
+    ]
+    _, best, score = max(ranked)
+    summary = {
+        "questions": len(test),
+        "attempts": 3,
+        "first_draft": float(plain.correct[:, 0].mean()),
+        "any_of_3": float(plain.correct.any(axis=1).mean()),
+        "verifiers": verifiers,
+        "best": {"verifier": best, "score": score},
+        "promises": promises_of(best, out),
+    }
+    for name, found in verifiers.items():
+        for one, row in found["scores"].items():
+            rate = row["auroc"]
+            print(
+                f"{name:<15} {one:<13} AUROC {rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]  gap closed: "
+                f"best of 3 {row['gap_closed_best_of_3']}, loop {row['gap_closed_loop']}  "
+                f"ECE {row['ece_before'][0]:.3f} → {row['ece_after'][0]:.3f} ({row['method']})"
+            )
+    files.write_json(out / "summary.json", summary)
+    if path is not None:
+        plot(summary, out, path)
+    print(json.dumps(summary))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["draft", "train", "read", "report"])
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--verifier", choices=["demo", *VERIFIERS])
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    files.make_folder(arguments.out)
+    if arguments.stage == "report":
+        report_stage(arguments.out, arguments.plot)
+        return
+    base = load_base("smollm2-135m")
+    if arguments.stage == "draft":
+        draft_stage(base, arguments.demo, arguments.out)
+    elif arguments.stage == "train":
+        train_stage(base, arguments.demo, arguments.out, arguments.verifier)
+    else:
+        read_stage(base, arguments.demo, arguments.out, arguments.verifier)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""``rsgwm calibrate``: what a verifier's scores mean, and a threshold, perhaps with a promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.loop_options import load_pipeline, pipeline_options, sampling_of
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.pipeline.calibration import Calibration
+
+
+@click.command()
+@click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
+@click.option("--items", default=50, show_default=True, help="Calibration questions of each task.")
+@click.option(
+    "--score", default="auto", show_default=True, help="yesno, mean_logprob, combined, or auto: the best of them."
+)
+@click.option(
+    "--method", default="auto", show_default=True, help="temperature, platt, isotonic, none, or auto: the best of them."
+)
+@click.option("--target-far", type=float, help="Promise that at most this share of what is accepted is wrong.")
+@click.option("--confidence", default=0.9, show_default=True, help="How sure the promise is.")
+@click.option(
+    "--drafts", "file", type=click.Path(path_type=Path), help="Keep the held-out drafts here, and use them if there."
+)
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
+)
+@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
+@pipeline_options
+@common_options
+def calibrate(
+    console: Console,
+    tasks: tuple[str, ...],
+    items: int,
+    score: str,
+    method: str,
+    target_far: float | None,
+    confidence: float,
+    file: Path | None,
+    folder: Path | None,
+    batch_rows: int,
+    **options: object,
+) -> None:
+    """Decide on held-out questions which score to use, what it means and where to accept; kept beside the verifier.
+
+    The drafter drafts, the verifier reads, gold decides. Scores are compared by AUROC and mapped to the probability of
+    being right. Without --target-far the threshold has the best balanced accuracy. With it, half of the items fits all
+    this and the other half tests thresholds: with the given confidence, P(wrong | accepted) is at most the target, for
+    questions like these and the same adapters, sampling and attempts. Where the items cannot promise that, the exit
+    code is 3, the reason is told and the verifier stays as it was.
+
+    Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts held.jsonl
+    """
+    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.harness import calibrate as fit_calibration
+    from mlx_rsgwm.pipeline.calibration import save_calibration
+    from mlx_rsgwm.pipeline.guarantee import Target
+    from mlx_rsgwm.pipeline.loop import LoopConfig
+    from mlx_rsgwm.pipeline.scores import METHODS
+    from mlx_rsgwm.pipeline.verifying import SCORES
+
+    for name, value in (("--items", items), ("--batch-rows", batch_rows)):
+        if value < 1:
+            raise RsgwmError(f"{name} must be at least 1, found {value}")
+    if score not in ("auto", *SCORES):
+        raise RsgwmError(f"--score must be auto or one of {', '.join(SCORES)}, found {score!r}")
+    if method not in ("auto", "none", *METHODS):
+        raise RsgwmError(f"--method must be auto, none or one of {', '.join(METHODS)}, found {method!r}")
+    target = None if target_far is None else Target(target_far, confidence)
+    config = LoopConfig(options["attempts"], sampling=sampling_of(console, options))  # type: ignore[arg-type]
+    questions = [
+        question for task in tasks for question in questions_for(task, "calibration", items, console.seed, folder)
+    ]
+    pipeline = load_pipeline(console, options, config, None)
+    found = fit_calibration(
+        pipeline, questions, console.seed, batch_rows, console.progress,
+        score=score, method=method, target=target, file=file,
+    )  # fmt: skip
+    folder_of_verifier = Path(str(options["verifier"]))
+    save_calibration(folder_of_verifier, found)
+    console.line(render(found))
+    console.line(f"calibration: {folder_of_verifier}")
+    console.result({"out": str(folder_of_verifier), **found.to_dict()})
+
+
+def render(found: Calibration) -> str:
+    """The text a person reads."""
+    lines = [
+        f"{found.drafts} drafts of {found.items} items, {found.correct} right",
+        "score         AUROC  on perturbed gold  calibration   ECE before → after",
+    ]
+    for name, own in found.auroc.items():
+        reliable = found.reliability.get(name)
+        method = found.curves[name].method if name in found.curves else "none"
+        errors = f"{reliable.ece_before:.3f} → {reliable.ece_after:.3f}" if reliable else "–"
+        lines.append(f"{name:<12}  {_three(own):<5}  {_three(found.perturbed_auroc[name]):<17}  {method:<12}  {errors}")
+    lines.append(f"in use: {found.score}, accepted from {found.threshold:.3f} on")
+    if found.promise is not None:
+        lines.append(f"promised: {found.promise}")
+    return "\n".join(lines)
+
+
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,160 @@
+"""``rsgwm data negatives``: verifier pairs from drafts that adapters wrote themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+
+
+@click.command()
+@click.option(
+    "--from",
+    "sources",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Adapter folder that drafts; repeat for several.",
+)
+@click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
+@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
+@click.option(
+    "--verify-rows", default=100, show_default=True, help="Rows per task that teach to judge, half of them wrong."
+)
+@click.option(
+    "--draft-rows", default=0, show_default=True, help="Gold rows per task that teach to answer, put before them."
+)
+@click.option(
+    "--share",
+    default=0.75,
+    show_default=True,
+    help="Of the wrong answers, how many are drafts; the rest is perturbed gold.",
+)
+@click.option(
+    "--questions", "count", type=int, help="Training questions per task to draft on.  [default: --verify-rows]"
+)
+@click.option(
+    "--offset", default=0, show_default=True, help="Questions to pass over first: those the adapters were trained on."
+)
+@click.option("--attempts", default=2, show_default=True, help="Drafts per question and adapter.")
+@click.option("--temperature", default=0.7, show_default=True)
+@click.option("--top-p", default=0.9, show_default=True)
+@click.option("--max-tokens", default=256, show_default=True, help="Longest draft.")
+@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
+@click.option(
+    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
+)
+@click.option("--template", "template_name", help="plain or chat; default: the one the adapters were trained with.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Corpus folder to write.")
+@common_options
+def negatives(
+    console: Console,
+    sources: tuple[Path, ...],
+    tasks: tuple[str, ...],
+    base_name: str,
+    verify_rows: int,
+    draft_rows: int,
+    share: float,
+    count: int | None,
+    offset: int,
+    attempts: int,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    batch_rows: int,
+    folder: Path | None,
+    template_name: str | None,
+    out: Path,
+) -> None:
+    """Build a corpus whose wrong answers are mistakes that adapters made themselves.
+
+    Adapters draft on training questions (never on those for calibration or test), gold says which drafts are right, and
+    right and wrong answers to the same question make a pair. A verifier trained on its drafters' own mistakes tells
+    these apart; one that knows perturbed gold answers only may not.
+
+    \b
+    Examples:
+      rsgwm data negatives --from runs/demo/drafter --task change --task groups --offset 200 --out corpus/own
+      rsgwm data negatives --from pool/change --task change --draft-rows 144 --verify-rows 160 --out corpus/change
+    """
+    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.data.corpus import CorpusRow, save_corpus
+    from mlx_rsgwm.data.drafted import make_mixed_rows
+    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.data.template import Template, find_template
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.harness import label_drafts
+    from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+    from mlx_rsgwm.pipeline.sampling import Sampling
+    from mlx_rsgwm.slots import AdapterSlots
+
+    if verify_rows < 2 or verify_rows % 2:
+        raise RsgwmError(f"--verify-rows must be even and at least 2, for they come in pairs, found {verify_rows}")
+    wanted = verify_rows if count is None else count
+    for name, value, least in (("--draft-rows", draft_rows, 0), ("--batch-rows", batch_rows, 1)):
+        if value < least:
+            raise RsgwmError(f"{name} must be at least {least}, found {value}")
+    if wanted < 1 or not 0 <= share <= 1:
+        raise RsgwmError(f"--questions must be at least 1 and --share in [0, 1], found {wanted} and {share}")
+    config = LoopConfig(attempts, sampling=Sampling(temperature, top_p, max_tokens, console.seed))
+    questions = {
+        task: questions_for(task, "train", max(wanted, draft_rows), console.seed, folder, offset) for task in tasks
+    }
+    adapters = [Adapter.load(path) for path in sources]
+    described = [one.manifest["template"] for one in adapters if one.manifest.get("template")]
+    if not template_name and not described:
+        raise RsgwmError(f"{sources[0]} does not say which prompt template it was trained with; give --template")
+    template = find_template(template_name) if template_name else Template.from_description(described[0])
+    slots = AdapterSlots(load_base(base_name, progress=console.progress))
+    pipelines = []
+    for index, adapter in enumerate(adapters):
+        slots.load(f"from-{index}", adapter)
+        pipelines.append(DraftVerify(slots, template, f"from-{index}", None, config))
+
+    rows: list[CorpusRow] = []
+    counts: dict[str, dict[str, int]] = {}
+    for task, found in questions.items():
+        drafts = label_drafts(pipelines, found[:wanted], batch_rows, console.progress)
+        mixed = make_mixed_rows(found[:wanted], drafts, verify_rows // 2, share, console.seed)
+        rows += [CorpusRow(f"{q.id}/draft", q.task, "draft", q.question, q.answer) for q in found[:draft_rows]]
+        rows += mixed.rows
+        labels = [draft.correct for item in drafts for draft in item]
+        counts[task] = {
+            "drafts": len(labels),
+            "right": sum(labels),
+            "drafted_pairs": mixed.drafted_pairs,
+            "perturbed_pairs": mixed.perturbed_pairs,
+        }
+        console.line(
+            f"{task}: {sum(labels)} of {len(labels)} drafts right; {mixed.drafted_pairs} pairs with a wrong draft, "
+            f"{mixed.perturbed_pairs} with perturbed gold"
+        )
+        if mixed.missing:
+            console.line(
+                f"{task}: {mixed.missing} more were to have a wrong draft, but there are no more; --questions and "
+                "--attempts give more"
+            )
+    origin = [
+        {"name": path.name, "files": one.manifest.get("files", {})} for path, one in zip(sources, adapters, strict=True)
+    ]
+    sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "attempts": attempts}
+    provenance = {"from": origin, "share": share, "offset": offset, **sampling, "counts": counts}
+    corpus = save_corpus(
+        out,
+        rows,
+        template,
+        {"seed": console.seed, "tasks": list(tasks), "split": "train", "negatives": provenance},
+    )
+    console.line(f"corpus: {out}")
+    console.result(
+        {
+            "out": str(out),
+            "counts": corpus.manifest["counts"],
+            "negatives": counts,
+            "hash": corpus.hash,
+            "template": template.hash,
+        }
+    )

@@ -1,0 +1,157 @@
+"""``rsgwm calibrate`` and ``rsgwm data negatives`` on the tiny base."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.data.corpus import load_corpus
+from mlx_rsgwm.data.families import generate
+from mlx_rsgwm.evaluation import harness
+from mlx_rsgwm.evaluation.records import Draft
+from mlx_rsgwm.pipeline.calibration import FILE, load_calibration
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def adapters(make_adapter, tmp_path):
+    for seed, name in ((1, "drafter"), (2, "verifier")):
+        make_adapter(seed).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def half_right(monkeypatch):
+    """A tiny random model answers nothing right; let every draft with an even number of letters count as right."""
+
+    def judge(question, draft, scores, *more):
+        return Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)
+
+    monkeypatch.setattr(harness, "judge", judge)
+
+
+def calibrate(folder, base, *more):
+    return invoke(
+        "calibrate", "--base", base, "--drafter", folder / "drafter", "--verifier", folder / "verifier",
+        "--task", "change", "--items", 16, "--attempts", 2, "--max-tokens", 6, "--drafts", folder / "held.jsonl",
+        "--quiet", *more,
+    )  # fmt: skip
+
+
+def test_calibrate_then_ask_by_the_combined_score(adapters, tiny_base, half_right):
+    made = calibrate(adapters, tiny_base, "--json", "--score", "combined", "--method", "platt")
+    assert made.exit_code == 0, made.stderr
+    result = json.loads(made.stdout.splitlines()[-1])
+    assert result["drafts"] == 32
+    assert result["curves"]["combined"]["method"] == "platt"
+    assert "ECE before" in made.stderr
+    kept = load_calibration(adapters / "verifier")
+    assert (kept.score, kept.threshold) == ("combined", result["threshold"])
+    before = (adapters / "held.jsonl").stat().st_mtime_ns
+    assert calibrate(adapters, tiny_base).exit_code == 0
+    assert (adapters / "held.jsonl").stat().st_mtime_ns == before, "kept drafts are used again"
+
+    assert calibrate(adapters, tiny_base, "--score", "combined").exit_code == 0
+    asked = invoke(
+        "ask", "What is 2 + 2?", "--base", tiny_base, "--drafter", adapters / "drafter",
+        "--verifier", adapters / "verifier", "--max-tokens", 6, "--attempts", 2, "--json",
+    )  # fmt: skip
+    assert asked.exit_code == 0, asked.stderr
+    answer = json.loads(asked.stdout.splitlines()[-1])
+    assert answer["score_name"] == "combined"
+    assert answer["threshold"] == load_calibration(adapters / "verifier").threshold
+    assert "calibrated with another" not in asked.stderr
+    other = invoke(
+        "ask", "What is 2 + 2?", "--base", tiny_base, "--drafter", adapters / "drafter",
+        "--verifier", adapters / "verifier", "--max-tokens", 6, "--attempts", 3, "--json",
+    )  # fmt: skip
+    assert "calibrated with another attempts" in other.stderr
+
+
+def test_a_promise_that_cannot_be_made_leaves_the_verifier_alone(adapters, tiny_base, half_right):
+    failed = calibrate(adapters, tiny_base, "--target-far", 0.05)
+    assert failed.exit_code == 3
+    assert "8 test items cannot promise a false-accept rate of 0.05" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
+    assert not (adapters / "verifier" / FILE).exists()
+    assert (adapters / "held.jsonl").is_file(), "the drafts are kept, so another try costs nothing"
+    easy = calibrate(adapters, tiny_base, "--target-far", 0.97, "--confidence", 0.6, "--json")
+    assert easy.exit_code == 0, easy.stderr
+    promise = json.loads(easy.stdout.splitlines()[-1])["promise"]
+    assert promise["bound"] <= 0.97
+    assert promise["items"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--score", "vibes"], "--score must be auto or one of"),
+        (["--method", "magic"], "--method must be auto, none"),
+        (["--target-far", 1.2], "must be in (0, 1)"),
+        (["--items", 0], "--items must be at least 1"),
+        (["--attempts", 0], "attempts must be at least 1"),
+        (["--verifier", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_calibrate_refuses(adapters, tiny_base, options, message):
+    found = calibrate(adapters, tiny_base, *options)
+    assert found.exit_code == 2
+    assert message in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+    assert not (adapters / "held.jsonl").exists()
+
+
+def negatives(folder, base, *more):
+    return invoke(
+        "data", "negatives", "--base", base, "--from", folder / "drafter", "--from", folder / "verifier",
+        "--task", "change", "--task", "compare", "--verify-rows", 8, "--max-tokens", 6, "--out", folder / "corpus",
+        "--quiet", *more,
+    )  # fmt: skip
+
+
+def test_negatives_makes_a_corpus(adapters, tiny_base):
+    made = negatives(adapters, tiny_base, "--draft-rows", 3, "--offset", 5, "--json")
+    assert made.exit_code == 0, made.stderr
+    result = json.loads(made.stdout.splitlines()[-1])
+    assert result["counts"] == {task: {"draft": 3, "verify": 8} for task in ("change", "compare")}
+    assert result["negatives"]["change"] == {"drafts": 32, "right": 0, "drafted_pairs": 3, "perturbed_pairs": 1}
+    corpus = load_corpus(adapters / "corpus")
+    assert [row.correct for row in corpus.rows if row.role == "verify"] == [True, False] * 8
+    known = {question.question for question in generate("change", 13, 42, "train")[5:]}
+    assert {row.question for row in corpus.rows if row.task == "change"} <= known
+    recorded = corpus.manifest["negatives"]
+    assert [source["name"] for source in recorded["from"]] == ["drafter", "verifier"]
+    assert all("adapters.safetensors" in source["files"] for source in recorded["from"])
+    assert (recorded["share"], recorded["offset"], corpus.manifest["split"]) == (0.75, 5, "train")
+    again = negatives(adapters, tiny_base, "--draft-rows", 3, "--offset", 5, "--json")
+    assert json.loads(again.stdout.splitlines()[-1])["hash"] == corpus.hash
+
+
+def test_negatives_says_when_there_are_not_enough_mistakes(adapters, tiny_base, monkeypatch):
+    monkeypatch.setattr(harness, "judge", lambda question, draft, *more: Draft(draft.text, "1", True))
+    made = negatives(adapters, tiny_base)
+    assert made.exit_code == 0, made.stderr
+    assert "3 more were to have a wrong draft, but there are no more" in made.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--verify-rows", 7], "must be even"),
+        (["--share", 1.5], "--share in [0, 1]"),
+        (["--questions", 0], "--questions must be at least 1"),
+        (["--attempts", 0], "attempts must be at least 1"),
+        (["--from", "nowhere"], "nowhere does not exist"),
+        (["--template", "chat"], "another prompt template"),
+    ],
+)
+def test_negatives_refuses(adapters, tiny_base, options, message):
+    found = negatives(adapters, tiny_base, *options)
+    assert found.exit_code == 2
+    assert message in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+    assert not (adapters / "corpus").exists()

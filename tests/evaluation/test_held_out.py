@@ -1,0 +1,131 @@
+"""Held-out drafts: collected once, kept, refused for anything else, and fitted on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mlx_rsgwm.data.families import generate
+from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.harness import calibrate, collect, evaluate, label_drafts
+from mlx_rsgwm.evaluation.held_out import identity
+from mlx_rsgwm.pipeline.calibration import Calibration, area_under_roc, save_calibration
+from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.pipeline.scores import Combination, Scorer
+from mlx_rsgwm.slots import AdapterSlots
+
+QUESTIONS = generate("change", 6, 7, "calibration")
+
+
+@pytest.fixture
+def pipeline(base, make_adapter):
+    slots = AdapterSlots(base)
+    slots.load("drafter", make_adapter(1))
+    slots.load("verifier", make_adapter(2))
+    config = LoopConfig(attempts=2, threshold=0.5, score="yesno", sampling=Sampling(max_tokens=6))
+    return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
+
+
+def test_items_hold_the_drafts_with_what_the_verifier_says(pipeline):
+    items = collect(pipeline, QUESTIONS, seed=1, batch_rows=4)
+    drafted = pipeline.draft_many([question.question for question in QUESTIONS], 2)
+    for question, item, drafts in zip(QUESTIONS, items, drafted, strict=True):
+        assert item.id == question.id
+        assert item.texts == tuple(draft.text for draft in drafts)
+        for draft, said in zip(drafts, item.signals, strict=True):
+            alone = pipeline.signals([question.question], [draft])[0]
+            assert said.yesno == pytest.approx(alone.yesno, rel=1e-3)
+            assert said.mean == pytest.approx(alone.mean, rel=1e-3)
+            assert said.tokens == alone.tokens
+        gold = pipeline.signals([question.question], [pipeline.as_draft(question.answer)])[0]
+        assert item.pair[0].mean == pytest.approx(gold.mean, rel=1e-3)
+        assert item.pair[1].mean != item.pair[0].mean
+
+
+def test_a_file_spares_the_drafting_and_belongs_to_its_settings(pipeline, tmp_path, monkeypatch):
+    file = tmp_path / "kept" / "drafts.jsonl"
+    items = collect(pipeline, QUESTIONS, seed=1, file=file)
+    header = json.loads(file.read_text().splitlines()[0])
+    assert header["attempts"] == 2
+    monkeypatch.setattr(DraftVerify, "draft_many", lambda *_: pytest.fail("drafted again"))
+    assert collect(pipeline, QUESTIONS, seed=1, file=file) == items
+    with pytest.raises(RsgwmError, match="made with another questions;"):
+        collect(pipeline, QUESTIONS[:3], seed=1, file=file)
+    pipeline.config = replace(pipeline.config, attempts=3, sampling=Sampling(temperature=1.0, max_tokens=6))
+    with pytest.raises(RsgwmError, match="made with another attempts, temperature;"):
+        collect(pipeline, QUESTIONS, seed=1, file=file)
+    file.write_text("questions\n")
+    with pytest.raises(RsgwmError, match="not a file of held-out drafts"):
+        collect(pipeline, QUESTIONS, seed=1, file=file)
+
+
+def test_identity_follows_the_weights(pipeline, make_adapter, tmp_path):
+    found = {}
+    for seed in (2, 3):
+        adapter = make_adapter(seed)
+        adapter.save(tmp_path / str(seed))
+        pipeline.slots.load("verifier", adapter)
+        found[seed] = identity(pipeline)
+    assert {name for name, value in found[2].items() if found[3][name] != value} == {"verifier"}
+
+
+def test_a_calibration_where_all_drafts_are_wrong(pipeline):
+    found = calibrate(pipeline, QUESTIONS, seed=1)
+    assert (found.items, found.drafts, found.correct) == (6, 12, 0)
+    assert found.auroc == {"yesno": None, "mean_logprob": None, "combined": None}
+    assert 0 <= found.perturbed_auroc["mean_logprob"] <= 1
+    assert found.threshold == 1.0
+    assert found.made_for == identity(pipeline)
+    with pytest.raises(RsgwmError, match="no held-out questions"):
+        calibrate(pipeline, [], seed=1)
+
+
+def test_perturbed_pairs_are_scored_right_against_wrong(pipeline):
+    items = collect(pipeline, QUESTIONS, seed=1)
+    found = calibrate(pipeline, QUESTIONS, seed=1)
+    values = [signals.mean_logprob for item in items for signals in item.pair]
+    assert found.perturbed_auroc["mean_logprob"] == area_under_roc(values, [True, False] * len(items))
+
+
+def test_the_combined_score_comes_with_what_is_kept_beside_the_verifier(pipeline, make_adapter, tmp_path):
+    combination = Combination((0.0, -1.0, -4.0, 8.0), (1.0,) * 4, (0.5, 1.0, 0.2, 0.0), 0.3)
+    config = replace(pipeline.config, score="combined", threshold=0.4)
+    arguments = (pipeline.slots, pipeline.template, "drafter", "verifier", config)
+    with pytest.raises(RsgwmError, match="rsgwm calibrate"):
+        DraftVerify(*arguments)
+    verifier = make_adapter(2)
+    verifier.save(tmp_path)
+    pipeline.slots.load("verifier", verifier)
+    save_calibration(tmp_path, Calibration("combined", 0.4, combination, {}, {}, {}, {}, 6, 12, 0))
+    calibrated = DraftVerify(*arguments)
+    records = evaluate(calibrated, QUESTIONS, timed=0)
+    for record, item in zip(records, collect(pipeline, QUESTIONS, seed=1), strict=True):
+        for draft, signals in zip(record.drafts, item.signals, strict=True):
+            assert set(draft.scores) == {"yesno", "mean_logprob", "combined"}
+            assert draft.scores["mean_logprob"] == pytest.approx(signals.mean_logprob, rel=1e-3)
+            assert draft.scores["yesno"] == pytest.approx(signals.yesno, rel=1e-3)
+            assert draft.scores["combined"] == pytest.approx(Scorer("combined", combination).value(signals), rel=1e-3)
+        for mode in ("sequential", "parallel"):
+            calibrated.config = replace(config, mode=mode)
+            answer = calibrated.answer(record.question)
+            assert (answer.text, answer.attempts) == (record.returned.text, record.attempts)
+            assert answer.score == pytest.approx(record.returned.scores["combined"], rel=1e-3)
+    assert calibrated.answer_many([QUESTIONS[0].question])[0].text == records[0].returned.text
+    assert DraftVerify(*arguments[:4], pipeline.config, calibration=None).scores == ("yesno", "mean_logprob")
+
+
+def test_drafts_of_several_adapters_are_labelled_together(pipeline, base, make_adapter, monkeypatch):
+    pipeline.slots.load("other", make_adapter(5))
+    second = DraftVerify(pipeline.slots, pipeline.template, "other", None, pipeline.config)
+    found = label_drafts([pipeline, second], QUESTIONS, batch_rows=8)
+    assert [len(item) for item in found] == [4] * 6
+    expected = second.draft_many([question.question for question in QUESTIONS], 2)
+    assert [item[2].text for item in found] == [drafts[0].text for drafts in expected]
+    assert not any(draft.correct for item in found for draft in item)
+    gold = QUESTIONS[0]
+    monkeypatch.setattr(
+        DraftVerify, "draft_many", lambda *_: [[pipeline.as_draft(gold.answer)] for _ in range(len(QUESTIONS))]
+    )
+    assert label_drafts([pipeline], QUESTIONS)[0][0].correct
