@@ -24,6 +24,7 @@ from typing import Any
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE, is_complete
 from mlx_rsgwm.base import Base, load_base
+from mlx_rsgwm.cli.console import LineProgress
 from mlx_rsgwm.data.corpus import CorpusRow, make_rows, save_corpus
 from mlx_rsgwm.data.families import NAMES, THINGS, generate, split_of
 from mlx_rsgwm.data.sources import Question, load_jsonl
@@ -33,7 +34,6 @@ from mlx_rsgwm.evaluation.sweep import Measured, Plan, Sweep
 from mlx_rsgwm.evaluation.sweep_meter import JUDGED_BY
 from mlx_rsgwm.evaluation.sweep_report import plot, render_table, write_sweep
 from mlx_rsgwm.evaluation.sweep_variants import parse_variants
-from mlx_rsgwm.progress import Progress
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish, train
@@ -119,17 +119,10 @@ def train_one(base: Base, rows: list[CorpusRow], settings: Mapping[str, Any], ou
             raise RsgwmError(f"{out} was trained with other settings or rows; remove it or choose another folder")
         return
     saving = Saving(out, resume="continue")
-    adapter = train(base, corpus, config, label=str(out), progress=Lines(), saving=saving)
+    adapter = train(base, corpus, config, label=str(out), progress=LineProgress(), saving=saving)
     adapter.manifest["task"] = out.name
     finish(adapter, saving)
     print(f"{out}: {len(corpus.rows)} rows, {adapter.manifest['seconds']:.0f} s", flush=True)
-
-
-class Lines(Progress):
-    """News as plain lines."""
-
-    def message(self, text: str) -> None:
-        print(text, flush=True)
 
 
 def train_pool(base: Base, pool: str, seed: int, folder: Path) -> None:
@@ -159,7 +152,7 @@ def sweep(base: Base, pool: str, seed: int, folder: Path, methods: Sequence[str]
         max_tokens=MAX_TOKENS,
         seed=seed,
     )
-    return Sweep(base, plan, folder / "sweep", Lines()).execute()
+    return Sweep(base, plan, folder / "sweep", LineProgress()).execute()
 
 
 def main() -> None:
@@ -185,7 +178,7 @@ def main() -> None:
     for pool in pools:
         methods = options.methods or METHODS
         runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods) for seed in seeds]
-        found[pool] = write_sweep(options.folder / pool, runs, progress=Lines())
+        found[pool] = write_sweep(options.folder / pool, runs, progress=LineProgress())
         print(f"\n{pool}\n\n{render_table(found[pool])}\n", flush=True)
         if options.plots:
             plot(found[pool], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")

@@ -8,10 +8,12 @@ with those of base and adapter.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -257,7 +259,7 @@ def _worst(found: list[Survival]) -> list[Survival]:
 
 def _fused(model: Any, config: dict[str, Any], layers: dict[str, Any], target: str) -> dict[str, Any]:
     """Put plain layers with the fused weights into ``model``, in the target format; returns its config."""
-    from mlx_lm.utils import dequantize_model, quantize_model
+    from mlx_lm.utils import dequantize_model
 
     kind = FORMATS[target]
     replaced = []
@@ -274,9 +276,18 @@ def _fused(model: Any, config: dict[str, Any], layers: dict[str, Any], target: s
     if isinstance(kind, str):
         model.set_dtype(DTYPES[kind])
         return {**config, "torch_dtype": kind}
-    _, config = quantize_model(model, config, GROUP_SIZE, kind)
+    config = _quantised(model, config, kind)
     model.set_dtype(dtype)
     return config
+
+
+def _quantised(model: Any, config: dict[str, Any], bits: int) -> dict[str, Any]:
+    """Quantise every layer of ``model`` that can be, as mlx_lm.convert does; returns its config."""
+    from mlx_lm.utils import quantize_model
+
+    with redirect_stdout(io.StringIO()):  # it prints a line of its own
+        _, found = quantize_model(model, config, GROUP_SIZE, bits)
+    return dict(found)
 
 
 def _layer_like(plain: Any, weight: mx.array, stored: Stored | None) -> Any:
@@ -347,8 +358,6 @@ def _write(model: Any, config: dict[str, Any], source: Path, out: Path) -> None:
 
 def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, progress: Progress) -> dict[str, float]:
     """How much of the adapter's effect on float32 logits the written model has, and how far it is from it."""
-    from mlx_lm.utils import quantize_model
-
     with progress.task("comparing logits", 3) as advance:
         base = load_base(base_name, "float32", progress)
         bare = _logits(base)
@@ -365,7 +374,7 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
         if isinstance(bits, int):
             again = load_base(base_name, "float32", progress)
             if not again.config.get("quantization"):
-                quantize_model(again.model, dict(again.config), GROUP_SIZE, bits)
+                _quantised(again.model, dict(again.config), bits)
                 packed = _logits(again)
             del again
         advance(1, "the base in the target format")

@@ -28,6 +28,10 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEKKEN_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -39,13 +43,15 @@ TEKKEN_SPLIT = (
 class ByteLevelRule:
     """How text is cut before byte-level BPE, and what llama.cpp assumes when the file does not say.
 
-    ``split`` is a regular expression, or None for GPT-2's own; ``digits`` cuts out every single digit first.
+    ``split`` is a regular expression, or None for GPT-2's own; ``digits`` cuts out every single digit first;
+    ``composed`` puts letters and their marks together (NFC).
     """
 
     split: str | None = None
     digits: bool = False
     whole_words: bool = False
     add_bos: bool = False
+    composed: bool = False
 
 
 GPT2_RULE = ByteLevelRule()
@@ -58,6 +64,7 @@ BYTE_LEVEL_RULES = {
     "llama-v3": LLAMA3_RULE,
     "llama-bpe": LLAMA3_RULE,
     "falcon3": LLAMA3_RULE,
+    "qwen2": ByteLevelRule(QWEN2_SPLIT, composed=True),
     "tekken": ByteLevelRule(TEKKEN_SPLIT, whole_words=True, add_bos=True),
 }
 
@@ -106,7 +113,7 @@ def save_tokenizer(metadata: Mapping[str, Any], folder: Path, where: str, vocab_
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> tuple[Tokenizer, bool]:
     """GPT-2's BPE over bytes spelled as printable characters."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     kind = metadata.get("tokenizer.ggml.pre", "default")
     rule = BYTE_LEVEL_RULES.get(kind)
@@ -118,6 +125,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) 
     merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges") or ()]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.whole_words))
+    if rule.composed:
+        tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if rule.digits else []
     if rule.split is not None:
         steps.append(pre_tokenizers.Split(Regex(rule.split), behavior="isolated"))

@@ -1,4 +1,4 @@
-"""The README of a published adapter: what it is, how it was made, how well it does, that it is proved, how to use it."""
+"""The README of a published adapter: what it is, how it was made, how well it does, its proof, how to use it."""
 
 from __future__ import annotations
 
@@ -109,8 +109,8 @@ def _proof(certificate: Mapping[str, Any] | None) -> list[str]:
     greedy = certificate.get("greedy") or {}
     return [
         "## Proof\n\n"
-        f"MLX {certificate.get('mlx')} and torch {certificate.get('torch')} with PEFT {certificate.get('peft')} compute "
-        f"the same with it in {certificate.get('dtype')}: logits differ by at most "
+        f"MLX {certificate.get('mlx')} and torch {certificate.get('torch')} with PEFT {certificate.get('peft')} "
+        f"compute the same with it in {certificate.get('dtype')}: logits differ by at most "
         f"{certificate.get('max_abs_logit', 0):.1e} over {certificate.get('tokens')} tokens "
         f"(the adapter changes them by {certificate.get('effect_torch', 0):.1e}); {greedy.get('agree')} of "
         f"{greedy.get('tokens')} greedy tokens are alike. `mlx_rsgwm/parity.json` holds the certificate."

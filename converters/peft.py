@@ -10,7 +10,8 @@ with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter, LoraSpec
+from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.base import ALIASES, resolve_base
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
 from mlx_rsgwm.converters.peft_folder import open_peft
@@ -56,7 +57,7 @@ def to_peft(adapter: Adapter, base_name: str, out: Path) -> Path:
             say whether it is tied.
     """
     copied = replace(adapter, weights=dict(adapter.weights), full=dict(adapter.full))
-    return _write(copied, dict(adapter.weights), base_name, out)
+    return _write(copied, lambda: dict(adapter.weights), base_name, out)
 
 
 def convert_to_peft(folder: Path, base_name: str | None, out: Path) -> Converted:
@@ -65,21 +66,34 @@ def convert_to_peft(folder: Path, base_name: str | None, out: Path) -> Converted
     ``base_name`` may be None where the adapter's manifest names its base.
     """
     require_empty(out)
-    adapter = Adapter.load(folder, lazy=True)
+    adapter = Adapter.load(folder, lazy=True, hashes=False)
     name = base_name or (adapter.manifest.get("base") or {}).get("name")
     if not name:
         raise RsgwmError(f"{folder} does not say which base model it is for; give --base")
     found = Converted(out, name, adapter.spec, len(adapter.modules()))
-    _write(adapter, Adapter.load(folder, lazy=True).weights, name, out)
+
+    def weights() -> dict[str, mx.array]:
+        return files.read_safetensors(folder / WEIGHTS_FILE, evaluate=False)[0]
+
+    with ThreadPoolExecutor(1) as checker:  # on another core, while the arrays are written
+        _write(adapter, weights, name, out, checker.submit(check_hashes, folder, adapter.manifest).result)
     return found
 
 
-def _write(adapter: Adapter, probe: dict[str, mx.array], base_name: str, out: Path) -> Path:
-    """Write the PEFT folder; ``probe`` is the adapter's weights once more, to look at before they are written."""
+def _write(
+    adapter: Adapter,
+    probe: Callable[[], dict[str, mx.array]],
+    base_name: str,
+    out: Path,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write the PEFT folder; ``probe`` gives the adapter's weights once more, to look at before they are written.
+
+    ``check`` is called once the weights are written, and what it raises undoes them.
+    """
     raise_problems(adapter.where, [*adapter.shape_problems(), *unconvertible(adapter)], AdapterError)
     require_empty(out)
     form = peft_form(adapter, probe, lambda: read_base_layers(base_name, resolve_base(base_name)).tied)
-    probe.clear()
     hub_name = ALIASES[base_name].hub_id if base_name in ALIASES else base_name
     config = {**form.config, "base_model_name_or_path": hub_name}
     groups = (adapter.weights, adapter.full, adapter.importance, adapter.init, adapter.kept)
@@ -90,7 +104,9 @@ def _write(adapter: Adapter, probe: dict[str, mx.array], base_name: str, out: Pa
     files.make_folder(out)
     try:
         digest = write_arrays(out / PEFT_WEIGHTS_FILE, arrays, metadata or {"format": "pt"})
+        check()
     except RsgwmError:
+        (out / PEFT_WEIGHTS_FILE).unlink(missing_ok=True)
         if made:
             out.rmdir()
         raise

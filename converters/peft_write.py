@@ -70,19 +70,19 @@ def unconvertible(adapter: Adapter) -> list[str]:
     return problems
 
 
-def peft_form(adapter: Adapter, probe: Arrays, is_tied: Callable[[], bool]) -> PeftForm:
+def peft_form(adapter: Adapter, probe: Callable[[], Arrays], is_tied: Callable[[], bool]) -> PeftForm:
     """The form of ``adapter`` in PEFT: the one it came with if nothing was changed since, else a plain one.
 
     Args:
         adapter: sound, and without :func:`unconvertible` parts.
-        probe: its weights once more; consumed.
+        probe: gives its weights once more, to consume; asked for adapters that came from PEFT only.
         is_tied: whether the base's head is its embedding; asked for adapters of embeddings only.
     """
     source = adapter.manifest.get("source") or {}
     config = source.get("config")
     if source.get("format") == "peft" and isinstance(config, dict) and "layout" in source:
         layout = Layout.from_json(source["layout"])
-        if source.get("modules") == len(adapter.modules()) and _unchanged(adapter, config, layout, probe):
+        if source.get("modules") == len(adapter.modules()) and _unchanged(adapter, config, layout, probe()):
             return PeftForm(config, layout, tied=layout.tied)
     joined = gate_up_of(module for module in adapter.modules() if SWITCH.fullmatch(module))
     tied = any(map(is_embedding, adapter.modules())) and is_tied()

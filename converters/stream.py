@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ DTYPE_NAMES = {
     mx.uint32: "U32",
     mx.uint16: "U16",
     mx.uint8: "U8",
+}
+EXPONENTS: dict[mx.Dtype, tuple[Any, Any]] = {
+    mx.float32: (np.uint32, np.uint32(0x7F800000)),
+    mx.float16: (np.uint16, np.uint16(0x7C00)),
+    mx.bfloat16: (np.uint16, np.uint16(0x7F80)),
 }
 # Small arrays are evaluated together: one by one, their number would cost more than their bytes.
 BATCH_BYTES = 1 << 24
@@ -63,18 +69,18 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str,
             for part in (struct.pack("<Q", len(text)), text):
                 digest.update(part)
                 file.write(part)
-            while names:
-                batch: dict[str, mx.array] = {}
-                while names and (not batch or sum(one.nbytes for one in batch.values()) < BATCH_BYTES):
-                    name = names.pop(0)
-                    batch[name] = mx.contiguous(arrays.pop(name))
-                finite = {name: mx.all(mx.isfinite(value)) for name, value in batch.items()}
-                mx.eval(batch, finite)
-                infinite += [name for name, ok in finite.items() if not ok.item()]
-                for name in list(batch):
-                    data = raw_bytes(batch.pop(name))
-                    digest.update(data)
-                    file.write(data)
+            with ThreadPoolExecutor(1) as hasher:  # on another core: hashing takes longer than the rest
+                for batch in _batches(arrays, names):
+                    hashed = []
+                    for name in list(batch):
+                        value = batch.pop(name)
+                        data = raw_bytes(value)
+                        if not _all_finite(data, value.dtype):
+                            infinite.append(name)
+                        hashed.append(hasher.submit(digest.update, data))
+                        file.write(data)
+                    for one in hashed:
+                        one.result()
         raise_problems(str(path), [f"{name} has values that are not finite" for name in infinite], AdapterError)
         files.replace_file(path, temporary)
     except (OSError, RuntimeError) as error:
@@ -83,6 +89,28 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str,
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+def _batches(arrays: dict[str, mx.array], names: list[str]) -> Iterator[dict[str, mx.array]]:
+    """The arrays in the order of ``names``, evaluated a batch at a time; both are consumed."""
+    while names:
+        batch: dict[str, mx.array] = {}
+        size = 0
+        while names and size < BATCH_BYTES:
+            name = names.pop(0)
+            batch[name] = mx.contiguous(arrays.pop(name))
+            size += batch[name].nbytes
+        mx.eval(batch)
+        yield batch
+
+
+def _all_finite(data: memoryview, dtype: mx.Dtype) -> bool:
+    """Whether no value is infinite or not a number: none has all bits of its exponent set."""
+    if dtype not in EXPONENTS:
+        return True
+    width, mask = EXPONENTS[dtype]
+    bits = np.frombuffer(data, width)
+    return not bool(((bits & mask) == mask).any())
 
 
 def raw_bytes(value: mx.array) -> memoryview:

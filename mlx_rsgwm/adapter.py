@@ -191,8 +191,10 @@ class Adapter:
         return found
 
     @classmethod
-    def load(cls, path: str | Path, lazy: bool = False) -> Adapter:
+    def load(cls, path: str | Path, lazy: bool = False, hashes: bool = True) -> Adapter:
         """Read and validate an adapter folder, ours or mlx-lm's; with ``lazy`` values are read and checked when used.
+
+        Without ``hashes`` the caller compares the files with the manifest, by :func:`check_hashes`.
 
         Raises:
             AdapterError: naming every problem found: a missing folder or file, pickle weights, a damaged
@@ -208,7 +210,8 @@ class Adapter:
         manifest = files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
         if manifest and manifest.get("format") != FORMAT:
             raise AdapterError(f"{folder / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {FORMAT!r}")
-        _check_hashes(folder, manifest.get("files") or {})
+        if hashes:
+            check_hashes(folder, manifest)
         spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
         arrays, _ = files.read_safetensors(folder / WEIGHTS_FILE, evaluate=not lazy)
         full = {name: value for name, value in arrays.items() if name.rpartition(".")[2] in FULL_LEAVES}
@@ -262,9 +265,10 @@ def _read_optional(path: Path, lazy: bool) -> tuple[dict[str, mx.array], dict[st
     return files.read_safetensors(path, evaluate=not lazy) if path.is_file() else ({}, {})
 
 
-def _check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+def check_hashes(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise an :class:`AdapterError` that names every file of ``folder`` that is not the one its manifest describes."""
     problems = []
-    for name, expected in hashes.items():
+    for name, expected in (manifest.get("files") or {}).items():
         if Path(name).name != name:
             raise AdapterError(f"{folder / MANIFEST_FILE}: file name {name!r} points outside the folder")
         if not (folder / name).is_file():

@@ -26,7 +26,10 @@ from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.data.tasks import questions_for
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.errors import CheckFailed, RsgwmError, raise_problems
-from mlx_rsgwm.evaluation.harness import calibrate, evaluate
+from mlx_rsgwm.evaluation.contamination import contamination, training_questions
+from mlx_rsgwm.evaluation.harness import calibrate, describe_run, evaluate
+from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
+from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.report import write_report
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import find_method, resolved
@@ -348,16 +351,18 @@ class Run:
         score, threshold = self._loop()
         pipeline = self._pipeline(score, threshold)
         questions = self._questions(section.tasks or self.recipe.data.tasks, "test", section.items)
-        records = evaluate(pipeline, questions, section.timed, section.batch_rows, self.progress)
+        about = describe_run(pipeline, questions, section.batch_rows, timed=section.timed)
+        journal = Journal(self.out / "report" / JOURNAL_FILE, about, replace=True)
+        records = evaluate(pipeline, questions, section.timed, section.batch_rows, self.progress, journal=journal)
         calibration = load_calibration(self.out / "verifier")
-        metadata = {
+        trained_on = training_questions(self._corpus(task) for task in self.recipe.data.tasks)
+        metadata: dict[str, Any] = {
+            **about,
             "recipe": self.recipe.name,
             "base": self.base.describe(),
-            "template": self.template.describe(),
             "seed": self.recipe.seed,
-            "loop": asdict(pipeline.config),
-            "batch_rows": section.batch_rows,
             "calibration": calibration.to_dict() if calibration else None,
+            "contamination": contamination(questions, trained_on),
         }
         write_report(
             self.out / "report",

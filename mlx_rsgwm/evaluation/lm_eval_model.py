@@ -16,6 +16,7 @@ import mlx.core as mx
 import yaml
 
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.equality import is_correct
 from mlx_rsgwm.evaluation.records import ItemRecord
 from mlx_rsgwm.pipeline.loop import DraftVerify
 
@@ -163,8 +164,14 @@ def lm_eval_readings(texts: Sequence[str], golds: Sequence[str]) -> dict[str, li
     return found
 
 
+def _same_number(theirs: str | None, ours: str | None) -> bool:
+    if theirs is None or ours is None:
+        return theirs is ours
+    return is_correct(theirs.strip("$").rstrip(".,"), ours)
+
+
 def disagreements(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
-    """Every recorded draft that one of lm_eval's two GSM8K filters judges otherwise than our like-named extractor.
+    """Every recorded draft that one of lm_eval's two GSM8K filters reads otherwise than our like-named extractor.
 
     Raises:
         RsgwmError: drafts that were not read with ``strict`` and ``flexible``, so no task with numbers.
@@ -177,7 +184,7 @@ def disagreements(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
     for name, extractor in PAIRS.items():
         for (record, number, draft), (value, correct) in zip(rows, theirs[name], strict=True):
             ours = draft.readings[extractor]
-            if correct != ours.correct or (value is None) != (ours.value is None):
+            if correct != ours.correct or not _same_number(value, ours.value):
                 sides = (name, value, correct, extractor, ours.value, ours.correct)
                 found.append(asdict(Disagreement(record.id, number, record.gold, *sides, draft.text)))
     return found

@@ -288,7 +288,7 @@ BLOCK = gguf.GGML_QUANT_SIZES[Kind.IQ1_S]
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"architecture": "qwen2"}, ["architecture qwen2", "only llama"]),
+        ({"architecture": "mamba"}, ["architecture mamba", "only llama"]),
         ({"tokenizer": None}, ["holds no tokenizer"]),
         ({"tokenizer": "bert"}, ["tokenizer model 'bert'"]),
         ({"pre": "klingon"}, ["pre-tokenizer 'klingon'"]),

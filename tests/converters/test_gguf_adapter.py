@@ -32,7 +32,7 @@ NAMES |= {"gate_proj": "ffn_gate", "down_proj": "ffn_down", "up_proj": "ffn_up"}
 
 
 @pytest.fixture
-def base(tmp_path):
+def some_base(tmp_path):
     """Maker of a base's description: layers and config, no weights."""
 
     def make(model_type="llama", tied=False):
@@ -44,9 +44,7 @@ def base(tmp_path):
         }
         (tmp_path / "base").mkdir(exist_ok=True)
         (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-        layers = {
-            f"model.layers.{i}.{key}": Layer("linear", *shape) for i in range(2) for key, shape in SHAPES.items()
-        }
+        layers = {f"model.layers.{i}.{key}": Layer("linear", *shape) for i in range(2) for key, shape in SHAPES.items()}
         layers |= {"model.embed_tokens": Layer("embedding", 50, HIDDEN), "lm_head": Layer("linear", HIDDEN, 50)}
         for name, (inputs, outputs) in {"gate_proj": (32, 24), "up_proj": (32, 24), "down_proj": (24, 32)}.items():
             layers[f"model.layers.0.mlp.switch_mlp.{name}"] = Layer("experts", inputs, outputs, 4)
@@ -64,7 +62,7 @@ def make_adapter(modules, dtype=mx.float32, kind="lora", full=None):
 
     weights = {}
     for module, (inputs, outputs, *experts) in modules.items():
-        shapes = (((*experts, RANK, inputs), (*experts, outputs, RANK)) if experts else ((inputs, RANK), (RANK, outputs)))
+        shapes = ((*experts, RANK, inputs), (*experts, outputs, RANK)) if experts else ((inputs, RANK), (RANK, outputs))
         weights |= {f"{module}.lora_{letter}": random(*shape) for letter, shape in zip("ab", shapes, strict=True)}
         if kind == "dora":
             weights[f"{module}.m"] = random(outputs)
@@ -94,9 +92,9 @@ def expected(adapter, module):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
-def test_llama_cpp_would_add_the_same_to_every_weight(base, tmp_path, model_type, dtype):
+def test_llama_cpp_would_add_the_same_to_every_weight(some_base, tmp_path, model_type, dtype):
     adapter = make_adapter(all_modules(), dtype)
-    to_gguf(adapter, base(model_type), tmp_path / "a.gguf")
+    to_gguf(adapter, some_base(model_type), tmp_path / "a.gguf")
     fields, tensors = read(tmp_path / "a.gguf")
     assert fields["general.type"] == "adapter"
     assert fields["adapter.type"] == "lora"
@@ -115,11 +113,11 @@ def test_llama_cpp_would_add_the_same_to_every_weight(base, tmp_path, model_type
 @pytest.mark.parametrize(
     ("model_type", "block"), [("qwen3_moe", "model.layers.0.mlp"), ("mixtral", "model.layers.0.block_sparse_moe")]
 )
-def test_experts_are_stacked(base, tmp_path, model_type, block):
+def test_experts_are_stacked(some_base, tmp_path, model_type, block):
     modules = {f"{block}.switch_mlp.{n}_proj": (32, 24, 4) for n in ("gate", "up")}
     modules[f"{block}.switch_mlp.down_proj"] = (24, 32, 4)
     adapter = make_adapter(modules)
-    to_gguf(adapter, base(model_type), tmp_path / "a.gguf")
+    to_gguf(adapter, some_base(model_type), tmp_path / "a.gguf")
     fields, tensors = read(tmp_path / "a.gguf")
     for module in modules:
         name = f"blk.0.{NAMES[module.rpartition('.')[2]]}_exps.weight"
@@ -127,9 +125,9 @@ def test_experts_are_stacked(base, tmp_path, model_type, block):
         assert np.abs(change - expected(adapter, module)).max() < 1e-5
 
 
-def test_embedding_and_head(base, tmp_path):
+def test_embedding_and_head(some_base, tmp_path):
     adapter = make_adapter({"model.embed_tokens": (50, 32), "lm_head": (32, 50)})
-    to_gguf(adapter, base("qwen2"), tmp_path / "a.gguf")
+    to_gguf(adapter, some_base("qwen2"), tmp_path / "a.gguf")
     _, tensors = read(tmp_path / "a.gguf")
     # llama.cpp takes a row of lora_a by token id: (tokens, rank)
     a, b = tensors["token_embd.weight.lora_a"], tensors["token_embd.weight.lora_b"]
@@ -138,9 +136,9 @@ def test_embedding_and_head(base, tmp_path):
     assert np.abs(SCALE * b @ a - expected(adapter, "lm_head")).max() < 1e-5
 
 
-def test_half_precision_is_rounded_once(base, tmp_path):
+def test_half_precision_is_rounded_once(some_base, tmp_path):
     adapter = make_adapter(all_modules())
-    to_gguf(adapter, base(), tmp_path / "a.gguf", "f16")
+    to_gguf(adapter, some_base(), tmp_path / "a.gguf", "f16")
     reader = gguf.GGUFReader(str(tmp_path / "a.gguf"))
     found = {tensor.name: tensor for tensor in reader.tensors}["blk.1.attn_v.weight.lora_b"]
     assert found.tensor_type == gguf.GGMLQuantizationType.F16
@@ -173,17 +171,17 @@ Q = {"model.layers.0.self_attn.q_proj": (32, 32)}
     ],
     ids=["dora", "replaced", "tied", "unknown", "architecture"],
 )
-def test_what_llama_cpp_cannot_apply_is_refused(base, tmp_path, adapter, model_type, tied, expected_text):
+def test_what_llama_cpp_cannot_apply_is_refused(some_base, tmp_path, adapter, model_type, tied, expected_text):
     with pytest.raises(RsgwmError, match=expected_text) as caught:
-        to_gguf(adapter(), base(model_type, tied), tmp_path / "a.gguf")
+        to_gguf(adapter(), some_base(model_type, tied), tmp_path / "a.gguf")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "a.gguf").exists()
 
 
-def test_a_file_that_reads_otherwise_is_removed(base, tmp_path, monkeypatch):
+def test_a_file_that_reads_otherwise_is_removed(some_base, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", _wrong(gguf.GGUFWriter.write_tensor_data))
     with pytest.raises(CheckFailed, match="does not read as it was written"):
-        to_gguf(make_adapter(Q), base(), tmp_path / "a.gguf")
+        to_gguf(make_adapter(Q), some_base(), tmp_path / "a.gguf")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base"]
 
 
@@ -191,12 +189,12 @@ def _wrong(write):
     return lambda self, value, *rest: write(self, value * 2, *rest)
 
 
-def test_nothing_is_overwritten(base, tmp_path):
+def test_nothing_is_overwritten(some_base, tmp_path):
     (tmp_path / "a.gguf").write_text("mine")
     with pytest.raises(RsgwmError, match="exists already"):
-        to_gguf(make_adapter(Q), base(), tmp_path / "a.gguf")
+        to_gguf(make_adapter(Q), some_base(), tmp_path / "a.gguf")
     with pytest.raises(AdapterError, match="not finite"):
-        to_gguf(make_adapter(Q, full={"x.weight": mx.array(float("nan"))}), base(), tmp_path / "b.gguf")
+        to_gguf(make_adapter(Q, full={"x.weight": mx.array(float("nan"))}), some_base(), tmp_path / "b.gguf")
 
 
 def test_the_command(request, tmp_path):

@@ -11,9 +11,10 @@ import pytest
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import load_base
-from mlx_rsgwm.converters.parity import check_parity, compare, compare_continuations, torch_device
+from mlx_rsgwm.converters.parity import check_parity, torch_device
 from mlx_rsgwm.converters.parity_mlx import exact_float32
 from mlx_rsgwm.converters.parity_trace import Logits, Trace, perplexity
+from mlx_rsgwm.converters.parity_verdict import compare, compare_continuations
 from mlx_rsgwm.converters.peft import to_peft
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.files import sha256_file

@@ -1,0 +1,161 @@
+"""GGUF files of other architectures, written here as llama.cpp does, against the torch model they are made of."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_rsgwm.base import load_base
+from mlx_rsgwm.converters.gguf import convert_gguf
+from mlx_rsgwm.converters.gguf_architectures import ARCHITECTURES
+from mlx_rsgwm.errors import RsgwmError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 7,  # one more than gemma3's pattern of window and full attention
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 260,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# architecture: (transformers' class, more of its config, more of the file's metadata)
+MODELS = {
+    "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": False}, {}),
+    "qwen3": ("Qwen3", {"rope_theta": 1e6, "tie_word_embeddings": True}, {}),
+    "gemma": ("Gemma", {"hidden_activation": "gelu_pytorch_tanh"}, {}),
+    "gemma2": (
+        "Gemma2",
+        {"sliding_window": 64, "query_pre_attn_scalar": 16},  # mlx-lm's has no window at all
+        {"attention.sliding_window": 64, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"sliding_window": 8, "query_pre_attn_scalar": 16},
+        {"attention.sliding_window": 8, "rope.freq_base": 1e6},
+    ),
+    "phi3": ("Phi3", {"sliding_window": None, "tie_word_embeddings": False}, {}),
+}
+NORMS = ("norm.weight", "layernorm.weight")
+
+
+def model_of(architecture):
+    kind, extra, _ = MODELS[architecture]
+    torch.manual_seed(3)
+    name = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    sizes = {key: value for key, value in SIZES.items() if not (kind == "Phi3" and key == "head_dim")}
+    config = getattr(transformers, name)(**{**sizes, **extra})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(("bias", *NORMS)):
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    return model
+
+
+def write(path, architecture, model, metadata=None):
+    """As convert_hf_to_gguf.py: names by gguf's own table, norms of Gemma plus one."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(SIZES["head_dim"])
+    writer.add_value_length(SIZES["head_dim"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    found = dict(MODELS[architecture][2], **(metadata or {}))
+    if "rope.freq_base" not in found:
+        found["rope.freq_base"] = float(config.rope_parameters["rope_theta"])
+    for key, value in found.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{architecture}.{key}", value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(["<pad>", "<s>", "</s>", *byte_alphabet(), "he"])
+    writer.add_token_types([3, 3, 3] + [1] * 257)
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    kind = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = value.numpy()
+        if architecture.startswith("gemma") and name.endswith(NORMS):
+            values = values + np.float32(1)
+        writer.add_tensor(table.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def byte_alphabet():
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    extra = iter(range(256, 512))
+    return [chr(byte) if byte in shown else chr(next(extra)) for byte in range(256)]
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_logits_are_those_of_the_model_it_was_made_of(tmp_path, architecture):
+    model = model_of(architecture)
+    out = convert_gguf(write(tmp_path / "a.gguf", architecture, model), tmp_path / "out")
+    ids = np.random.default_rng(1).integers(3, 260, (2, 19))
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    base = load_base(str(out), dtype="float32")
+    assert np.abs(expected).max() > 0.5
+    # mlx-lm computes the first Gemma's GELU exactly, transformers its approximation by tanh.
+    tolerance = 1e-2 if architecture == "gemma" else 1e-4
+    assert np.abs(np.array(base.model(mx.array(ids))) - expected).max() < tolerance
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == ARCHITECTURES[architecture].model_type
+    assert config["tie_word_embeddings"] is bool(model.config.tie_word_embeddings)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_transformers_reads_the_folder_too(tmp_path, architecture):
+    model = model_of(architecture)
+    out = convert_gguf(write(tmp_path / "a.gguf", architecture, model), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    ids = torch.arange(3, 22)[None]
+    with torch.no_grad():
+        assert (again(ids).logits - model(ids).logits).abs().max() < 1e-4
+
+
+def test_a_tensor_too_many_and_one_too_few_are_named(tmp_path):
+    model = model_of("qwen3")
+    state = model.state_dict()
+    model.state_dict = lambda: {name: value for name, value in state.items() if "layers.3.self_attn.q_norm" not in name}
+    with pytest.raises(RsgwmError, match=r"tensor blk.3.attn_q_norm.weight is missing"):
+        convert_gguf(write(tmp_path / "a.gguf", "qwen3", model), tmp_path / "out")
+    gemma = model_of("gemma")
+    more = {**gemma.state_dict(), "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}
+    gemma.state_dict = lambda: more
+    with pytest.raises(RsgwmError, match=r"tensor blk.0.attn_q.bias is unknown"):
+        convert_gguf(write(tmp_path / "b.gguf", "gemma", gemma), tmp_path / "out")
+
+
+def test_experts_and_long_contexts_are_refused(tmp_path):
+    path = write(tmp_path / "a.gguf", "qwen2", model_of("qwen2"), {"expert_count": 4})
+    with pytest.raises(RsgwmError, match="mixture of experts"):
+        convert_gguf(path, tmp_path / "out")
