@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.merging.lowrank import Truncated, cross, gram, stack
-from mlx_rsgwm.merging.module import Factors, Module
+from mlx_rsgwm.merging.lowrank import Truncated, cross, owner_matrix, stack
+from mlx_rsgwm.merging.module import Module
 
 COLLAPSE_SHARE = 0.01
 
@@ -20,25 +20,25 @@ def measure(module: Module, merged: Truncated) -> dict[str, mx.array]:
     Arrays, not yet evaluated: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the
     sources‖², ``whole`` and ``discarded`` (before truncation, and lost by it). Time is linear in T.
     """
-    factors = merged.factors
+    factors, count = merged.factors, len(module.factors)
+    owners = owner_matrix(tuple(one.rank for one in module.factors))
+    together = stack(module.factors)
+    rows, columns = factors.a.shape[0], factors.b.shape[1]
+    if owners.shape[0] * (rows + columns) < rows * columns:
+        pieces = (together.a.T @ together.a) * (together.b @ together.b.T)
+        squares, square_of_sum = ((pieces @ owners) * owners).sum(axis=0), pieces.sum()
+    else:  # so many adapters that ΔW is smaller
+        squares = mx.stack([cross(one, one) for one in module.factors])
+        square_of_sum = mx.square(together.a @ together.b).sum()
     return {
         "square": cross(factors, factors),
-        "squares": mx.stack([cross(one, one) for one in module.factors]),
-        "dots": mx.stack([cross(factors, one) for one in module.factors]),
-        "mean_square": _square_of_sum(module.factors) / len(module.factors) ** 2,
+        "squares": squares,
+        "dots": ((factors.a.T @ together.a) * (factors.b @ together.b.T)).sum(axis=0) @ owners,
+        "mean_square": square_of_sum / count**2,
         "whole": merged.square,
         "discarded": merged.discarded,
         **{f"note/{name}": value for name, value in module.notes.items()},
     }
-
-
-def _square_of_sum(factors: Sequence[Factors]) -> mx.array:
-    rows, columns = factors[0].a.shape[0], factors[0].b.shape[1]
-    total = sum(one.rank for one in factors)
-    if total * (rows + columns) < rows * columns:
-        return gram(factors).sum()
-    together = stack(factors)
-    return mx.square(together.a @ together.b).sum()
 
 
 def diagnosis(measured: Mapping[str, Mapping[str, mx.array]], labels: Sequence[str]) -> dict[str, Any]:
@@ -92,6 +92,15 @@ def _cosine(dot: float, first: float, second: float) -> float:
 
 
 def _refuse(plain: Mapping[str, Any], modules: Mapping[str, Any], labels: Sequence[str]) -> None:
+    raise_problems(
+        "the pool cannot be merged",
+        [
+            f"{module} of {label} has values that are not finite"
+            for module, row in plain.items()
+            for label, square in zip(labels, row["squares"], strict=True)
+            if not abs(square) < float("inf")
+        ],
+    )
     raise_problems(
         "the merge is not finite",
         [f"{module} of the result" for module, row in plain.items() if not abs(row["square"]) < float("inf")],

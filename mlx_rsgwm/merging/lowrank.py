@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import cache
 
 import mlx.core as mx
 
@@ -42,9 +42,15 @@ def gram(updates: Sequence[Factors]) -> mx.array:
     """(T, T) inner products between T updates of one module, by two products of the stacked factors."""
     stacked = stack(updates)
     pieces = (stacked.a.T @ stacked.a) * (stacked.b @ stacked.b.T)
-    ends = list(accumulate(update.rank for update in updates))
-    spans = list(pairwise([0, *ends]))
-    return mx.stack([mx.stack([pieces[i:j, k:m].sum() for k, m in spans]) for i, j in spans])
+    owners = owner_matrix(tuple(update.rank for update in updates))
+    return owners.T @ pieces @ owners
+
+
+@cache
+def owner_matrix(ranks: tuple[int, ...]) -> mx.array:
+    """(Σ r_t, T): 1 where a row of stacked factors is adapter t's; sums over ranks by a product with it."""
+    rows = mx.concatenate([mx.full((rank,), index) for index, rank in enumerate(ranks)])
+    return (rows[:, None] == mx.arange(len(ranks))).astype(mx.float32)
 
 
 def stack(updates: Sequence[Factors], coefficients: mx.array | Sequence[float] | None = None) -> Factors:
