@@ -44,10 +44,9 @@ TEST_ITEMS = 24
 JUDGED_ITEMS = 10
 MAX_TOKENS = 32
 METHODS = (
-    "linear,linear:space=factor,task_arithmetic:lambda=0.5,norm_equalised,karcher,model_stock",
-    "ties,dare_ties,della,breadcrumbs,sce,fisher,knots,lego",
-    "rsgwm,rsgwm:signal=shared,rsgwm:tau=0.5/0.8,rsgwm:normalise=none/rank,paper-literal",
-    "rsgwm:space=product,rsgwm:space=product,signal=shared",
+    "linear,rsgwm,rsgwm:signal=shared,rsgwm:space=product,paper-literal",
+    "linear:space=factor,ties,dare_ties,sce,fisher,knots,model_stock",
+    "rsgwm:tau=0.5,rsgwm:normalise=rank,rsgwm:space=product,signal=shared",
 )
 COMMON: Mapping[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "num_layers": 16}
 

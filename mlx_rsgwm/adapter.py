@@ -26,6 +26,8 @@ KEPT_FILE = "kept.safetensors"
 MANIFEST_FILE = "manifest.json"
 SIGNALS = ("all", "draft", "verify")
 FULL_LEAVES = ("weight", "bias")
+# Arrays whose values are checked in one evaluation.
+CHECKED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,31 @@ class Adapter:
 
     def problems(self) -> list[str]:
         """Everything wrong inside the adapter itself: names, shapes, ranks, values that are not finite."""
-        found = self.shape_problems()
+        return self.shape_problems() + self.value_problems()
+
+    def value_problems(self, drop: bool = False) -> list[str]:
+        """Which arrays have values that are not finite.
+
+        With ``drop`` every array leaves the adapter once it is checked: a lazy one then needs the memory of few.
+        """
+        found = []
         groups = (("", self.weights), ("", self.full), ("importance ", self.importance), ("init ", self.init))
         for label, group in groups:
-            finite = {name: mx.all(mx.isfinite(value)) for name, value in group.items()}
-            mx.eval(finite)
-            found += [f"{label}{name} has values that are not finite" for name, ok in finite.items() if not ok.item()]
+            everything = list(group)
+            for start in range(0, len(everything), CHECKED_TOGETHER):
+                names = everything[start : start + CHECKED_TOGETHER]
+                # 0 · ∞ and 0 · NaN are NaN: a third of the time of isfinite on the CPU.
+                zeros = [(group[name] * 0).sum() for name in names]
+                mx.eval(zeros)
+                if drop:
+                    for name in names:
+                        del group[name]
+                ok = (mx.stack(zeros) == 0).tolist()
+                found += [
+                    f"{label}{name} has values that are not finite"
+                    for name, finite in zip(names, ok, strict=True)
+                    if not finite
+                ]
         return found
 
     def shape_problems(self) -> list[str]:

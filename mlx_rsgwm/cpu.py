@@ -1,7 +1,7 @@
 """What MLX's CPU back end does slowly on Linux, asked for in another way. Nothing here runs on Metal.
 
 Measured with mlx 0.32.4 on x86-64 (``bench/cpu.py`` prints it): ``mx.exp`` takes 26 ns an element and ``mx.power``
-with a constant base 7; a product of (rows, 1, in) with a shared matrix runs as one product per row unless the leading
+with a constant base 7, ``mx.partition`` 13 where NumPy's takes 4; a product of (rows, 1, in) with a shared matrix runs as one product per row unless the leading
 axes are flattened. ``mx.fast.scaled_dot_product_attention`` takes its softmax by the slow exponential and computes it
 again for the gradient. All rewrites compute the same values to float32 round-off.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 
 def applies() -> bool:
@@ -40,6 +41,16 @@ def exp(x: mx.array) -> mx.array:
         return mx.exp(x)
     found: Any = _power_exp(x)
     return found
+
+
+def partition(values: mx.array, place: int, axis: int = -1) -> mx.array:
+    """``values`` (float32) with what sorting puts at ``place`` along ``axis`` there, nothing larger before it.
+
+    NumPy's introselect takes a third of the time of ``mx.partition`` on Linux's CPU; the array is shared with it.
+    """
+    if not applies():
+        return mx.partition(values, place, axis=axis)
+    return mx.array(np.partition(np.array(values, copy=False), place, axis=axis))
 
 
 @mx.custom_function

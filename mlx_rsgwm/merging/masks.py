@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_rsgwm.cpu import partition
+
 SCOPES = ("tensor", "factor", "module", "global")
 NORMALISATIONS = ("mean", "none", "rank")
 
@@ -23,7 +25,7 @@ def quantile(values: mx.array, tau: float) -> mx.array:
     flat = values.astype(mx.float32).reshape(-1)
     position = tau * (flat.size - 1)
     low = int(position)
-    parted = mx.partition(flat, low)
+    parted = partition(flat, low)
     if low + 1 == flat.size:
         return parted[low]
     return parted[low] + (parted[low + 1 :].min() - parted[low]) * (position - low)

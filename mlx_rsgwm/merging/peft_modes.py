@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_rsgwm.cpu import partition
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging.module import Factors, Module
 
@@ -62,7 +63,7 @@ def thresholds(deltas: mx.array, density: float) -> mx.array:
     if count == 0:
         return mx.full((deltas.shape[0], 1), math.inf)
     place = size - count
-    return mx.partition(mx.abs(deltas), place, axis=1)[:, place : place + 1]
+    return partition(mx.abs(deltas), place)[:, place : place + 1]
 
 
 def keep_masks(count: int, size: int, density: float, key: mx.array) -> mx.array:

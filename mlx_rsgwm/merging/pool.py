@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.adapter import IMPORTANCE_FILE, INIT_FILE, WEIGHTS_FILE, Adapter, LoraSpec
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.files import read_safetensors, sha256_file, sha256_json
 from mlx_rsgwm.merging.module import Factors
 from mlx_rsgwm.training.grams import load_grams
@@ -43,6 +43,14 @@ class Source:
     held: Adapter | None
 
     @classmethod
+    def read(cls, folder: Path) -> Source:
+        """Check a folder in the memory of a few of its arrays; raises AdapterError like :meth:`Adapter.load`."""
+        adapter = Adapter.load(folder, lazy=True)
+        found = cls.of(adapter)
+        raise_problems(str(folder), adapter.value_problems(drop=True), AdapterError)
+        return found
+
+    @classmethod
     def of(cls, adapter: Adapter) -> Source:
         """Raises RsgwmError, all reasons at once, for an adapter that no merge can take."""
         shapes, problems = {}, []
@@ -56,13 +64,16 @@ class Source:
             elif not problems:
                 shapes[module] = (a.shape[0], a.shape[1], b.shape[1])
         raise_problems(f"{adapter.where} cannot be merged", problems)
+        init = dict(adapter.init)
+        if adapter.path and init:
+            init = read_safetensors(adapter.path / INIT_FILE, evaluate=False)[0]
         return cls(
             label=adapter.where,
             spec=adapter.spec,
             manifest=adapter.manifest,
             shapes=shapes,
             signals=frozenset(name.partition("/")[0] for name in adapter.importance),
-            initialisation=_digest(adapter.init) if adapter.init else "",
+            initialisation=_digest(init) if init else "",
             folder=adapter.path,
             held=None if adapter.path else adapter,
         )
@@ -121,7 +132,7 @@ class Pool:
             RsgwmError: no adapter, adapters of different bases, modules of one name with different shapes; every
                 problem at once.
         """
-        sources = tuple(Source.of(one if isinstance(one, Adapter) else Adapter.load(one)) for one in adapters)
+        sources = tuple(Source.of(one) if isinstance(one, Adapter) else Source.read(one) for one in adapters)
         if not sources:
             raise RsgwmError("no adapters to merge")
         raise_problems("the pool cannot be merged", _misfits(sources))
@@ -253,5 +264,5 @@ def _digest(arrays: Arrays) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode())
-        digest.update(np.array(arrays[name].astype(mx.float32)).tobytes())
+        digest.update(np.array(arrays.pop(name).astype(mx.float32)).tobytes())
     return digest.hexdigest()

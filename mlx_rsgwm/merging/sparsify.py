@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_rsgwm.cpu import partition
+
 SPARSIFICATIONS = ("none", "magnitude", "bernoulli", "della", "breadcrumbs")
 RESCALES = ("none", "density", "l1")
 
@@ -65,7 +67,7 @@ def magnitude_mask(delta: mx.array, density: float) -> mx.array:
     """
     magnitudes = mx.abs(delta)
     dropped = delta.size - keep_count(delta.size, density)
-    return magnitudes >= mx.partition(magnitudes.reshape(-1), dropped)[dropped]
+    return magnitudes >= partition(magnitudes.reshape(-1), dropped)[dropped]
 
 
 def breadcrumbs_mask(delta: mx.array, density: float, gamma: float) -> mx.array:
@@ -77,8 +79,8 @@ def breadcrumbs_mask(delta: mx.array, density: float, gamma: float) -> mx.array:
     magnitudes = mx.abs(delta)
     kept = keep_count(delta.size, density)
     bottom = max(0, delta.size - kept - int(gamma * delta.size))
-    upper = mx.partition(magnitudes.reshape(-1), bottom)[bottom:]
-    highest = mx.partition(upper, kept - 1)[kept - 1]
+    upper = partition(magnitudes.reshape(-1), bottom)[bottom:]
+    highest = partition(upper, kept - 1)[kept - 1]
     return (magnitudes >= upper[0]) & (magnitudes <= highest)
 
 
