@@ -86,7 +86,7 @@ class LoraSpec:
             )
         except KeyError as error:
             raise AdapterError(f"{where}: lora_parameters has no {error}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise AdapterError(f"{where}: {error}") from None
 
 
@@ -152,31 +152,10 @@ class Adapter:
 
     def problems(self) -> list[str]:
         """Everything wrong inside the adapter itself: names, shapes, ranks, values that are not finite."""
-        return self.shape_problems() + self.value_problems()
-
-    def value_problems(self, drop: bool = False) -> list[str]:
-        """Which arrays have values that are not finite.
-
-        With ``drop`` every array leaves the adapter once it is checked: a lazy one then needs the memory of few.
-        """
-        found = []
+        found = self.shape_problems()
         groups = (("", self.weights), ("", self.full), ("importance ", self.importance), ("init ", self.init))
         for label, group in groups:
-            everything = list(group)
-            for start in range(0, len(everything), CHECKED_TOGETHER):
-                names = everything[start : start + CHECKED_TOGETHER]
-                # 0 · ∞ and 0 · NaN are NaN: a third of the time of isfinite on the CPU.
-                zeros = [(group[name] * 0).sum() for name in names]
-                mx.eval(zeros)
-                if drop:
-                    for name in names:
-                        del group[name]
-                ok = (mx.stack(zeros) == 0).tolist()
-                found += [
-                    f"{label}{name} has values that are not finite"
-                    for name, finite in zip(names, ok, strict=True)
-                    if not finite
-                ]
+            found += [f"{label}{name} has values that are not finite" for name in not_finite(group)]
         return found
 
     def shape_problems(self) -> list[str]:
@@ -228,9 +207,7 @@ class Adapter:
             )
         if not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(_explain_missing_weights(folder))
-        manifest = files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
-        if manifest and manifest.get("format") != FORMAT:
-            raise AdapterError(f"{folder / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+        manifest = _read_manifest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
         if hashes:
             check_hashes(folder, manifest)
         spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
@@ -277,9 +254,42 @@ class Adapter:
         return written
 
 
+def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
+    """Names of the arrays with a value that is not finite.
+
+    With ``drop`` an array leaves the mapping once it is checked, so that lazy ones need the memory of a few of them.
+    """
+    found: list[str] = []
+    everything = list(arrays)
+    for start in range(0, len(everything), CHECKED_TOGETHER):
+        names = everything[start : start + CHECKED_TOGETHER]
+        # 0 · ∞ and 0 · NaN are NaN: a third of the time of isfinite on the CPU.
+        zeros = mx.stack([(arrays[name] * 0).sum().astype(mx.float32) for name in names]).tolist()
+        found += [name for name, zero in zip(names, zeros, strict=True) if zero != 0]
+        for name in names if drop else ():
+            del arrays[name]
+    return found
+
+
 def is_complete(path: str | Path) -> bool:
     """True when the folder holds a manifest, which is written last, and so everything else too."""
     return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest whose parts that everything else relies on are of the right types."""
+    manifest = files.read_json_object(path)
+    if manifest and manifest.get("format") != FORMAT:
+        raise AdapterError(f"{path}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+    problems = []
+    for name, inner in (("files", None), ("base", "fingerprint"), ("template", "hash")):
+        part = manifest.get(name) or {}
+        if not isinstance(part, dict):
+            problems.append(f"{name} is not an object")
+        elif inner and not isinstance(part.get(inner) or "", str):
+            problems.append(f"{name}.{inner} is not text")
+    raise_problems(str(path), problems, AdapterError)
+    return manifest
 
 
 def _read_optional(path: Path, lazy: bool) -> tuple[dict[str, mx.array], dict[str, str]]:

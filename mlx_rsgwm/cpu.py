@@ -1,7 +1,8 @@
 """What MLX's CPU back end does slowly on Linux, asked for in another way. Nothing here runs on Metal.
 
 Measured with mlx 0.32.4 on x86-64 (``bench/cpu.py`` prints it): ``mx.exp`` takes 26 ns an element and ``mx.power``
-with a constant base 7, ``mx.partition`` 13 where NumPy's takes 4; a product of (rows, 1, in) with a shared matrix runs as one product per row unless the leading
+with a constant base 7, ``mx.partition`` 13 where NumPy's takes 4; a
+product of (rows, 1, in) with a shared matrix runs as one product per row unless the leading
 axes are flattened. ``mx.fast.scaled_dot_product_attention`` takes its softmax by the slow exponential and computes it
 again for the gradient. All rewrites compute the same values to float32 round-off.
 """

@@ -40,6 +40,9 @@ def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: P
     _check_weights(method, options, len(adapters))
     pool = Pool.open(adapters)
     _check_space(pool, options, parameters)
+    if "importance" in method.needs:
+        pool.require_signal(parameters["signal"])
+    pool.check_values(parameters["signal"] if "importance" in method.needs else None)
     rank = options.rank or _usual_rank(method, pool)
     spec = merged_spec(pool, rank)
     weights: dict[str, mx.array] = {}

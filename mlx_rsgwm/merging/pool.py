@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.adapter import IMPORTANCE_FILE, INIT_FILE, WEIGHTS_FILE, Adapter, LoraSpec
+from mlx_rsgwm.adapter import IMPORTANCE_FILE, INIT_FILE, WEIGHTS_FILE, Adapter, LoraSpec, check_hashes, not_finite
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.files import read_safetensors, sha256_file, sha256_json
 from mlx_rsgwm.merging.module import Factors
@@ -28,8 +30,8 @@ Arrays = dict[str, mx.array]
 class Source:
     """One adapter of a pool without its arrays.
 
-    ``shapes``: (in, rank, out) of every module. ``signals``: the importance it has. ``initialisation``: a digest of its
-    lora_a at initialisation, empty when none was recorded. Arrays come from ``folder``, or from ``held`` when the
+    ``shapes``: (in, rank, out) of every module. ``signals``: the importance it has. ``has_initial``: whether its
+    lora_a at initialisation was recorded. Arrays come from ``folder``, or from ``held`` when the
     adapter is only in memory.
     """
 
@@ -38,17 +40,9 @@ class Source:
     manifest: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int, int]]
     signals: frozenset[str]
-    initialisation: str
+    has_initial: bool
     folder: Path | None
     held: Adapter | None
-
-    @classmethod
-    def read(cls, folder: Path) -> Source:
-        """Check a folder in the memory of a few of its arrays; raises AdapterError like :meth:`Adapter.load`."""
-        adapter = Adapter.load(folder, lazy=True)
-        found = cls.of(adapter)
-        raise_problems(str(folder), adapter.value_problems(drop=True), AdapterError)
-        return found
 
     @classmethod
     def of(cls, adapter: Adapter) -> Source:
@@ -64,16 +58,13 @@ class Source:
             elif not problems:
                 shapes[module] = (a.shape[0], a.shape[1], b.shape[1])
         raise_problems(f"{adapter.where} cannot be merged", problems)
-        init = dict(adapter.init)
-        if adapter.path and init:
-            init = read_safetensors(adapter.path / INIT_FILE, evaluate=False)[0]
         return cls(
             label=adapter.where,
             spec=adapter.spec,
             manifest=adapter.manifest,
             shapes=shapes,
             signals=frozenset(name.partition("/")[0] for name in adapter.importance),
-            initialisation=_digest(init) if init else "",
+            has_initial=bool(adapter.init),
             folder=adapter.path,
             held=None if adapter.path else adapter,
         )
@@ -92,7 +83,20 @@ class Source:
         """A fresh mapping of lora_a at initialisation, read when used; empty when none was recorded."""
         if self.held:
             return dict(self.held.init)
-        return self._read(INIT_FILE) if self.initialisation else {}
+        return self._read(INIT_FILE) if self.has_initial else {}
+
+    def shares_initial(self, other: Source) -> bool:
+        """True when both recorded lora_a at initialisation, and the same one."""
+        if not (self.has_initial and other.has_initial):
+            return False
+        mine, theirs = ((one.manifest.get("files") or {}).get(INIT_FILE) for one in (self, other))
+        if self.folder and other.folder and mine and mine == theirs:
+            return True
+        return self._initial_digest == other._initial_digest
+
+    @cached_property
+    def _initial_digest(self) -> str:
+        return _digest(self.initial())
 
     def _read(self, name: str) -> Arrays:
         assert self.folder is not None
@@ -125,18 +129,40 @@ class Pool:
 
     @classmethod
     def open(cls, adapters: Sequence[Adapter | Path]) -> Pool:
-        """Load and check every adapter, one at a time, keeping none of the arrays.
+        """Check every adapter's files, names and shapes; values are left to :meth:`check_values`.
 
         Raises:
             AdapterError: an adapter is damaged.
             RsgwmError: no adapter, adapters of different bases, modules of one name with different shapes; every
                 problem at once.
         """
-        sources = tuple(Source.of(one) if isinstance(one, Adapter) else Source.read(one) for one in adapters)
+        sources = tuple(
+            Source.of(one if isinstance(one, Adapter) else Adapter.load(one, lazy=True, hashes=False))
+            for one in adapters
+        )
+        with ThreadPoolExecutor() as workers:  # hashing lets go of Python's lock
+            folders = [source for source in sources if source.folder]
+            list(workers.map(lambda source: check_hashes(source.folder, source.manifest), folders))
         if not sources:
             raise RsgwmError("no adapters to merge")
         raise_problems("the pool cannot be merged", _misfits(sources))
         return cls(sources, tuple(_doubts(sources)))
+
+    def check_values(self, signal: str | None = None) -> None:
+        """Read the weights, and the importance of ``signal``, a few arrays at a time; all must be finite.
+
+        An adapter in memory was checked when it was loaded; what is wrong there shows in the diagnosis.
+
+        Raises:
+            AdapterError: naming an adapter's arrays that are not.
+        """
+        for source in self.sources:
+            if source.folder is None:
+                continue
+            found = not_finite(source.weights(), drop=True)
+            if signal is not None:
+                found += [f"importance {name}" for name in not_finite(source.importance(signal), drop=True)]
+            raise_problems(source.label, [f"{name} has values that are not finite" for name in found], AdapterError)
 
     @property
     def modules(self) -> list[str]:
@@ -159,7 +185,7 @@ class Pool:
             elif unequal:
                 ranks = f"{other.shapes[unequal[0]][1]}, not {first.shapes[unequal[0]][1]}"
                 problems.append(f"{other.label}: {unequal[0]} has rank {ranks} as in {first.label}")
-            if not other.initialisation or other.initialisation != first.initialisation:
+            if not other.shares_initial(first):
                 problems.append(
                     f"{other.label} does not share its lora_a initialisation with {first.label} (or has none recorded)"
                 )
