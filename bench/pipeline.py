@@ -32,8 +32,9 @@ from mlx_rsgwm.data.tasks import questions_for
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.pipeline.calibration import load_calibration
 from mlx_rsgwm.pipeline.loop import Answer, Drafted, DraftVerify, LoopConfig
-from mlx_rsgwm.pipeline.prompts import Writer, prefill
+from mlx_rsgwm.pipeline.prompts import prefill
 from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.pipeline.writing import Writer
 from mlx_rsgwm.slots import AdapterSlots
 
 MODES = ("sequential", "parallel", "adaptive")
@@ -63,8 +64,8 @@ def drafter_alone(pipeline: DraftVerify) -> Callable[[str], Any]:
         with pipeline.slots.using("drafter"):
             prefilled = prefill(pipeline.slots.model, pipeline.parts[0], prompt)
             writer = Writer(pipeline.parts, prefilled, question, [1], pipeline.end_ids, pipeline.config.sampling)
-            while not writer.done:
-                writer.step()
+            while not writer.ended:
+                writer.step([1])
 
     return run
 

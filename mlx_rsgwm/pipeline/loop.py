@@ -21,10 +21,11 @@ from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.logits import Parts, split_head
 from mlx_rsgwm.pipeline.calibration import Calibration, load_calibration
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
-from mlx_rsgwm.pipeline.prompts import Writer, can_batch, prefill, remembering
+from mlx_rsgwm.pipeline.prompts import can_batch, prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.scores import Scorer
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals, make_reading, read, verdict_ids
+from mlx_rsgwm.pipeline.writing import Writer
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
 
@@ -171,10 +172,14 @@ class DraftVerify:
         reader = (remembering(self.slots.model, hidden, self._read_as(question)), head) if self.batches else self.parts
         drafts: list[Drafted] = []
         scores: list[float] = []
+        known: dict[DraftTokens, float] = {}
         for drafted in self._attempts(question, prompt):
             drafts.append(drafted)
             yield drafted
-            scores += self.score([question], [drafted], self.config.score, reader)
+            what = DraftTokens(drafted.tokens, drafted.finished)
+            if what not in known:
+                (known[what],) = self.score([question], [drafted], self.config.score, reader)
+            scores.append(known[what])
             accepted = scores[-1] >= self.config.threshold
             if len(scores) == 1:
                 self._asked, self._accepted_first = self._asked + 1, self._accepted_first + accepted
@@ -192,17 +197,14 @@ class DraftVerify:
             return
         with self.slots.using(self.drafter):
             prefilled = prefill(self.slots.model, self.parts[0], prompt)
-        width = 1 if self.config.mode == "sequential" else len(numbers)
+        writer = Writer(self.parts, prefilled, question, numbers, self.end_ids, self.config.sampling)
         alone = self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked
-        first = 1 if alone else width
-        for batch in (numbers[:first], *(numbers[at : at + width] for at in range(first, len(numbers), width))):
-            writer = Writer(self.parts, prefilled, question, batch, self.end_ids, self.config.sampling)
-            ended: dict[int, DraftTokens] = {}
-            for attempt in batch:
-                while attempt not in ended:
-                    with self.slots.using(self.drafter):
-                        ended |= writer.step()
-                yield self._drafted(attempt, ended[attempt])
+        for attempt in numbers:
+            one = self.config.mode == "sequential" or (alone and attempt == 1)
+            while attempt not in writer.ended:
+                with self.slots.using(self.drafter):
+                    writer.step((attempt,) if one else numbers)
+            yield self._drafted(attempt, writer.ended[attempt])
 
     def _read_as(self, question: str) -> list[int]:
         return self.verify_template.draft_prompt(self.tokenizer, question)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_rsgwm.cpu import exp
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 
 CANDIDATES = 128
@@ -44,30 +45,38 @@ def uniforms(seed: int, question: str, attempt: int, count: int) -> np.ndarray:
     return generator.random(count, dtype=np.float32)
 
 
-def choose(logits: mx.array, uniform: mx.array, temperature: float, top_p: float) -> tuple[mx.array, mx.array]:
-    """Next tokens (rows,) for logits (rows, vocabulary) by inverse transform, and whether each is certain (rows,).
+def choose(
+    logits: mx.array, uniform: mx.array, temperature: float, top_p: float, rows: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Next tokens (n,) for logits (n, vocabulary) by inverse transform, and whether each is certain (n,).
+
+    With ``rows`` (n,), number i of ``uniform`` (n,) chooses from row ``rows[i]`` of the logits, of which there may be
+    fewer.
 
     The nucleus is the smallest set of most probable tokens whose mass reaches ``top_p``. It is searched among the
     ``CANDIDATES`` best, which spares sorting the vocabulary; a row whose candidates do not reach ``top_p`` comes back
     uncertain and must go through :func:`choose_exact`.
     """
     if temperature == 0:
-        return mx.argmax(logits, axis=-1), mx.ones(logits.shape[0], dtype=mx.bool_)
+        best = mx.argmax(logits, axis=-1)
+        return best if rows is None else best[rows], mx.ones(uniform.shape[0], dtype=mx.bool_)
     scaled = logits.astype(mx.float32) / temperature
     count = min(CANDIDATES, scaled.shape[-1])
     best = mx.argpartition(-scaled, kth=count - 1, axis=-1)[:, :count]
-    return _from_candidates(scaled, best, uniform, top_p)
+    return _from_candidates(scaled, best, uniform, top_p, rows)
 
 
-def choose_exact(logits: mx.array, uniform: mx.array, temperature: float, top_p: float) -> mx.array:
+def choose_exact(
+    logits: mx.array, uniform: mx.array, temperature: float, top_p: float, rows: mx.array | None = None
+) -> mx.array:
     """:func:`choose` over the whole vocabulary, for flat distributions."""
     scaled = logits.astype(mx.float32) / temperature
     everything = mx.broadcast_to(mx.arange(scaled.shape[-1]), scaled.shape)
-    return _from_candidates(scaled, everything, uniform, top_p)[0]
+    return _from_candidates(scaled, everything, uniform, top_p, rows)[0]
 
 
 def _from_candidates(
-    scaled: mx.array, candidates: mx.array, uniform: mx.array, top_p: float
+    scaled: mx.array, candidates: mx.array, uniform: mx.array, top_p: float, rows: mx.array | None
 ) -> tuple[mx.array, mx.array]:
     values = mx.take_along_axis(scaled, candidates, axis=-1)
     # Ties are broken by token id, so that the order does not depend on how the candidates were found.
@@ -75,10 +84,13 @@ def _from_candidates(
     candidates, values = (mx.take_along_axis(x, order, axis=-1) for x in (candidates, values))
     order = mx.argsort(-values, axis=-1)
     candidates, values = (mx.take_along_axis(x, order, axis=-1) for x in (candidates, values))
-    probabilities = mx.exp(values - mx.logsumexp(scaled, axis=-1, keepdims=True))
+    highest = mx.max(scaled, axis=-1, keepdims=True)
+    probabilities = exp(values - highest) / exp(scaled - highest).sum(axis=-1, keepdims=True)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
     kept = mx.where(before < top_p, probabilities, 0.0)
     cumulative = mx.cumsum(kept, axis=-1)
+    if rows is not None:
+        candidates, kept, cumulative = candidates[rows], kept[rows], cumulative[rows]
     mass = cumulative[:, -1:]
     index = mx.sum(cumulative <= uniform[:, None] * mass, axis=-1)
     index = mx.minimum(index, mx.sum(kept > 0, axis=-1) - 1)

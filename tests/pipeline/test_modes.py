@@ -10,8 +10,9 @@ from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.pipeline.drafting import DraftRequest, draft
 from mlx_rsgwm.pipeline.loop import MODES, Answer, Drafted, DraftVerify, LoopConfig, Scored
-from mlx_rsgwm.pipeline.prompts import Writer, prefill, remembering
+from mlx_rsgwm.pipeline.prompts import prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.pipeline.writing import Writer
 from mlx_rsgwm.slots import AdapterSlots
 
 QUESTIONS = [f"Ada has {n} pens and gets {n * 7 % 13} more{' today' * (n % 3)}. How many?" for n in range(50)]
@@ -83,22 +84,47 @@ def test_many_questions_at_once_get_the_same_answers(make_pipeline):
     assert len({answer.attempts for answer in together}) > 1
 
 
+ORDERS = ([(1, 2, 3, 4)], [(1,), (2,), (3,), (4,)], [(1,), (2, 3, 4)], [(4, 2), (1, 3)])
+
+
 @pytest.mark.parametrize("slots", [None, 4], ids=["float32", "4-bit"], indirect=True)
-def test_a_prompt_read_once_gives_the_same_drafts_every_time(make_pipeline):
+@pytest.mark.parametrize("temperature", [0.7, 0.03, 0.0], ids=["apart", "alike", "greedy"])
+def test_drafts_are_the_plain_ones_in_whatever_order_they_are_asked_for(make_pipeline, temperature):
     pipeline = ended_early(make_pipeline("parallel"))
-    question = QUESTIONS[4]
-    prompt = tuple(pipeline.template.draft_prompt(pipeline.tokenizer, question))
-    requests = [DraftRequest(prompt, question, attempt) for attempt in (1, 2, 3)]
-    with pipeline.slots.using("drafter"):
-        plain = draft(pipeline.slots.model, pipeline.parts, pipeline.end_ids, requests, SAMPLING)
-        prefilled = prefill(pipeline.slots.model, pipeline.parts[0], prompt)
-        for _ in range(2):  # the second time from the same caches, as after a retry
-            writer = Writer(pipeline.parts, prefilled, question, (1, 2, 3), pipeline.end_ids, SAMPLING)
-            found = {}
-            while not writer.done:
-                found |= writer.step()
-            assert [found[attempt] for attempt in (1, 2, 3)] == plain
-    assert len({len(item.tokens) for item in plain}) > 1
+    sampling = Sampling(temperature=temperature, max_tokens=10, seed=3)
+    lengths, ways = set(), set()
+    for question in QUESTIONS[:4]:
+        prompt = tuple(pipeline.template.draft_prompt(pipeline.tokenizer, question))
+        requests = [DraftRequest(prompt, question, attempt) for attempt in (1, 2, 3, 4)]
+        with pipeline.slots.using("drafter"):
+            plain = [
+                draft(pipeline.slots.model, pipeline.parts, pipeline.end_ids, [request], sampling)[0]
+                for request in requests
+            ]
+            prefilled = prefill(pipeline.slots.model, pipeline.parts[0], prompt)
+            for order in ORDERS:  # all from the same caches of the prompt
+                writer = Writer(pipeline.parts, prefilled, question, (1, 2, 3, 4), pipeline.end_ids, sampling)
+                for wanted in order:
+                    while not writer.ended.keys() >= set(wanted):
+                        writer.step(wanted)
+                assert [writer.ended[attempt] for attempt in (1, 2, 3, 4)] == plain
+        lengths |= {len(item.tokens) for item in plain}
+        ways.add(len(set(plain)))
+    assert len(lengths) > 1 or temperature < 0.7
+    assert {0.7: max(ways) > 2, 0.03: {1, 2} & ways and max(ways) > 1, 0.0: ways == {1}}[temperature]
+
+
+def test_what_attempts_have_in_common_is_computed_once(make_pipeline):
+    pipeline = make_pipeline("sequential", threshold=1.0)
+    pipeline.config = LoopConfig(3, 1.0, "mean_logprob", Sampling(temperature=0.0, max_tokens=8), "sequential")
+    hidden, head = pipeline.parts
+    rows = []
+    pipeline.parts = (lambda ids, cache=None: rows.append(ids.shape) or hidden(ids, cache=cache), head)
+    *_, answer = pipeline.steps(QUESTIONS[0])
+    assert answer.attempts == 3
+    # The prompt, seven tokens to have eight, and one reading by the verifier: greedy drafts are all alike.
+    assert [shape for shape in rows if shape[1] == 1] == [(1, 1)] * 7
+    assert len(rows) == 9
 
 
 @pytest.mark.parametrize("slots", [None, 4], ids=["float32", "4-bit"], indirect=True)
@@ -123,13 +149,13 @@ def test_reading_after_a_remembered_prompt_equals_reading_whole(make_pipeline):
 def test_adaptive_goes_alone_while_first_drafts_are_accepted(make_pipeline, monkeypatch):
     from mlx_rsgwm.pipeline import loop
 
-    widths = []
+    widths, step = [], Writer.step
 
-    def watched(parts, prefilled, question, attempts, *rest):
-        widths.append(len(attempts))
-        return Writer(parts, prefilled, question, attempts, *rest)
+    def watched(writer, wanted):
+        widths.append(len(wanted))
+        step(writer, wanted)
 
-    monkeypatch.setattr(loop, "Writer", watched)
+    monkeypatch.setattr(loop.Writer, "step", watched)
     pipeline = make_pipeline("adaptive", threshold=0.0)
     for question in QUESTIONS[:12]:
         pipeline.answer(question)
@@ -138,7 +164,7 @@ def test_adaptive_goes_alone_while_first_drafts_are_accepted(make_pipeline, monk
     pipeline.config = LoopConfig(3, 1.0, "mean_logprob", SAMPLING, "adaptive")
     widths.clear()
     pipeline.answer(QUESTIONS[0])
-    assert widths == [1, 2]  # alone, then the other two side by side
+    assert list(dict.fromkeys(widths)) == [1, 3]  # alone, then what is left side by side
     for question in QUESTIONS[:6]:
         pipeline.answer(question)
     assert widths[-1] == 3
@@ -147,7 +173,7 @@ def test_adaptive_goes_alone_while_first_drafts_are_accepted(make_pipeline, monk
 def test_a_draft_is_written_no_further_than_it_is_asked_for(make_pipeline, monkeypatch):
     pipeline = ended_early(make_pipeline("parallel", threshold=0.0))
     steps, step = [], Writer.step
-    monkeypatch.setattr(Writer, "step", lambda writer: steps.append(1) or step(writer))
+    monkeypatch.setattr(Writer, "step", lambda writer, wanted: steps.append(1) or step(writer, wanted))
     for question in QUESTIONS[:8]:
         steps.clear()
         first = next(iter(pipeline.steps(question)))
