@@ -5,7 +5,8 @@ The wrapped layers compute what mlx-lm's ``LoRALinear`` computes, so outputs equ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,20 @@ class AdapterSlots:
     def nbytes(self) -> dict[str, int]:
         """Bytes that each adapter's arrays take; see :meth:`memory` for the base."""
         return {name: sum(value.nbytes for value in adapter.weights.values()) for name, adapter in self._loaded.items()}
+
+    def first_changed(self, names: Iterable[str]) -> int:
+        """Index of the first transformer layer that any of these adapters changes; 0 when one changes what is before.
+
+        Below it the hidden states of a text are the same whichever of them is active.
+        """
+        lowest = len(self.model.layers)
+        for module in (module for name in names for module in self.adapter(name).modules()):
+            found = LAYER.match(module)
+            if found:
+                lowest = min(lowest, int(found[1]))
+            elif module != "lm_head":
+                return 0
+        return lowest
 
     def memory(self) -> dict[str, Any]:
         """``{"base": bytes, "adapters": {name: bytes}}``: what is resident."""

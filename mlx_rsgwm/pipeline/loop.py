@@ -18,10 +18,10 @@ from typing import Literal
 
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.logits import Parts, split_head
+from mlx_rsgwm.logits import Below, Parts, split_head, split_layers
 from mlx_rsgwm.pipeline.calibration import Calibration, load_calibration
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
-from mlx_rsgwm.pipeline.prompts import can_batch, prefill, remembering
+from mlx_rsgwm.pipeline.prompts import Trail, can_batch, prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.scores import Scorer
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals, make_reading, read, verdict_ids
@@ -162,6 +162,7 @@ class DraftVerify:
         self.calibration = calibration
         self.scorer(config.score)  # combined is refused here, not at the first draft
         self.batches = can_batch(slots.model)
+        self._splits: dict[int, Below | None] = {}
         # First drafts accepted, of all; one of two to begin with.
         self._accepted_first, self._asked = 1, 2
 
@@ -169,11 +170,14 @@ class DraftVerify:
         """One question, step by step; the last step is the :class:`Answer`."""
         prompt = self._prompt(question)
         hidden, head = self.parts
-        reader = (remembering(self.slots.model, hidden, self._read_as(question)), head) if self.batches else self.parts
+        reader, trails, below = self.parts, list[Trail](), None
+        if self.batches:
+            below = self._below()
+            reader = (remembering(self.slots.model, hidden, self._read_as(question), below, trails), head)
         drafts: list[Drafted] = []
         scores: list[float] = []
         known: dict[DraftTokens, float] = {}
-        for drafted in self._attempts(question, prompt):
+        for drafted in self._attempts(question, prompt, below, trails):
             drafts.append(drafted)
             yield drafted
             what = DraftTokens(drafted.tokens, drafted.finished)
@@ -188,22 +192,32 @@ class DraftVerify:
                 break
         yield self._answer(drafts, scores)
 
-    def _attempts(self, question: str, prompt: tuple[int, ...]) -> Iterator[Drafted]:
-        """Attempts in order. Those of a batch are written side by side, and no further than they are asked for."""
+    def _below(self) -> Below | None:
+        """The layers that neither adapter changes, apart from the rest; None where there are none."""
+        count = self.slots.first_changed(name for name in (self.drafter, self.verifier) if name is not None)
+        if count not in self._splits:
+            self._splits[count] = split_layers(self.slots.model, count)
+        return self._splits[count]
+
+    def _attempts(
+        self, question: str, prompt: tuple[int, ...], below: Below | None, trails: list[Trail]
+    ) -> Iterator[Drafted]:
+        """Attempts in order, written no further than they are asked for; how they were read goes to ``trails``."""
         numbers = range(1, self.config.attempts + 1)
         if not self.batches:
             for attempt in numbers:
                 yield self._draft([DraftRequest(prompt, question, attempt)])[0]
             return
         with self.slots.using(self.drafter):
-            prefilled = prefill(self.slots.model, self.parts[0], prompt)
-        writer = Writer(self.parts, prefilled, question, numbers, self.end_ids, self.config.sampling)
+            prefilled = prefill(self.slots.model, self.parts[0], prompt, below)
+        writer = Writer(self.parts, prefilled, question, numbers, self.end_ids, self.config.sampling, below)
         alone = self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked
         for attempt in numbers:
             one = self.config.mode == "sequential" or (alone and attempt == 1)
             while attempt not in writer.ended:
                 with self.slots.using(self.drafter):
                     writer.step((attempt,) if one else numbers)
+            trails[:] = writer.trails
             yield self._drafted(attempt, writer.ended[attempt])
 
     def _read_as(self, question: str) -> list[int]:

@@ -13,16 +13,32 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
-from mlx_rsgwm.logits import Hidden
+from mlx_rsgwm.logits import Below, Hidden
 from mlx_rsgwm.pipeline.drafting import PREFILL_STEP
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prompt in the caches of one row, and its last hidden state (1, dims)."""
+    """The ids of a prompt, that prompt in the caches of one row, and its last hidden state (1, dims).
 
+    ``middle``: the states (1, length, dims) above the layers that no adapter changes, where the model was split there.
+    """
+
+    prompt: tuple[int, ...]
     caches: tuple[BatchKVCache, ...]
     last: mx.array
+    middle: mx.array | None = None
+
+
+@dataclass(frozen=True)
+class Trail:
+    """A text as the layers below every adapter read it: the states above them (1, length, dims), and row ``place`` of
+    their caches, which may have gone further."""
+
+    tokens: tuple[int, ...]
+    middle: mx.array
+    caches: Sequence[BatchKVCache]
+    place: int
 
 
 def can_batch(model: Any) -> bool:
@@ -30,43 +46,87 @@ def can_batch(model: Any) -> bool:
     return all(type(cache) is KVCache for cache in make_prompt_cache(model))
 
 
-def prefill(model: Any, hidden: Hidden, prompt: Sequence[int]) -> Prefilled:
+def prefill(model: Any, hidden: Hidden, prompt: Sequence[int], below: Below | None = None) -> Prefilled:
     """Read a prompt with the adapter that is active."""
     caches = [BatchKVCache([0]) for _ in make_prompt_cache(model)]
     ids = mx.array([list(prompt)])
+    middle: list[mx.array] = []
     for start in range(0, len(prompt), PREFILL_STEP):
-        states = hidden(ids[:, start : start + PREFILL_STEP], cache=caches)
+        states, between = read_on(hidden, below, ids[:, start : start + PREFILL_STEP], caches)
         mx.eval(states, [cache.state for cache in caches])
-    return Prefilled(tuple(caches), states[:, -1])
+        middle += [] if between is None else [between]
+    return Prefilled(tuple(prompt), tuple(caches), states[:, -1], mx.concatenate(middle, axis=1) if middle else None)
 
 
-def remembering(model: Any, hidden: Hidden, prompt: Sequence[int]) -> Hidden:
+def read_on(
+    hidden: Hidden, below: Below | None, ids: mx.array, caches: Sequence[BatchKVCache]
+) -> tuple[mx.array, mx.array | None]:
+    """Hidden states of ``ids`` (rows, length) after what the caches hold, and those between lower and upper layers."""
+    if below is None:
+        return hidden(ids, cache=caches), None
+    middle = below.lower(ids, cache=caches[: below.count])
+    return below.upper(middle, cache=caches[below.count :]), middle
+
+
+def remembering(
+    model: Any, hidden: Hidden, prompt: Sequence[int], below: Below | None = None, trails: Sequence[Trail] = ()
+) -> Hidden:
     """``hidden`` for ids (rows, length) that begin with one prompt, which is read in the first call and not again.
 
-    Rows that begin otherwise are read whole. The adapter must be the same one in every call.
+    Rows that begin otherwise are read whole. The adapter must be the same one in every call. A single row that begins
+    with the tokens of a trail goes on from its states: the lower layers do not read it again.
     """
     start = mx.array(list(prompt))
     kept: list[tuple[list[BatchKVCache], mx.array]] = []
+    kept_above: list[tuple[list[BatchKVCache], mx.array]] = []
 
     def after(ids: mx.array, cache: Any = None) -> mx.array:
         shared = len(prompt)
         if ids.shape[1] < shared or not mx.all(ids[:, :shared] == start).item():
             return hidden(ids)
-        if not kept:
-            caches = [BatchKVCache([0] * ids.shape[0]) for _ in make_prompt_cache(model)]
-            states = hidden(ids, cache=caches)
-            mx.eval(states, [one.state for one in caches])
-            kept.append(([taken(one, mx.array([0]), shared) for one in caches], states[:1, :shared]))
-            return states
-        caches, known = kept[0]
-        known = mx.repeat(known, ids.shape[0], axis=0)
-        if ids.shape[1] == shared:
-            return known
-        rows = mx.zeros(ids.shape[0], dtype=mx.int32)
-        states = hidden(ids[:, shared:], cache=[taken(one, rows) for one in caches])
-        return mx.concatenate([known, states], axis=1)
+        trail = _along(ids, trails) if below is not None else None
+        if below is not None and trail is not None:
+            whole = _middle(below, ids, trail)
+            return _go_on(below.upper, whole, len(make_prompt_cache(model)) - below.count, shared, kept_above)
+        return _go_on(hidden, ids, len(make_prompt_cache(model)), shared, kept)
 
     return after
+
+
+def _go_on(
+    layers: Hidden, inputs: mx.array, count: int, shared: int, kept: list[tuple[list[BatchKVCache], mx.array]]
+) -> mx.array:
+    """``layers`` on ``inputs`` (rows, length, …) whose first ``shared`` are the same in every call, and ``kept``."""
+    rows = inputs.shape[0]
+    if not kept:
+        caches = [BatchKVCache([0] * rows) for _ in range(count)]
+        states = layers(inputs, cache=caches)
+        mx.eval(states, [one.state for one in caches])
+        kept.append(([taken(one, mx.array([0]), shared) for one in caches], states[:1, :shared]))
+        return states
+    first, known = kept[0]
+    known = mx.repeat(known, rows, axis=0)
+    if inputs.shape[1] == shared:
+        return known
+    states = layers(inputs[:, shared:], cache=[taken(one, mx.zeros(rows, dtype=mx.int32)) for one in first])
+    return mx.concatenate([known, states], axis=1)
+
+
+def _along(ids: mx.array, trails: Sequence[Trail]) -> Trail | None:
+    """The longest trail whose tokens a single row begins with."""
+    if ids.shape[0] != 1:
+        return None
+    row: Any = ids[0].tolist()
+    fitting = [one for one in trails if tuple(row[: len(one.tokens)]) == one.tokens]
+    return max(fitting, key=lambda one: len(one.tokens), default=None)
+
+
+def _middle(below: Below, ids: mx.array, trail: Trail) -> mx.array:
+    known = len(trail.tokens)
+    if ids.shape[1] == known:
+        return trail.middle
+    caches = [taken(cache, mx.array([trail.place]), known) for cache in trail.caches]
+    return mx.concatenate([trail.middle, below.lower(ids[:, known:], cache=caches)], axis=1)
 
 
 def taken(cache: Any, rows: mx.array, length: int | None = None) -> BatchKVCache:

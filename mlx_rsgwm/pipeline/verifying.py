@@ -18,7 +18,7 @@ SCORES = ("yesno", "mean_logprob", "combined")
 
 EMPTY = -1000.0  # nats of a draft without a token, whose probability is taken as 0
 LENGTH_STEP = 8
-PICK_STEP = 32
+PICK_STEP = 8
 
 VerdictIds = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -143,7 +143,8 @@ def _pass(
     verdicts: VerdictIds,
 ) -> tuple[list[float], list[float]]:
     """Log-probabilities (likelihood entries,) and shares of yes (verdict entries,) from one pass over ``rows``."""
-    length = -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
+    # A row by itself is not padded: what is known of its tokens can then be used up to the last.
+    length = max(map(len, rows)) if len(rows) == 1 else -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
     inputs = np.zeros((len(rows), length), dtype=np.int32)  # causal attention keeps padding on the right from all
     for index, row in enumerate(rows):
         inputs[index, : len(row)] = row

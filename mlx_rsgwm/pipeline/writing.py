@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
-from mlx_rsgwm.logits import Parts
+from mlx_rsgwm.logits import Below, Parts
 from mlx_rsgwm.pipeline.drafting import DraftTokens
-from mlx_rsgwm.pipeline.prompts import Prefilled, joined, taken
+from mlx_rsgwm.pipeline.prompts import Prefilled, Trail, joined, read_on, taken
 from mlx_rsgwm.pipeline.sampling import Sampling, choose, choose_exact, uniforms
 
 Caches = Sequence[BatchKVCache]
@@ -30,11 +30,15 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of one length, all read, and the logits (rows, vocabulary) of what follows."""
+    """Rows of one length, all read, and the logits (rows, vocabulary) of what follows.
+
+    ``middle``: the states (rows, prompt and length, dims) between lower and upper layers, where the model is split.
+    """
 
     rows: tuple[_Row, ...]
     caches: Caches
     logits: mx.array
+    middle: mx.array | None
 
     @property
     def length(self) -> int:
@@ -43,10 +47,11 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Aside:
-    """A row that nobody waits for. Its last token is not read; the others are in row ``place`` of ``caches``."""
+    """A row that nobody waits for. Its last token is not read; the others are row ``place`` of a batch, whose caches
+    may have gone further than ``end`` since."""
 
     row: _Row
-    caches: Caches
+    batch: _Batch
     place: int
     end: int
 
@@ -56,7 +61,7 @@ class Writer:
 
     They are those of :func:`~mlx_rsgwm.pipeline.drafting.draft`. The adapter that drafts must be active during every
     step. A draft that left its row while nobody waited for it goes on from there: a retry reads nothing again.
-    ``ended``: the finished drafts by attempt.
+    ``ended``: the finished drafts by attempt. ``trails``: where the model is split, how its lower layers read them.
     """
 
     def __init__(
@@ -67,17 +72,20 @@ class Writer:
         attempts: Sequence[int],
         end_ids: frozenset[int],
         sampling: Sampling,
+        below: Below | None = None,
     ) -> None:
         self._hidden, self._head = parts
+        self._below, self._prompt = below, prefilled.prompt
         self._sampling = sampling
         self._end_ids = end_ids
         count = sampling.max_tokens
         self._stream = {attempt: uniforms(sampling.seed, question, attempt, count) for attempt in attempts}
         logits = self._head(prefilled.last[:, None])[:, 0]
         start = [taken(cache, mx.array([0])) for cache in prefilled.caches]
-        self._batches = [_Batch((_Row((), tuple(attempts)),), start, logits)]
+        self._batches = [_Batch((_Row((), tuple(attempts)),), start, logits, prefilled.middle)]
         self._aside: list[_Aside] = []
         self.ended: dict[int, DraftTokens] = {}
+        self.trails: list[Trail] = []
 
     def step(self, wanted: Collection[int]) -> None:
         """One token more for those of the ``wanted`` attempts that have written least, or the end of them."""
@@ -92,13 +100,16 @@ class Writer:
         followers = self._followers(batch)
         stay = [(place, row) for place, row in followers if any(attempt in wanted for attempt in row.attempts)]
         end = batch.caches[0]._idx if batch.caches else 0
-        self._aside += [_Aside(row, batch.caches, place, end) for place, row in followers if (place, row) not in stay]
+        self._aside += [_Aside(row, batch, place, end) for place, row in followers if (place, row) not in stay]
         if not stay:
             return
         places = [place for place, _ in stay]
-        same = places == list(range(len(batch.rows)))
-        caches = batch.caches if same else [taken(cache, mx.array(places)) for cache in batch.caches]
-        self._read([row for _, row in stay], caches)
+        caches, middle = batch.caches, batch.middle
+        if places != list(range(len(batch.rows))):
+            rows = mx.array(places)
+            caches = [taken(cache, rows) for cache in caches]
+            middle = None if middle is None else middle[rows]
+        self._read([row for _, row in stay], caches, middle)
 
     def _followers(self, batch: _Batch) -> list[tuple[int, _Row]]:
         """The rows that come of a batch's rows with one token more, each with its row's place; ends are noted."""
@@ -114,29 +125,44 @@ class Writer:
         found: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for (place, attempt), token in zip(riding, chosen, strict=True):
             written = batch.rows[place].tokens
-            if token in self._end_ids:
-                self.ended[attempt] = DraftTokens(written, True)
-            elif batch.length + 1 == self._sampling.max_tokens:
-                self.ended[attempt] = DraftTokens((*written, token), False)
+            if token in self._end_ids or batch.length + 1 == self._sampling.max_tokens:
+                finished = token in self._end_ids
+                self.ended[attempt] = DraftTokens(written if finished else (*written, token), finished)
+                self._keep_trail(batch, place)
             else:
                 found.setdefault((place, (*written, token)), []).append(attempt)
         return [(place, _Row(written, tuple(attempts))) for (place, written), attempts in found.items()]
+
+    def _keep_trail(self, batch: _Batch, place: int) -> None:
+        if self._below is None or batch.middle is None:
+            return
+        tokens = (*self._prompt, *batch.rows[place].tokens)
+        if all(trail.tokens != tokens for trail in self.trails):
+            lower = batch.caches[: self._below.count]
+            self.trails.append(Trail(tokens, batch.middle[place : place + 1], lower, place))
 
     def _wake(self, wanted: Collection[int]) -> None:
         waking = [one for one in self._aside if any(attempt in wanted for attempt in one.row.attempts)]
         for one in waking:
             self._aside.remove(one)
-            self._read([one.row], [taken(cache, mx.array([one.place]), one.end) for cache in one.caches])
+            caches = [taken(cache, mx.array([one.place]), one.end) for cache in one.batch.caches]
+            middle = one.batch.middle
+            self._read([one.row], caches, None if middle is None else middle[one.place : one.place + 1])
 
-    def _read(self, rows: Sequence[_Row], caches: Caches) -> None:
+    def _read(self, rows: Sequence[_Row], caches: Caches, middle: mx.array | None) -> None:
         """Read the last token of every row, and put the rows beside those of their length."""
         ids = mx.array([[row.tokens[-1]] for row in rows])
-        logits = self._head(self._hidden(ids, cache=caches)[:, -1:])[:, 0]
-        batch = _Batch(tuple(rows), caches, logits)
+        states, between = read_on(self._hidden, self._below, ids, caches)
+        if middle is not None and between is not None:
+            middle = mx.concatenate([middle, between], axis=1)
+        logits = self._head(states[:, -1:])[:, 0]
+        batch = _Batch(tuple(rows), caches, logits, middle)
         other = next((one for one in self._batches if one.length == batch.length), None)
         if other is not None:
             self._batches.remove(other)
             beside = [joined(first, second) for first, second in zip(other.caches, batch.caches, strict=True)]
-            batch = _Batch((*other.rows, *rows), beside, mx.concatenate([other.logits, logits]))
+            if other.middle is not None and middle is not None:
+                middle = mx.concatenate([other.middle, middle])
+            batch = _Batch((*other.rows, *rows), beside, mx.concatenate([other.logits, logits]), middle)
         self._batches.append(batch)
         mx.async_eval(batch.logits)

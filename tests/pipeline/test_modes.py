@@ -1,11 +1,13 @@
 """The loop's modes: the same drafts and the same decisions in different time; batches of questions say the same."""
 
 import statistics
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.pipeline.drafting import DraftRequest, draft
@@ -112,6 +114,48 @@ def test_drafts_are_the_plain_ones_in_whatever_order_they_are_asked_for(make_pip
         ways.add(len(set(plain)))
     assert len(lengths) > 1 or temperature < 0.7
     assert {0.7: max(ways) > 2, 0.03: {1, 2} & ways and max(ways) > 1, 0.0: ways == {1}}[temperature]
+
+
+@pytest.fixture
+def upper_slots(base, make_adapter):
+    """Two adapters of the upper layer only: the lower one reads a text as the base does."""
+    slots = AdapterSlots(base)
+    for seed, name in enumerate(("drafter", "verifier")):
+        adapter = make_adapter(seed)
+        keep = {key: value for key, value in adapter.weights.items() if ".layers.1." in key}
+        slots.load(name, Adapter(replace(adapter.spec, num_layers=1), keep))
+    return slots
+
+
+@pytest.mark.parametrize("score", ["mean_logprob", "yesno"])
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_the_verifier_reads_on_where_the_lower_layers_have_read(upper_slots, monkeypatch, score, template):
+    def pipeline():
+        config = LoopConfig(3, 1.0, score, Sampling(max_tokens=6, seed=3, temperature=0.05))
+        return ended_early(DraftVerify(upper_slots, TEMPLATES[template], "drafter", "verifier", config))
+
+    found = pipeline()
+    assert upper_slots.first_changed(("drafter", "verifier")) == 1
+    below = found._below()
+    assert below is not None
+    read = []
+    lower = below.lower
+    found._splits[1] = replace(below, lower=lambda ids, cache=None: read.append(ids.shape) or lower(ids, cache=cache))
+    steps = [list(found.steps(question)) for question in QUESTIONS[:6]]
+    # The prompt once, every token of a row once; a verdict's question is new to both.
+    if score == "mean_logprob" or template == "plain":
+        prompts = [shape for shape in read if shape[1] > 12]
+        assert len(prompts) == 6
+    monkeypatch.setattr(AdapterSlots, "first_changed", lambda slots, names: 0)
+    plain = pipeline()
+    plain.end_ids = found.end_ids
+    assert plain._below() is None
+    for before, after in zip([list(plain.steps(question)) for question in QUESTIONS[:6]], steps, strict=True):
+        assert [step for step in after if isinstance(step, Drafted)] == [
+            step for step in before if isinstance(step, Drafted)
+        ]
+        scores = [[step.score for step in one if isinstance(step, Scored)] for one in (before, after)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 def test_what_attempts_have_in_common_is_computed_once(make_pipeline):
