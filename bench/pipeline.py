@@ -62,10 +62,10 @@ def drafter_alone(pipeline: DraftVerify) -> Callable[[str], Any]:
     def run(question: str) -> Any:
         prompt = pipeline.template.draft_prompt(pipeline.tokenizer, question)
         with pipeline.slots.using("drafter"):
-            prefilled = prefill(pipeline.slots.model, pipeline.parts[0], prompt)
-            writer = Writer(pipeline.parts, prefilled, question, [1], pipeline.end_ids, pipeline.config.sampling)
+            prefilled = prefill(pipeline.slots.model, pipeline.parts[0], [prompt])
+            writer = Writer(pipeline.parts, prefilled, [question], [1], pipeline.end_ids, pipeline.config.sampling)
             while not writer.ended:
-                writer.step([1])
+                writer.step([(0, 1)])
 
     return run
 

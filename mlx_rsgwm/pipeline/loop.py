@@ -12,7 +12,7 @@ Every attempt has its own random stream, so the modes differ in time and not in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,7 +21,7 @@ from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.logits import Below, Parts, split_head, split_layers
 from mlx_rsgwm.pipeline.calibration import Calibration, load_calibration
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
-from mlx_rsgwm.pipeline.prompts import Trail, can_batch, prefill, remembering
+from mlx_rsgwm.pipeline.prompts import Along, can_batch, prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.scores import Scorer
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals, make_reading, read, verdict_ids
@@ -170,19 +170,20 @@ class DraftVerify:
         """One question, step by step; the last step is the :class:`Answer`."""
         prompt = self._prompt(question)
         hidden, head = self.parts
-        reader, trails, below = self.parts, list[Trail](), None
+        reader, along = self.parts, None
         if self.batches:
-            below = self._below()
-            reader = (remembering(self.slots.model, hidden, self._read_as(question), below, trails), head)
+            reading_prompt = self._read_as(question)
+            reader = (remembering(self.slots.model, hidden, reading_prompt), head)
+            along = self._along(reading_prompt)
         drafts: list[Drafted] = []
         scores: list[float] = []
         known: dict[DraftTokens, float] = {}
-        for drafted in self._attempts(question, prompt, below, trails):
+        for drafted in self._attempts(question, prompt, along):
             drafts.append(drafted)
             yield drafted
             what = DraftTokens(drafted.tokens, drafted.finished)
             if what not in known:
-                (known[what],) = self.score([question], [drafted], self.config.score, reader)
+                (known[what],) = self.score([question], [drafted], self.config.score, reader, along)
             scores.append(known[what])
             accepted = scores[-1] >= self.config.threshold
             if len(scores) == 1:
@@ -199,26 +200,41 @@ class DraftVerify:
             self._splits[count] = split_layers(self.slots.model, count)
         return self._splits[count]
 
-    def _attempts(
-        self, question: str, prompt: tuple[int, ...], below: Below | None, trails: list[Trail]
-    ) -> Iterator[Drafted]:
-        """Attempts in order, written no further than they are asked for; how they were read goes to ``trails``."""
+    def _along(self, prompt: Sequence[int] = ()) -> Along | None:
+        below = self._below()
+        return Along(self.slots.model, below, prompt) if below is not None else None
+
+    def _attempts(self, question: str, prompt: tuple[int, ...], along: Along | None) -> Iterator[Drafted]:
+        """Attempts in order, written no further than they are asked for; ``along`` learns how they were read."""
         numbers = range(1, self.config.attempts + 1)
         if not self.batches:
             for attempt in numbers:
                 yield self._draft([DraftRequest(prompt, question, attempt)])[0]
             return
-        with self.slots.using(self.drafter):
-            prefilled = prefill(self.slots.model, self.parts[0], prompt, below)
-        writer = Writer(self.parts, prefilled, question, numbers, self.end_ids, self.config.sampling, below)
-        alone = self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked
+        writer = self._writer([question], [prompt], numbers)
+        alone = self._goes_alone()
         for attempt in numbers:
             one = self.config.mode == "sequential" or (alone and attempt == 1)
-            while attempt not in writer.ended:
-                with self.slots.using(self.drafter):
-                    writer.step((attempt,) if one else numbers)
-            trails[:] = writer.trails
-            yield self._drafted(attempt, writer.ended[attempt])
+            found = self._written(writer, 0, attempt, [attempt] if one else numbers)
+            if along is not None:
+                along.add(writer.trails.values())
+            yield found
+
+    def _goes_alone(self) -> bool:
+        return self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked
+
+    def _writer(self, questions: Sequence[str], prompts: Sequence[tuple[int, ...]], attempts: Sequence[int]) -> Writer:
+        below = self._below()
+        with self.slots.using(self.drafter):
+            prefilled = prefill(self.slots.model, self.parts[0], prompts, below)
+        return Writer(self.parts, prefilled, questions, attempts, self.end_ids, self.config.sampling, below)
+
+    def _written(self, writer: Writer, place: int, attempt: int, beside: Sequence[int]) -> Drafted:
+        """One draft to its end; the attempts ``beside`` it are written as far as that takes."""
+        with self.slots.using(self.drafter):
+            while (place, attempt) not in writer.ended:
+                writer.step([(place, other) for other in beside])
+        return self._drafted(attempt, writer.ended[place, attempt])
 
     def _read_as(self, question: str) -> list[int]:
         return self.verify_template.draft_prompt(self.tokenizer, question)
@@ -248,43 +264,82 @@ class DraftVerify:
 
         Attempt k of a question draws from the same random stream as in :meth:`steps`.
         """
-        return self._draft_round(questions, range(1, attempts + 1), batch_rows, progress)
-
-    def _draft_round(
-        self, questions: Sequence[str], attempts: Sequence[int], batch_rows: int, progress: Progress
-    ) -> list[list[Drafted]]:
-        prompts = [self._prompt(question) for question in questions]
-        order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
-        size = max(1, batch_rows // len(attempts))
         drafts: list[list[Drafted]] = [[] for _ in questions]
+        numbers = range(1, attempts + 1)
         with progress.task("draft", len(questions)) as advance:
-            for start in range(0, len(order), size):
-                chunk = order[start : start + size]
-                requests = [
-                    DraftRequest(prompts[index], questions[index], attempt) for index in chunk for attempt in attempts
-                ]
-                found = self._draft(requests)
-                for position, index in enumerate(chunk):
-                    drafts[index] = found[position * len(attempts) : (position + 1) * len(attempts)]
+            for chunk, prompts in self._chunks(questions, batch_rows // attempts):
+                texts = [questions[index] for index in chunk]
+                if self.batches:
+                    written = self._write(self._writer(texts, prompts, numbers), range(len(chunk)), numbers)
+                    found = [written[place, attempt] for place in range(len(chunk)) for attempt in numbers]
+                else:
+                    pairs = zip(texts, prompts, strict=True)
+                    found = self._draft([DraftRequest(p, text, attempt) for text, p in pairs for attempt in numbers])
+                for place, index in enumerate(chunk):
+                    drafts[index] = found[place * attempts : (place + 1) * attempts]
                 advance(len(chunk), "")
         return drafts
 
-    def answer_many(self, questions: Sequence[str], batch_rows: int = 32, progress: Progress = SILENT) -> list[Answer]:
-        """What :meth:`answer` says to each question, ``batch_rows`` drafts or verdicts at a time.
+    def _chunks(self, questions: Sequence[str], size: int) -> Iterator[tuple[list[int], list[tuple[int, ...]]]]:
+        """Places of the questions and their prompts, ``size`` at a time, prompts of like length together."""
+        prompts = [self._prompt(question) for question in questions]
+        order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
+        for start in range(0, len(order), max(1, size)):
+            chunk = order[start : start + max(1, size)]
+            yield chunk, [prompts[index] for index in chunk]
 
-        All first attempts are drafted and scored, then the second ones of what was not accepted, and so on.
+    def _write(self, writer: Writer, places: Iterable[int], attempts: Sequence[int]) -> dict[tuple[int, int], Drafted]:
+        """All these drafts to their ends."""
+        wanted = [(place, attempt) for place in places for attempt in attempts]
+        with self.slots.using(self.drafter):
+            while any(key not in writer.ended for key in wanted):
+                writer.step(wanted)
+        return {key: self._drafted(key[1], writer.ended[key]) for key in wanted}
+
+    def answer_many(self, questions: Sequence[str], batch_rows: int = 32, progress: Progress = SILENT) -> list[Answer]:
+        """What :meth:`answer` says to each question, at most ``batch_rows`` drafts or verdicts at a time.
+
+        In mode ``sequential``, and in ``adaptive`` while first drafts have mostly been accepted, all first attempts of
+        a batch of questions are drafted and scored, then the second ones of what was not accepted, and so on; else all
+        attempts are drafted together. What the attempts at a question share is computed once either way.
         """
+        answers: dict[int, Answer] = {}
+        numbers = range(1, self.config.attempts + 1)
+        with progress.task("answer", len(questions)) as advance:
+            for chunk, prompts in self._chunks(questions, batch_rows // len(numbers)):
+                found = self._answer_chunk([questions[index] for index in chunk], prompts, batch_rows)
+                answers |= dict(zip(chunk, found, strict=True))
+                advance(len(chunk), "")
+        return [answers[index] for index in range(len(questions))]
+
+    def _answer_chunk(
+        self, questions: Sequence[str], prompts: Sequence[tuple[int, ...]], batch_rows: int
+    ) -> list[Answer]:
+        numbers = range(1, self.config.attempts + 1)
+        alone = self.config.mode == "sequential" or self._goes_alone()
+        writer = self._writer(questions, prompts, numbers) if self.batches else None
+        along = self._along() if writer is not None else None
         drafts: list[list[Drafted]] = [[] for _ in questions]
         scores: list[list[float]] = [[] for _ in questions]
         pending = list(range(len(questions)))
-        for attempt in range(1, self.config.attempts + 1):
-            texts = [questions[index] for index in pending]
-            drafted = self._draft_round(texts, [attempt], batch_rows, progress)
-            found = self.score_many(texts, [one for (one,) in drafted], self.config.score, batch_rows, progress)
-            for index, (made,), score in zip(pending, drafted, found, strict=True):
-                drafts[index].append(made)
-                scores[index].append(score)
-            pending = [index for index in pending if scores[index][-1] < self.config.threshold]
+        for attempt in numbers:
+            if writer is not None:
+                ahead = [attempt] if alone else numbers[attempt - 1 :]
+                written = self._write(writer, pending, ahead)
+                made = [written[place, attempt] for place in pending]
+            else:
+                made = self._draft([DraftRequest(prompts[place], questions[place], attempt) for place in pending])
+            if along is not None and writer is not None:
+                along.add(writer.trails.values())
+            texts = [questions[place] for place in pending]
+            found = self.score_many(texts, made, self.config.score, batch_rows, along=along)
+            for place, drafted, score in zip(pending, made, found, strict=True):
+                drafts[place].append(drafted)
+                scores[place].append(score)
+            if attempt == 1:
+                self._asked += len(found)
+                self._accepted_first += sum(score >= self.config.threshold for score in found)
+            pending = [place for place in pending if scores[place][-1] < self.config.threshold]
             if not pending:
                 break
         return [self._answer(item, found) for item, found in zip(drafts, scores, strict=True)]
@@ -311,11 +366,14 @@ class DraftVerify:
         score: str,
         batch_rows: int = 32,
         progress: Progress = SILENT,
+        along: Along | None = None,
     ) -> list[float]:
         """Scores of (question, draft) pairs in batches, as :meth:`score` gives them."""
         scorer = self.scorer(score)
         needs = (scorer.needs_verdict, scorer.needs_logprobs)
-        found: list[float] = scorer.values(self.signals_many(questions, drafts, *needs, batch_rows, progress)).tolist()
+        found: list[float] = scorer.values(
+            self.signals_many(questions, drafts, *needs, batch_rows, progress, along)
+        ).tolist()
         return found
 
     def signals_many(
@@ -326,6 +384,7 @@ class DraftVerify:
         logprobs: bool = True,
         batch_rows: int = 32,
         progress: Progress = SILENT,
+        along: Along | None = None,
     ) -> list[Signals]:
         """:meth:`signals` in batches of like length; equal pairs are read once."""
         pairs = list(zip(questions, drafts, strict=True))
@@ -339,17 +398,25 @@ class DraftVerify:
             for start in range(0, len(order), batch_rows):
                 chunk = order[start : start + batch_rows]
                 texts, items = [questions[index] for index in chunk], [drafts[index] for index in chunk]
-                found.update(zip(chunk, self.signals(texts, items, verdict, logprobs), strict=True))
+                found.update(zip(chunk, self.signals(texts, items, verdict, logprobs, along=along), strict=True))
                 advance(len(chunk), "")
         return [found[index] for index in owner]
 
     def score(
-        self, questions: Sequence[str], drafts: Sequence[Drafted], score: str, parts: Parts | None = None
+        self,
+        questions: Sequence[str],
+        drafts: Sequence[Drafted],
+        score: str,
+        parts: Parts | None = None,
+        along: Along | None = None,
     ) -> list[float]:
-        """Scores of (question, draft) pairs by the verifier, in one forward pass; ``parts`` if not the model's."""
+        """Scores of (question, draft) pairs by the verifier, in one forward pass.
+
+        ``parts`` if not the model's; what ``along`` knows is not read again.
+        """
         scorer = self.scorer(score)
         needs = (scorer.needs_verdict, scorer.needs_logprobs)
-        found: list[float] = scorer.values(self.signals(questions, drafts, *needs, parts)).tolist()
+        found: list[float] = scorer.values(self.signals(questions, drafts, *needs, parts, along)).tolist()
         return found
 
     def signals(
@@ -359,6 +426,7 @@ class DraftVerify:
         verdict: bool = True,
         logprobs: bool = True,
         parts: Parts | None = None,
+        along: Along | None = None,
     ) -> list[Signals]:
         """What the verifier says of (question, draft) pairs, all scores' parts in one forward pass."""
         # A draft that ended by itself also chose to end; one that was cut off did not.
@@ -371,7 +439,7 @@ class DraftVerify:
             for question, item in zip(questions, drafts, strict=True)
         ]
         with self.slots.using(self.verifier):
-            return read(self.parts if parts is None else parts, readings, self.verdict_ids)
+            return read(self.parts if parts is None else parts, readings, self.verdict_ids, along)
 
     def as_draft(self, answer: str) -> Drafted:
         """A given answer text in the form of a draft, so that it can be scored."""

@@ -6,7 +6,7 @@ needed; the kept rows themselves never change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,18 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from mlx_rsgwm.logits import Below, Hidden
 from mlx_rsgwm.pipeline.drafting import PREFILL_STEP
 
+# Tokens by which a cache grows. mlx-lm's 256 make a batch whose rows change copy mostly zeros.
+GROWTH = 16
+
 
 @dataclass(frozen=True)
 class Prefilled:
-    """The ids of a prompt, that prompt in the caches of one row, and its last hidden state (1, dims).
+    """Prompts in the rows of caches, padded on the left, and their last hidden states (rows, dims).
 
-    ``middle``: the states (1, length, dims) above the layers that no adapter changes, where the model was split there.
+    ``middle``: the states (rows, length, dims) above the layers that no adapter changes, where the model was split.
     """
 
-    prompt: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
     caches: tuple[BatchKVCache, ...]
     last: mx.array
     middle: mx.array | None = None
@@ -33,12 +36,13 @@ class Prefilled:
 @dataclass(frozen=True)
 class Trail:
     """A text as the layers below every adapter read it: the states above them (1, length, dims), and row ``place`` of
-    their caches, which may have gone further."""
+    their caches up to ``end``; these may have gone further."""
 
     tokens: tuple[int, ...]
     middle: mx.array
     caches: Sequence[BatchKVCache]
     place: int
+    end: int
 
 
 def can_batch(model: Any) -> bool:
@@ -46,16 +50,19 @@ def can_batch(model: Any) -> bool:
     return all(type(cache) is KVCache for cache in make_prompt_cache(model))
 
 
-def prefill(model: Any, hidden: Hidden, prompt: Sequence[int], below: Below | None = None) -> Prefilled:
-    """Read a prompt with the adapter that is active."""
-    caches = [BatchKVCache([0]) for _ in make_prompt_cache(model)]
-    ids = mx.array([list(prompt)])
+def prefill(model: Any, hidden: Hidden, prompts: Sequence[Sequence[int]], below: Below | None = None) -> Prefilled:
+    """Read prompts, each in a row, with the adapter that is active."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    caches = [BatchKVCache(padding) for _ in make_prompt_cache(model)]
+    ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     middle: list[mx.array] = []
-    for start in range(0, len(prompt), PREFILL_STEP):
+    for start in range(0, longest, PREFILL_STEP):
         states, between = read_on(hidden, below, ids[:, start : start + PREFILL_STEP], caches)
         mx.eval(states, [cache.state for cache in caches])
         middle += [] if between is None else [between]
-    return Prefilled(tuple(prompt), tuple(caches), states[:, -1], mx.concatenate(middle, axis=1) if middle else None)
+    whole = mx.concatenate(middle, axis=1) if middle else None
+    return Prefilled(tuple(map(tuple, prompts)), tuple(caches), states[:, -1], whole)
 
 
 def read_on(
@@ -68,71 +75,91 @@ def read_on(
     return below.upper(middle, cache=caches[below.count :]), middle
 
 
-def remembering(
-    model: Any, hidden: Hidden, prompt: Sequence[int], below: Below | None = None, trails: Sequence[Trail] = ()
-) -> Hidden:
+def remembering(model: Any, hidden: Hidden, prompt: Sequence[int]) -> Hidden:
     """``hidden`` for ids (rows, length) that begin with one prompt, which is read in the first call and not again.
 
-    Rows that begin otherwise are read whole. The adapter must be the same one in every call. A single row that begins
-    with the tokens of a trail goes on from its states: the lower layers do not read it again.
+    Rows that begin otherwise are read whole. The adapter must be the same one in every call.
     """
     start = mx.array(list(prompt))
-    kept: list[tuple[list[BatchKVCache], mx.array]] = []
-    kept_above: list[tuple[list[BatchKVCache], mx.array]] = []
+    go_on = _Remembered(hidden, len(make_prompt_cache(model)), len(prompt))
 
     def after(ids: mx.array, cache: Any = None) -> mx.array:
-        shared = len(prompt)
-        if ids.shape[1] < shared or not mx.all(ids[:, :shared] == start).item():
+        if ids.shape[1] < len(prompt) or not mx.all(ids[:, : len(prompt)] == start).item():
             return hidden(ids)
-        trail = _along(ids, trails) if below is not None else None
-        if below is not None and trail is not None:
-            whole = _middle(below, ids, trail)
-            return _go_on(below.upper, whole, len(make_prompt_cache(model)) - below.count, shared, kept_above)
-        return _go_on(hidden, ids, len(make_prompt_cache(model)), shared, kept)
+        return go_on(ids)
 
     return after
 
 
-def _go_on(
-    layers: Hidden, inputs: mx.array, count: int, shared: int, kept: list[tuple[list[BatchKVCache], mx.array]]
-) -> mx.array:
-    """``layers`` on ``inputs`` (rows, length, …) whose first ``shared`` are the same in every call, and ``kept``."""
-    rows = inputs.shape[0]
-    if not kept:
-        caches = [BatchKVCache([0] * rows) for _ in range(count)]
-        states = layers(inputs, cache=caches)
-        mx.eval(states, [one.state for one in caches])
-        kept.append(([taken(one, mx.array([0]), shared) for one in caches], states[:1, :shared]))
-        return states
-    first, known = kept[0]
-    known = mx.repeat(known, rows, axis=0)
-    if inputs.shape[1] == shared:
-        return known
-    states = layers(inputs[:, shared:], cache=[taken(one, mx.zeros(rows, dtype=mx.int32)) for one in first])
-    return mx.concatenate([known, states], axis=1)
+class Along:
+    """What the layers above the split make of texts that the drafter's lower layers have read already.
+
+    Called with rows of ids and a length: their states (rows, length, dims), padded on the right; None where some row
+    has no trail to its end (a single row may go beyond it). ``prompt`` is kept from one single row to the next that
+    begins with it. The adapter must be the same one in every call.
+    """
+
+    def __init__(self, model: Any, below: Below, prompt: Sequence[int] = ()) -> None:
+        self._below, self._prompt = below, tuple(prompt)
+        self._go_on = _Remembered(below.upper, len(make_prompt_cache(model)) - below.count, len(prompt))
+        self._trails: dict[tuple[int, ...], Trail] = {}
+
+    def add(self, trails: Iterable[Trail]) -> None:
+        """Trails that may be gone along from now on."""
+        self._trails |= {trail.tokens: trail for trail in trails}
+
+    def __call__(self, rows: Sequence[tuple[int, ...]], length: int) -> mx.array | None:
+        if len(rows) == 1 and length == len(rows[0]):
+            return self._one(rows[0])
+        if any(row not in self._trails for row in rows):
+            return None
+        middle = [mx.pad(self._trails[row].middle, ((0, 0), (0, length - len(row)), (0, 0))) for row in rows]
+        return self._below.upper(mx.concatenate(middle))
+
+    def _one(self, row: tuple[int, ...]) -> mx.array | None:
+        fitting = (trail for tokens, trail in self._trails.items() if row[: len(tokens)] == tokens)
+        trail = max(fitting, key=lambda one: len(one.tokens), default=None)
+        if trail is None:
+            return None
+        middle = trail.middle
+        if len(row) > len(trail.tokens):
+            caches = [taken(cache, mx.array([trail.place]), trail.end) for cache in trail.caches]
+            rest = self._below.lower(mx.array([row[len(trail.tokens) :]]), cache=caches)
+            middle = mx.concatenate([middle, rest], axis=1)
+        if not self._prompt or row[: len(self._prompt)] != self._prompt:
+            return self._below.upper(middle)
+        return self._go_on(middle)
 
 
-def _along(ids: mx.array, trails: Sequence[Trail]) -> Trail | None:
-    """The longest trail whose tokens a single row begins with."""
-    if ids.shape[0] != 1:
-        return None
-    row: Any = ids[0].tolist()
-    fitting = [one for one in trails if tuple(row[: len(one.tokens)]) == one.tokens]
-    return max(fitting, key=lambda one: len(one.tokens), default=None)
+class _Remembered:
+    """``layers``, which keep ``count`` caches, on inputs (rows, length, …) whose first ``shared`` never change."""
 
+    def __init__(self, layers: Hidden, count: int, shared: int) -> None:
+        self._layers, self._count, self._shared = layers, count, shared
+        self._kept: tuple[list[BatchKVCache], mx.array] | None = None
 
-def _middle(below: Below, ids: mx.array, trail: Trail) -> mx.array:
-    known = len(trail.tokens)
-    if ids.shape[1] == known:
-        return trail.middle
-    caches = [taken(cache, mx.array([trail.place]), known) for cache in trail.caches]
-    return mx.concatenate([trail.middle, below.lower(ids[:, known:], cache=caches)], axis=1)
+    def __call__(self, inputs: mx.array) -> mx.array:
+        rows = inputs.shape[0]
+        if self._kept is None:
+            caches = [BatchKVCache([0] * rows) for _ in range(self._count)]
+            states = self._layers(inputs, cache=caches)
+            mx.eval(states, [one.state for one in caches])
+            self._kept = [taken(one, mx.array([0]), self._shared) for one in caches], states[:1, : self._shared]
+            return states
+        first, known = self._kept
+        known = mx.repeat(known, rows, axis=0)
+        if inputs.shape[1] == self._shared:
+            return known
+        caches = [taken(one, mx.zeros(rows, dtype=mx.int32)) for one in first]
+        return mx.concatenate([known, self._layers(inputs[:, self._shared :], cache=caches)], axis=1)
 
 
 def taken(cache: Any, rows: mx.array, length: int | None = None) -> BatchKVCache:
-    """A new cache with the ``rows`` of an old one that has no padding, up to ``length``; the old one keeps all."""
+    """A new cache with the ``rows`` of an old one up to ``length``, padding included; the old one keeps all."""
     end = cache._idx if length is None else length
     taken: Any = BatchKVCache([0] * rows.size)
+    taken.step = GROWTH
+    taken.left_padding = cache.left_padding[rows]
     taken.keys, taken.values = (x[rows, :, :end] for x in (cache.keys, cache.values))
     taken.offset, taken._idx = cache.offset[rows] - (cache._idx - end), end
     found: BatchKVCache = taken
@@ -140,9 +167,11 @@ def taken(cache: Any, rows: mx.array, length: int | None = None) -> BatchKVCache
 
 
 def joined(first: Any, second: Any) -> BatchKVCache:
-    """A new cache with the rows of two that have read as many tokens, none of them padded."""
+    """A new cache with the rows of two that are equally long, padding included."""
     end = first._idx
     found: Any = BatchKVCache([0] * (first.keys.shape[0] + second.keys.shape[0]))
+    found.step = GROWTH
+    found.left_padding = mx.concatenate([first.left_padding, second.left_padding])
     found.keys = mx.concatenate([first.keys[:, :, :end], second.keys[:, :, :end]])
     found.values = mx.concatenate([first.values[:, :, :end], second.values[:, :, :end]])
     found.offset, found._idx = mx.concatenate([first.offset, second.offset]), end

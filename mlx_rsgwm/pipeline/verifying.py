@@ -13,6 +13,7 @@ import numpy as np
 from mlx_rsgwm.cpu import cross_entropy
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.logits import Parts
+from mlx_rsgwm.pipeline.prompts import Along
 
 SCORES = ("yesno", "mean_logprob", "combined")
 
@@ -103,11 +104,11 @@ def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
     return tuple(sorted(yes - shared - {own[1]})), tuple(sorted(no - shared - {own[0]}))
 
 
-def read(parts: Parts, readings: Sequence[Reading], verdicts: VerdictIds) -> list[Signals]:
+def read(parts: Parts, readings: Sequence[Reading], verdicts: VerdictIds, along: Along | None = None) -> list[Signals]:
     """One forward pass over all readings; mean, minimum and number of token log-probabilities come together.
 
     Where the verifying prompt begins with the drafting prompt and the draft, as that of a plain template does, both
-    parts are read in one row.
+    parts are read in one row. Rows that ``along`` knows are not read from the start.
     """
     rows: list[tuple[int, ...]] = []
     likelihood: list[tuple[int, int, int]] = []  # row, position, the token that stands next
@@ -124,7 +125,7 @@ def read(parts: Parts, readings: Sequence[Reading], verdicts: VerdictIds) -> lis
         if reading.verdict_prompt is not None:
             rows.append(reading.verdict_prompt)
             verdict.append((len(rows) - 1, len(reading.verdict_prompt) - 1))
-    logprobs, yes = _pass(parts, rows, likelihood, verdict, verdicts) if rows else ([], [])
+    logprobs, yes = _pass(parts, rows, likelihood, verdict, verdicts, along) if rows else ([], [])
     signals, at, judged = [], 0, iter(yes)
     for reading in readings:
         own = None
@@ -141,19 +142,22 @@ def _pass(
     likelihood: Sequence[tuple[int, int, int]],
     verdict: Sequence[tuple[int, int]],
     verdicts: VerdictIds,
+    along: Along | None,
 ) -> tuple[list[float], list[float]]:
     """Log-probabilities (likelihood entries,) and shares of yes (verdict entries,) from one pass over ``rows``."""
     # A row by itself is not padded: what is known of its tokens can then be used up to the last.
     length = max(map(len, rows)) if len(rows) == 1 else -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
-    inputs = np.zeros((len(rows), length), dtype=np.int32)  # causal attention keeps padding on the right from all
-    for index, row in enumerate(rows):
-        inputs[index, : len(row)] = row
     places = [row * length + position for row, position, *_ in [*likelihood, *verdict]]
     # Few shapes, so that little is compiled.
     picks = np.zeros(-(-len(places) // PICK_STEP) * PICK_STEP, dtype=np.int32)
     picks[: len(places)] = places
     hidden, head = parts
-    states = hidden(mx.array(inputs))
+    states = along(rows, length) if along is not None else None
+    if states is None:
+        inputs = np.zeros((len(rows), length), dtype=np.int32)  # causal attention keeps padding on the right from all
+        for index, row in enumerate(rows):
+            inputs[index, : len(row)] = row
+        states = hidden(mx.array(inputs))
     logits = head(states.reshape(-1, states.shape[-1])[mx.array(picks)]).astype(mx.float32)
     logprobs: Any = []
     yes: Any = []

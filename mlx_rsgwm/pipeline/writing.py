@@ -1,4 +1,4 @@
-"""Drafts of one prompt, written side by side, where drafts that say the same are written once.
+"""Drafts written side by side, where drafts of a prompt that say the same are written once.
 
 At low temperature the attempts at a question mostly begin alike, and often are alike. Attempts that have written the
 same tokens so far are one row of the batch; where their random streams choose different tokens, the row is split.
@@ -20,12 +20,13 @@ from mlx_rsgwm.pipeline.prompts import Prefilled, Trail, joined, read_on, taken
 from mlx_rsgwm.pipeline.sampling import Sampling, choose, choose_exact, uniforms
 
 Caches = Sequence[BatchKVCache]
+Key = tuple[int, int]  # place of the question, number of the attempt
 
 
 @dataclass(frozen=True)
 class _Row:
     tokens: tuple[int, ...]
-    attempts: tuple[int, ...]
+    attempts: tuple[Key, ...]
 
 
 @dataclass(frozen=True)
@@ -57,38 +58,46 @@ class _Aside:
 
 
 class Writer:
-    """Drafts of one prompt, each with its own random stream, written no further than they are asked for.
+    """Drafts of some prompts, each with its own random stream, written no further than they are asked for.
+
+    A draft goes by the place of its question and the number of its attempt.
 
     They are those of :func:`~mlx_rsgwm.pipeline.drafting.draft`. The adapter that drafts must be active during every
     step. A draft that left its row while nobody waited for it goes on from there: a retry reads nothing again.
-    ``ended``: the finished drafts by attempt. ``trails``: where the model is split, how its lower layers read them.
+    ``ended``: the finished drafts. ``trails``: where the model is split, how its lower layers read them.
     """
 
     def __init__(
         self,
         parts: Parts,
         prefilled: Prefilled,
-        question: str,
+        questions: Sequence[str],
         attempts: Sequence[int],
         end_ids: frozenset[int],
         sampling: Sampling,
         below: Below | None = None,
     ) -> None:
         self._hidden, self._head = parts
-        self._below, self._prompt = below, prefilled.prompt
+        self._below, self._prompts = below, prefilled.prompts
         self._sampling = sampling
         self._end_ids = end_ids
         count = sampling.max_tokens
-        self._stream = {attempt: uniforms(sampling.seed, question, attempt, count) for attempt in attempts}
+        self._stream = {
+            (place, attempt): uniforms(sampling.seed, question, attempt, count)
+            for place, question in enumerate(questions)
+            for attempt in attempts
+        }
         logits = self._head(prefilled.last[:, None])[:, 0]
-        start = [taken(cache, mx.array([0])) for cache in prefilled.caches]
-        self._batches = [_Batch((_Row((), tuple(attempts)),), start, logits, prefilled.middle)]
+        start = [taken(cache, mx.arange(len(questions))) for cache in prefilled.caches]
+        rows = tuple(_Row((), tuple((place, attempt) for attempt in attempts)) for place in range(len(questions)))
+        self._batches = [_Batch(rows, start, logits, prefilled.middle)]
         self._aside: list[_Aside] = []
-        self.ended: dict[int, DraftTokens] = {}
-        self.trails: list[Trail] = []
+        self.ended: dict[Key, DraftTokens] = {}
+        self.trails: dict[tuple[int, ...], Trail] = {}
 
-    def step(self, wanted: Collection[int]) -> None:
+    def step(self, wanted: Collection[Key]) -> None:
         """One token more for those of the ``wanted`` attempts that have written least, or the end of them."""
+        wanted = set(wanted)
         self._wake(wanted)
         waited_for = [
             batch for batch in self._batches if any(attempt in wanted for row in batch.rows for attempt in row.attempts)
@@ -122,7 +131,7 @@ class Writer:
         if not mx.all(certain).item():
             tokens = choose_exact(batch.logits, uniform, temperature, top_p, rows)
         chosen: Any = tokens.tolist()
-        found: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        found: dict[tuple[int, tuple[int, ...]], list[Key]] = {}
         for (place, attempt), token in zip(riding, chosen, strict=True):
             written = batch.rows[place].tokens
             if token in self._end_ids or batch.length + 1 == self._sampling.max_tokens:
@@ -136,18 +145,24 @@ class Writer:
     def _keep_trail(self, batch: _Batch, place: int) -> None:
         if self._below is None or batch.middle is None:
             return
-        tokens = (*self._prompt, *batch.rows[place].tokens)
-        if all(trail.tokens != tokens for trail in self.trails):
-            lower = batch.caches[: self._below.count]
-            self.trails.append(Trail(tokens, batch.middle[place : place + 1], lower, place))
+        row = batch.rows[place]
+        prompt = self._prompts[row.attempts[0][0]]
+        tokens = (*prompt, *row.tokens)
+        if tokens not in self.trails:
+            lower, end = batch.caches[: self._below.count], batch.middle.shape[1]
+            middle = batch.middle[place : place + 1, end - len(tokens) :]
+            self.trails[tokens] = Trail(tokens, middle, lower, place, end)
 
-    def _wake(self, wanted: Collection[int]) -> None:
-        waking = [one for one in self._aside if any(attempt in wanted for attempt in one.row.attempts)]
-        for one in waking:
+    def _wake(self, wanted: Collection[Key]) -> None:
+        groups: dict[tuple[int, int], list[_Aside]] = {}
+        for one in [one for one in self._aside if any(attempt in wanted for attempt in one.row.attempts)]:
             self._aside.remove(one)
-            caches = [taken(cache, mx.array([one.place]), one.end) for cache in one.batch.caches]
-            middle = one.batch.middle
-            self._read([one.row], caches, None if middle is None else middle[one.place : one.place + 1])
+            groups.setdefault((id(one.batch), one.end), []).append(one)
+        for group in groups.values():
+            batch, rows = group[0].batch, mx.array([one.place for one in group])
+            middle = None if batch.middle is None else batch.middle[rows]
+            caches = [taken(cache, rows, group[0].end) for cache in batch.caches]
+            self._read([one.row for one in group], caches, middle)
 
     def _read(self, rows: Sequence[_Row], caches: Caches, middle: mx.array | None) -> None:
         """Read the last token of every row, and put the rows beside those of their length."""

@@ -73,10 +73,14 @@ def test_modes_decide_alike(make_pipeline, score):
     assert {accepted for _, _, accepted in expected.values()} == {True, False}
 
 
-def test_many_questions_at_once_get_the_same_answers(make_pipeline):
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+@pytest.mark.parametrize("temperature", [0.7, 0.05])
+def test_many_questions_at_once_get_the_same_answers(make_pipeline, mode, temperature):
     pipeline = ended_early(make_pipeline("parallel"))
-    median = statistics.median(pipeline.answer(question).score for question in QUESTIONS[:9])
-    pipeline.config = LoopConfig(3, median, "mean_logprob", SAMPLING)
+    sampling = replace(SAMPLING, temperature=temperature)
+    pipeline.config = LoopConfig(3, 0.5, "mean_logprob", sampling, mode)
+    low, high = sorted({pipeline.answer(question).score for question in QUESTIONS[:12]})[4:6]
+    pipeline.config = replace(pipeline.config, threshold=(low + high) / 2)  # nobody's score: round-off decides nothing
     one_by_one = [pipeline.answer(question) for question in QUESTIONS[:20]]
     together = pipeline.answer_many(QUESTIONS[:20], batch_rows=7)
     for alone, batched in zip(one_by_one, together, strict=True):
@@ -103,13 +107,14 @@ def test_drafts_are_the_plain_ones_in_whatever_order_they_are_asked_for(make_pip
                 draft(pipeline.slots.model, pipeline.parts, pipeline.end_ids, [request], sampling)[0]
                 for request in requests
             ]
-            prefilled = prefill(pipeline.slots.model, pipeline.parts[0], prompt)
+            prefilled = prefill(pipeline.slots.model, pipeline.parts[0], [prompt])
             for order in ORDERS:  # all from the same caches of the prompt
-                writer = Writer(pipeline.parts, prefilled, question, (1, 2, 3, 4), pipeline.end_ids, sampling)
+                writer = Writer(pipeline.parts, prefilled, [question], (1, 2, 3, 4), pipeline.end_ids, sampling)
                 for wanted in order:
-                    while not writer.ended.keys() >= set(wanted):
-                        writer.step(wanted)
-                assert [writer.ended[attempt] for attempt in (1, 2, 3, 4)] == plain
+                    keys = {(0, attempt) for attempt in wanted}
+                    while not writer.ended.keys() >= keys:
+                        writer.step(keys)
+                assert [writer.ended[0, attempt] for attempt in (1, 2, 3, 4)] == plain
         lengths |= {len(item.tokens) for item in plain}
         ways.add(len(set(plain)))
     assert len(lengths) > 1 or temperature < 0.7
@@ -146,6 +151,7 @@ def test_the_verifier_reads_on_where_the_lower_layers_have_read(upper_slots, mon
     if score == "mean_logprob" or template == "plain":
         prompts = [shape for shape in read if shape[1] > 12]
         assert len(prompts) == 6
+    together = found.answer_many(QUESTIONS[:6], batch_rows=9)
     monkeypatch.setattr(AdapterSlots, "first_changed", lambda slots, names: 0)
     plain = pipeline()
     plain.end_ids = found.end_ids
@@ -156,6 +162,9 @@ def test_the_verifier_reads_on_where_the_lower_layers_have_read(upper_slots, mon
         ]
         scores = [[step.score for step in one if isinstance(step, Scored)] for one in (before, after)]
         assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    for answer, (*_, alone) in zip(together, steps, strict=True):
+        assert (answer.text, answer.attempts) == (alone.text, alone.attempts)
+        assert answer.score == pytest.approx(alone.score, abs=1e-5)
 
 
 def test_what_attempts_have_in_common_is_computed_once(make_pipeline):
