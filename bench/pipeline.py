@@ -32,7 +32,7 @@ from mlx_rsgwm.data.tasks import questions_for
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.pipeline.calibration import load_calibration
 from mlx_rsgwm.pipeline.loop import Answer, Drafted, DraftVerify, LoopConfig
-from mlx_rsgwm.pipeline.prompts import prefill
+from mlx_rsgwm.pipeline.prompts import GROWTH, prefill
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.writing import Writer
 from mlx_rsgwm.slots import AdapterSlots
@@ -174,7 +174,7 @@ def memory_ratio(pipeline: DraftVerify, question: str) -> float:
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     length = len(pipeline.template.draft_prompt(pipeline.tokenizer, question)) + pipeline.config.sampling.max_tokens
-    length = -(-length // 256) * 256
+    length = -(-length // GROWTH) * GROWTH
     rows = pipeline.config.attempts + 2  # the drafts and, of either adapter, the prompt
     caches = config["num_hidden_layers"] * 2 * rows * heads * size * length * 4
     # What else the process holds (other pipelines, copies for the peer) is not this pipeline's.

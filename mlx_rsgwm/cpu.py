@@ -54,6 +54,14 @@ def partition(values: mx.array, place: int, axis: int = -1) -> mx.array:
     return mx.array(np.partition(np.array(values, copy=False), place, axis=axis))
 
 
+def largest(values: mx.array, count: int) -> mx.array:
+    """Indices (..., count) of the ``count`` largest entries (float32) along the last axis, in no order; see above."""
+    place = values.shape[-1] - count
+    if not applies():
+        return mx.argpartition(values, place, axis=-1)[..., place:]
+    return mx.array(np.argpartition(np.array(values, copy=False), place, axis=-1)[..., place:].astype(np.uint32))
+
+
 @mx.custom_function
 def _gated(gate: mx.array, up: mx.array) -> mx.array:
     return gate * up / (1 + mx.power(math.e, -gate))

@@ -98,3 +98,15 @@ def test_attention_hands_on_what_is_not_float32():
     found = cpu.attention(queries, keys, values, None, 0.3, "causal")
     expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask="causal")
     assert mx.array_equal(found, expected).item()
+
+
+@pytest.mark.parametrize("place", [0, 7, 62])
+def test_partition_puts_the_same_value_at_its_place(place):
+    values = mx.random.normal((3, 63))
+    found, expected = cpu.partition(values, place), mx.sort(values, axis=-1)
+    assert mx.array_equal(found[:, place], expected[:, place]).item()
+    assert mx.array_equal(mx.sort(found[:, : place + 1], axis=-1), expected[:, : place + 1]).item()
+    best = mx.sort(mx.take_along_axis(values, cpu.largest(values, place + 1), axis=-1), axis=-1)
+    assert mx.array_equal(best, expected[:, 63 - place - 1 :]).item()
+    flat = values.reshape(-1)
+    assert cpu.partition(flat, 100)[100].item() == mx.sort(flat)[100].item()

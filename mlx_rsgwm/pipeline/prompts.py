@@ -54,7 +54,7 @@ def prefill(model: Any, hidden: Hidden, prompts: Sequence[Sequence[int]], below:
     """Read prompts, each in a row, with the adapter that is active."""
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    caches = [BatchKVCache(padding) for _ in make_prompt_cache(model)]
+    caches = [_fresh(padding) for _ in make_prompt_cache(model)]
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     middle: list[mx.array] = []
     for start in range(0, longest, PREFILL_STEP):
@@ -141,7 +141,7 @@ class _Remembered:
     def __call__(self, inputs: mx.array) -> mx.array:
         rows = inputs.shape[0]
         if self._kept is None:
-            caches = [BatchKVCache([0] * rows) for _ in range(self._count)]
+            caches = [_fresh([0] * rows) for _ in range(self._count)]
             states = self._layers(inputs, cache=caches)
             mx.eval(states, [one.state for one in caches])
             self._kept = [taken(one, mx.array([0]), self._shared) for one in caches], states[:1, : self._shared]
@@ -154,11 +154,17 @@ class _Remembered:
         return mx.concatenate([known, self._layers(inputs[:, self._shared :], cache=caches)], axis=1)
 
 
+def _fresh(padding: list[int]) -> BatchKVCache:
+    cache: Any = BatchKVCache(padding)
+    cache.step = GROWTH
+    found: BatchKVCache = cache
+    return found
+
+
 def taken(cache: Any, rows: mx.array, length: int | None = None) -> BatchKVCache:
     """A new cache with the ``rows`` of an old one up to ``length``, padding included; the old one keeps all."""
     end = cache._idx if length is None else length
-    taken: Any = BatchKVCache([0] * rows.size)
-    taken.step = GROWTH
+    taken: Any = _fresh([0] * rows.size)
     taken.left_padding = cache.left_padding[rows]
     taken.keys, taken.values = (x[rows, :, :end] for x in (cache.keys, cache.values))
     taken.offset, taken._idx = cache.offset[rows] - (cache._idx - end), end
@@ -169,8 +175,7 @@ def taken(cache: Any, rows: mx.array, length: int | None = None) -> BatchKVCache
 def joined(first: Any, second: Any) -> BatchKVCache:
     """A new cache with the rows of two that are equally long, padding included."""
     end = first._idx
-    found: Any = BatchKVCache([0] * (first.keys.shape[0] + second.keys.shape[0]))
-    found.step = GROWTH
+    found: Any = _fresh([0] * (first.keys.shape[0] + second.keys.shape[0]))
     found.left_padding = mx.concatenate([first.left_padding, second.left_padding])
     found.keys = mx.concatenate([first.keys[:, :, :end], second.keys[:, :, :end]])
     found.values = mx.concatenate([first.values[:, :, :end], second.values[:, :, :end]])

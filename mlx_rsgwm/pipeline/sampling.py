@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.cpu import exp
+from mlx_rsgwm.cpu import exp, largest
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 
 CANDIDATES = 128
@@ -60,32 +60,36 @@ def choose(
     if temperature == 0:
         best = mx.argmax(logits, axis=-1)
         return best if rows is None else best[rows], mx.ones(uniform.shape[0], dtype=mx.bool_)
-    scaled = logits.astype(mx.float32) / temperature
-    count = min(CANDIDATES, scaled.shape[-1])
-    best = mx.argpartition(-scaled, kth=count - 1, axis=-1)[:, :count]
-    return _from_candidates(scaled, best, uniform, top_p, rows)
+    plain = logits.astype(mx.float32)
+    best = largest(plain, min(CANDIDATES, plain.shape[-1]))
+    return _from_candidates(plain, best, uniform, temperature, top_p, rows)
 
 
 def choose_exact(
     logits: mx.array, uniform: mx.array, temperature: float, top_p: float, rows: mx.array | None = None
 ) -> mx.array:
     """:func:`choose` over the whole vocabulary, for flat distributions."""
-    scaled = logits.astype(mx.float32) / temperature
-    everything = mx.broadcast_to(mx.arange(scaled.shape[-1]), scaled.shape)
-    return _from_candidates(scaled, everything, uniform, top_p, rows)[0]
+    plain = logits.astype(mx.float32)
+    everything = mx.broadcast_to(mx.arange(plain.shape[-1]), plain.shape)
+    return _from_candidates(plain, everything, uniform, temperature, top_p, rows)[0]
 
 
 def _from_candidates(
-    scaled: mx.array, candidates: mx.array, uniform: mx.array, top_p: float, rows: mx.array | None
+    logits: mx.array,
+    candidates: mx.array,
+    uniform: mx.array,
+    temperature: float,
+    top_p: float,
+    rows: mx.array | None,
 ) -> tuple[mx.array, mx.array]:
-    values = mx.take_along_axis(scaled, candidates, axis=-1)
+    values = mx.take_along_axis(logits, candidates, axis=-1)
     # Ties are broken by token id, so that the order does not depend on how the candidates were found.
     order = mx.argsort(candidates, axis=-1)
     candidates, values = (mx.take_along_axis(x, order, axis=-1) for x in (candidates, values))
     order = mx.argsort(-values, axis=-1)
     candidates, values = (mx.take_along_axis(x, order, axis=-1) for x in (candidates, values))
-    highest = mx.max(scaled, axis=-1, keepdims=True)
-    probabilities = exp(values - highest) / exp(scaled - highest).sum(axis=-1, keepdims=True)
+    highest, colder = mx.max(logits, axis=-1, keepdims=True), 1 / temperature
+    probabilities = exp((values - highest) * colder) / exp((logits - highest) * colder).sum(axis=-1, keepdims=True)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
     kept = mx.where(before < top_p, probabilities, 0.0)
     cumulative = mx.cumsum(kept, axis=-1)
@@ -94,5 +98,5 @@ def _from_candidates(
     mass = cumulative[:, -1:]
     index = mx.sum(cumulative <= uniform[:, None] * mass, axis=-1)
     index = mx.minimum(index, mx.sum(kept > 0, axis=-1) - 1)
-    certain = mass[:, 0] >= min(top_p, 1.0) - 1e-6 if candidates.shape[-1] < scaled.shape[-1] else mass[:, 0] >= 0
+    certain = mass[:, 0] >= min(top_p, 1.0) - 1e-6 if candidates.shape[-1] < logits.shape[-1] else mass[:, 0] >= 0
     return mx.take_along_axis(candidates, index[:, None], axis=-1)[:, 0], certain

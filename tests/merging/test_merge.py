@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.adapter import Adapter
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.errors import AdapterError, RsgwmError
+from mlx_rsgwm.files import read_safetensors, write_safetensors
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import METHODS, find_method, resolved
 from mlx_rsgwm.merging.options import MergeOptions, Override
@@ -62,6 +63,21 @@ def test_folders_and_adapters_in_memory_give_the_same(make_adapter, tmp_path):
     streamed = merge(folders, MergeOptions())
     assert all(mx.array_equal(value, streamed.weights[name]).item() for name, value in held.weights.items())
     assert streamed.manifest["merge"]["sources"][2]["name"] == "2"
+
+
+@pytest.mark.parametrize("damaged", ["weights", "importance"])
+def test_values_in_folders_that_are_not_finite_are_named(make_adapter, tmp_path, damaged):
+    folders = [make_adapter(seed).save(tmp_path / f"a{seed}") for seed in range(2)]
+    path = folders[1] / {"weights": "adapters.safetensors", "importance": "importance.safetensors"}[damaged]
+    arrays, metadata = read_safetensors(path)
+    name = next(name for name in reversed(arrays) if "verify" in name or damaged == "weights")
+    arrays[name] = mx.where(mx.arange(arrays[name].size).reshape(arrays[name].shape) == 3, mx.inf, arrays[name])
+    write_safetensors(path, arrays, metadata)
+    (folders[1] / "manifest.json").unlink()  # its hashes would tell first
+    with pytest.raises(AdapterError, match=f"a1: .*{name.rpartition('/')[2]} has values that are not finite"):
+        merge(folders, MergeOptions(role="verify"))
+    if damaged == "importance":  # of another role: never read
+        merge(folders, MergeOptions(role="draft"))
 
 
 def test_merged_folder_is_an_mlx_lm_adapter(make_adapter, tiny_base, tmp_path):
