@@ -25,7 +25,7 @@ RUN = $(if $(OPENBLAS),$(if $(CORETYPE),OPENBLAS_CORETYPE="$${OPENBLAS_CORETYPE:
 
 SOURCES := $(shell find mlx_rsgwm converters cli bench -name "*.py" -o -name "*.yaml" -o -name py.typed)
 
-.PHONY: demo test slow lint format wheel-check openblas clean help
+.PHONY: demo test slow faults lint format wheel-check openblas clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -40,6 +40,9 @@ test: $(VENV)/.test openblas  ## set up everything and run the tests
 slow: $(VENV)/.test openblas  ## run the long proofs
 	$(RUN) $(BIN)/python -m pytest -m slow
 
+faults: $(VENV)/.test openblas  ## kill -9 at fifty moments, then thousands of malformed files
+	$(RUN) $(BIN)/python -m pytest -m slow tests/test_faults.py tests/malformed
+
 lint: $(VENV)/.test $(VENV)/.wheel  ## ruff, and mypy against an installed copy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,14 +54,19 @@ format: $(VENV)/.test  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A wheel that misses a folder only shows outside the repository, with nothing else installed.
-wheel-check: $(VENV)/.wheel openblas  ## install the wheel in a fresh environment and run it from another folder
+# A wheel that misses a folder only shows outside the repository, with nothing else installed; so does an sdist whose
+# wheel is another one than the repository's.
+wheel-check: $(VENV)/.wheel openblas  ## install the wheel in a fresh environment, run it elsewhere, compare the sdist's
 	rm -rf $(VENV)/fresh
 	$(BIN)/python -m venv $(VENV)/fresh
 	$(VENV)/fresh/bin/python -m pip $(PIP_FLAGS) install --no-compile dist/*.whl
 	cd / && "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" --help
 	cd / && "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" --version
 	cd / && $(RUN) "$(CURDIR)/$(VENV)/fresh/bin/rsgwm" doctor
+	$(PIP) wheel --no-deps --wheel-dir $(VENV)/fresh/from-sdist dist/*.tar.gz
+	$(BIN)/python -c 'import sys, zipfile; a, b = (sorted(zipfile.ZipFile(f).namelist()) for f in sys.argv[1:]); \
+		sys.exit(a != b and f"the wheel of the sdist differs: {sorted(set(a) ^ set(b))}")' \
+		dist/*.whl $(VENV)/fresh/from-sdist/*.whl
 	rm -rf $(VENV)/fresh
 
 clean:  ## remove the environment, builds and caches (runs/ stays)

@@ -1,11 +1,13 @@
-"""Prefill and decode, MLX against torch, with and without a LoRA adapter: the same work, timed side by side.
+"""A user's works, MLX against torch: prefill, decode, LoRA unfused and fused, a training step, a merge, draft–verify.
 
 Both frameworks load the same base folder in the same dtype and see the same token ids. Prefill runs a prompt through
 the model, fills the key–value cache and picks one next token. Decode then feeds one given token at a time, picks a
 next token after each, and never stops at an end-of-sequence token; neither side waits for a pick before the next
-step is issued, as in mlx-lm's own generation. The clock stops after ``mx.eval`` or ``torch.*.synchronize``.
+step is issued, as in mlx-lm's own generation. ``bench/works.py`` says what the other works are. The clock stops after
+``mx.eval`` or ``torch.*.synchronize``.
 
-Run as ``rsgwm bench latency``, or from a checkout as ``python bench/latency.py``.
+Run as ``rsgwm bench latency``, or from a checkout as ``python bench/latency.py``; the last line is a JSON list of
+``{work, mlx_ms, torch_ms, ratio, iqr}``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,26 +30,39 @@ import numpy as np
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import Base, load_base
+from mlx_rsgwm.bench import works
+from mlx_rsgwm.bench.conditions import conditions
+from mlx_rsgwm.bench.outcome import save_outcome, table
+from mlx_rsgwm.bench.works import Times, Trial
 from mlx_rsgwm.converters.parity import apply_peft, import_torch, load_torch_base, torch_device
 from mlx_rsgwm.converters.peft import to_peft
+from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.doctor import SLOW_GFLOPS, all_versions, blas_fix, examine_machine, matmul_gflops
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.slots import unwrap
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-Times = tuple[float, float]  # prefill and decode, in milliseconds
-Trial = Callable[[], Times]
+WORKS = ("forward", "lora", "fused", "train", "merge", "loop")
+ATTEMPTS = 3  # of draft–verify
 
 
 @dataclass(frozen=True)
 class LatencyConfig:
-    """What to time. ``adapter`` is a folder, or empty for a seeded random one of ``rank`` on q, k, v and o."""
+    """What to time: ``works`` are names of ``WORKS`` joined by commas.
+
+    ``adapter`` is a folder, or empty for a seeded random one of ``rank`` on q, k, v and o. A training step has
+    ``rows`` rows of ``prompt_tokens`` tokens; ``pool`` adapters are merged.
+    """
 
     base: str = "smollm2-135m"
     adapter: str = ""
+    works: str = ",".join(WORKS)
     prompt_tokens: int = 128
     new_tokens: int = 32
+    rows: int = 2
+    pool: int = 4
     trials: int = 5
     warmup: int = 1
     rank: int = 16
@@ -56,7 +71,7 @@ class LatencyConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        lowest = {"prompt_tokens": 2, "new_tokens": 1, "trials": 1, "warmup": 0, "rank": 1}
+        lowest = {"prompt_tokens": 2, "new_tokens": 1, "rows": 1, "pool": 2, "trials": 1, "warmup": 0, "rank": 1}
         problems = [
             f"{name} must be at least {low}, found {getattr(self, name)}"
             for name, low in lowest.items()
@@ -64,54 +79,134 @@ class LatencyConfig:
         ]
         if self.dtype not in DTYPES:
             problems.append(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        unknown = [name for name in self.chosen if name not in WORKS]
+        if unknown or not self.chosen:
+            problems.append(f"works must be some of {', '.join(WORKS)}, found {self.works!r}")
         raise_problems("bench latency", problems)
+
+    @property
+    def chosen(self) -> list[str]:
+        return [name.strip() for name in self.works.split(",") if name.strip()]
 
 
 def measure_latency(config: LatencyConfig, progress: Progress = SILENT) -> dict[str, Any]:
-    """Time both frameworks and return ``{"rows", "machine", "config", "load_ms"}``, all plain JSON values.
+    """Time both frameworks; returns ``{"rows", "machine", "conditions", "config", "load_ms"}``, plain JSON values.
 
-    A row is ``{work, adapter, mlx_ms, torch_ms, ratio, iqr}``: medians over the trials, ``ratio`` = torch / MLX (above
-    1 where MLX is faster), ``iqr`` the first and third quartile of each side. MLX and torch take turns within every
-    trial, and the one that goes first alternates.
+    A row is ``{work, mlx_ms, torch_ms, ratio, iqr}``: medians over the trials, ``ratio`` = torch / MLX (above 1 where
+    MLX is faster), ``iqr`` the first and third quartile of each side. MLX and torch take turns within every trial, and
+    the one that goes first alternates.
 
     Raises:
         RsgwmError: torch is not installed, or the base or device is not there.
         AdapterError: an adapter that is damaged or does not fit the base.
     """
     import_torch()
-    device = torch_device(config.device)
+    device = bench_device(config.device)
+    before = conditions()
     for warning in slow_machine():
         progress.message(f"warning: {warning}")
     base, mlx_load = _timed(lambda: load_base(config.base, dtype=config.dtype, progress=progress))
     dtype = floating_dtype(base.model)
     theirs, torch_load = _timed(lambda: load_torch_base(base.path, device, dtype, attention="sdpa"))
-    prompt, forced = token_ids(config, int(base.describe()["vocab_size"]))
-    total = 2 * (config.warmup + config.trials)
+    total = len(config.chosen) * (config.warmup + config.trials)
     with tempfile.TemporaryDirectory(prefix="rsgwm-bench-") as temporary, progress.task("latency", total) as advance:
-        adapter = bench_adapter(base, config, dtype)
-        folder = adapter.save(Path(temporary) / "mlx")
-        peft_folder = to_peft(adapter, config.base, Path(temporary) / "peft")
-        rows = []
-        for label, adapted in (("", False), (" with adapter", True)):
-            if adapted:
-                apply_mlx(base, folder)
-                theirs = apply_peft(theirs, peft_folder, widen=False)
-            times = interleave(
-                mlx_trial(base.model, prompt, forced),
-                torch_trial(theirs, device, prompt, forced),
-                config,
-                lambda: advance(1, ""),
-            )
-            rows += summarise(label, adapted, config, *times)
+        sides = Sides(config, base, theirs, device, dtype, Path(temporary), lambda: advance(1, ""))
+        rows = sides.measure()
     return {
         "rows": rows,
         "machine": describe_machine(device, dtype),
+        "conditions": {"before": before, "after": conditions()},
         "config": asdict(config),
         "load_ms": {"mlx": mlx_load, "torch": torch_load},
     }
 
 
-# --- the work ---------------------------------------------------------------------------------------------------
+class Sides:
+    """Both models on their way through the works: bare first, then with adapters, fused at the end."""
+
+    def __init__(
+        self, config: LatencyConfig, base: Base, theirs: Any, device: str, dtype: str, folder: Path,
+        advance: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.config, self.base, self.theirs, self.device, self.advance = config, base, theirs, device, advance
+        self.vocabulary = int(base.describe()["vocab_size"])
+        first = bench_adapter(base, config, dtype)
+        seeds = range(config.seed + 1, config.seed + config.pool)
+        others = [random_adapter(base, first.spec.rank, seed, first.spec.keys) for seed in seeds]
+        self.spec = first.spec
+        self.pool: list[Path] = []
+        self.names = [f"adapter-{number}" for number in range(config.pool)]
+        for name, adapter in zip(self.names, [first, *others], strict=True):
+            own = in_dtype(adapter, base, dtype)
+            self.pool.append(own.save(folder / name))
+            to_peft(own, config.base, folder / f"{name}-peft")
+        self.found: dict[str, list[dict[str, Any]]] = {}
+
+    def measure(self) -> list[dict[str, Any]]:
+        """The rows of every chosen work, in the order of ``WORKS``."""
+        chosen = set(self.config.chosen)
+        prompt, forced = token_ids(self.config, self.vocabulary)
+        if "forward" in chosen:
+            self._time("forward", self._forward_names(""), *self._forward(prompt, forced))
+        peft = [folder.with_name(f"{folder.name}-peft") for folder in self.pool]
+        if chosen == {"forward"}:
+            return self.found["forward"]
+        self.theirs = apply_peft(self.theirs, peft[0], widen=False)
+        if "train" in chosen:
+            self._train()
+        if "merge" in chosen or "loop" in chosen:
+            for name, folder in zip(self.names, peft, strict=True):
+                self.theirs.load_adapter(str(folder), adapter_name=name, autocast_adapter_dtype=False)
+        if "merge" in chosen:
+            ours, torch = works.mlx_merge(self.pool), works.torch_merge(self.theirs, self.device, self.names)
+            self._time("merge", (f"merge {self.config.pool} adapters, TIES",), ours, torch)
+        if "loop" in chosen:
+            self._loop()
+            self.theirs.set_adapter("default")
+        if {"lora", "fused"} & chosen:
+            apply_mlx(self.base, self.pool[0])
+        if "lora" in chosen:
+            self._time("lora", self._forward_names(" with adapter"), *self._forward(prompt, forced))
+        if "fused" in chosen:
+            works.fuse_mlx(self.base.model)
+            self.theirs = self.theirs.merge_and_unload()
+            self._time("fused", self._forward_names(" fused"), *self._forward(prompt, forced))
+        return [row for name in WORKS for row in self.found.get(name, [])]
+
+    def _time(self, work: str, names: Sequence[str], mlx: Trial, torch: Trial) -> None:
+        self.found[work] = summarise(names, *interleave(mlx, torch, self.config, self.advance))
+
+    def _forward_names(self, label: str) -> tuple[str, str]:
+        return f"prefill {self.config.prompt_tokens} tokens{label}", f"decode {self.config.new_tokens} tokens{label}"
+
+    def _forward(self, prompt: Sequence[int], forced: Sequence[int]) -> tuple[Trial, Trial]:
+        torch = works.torch_forward(self.theirs, self.device, prompt, forced)
+        return works.mlx_forward(self.base.model, prompt, forced), torch
+
+    def _train(self) -> None:
+        config = self.config
+        rows = works.training_rows(self.vocabulary, config.rows, config.prompt_tokens, config.seed)
+        torch = works.torch_training(self.theirs, self.device, rows)
+        with works.mlx_training(self.base, rows, self.spec, config.warmup + config.trials) as ours:
+            self._time("train", (f"train step {config.rows} × {config.prompt_tokens} tokens",), ours, torch)
+
+    def _loop(self) -> None:
+        config, tokenizer = self.config, self.base.tokenizer
+        question = question_of(tokenizer, config.prompt_tokens)
+        ours = works.mlx_loop(self.base, self.pool, question, ATTEMPTS, config.new_tokens)
+        torch = works.torch_loop(self.theirs, self.device, tokenizer, question, ATTEMPTS, config.new_tokens, self.names)
+        self._time("loop", (f"draft–verify {ATTEMPTS} × {config.new_tokens} tokens",), ours, torch)
+        unwrap(self.base.model)
+
+
+def bench_device(name: str) -> str:
+    """``auto`` as MPS where there is one, else CUDA, else the CPU."""
+    import torch
+
+    return "cuda" if name == "auto" and torch.cuda.is_available() else torch_device(name)
+
+
+# --- the inputs -------------------------------------------------------------------------------------------------
 
 
 def token_ids(config: LatencyConfig, vocabulary: int) -> tuple[list[int], list[int]]:
@@ -120,64 +215,12 @@ def token_ids(config: LatencyConfig, vocabulary: int) -> tuple[list[int], list[i
     return ids[: config.prompt_tokens].tolist(), ids[config.prompt_tokens :].tolist()
 
 
-def mlx_trial(model: nn.Module, prompt: Sequence[int], forced: Sequence[int]) -> Trial:
-    """One timed prefill and decode in MLX, as mlx-lm generates: prompt less its last token first, then steps."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    body, last = mx.array([prompt[:-1]]), mx.array([prompt[-1:]])
-    tokens = [mx.array([[one]]) for one in forced]
-    mx.eval(body, last, tokens)
-
-    def step(token: mx.array, cache: list[Any]) -> mx.array:
-        return mx.argmax(model(token, cache=cache)[:, -1], axis=-1)
-
-    def trial() -> Times:
-        cache = make_prompt_cache(model)
-        mx.synchronize()
-        started = time.perf_counter()
-        model(body, cache=cache)  # its logits are never asked for, so the head is not computed
-        mx.eval([one.state for one in cache])
-        mx.eval(step(last, cache))
-        filled = time.perf_counter()
-        picked = []
-        for token in tokens:
-            picked.append(step(token, cache))
-            mx.async_eval(picked[-1])
-        mx.eval(picked)
-        mx.synchronize()
-        return _milliseconds(started, filled, time.perf_counter())
-
-    return trial
-
-
-def torch_trial(model: Any, device: str, prompt: Sequence[int], forced: Sequence[int]) -> Trial:
-    """The same in torch, with transformers' ``DynamicCache`` and logits of the last position only."""
-    import torch
-    from transformers import DynamicCache
-
-    whole = torch.tensor([list(prompt)], device=device)
-    tokens = [torch.tensor([[one]], device=device) for one in forced]
-    synchronize = {"mps": torch.mps.synchronize, "cuda": torch.cuda.synchronize}.get(device, lambda: None)
-
-    def step(token: Any, cache: Any) -> Any:
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].argmax(-1)
-
-    def trial() -> Times:
-        with torch.inference_mode():
-            cache = DynamicCache()
-            synchronize()
-            started = time.perf_counter()
-            step(whole, cache)
-            synchronize()
-            filled = time.perf_counter()
-            picked = [step(token, cache) for token in tokens]
-            synchronize()
-            ended = time.perf_counter()
-        assert len(picked) == len(tokens)
-        return _milliseconds(started, filled, ended)
-
-    return trial
+def question_of(tokenizer: Any, tokens: int) -> str:
+    """A question whose drafting prompt has ``tokens`` tokens or a few more."""
+    question = "How many?"
+    while len(TEMPLATES["plain"].draft_prompt(tokenizer, question)) < tokens:
+        question = f"Ada has 3 pens. {question}"
+    return question
 
 
 def interleave(
@@ -195,27 +238,18 @@ def interleave(
     return found["mlx"], found["torch"]
 
 
-def summarise(
-    label: str, adapted: bool, config: LatencyConfig, mlx: Sequence[Times], torch: Sequence[Times]
-) -> list[dict[str, Any]]:
-    """One row for prefill and one for decode: medians, their ratio, quartiles."""
-    works = (f"prefill {config.prompt_tokens} tokens{label}", f"decode {config.new_tokens} tokens{label}")
+def summarise(names: Sequence[str], mlx: Sequence[Times], torch: Sequence[Times]) -> list[dict[str, Any]]:
+    """One row for each part of a work: medians, their ratio, quartiles."""
     rows = []
-    for index, work in enumerate(works):
+    for index, work in enumerate(names):
         quartiles = {
             side: [round(float(one), 3) for one in np.percentile([times[index] for times in trials], (25, 50, 75))]
             for side, trials in (("mlx_ms", mlx), ("torch_ms", torch))
         }
         medians = {side: values[1] for side, values in quartiles.items()}
-        rows.append(
-            {
-                "work": work,
-                "adapter": adapted,
-                **medians,
-                "ratio": round(medians["torch_ms"] / medians["mlx_ms"], 3),
-                "iqr": {side: [values[0], values[2]] for side, values in quartiles.items()},
-            }
-        )
+        ratio = round(medians["torch_ms"] / medians["mlx_ms"], 3)
+        spread = {side: [values[0], values[2]] for side, values in quartiles.items()}
+        rows.append({"work": work, **medians, "ratio": ratio, "iqr": spread})
     return rows
 
 
@@ -225,18 +259,19 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, round((time.perf_counter() - started) * 1e3, 1)
 
 
-def _milliseconds(started: float, filled: float, ended: float) -> Times:
-    return (filled - started) * 1e3, (ended - filled) * 1e3
-
-
 # --- the adapter ------------------------------------------------------------------------------------------------
 
 
 def bench_adapter(base: Base, config: LatencyConfig, dtype: str) -> Adapter:
-    """The adapter to time, its arrays in the base's dtype so that both frameworks compute in it throughout."""
+    """The adapter to time, in the base's dtype."""
     adapter = Adapter.load(config.adapter) if config.adapter else random_adapter(base, config.rank, config.seed)
     if adapter.base_fingerprint and adapter.base_fingerprint != base.fingerprint:
         raise AdapterError(f"{adapter.where} was not trained on {config.base}: the weights differ")
+    return in_dtype(adapter, base, dtype)
+
+
+def in_dtype(adapter: Adapter, base: Base, dtype: str) -> Adapter:
+    """The adapter with its arrays in ``dtype``, so that both frameworks compute in the base's throughout."""
     weights = {name: value.astype(getattr(mx, dtype)) for name, value in adapter.weights.items()}
     return Adapter(adapter.spec, weights, manifest={"kind": "bench", "base": base.describe()})
 
@@ -314,20 +349,6 @@ def slow_machine() -> Iterator[str]:
 # --- as a script ------------------------------------------------------------------------------------------------
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The rows as text for people."""
-    lines = [f"{'':36}{'MLX ms':>10}{'torch ms':>10}{'torch/MLX':>11}"]
-    lines += [
-        f"{row['work']:36}{row['mlx_ms']:10.1f}{row['torch_ms']:10.1f}{row['ratio']:11.2f}" for row in result["rows"]
-    ]
-    machine = result["machine"]
-    lines.append(
-        f"{machine['dtype']}, MLX on {machine['mlx_device']}, torch on {machine['torch_device']} "
-        f"({machine['torch_threads']} threads), {machine['chip']}, medians of {result['config']['trials']} trials"
-    )
-    return "\n".join(lines)
-
-
 class _Lines(Progress):
     def message(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -343,14 +364,19 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def main() -> None:
-    """Time what the arguments say; the last line is the result as JSON."""
+    """Time what the arguments say; the last line is the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for one in fields(LatencyConfig):
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=type(one.default), default=one.default)
+    parser.add_argument("--out", type=Path, help="JSON file to write; the table and the plot go beside it.")
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
     with _one_line_errors():
-        result = measure_latency(LatencyConfig(**vars(parser.parse_args())), _Lines())
+        result = measure_latency(LatencyConfig(**arguments), _Lines())
+        if out is not None:
+            save_outcome(result, out)
     print(table(result))
-    print(json.dumps(result))
+    print(json.dumps(result["rows"]))
 
 
 if __name__ == "__main__":

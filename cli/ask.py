@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,9 +156,10 @@ def _questions(path: Path) -> list[str]:
 
 def _question_of(path: Path, number: int, line: str) -> str:
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.files import parse_json
 
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         raise RsgwmError(f"{path}, line {number}: not JSON") from None
     question = row.get("question") if isinstance(row, dict) else None

@@ -80,30 +80,46 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
 
 
 @convert.command("to-gguf")
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("source", metavar="FOLDER", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--base", help="Base model; default: the one the adapter was trained on.")
-@click.option("--dtype", type=click.Choice(["f32", "f16"]), default="f32", show_default=True, help="Of its arrays.")
+@click.option("--base", help="An adapter's base model; default: the one it was trained on.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    help="Of the file's matrices; default: f32 for an adapter, a model's own float type.",
+)
 @common_options
-def convert_to_gguf(console: Console, adapter: Path, out: Path, base: str | None, dtype: str) -> None:
-    """Write ADAPTER to the GGUF file OUT, which llama.cpp applies with --lora, and read it back.
+def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None, dtype: str | None) -> None:
+    """Write the adapter, or the model (of `rsgwm fuse`), in FOLDER to the GGUF file OUT, and read it back.
+
+    llama.cpp applies an adapter with --lora, and runs a model with -m.
 
     Example: rsgwm convert to-gguf runs/drafter drafter.gguf
     """
     from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.base import resolve_base
     from mlx_rsgwm.converters.base_layers import read_base_layers
+    from mlx_rsgwm.converters.bulk import is_mlx
     from mlx_rsgwm.converters.gguf_adapter import to_gguf
+    from mlx_rsgwm.converters.gguf_model import is_model, model_to_gguf
     from mlx_rsgwm.errors import RsgwmError
 
-    source = Adapter.load(adapter)
-    name = base or (source.manifest.get("base") or {}).get("name")
+    if is_model(source) and not is_mlx(source):
+        if base is not None:
+            raise RsgwmError(f"{source} is a model, not an adapter; leave --base out")
+        written = model_to_gguf(source, out, dtype, console.progress)
+        console.line(f"{out}: GGUF model, {written['architecture']}, {written['tensors']} tensors, {written['dtype']}")
+        console.result(written)
+        return
+    adapter = Adapter.load(source)
+    name = base or (adapter.manifest.get("base") or {}).get("name")
     if not name:
-        raise RsgwmError(f"{adapter} does not say which base model it is for; give --base")
-    to_gguf(source, read_base_layers(name, resolve_base(name, console.progress)), out, dtype)
-    modules = len(source.modules())
-    console.line(f"{out}: GGUF adapter for {name}, rank {source.spec.rank}, {modules} modules, {dtype}")
-    console.result({"out": out, "base": name, "rank": source.spec.rank, "modules": modules, "dtype": dtype})
+        raise RsgwmError(f"{source} does not say which base model it is for; give --base")
+    dtype = dtype or "f32"
+    to_gguf(adapter, read_base_layers(name, resolve_base(name, console.progress)), out, dtype)
+    modules = len(adapter.modules())
+    console.line(f"{out}: GGUF adapter for {name}, rank {adapter.spec.rank}, {modules} modules, {dtype}")
+    console.result({"out": out, "base": name, "rank": adapter.spec.rank, "modules": modules, "dtype": dtype})
 
 
 @convert.command("check")

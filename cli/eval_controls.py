@@ -62,11 +62,13 @@ def controls(
     from mlx_rsgwm.evaluation.controls import control_notes, control_rows
     from mlx_rsgwm.evaluation.report import aligned
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
+    from mlx_rsgwm.files import exclusive
     from mlx_rsgwm.pipeline.sampling import Sampling
 
     for name, value in (("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
         if value < 1:
             raise RsgwmError(f"{name} must be at least 1, found {value}")
+    click.get_current_context().with_resource(exclusive(out))
     trained = list(corpora(run))
     seed = console.seed
     slices = [read_slice(Slice(task, limit, how, seed, folder=folder)) for task in tasks or trained]

@@ -66,12 +66,15 @@ def evaluate(
     from mlx_rsgwm.evaluation.journal import FILE, Journal
     from mlx_rsgwm.evaluation.report import render_table, summarise, write_report
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
+    from mlx_rsgwm.files import exclusive
 
     counts = [("--batch-rows", batch_rows), ("--sampling-seeds", sampling_seeds)]
     for name, value in [*counts, ("--drafts", 1 if drafts is None else drafts)]:
         if value < 1:
             raise RsgwmError(f"{name} must be at least 1, found {value}")
     wording = REFUSAL if refusal is None else _pattern(refusal)
+    if out is not None:
+        click.get_current_context().with_resource(exclusive(out))
     slices = [read_slice(Slice(task, limit, how, console.seed, split, folder, revision)) for task in tasks]
     questions = [question for found, _ in slices for question in found]
     checked = contamination(questions, training_questions(train_data)) if train_data else None

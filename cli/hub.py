@@ -80,12 +80,12 @@ def push(
 @click.option("--peft", "keep_peft", is_flag=True, help="Keep PEFT's layout instead of converting it.")
 @common_options
 def pull(console: Console, repo: str, out: Path, base: str | None, revision: str | None, keep_peft: bool) -> None:
-    """Fetch the PEFT adapter REPO (owner/name) from the Hub to the new folder OUT, as mlx-lm loads it.
+    """Fetch the adapter REPO (owner/name), PEFT's or mlx-lm's, from the Hub to the new folder OUT, as mlx-lm loads it.
 
     Example: rsgwm pull me/drafter drafter --base smollm2-135m
     """
     from mlx_rsgwm.converters import hub
 
     found = hub.pull(repo, out, base=base, revision=revision, keep_peft=keep_peft, progress=console.progress)
-    console.line(f"{out}: {repo} for {found['base']}, {found['layout']} layout")
+    console.line(f"{out}: {repo} for {found['base'] or 'a base it does not name'}, {found['layout']} layout")
     console.result(found)

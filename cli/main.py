@@ -61,7 +61,8 @@ COMMANDS = {
 }
 
 INTERRUPTED = 130
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FAILING = {errno.EIO, errno.ESTALE}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -132,10 +133,15 @@ def explain(error: Exception) -> tuple[int, str]:
         return 2, error.format_message()
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         where = f" while writing {error.filename}" if error.filename else ""
-        return 2, f"no space left on the disk{where}; free some space or choose another folder"
+        what = "a file is too large for the disk" if error.errno == errno.EFBIG else "no space left on the disk"
+        return 2, f"{what}{where}; free some space or choose another folder"
     if isinstance(error, OSError) and error.errno in FORBIDDEN:
         where = error.filename or "a file"
         return 2, f"{where}: {error.strerror}; change its permissions or choose another place"
+    if isinstance(error, OSError) and error.errno in FAILING:
+        return 2, f"{error.filename or 'a file'}: {error.strerror}; the disk or network drive failed, try again"
+    if isinstance(error, RuntimeError) and str(error).startswith("[read]"):  # MLX's, of arrays that are read when used
+        return 2, "a file became shorter while it was being read; look what writes it and try again"
     traceback.print_exception(error)
     return 1, f"internal failure: {type(error).__name__}: {error}"
 

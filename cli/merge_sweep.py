@@ -82,6 +82,7 @@ def merge_sweep(
     from mlx_rsgwm.evaluation.sweep import Plan, Sweep
     from mlx_rsgwm.evaluation.sweep_report import render_table, write_sweep
     from mlx_rsgwm.evaluation.sweep_variants import DEFAULT_METHODS, parse_variants
+    from mlx_rsgwm.files import exclusive
 
     for name, value in (
         ("--items", items),
@@ -91,6 +92,7 @@ def merge_sweep(
     ):
         if value is not None and value < 1:
             raise RsgwmError(f"{name} must be at least 1, found {value}")
+    click.get_current_context().with_resource(exclusive(out))
     variants = parse_variants(methods or DEFAULT_METHODS)
     adapters = [Adapter.load(path) for path in pool]
     plan = Plan(

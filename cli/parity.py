@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 )
 @click.option("--certificate", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
 @click.option(
-    "--device", default="auto", show_default=True, help="Torch's: auto (MPS, else the CPU), mps, cuda or cpu."
+    "--device", default="auto", show_default=True, help="Torch's: auto (MPS, CUDA, else the CPU), mps, cuda or cpu."
 )
 @common_options
 def parity(

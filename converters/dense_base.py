@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_rsgwm import files
+from mlx_rsgwm.base import DTYPES
 from mlx_rsgwm.converters.peft_names import MIXTRAL, SWITCH, transformers_module
 from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.errors import RsgwmError
@@ -38,7 +40,7 @@ def dense_base(path: Path, out: Path) -> Path:
         raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
     arrays = {
         name: value.astype(mx.float32)
-        for module_name, value in _dense_parameters(model).items()
+        for module_name, value in dense_parameters(model).items()
         for name, value in _transformers_arrays(module_name, value, config["model_type"]).items()
     }
     files.make_folder(out)
@@ -52,7 +54,7 @@ def dense_base(path: Path, out: Path) -> Path:
     return out
 
 
-def _dense_parameters(model: nn.Module) -> dict[str, mx.array]:
+def dense_parameters(model: nn.Module) -> dict[str, mx.array]:
     """Every parameter by mlx-lm's name, packed ones as the float32 values they stand for; lazy."""
     flat: Any = tree_flatten(model.parameters())
     parameters = dict(flat)
@@ -62,6 +64,13 @@ def _dense_parameters(model: nn.Module) -> dict[str, mx.array]:
             for leaf in ("scales", "biases"):
                 parameters.pop(f"{name}.{leaf}", None)
     return parameters
+
+
+def usual_dtype(model: nn.Module) -> mx.Dtype:
+    """The float type that most of a model's arrays have; of packed weights their scales count."""
+    flat: Any = tree_flatten(model.parameters())
+    counts = Counter(value.dtype for _, value in flat if value.dtype in DTYPES.values())
+    return counts.most_common(1)[0][0]
 
 
 def dequantised(layer: Any) -> mx.array:

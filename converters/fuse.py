@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import DTYPES, Base, load_base, resolve_base
-from mlx_rsgwm.converters.dense_base import dequantised
+from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype
 from mlx_rsgwm.converters.parity_mlx import apply_adapter, replace_parameters
 from mlx_rsgwm.converters.peft import require_empty
 from mlx_rsgwm.converters.peft_names import model_order
@@ -270,7 +270,7 @@ def _fused(model: Any, config: dict[str, Any], layers: dict[str, Any], target: s
     model.update_modules(tree_unflatten(replaced))
     if kind is None:
         return config
-    dtype = _usual_dtype(model)
+    dtype = usual_dtype(model)
     model = dequantize_model(model)
     config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     if isinstance(kind, str):
@@ -314,15 +314,6 @@ def _layer_like(plain: Any, weight: mx.array, stored: Stored | None) -> Any:
     if packed.biases is not None:
         packed.scales, packed.biases = packed.scales.astype(stored.dtype), packed.biases.astype(stored.dtype)
     return packed
-
-
-def _usual_dtype(model: Any) -> mx.Dtype:
-    """The float type of most of the model's arrays."""
-    counts: dict[Any, int] = {}
-    for _, value in _parameters(model):
-        if value.dtype in DTYPES.values():
-            counts[value.dtype] = counts.get(value.dtype, 0) + 1
-    return max(counts, key=lambda dtype: counts[dtype])
 
 
 def _parameters(model: Any) -> list[tuple[str, mx.array]]:

@@ -233,9 +233,7 @@ def _llama3_scaling(gguf: GgufFile, head_dim: int) -> dict[str, Any]:
     table = gguf.read(ROPE_FACTORS).ravel()
     factor, low, high, context = float(table.max()), 1.0, 4.0, 8192
     theta = number(gguf, "rope.freq_base", 10000.0)
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    blend = np.clip((context / wavelength - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - blend) / factor + blend)
+    expected = llama3_factors(theta, head_dim, factor, low, high, context)
     if table.shape != expected.shape or not np.allclose(table, expected, rtol=1e-3):
         raise RsgwmError(f"{gguf.path}: {ROPE_FACTORS} is a rope scaling other than Llama 3's, which is not converted")
     return {
@@ -245,6 +243,13 @@ def _llama3_scaling(gguf: GgufFile, head_dim: int) -> dict[str, Any]:
         "high_freq_factor": high,
         "original_max_position_embeddings": context,
     }
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float, low: float, high: float, context: int) -> np.ndarray:
+    """Llama 3's divisors of the frequencies of a head's rotations: float32 (head_dim / 2)."""
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    blend = np.clip((context / wavelength - low) / (high - low), 0, 1)
+    return np.asarray(1 / ((1 - blend) / factor + blend), dtype=np.float32)
 
 
 def positive(gguf: GgufFile, key: str, default: int | None = None) -> int:

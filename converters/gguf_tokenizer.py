@@ -78,6 +78,22 @@ def save_tokenizer(metadata: Mapping[str, Any], folder: Path, where: str, vocab_
     """
     from transformers import PreTrainedTokenizerFast
 
+    tokenizer, named = rebuild(metadata, where, vocab_size)
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise RsgwmError(f"{where}: tokenizer.chat_template is not a text")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, chat_template=template, **named
+    )
+    wrapped.save_pretrained(str(folder))
+
+
+def rebuild(metadata: Mapping[str, Any], where: str, vocab_size: int) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer that a GGUF file's metadata describes, and its special tokens by transformers' names.
+
+    Raises:
+        RsgwmError: as :func:`save_tokenizer`.
+    """
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise RsgwmError(f"{where} holds no tokenizer; use the model's Hugging Face folder instead")
@@ -102,13 +118,7 @@ def save_tokenizer(metadata: Mapping[str, Any], folder: Path, where: str, vocab_
         raise RsgwmError(f"{where}: its tokenizer cannot be rebuilt: {error}") from error
     _add_special_tokens(tokenizer, tokens, metadata.get("tokenizer.ggml.token_type", ()))
     _add_frame(tokenizer, metadata, named, add_bos)
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise RsgwmError(f"{where}: tokenizer.chat_template is not a text")
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, chat_template=template, **named
-    )
-    wrapped.save_pretrained(str(folder))
+    return tokenizer, named
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> tuple[Tokenizer, bool]:

@@ -19,6 +19,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.base import ALIASES, HUB_ID, resolve_base
 from mlx_rsgwm.converters.base_layers import read_base_layers
+from mlx_rsgwm.converters.bulk import is_mlx, is_peft
 from mlx_rsgwm.converters.certificate import read_certificate
 from mlx_rsgwm.converters.model_card import model_card
 from mlx_rsgwm.converters.peft import check_peft, convert_from_peft, require_empty, to_peft
@@ -117,17 +118,21 @@ def pull(
     keep_peft: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Fetch a PEFT adapter and write it to the new folder ``out``: as mlx-lm loads it, or as it is.
+    """Fetch an adapter and write it to the new folder ``out``: as mlx-lm loads it, or PEFT's files as they are.
+
+    A repository of mlx-lm's own layout is checked and copied.
 
     A revision that was fetched before is taken from the Hub's cache when there is no network.
 
     Raises:
-        RsgwmError: no such repository, no network and nothing cached; not a PEFT adapter; as ``convert_from_peft``.
+        RsgwmError: no such repository, no network and nothing cached; not an adapter; as ``convert_from_peft``.
     """
     if not HUB_ID.fullmatch(repo):
         raise RsgwmError(f"{repo!r} is not a repository's name; give owner/name")
     require_empty(out)
     folder = _fetched(repo, revision, progress)
+    if is_mlx(folder) and not is_peft(folder):
+        return _kept_mlx(folder, repo, out, base, keep_peft)
     check_peft(folder)
     named = base or files.read_json_object(folder / PEFT_CONFIG_FILE).get("base_model_name_or_path")
     if keep_peft:
@@ -145,6 +150,23 @@ def pull(
         "rank": converted.spec.rank,
         "scale": converted.spec.scale,
         "modules": converted.modules,
+    }
+
+
+def _kept_mlx(folder: Path, repo: str, out: Path, base: str | None, keep_peft: bool) -> dict[str, Any]:
+    if keep_peft:
+        raise RsgwmError(f"{repo} has mlx-lm's layout, not PEFT's; leave --peft out")
+    adapter = Adapter.load(folder)
+    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    named = base or (adapter.manifest.get("base") or {}).get("name")
+    return {
+        "out": str(out),
+        "repo": repo,
+        "base": named,
+        "layout": "mlx",
+        "rank": adapter.spec.rank,
+        "scale": adapter.spec.scale,
+        "modules": len(adapter.modules()),
     }
 
 

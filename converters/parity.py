@@ -61,7 +61,7 @@ def check_parity(
         adapter_folder: the adapter, as mlx-lm reads it.
         base_name: as for ``load_base``; its folder is what transformers loads too, dequantised where it is quantised.
         peft_folder: the same adapter in PEFT's format; converted on the fly when None.
-        device: torch's: ``auto`` is MPS if present, else the CPU.
+        device: torch's: ``auto`` is MPS or CUDA if present, else the CPU.
         dtype: float32, float16 or bfloat16, on both sides; the default tolerance is for float32.
         tolerance: largest absolute difference of two logits that passes.
         token_ids: sequences to compare on; ``TEXTS`` through the base's tokenizer when None.
@@ -168,11 +168,11 @@ def import_torch() -> ModuleType:
 
 
 def torch_device(name: str) -> str:
-    """``auto`` as MPS where there is one, else the CPU; any other name must be usable here."""
+    """``auto`` as MPS or CUDA where there is one, else the CPU; any other name must be usable here."""
     torch = import_torch()
     present = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     if name == "auto":
-        return "mps" if present["mps"] else "cpu"
+        return next(one for one in ("mps", "cuda", "cpu") if present[one])
     if not present.get(name, False):
         usable = ", ".join(one for one, there in present.items() if there)
         raise RsgwmError(f"torch has no device {name!r} here; choose auto or one of {usable}")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ EXPONENTS: dict[mx.Dtype, tuple[Any, Any]] = {
     mx.float16: (np.uint16, np.uint16(0x7C00)),
     mx.bfloat16: (np.uint16, np.uint16(0x7F80)),
 }
+WIDTHS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 # Small arrays are evaluated together: one by one, their number would cost more than their bytes.
 BATCH_BYTES = 1 << 24
 
@@ -66,21 +67,21 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str,
     names = [name for name in header if name != "__metadata__"]
     try:
         with open(temporary, "wb") as file:
-            for part in (struct.pack("<Q", len(text)), text):
-                digest.update(part)
-                file.write(part)
-            with ThreadPoolExecutor(1) as hasher:  # on another core: hashing takes longer than the rest
+            for head in (struct.pack("<Q", len(text)), text):
+                digest.update(head)
+                file.write(head)
+            with ThreadPoolExecutor(1) as reader:  # on another core: hashing takes longer than the rest
+                reading: list[Future[list[str]]] = []
                 for batch in _batches(arrays, names):
-                    hashed = []
-                    for name in list(batch):
-                        value = batch.pop(name)
-                        data = raw_bytes(value)
-                        if not _all_finite(data, value.dtype):
-                            infinite.append(name)
-                        hashed.append(hasher.submit(digest.update, data))
-                        file.write(data)
-                    for one in hashed:
-                        one.result()
+                    data = {name: _bytes(bits) for name, (_, bits) in batch.items()}
+                    dtypes = {name: dtype for name, (dtype, _) in batch.items()}
+                    reading.append(reader.submit(_hashed, digest, data, dtypes))
+                    for part in data.values():
+                        file.write(part)
+                    if len(reading) > 1:  # two batches in memory, no more
+                        infinite += reading.pop(0).result()
+                for one in reading:
+                    infinite += one.result()
         raise_problems(str(path), [f"{name} has values that are not finite" for name in infinite], AdapterError)
         files.replace_file(path, temporary)
     except (OSError, RuntimeError) as error:
@@ -91,17 +92,28 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str,
     return digest.hexdigest()
 
 
-def _batches(arrays: dict[str, mx.array], names: list[str]) -> Iterator[dict[str, mx.array]]:
-    """The arrays in the order of ``names``, evaluated a batch at a time; both are consumed."""
+def _batches(arrays: dict[str, mx.array], names: list[str]) -> Iterator[dict[str, tuple[mx.Dtype, mx.array]]]:
+    """The arrays in the order of ``names``, dtype and bits, evaluated a batch at a time; both are consumed."""
     while names:
-        batch: dict[str, mx.array] = {}
+        batch: dict[str, tuple[mx.Dtype, mx.array]] = {}
         size = 0
         while names and size < BATCH_BYTES:
             name = names.pop(0)
-            batch[name] = mx.contiguous(arrays.pop(name))
-            size += batch[name].nbytes
-        mx.eval(batch)
+            value = arrays.pop(name)
+            batch[name] = value.dtype, mx.contiguous(value).view(WIDTHS[value.itemsize])
+            size += value.nbytes
+        mx.eval([bits for _, bits in batch.values()])
         yield batch
+
+
+def _hashed(digest: Any, data: Mapping[str, memoryview], dtypes: Mapping[str, mx.Dtype]) -> list[str]:
+    """Add the bytes to ``digest``; the names of those with values that are not finite."""
+    infinite = []
+    for name, part in data.items():
+        digest.update(part)
+        if not _all_finite(part, dtypes[name]):
+            infinite.append(name)
+    return infinite
 
 
 def _all_finite(data: memoryview, dtype: mx.Dtype) -> bool:
@@ -113,10 +125,9 @@ def _all_finite(data: memoryview, dtype: mx.Dtype) -> bool:
     return not bool(((bits & mask) == mask).any())
 
 
-def raw_bytes(value: mx.array) -> memoryview:
-    """The bytes of an evaluated array in row-major order, without a copy where it is laid out so."""
-    width = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[value.itemsize]
-    flat: Any = np.ascontiguousarray(np.array(value.view(width), copy=False))
+def _bytes(bits: mx.array) -> memoryview:
+    """The bytes of an evaluated array of integers in row-major order, without a copy where it is laid out so."""
+    flat: Any = np.ascontiguousarray(np.array(bits, copy=False))
     return memoryview(flat).cast("B") if flat.size else memoryview(b"")
 
 

@@ -6,6 +6,7 @@ Layout and promises are in docs/formats.md. An :class:`Adapter` never knows a mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -178,6 +179,10 @@ class Adapter:
         leaves = {"lora_a", "lora_b"} | ({"m"} if self.spec.fine_tune_type == "dora" else set())
         found += [f"unknown array {name}" for name in self.weights if name.rpartition(".")[2] not in leaves]
         found += [f"unknown array {name}" for name in self.full if name.rpartition(".")[2] not in FULL_LEAVES]
+        for group in (self.weights, self.importance, self.init):
+            kinds = {name: value.dtype for name, value in group.items()}
+            wrong = {name: kind for name, kind in kinds.items() if not mx.issubdtype(kind, mx.floating)}
+            found += [f"{name} has the type {str(kind).rpartition('.')[2]}" for name, kind in wrong.items()]
         if not self.weights and not self.full:
             found.append("holds no arrays")
         for name, value in self.importance.items():
@@ -208,6 +213,7 @@ class Adapter:
         if not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(_explain_missing_weights(folder))
         manifest = _read_manifest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
+        before = _stamps(folder)
         if hashes:
             check_hashes(folder, manifest)
         spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
@@ -219,6 +225,8 @@ class Adapter:
         kept, _ = _read_optional(folder / KEPT_FILE, lazy=True)
         adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept)
         raise_problems(str(folder), adapter.shape_problems() if lazy else adapter.problems(), AdapterError)
+        if _stamps(folder) != before:
+            raise AdapterError(f"{folder} was changed while it was read; try again once it is finished")
         return adapter
 
     def save(self, path: str | Path) -> Path:
@@ -227,13 +235,13 @@ class Adapter:
         folder = Path(path)
         groups = (self.weights, self.full, self.importance, self.init, self.kept)
         files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
-        files.make_folder(folder)
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        files.write_safetensors(folder / WEIGHTS_FILE, {**self.weights, **self.full})
-        written = [WEIGHTS_FILE, *self.write_beside(folder)]
-        hashes = {name: files.sha256_file(folder / name) for name in written}
-        self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
-        files.write_json(folder / MANIFEST_FILE, self.manifest)
+        with files.exclusive(folder):
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            files.write_safetensors(folder / WEIGHTS_FILE, {**self.weights, **self.full})
+            written = [WEIGHTS_FILE, *self.write_beside(folder)]
+            hashes = {name: files.sha256_file(folder / name) for name in written}
+            self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
+            files.write_json(folder / MANIFEST_FILE, self.manifest)
         self.path = folder
         return folder
 
@@ -254,6 +262,46 @@ class Adapter:
         return written
 
 
+def put_beside(
+    adapter: Adapter,
+    name: str,
+    arrays: Mapping[str, mx.array],
+    metadata: Mapping[str, str],
+    base: Mapping[str, Any],
+    entries: Mapping[str, Any],
+) -> Path:
+    """Write a file of arrays, ``name``, into the folder of a saved adapter, then the manifest with ``entries``.
+
+    Weights and config are not touched. An adapter without a manifest gets one of kind ``imported`` with the description
+    of its ``base``. Killed in between,
+    the folder is what it was, at worst without the file's former version.
+    """
+    folder = adapter.path
+    assert folder is not None
+    recorded = adapter.manifest.get("files") or {}
+    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE)
+    kept = {other: digest for other, digest in recorded.items() if other != name} or {
+        other: files.sha256_file(folder / other) for other in known if other != name and (folder / other).is_file()
+    }
+    files.require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
+    with files.exclusive(folder):
+        if name in recorded:
+            files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": kept})
+        files.write_safetensors(folder / name, dict(arrays), dict(metadata))
+        adapter.manifest = {
+            "kind": "imported",
+            "base": base,
+            "versions": versions(),
+            **adapter.manifest,
+            **entries,
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "files": {**kept, name: files.sha256_file(folder / name)},
+        }
+        files.write_json(folder / MANIFEST_FILE, adapter.manifest)
+    return folder
+
+
 def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
     """Names of the arrays with a value that is not finite.
 
@@ -264,7 +312,7 @@ def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
     for start in range(0, len(everything), CHECKED_TOGETHER):
         names = everything[start : start + CHECKED_TOGETHER]
         # 0 · ∞ and 0 · NaN are NaN: a third of the time of isfinite on the CPU.
-        zeros = mx.stack([(arrays[name] * 0).sum().astype(mx.float32) for name in names]).tolist()
+        zeros: Any = mx.stack([(arrays[name] * 0).sum().astype(mx.float32) for name in names]).tolist()
         found += [name for name, zero in zip(names, zeros, strict=True) if zero != 0]
         for name in names if drop else ():
             del arrays[name]
@@ -276,6 +324,16 @@ def is_complete(path: str | Path) -> bool:
     return (Path(path) / MANIFEST_FILE).is_file()
 
 
+def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when another process replaces or rewrites a file of the folder."""
+    found = {}
+    for name in (MANIFEST_FILE, CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE):
+        with suppress(OSError):
+            stat = (folder / name).stat()
+            found[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     """A manifest whose parts that everything else relies on are of the right types."""
     manifest = files.read_json_object(path)
@@ -283,10 +341,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path}: format is {manifest.get('format')!r}, not {FORMAT!r}")
     problems = []
     for name, inner in (("files", None), ("base", "fingerprint"), ("template", "hash")):
-        part = manifest.get(name) or {}
+        part = manifest.get(name)
+        if part is None:
+            continue
         if not isinstance(part, dict):
             problems.append(f"{name} is not an object")
-        elif inner and not isinstance(part.get(inner) or "", str):
+        elif inner and not isinstance(part.get(inner, ""), (str, type(None))):
             problems.append(f"{name}.{inner} is not text")
     raise_problems(str(path), problems, AdapterError)
     return manifest

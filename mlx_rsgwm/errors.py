@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+LONGEST = 1500  # characters of a message; what a damaged file held may be quoted in it
+
 
 class RsgwmError(Exception):
-    """Bad input: says what is wrong, where, and what to do. Exit code 2."""
+    """Bad input: says what is wrong, where, and what to do, in one line. Exit code 2."""
 
     exit_code = 2
+
+    def __init__(self, message: object) -> None:
+        line = " ".join(str(message).splitlines())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 300]} … {line[-290:]}")
 
 
 class AdapterError(RsgwmError):

@@ -6,12 +6,15 @@ never half of one. Only safetensors is read as array data.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_rsgwm.errors import RsgwmError
 
+LARGEST_JSON = 256 << 20  # bytes; the index of the largest model or the history of a long run has a few millions
+LOCK_FILE = ".lock"
+HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # the names that `temporary_for` gives
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
@@ -59,13 +66,41 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or malformed one is a :class:`RsgwmError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path, LARGEST_JSON))
+    except ValueError as error:
+        raise RsgwmError(f"{path} is not valid JSON: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """``json.loads`` with every refusal a ``ValueError``: also of deep nesting, endless integers, half characters."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(str(error).partition(";")[0]) from None
+    if "\\ud" in text.lower():  # half of a surrogate pair is a string to Python and to nothing that it is given to
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_text(path: Path, largest: int | None = None) -> str:
+    """The UTF-8 text of a file of at most ``largest`` bytes.
+
+    Raises:
+        RsgwmError: the file is missing, cannot be read, is larger, or is not UTF-8; it names the file.
+    """
+    try:
+        size = path.stat().st_size
+        if largest is not None and size > largest:
+            raise RsgwmError(f"{path} has {size >> 20} MB, which is more than such a file can have")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RsgwmError(f"{path} does not exist") from None
-    except OSError as error:
-        raise RsgwmError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RsgwmError(f"{path} is not valid JSON: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RsgwmError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
+        raise RsgwmError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -116,9 +151,12 @@ def read_safetensors(path: Path, evaluate: bool = True) -> tuple[dict[str, mx.ar
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise RsgwmError(f"cannot read {path}: {error.strerror or error}") from error
     return digest.hexdigest()
 
 
@@ -139,6 +177,63 @@ def require_space(folder: Path, needed: int) -> None:
             f"not enough disk space for {folder}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free; "
             "free some space or choose another folder"
         )
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep every other process from writing ``folder``, which is made if need be, while the body runs.
+
+    Half-written files that a killed process left there are removed first.
+
+    The system lets go of the lock when the process ends, however it ends. Where the file system knows no locks (some
+    network drives), nothing is locked.
+
+    Raises:
+        RsgwmError: another process holds it, or the folder cannot be written.
+    """
+    made = not folder.exists()
+    make_folder(folder)
+    path = folder / LOCK_FILE
+    try:
+        descriptor = _locked(path)
+    except BlockingIOError:
+        raise RsgwmError(
+            f"another process is writing {folder}; wait until it has ended, or choose another folder"
+        ) from None
+    except OSError as error:
+        raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        for left in folder.iterdir():
+            if HALF_WRITTEN.fullmatch(left.name) and left.is_file():
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):  # unless it holds something now
+                folder.rmdir()
+
+
+def _locked(path: Path) -> int:
+    """The descriptor of the file at ``path`` with its lock held; ``BlockingIOError`` where another process has it."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # whoever had made the folder removed it again
+            make_folder(path.parent)
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # whoever held it removed it meanwhile: that file is nobody's any more
 
 
 def make_folder(path: Path) -> Path:

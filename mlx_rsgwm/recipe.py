@@ -15,8 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, is_complete
 from mlx_rsgwm.base import Base, load_base, resolve_base
@@ -41,7 +39,7 @@ from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.verifying import SCORES
 from mlx_rsgwm.progress import SILENT, Progress
-from mlx_rsgwm.settings import build
+from mlx_rsgwm.settings import build, parse_yaml, read_yaml
 from mlx_rsgwm.slots import AdapterSlots
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
@@ -191,19 +189,14 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise RsgwmError(f"recipe {path} does not exist")
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = files.read_text(path)
     elif source in shipped_recipes():
         text = (resources.files("mlx_rsgwm.recipes") / f"{source}.yaml").read_text(encoding="utf-8")
     else:
         raise RsgwmError(f"no recipe {source!r}; shipped are {', '.join(shipped_recipes())}, or give a .yaml file")
-    try:
-        values = yaml.safe_load(text)
-        if not isinstance(values, dict):
-            raise RsgwmError(f"recipe {source}: expected keys and values at the top level")
-        for setting in settings:
-            _apply_setting(values, setting)
-    except yaml.YAMLError as error:
-        raise RsgwmError(f"recipe {source} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(text, f"recipe {source}")
+    for setting in settings:
+        _apply_setting(values, setting)
     return build(Recipe, values, f"recipe {source}")
 
 
@@ -218,7 +211,7 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
         if not isinstance(inner, dict):
             raise RsgwmError(f"--set {setting}: {parent} is not a section")
         target = inner
-    target[leaf] = yaml.safe_load(text)
+    target[leaf] = parse_yaml(text, f"--set {setting}")
 
 
 class Run:
@@ -438,7 +431,8 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT) -> dict[s
     """Run or resume a recipe in ``out``; returns the summary."""
     if is_complete(out):
         raise RsgwmError(f"{out} is an adapter folder; give a recipe a folder of its own")
-    return Run(recipe, out, progress).execute()
+    with files.exclusive(out):
+        return Run(recipe, out, progress).execute()
 
 
 def _data_inputs(data: DataSection, task: str) -> dict[str, Any]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
+from reprlib import repr as brief
 from typing import Any, TypeVar, get_type_hints
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 
 T = TypeVar("T")
 
+MOST_VALUES = 100_000
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -25,14 +29,59 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise RsgwmError(f"{where}: expected keys and values, found {type(values).__name__}")
     problems = _unknown(cls, values, "")
     raise_problems(where, problems)
+    checked: Any = cls
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        built: T = _checker(checked).validate_python(dict(values))
+        return built
     except ValidationError as error:
         for found in error.errors():
             name = ".".join(str(part) for part in found["loc"])
-            problems.append(f"{name}: {found['msg'].lower()}, found {found['input']!r}")
+            problems.append(f"{name}: {found['msg'].lower()}, found {brief(found['input'])}")
     raise_problems(where, problems)
     raise AssertionError("unreachable: a ValidationError always has errors")
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds.
+
+    Raises:
+        RsgwmError: whatever :func:`parse_yaml` raises, or it is not a mapping.
+    """
+    values = parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise RsgwmError(f"{where}: expected keys and values at the top level")
+    return values
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        RsgwmError: it is not YAML, or has aliases that unfold to more than any settings have.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is a date without such a day
+        raise RsgwmError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    _unfold(values, where)
+    return values
+
+
+def _unfold(values: Any, where: str) -> None:
+    """Refuse what has more than ``MOST_VALUES`` values once aliases are written out, such as one that holds itself."""
+    waiting, seen = [values], 0
+    while waiting:
+        value = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise RsgwmError(f"{where} unfolds to more than {MOST_VALUES} values; write its aliases out")
+        if isinstance(value, (Mapping, list, tuple, set)):
+            waiting += [*value, *value.values()] if isinstance(value, Mapping) else value
+
+
+@cache
+def _checker(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:

@@ -130,6 +130,12 @@ def make_torch_llama():
 
 
 @pytest.fixture(scope="session")
+def byte_level():
+    """Writer of the byte-level tokenizer: ``byte_level(folder)``."""
+    return byte_tokenizer
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """Folder of a tiny base model."""
     return make_base(tmp_path_factory.mktemp("base") / "tiny")

@@ -40,9 +40,13 @@ class CorpusRow:
     correct: bool | None = None
 
     def __post_init__(self) -> None:
+        texts = ("id", "task", "role", "question", "answer")
+        wrong = [name for name in texts if not isinstance(getattr(self, name), str)]
+        if wrong:
+            raise RsgwmError(f"row {self.id!r}: {', '.join(wrong)} must be text")
         if self.role not in ROLES:
             raise RsgwmError(f"row {self.id}: role must be one of {', '.join(ROLES)}, found {self.role!r}")
-        if (self.role == "verify") != isinstance(self.correct, bool):
+        if not isinstance(self.correct, bool if self.role == "verify" else type(None)):
             raise RsgwmError(f"row {self.id}: a verify row, and only one, says whether its answer is correct")
         if not self.question.strip() or not self.answer.strip():
             raise RsgwmError(f"row {self.id}: question and answer must not be empty")
@@ -103,23 +107,23 @@ def save_corpus(folder: Path, rows: Sequence[CorpusRow], template: Template, pro
     """Write the folder, manifest last, and return the corpus as read back would be."""
     if not rows:
         raise RsgwmError(f"{folder}: a corpus needs at least one row")
-    files.make_folder(folder)
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
     text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    files.write_text(folder / ROWS_FILE, text)
     counts = {
         task: {role: sum(row.task == task and row.role == role for row in rows) for role in ROLES}
         for task in dict.fromkeys(row.task for row in rows)
     }
-    manifest = {
-        "format": FORMAT,
-        "format_version": 1,
-        "template": template.describe(),
-        "counts": counts,
-        **provenance,
-        "files": {ROWS_FILE: files.sha256_file(folder / ROWS_FILE)},
-    }
-    files.write_json(folder / MANIFEST_FILE, manifest)
+    with files.exclusive(folder):
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        files.write_text(folder / ROWS_FILE, text)
+        manifest = {
+            "format": FORMAT,
+            "format_version": 1,
+            "template": template.describe(),
+            "counts": counts,
+            **provenance,
+            "files": {ROWS_FILE: files.sha256_file(folder / ROWS_FILE)},
+        }
+        files.write_json(folder / MANIFEST_FILE, manifest)
     return Corpus(tuple(rows), template, manifest)
 
 
@@ -133,13 +137,20 @@ def load_corpus(folder: Path) -> Corpus:
     path = folder / ROWS_FILE
     if not path.is_file():
         raise RsgwmError(f"{folder}: {ROWS_FILE} is missing")
-    if files.sha256_file(path) != (manifest.get("files") or {}).get(ROWS_FILE):
+    parts = ("files", "template", "counts")
+    raise_problems(
+        str(folder / MANIFEST_FILE),
+        [f"{name} is not an object" for name in parts if not isinstance(manifest.get(name), dict)],
+    )
+    if files.sha256_file(path) != manifest["files"].get(ROWS_FILE):
         raise RsgwmError(f"{path} was changed after it was built; build the corpus again")
     rows, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(files.read_text(path).split("\n"), start=1):
+        if not line:
+            continue
         try:
-            rows.append(CorpusRow(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError, RsgwmError) as error:
+            rows.append(CorpusRow(**files.parse_json(line)))
+        except (ValueError, TypeError, RsgwmError) as error:
             problems.append(f"line {number}: {error}")
     raise_problems(str(path), problems)
     if not rows:

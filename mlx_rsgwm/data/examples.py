@@ -6,7 +6,6 @@ tokenizer's chat template as in mlx-lm 0.32.2, so the token ids are the same. Al
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,10 @@ class Examples:
         rows, dropped, empty = [], 0, []
         for number, row in enumerate(self.rows, start=1):
             name = f"{self.path.name}:{number}"
-            tokens, prompt = self._tokens(tokenizer, row)
+            try:
+                tokens, prompt = self._tokens(tokenizer, row)
+            except Exception as error:  # a chat template is the model's own program and may raise anything
+                raise RsgwmError(f"{name} cannot be rendered by the base's chat template: {error}") from error
             if len(tokens) <= prompt:
                 empty.append(name)
                 continue
@@ -92,18 +94,15 @@ def load_examples(path: Path, mask_prompt: bool) -> Examples:
         raise RsgwmError(f"{path} does not exist")
     rows: list[Mapping[str, Any]] = []
     problems = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise RsgwmError(f"{path} is not UTF-8 text") from None
     found = ""
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines: U+2028 may stand unescaped inside a JSON string.
+    for number, line in enumerate(files.read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number} is not JSON ({error.msg})")
+            row = files.parse_json(line)
+        except ValueError as error:
+            problems.append(f"line {number} is not JSON ({error})")
             continue
         kind = _format_of(row)
         found = found or kind
@@ -148,5 +147,8 @@ def _row_problems(kind: str, row: Mapping[str, Any]) -> list[str]:
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         return ["messages is not a list of messages"]
-    sound = all(isinstance(message, Mapping) and "role" in message for message in messages)
-    return [] if sound else ["a message has no role"]
+    if not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages):
+        return ["a message has no role"]
+    if not all(isinstance(message.get("content") or "", (str, list)) for message in messages):
+        return ["the content of a message is not text"]
+    return [] if isinstance(row.get("tools") or [], list) else ["tools is not a list"]

@@ -6,7 +6,6 @@ and the Hub's tables. Every problem names its file and line.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_rsgwm import files
 from mlx_rsgwm.data.numbers import LITERAL, parse_number, plain_number, write_number
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 
@@ -309,21 +309,14 @@ def _local_file(data: Path, task: str, split: str) -> Path:
 
 def _read_rows(path: Path) -> Iterable[tuple[int, Any]]:
     """``(line number, row or ValueError)`` for every line that is not blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise RsgwmError(f"{path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise RsgwmError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise RsgwmError(f"cannot read {path}: {error.strerror or error}") from error
+    text = files.read_text(path)
     # Not splitlines: U+2028 may stand unescaped inside a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield number, ValueError(f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})")
+                yield number, files.parse_json(line)
+            except ValueError as error:
+                yield number, ValueError(f"not valid JSON ({error})")
 
 
 def _hub_rows(source: Source, split: str, revision: str | None) -> Iterable[tuple[int, Any]]:

@@ -5,12 +5,13 @@ A template has a hash; adapters record it, so that a verifier is never asked in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.files import sha256_json
+from mlx_rsgwm.settings import build
 
 
 class Tokenizer(Protocol):
@@ -74,13 +75,12 @@ class Template:
         return {**asdict(self), "stop": list(self.stop), "hash": self.hash}
 
     @classmethod
-    def from_description(cls, description: dict[str, Any]) -> Template:
+    def from_description(cls, description: Mapping[str, Any]) -> Template:
         """The template a manifest recorded; its stored hash must still be the one of its fields."""
+        if not isinstance(description, Mapping):
+            raise RsgwmError(f"template description not understood: found {type(description).__name__}")
         fields = {key: value for key, value in description.items() if key != "hash"}
-        try:
-            template = cls(**{**fields, "stop": tuple(fields.get("stop", ()))})
-        except TypeError as error:
-            raise RsgwmError(f"template description not understood: {error}") from None
+        template = build(cls, fields, "template description not understood")
         if description.get("hash", template.hash) != template.hash:
             raise RsgwmError(f"template {template.name}: its recorded hash is not that of its fields")
         return template

@@ -85,8 +85,8 @@ def read_drafts(file: Path, header: Mapping[str, Any], count: int) -> list[HeldO
         RsgwmError: not such a file, or one that was made with anything else than ``header`` says.
     """
     try:
-        found = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = [files.parse_json(line) for line in files.read_text(file).split("\n") if line.strip()]
+    except ValueError as error:
         raise RsgwmError(f"{file} is not a file of held-out drafts: {error}") from None
     if not found or not isinstance(found[0], dict) or found[0].get("format") != FORMAT:
         raise RsgwmError(f"{file} is not a file of held-out drafts; give another name to write one")

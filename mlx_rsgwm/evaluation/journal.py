@@ -49,11 +49,11 @@ class Journal:
         whole = data.rfind(b"\n") + 1
         lines = data[:whole].decode("utf-8", errors="replace").split("\n")[:-1]
         try:
-            found = json.loads(lines[0])["about"] if lines else None
-        except (json.JSONDecodeError, KeyError, TypeError):
+            found = files.parse_json(lines[0])["about"] if lines else None
+        except (ValueError, KeyError, TypeError):
             found = None
         if found != about:
-            if found is None or replace:
+            if not isinstance(found, dict) or replace:
                 return 0
             differ = [name for name in {**found, **about} if found.get(name) != about.get(name)]
             raise RsgwmError(
@@ -63,14 +63,14 @@ class Journal:
         for number, line in enumerate(lines[1:], 2):
             where = f"{self.path} line {number}"
             try:
-                value = json.loads(line)
+                value = files.parse_json(line)
                 if "item" in value:
                     record = ItemRecord.from_dict(value["item"], where)
                     self.items[value["part"], record.id] = record
                 else:
                     first, total, energy = value["timing"]
                     self.timings[value["part"], value["id"]] = (first, total, energy)
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError):
                 raise RsgwmError(f"{where} is damaged; delete the file to start anew") from None
         return whole
 

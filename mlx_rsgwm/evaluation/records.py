@@ -12,6 +12,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.evaluation.answers import STATUSES
 from mlx_rsgwm.pipeline.loop import decide
+from mlx_rsgwm.settings import build
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Draft:
             raise RsgwmError("draft: a refusal (value None) cannot be correct")
         if self.status not in STATUSES or (self.status == "answer") != (self.value is not None):
             raise RsgwmError(f"draft: status {self.status!r} does not fit the value {self.value!r}")
+        if not all(0 <= score <= 1 for score in self.scores.values()):
+            raise RsgwmError(f"draft: scores must be in [0, 1], found {dict(self.scores)}")
 
 
 @dataclass(frozen=True)
@@ -132,16 +135,7 @@ class ItemRecord:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], where: str = "item record") -> ItemRecord:
         """Read one line of ``items.jsonl``; missing or unknown fields are a :class:`RsgwmError`."""
-        try:
-            drafts = tuple(_draft_from(draft) for draft in value["drafts"])
-            return cls(**{**value, "drafts": drafts})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RsgwmError(f"{where}: not an item record ({error})") from None
-
-
-def _draft_from(value: Mapping[str, Any]) -> Draft:
-    readings = {name: Reading(**reading) for name, reading in value.get("readings", {}).items()}
-    return Draft(**{**value, "readings": readings})
+        return build(cls, value, f"{where}: not an item record")
 
 
 def replay(record: ItemRecord, threshold: float, k: int, score_name: str | None = None) -> ItemRecord:
@@ -197,19 +191,16 @@ def read_items(path: Path) -> list[ItemRecord]:
     Raises:
         RsgwmError: a file or line that cannot be read (with its number), an item twice with one seed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RsgwmError(f"cannot read {path}: {error}") from None
+    text = files.read_text(path)
     records: list[ItemRecord] = []
     seen: dict[tuple[str, int], int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RsgwmError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+            value = files.parse_json(line)
+        except ValueError as error:
+            raise RsgwmError(f"{path} line {number}: not valid JSON ({error})") from None
         if not isinstance(value, dict):
             raise RsgwmError(f"{path} line {number}: expected a JSON object, found {type(value).__name__}")
         record = ItemRecord.from_dict(value, f"{path} line {number}")

@@ -257,4 +257,6 @@ def read_report(folder: Path) -> tuple[dict[str, Any], list[ItemRecord]]:
     summary = files.read_json_object(folder / REPORT_FILE)
     if summary.get("format") != FORMAT:
         raise RsgwmError(f"{folder / REPORT_FILE}: format is {summary.get('format')!r}, not {FORMAT!r}")
+    if not isinstance(summary.get("k"), int) or not isinstance(summary.get("metadata"), dict):
+        raise RsgwmError(f"{folder / REPORT_FILE} has no k or no metadata; evaluate again")
     return summary, read_items(folder / ITEMS_FILE)

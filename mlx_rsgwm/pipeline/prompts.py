@@ -113,7 +113,7 @@ class Along:
             return self._one(rows[0])
         if any(row not in self._trails for row in rows):
             return None
-        middle = [mx.pad(self._trails[row].middle, ((0, 0), (0, length - len(row)), (0, 0))) for row in rows]
+        middle = [mx.pad(self._trails[row].middle, [(0, 0), (0, length - len(row)), (0, 0)]) for row in rows]
         return self._below.upper(mx.concatenate(middle))
 
     def _one(self, row: tuple[int, ...]) -> mx.array | None:

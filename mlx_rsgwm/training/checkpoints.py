@@ -166,9 +166,8 @@ def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) 
         )
     damaged = []
     for path in found:
-        manifest = files.read_json_object(path / MANIFEST_FILE)
-        expected = {**(manifest.get("files") or {}), **(manifest.get("state") or {})}
-        if any(not (path / name).is_file() or files.sha256_file(path / name) != sha for name, sha in expected.items()):
+        manifest = _intact(path)
+        if manifest is None:
             damaged.append(path.name)
             progress.message(f"{path} is incomplete or damaged; trying an older checkpoint")
             continue
@@ -179,11 +178,29 @@ def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) 
         raise_problems(f"cannot resume {path}", differences)
         weights, _ = files.read_safetensors(path / WEIGHTS_FILE)
         arrays, _ = files.read_safetensors(path / STATE_FILE)
-        return Checkpoint(int(manifest["step"]), weights, arrays, manifest["record"])
+        return Checkpoint(manifest["step"], weights, arrays, manifest["record"])
     if saving.resume == "replace":
         _clear(saving.folder)
         return None
     raise RsgwmError(f"no checkpoint in {saving.folder / FOLDER} can be resumed (damaged: {', '.join(damaged)})")
+
+
+def _intact(path: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint whose files are those it was written with; None when anything is damaged."""
+    try:
+        manifest = files.read_json_object(path / MANIFEST_FILE)
+    except RsgwmError:
+        return None
+    parts = [manifest.get(name) for name in ("files", "state", "record", "run")]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(manifest.get("step"), int):
+        return None
+    expected = {**manifest["files"], **manifest["state"]}
+    if {WEIGHTS_FILE, STATE_FILE} <= set(expected) and all(
+        Path(name).name == name and (path / name).is_file() and files.sha256_file(path / name) == sha
+        for name, sha in expected.items()
+    ):
+        return manifest
+    return None
 
 
 def _clear(folder: Path) -> None:
@@ -200,7 +217,7 @@ def differing(before: Any, now: Any, name: str = "") -> list[str]:
             for key in dict.fromkeys([*before, *now])
             for line in differing(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
         ]
-    same = before == now or (isinstance(before, (list, tuple)) and list(before) == list(now or ()))
+    same = before == now or (all(isinstance(one, (list, tuple)) for one in (before, now)) and list(before) == list(now))
     return [] if same else [f"{name} is {_shown(now)} now, was {_shown(before)}"]
 
 

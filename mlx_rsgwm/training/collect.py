@@ -14,21 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import (
-    CONFIG_FILE,
-    FORMAT,
-    FORMAT_VERSION,
-    IMPORTANCE_FILE,
-    INIT_FILE,
-    KEPT_FILE,
-    MANIFEST_FILE,
-    SIGNALS,
-    WEIGHTS_FILE,
-    Adapter,
-    LoraSpec,
-    versions,
-)
+from mlx_rsgwm.adapter import IMPORTANCE_FILE, SIGNALS, Adapter, LoraSpec, put_beside
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.data.batching import Batch, make_batch, plan_epoch
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
@@ -146,24 +132,5 @@ def save_importance(
     assert folder is not None
     checked = Adapter(adapter.spec, adapter.weights, arrays, metadata, adapter.init, adapter.manifest, folder)
     raise_problems(str(folder), checked.problems(), AdapterError)
-    files.require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
-    known = (CONFIG_FILE, WEIGHTS_FILE, INIT_FILE, KEPT_FILE)
-    kept = {name: sha for name, sha in (adapter.manifest.get("files") or {}).items() if name != IMPORTANCE_FILE} or {
-        name: files.sha256_file(folder / name) for name in known if (folder / name).is_file()
-    }
-    if IMPORTANCE_FILE in (adapter.manifest.get("files") or {}):
-        # Killed between the two writes below, the folder is whole, without its former importance.
-        files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": kept})
-    files.write_safetensors(folder / IMPORTANCE_FILE, arrays, metadata)
-    manifest = {
-        "kind": "imported",
-        "base": base.describe(),
-        "versions": versions(),
-        **adapter.manifest,
-        "importance": {**metadata, "collected": True, "data": data.describe()},
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "files": {**kept, IMPORTANCE_FILE: files.sha256_file(folder / IMPORTANCE_FILE)},
-    }
-    files.write_json(folder / MANIFEST_FILE, manifest)
-    return folder
+    entry = {**metadata, "collected": True, "data": data.describe()}
+    return put_beside(adapter, IMPORTANCE_FILE, arrays, metadata, base.describe(), {"importance": entry})

@@ -18,18 +18,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_rsgwm import files
-from mlx_rsgwm.adapter import (
-    CONFIG_FILE,
-    FORMAT,
-    FORMAT_VERSION,
-    IMPORTANCE_FILE,
-    INIT_FILE,
-    KEPT_FILE,
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    versions,
-)
+from mlx_rsgwm.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, put_beside
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
@@ -178,8 +167,7 @@ def save_grams(
 ) -> Path:
     """Put collected matrices beside an adapter's weights: ``grams.safetensors``, then the manifest.
 
-    Weights and config are not touched. An adapter without a manifest gets one of kind ``imported``. Killed in between,
-    the folder is what it was, at worst without its former matrices.
+    See :func:`~mlx_rsgwm.adapter.put_beside`.
     """
     folder = adapter.path
     assert folder is not None
@@ -187,33 +175,10 @@ def save_grams(
     shared = {name: owners.setdefault(id(gram), name) for name, gram in grams.items()}
     arrays = {name: gram for name, gram in grams.items() if shared[name] == name}
     aliases = {name: owner for name, owner in shared.items() if owner != name}
-    files.require_space(folder, sum(gram.nbytes for gram in arrays.values()) + 2**20)
-    kept = _kept_files(adapter, folder)
-    if GRAMS_FILE in (adapter.manifest.get("files") or {}):
-        files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": kept})
-    weights_hash = {"weights_sha256": kept[WEIGHTS_FILE]}
-    files.write_safetensors(folder / GRAMS_FILE, arrays, {**metadata, **weights_hash, "shared": json.dumps(aliases)})
-    adapter.manifest = {
-        "kind": "imported",
-        "base": base.describe(),
-        "versions": versions(),
-        **adapter.manifest,
-        "grams": {**metadata, "data": data.describe()},
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "files": {**kept, GRAMS_FILE: files.sha256_file(folder / GRAMS_FILE)},
-    }
-    files.write_json(folder / MANIFEST_FILE, adapter.manifest)
-    return folder
-
-
-def _kept_files(adapter: Adapter, folder: Path) -> dict[str, str]:
-    """Hashes of the folder's files but the matrices: the manifest's, or of what is there when it has none."""
-    recorded = {name: sha for name, sha in (adapter.manifest.get("files") or {}).items() if name != GRAMS_FILE}
-    if recorded:
-        return recorded
-    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE)
-    return {name: files.sha256_file(folder / name) for name in known if (folder / name).is_file()}
+    of_weights = (adapter.manifest.get("files") or {}).get(WEIGHTS_FILE) or files.sha256_file(folder / WEIGHTS_FILE)
+    about = {**metadata, "weights_sha256": of_weights, "shared": json.dumps(aliases)}
+    entry = {**metadata, "data": data.describe()}
+    return put_beside(adapter, GRAMS_FILE, arrays, about, base.describe(), {"grams": entry})
 
 
 def load_grams(folder: Path) -> dict[str, mx.array]:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.data.batching import TokenRow, plan_steps
@@ -87,6 +88,8 @@ def train(
         need = _estimate(base, rows, config, processes)
         progress.message(f"{label}: {check_estimate(need, memory.enforce)}")
         run = Run(model, rows, plan, held_rows, config, label, processes)
+        if saving and processes.writes:
+            stack.enter_context(files.exclusive(saving.folder))
         checkpoint = read_checkpoint(saving, identity, progress) if saving else None
         if checkpoint is not None:
             run.restore(checkpoint)

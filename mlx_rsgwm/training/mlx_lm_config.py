@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
-import yaml
-
+from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.settings import read_yaml
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
 
 # Keys that only mlx-lm has: any of them makes a YAML one of mlx-lm's.
@@ -44,12 +45,7 @@ def read_training_file(path: Path) -> TrainingFile:
     """
     if not path.is_file():
         raise RsgwmError(f"config {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RsgwmError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise RsgwmError(f"config {path}: expected keys and values at the top level")
+    values = read_yaml(files.read_text(path), f"config {path}")
     # YAML 1.1 takes 1e-5 for text; mlx-lm reads it as a number.
     values = {key: _number(value) for key, value in values.items()}
     if FOREIGN & set(values):
@@ -70,6 +66,8 @@ def from_mlx_lm(values: Mapping[str, Any], where: str) -> TrainingFile:
     file = TrainingFile()
     problems: list[str] = []
     accumulate = values.get("grad_accumulation_steps") or 1
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise RsgwmError(f"{where}: grad_accumulation_steps must be a whole number, found {brief(accumulate)}")
     defaults = {
         "fine_tune_type": "lora", "optimizer": "adam", "num_layers": 16, "batch_size": 4, "learning_rate": 1e-5,
         "iters": 1000, "max_seq_length": 2048, "steps_per_eval": 200, "save_every": 100, "seed": 0,
@@ -146,10 +144,13 @@ def from_mlx_lm(values: Mapping[str, Any], where: str) -> TrainingFile:
     }
     file.config |= {"schedule": "constant", "warmup": 0.0, "long_rows": "cut"}
     for key, value in merged.items():
-        if key in table:
-            table[key](key, value)
-        else:
-            problems.append(f"{key} has no counterpart here")
+        try:
+            if key in table:
+                table[key](key, value)
+            else:
+                problems.append(f"{key} has no counterpart here")
+        except (TypeError, ValueError, OverflowError, AttributeError):
+            problems.append(f"{key}: {brief(value)} is not understood")
     if merged["fine_tune_type"] in ("lora", "dora"):
         file.config["fine_tune_type"] = merged["fine_tune_type"]
     raise_problems(f"{where} (an mlx_lm.lora config)", problems)

@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import load_base
-from mlx_rsgwm.bench import latency
+from mlx_rsgwm.bench import conditions, latency, outcome, works
 from mlx_rsgwm.bench.latency import LatencyConfig, interleave, measure_latency, summarise, token_ids
 from mlx_rsgwm.errors import RsgwmError
 
@@ -22,10 +23,8 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory):
-    """A tiny random Llama saved by transformers, with a word-level tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
+def base_folder(tmp_path_factory, byte_level):
+    """A tiny random Llama saved by transformers, with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -34,16 +33,14 @@ def base_folder(tmp_path_factory):
         intermediate_size=80,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=96,
+        vocab_size=320,
         max_position_embeddings=128,
         initializer_range=0.2,
         bos_token_id=0,
-        eos_token_id=1,
+        eos_token_id=0,
     )
     transformers.LlamaForCausalLM(config).float().save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
+    byte_level(folder)
     return folder
 
 
@@ -63,9 +60,14 @@ def test_rows_hold_what_is_promised(result):
         "decode 3 tokens",
         "prefill 8 tokens with adapter",
         "decode 3 tokens with adapter",
+        "prefill 8 tokens fused",
+        "decode 3 tokens fused",
+        "train step 2 × 8 tokens",
+        "merge 4 adapters, TIES",
+        "draft–verify 3 × 3 tokens",
     ]
     for row in result["rows"]:
-        assert set(row) == {"work", "adapter", "mlx_ms", "torch_ms", "ratio", "iqr"}
+        assert set(row) == {"work", "mlx_ms", "torch_ms", "ratio", "iqr"}
         for side in ("mlx_ms", "torch_ms"):
             low, high = row["iqr"][side]
             assert 0 < low <= row[side] <= high
@@ -73,25 +75,66 @@ def test_rows_hold_what_is_promised(result):
     machine = result["machine"]
     assert (machine["dtype"], machine["torch_device"]) == ("float32", "cpu")
     assert {"mlx", "mlx-lm", "torch", "peft", "transformers"} <= machine["versions"].keys()
+    assert result["conditions"]["before"]["load"] >= 0
+    assert min(result["load_ms"].values()) > 0
     json.dumps(result, allow_nan=False)
+
+
+def test_works_can_be_chosen(base_folder):
+    found = measure_latency(small(base_folder, works="merge,train", trials=1, warmup=0))["rows"]
+    assert [row["work"].split()[0] for row in found] == ["train", "merge"]
+    assert len(measure_latency(small(base_folder, works="forward", trials=1, warmup=0))["rows"]) == 2
+
+
+def test_both_sides_take_the_same_training_step(base_folder):
+    """The losses of the second step agree, so forward, backward and Adam were the same work."""
+    config = small(base_folder)
+    base = load_base(config.base, dtype="float32")
+    theirs = latency.load_torch_base(base.path, "cpu", "float32")
+    rows = works.training_rows(320, 2, 8, 0)
+    losses = {"mlx": [], "torch": []}
+    spec = LoraSpec(2, 2.0, 0.0, ("self_attn.q_proj",), -1)
+    with works.mlx_training(base, rows, spec, 3) as trial:
+        run = next(cell.cell_contents for cell in trial.__closure__ if isinstance(cell.cell_contents, works.Run))
+        from mlx_rsgwm.converters.peft import to_peft
+        from mlx_rsgwm.training.layers import trainable
+
+        to_peft(Adapter(spec, trainable(base.model)), "b", base.path / "peft")
+        for _ in range(3):
+            trial()
+        losses["mlx"] = [step.loss for step in run.history]
+    theirs = latency.apply_peft(theirs, base.path / "peft", widen=False)
+    forward = type(theirs).forward
+
+    def watched(*arguments, **options):
+        output = forward(*arguments, **options)
+        losses["torch"].append(output.loss.item())
+        return output
+
+    theirs.forward = watched.__get__(theirs)
+    trial = works.torch_training(theirs, "cpu", rows)
+    for _ in range(3):
+        trial()
+    assert losses["mlx"] == pytest.approx(losses["torch"], abs=1e-4)
+    assert losses["mlx"][2] < losses["mlx"][0]
 
 
 def test_both_sides_see_the_same_tokens_and_fill_the_cache_alike(base_folder, monkeypatch):
     """The caches after a trial hold the same keys: every token was fed, in order, at its position, on both sides."""
     config = small(base_folder)
     base = load_base(config.base, dtype="float32")
-    prompt, forced = token_ids(config, 96)
+    prompt, forced = token_ids(config, 320)
     caches = {}
 
     from mlx_lm.models import cache as mlx_cache
 
     make = mlx_cache.make_prompt_cache
     monkeypatch.setattr(mlx_cache, "make_prompt_cache", lambda model: caches.setdefault("mlx", make(model)))
-    latency.mlx_trial(base.model, prompt, forced)()
+    works.mlx_forward(base.model, prompt, forced)()
 
     real = transformers.DynamicCache
     monkeypatch.setattr(transformers, "DynamicCache", lambda: caches.setdefault("torch", real()))
-    latency.torch_trial(latency.load_torch_base(base.path, "cpu", "float32"), "cpu", prompt, forced)()
+    works.torch_forward(latency.load_torch_base(base.path, "cpu", "float32"), "cpu", prompt, forced)()
 
     for ours, theirs in zip(caches["mlx"], caches["torch"].layers, strict=True):
         assert ours.offset == theirs.keys.shape[2] == config.prompt_tokens + config.new_tokens
@@ -139,7 +182,7 @@ def test_trials_take_turns_and_the_warm_up_does_not_count():
 def test_medians_quartiles_and_ratio():
     mlx = [(1.0, 10.0), (2.0, 10.0), (3.0, 10.0), (4.0, 10.0), (100.0, 10.0)]
     theirs = [(6.0, 5.0)] * 5
-    prefill, decode = summarise("", False, LatencyConfig(), mlx, theirs)
+    prefill, decode = summarise(("prefill", "decode"), mlx, theirs)
     assert (prefill["mlx_ms"], prefill["iqr"]["mlx_ms"], prefill["ratio"]) == (3.0, [2.0, 4.0], 2.0)
     assert (decode["ratio"], decode["torch_ms"]) == (0.5, 5.0)
 
@@ -150,6 +193,8 @@ def test_medians_quartiles_and_ratio():
         ({"prompt_tokens": 1}, "prompt_tokens must be at least 2"),
         ({"trials": 0, "new_tokens": 0}, "new_tokens must be at least 1, found 0; trials must be at least 1"),
         ({"dtype": "int4"}, "dtype must be one of"),
+        ({"works": "forward,dance"}, "works must be some of forward, lora"),
+        ({"works": " "}, "works must be some of"),
         ({"device": "abacus"}, "no device 'abacus'"),
         ({"adapter": "nowhere"}, "nowhere does not exist"),
     ],
@@ -181,12 +226,96 @@ def test_the_script_and_the_command_end_with_json(base_folder, monkeypatch, resu
 
     seen = []
     monkeypatch.setattr(latency, "measure_latency", lambda config, progress: seen.append(config) or result)
-    for extra in ([], ["--json"]):
+    for extra, expected in (([], result["rows"]), (["--json"], result)):
         done = CliRunner().invoke(rsgwm, ["bench", "latency", "--base", "b", "--trials", "2", "--seed", "7", *extra])
         assert done.exit_code == 0, done.output
-        assert json.loads(done.stdout.splitlines()[-1]) == result
+        assert json.loads(done.stdout.splitlines()[-1]) == expected
     assert seen == [LatencyConfig(base="b", trials=2, seed=7)] * 2
     script = Path(__file__).parents[2] / "bench" / "latency.py"
     failed = subprocess.run([sys.executable, str(script), "--trials", "0"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.strip() == "error: bench latency: trials must be at least 1, found 0"
+
+
+def test_a_result_is_written_and_compared(result, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from mlx_rsgwm.cli.main import rsgwm
+
+    before = tmp_path / "new" / "before.json"
+    assert outcome.save_outcome(result, before) == [before.with_suffix(end) for end in (".md", ".png", ".json")]
+    assert before.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    text = before.with_suffix(".md").read_text()
+    assert all(f"| {row['work']} |" in text for row in result["rows"])
+    assert "MLX is slower" in text or all(row["ratio"] >= 1 for row in result["rows"])
+
+    faster = json.loads(json.dumps(result))
+    row = faster["rows"][0]
+    row["mlx_ms"], row["iqr"]["mlx_ms"] = row["mlx_ms"] / 1000, [value / 1000 for value in row["iqr"]["mlx_ms"]]
+    del faster["rows"][1]
+    after = tmp_path / "after.json"
+    outcome.save_outcome(faster, after)
+    done = CliRunner().invoke(rsgwm, ["bench", "compare", str(before), str(after), "--json"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["rows"][0]["ratio"], found["rows"][0]["differs"]) == (pytest.approx(1000, rel=1e-2), True)
+    assert (found["rows"][1]["ratio"], found["rows"][1]["differs"]) == (1.0, False)
+    assert (found["only_before"], found["only_after"]) == (["decode 3 tokens"], [])
+    assert "within the spread" in done.stderr
+
+    faster["machine"]["dtype"] = "bfloat16"
+    outcome.save_outcome(faster, after)
+    refused = CliRunner().invoke(rsgwm, ["bench", "compare", str(before), str(after)])
+    assert refused.exit_code == 2
+    assert "dtype is 'bfloat16' there, 'float32' here" in refused.stderr
+    assert CliRunner().invoke(rsgwm, ["bench", "compare", str(before), str(after), "--anyway"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{}", "is not a result"),
+        ('{"format": "mlx-rsgwm/bench-latency"}', "rows is missing; machine is missing"),
+        ('{"format": "mlx-rsgwm/bench-latency", "rows": [{}], "machine": {}, "config": {}}', "row that is damaged"),
+        ('{"format": "mlx-rsgwm/bench-latency", "rows": [3], "machine": {}, "config": {}}', "row that is damaged"),
+    ],
+)
+def test_other_files_are_no_results(tmp_path, content, expected):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(RsgwmError, match=expected):
+        outcome.load_outcome(path)
+    with pytest.raises(RsgwmError, match=r"ends in \.json"):
+        outcome.save_outcome({}, tmp_path / "a.txt")
+
+
+def test_remarks_say_where_mlx_loses_and_what_varied():
+    row = {
+        "work": "a",
+        "mlx_ms": 10.0,
+        "torch_ms": 8.0,
+        "ratio": 0.8,
+        "iqr": {"mlx_ms": [9.9, 10.1], "torch_ms": [7, 9]},
+    }
+    assert outcome.remark(row) == "MLX is slower; unsteady: torch"
+    assert outcome.remark({**row, "ratio": 1.2, "iqr": {"mlx_ms": [10, 10], "torch_ms": [8, 8]}}) == ""
+
+
+def test_power_and_heat_are_read_from_what_the_system_prints(tmp_path):
+    batt = "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1)\t87%; discharging; 5:12 remaining\n"
+    assert conditions.power_in(batt) == "battery"
+    assert conditions.power_in(batt.replace("Battery Power", "AC Power")) == "mains"
+    assert conditions.power_in("") is None
+    assert conditions.low_power_in("Battery Power:\n lowpowermode         1\n") is True
+    assert conditions.low_power_in("AC Power:\n sleep 1\n") is None
+    quiet = "Note: No thermal warning level has been recorded\nNote: No performance warning level has been recorded\n"
+    assert conditions.thermal_in(quiet) == "nominal"
+    assert conditions.thermal_in("CPU_Scheduler_Limit = 100\nCPU_Speed_Limit = 64\n") == "limited to 64 %"
+    assert conditions.linux_conditions(tmp_path) == {"power": None, "low_power_mode": None, "thermal": None}
+    for name, value in (
+        ("class/power_supply/AC/online", "0"),
+        ("devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", "3"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"{value}\n")
+    found = conditions.linux_conditions(tmp_path)
+    assert (found["power"], found["thermal"]) == ("battery", "throttled 3 times since start")

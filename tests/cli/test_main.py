@@ -69,6 +69,23 @@ def test_help_lists_every_command_on_one_line(run, name):
     assert module.startswith("mlx_rsgwm.cli.")
 
 
+@pytest.mark.parametrize(
+    ("words", "position", "expected"),
+    [
+        ("rsgwm tra", 1, {"train", "train-pool"}),
+        ("rsgwm bench", 2, {"latency", "compare"}),
+        ("rsgwm merge --dr", 2, {"--dry-run"}),
+    ],
+)
+def test_the_shell_completes_commands_and_options(run, monkeypatch, words, position, expected):
+    monkeypatch.setenv("_RSGWM_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(position))
+    assert {line.partition(",")[2] for line in run().stdout.split()} == expected
+    monkeypatch.setenv("_RSGWM_COMPLETE", "zsh_source")
+    assert "#compdef rsgwm" in run().stdout
+
+
 def test_version_names_the_components(run):
     output = run("--version").stdout
     assert output.startswith(f"rsgwm {__version__} (mlx ")

@@ -12,58 +12,21 @@ import pytest
 from mlx_rsgwm.base import load_base
 from mlx_rsgwm.converters.gguf import convert_gguf
 from mlx_rsgwm.converters.gguf_architectures import ARCHITECTURES
+from mlx_rsgwm.converters.gguf_model import model_to_gguf
 from mlx_rsgwm.errors import RsgwmError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "hidden_size": 64,
-    "num_hidden_layers": 7,  # one more than gemma3's pattern of window and full attention
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 260,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.15,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-# architecture: (transformers' class, more of its config, more of the file's metadata)
-MODELS = {
-    "qwen2": ("Qwen2", {"rope_theta": 1e6, "tie_word_embeddings": False}, {}),
-    "qwen3": ("Qwen3", {"rope_theta": 1e6, "tie_word_embeddings": True}, {}),
-    "gemma": ("Gemma", {"hidden_activation": "gelu_pytorch_tanh"}, {}),
-    "gemma2": (
-        "Gemma2",
-        {"sliding_window": 64, "query_pre_attn_scalar": 16},  # mlx-lm's has no window at all
-        {"attention.sliding_window": 64, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    ),
-    "gemma3": (
-        "Gemma3",
-        {"sliding_window": 8, "query_pre_attn_scalar": 16},
-        {"attention.sliding_window": 8, "rope.freq_base": 1e6},
-    ),
-    "phi3": ("Phi3", {"sliding_window": None, "tie_word_embeddings": False}, {}),
+METADATA = {  # of the file, beyond what every architecture has
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"attention.sliding_window": 64, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": {"attention.sliding_window": 8, "rope.freq_base": 1e6},
+    "phi3": {},
 }
 NORMS = ("norm.weight", "layernorm.weight")
-
-
-def model_of(architecture):
-    kind, extra, _ = MODELS[architecture]
-    torch.manual_seed(3)
-    name = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
-    sizes = {key: value for key, value in SIZES.items() if not (kind == "Phi3" and key == "head_dim")}
-    config = getattr(transformers, name)(**{**sizes, **extra})
-    config._attn_implementation = "eager"
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith(("bias", *NORMS)):
-            parameter.data += 0.2 * torch.randn(parameter.shape)
-    return model
 
 
 def write(path, architecture, model, metadata=None):
@@ -76,10 +39,11 @@ def write(path, architecture, model, metadata=None):
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(SIZES["head_dim"])
-    writer.add_value_length(SIZES["head_dim"])
+    head_dim = config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    found = dict(MODELS[architecture][2], **(metadata or {}))
+    found = {**METADATA[architecture], **(metadata or {})}
     if "rope.freq_base" not in found:
         found["rope.freq_base"] = float(config.rope_parameters["rope_theta"])
     for key, value in found.items():
@@ -115,8 +79,8 @@ def byte_alphabet():
     return [chr(byte) if byte in shown else chr(next(extra)) for byte in range(256)]
 
 
-@pytest.mark.parametrize("architecture", MODELS)
-def test_logits_are_those_of_the_model_it_was_made_of(tmp_path, architecture):
+@pytest.mark.parametrize("architecture", METADATA)
+def test_logits_are_those_of_the_model_it_was_made_of(model_of, tmp_path, architecture):
     model = model_of(architecture)
     out = convert_gguf(write(tmp_path / "a.gguf", architecture, model), tmp_path / "out")
     ids = np.random.default_rng(1).integers(3, 260, (2, 19))
@@ -132,8 +96,8 @@ def test_logits_are_those_of_the_model_it_was_made_of(tmp_path, architecture):
     assert config["tie_word_embeddings"] is bool(model.config.tie_word_embeddings)
 
 
-@pytest.mark.parametrize("architecture", MODELS)
-def test_transformers_reads_the_folder_too(tmp_path, architecture):
+@pytest.mark.parametrize("architecture", METADATA)
+def test_transformers_reads_the_folder_too(model_of, tmp_path, architecture):
     model = model_of(architecture)
     out = convert_gguf(write(tmp_path / "a.gguf", architecture, model), tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
@@ -142,7 +106,23 @@ def test_transformers_reads_the_folder_too(tmp_path, architecture):
         assert (again(ids).logits - model(ids).logits).abs().max() < 1e-4
 
 
-def test_a_tensor_too_many_and_one_too_few_are_named(tmp_path):
+@pytest.mark.parametrize("architecture", METADATA)
+def test_the_way_out_writes_the_file_that_came_in(model_of, tmp_path, architecture):
+    source = write(tmp_path / "a.gguf", architecture, model_of(architecture))
+    model_to_gguf(convert_gguf(source, tmp_path / "out"), tmp_path / "b.gguf")
+    before, after = gguf.GGUFReader(source), gguf.GGUFReader(tmp_path / "b.gguf")
+    found = {tensor.name: tensor for tensor in after.tensors}
+    assert found.keys() == {tensor.name for tensor in before.tensors}
+    for tensor in before.tensors:
+        assert tensor.tensor_type == found[tensor.name].tensor_type
+        # Gemma's norms lose their one and get it back.
+        assert np.allclose(tensor.data, found[tensor.name].data, rtol=0, atol=2e-7 if "norm" in tensor.name else 0)
+    for key, field in before.fields.items():
+        if not key.startswith("GGUF.") and key != "tokenizer.ggml.pre":  # "default" there, which is GPT-2's rule here
+            assert after.fields[key].contents() == field.contents(), key
+
+
+def test_a_tensor_too_many_and_one_too_few_are_named(model_of, tmp_path):
     model = model_of("qwen3")
     state = model.state_dict()
     model.state_dict = lambda: {name: value for name, value in state.items() if "layers.3.self_attn.q_norm" not in name}
@@ -155,7 +135,7 @@ def test_a_tensor_too_many_and_one_too_few_are_named(tmp_path):
         convert_gguf(write(tmp_path / "b.gguf", "gemma", gemma), tmp_path / "out")
 
 
-def test_experts_and_long_contexts_are_refused(tmp_path):
+def test_experts_and_long_contexts_are_refused(model_of, tmp_path):
     path = write(tmp_path / "a.gguf", "qwen2", model_of("qwen2"), {"expert_count": 4})
     with pytest.raises(RsgwmError, match="mixture of experts"):
         convert_gguf(path, tmp_path / "out")

@@ -161,7 +161,7 @@ def hub():
 def rsgwm(hub, tmp_path):
     """Runs the command in a process of its own whose Hub is the local server."""
 
-    def run(*arguments):
+    def run(*arguments, **more):
         environment = {
             **os.environ,
             "HF_ENDPOINT": hub.url,
@@ -169,6 +169,7 @@ def rsgwm(hub, tmp_path):
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+            **more,
         }
         command = [sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()", *map(str, arguments), "--json"]
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -210,14 +211,30 @@ def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path)
         assert all(mx.array_equal(one[name], other[name]) for name in one)
 
     hub.stop()  # what was fetched once needs no network
-    offline = rsgwm("pull", REPO, tmp_path / "again", "--peft")
+    offline = rsgwm("pull", REPO, tmp_path / "again", "--peft", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     found = from_peft(tmp_path / "again")
     assert all(mx.array_equal(found.weights[name], value) for name, value in before.weights.items())
+    unsent = rsgwm("push", folder, REPO, "--base", BASE)
+    assert unsent.returncode == 2
+    assert len([line for line in unsent.stderr.splitlines() if line.startswith("rsgwm: error:")]) == 1
+    assert f"{REPO} could not be written to the Hub" in unsent.stderr
+    assert TOKEN not in unsent.stdout + unsent.stderr
     never = rsgwm("pull", "someone/else", tmp_path / "never", "--peft")
     assert never.returncode == 2
     assert "rsgwm: error: someone/else could not be fetched from the Hub" in never.stderr
     assert not (tmp_path / "never").exists()
+
+
+def test_a_repository_of_mlx_lm_is_fetched_as_it_is(hub, rsgwm, folder, tmp_path):
+    hub.files = {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapters.safetensors")}
+    pulled = rsgwm("pull", REPO, tmp_path / "pulled")
+    assert pulled.returncode == 0, pulled.stderr
+    assert (last(pulled)["layout"], last(pulled)["modules"]) == ("mlx", 4)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "pulled").iterdir()} == hub.files
+    kept = rsgwm("pull", REPO, tmp_path / "kept", "--peft")
+    assert kept.returncode == 2
+    assert "has mlx-lm's layout, not PEFT's" in kept.stderr
 
 
 def test_a_dry_run_sends_nothing_and_shows_everything(hub, rsgwm, folder):

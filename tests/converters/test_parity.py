@@ -305,8 +305,13 @@ def test_bad_options_are_one_line(base_folder, adapter_folder, options, expected
         check_parity(adapter_folder, str(base_folder), **options)
 
 
-def test_auto_is_a_device_that_is_there():
-    assert torch_device("auto") == ("mps" if torch.backends.mps.is_available() else "cpu")
+@pytest.mark.parametrize(
+    ("mps", "cuda", "expected"), [(True, True, "mps"), (False, True, "cuda"), (False, False, "cpu")]
+)
+def test_auto_is_a_device_that_is_there(monkeypatch, mps, cuda, expected):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert torch_device("auto") == torch_device(expected) == expected
 
 
 def test_float32_that_is_not_float32_is_noticed(monkeypatch):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import load_base
 from mlx_rsgwm.converters.peft import from_peft, from_peft_on, to_peft
-from mlx_rsgwm.converters.peft_config import alpha_for, config_problems, scale_of
+from mlx_rsgwm.converters.peft_config import alpha_for, config_problems, pattern_problem, scale_of, selects
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 
 torch = pytest.importorskip("torch")
@@ -349,6 +349,19 @@ def test_every_refusal_names_its_field(change, expected):
     problems = config_problems({**GOOD, **change})
     assert len(problems) == 1
     assert expected in problems[0]
+
+
+def test_the_expression_that_unsloth_writes_is_taken():
+    parts = r"(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    names = "(?:k_proj|q_proj|v_proj|fc1|fc2)"
+    pattern = (
+        rf"(?:.*?(?:vision|image|visual|patch|language|text).*?{parts}.*?{names}.*?)"
+        rf"|(?:\bmodel\.layers\.[\d]{{1,}}\.{parts}\.(?:{names}))"
+    )
+    assert pattern_problem(pattern) is None
+    config = {"target_modules": pattern}
+    assert selects(config, "model.layers.13.self_attn.q_proj")
+    assert not selects(config, "model.layers.13.self_attn.o_proj")
 
 
 def test_all_reasons_come_in_one_line(torch_base, tmp_path):

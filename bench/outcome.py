@@ -1,0 +1,194 @@
+"""What the latency bench found, as files and beside another time: JSON, a Markdown table, a picture, a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+
+FORMAT = "mlx-rsgwm/bench-latency"
+UNSTEADY = 0.10  # a quartile range above this share of the median
+SIDES = {"mlx_ms": "MLX", "torch_ms": "torch"}
+# Settings without which two results are of different works.
+COMPARED = ("base", "prompt_tokens", "new_tokens", "rows", "pool", "rank")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The rows as text for people."""
+    lines = [f"{'':36}{'MLX ms':>10}{'torch ms':>10}{'torch/MLX':>11}"]
+    lines += [
+        f"{row['work']:36}{row['mlx_ms']:10.1f}{row['torch_ms']:10.1f}{row['ratio']:11.2f}  {remark(row)}".rstrip()
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, describe(result)])
+
+
+def remark(row: Mapping[str, Any]) -> str:
+    """What a reader of one row must know: that MLX loses, that the times varied."""
+    varied = [name for side, name in SIDES.items() if spread(row, side) > UNSTEADY]
+    found = ["MLX is slower"] if row["ratio"] < 1 else []
+    return "; ".join([*found, *([f"unsteady: {', '.join(varied)}"] if varied else [])])
+
+
+def spread(row: Mapping[str, Any], side: str) -> float:
+    """Quartile range over median."""
+    low, high = row["iqr"][side]
+    return float((high - low) / row[side])
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """One line on the machine, its state and the trials."""
+    machine, state = result["machine"], result["conditions"]["after"]
+    facts = [
+        machine["dtype"],
+        f"MLX on {machine['mlx_device']}",
+        f"torch on {machine['torch_device']} ({machine['torch_threads']} threads)",
+        machine["chip"],
+        *([f"on {state['power']} power"] if state["power"] else []),
+        *([f"thermal state {state['thermal']}"] if state["thermal"] else []),
+        f"medians of {result['config']['trials']} trials",
+    ]
+    return ", ".join(facts)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A table with quartiles, for a README or an issue."""
+    lines = ["| work | MLX ms | torch ms | torch / MLX | |", "|---|---:|---:|---:|---|"]
+    for row in result["rows"]:
+        cells = [f"{row[side]:.1f} ({row['iqr'][side][0]:.1f}–{row['iqr'][side][1]:.1f})" for side in SIDES]
+        lines.append(f"| {row['work']} | {cells[0]} | {cells[1]} | {row['ratio']:.2f} | {remark(row)} |")
+    load, versions = result["load_ms"], result["machine"]["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("mlx", "mlx-lm", "torch", "peft"))
+    lines += ["", f"{describe(result)}; in brackets the quartiles."]
+    lines += [f"Loading: MLX {load['mlx']:.0f} ms, torch {load['torch']:.0f} ms. {named}.", ""]
+    return "\n".join(lines)
+
+
+def save_outcome(result: Mapping[str, Any], path: Path) -> list[Path]:
+    """Write ``path`` (JSON) and beside it the table (.md) and, where matplotlib is installed, the picture (.png)."""
+    if path.suffix != ".json":
+        raise RsgwmError(f"--out {path}: expected a name that ends in .json; the table and the picture go beside it")
+    files.make_folder(path.parent)
+    written = [path.with_suffix(".md"), path.with_suffix(".png"), path]
+    files.write_text(written[0], markdown(result))
+    try:
+        plot(result, written[1])
+    except ImportError:
+        written.remove(path.with_suffix(".png"))
+    files.write_json(path, {"format": FORMAT, **result})
+    return written
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of both sides on a logarithmic axis, with quartiles and the ratio.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = list(result["rows"])[::-1]
+    figure = Figure(figsize=(9, 1 + 0.6 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for offset, (side, label) in zip((0.2, -0.2), SIDES.items(), strict=True):
+        values = [row[side] for row in rows]
+        errors = [
+            [row[side] - row["iqr"][side][0] for row in rows],
+            [row["iqr"][side][1] - row[side] for row in rows],
+        ]
+        places = [index + offset for index in range(len(rows))]
+        axes.barh(places, values, height=0.38, xerr=errors, label=label, capsize=2)
+    for index, row in enumerate(rows):
+        highest = max(row["iqr"][side][1] for side in SIDES)
+        axes.annotate(f" {row['ratio']:.2f}×", (highest, index), va="center")
+    axes.set_xscale("log")
+    axes.set(xlabel="ms, median and quartiles; at the end torch / MLX")
+    axes.set_yticks(range(len(rows)), [row["work"] for row in rows])
+    axes.margins(x=0.15)
+    axes.legend()
+    axes.set_title(f"{result['machine']['chip']}, {result['machine']['dtype']}", fontsize=10)
+    temporary = files.temporary_for(path)
+    try:
+        figure.savefig(temporary, dpi=120)
+        files.replace_file(path, temporary)
+    except OSError as error:
+        raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_outcome(path: Path) -> dict[str, Any]:
+    """A result that :func:`save_outcome` wrote.
+
+    Raises:
+        RsgwmError: no such file, or another one.
+    """
+    result = files.read_json_object(path)
+    if result.get("format") != FORMAT:
+        raise RsgwmError(f"{path} is not a result of rsgwm bench latency")
+    parts = {"rows": list, "machine": dict, "config": dict}
+    raise_problems(
+        str(path), [f"{name} is missing" for name, kind in parts.items() if not isinstance(result.get(name), kind)]
+    )
+    try:
+        for row in result["rows"]:
+            numbers = [row["ratio"], *(value for side in SIDES for value in (row[side], *row["iqr"][side]))]
+            if not all(isinstance(value, (int, float)) and value > 0 for value in numbers) or len(numbers) != 7:
+                raise ValueError(f"{row['work']!r} has a time that is none")
+    except (KeyError, TypeError, ValueError) as error:
+        raise RsgwmError(f"{path} has a row that is damaged ({error}); measure again") from None
+    return result
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any], anyway: bool = False) -> dict[str, Any]:
+    """Every work of both results: ``{work, side, before_ms, after_ms, ratio, differs}``, and those in one only.
+
+    ``ratio`` is before over after, above 1 where it became faster; ``differs`` where the quartile ranges do not meet.
+
+    Raises:
+        RsgwmError: the results are of different works or dtypes, unless ``anyway``.
+    """
+    settings = [(name, before["config"].get(name), after["config"].get(name)) for name in COMPARED]
+    settings.append(("dtype", before["machine"].get("dtype"), after["machine"].get("dtype")))
+    differing = [f"{name} is {new!r} there, {old!r} here" for name, old, new in settings if old != new]
+    if not anyway:
+        raise_problems("the results are not of the same work (--anyway compares them)", differing)
+    olds, news = ({row["work"]: row for row in result["rows"]} for result in (before, after))
+    rows = []
+    for work in (work for work in olds if work in news):
+        for side, name in SIDES.items():
+            old, new = olds[work], news[work]
+            (low, high), (new_low, new_high) = old["iqr"][side], new["iqr"][side]
+            rows.append(
+                {
+                    "work": work,
+                    "side": name,
+                    "before_ms": old[side],
+                    "after_ms": new[side],
+                    "ratio": round(old[side] / new[side], 3),
+                    "differs": high < new_low or new_high < low,
+                }
+            )
+    return {
+        "rows": rows,
+        "only_before": [work for work in olds if work not in news],
+        "only_after": [work for work in news if work not in olds],
+        "settings": differing,
+    }
+
+
+def comparison_table(found: Mapping[str, Any]) -> str:
+    """A comparison as text for people."""
+    lines = [f"{'':36}{'':7}{'before ms':>11}{'after ms':>10}{'faster':>9}"]
+    for row in found["rows"]:
+        note = "" if row["differs"] else "  within the spread"
+        times = f"{row['before_ms']:11.1f}{row['after_ms']:10.1f}{row['ratio']:8.2f}×"
+        lines.append(f"{row['work']:36}{row['side']:7}{times}{note}")
+    for name, label in (("only_before", "only before"), ("only_after", "only after")):
+        lines += [f"{label}: {', '.join(found[name])}"] if found[name] else []
+    return "\n".join([*lines, *found["settings"]])
