@@ -50,7 +50,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
+from mlx_rsgwm.bench.shapes import TINYLLAMA
 from mlx_rsgwm.converters.peft import to_peft
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
@@ -70,17 +72,6 @@ WIDE: Shapes = {
     "mlp.gate_proj": (4096, 14336),
     "mlp.up_proj": (4096, 14336),
     "mlp.down_proj": (14336, 4096),
-}
-TINYLLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "num_hidden_layers": 22,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 32000,
-    "tie_word_embeddings": False,
 }
 LAYERS, RANK, SCALE, COUNT, TOKENS = 22, 16, 2.0, 4, 512
 METHODS = ("linear", "ties", "dare_ties", "svd")
@@ -426,7 +417,7 @@ def plot(growth: Mapping[str, Any], path: Path) -> None:
             panel.set(xscale="log", yscale="log", xlabel=label, ylabel=labels[name])
             panel.grid(alpha=0.3)
             panel.legend()
-    figure.savefig(path, dpi=120)
+    files.write_figure(path, figure, dpi=120)
 
 
 def main() -> None:

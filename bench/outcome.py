@@ -112,14 +112,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axes.margins(x=0.15)
     axes.legend()
     axes.set_title(f"{result['machine']['chip']}, {result['machine']['dtype']}", fontsize=10)
-    temporary = files.temporary_for(path)
-    try:
-        figure.savefig(temporary, dpi=120)
-        files.replace_file(path, temporary)
-    except OSError as error:
-        raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_figure(path, figure, dpi=120)
 
 
 def load_outcome(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import mlx.core as mx
 
 from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import load_base, resolve_base
+from mlx_rsgwm.bench.shapes import TINYLLAMA
 from mlx_rsgwm.data.families import FAMILIES
 from mlx_rsgwm.data.tasks import questions_for
 from mlx_rsgwm.data.template import Template
@@ -199,18 +200,8 @@ def tinyllama_slots() -> AdapterSlots:
     from mlx_rsgwm.adapter import LoraSpec
     from mlx_rsgwm.base import Base
 
-    config = {
-        "model_type": "llama",
-        "hidden_size": 2048,
-        "num_hidden_layers": 22,
-        "intermediate_size": 5632,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 32000,
-    }
-    model = Model(ModelArgs.from_dict(config))
-    slots = AdapterSlots(Base("tinyllama", Path(), "", config, model, None))  # type: ignore[arg-type]
+    model = Model(ModelArgs.from_dict(TINYLLAMA))
+    slots = AdapterSlots(Base("tinyllama", Path(), "", TINYLLAMA, model, None))  # type: ignore[arg-type]
     spec = LoraSpec(16, 2.0, 0.0, ("self_attn.q_proj", "self_attn.v_proj"), 22)
     for name in ("drafter", "verifier"):
         weights = {}

@@ -337,9 +337,7 @@ def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
         xlim=(0, 0.25), ylim=(0, 0.35), xlabel="promised false-accept rate", ylabel="realised on unseen items",
         title="Promises: 100 divisions (blue), the command (orange)",
     )  # fmt: skip
-    temporary = files.temporary_for(path)
-    figure.savefig(temporary, dpi=110, format="png")
-    files.replace_file(path, temporary)
+    files.write_figure(path, figure)
 
 
 def report_stage(out: Path, path: Path | None) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mlx_rsgwm.cli.collect_options import collect_options
 from mlx_rsgwm.cli.console import Console, common_options
 
 
@@ -15,18 +16,8 @@ def grams() -> None:
 
 
 @grams.command(name="collect")
-@click.argument("adapter_folder", metavar="ADAPTER", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    "folder",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Corpus folder, folder with train.jsonl, or .jsonl file.",
-)
-@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
+@collect_options
 @click.option("--rows", type=click.IntRange(0), default=256, show_default=True, help="So many rows at most; 0 for all.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out.")
 @click.option("--replace", is_flag=True, help="Replace Gram matrices that are already there.")
 @common_options
 def collect(

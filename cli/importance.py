@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mlx_rsgwm.cli.collect_options import collect_options
 from mlx_rsgwm.cli.console import Console, common_options
 
 
@@ -15,17 +16,7 @@ def importance() -> None:
 
 
 @importance.command(name="collect")
-@click.argument("adapter_folder", metavar="ADAPTER", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    "folder",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Corpus folder, folder with train.jsonl, or .jsonl file.",
-)
-@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out.")
+@collect_options
 @click.option("--mask-prompt/--no-mask-prompt", default=True, show_default=True, help="Completions only (.jsonl).")
 @click.option("--replace", is_flag=True, help="Replace importance that is already there.")
 @common_options

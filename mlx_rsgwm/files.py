@@ -63,6 +63,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all; a failure is a :class:`RsgwmError` that names the file."""
+    temporary = temporary_for(path)
+    try:
+        figure.savefig(temporary, dpi=dpi, format="png")
+        replace_file(path, temporary)
+    except OSError as error:
+        raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or malformed one is a :class:`RsgwmError` that names it."""
     try:

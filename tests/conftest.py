@@ -129,6 +129,17 @@ def make_torch_llama():
     return make_torch_base
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """More threads cost more than they give on models this small."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def byte_level():
     """Writer of the byte-level tokenizer: ``byte_level(folder)``."""
@@ -195,3 +206,21 @@ def data_folder():
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set RSGWM_DATA")
     return folder
+
+
+@pytest.fixture
+def make_loop(base, make_adapter):
+    """Maker of draft–verify loops of two random adapters: ``make_loop(attempts, max_tokens)``."""
+    from mlx_rsgwm.data.template import TEMPLATES
+    from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+    from mlx_rsgwm.pipeline.sampling import Sampling
+    from mlx_rsgwm.slots import AdapterSlots
+
+    def make(attempts, max_tokens):
+        slots = AdapterSlots(base)
+        slots.load("drafter", make_adapter(1))
+        slots.load("verifier", make_adapter(2))
+        config = LoopConfig(attempts, threshold=0.5, score="yesno", sampling=Sampling(max_tokens=max_tokens))
+        return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
+
+    return make

@@ -83,10 +83,5 @@ def plot_curves(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     files.make_folder(out.absolute().parent)
-    temporary = files.temporary_for(out)
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        files.replace_file(out, temporary)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_figure(out, figure)
     return histories

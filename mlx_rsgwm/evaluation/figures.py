@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
-from mlx_rsgwm.errors import RsgwmError
 
 SWEPT = {"accuracy": "accuracy", "accept_rate": "accept rate", "false_accept_rate": "false accepts"}
 MODES = (("drafter", "drafter alone"), ("draft_verify", "draft–verify"))
@@ -39,14 +38,7 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     latency.set(xlabel="ms, one question at a time", ylabel="items", title="Latency")
     if latency.patches:
         latency.legend()
-    temporary = files.temporary_for(path)
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        files.replace_file(path, temporary)
-    except OSError as error:
-        raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_figure(path, figure)
 
 
 def _families(axes: Any, summary: Mapping[str, Any]) -> None:

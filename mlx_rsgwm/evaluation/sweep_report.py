@@ -433,14 +433,7 @@ def plot(summary: Mapping[str, Any], path: Path, title: str = "") -> None:
     judging.legend(fontsize=8)
     for axes in (drafting, judging):
         axes.grid(axis="x", color="0.9")
-    temporary = files.temporary_for(path)
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        files.replace_file(path, temporary)
-    except OSError as error:
-        raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_figure(path, figure)
 
 
 def _point(axes: Any, rate: Mapping[str, Any], place: float, colour: str, marker: str) -> None:

@@ -22,12 +22,7 @@ IDS = [[1, 5, 9, 2, 33, 70, 41], [8, 95, 3]]
 KEYS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

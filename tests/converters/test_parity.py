@@ -45,13 +45,7 @@ def make_adapter(size=0.2, dtype=mx.float32, manifest=None, scale=2.0):
     return Adapter(LoraSpec(RANK, scale, 0.3, KEYS, -1), weights, manifest=manifest or {})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread():
-    """More threads cost more than they give on a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture

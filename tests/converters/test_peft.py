@@ -41,13 +41,7 @@ def base_folder(make_torch_llama, tmp_path_factory):
     return make_torch_llama(tmp_path_factory.mktemp("base"), 0, LAYERS, VOCABULARY)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread():
-    """More threads cost more than they give on a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,18 @@ import pytest
 
 from mlx_rsgwm.data.families import generate
 from mlx_rsgwm.data.sources import Question
-from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.harness import describe_run, evaluate, judge, verified_tokens
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, read_items, read_with, write_items
-from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig
-from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify
 
 QUESTIONS = generate("change", 7, 1, "test") + generate("groups", 4, 1, "test")
 
 
 @pytest.fixture
-def pipeline(base, make_adapter):
-    slots = AdapterSlots(base)
-    slots.load("drafter", make_adapter(1))
-    slots.load("verifier", make_adapter(2))
-    config = LoopConfig(attempts=2, threshold=0.5, score="yesno", sampling=Sampling(max_tokens=6))
-    return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
+def pipeline(make_loop):
+    return make_loop(2, 6)
 
 
 def untimed(records):

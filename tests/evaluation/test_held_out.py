@@ -6,26 +6,20 @@ from dataclasses import replace
 import pytest
 
 from mlx_rsgwm.data.families import generate
-from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.harness import calibrate, collect, evaluate, label_drafts
 from mlx_rsgwm.evaluation.held_out import identity
 from mlx_rsgwm.pipeline.calibration import Calibration, area_under_roc, save_calibration
-from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.scores import Combination, Scorer
-from mlx_rsgwm.slots import AdapterSlots
 
 QUESTIONS = generate("change", 6, 7, "calibration")
 
 
 @pytest.fixture
-def pipeline(base, make_adapter):
-    slots = AdapterSlots(base)
-    slots.load("drafter", make_adapter(1))
-    slots.load("verifier", make_adapter(2))
-    config = LoopConfig(attempts=2, threshold=0.5, score="yesno", sampling=Sampling(max_tokens=6))
-    return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
+def pipeline(make_loop):
+    return make_loop(2, 6)
 
 
 def test_items_hold_the_drafts_with_what_the_verifier_says(pipeline):

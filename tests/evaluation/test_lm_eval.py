@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.data.sources import Question
-from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.harness import judge
 from mlx_rsgwm.evaluation.lm_eval_model import (
@@ -21,20 +20,14 @@ from mlx_rsgwm.evaluation.lm_eval_model import (
     until,
 )
 from mlx_rsgwm.evaluation.records import ItemRecord
-from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig
-from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.pipeline.loop import Drafted
 
 pytest.importorskip("lm_eval")
 
 
 @pytest.fixture
-def pipeline(base, make_adapter):
-    slots = AdapterSlots(base)
-    slots.load("drafter", make_adapter(1))
-    slots.load("verifier", make_adapter(2))
-    config = LoopConfig(attempts=2, threshold=0.5, score="yesno", sampling=Sampling(max_tokens=5))
-    return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
+def pipeline(make_loop):
+    return make_loop(2, 5)
 
 
 def test_its_filters_read_as_it_does():

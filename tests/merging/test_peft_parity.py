@@ -42,13 +42,7 @@ POOLS = {  # (rank, alpha, rank-stabilised) of each adapter, and weights
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread():
-    """More threads cost more than they give on a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

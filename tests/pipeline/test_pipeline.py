@@ -104,12 +104,8 @@ def test_batched_drafts_equal_the_uncached_unbatched_path(base, make_adapter, te
 
 
 @pytest.fixture
-def pipeline(base, make_adapter):
-    slots = AdapterSlots(base)
-    slots.load("drafter", make_adapter(1))
-    slots.load("verifier", make_adapter(2))
-    config = LoopConfig(attempts=3, threshold=0.5, score="yesno", sampling=Sampling(max_tokens=10))
-    return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
+def pipeline(make_loop):
+    return make_loop(3, 10)
 
 
 def test_mean_logprob_is_the_verifiers_own(pipeline):

@@ -1,0 +1,36 @@
+"""Options of the commands that pass once over data with an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPTIONS = (
+    click.argument("adapter_folder", metavar="ADAPTER", type=click.Path(path_type=Path)),
+    click.option(
+        "--data",
+        "folder",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Corpus folder, folder with train.jsonl, or .jsonl file.",
+    ),
+    click.option(
+        "--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias."
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True),
+    click.option(
+        "--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out."
+    ),
+)
+
+
+def collect_options(command: F) -> F:
+    """Add them; the command takes them as keywords."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
