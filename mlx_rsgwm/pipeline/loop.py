@@ -297,11 +297,11 @@ class DraftVerify:
         return {key: self._drafted(key[1], writer.ended[key]) for key in wanted}
 
     def answer_many(self, questions: Sequence[str], batch_rows: int = 32, progress: Progress = SILENT) -> list[Answer]:
-        """What :meth:`answer` says to each question, at most ``batch_rows`` drafts or verdicts at a time.
+        """What :meth:`answer` says to each question, about ``batch_rows`` drafts or verdicts at a time.
 
         In mode ``sequential``, and in ``adaptive`` while first drafts have mostly been accepted, all first attempts of
         a batch of questions are drafted and scored, then the second ones of what was not accepted, and so on; else all
-        attempts are drafted together. What the attempts at a question share is computed once either way.
+        attempts are drafted together. What the attempts at a question have in common is written once either way.
         """
         answers: dict[int, Answer] = {}
         numbers = range(1, self.config.attempts + 1)
