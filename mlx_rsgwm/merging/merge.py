@@ -20,8 +20,10 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.progress import SILENT, Progress
 
-# Modules are evaluated together until their dense size passes this many entries.
+# Modules are evaluated together until they pass this many entries: those of ΔW, or, where adapters are many, those of
+# their factors with what a merge makes of each (importance, masks, copies).
 BATCH_ENTRIES = 1 << 24
+COPIES = 4
 
 
 def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: Progress = SILENT) -> Adapter:
@@ -40,9 +42,16 @@ def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: P
     _check_weights(method, options, len(adapters))
     pool = Pool.open(adapters)
     _check_space(pool, options, parameters)
-    if "importance" in method.needs:
-        pool.require_signal(parameters["signal"])
-    pool.check_values(parameters["signal"] if "importance" in method.needs else None)
+    signal = parameters["signal"] if "importance" in method.needs else None
+    if signal is not None:
+        pool.require_signal(signal)
+    with pool.checked(signal):
+        return _merged(pool, method, options, parameters, progress)
+
+
+def _merged(
+    pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any], progress: Progress
+) -> Adapter:
     rank = options.rank or _usual_rank(method, pool)
     spec = merged_spec(pool, rank)
     weights: dict[str, mx.array] = {}
@@ -56,15 +65,16 @@ def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: P
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
             measured[module.name] = measure(module, found)
             waiting += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], measured[module.name]]
-            entries += a.shape[0] * b.shape[1]
+            held = sum(one.a.size + one.b.size for one in module.factors)
+            entries += max(a.shape[0] * b.shape[1], COPIES * held)
             if entries > BATCH_ENTRIES:
                 mx.eval(waiting)
                 waiting, entries = [], 0
             advance(1, "")
     mx.eval(waiting)
-    merged = Adapter(spec, weights)
+    found_here = diagnosis(measured, [source.label for source in pool.sources])
+    merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, found_here))
     raise_problems(f"{options.method} merge", merged.problems())
-    merged.manifest = _manifest(pool, options, parameters, rank, diagnosis(measured, [s.label for s in pool.sources]))
     return merged
 
 

@@ -27,6 +27,7 @@ import mlx.core as mx
 from mlx_rsgwm.cpu import partition
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging.module import Factors, Module
+from mlx_rsgwm.merging.sparsify import drawn
 
 MAJORITY_SIGN_METHODS = ("total", "frequency")
 
@@ -68,7 +69,7 @@ def thresholds(deltas: mx.array, density: float) -> mx.array:
 
 def keep_masks(count: int, size: int, density: float, key: mx.array) -> mx.array:
     """Which entries random pruning keeps, each with probability ``density``: (count, size) booleans."""
-    return mx.random.bernoulli(density, (count, size), key=key)
+    return drawn(density, (count, size), key)
 
 
 def weighted_sum(kept: mx.array, weights: mx.array) -> mx.array:

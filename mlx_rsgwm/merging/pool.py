@@ -7,8 +7,9 @@ dropped when the module is done.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +130,7 @@ class Pool:
 
     @classmethod
     def open(cls, adapters: Sequence[Adapter | Path]) -> Pool:
-        """Check every adapter's files, names and shapes; values are left to :meth:`check_values`.
+        """Check every adapter's names and shapes; hashes and values are left to :meth:`checked`.
 
         Raises:
             AdapterError: an adapter is damaged.
@@ -140,29 +141,41 @@ class Pool:
             Source.of(one if isinstance(one, Adapter) else Adapter.load(one, lazy=True, hashes=False))
             for one in adapters
         )
-        with ThreadPoolExecutor() as workers:  # hashing lets go of Python's lock
-            folders = [source for source in sources if source.folder]
-            list(workers.map(lambda source: check_hashes(source.folder, source.manifest), folders))
         if not sources:
             raise RsgwmError("no adapters to merge")
         raise_problems("the pool cannot be merged", _misfits(sources))
         return cls(sources, tuple(_doubts(sources)))
 
-    def check_values(self, signal: str | None = None) -> None:
-        """Read the weights, and the importance of ``signal``, a few arrays at a time; all must be finite.
+    @contextmanager
+    def checked(self, signal: str | None = None) -> Iterator[None]:
+        """What is made of the pool inside leaves it only if the files are those that their manifests describe.
 
-        An adapter in memory was checked when it was loaded; what is wrong there shows in the diagnosis.
+        Hashing lets go of Python's lock, so it runs beside the work. The importance of ``signal`` is checked first: an
+        entry that is not a number would silently count as unimportant. Weights that are not finite show in a merge's
+        diagnosis; after any failure they are looked at, since a damaged adapter explains it better. An adapter in
+        memory was checked when it was loaded.
 
         Raises:
-            AdapterError: naming an adapter's arrays that are not.
+            AdapterError: naming the files that were changed, or the arrays that are not finite.
         """
+        with ThreadPoolExecutor() as workers:
+            hashed = [workers.submit(check_hashes, one.folder, one.manifest) for one in self.sources if one.folder]
+            try:
+                if signal is not None:
+                    self._check_finite("importance ", lambda source: source.importance(signal))
+                yield
+            except Exception:
+                _wait(hashed)
+                self._check_finite("", Source.weights)
+                raise
+            _wait(hashed)
+
+    def _check_finite(self, what: str, arrays_of: Callable[[Source], Arrays]) -> None:
         for source in self.sources:
-            if source.folder is None:
-                continue
-            found = not_finite(source.weights(), drop=True)
-            if signal is not None:
-                found += [f"importance {name}" for name in not_finite(source.importance(signal), drop=True)]
-            raise_problems(source.label, [f"{name} has values that are not finite" for name in found], AdapterError)
+            found = not_finite(arrays_of(source), drop=True) if source.folder else []
+            raise_problems(
+                source.label, [f"{what}{name} has values that are not finite" for name in found], AdapterError
+            )
 
     @property
     def modules(self) -> list[str]:
@@ -284,6 +297,11 @@ def _doubts(sources: Sequence[Source]) -> list[str]:
     if any(set(source.shapes) != shared for source in sources):
         doubts.append("the adapters differ in modules: where an adapter has none its update counts as zero")
     return doubts
+
+
+def _wait(hashed: Sequence[Future[None]]) -> None:
+    for one in hashed:
+        one.result()
 
 
 def _digest(arrays: Arrays) -> str:

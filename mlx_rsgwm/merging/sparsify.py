@@ -6,6 +6,9 @@ depend on the order of the entries. (PEFT and mergekit keep an unspecified choic
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from mlx_rsgwm.cpu import partition
@@ -42,6 +45,8 @@ def sparsified(
             mask = magnitude_mask(delta, density)
         elif how == "breadcrumbs":
             mask = breadcrumbs_mask(delta, density, gamma)
+        elif how == "bernoulli":
+            mask = drawn(density, delta.shape, key)
         else:
             mask = mx.random.bernoulli(probability, delta.shape, key=key)
     kept = delta * mask
@@ -50,6 +55,20 @@ def sparsified(
     if rescale == "l1":
         return kept * (mx.abs(delta).sum() / mx.maximum(mx.abs(kept).sum(), TINY))
     return kept
+
+
+def drawn(probability: float, shape: Sequence[int], key: mx.array) -> mx.array:
+    """Independent draws, bool of ``shape``, true with ``probability`` in (0, 1).
+
+    From 16 random bits each where these come within 1e-4 of the probability: half the time of
+    ``mx.random.bernoulli`` on the CPU, whose 32 bits are most of a DARE merge.
+    """
+    least = round(probability * 2**16)
+    if abs(least / 2**16 - probability) > 1e-4 * probability or least == 2**16:
+        return mx.random.bernoulli(probability, tuple(shape), key=key)
+    size = math.prod(shape)
+    words = mx.random.split(key, -(-size // 4))  # (n, 2) uint32: the generator's words as they come
+    return (words.view(mx.uint16).reshape(-1)[:size] < least).reshape(shape)
 
 
 def keep_count(size: int, density: float) -> int:

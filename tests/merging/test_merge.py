@@ -80,6 +80,33 @@ def test_values_in_folders_that_are_not_finite_are_named(make_adapter, tmp_path,
         merge(folders, MergeOptions(role="draft"))
 
 
+@pytest.mark.parametrize("method", ["rsgwm", "peft:svd", "ties", "knots"])
+@pytest.mark.parametrize("value", [1.5, float("nan")])
+def test_a_changed_file_never_becomes_a_merge(make_adapter, tmp_path, method, value):
+    """Files are hashed beside the work: what a changed one made is dropped, and if it made the work fail, it is told."""
+    folders = [make_adapter(seed).save(tmp_path / f"a{seed}") for seed in range(2)]
+    path = folders[1] / "adapters.safetensors"
+    arrays, metadata = read_safetensors(path)
+    name = next(iter(arrays))
+    arrays[name] = mx.full(arrays[name].shape, value)
+    write_safetensors(path, arrays, metadata)
+    with pytest.raises(AdapterError, match=r"a1: adapters\.safetensors was changed or damaged"):
+        merge(folders, MergeOptions(method))
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "grams" not in method.needs])
+def test_weights_that_are_not_finite_are_named_whatever_the_method(make_adapter, tmp_path, method):
+    folders = [make_adapter(seed).save(tmp_path / f"a{seed}") for seed in range(2)]
+    path = folders[0] / "adapters.safetensors"
+    arrays, metadata = read_safetensors(path)
+    name = next(iter(arrays))
+    arrays[name] = mx.full(arrays[name].shape, mx.nan)
+    write_safetensors(path, arrays, metadata)
+    (folders[0] / "manifest.json").unlink()
+    with pytest.raises(AdapterError, match=f"a0: .*{name.rpartition('/')[2]} has values that are not finite"):
+        merge(folders, MergeOptions(method))
+
+
 def test_merged_folder_is_an_mlx_lm_adapter(make_adapter, tiny_base, tmp_path):
     from mlx_lm.tuner.utils import load_adapters
 

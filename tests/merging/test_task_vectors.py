@@ -10,7 +10,14 @@ from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging import consensus
 from mlx_rsgwm.merging.consensus import elected_sum, weighted_sum
 from mlx_rsgwm.merging.module import DenseUpdates, Factors
-from mlx_rsgwm.merging.sparsify import breadcrumbs_mask, keep_count, keep_probabilities, magnitude_mask, sparsified
+from mlx_rsgwm.merging.sparsify import (
+    breadcrumbs_mask,
+    drawn,
+    keep_count,
+    keep_probabilities,
+    magnitude_mask,
+    sparsified,
+)
 from mlx_rsgwm.merging.task_vectors import FAMILY, MEANINGS, check, merge_task_vectors, sce
 
 ROWS, COLUMNS = 11, 7
@@ -151,6 +158,22 @@ def test_della_knows_a_row_of_one():
     assert np.allclose(np.array(keep_probabilities(mx.array([[1.0, 0.0, -3.0]]), 0.4, 0.1)), 0.4)
 
 
+@pytest.mark.parametrize("probability", [0.5, 0.3, 0.1, 0.9, 0.005, 1e-4, 0.99999])
+def test_draws_have_their_probability(probability):
+    draws = np.array(drawn(probability, (4, 250_001), KEY)).astype(float)
+    deviation = np.sqrt(probability * (1 - probability) / draws.size)
+    assert abs(draws.mean() - probability) < 4 * deviation + 1e-4 * probability
+    assert not np.array_equal(draws[0], draws[1])
+
+
+def test_draws_do_not_lean_on_their_neighbours():
+    draws = np.array(drawn(0.3, (1_000_003,), KEY)).astype(float) - 0.3
+    for lag in (1, 2, 3, 4, 8, 64):
+        assert abs(np.mean(draws[lag:] * draws[:-lag])) < 4 * 0.21 / 1000
+    assert mx.array_equal(drawn(0.3, (7,), KEY), drawn(0.3, (7,), KEY))
+    assert not mx.array_equal(drawn(0.3, (1000,), KEY), drawn(0.3, (1000,), mx.random.split(KEY)[0]))
+
+
 @pytest.mark.parametrize("how", ["magnitude", "bernoulli", "della", "breadcrumbs"])
 def test_full_density_keeps_everything(how):
     delta = random_deltas(1)[0]
@@ -265,8 +288,9 @@ def reference_row(name, deltas, weights, parameters):
         else:
             if name.startswith("della"):
                 probability = reference_probabilities(array, density, parameters["epsilon"])
-            drawn = mx.array(np.broadcast_to(probability, array.shape).astype(np.float32))
-            mask = np.array(mx.random.bernoulli(drawn, array.shape, key=key))
+                mask = np.array(mx.random.bernoulli(mx.array(probability.astype(np.float32)), array.shape, key=key))
+            else:
+                mask = np.array(drawn(density, array.shape, key))
         kept.append(reference_sparsified(array, mask, parameters["rescale"], probability))
     return reference_consensus(kept, weights, parameters.get("election", "none"), parameters["normalise"])
 
