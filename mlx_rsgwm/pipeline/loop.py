@@ -12,7 +12,7 @@ Every attempt has its own random stream, so the modes differ in time and not in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,8 +20,9 @@ from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.logits import Below, Parts, split_head, split_layers
 from mlx_rsgwm.pipeline.calibration import Calibration, load_calibration
+from mlx_rsgwm.pipeline.crowd import Crowd
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
-from mlx_rsgwm.pipeline.prompts import Along, can_batch, prefill, remembering
+from mlx_rsgwm.pipeline.prompts import Along, Trails, can_batch, prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.scores import Scorer
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals, make_reading, read, verdict_ids
@@ -112,6 +113,21 @@ def decide(scores: Sequence[float], threshold: float) -> Decision:
     return Decision(best, len(scores), False)
 
 
+@dataclass
+class _Case:
+    """A question under way: the attempts it was to make so far, its drafts, their scores, and the scores of what they
+    say."""
+
+    asked_for: int
+    drafts: list[Drafted] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    known: dict[DraftTokens, float] = field(default_factory=dict)
+
+    @property
+    def last(self) -> DraftTokens:
+        return DraftTokens(self.drafts[-1].tokens, self.drafts[-1].finished)
+
+
 class DraftVerify:
     """Drafter and verifier by slot name (None: the bare base) over one base, with one template.
 
@@ -174,7 +190,7 @@ class DraftVerify:
         if self.batches:
             reading_prompt = self._read_as(question)
             reader = (remembering(self.slots.model, hidden, reading_prompt), head)
-            along = self._along(reading_prompt)
+            along = self._along(prompt=reading_prompt)
         drafts: list[Drafted] = []
         scores: list[float] = []
         known: dict[DraftTokens, float] = {}
@@ -200,25 +216,24 @@ class DraftVerify:
             self._splits[count] = split_layers(self.slots.model, count)
         return self._splits[count]
 
-    def _along(self, prompt: Sequence[int] = ()) -> Along | None:
+    def _along(self, trails: Trails | None = None, prompt: Sequence[int] = ()) -> Along | None:
         below = self._below()
-        return Along(self.slots.model, below, prompt) if below is not None else None
+        return Along(self.slots.model, below, trails, prompt) if below is not None else None
 
     def _attempts(self, question: str, prompt: tuple[int, ...], along: Along | None) -> Iterator[Drafted]:
-        """Attempts in order, written no further than they are asked for; ``along`` learns how they were read."""
+        """Attempts in order, written no further than they are asked for; ``along`` sees how they were read."""
         numbers = range(1, self.config.attempts + 1)
         if not self.batches:
             for attempt in numbers:
                 yield self._draft([DraftRequest(prompt, question, attempt)])[0]
             return
         writer = self._writer([question], [prompt], numbers)
+        if along is not None:
+            along.trails = writer.trails
         alone = self._goes_alone()
         for attempt in numbers:
             one = self.config.mode == "sequential" or (alone and attempt == 1)
-            found = self._written(writer, 0, attempt, [attempt] if one else numbers)
-            if along is not None:
-                along.add(writer.trails.values())
-            yield found
+            yield self._written(writer, 0, attempt, [attempt] if one else numbers)
 
     def _goes_alone(self) -> bool:
         return self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked
@@ -260,89 +275,113 @@ class DraftVerify:
     def draft_many(
         self, questions: Sequence[str], attempts: int, batch_rows: int = 32, progress: Progress = SILENT
     ) -> list[list[Drafted]]:
-        """``attempts`` drafts for every question, about ``batch_rows`` at a time, prompts of like length together.
+        """``attempts`` drafts for every question, about ``batch_rows`` at a time; as some end, others come in.
 
         Attempt k of a question draws from the same random stream as in :meth:`steps`.
         """
-        drafts: list[list[Drafted]] = [[] for _ in questions]
+        drafts: dict[int, list[Drafted]] = {}
+        prompts = [self._prompt(question) for question in questions]
         numbers = range(1, attempts + 1)
         with progress.task("draft", len(questions)) as advance:
-            for chunk, prompts in self._chunks(questions, batch_rows // attempts):
-                texts = [questions[index] for index in chunk]
-                if self.batches:
-                    written = self._write(self._writer(texts, prompts, numbers), range(len(chunk)), numbers)
-                    found = [written[place, attempt] for place in range(len(chunk)) for attempt in numbers]
-                else:
-                    pairs = zip(texts, prompts, strict=True)
-                    found = self._draft([DraftRequest(p, text, attempt) for text, p in pairs for attempt in numbers])
-                for place, index in enumerate(chunk):
-                    drafts[index] = found[place * attempts : (place + 1) * attempts]
-                advance(len(chunk), "")
-        return drafts
+            if not self.batches:
+                for index, (prompt, text) in enumerate(zip(prompts, questions, strict=True)):
+                    drafts[index] = self._draft([DraftRequest(prompt, text, attempt) for attempt in numbers])
+                    advance(1, "")
+                return [drafts[index] for index in range(len(questions))]
+            crowd = self._crowd(questions, prompts, batch_rows, lambda: numbers)
+            while not crowd.over:
+                self._write_on(crowd)
+                for index in crowd.under_way:
+                    found = [one for one in (crowd.ended(index, attempt) for attempt in numbers) if one is not None]
+                    if len(found) == attempts:
+                        drafts[index] = [self._drafted(k, one) for k, one in zip(numbers, found, strict=True)]
+                        crowd.done(index)
+                        advance(1, "")
+        return [drafts[index] for index in range(len(questions))]
 
-    def _chunks(self, questions: Sequence[str], size: int) -> Iterator[tuple[list[int], list[tuple[int, ...]]]]:
-        """Places of the questions and their prompts, ``size`` at a time, prompts of like length together."""
-        prompts = [self._prompt(question) for question in questions]
-        order = sorted(range(len(questions)), key=lambda index: len(prompts[index]))
-        for start in range(0, len(order), max(1, size)):
-            chunk = order[start : start + max(1, size)]
-            yield chunk, [prompts[index] for index in chunk]
-
-    def _write(self, writer: Writer, places: Iterable[int], attempts: Sequence[int]) -> dict[tuple[int, int], Drafted]:
-        """All these drafts to their ends."""
-        wanted = [(place, attempt) for place in places for attempt in attempts]
+    def _write_on(self, crowd: Crowd) -> bool:
+        crowd.fill()
         with self.slots.using(self.drafter):
-            while any(key not in writer.ended for key in wanted):
-                writer.step(wanted)
-        return {key: self._drafted(key[1], writer.ended[key]) for key in wanted}
+            return crowd.write()
+
+    def _crowd(
+        self,
+        questions: Sequence[str],
+        prompts: Sequence[tuple[int, ...]],
+        batch_rows: int,
+        first: Callable[[], Sequence[int]],
+    ) -> Crowd:
+        def enter(
+            writer: Writer | None, texts: Sequence[str], chosen: Sequence[tuple[int, ...]], attempts: Sequence[int]
+        ) -> tuple[Writer, range]:
+            if writer is None:
+                return self._writer(texts, chosen, attempts), range(len(texts))
+            with self.slots.using(self.drafter):
+                read = prefill(self.slots.model, self.parts[0], chosen, self._below())
+                return writer, writer.add(read, texts, attempts)
+
+        return Crowd(questions, prompts, batch_rows, first, enter)
 
     def answer_many(self, questions: Sequence[str], batch_rows: int = 32, progress: Progress = SILENT) -> list[Answer]:
         """What :meth:`answer` says to each question, about ``batch_rows`` drafts or verdicts at a time.
 
-        In mode ``sequential``, and in ``adaptive`` while first drafts have mostly been accepted, all first attempts of
-        a batch of questions are drafted and scored, then the second ones of what was not accepted, and so on; else all
-        attempts are drafted together. What the attempts at a question have in common is written once either way.
+        As the drafts of some questions end, others come in. In mode ``sequential``, and in ``adaptive`` while first
+        drafts have mostly been accepted, a question comes in with its first attempt alone; else with all of them. What
+        the attempts at a question have in common is written once either way.
         """
         answers: dict[int, Answer] = {}
-        numbers = range(1, self.config.attempts + 1)
+        prompts = [self._prompt(question) for question in questions]
         with progress.task("answer", len(questions)) as advance:
-            for chunk, prompts in self._chunks(questions, batch_rows // len(numbers)):
-                found = self._answer_chunk([questions[index] for index in chunk], prompts, batch_rows)
-                answers |= dict(zip(chunk, found, strict=True))
-                advance(len(chunk), "")
+            if not self.batches:
+                for index, question in enumerate(questions):
+                    answers[index] = self.answer(question)
+                    advance(1, "")
+                return [answers[index] for index in range(len(questions))]
+            crowd = self._crowd(questions, prompts, batch_rows, self._first_attempts)
+            cases: dict[int, _Case] = {}
+            while not crowd.over:
+                writing = self._write_on(crowd)
+                for index in crowd.under_way:
+                    if index not in cases:
+                        cases[index] = _Case(asked_for=crowd.attempts(index))
+                ended = {index: crowd.ended(index, len(case.scores) + 1) for index, case in cases.items()}
+                ready = {index: cases[index] for index, draft in ended.items() if draft is not None}
+                if writing and len(ready) < max(1, batch_rows // 4):
+                    continue
+                for index, case in ready.items():
+                    found = ended[index]
+                    assert found is not None
+                    case.drafts.append(self._drafted(len(case.scores) + 1, found))
+                self._score_cases([questions[index] for index in ready], [*ready.values()], batch_rows, crowd)
+                for index, case in ready.items():
+                    used = len(case.scores)
+                    if case.scores[-1] >= self.config.threshold or used == self.config.attempts:
+                        answers[index] = self._answer(case.drafts, case.scores)
+                        del cases[index]
+                        crowd.done(index)
+                        advance(1, "")
+                    elif used == case.asked_for:
+                        case.asked_for = used + 1 if self.config.mode == "sequential" else self.config.attempts
+                        crowd.want(index, range(used + 1, case.asked_for + 1))
         return [answers[index] for index in range(len(questions))]
 
-    def _answer_chunk(
-        self, questions: Sequence[str], prompts: Sequence[tuple[int, ...]], batch_rows: int
-    ) -> list[Answer]:
-        numbers = range(1, self.config.attempts + 1)
+    def _first_attempts(self) -> Sequence[int]:
         alone = self.config.mode == "sequential" or self._goes_alone()
-        writer = self._writer(questions, prompts, numbers) if self.batches else None
-        along = self._along() if writer is not None else None
-        drafts: list[list[Drafted]] = [[] for _ in questions]
-        scores: list[list[float]] = [[] for _ in questions]
-        pending = list(range(len(questions)))
-        for attempt in numbers:
-            if writer is not None:
-                ahead = [attempt] if alone else numbers[attempt - 1 :]
-                written = self._write(writer, pending, ahead)
-                made = [written[place, attempt] for place in pending]
-            else:
-                made = self._draft([DraftRequest(prompts[place], questions[place], attempt) for place in pending])
-            if along is not None and writer is not None:
-                along.add(writer.trails.values())
-            texts = [questions[place] for place in pending]
-            found = self.score_many(texts, made, self.config.score, batch_rows, along=along)
-            for place, drafted, score in zip(pending, made, found, strict=True):
-                drafts[place].append(drafted)
-                scores[place].append(score)
-            if attempt == 1:
-                self._asked += len(found)
-                self._accepted_first += sum(score >= self.config.threshold for score in found)
-            pending = [place for place in pending if scores[place][-1] < self.config.threshold]
-            if not pending:
-                break
-        return [self._answer(item, found) for item, found in zip(drafts, scores, strict=True)]
+        return range(1, 2 if alone else self.config.attempts + 1)
+
+    def _score_cases(self, questions: Sequence[str], cases: Sequence[_Case], batch_rows: int, crowd: Crowd) -> None:
+        """Score the last draft of every case, unless an earlier one said the same."""
+        new = [index for index, case in enumerate(cases) if case.last not in case.known]
+        texts, drafts = [questions[index] for index in new], [cases[index].drafts[-1] for index in new]
+        along = self._along(crowd.trails)
+        found = self.score_many(texts, drafts, self.config.score, batch_rows, along=along)
+        for index, score in zip(new, found, strict=True):
+            cases[index].known[cases[index].last] = score
+        for case in cases:
+            case.scores.append(case.known[case.last])
+            if len(case.scores) == 1:
+                self._asked += 1
+                self._accepted_first += case.scores[0] >= self.config.threshold
 
     def _answer(self, drafts: Sequence[Drafted], scores: Sequence[float]) -> Answer:
         decision = decide(scores, self.config.threshold)

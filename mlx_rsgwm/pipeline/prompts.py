@@ -6,7 +6,7 @@ needed; the kept rows themselves never change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Prefilled:
 @dataclass(frozen=True)
 class Trail:
     """A text as the layers below every adapter read it: the states above them (1, length, dims), and row ``place`` of
-    their caches up to ``end``; these may have gone further."""
+    their caches up to ``end``; these may have gone further. Of a text among many, no caches are kept."""
 
     tokens: tuple[int, ...]
     middle: mx.array
@@ -91,33 +91,36 @@ def remembering(model: Any, hidden: Hidden, prompt: Sequence[int]) -> Hidden:
     return after
 
 
+Trails = Mapping[tuple[int, ...], Trail]
+
+
 class Along:
     """What the layers above the split make of texts that the drafter's lower layers have read already.
 
     Called with rows of ids and a length: their states (rows, length, dims), padded on the right; None where some row
-    has no trail to its end (a single row may go beyond it). ``prompt`` is kept from one single row to the next that
-    begins with it. The adapter must be the same one in every call.
+    has no trail to its end (a single row may go beyond it). ``trails`` by their tokens, as they are when it is called.
+    ``prompt`` is kept from one single row to the next that begins with it. The adapter must be the same one in every
+    call.
     """
 
-    def __init__(self, model: Any, below: Below, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, model: Any, below: Below, trails: Trails | None = None, prompt: Sequence[int] = ()) -> None:
         self._below, self._prompt = below, tuple(prompt)
         self._go_on = _Remembered(below.upper, len(make_prompt_cache(model)) - below.count, len(prompt))
-        self._trails: dict[tuple[int, ...], Trail] = {}
-
-    def add(self, trails: Iterable[Trail]) -> None:
-        """Trails that may be gone along from now on."""
-        self._trails |= {trail.tokens: trail for trail in trails}
+        self.trails: Trails = {} if trails is None else trails
 
     def __call__(self, rows: Sequence[tuple[int, ...]], length: int) -> mx.array | None:
         if len(rows) == 1 and length == len(rows[0]):
             return self._one(rows[0])
-        if any(row not in self._trails for row in rows):
+        if any(row not in self.trails for row in rows):
             return None
-        middle = [mx.pad(self._trails[row].middle, [(0, 0), (0, length - len(row)), (0, 0)]) for row in rows]
+        middle = [mx.pad(self.trails[row].middle, [(0, 0), (0, length - len(row)), (0, 0)]) for row in rows]
         return self._below.upper(mx.concatenate(middle))
 
     def _one(self, row: tuple[int, ...]) -> mx.array | None:
-        fitting = (trail for tokens, trail in self._trails.items() if row[: len(tokens)] == tokens)
+        fitting = (
+            trail for tokens, trail in self.trails.items()
+            if row == tokens or (trail.caches and row[: len(tokens)] == tokens)
+        )  # fmt: skip
         trail = max(fitting, key=lambda one: len(one.tokens), default=None)
         if trail is None:
             return None
@@ -161,24 +164,29 @@ def _fresh(padding: list[int]) -> BatchKVCache:
     return found
 
 
-def taken(cache: Any, rows: mx.array, length: int | None = None) -> BatchKVCache:
-    """A new cache with the ``rows`` of an old one up to ``length``, padding included; the old one keeps all."""
+def taken(cache: Any, rows: mx.array, length: int | None = None, start: int = 0) -> BatchKVCache:
+    """A new cache with the ``rows`` of an old one from ``start``, up to which all are padding, to ``length``, padding
+    included; the old one keeps all."""
     end = cache._idx if length is None else length
     taken: Any = _fresh([0] * rows.size)
-    taken.left_padding = cache.left_padding[rows]
-    taken.keys, taken.values = (x[rows, :, :end] for x in (cache.keys, cache.values))
-    taken.offset, taken._idx = cache.offset[rows] - (cache._idx - end), end
+    taken.left_padding = cache.left_padding[rows] - start
+    taken.keys, taken.values = (x[rows, :, start:end] for x in (cache.keys, cache.values))
+    taken.offset, taken._idx = cache.offset[rows] - (cache._idx - end), end - start
     found: BatchKVCache = taken
     return found
 
 
 def joined(first: Any, second: Any) -> BatchKVCache:
-    """A new cache with the rows of two that are equally long, padding included."""
-    end = first._idx
+    """A new cache with the rows of two; those of the shorter one are padded on the left."""
+    end = max(first._idx, second._idx)
     found: Any = _fresh([0] * (first.keys.shape[0] + second.keys.shape[0]))
-    found.left_padding = mx.concatenate([first.left_padding, second.left_padding])
-    found.keys = mx.concatenate([first.keys[:, :, :end], second.keys[:, :, :end]])
-    found.values = mx.concatenate([first.values[:, :, :end], second.values[:, :, :end]])
+    found.left_padding = mx.concatenate([one.left_padding + (end - one._idx) for one in (first, second)])
+    for name in ("keys", "values"):
+        padded = [
+            mx.pad(getattr(one, name)[:, :, : one._idx], [(0, 0), (0, 0), (end - one._idx, 0), (0, 0)])
+            for one in (first, second)
+        ]
+        setattr(found, name, mx.concatenate(padded))
     found.offset, found._idx = mx.concatenate([first.offset, second.offset]), end
     cache: BatchKVCache = found
     return cache

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import BatchKVCache
 
 from mlx_rsgwm.logits import Below, Parts
 from mlx_rsgwm.pipeline.drafting import DraftTokens
-from mlx_rsgwm.pipeline.prompts import Prefilled, Trail, joined, read_on, taken
+from mlx_rsgwm.pipeline.prompts import GROWTH, Prefilled, Trail, joined, read_on, taken
 from mlx_rsgwm.pipeline.sampling import Sampling, choose, choose_exact, uniforms
 
 Caches = Sequence[BatchKVCache]
@@ -31,9 +31,9 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of one length, all read, and the logits (rows, vocabulary) of what follows.
+    """Rows, all read, padded on the left, and the logits (rows, vocabulary) of what follows.
 
-    ``middle``: the states (rows, prompt and length, dims) between lower and upper layers, where the model is split.
+    ``middle``: the states (rows, length of the caches, dims) between lower and upper layers, where the model is split.
     """
 
     rows: tuple[_Row, ...]
@@ -43,7 +43,8 @@ class _Batch:
 
     @property
     def length(self) -> int:
-        return len(self.rows[0].tokens)
+        """Positions in the caches."""
+        return self.caches[0]._idx if self.caches else 0
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ class _Aside:
 class Writer:
     """Drafts of some prompts, each with its own random stream, written no further than they are asked for.
 
-    A draft goes by the place of its question and the number of its attempt.
+    A draft goes by the place of its question (the first that came in is 0) and the number of its attempt.
 
     They are those of :func:`~mlx_rsgwm.pipeline.drafting.draft`. The adapter that drafts must be active during every
-    step. A draft that left its row while nobody waited for it goes on from there: a retry reads nothing again.
+    step. A draft that left its row while nobody waited for it goes on from there: a retry reads nothing again. Prompts
+    that :meth:`add` brings in later are written beside those that are under way.
     ``ended``: the finished drafts. ``trails``: where the model is split, how its lower layers read them.
     """
 
@@ -78,53 +80,83 @@ class Writer:
         below: Below | None = None,
     ) -> None:
         self._hidden, self._head = parts
-        self._below, self._prompts = below, prefilled.prompts
+        self._below = below
         self._sampling = sampling
         self._end_ids = end_ids
-        count = sampling.max_tokens
-        self._stream = {
-            (place, attempt): uniforms(sampling.seed, question, attempt, count)
-            for place, question in enumerate(questions)
-            for attempt in attempts
-        }
-        logits = self._head(prefilled.last[:, None])[:, 0]
-        start = [taken(cache, mx.arange(len(questions))) for cache in prefilled.caches]
-        rows = tuple(_Row((), tuple((place, attempt) for attempt in attempts)) for place in range(len(questions)))
-        self._batches = [_Batch(rows, start, logits, prefilled.middle)]
+        self._prompts: dict[int, tuple[int, ...]] = {}
+        self._streams: dict[Key, np.ndarray] = {}
+        self._batch: _Batch | None = None
         self._aside: list[_Aside] = []
+        self._next = 0
         self.ended: dict[Key, DraftTokens] = {}
         self.trails: dict[tuple[int, ...], Trail] = {}
+        self.add(prefilled, questions, attempts)
+
+    def add(self, prefilled: Prefilled, questions: Sequence[str], attempts: Sequence[int]) -> range:
+        """More questions with their prompts, read by the adapter that drafts, and the attempts that each may make;
+        returns their places."""
+        places = range(self._next, self._next + len(questions))
+        self._next = places.stop
+        self._prompts |= dict(zip(places, prefilled.prompts, strict=True))
+        for place, question in zip(places, questions, strict=True):
+            for attempt in attempts:
+                stream = uniforms(self._sampling.seed, question, attempt, self._sampling.max_tokens)
+                self._streams[place, attempt] = stream
+        logits = self._head(prefilled.last[:, None])[:, 0]
+        start = [taken(cache, mx.arange(len(questions))) for cache in prefilled.caches]
+        rows = tuple(_Row((), tuple((place, attempt) for attempt in attempts)) for place in places)
+        self._take_in(_Batch(rows, start, logits, prefilled.middle))
+        return places
+
+    def forget(self, place: int) -> None:
+        """Let go of all that is kept of a question."""
+        prompt = self._prompts.pop(place)
+        self._aside = [one for one in self._aside if one.row.attempts[0][0] != place]
+        for key in [key for key in self._streams if key[0] == place]:
+            del self._streams[key]
+            self.ended.pop(key, None)
+        for tokens in [tokens for tokens in self.trails if tokens[: len(prompt)] == prompt]:
+            del self.trails[tokens]
 
     def step(self, wanted: Collection[Key]) -> None:
-        """One token more for those of the ``wanted`` attempts that have written least, or the end of them."""
+        """One token more for each of the ``wanted`` attempts, or the end of it."""
         wanted = set(wanted)
         self._wake(wanted)
-        waited_for = [
-            batch for batch in self._batches if any(attempt in wanted for row in batch.rows for attempt in row.attempts)
-        ]
-        if not waited_for:
+        batch, self._batch = self._batch, None
+        if batch is None:
             return
-        batch = min(waited_for, key=lambda one: one.length)
-        self._batches.remove(batch)
         followers = self._followers(batch)
         stay = [(place, row) for place, row in followers if any(attempt in wanted for attempt in row.attempts)]
-        end = batch.caches[0]._idx if batch.caches else 0
-        self._aside += [_Aside(row, batch, place, end) for place, row in followers if (place, row) not in stay]
+        aside = [(place, row) for place, row in followers if (place, row) not in stay]
+        self._aside += [_Aside(row, batch, place, batch.length) for place, row in aside]
         if not stay:
             return
-        places = [place for place, _ in stay]
-        caches, middle = batch.caches, batch.middle
-        if places != list(range(len(batch.rows))):
-            rows = mx.array(places)
-            caches = [taken(cache, rows) for cache in caches]
-            middle = None if middle is None else middle[rows]
-        self._read([row for _, row in stay], caches, middle)
+        rows = [row for _, row in stay]
+        caches, middle = self._kept(batch, [place for place, _ in stay], rows)
+        self._read(rows, caches, middle)
+
+    def _kept(self, batch: _Batch, places: list[int], rows: Sequence[_Row]) -> tuple[Caches, mx.array | None]:
+        """The caches of some of a batch's rows, without padding that none of them needs."""
+        needed = max(len(self._prompts[row.attempts[0][0]]) + len(row.tokens) - 1 for row in rows)
+        spare = batch.length - needed
+        if places == list(range(len(batch.rows))) and spare < GROWTH:
+            return batch.caches, batch.middle
+        chosen = mx.array(places)
+        caches = [taken(cache, chosen, start=spare) for cache in batch.caches]
+        return caches, None if batch.middle is None else batch.middle[chosen, spare:]
 
     def _followers(self, batch: _Batch) -> list[tuple[int, _Row]]:
         """The rows that come of a batch's rows with one token more, each with its row's place; ends are noted."""
-        riding = [(place, attempt) for place, row in enumerate(batch.rows) for attempt in row.attempts]
+        riding = [
+            (place, attempt) for place, row in enumerate(batch.rows) for attempt in row.attempts
+            if attempt in self._streams
+        ]  # fmt: skip
+        if not riding:
+            return []
         rows = mx.array([place for place, _ in riding])
-        uniform = mx.array(np.array([self._stream[attempt][batch.length] for _, attempt in riding]))
+        uniform = mx.array(
+            np.array([self._streams[attempt][len(batch.rows[place].tokens)] for place, attempt in riding])
+        )
         temperature, top_p = self._sampling.temperature, self._sampling.top_p
         tokens, certain = choose(batch.logits, uniform, temperature, top_p, rows)
         mx.eval(tokens, certain)
@@ -134,7 +166,7 @@ class Writer:
         found: dict[tuple[int, tuple[int, ...]], list[Key]] = {}
         for (place, attempt), token in zip(riding, chosen, strict=True):
             written = batch.rows[place].tokens
-            if token in self._end_ids or batch.length + 1 == self._sampling.max_tokens:
+            if token in self._end_ids or len(written) + 1 == self._sampling.max_tokens:
                 finished = token in self._end_ids
                 self.ended[attempt] = DraftTokens(written if finished else (*written, token), finished)
                 self._keep_trail(batch, place)
@@ -149,8 +181,12 @@ class Writer:
         prompt = self._prompts[row.attempts[0][0]]
         tokens = (*prompt, *row.tokens)
         if tokens not in self.trails:
-            lower, end = batch.caches[: self._below.count], batch.middle.shape[1]
+            end = batch.length
             middle = batch.middle[place : place + 1, end - len(tokens) :]
+            lower: Caches = batch.caches[: self._below.count]
+            if self._next > 1:  # a view would keep the whole batch, as the caches do
+                middle, lower = mx.contiguous(middle), ()
+                mx.async_eval(middle)
             self.trails[tokens] = Trail(tokens, middle, lower, place, end)
 
     def _wake(self, wanted: Collection[Key]) -> None:
@@ -165,19 +201,26 @@ class Writer:
             self._read([one.row for one in group], caches, middle)
 
     def _read(self, rows: Sequence[_Row], caches: Caches, middle: mx.array | None) -> None:
-        """Read the last token of every row, and put the rows beside those of their length."""
+        """Read the last token of every row, and put the rows beside those that are under way."""
         ids = mx.array([[row.tokens[-1]] for row in rows])
         states, between = read_on(self._hidden, self._below, ids, caches)
         if middle is not None and between is not None:
             middle = mx.concatenate([middle, between], axis=1)
-        logits = self._head(states[:, -1:])[:, 0]
-        batch = _Batch(tuple(rows), caches, logits, middle)
-        other = next((one for one in self._batches if one.length == batch.length), None)
+        self._take_in(_Batch(tuple(rows), caches, self._head(states[:, -1:])[:, 0], middle))
+
+    def _take_in(self, batch: _Batch) -> None:
+        other = self._batch
         if other is not None:
-            self._batches.remove(other)
-            beside = [joined(first, second) for first, second in zip(other.caches, batch.caches, strict=True)]
-            if other.middle is not None and middle is not None:
-                middle = mx.concatenate([other.middle, middle])
-            batch = _Batch((*other.rows, *rows), beside, mx.concatenate([other.logits, logits]), middle)
-        self._batches.append(batch)
+            caches = [joined(first, second) for first, second in zip(other.caches, batch.caches, strict=True)]
+            middle = None
+            if other.middle is not None and batch.middle is not None:
+                longest = max(other.length, batch.length)
+                padded = [
+                    mx.pad(one.middle, [(0, 0), (longest - one.length, 0), (0, 0)])  # type: ignore[arg-type]
+                    for one in (other, batch)
+                ]
+                middle = mx.concatenate(padded)
+            logits = mx.concatenate([other.logits, batch.logits])
+            batch = _Batch((*other.rows, *batch.rows), caches, logits, middle)
+        self._batch = batch
         mx.async_eval(batch.logits)

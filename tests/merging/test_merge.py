@@ -83,7 +83,7 @@ def test_values_in_folders_that_are_not_finite_are_named(make_adapter, tmp_path,
 @pytest.mark.parametrize("method", ["rsgwm", "peft:svd", "ties", "knots"])
 @pytest.mark.parametrize("value", [1.5, float("nan")])
 def test_a_changed_file_never_becomes_a_merge(make_adapter, tmp_path, method, value):
-    """Files are hashed beside the work: what a changed one made is dropped, and if it made the work fail, it is told."""
+    """Files are hashed beside the work: what a changed one made is dropped, and a failure is told as what it is."""
     folders = [make_adapter(seed).save(tmp_path / f"a{seed}") for seed in range(2)]
     path = folders[1] / "adapters.safetensors"
     arrays, metadata = read_safetensors(path)

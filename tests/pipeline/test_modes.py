@@ -90,6 +90,82 @@ def test_many_questions_at_once_get_the_same_answers(make_pipeline, mode, temper
     assert len({answer.attempts for answer in together}) > 1
 
 
+def watched(monkeypatch):
+    """The writers that come to be, and for every step how many drafts were wanted of each."""
+    writers, wanted = [], []
+    step = Writer.step
+
+    def watch(writer, keys):
+        if writer not in writers:
+            writers.append(writer)
+        wanted.append(len(keys))
+        step(writer, keys)
+
+    monkeypatch.setattr(Writer, "step", watch)
+    return writers, wanted
+
+
+@pytest.mark.parametrize("rows", [1, 7, 30])
+@pytest.mark.parametrize("split", [False, True], ids=["all layers adapted", "upper layer adapted"])
+def test_drafts_of_many_are_those_of_each(request, make_pipeline, monkeypatch, rows, split):
+    """Questions come in while others are under way, at other lengths, and one of them twice."""
+    pipeline = ended_early(make_pipeline("parallel"))
+    if split:
+        own = pipeline.end_ids
+        slots = request.getfixturevalue("upper_slots")
+        pipeline = DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", pipeline.config)
+        pipeline.end_ids = own
+    questions = [*QUESTIONS[:15], QUESTIONS[0]]
+    writers, wanted = watched(monkeypatch)
+    found = pipeline.draft_many(questions, 2, rows)
+    for question, drafts in zip(questions, found, strict=True):
+        prompt = pipeline._prompt(question)
+        requests = [DraftRequest(prompt, question, attempt) for attempt in (1, 2)]
+        assert [drafted.tokens for drafted in drafts] == [drafted.tokens for drafted in pipeline._draft(requests)]
+    (writer,) = writers
+    assert max(wanted) in range(max(rows - 1, 2), max(rows, 2) + 1)
+    assert not any((writer.ended, writer.trails, writer._streams, writer._aside, writer._prompts))
+    if rows == 7:  # the batch stays full while questions wait: at most a quarter of its rows, and an odd one, are free
+        assert min(wanted[: len(wanted) * 2 // 3]) > 7 * 3 / 4 - 2
+
+
+def test_others_come_in_before_all_of_a_batch_have_ended(make_pipeline, monkeypatch):
+    pipeline = ended_early(make_pipeline("parallel"))
+    prefilled, real = [], Writer.add
+
+    def add(writer, read, *more):
+        prefilled.append((len(read.prompts), [len(row.tokens) for row in writer._batch.rows] if writer._batch else []))
+        return real(writer, read, *more)
+
+    monkeypatch.setattr(Writer, "add", add)
+    pipeline.answer_many(QUESTIONS[:20], 9)
+    assert prefilled[0] == (3, [])
+    assert any(lengths and min(lengths) > 0 for _, lengths in prefilled)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_to_many_leave_nothing_and_repeat_to_the_last_bit(make_pipeline, monkeypatch, mode):
+    writers, _ = watched(monkeypatch)
+    found = []
+    for _ in range(2):
+        pipeline = make_pipeline(mode, threshold=0.02)
+        pipeline.end_ids = ended_early(make_pipeline(mode)).end_ids
+        found.append(pipeline.answer_many(QUESTIONS[:12], 6))
+    assert found[0] == found[1]
+    writer = writers[-1]
+    assert not any((writer.ended, writer.trails, writer._streams, writer._aside, writer._prompts))
+
+
+def test_a_draft_that_says_the_same_again_is_not_read_again(make_pipeline):
+    pipeline = make_pipeline("parallel", threshold=1.0)
+    pipeline.config = LoopConfig(3, 1.0, "mean_logprob", Sampling(temperature=0.0, max_tokens=5))
+    real, read = pipeline.signals, []
+    pipeline.signals = lambda questions, *more, **named: read.append(len(questions)) or real(questions, *more, **named)
+    answers = pipeline.answer_many(QUESTIONS[:4], 12)
+    assert [answer.attempts for answer in answers] == [3] * 4
+    assert sum(read) == 4
+
+
 ORDERS = ([(1, 2, 3, 4)], [(1,), (2,), (3,), (4,)], [(1,), (2, 3, 4)], [(4, 2), (1, 3)])
 
 
