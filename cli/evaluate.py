@@ -54,6 +54,9 @@ def evaluate(
 ) -> None:
     """Evaluate a drafter and a verifier: the rows of the paper's Table 1, each rate with n and its interval.
 
+    Under mlx.launch the items are shared out among the processes, batch by batch: the result is that of one process,
+    whatever their number, and --out is needed.
+
     Example: rsgwm eval --base smollm2-135m --drafter runs/demo/drafter --verifier runs/demo/verifier
     --task gsm8k --data ../data --limit 20 --out runs/gsm8k
     """
@@ -67,14 +70,21 @@ def evaluate(
     from mlx_rsgwm.evaluation.report import render_table, summarise, write_report
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
     from mlx_rsgwm.files import exclusive
+    from mlx_rsgwm.progress import SILENT
+    from mlx_rsgwm.training.parallel import launched_processes
 
     counts = [("--batch-rows", batch_rows), ("--sampling-seeds", sampling_seeds)]
     for name, value in [*counts, ("--drafts", 1 if drafts is None else drafts)]:
         if value < 1:
             raise RsgwmError(f"{name} must be at least 1, found {value}")
     wording = REFUSAL if refusal is None else _pattern(refusal)
-    if out is not None:
+    processes = launched_processes()
+    if out is None and processes.size > 1:
+        raise RsgwmError("under mlx.launch give --out, where every process keeps its share")
+    if out is not None and processes.writes:
         click.get_current_context().with_resource(exclusive(out))
+    processes.wait()  # whoever locks the folder clears half-written files out of it
+    progress = console.progress if processes.writes else SILENT
     slices = [read_slice(Slice(task, limit, how, console.seed, split, folder, revision)) for task in tasks]
     questions = [question for found, _ in slices for question in found]
     checked = contamination(questions, training_questions(train_data)) if train_data else None
@@ -82,18 +92,20 @@ def evaluate(
     def calibrate_here(pipeline: DraftVerify) -> Calibration:
         count = max(4, 24 // len(tasks))
         held_out = [q for task in tasks for q in questions_for(task, "calibration", count, console.seed, folder)]
-        return calibrate(pipeline, held_out, console.seed, batch_rows, console.progress)
+        return calibrate(pipeline, held_out, console.seed, batch_rows, progress)
 
     pipeline = build_pipeline(console, loop, calibrate_here)
     seeds = tuple(range(console.seed, console.seed + sampling_seeds))
     about = describe_run(
         pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern
     )
-    journal = Journal(out / FILE, about) if out is not None else None
+    journal = Journal(out / FILE, about, shard=processes.rank) if out is not None else None
     records = run_items(
-        pipeline, questions, max(timed, 0), batch_rows, console.progress,
-        seeds=seeds, drafts=drafts, journal=journal, refusal=wording,
+        pipeline, questions, max(timed, 0), batch_rows, progress,
+        seeds=seeds, drafts=drafts, journal=journal, refusal=wording, processes=processes,
     )  # fmt: skip
+    if not processes.writes:
+        return
     metadata = {
         **about,
         "base": pipeline.slots.base.describe(),

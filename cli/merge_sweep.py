@@ -67,13 +67,14 @@ def merge_sweep(
 
     Every merge drafts greedily, is scored on gold answers, and judges the same labelled answers as a verifier. The
     pool's own adapters and the base stand beside them. What was measured is kept: Ctrl-C loses one merge at most, and
-    the same command goes on.
+    the same command goes on. Under mlx.launch the merges are shared out among the processes.
 
     \b
     Examples:
       rsgwm merge-sweep runs/demo/pool/*
       rsgwm merge-sweep pool/* --methods linear,ties:density=0.2/0.5 --methods rsgwm:space=product,tau=0.3/0.5
       rsgwm merge-sweep pool/* --eval change --eval held_out.jsonl --items 50 --with joint=joint --out runs/sweep
+      mlx.launch -n 2 -- rsgwm merge-sweep pool/* --out runs/sweep
     """
     from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.base import load_base
@@ -83,6 +84,8 @@ def merge_sweep(
     from mlx_rsgwm.evaluation.sweep_report import render_table, write_sweep
     from mlx_rsgwm.evaluation.sweep_variants import DEFAULT_METHODS, parse_variants
     from mlx_rsgwm.files import exclusive
+    from mlx_rsgwm.progress import SILENT
+    from mlx_rsgwm.training.parallel import launched_processes
 
     for name, value in (
         ("--items", items),
@@ -92,7 +95,9 @@ def merge_sweep(
     ):
         if value is not None and value < 1:
             raise RsgwmError(f"{name} must be at least 1, found {value}")
-    click.get_current_context().with_resource(exclusive(out))
+    processes = launched_processes()
+    if processes.writes:
+        click.get_current_context().with_resource(exclusive(out))
     variants = parse_variants(methods or DEFAULT_METHODS)
     adapters = [Adapter.load(path) for path in pool]
     plan = Plan(
@@ -114,8 +119,11 @@ def merge_sweep(
     )
     names = [(adapter.manifest.get("base") or {}).get("name") for adapter in adapters]
     del adapters
-    base = load_base(base_name or next(filter(None, names), "smollm2-135m"), progress=console.progress)
-    measured = Sweep(base, plan, out, console.progress).execute()
+    progress = console.progress if processes.writes else SILENT
+    base = load_base(base_name or next(filter(None, names), "smollm2-135m"), progress=progress)
+    measured = Sweep(base, plan, out, progress, processes).execute()
+    if not processes.writes:
+        return
     summary = write_sweep(out, [measured], console.seed, console.progress)
     console.line(render_table(summary))
     console.line(f"sweep: {out}")

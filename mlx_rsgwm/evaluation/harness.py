@@ -29,6 +29,7 @@ from mlx_rsgwm.pipeline.guarantee import Target
 from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig, decide
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals
 from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.training.parallel import ALONE, Processes
 
 
 def evaluate(
@@ -45,6 +46,7 @@ def evaluate(
     journal: Journal | None = None,
     part: str = "",
     refusal: re.Pattern[str] = REFUSAL,
+    processes: Processes = ALONE,
 ) -> list[ItemRecord]:
     """One record per question and sampling seed, with all drafts and every score of each.
 
@@ -65,30 +67,44 @@ def evaluate(
         journal: keeps every finished batch, and what it holds already is not run again.
         part: name of this drafter in the journal.
         refusal: wording of a refusal (see :func:`~mlx_rsgwm.evaluation.answers.extract`).
+        processes: with several, each takes every size-th batch and keeps it in its own shard of the ``journal``, which
+            there must be; all return all records. The batches, and so the records, are those of one process. The first
+            process alone takes the latencies.
+
+    Raises:
+        RsgwmError: no questions, questions without gold or of one id.
     """
     config = pipeline.config
     _check(questions, scores, config.score)
+    if processes.size > 1 and journal is None:
+        raise RsgwmError("several processes need a folder in which each keeps what it has done")
     count = max(config.attempts, drafts or 0)
-    records: list[ItemRecord] = []
+    found: dict[tuple[str, str], ItemRecord] = {}
+    drafters: dict[str, DraftVerify] = {}
     for seed in seeds or (config.sampling.seed,):
         seeded = replace(config, sampling=replace(config.sampling, seed=seed))
-        drafter = _with_config(pipeline, seeded)
-        found: dict[str, ItemRecord] = {}
         name = f"{part}/{seed}"
+        drafters[name] = drafter = _with_config(pipeline, seeded)
         blocks = _blocks(pipeline, questions, max(1, batch_rows // count))
         label = f"{part or 'evaluate'}, seed {seed}" if part or len(seeds) > 1 else "evaluate"
         with progress.task(label, len(questions)) as advance:
-            for block in blocks:
+            for block in blocks[processes.rank :: processes.size]:
                 kept = [journal.items.get((name, question.id)) for question in block] if journal else []
                 known = [record for record in kept if record is not None]
                 if len(known) < len(block):
                     known = list(_block(drafter, block, count, batch_rows, beside or {}, scores, refusal))
                     if journal:
                         journal.add_items(name, known)
-                found.update({record.id: record for record in known})
+                found.update({(name, record.id): record for record in known})
                 advance(len(block), "")
-        rows = [found[question.id] for question in questions]
-        if timed and not records:
+    processes.wait()
+    if processes.size > 1 and journal:
+        journal.read_others()
+        found = journal.items
+    records: list[ItemRecord] = []
+    for name, drafter in drafters.items():
+        rows = [found[name, question.id] for question in questions]
+        if timed and not records and processes.writes:
             rows = _with_latency(drafter, rows, min(timed, len(rows)), progress, journal, name)
         records += rows
     return records

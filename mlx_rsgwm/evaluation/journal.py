@@ -25,27 +25,38 @@ class Journal:
     """Records by (part, item id) and latencies by (part, item id), in one append-only file.
 
     A part is one drafter with one sampling seed. ``about`` names what the items depend on; a journal of something else
-    is refused, or with ``replace`` started anew.
+    is refused, or with ``replace`` started anew. One of several processes writes a ``shard`` of its own beside
+    ``path``; whoever opens the journal reads all of them.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], replace: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, about: Mapping[str, Any], replace: bool = False, shard: int = 0) -> None:
+        self.path = path.with_name(f"{path.stem}.{shard}{path.suffix}") if shard else path
+        self._shards = f"{path.stem}.*{path.suffix}"
+        self._whole = path
         self.items: dict[tuple[str, str], ItemRecord] = {}
         self.timings: dict[tuple[str, str], Timing] = {}
-        plain = json.loads(json.dumps(about, default=str))
-        whole = self._read(plain, replace) if path.is_file() else 0
+        self._about = json.loads(json.dumps(about, default=str))
+        whole = self._read(self.path, replace) if self.path.is_file() else 0
         files.make_folder(path.parent)
         try:
             if whole:
-                os.truncate(path, whole)
+                os.truncate(self.path, whole)
             else:
-                files.write_text(path, json.dumps({"about": plain}, ensure_ascii=False) + "\n")
+                files.write_text(self.path, json.dumps({"about": self._about}, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
+            raise RsgwmError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self.read_others(replace)
 
-    def _read(self, about: Mapping[str, Any], replace: bool) -> int:
+    def read_others(self, replace: bool = False) -> None:
+        """Take over what the other shards hold by now."""
+        for path in sorted({*self.path.parent.glob(self._shards), self._whole} - {self.path}):
+            if path.is_file():
+                self._read(path, replace)
+
+    def _read(self, path: Path, replace: bool) -> int:
         """Take over what is there; returns how many bytes of the file are whole lines, 0 to start anew."""
-        data = self.path.read_bytes()
+        about = self._about
+        data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
         lines = data[:whole].decode("utf-8", errors="replace").split("\n")[:-1]
         try:
@@ -57,11 +68,11 @@ class Journal:
                 return 0
             differ = [name for name in {**found, **about} if found.get(name) != about.get(name)]
             raise RsgwmError(
-                f"{self.path} belongs to an unfinished run that differs in {', '.join(sorted(differ))}; "
+                f"{path} belongs to an unfinished run that differs in {', '.join(sorted(differ))}; "
                 "give another --out, or delete the file to start anew"
             )
         for number, line in enumerate(lines[1:], 2):
-            where = f"{self.path} line {number}"
+            where = f"{path} line {number}"
             try:
                 value = files.parse_json(line)
                 if "item" in value:

@@ -34,6 +34,7 @@ from mlx_rsgwm.pipeline.loop import Drafted
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.training.parallel import ALONE, Processes
 
 FORMAT_VERSION = 1
 ITEMS_FILE = "items.json"
@@ -140,7 +141,10 @@ class Measured:
 class Sweep:
     """One plan on one base in one folder."""
 
-    def __init__(self, base: Base, plan: Plan, out: Path, progress: Progress = SILENT) -> None:
+    def __init__(
+        self, base: Base, plan: Plan, out: Path, progress: Progress = SILENT, processes: Processes = ALONE
+    ) -> None:
+        self.processes = processes
         self.base = base
         self.plan = plan
         self.out = out
@@ -158,27 +162,33 @@ class Sweep:
         }
 
     def execute(self) -> Measured:
-        """Measure every candidate that was not measured before.
+        """Measure every candidate that was not measured before; of several processes each takes every size-th one.
 
         Raises:
             RsgwmError: adapters that cannot be loaded or were trained with another template or for another base. A
                 merge that its own rules refuse is an outcome, not an error.
         """
         files.make_folder(self.out / FOLDER)
+        if not self.processes.writes:
+            self.processes.wait()
         answers = self.labelled_answers()
+        if self.processes.writes:
+            self.processes.wait()
         digest = files.sha256_json([asdict(answer) for answer in answers])
         candidates = self._candidates()
-        outcomes = []
+        paths = []
         with self.progress.task("merge sweep", len(candidates)) as advance:
-            for candidate in candidates:
+            for number, candidate in enumerate(candidates):
                 key = files.sha256_json([self._about, digest, self._depends_on(candidate)])
                 slug = re.sub(r"[^a-z0-9.]+", "-", candidate.name.lower())
-                path = self.out / FOLDER / f"{slug}-{key[:16]}.json"
-                if not path.is_file():
-                    files.write_json(path, asdict(self._outcome(candidate, answers)))
-                outcomes.append(Outcome.from_dict(files.read_json_object(path)))
-                advance(1, candidate.name)
-        return Measured(self.plan.questions, answers, tuple(outcomes), self.describe())
+                paths.append(self.out / FOLDER / f"{slug}-{key[:16]}.json")
+                mine = number % self.processes.size == self.processes.rank
+                if mine and not paths[-1].is_file():
+                    files.write_json(paths[-1], asdict(self._outcome(candidate, answers)))
+                advance(1, candidate.name if mine else "")
+        self.processes.wait()
+        outcomes = tuple(Outcome.from_dict(files.read_json_object(path)) for path in paths)
+        return Measured(self.plan.questions, answers, outcomes, self.describe())
 
     def describe(self) -> dict[str, Any]:
         """Where the numbers come from."""
