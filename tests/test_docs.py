@@ -27,7 +27,7 @@ def shown(page):
             fenced = not fenced
         elif fenced or line.startswith("    "):
             words = re.split(r"\s+#\s", line.strip())[0]
-            words = re.sub(r"^(time |mlx\.launch -n \d+ -- |echo .* \| )", "", words)
+            words = re.sub(r"^(time |mlx\.launch (?:-n \d+|--hostfile \S+) -- |echo .* \| )", "", words)
             if words.startswith("rsgwm "):
                 yield words
 

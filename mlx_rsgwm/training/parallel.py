@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm.errors import RsgwmError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -31,16 +33,30 @@ class Processes:
         return list(rows[self.rank :: self.size])
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Until every process is here.
+
+        Raises:
+            RsgwmError: one of them has ended.
+        """
         if self.size > 1:
-            mx.eval(mx.distributed.all_sum(mx.ones(()), group=self.group))
+            self._all_sum(mx.ones(()))
+
+    def _all_sum(self, values: mx.array) -> mx.array:
+        try:
+            total = mx.distributed.all_sum(values, group=self.group)
+            mx.eval(total)
+        except RuntimeError as error:
+            raise RsgwmError(
+                f"another process of this run has ended ({error}); start the command again, what is finished is kept"
+            ) from error
+        return total
 
     def sum(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """The sum over processes of every array, in one float32 message."""
         if self.size == 1:
             return dict(arrays)
         joined = mx.concatenate([value.astype(mx.float32).reshape(-1) for value in arrays.values()])
-        total = mx.distributed.all_sum(joined, group=self.group)
+        total = self._all_sum(joined)
         summed, start = {}, 0
         for name, value in arrays.items():
             summed[name] = total[start : start + value.size].reshape(value.shape).astype(value.dtype)

@@ -105,6 +105,8 @@ def test_a_process_that_dies_is_told_and_its_share_is_done_again(pool, tiny_base
         os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
         told, _ = launched.communicate(timeout=120)
     assert not (tmp_path / "two" / "report.html").exists(), told
+    assert "exited with code -9" in told
+    assert "Traceback" not in told
     told = launch(*run, "--out", tmp_path / "two")
     assert (tmp_path / "two" / "report.html").is_file(), told
     assert records(tmp_path / "one") == records(tmp_path / "two")
