@@ -17,6 +17,7 @@ import numpy as np
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.intervals import mcnemar, wilson
+from mlx_rsgwm.evaluation.paired import holm
 from mlx_rsgwm.evaluation.report import show
 from mlx_rsgwm.evaluation.sweep import Measured, Outcome
 from mlx_rsgwm.evaluation.sweep_meter import JUDGED_BY
@@ -106,6 +107,7 @@ def summarise(sweeps: Sequence[Measured], seed: int = 0, resamples: int = RESAMP
     table = _Table(sweeps, strata, measured)
     best = _best(table, merges)
     rows = [table.row(name, best) for name in measured]
+    _correct([row for row in rows if row["kind"] == "merge" and row["name"] != best["accuracy"]])
     rows.sort(key=lambda row: (-row["accuracy"]["macro"], row["nll"]["value"]))
     return {
         "format": FORMAT,
@@ -118,6 +120,13 @@ def summarise(sweeps: Sequence[Measured], seed: int = 0, resamples: int = RESAMP
         "refused": {name: {"sweeps": len(reasons), "reason": reasons[0]} for name, reasons in refused.items()},
         "about": [dict(one.about) for one in sweeps],
     }
+
+
+def _correct(rows: Sequence[dict[str, Any]]) -> None:
+    """Beside the p of every merge that was compared with the best one: Holm's, over all of them."""
+    found = [row["against_best"]["accuracy"] for row in rows]
+    for one, corrected in zip(found, holm([one["p_value"] for one in found]), strict=True):
+        one["p_value_holm"] = corrected
 
 
 def _tasks(measured: Measured) -> list[str]:
@@ -303,7 +312,7 @@ def _sections(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """Titles and tables (first row is the head) shared by the terminal and the Markdown."""
     tasks, rows = list(summary["tasks"]), summary["rows"]
     n = sum(summary["tasks"].values())
-    drafting = [["", f"draft accuracy (n = {n})", "to the best", "p", "draft NLL", *tasks]]
+    drafting = [["", f"draft accuracy (n = {n})", "to the best", "p", "p (Holm)", "draft NLL", *tasks]]
     judging = [["", *(f"AUROC {score} ({subset})" for score in JUDGED_BY for subset in ("all", "drafts"))]]
     for row in rows:
         against = row["against_best"]["accuracy"]
@@ -313,6 +322,7 @@ def _sections(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
                 show(row["accuracy"]),
                 "best" if row["name"] == summary["best"]["accuracy"] else f"{against['difference']:+.3f}",
                 "" if row["name"] == summary["best"]["accuracy"] else f"{against['p_value']:.3f}",
+                f"{against['p_value_holm']:.3f}" if "p_value_holm" in against else "",
                 show(row["nll"]),
                 *(f"{row['accuracy_by_task'][task]['value']:.2f}" for task in tasks),
             ]
@@ -358,7 +368,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
         f"{sum(summary['tasks'].values())} items of {len(summary['tasks'])} tasks, {summary['sweeps']} sweep(s), "
         f"greedy drafts; {answers['all']} labelled answers, {answers['drafts']} of them drafts. Brackets are 95 % "
         "intervals: Wilson for accuracy, bootstrap over items for the rest. In parentheses: not merges.",
-        "p: exact McNemar test against the best merge on the same items, not corrected for the number of merges. "
+        "p: exact McNemar test against the best merge on the same items; Holm: corrected for the number of merges. "
         "* : AUROC below the best merge's, the interval of the paired difference without 0.",
     ]
 

@@ -291,6 +291,26 @@ def test_statistics_against_the_slow_way():
     assert set(bad["retention"]) == {"own", "joint"}
 
 
+def test_p_values_are_corrected_over_the_merges_compared():
+    """Holm by hand: the smallest of m times m, the next times m - 1, never falling; adapters are not counted."""
+    one = invented(0)
+    good = next(o for o in one.outcomes if o.name == "good")
+
+    def worse(name, count):
+        flipped = iter(range(count))
+        drafts = tuple((text, right and next(flipped, None) is None) for text, right in good.drafts)
+        return replace(good, name=name, drafts=drafts)
+
+    measured = replace(one, outcomes=(*one.outcomes, worse("near", 3), worse("far", 7)))
+    rows = {row["name"]: row["against_best"]["accuracy"] for row in summarise([measured])["rows"]}
+    first, second, third = sorted(rows[name]["p_value"] for name in ("bad", "near", "far"))
+    expected = [min(3 * first, 1), min(max(3 * first, 2 * second), 1)]
+    expected.append(min(max(expected[-1], third), 1))
+    assert sorted(rows[name]["p_value_holm"] for name in ("bad", "near", "far")) == pytest.approx(expected)
+    assert not any("p_value_holm" in rows[name] for name in ("good", "joint", "change"))
+    assert 0.01 < rows["far"]["p_value"] < 0.05 > first
+
+
 def test_intervals_cover_as_they_say():
     """A bootstrap interval of an AUROC that is .5 by construction holds .5 about 19 times of 20."""
     inside = 0
