@@ -45,8 +45,8 @@ JUDGED_ITEMS = 10
 MAX_TOKENS = 32
 METHODS = (
     "linear,rsgwm,rsgwm:signal=shared,rsgwm:space=product,paper-literal",
-    "linear:space=factor,ties,dare_ties,sce,fisher,knots,model_stock",
-    "rsgwm:tau=0.5,rsgwm:normalise=rank,rsgwm:space=product,signal=shared",
+    "linear:space=factor,norm_equalised,ties,dare_ties,sce,fisher,knots,model_stock",
+    "rsgwm:tau=0.5,rsgwm:normalise=norm/rank,rsgwm:space=product,signal=shared",
 )
 COMMON: Mapping[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "num_layers": 16}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm.merging.lowrank import cross
 from mlx_rsgwm.merging.masks import Histogram, masked_weighted_mean, mean_of, overlap, quantile, ranks
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.pool import Pool
@@ -17,11 +18,11 @@ from mlx_rsgwm.merging.pool import Pool
 class Survey:
     """What one pass over every adapter's importance found.
 
-    ``means``: T means of the importance over all entries, 1 where it is not normalised by them. ``thresholds``: T
-    mappings from a leaf (lora_a, lora_b, or product) to the quantile of a scope wider than a module, else empty.
+    ``divisors``: what each adapter's importance is divided by: its mean over all entries, that times the norm of the
+    adapter's update, or 1. ``thresholds``: T mappings from a leaf (lora_a, lora_b, or product) to the quantile of a scope wider than a module, else empty.
     """
 
-    means: tuple[mx.array, ...]
+    divisors: tuple[mx.array, ...]
     thresholds: tuple[Mapping[str, mx.array], ...]
 
 
@@ -29,10 +30,10 @@ def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
     """One pass over the importances, adapter by adapter, for what the modules cannot know by themselves."""
     product = parameters["space"] == "product"
     wide = parameters["scope"] in ("factor", "global")
-    mean = parameters["normalise"] == "mean"
+    mean, norm = parameters["normalise"] in ("mean", "norm"), parameters["normalise"] == "norm"
     if not wide and not mean:
         return Survey((mx.array(1.0),) * len(pool.sources), ({},) * len(pool.sources))
-    means, thresholds = [], []
+    divisors, thresholds = [], []
     pool.require_signal(parameters["signal"])
     for index, source in enumerate(pool.sources):
         if product:
@@ -43,9 +44,18 @@ def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
             found_mean = mean_of(arrays.values())
             found = _pooled_thresholds(arrays, parameters) if wide else {}
         mx.eval(found_mean, found)
-        means.append(found_mean if mean else mx.array(1.0))
+        divisors.append(found_mean * (update_norm(pool, index) if norm else 1) if mean else mx.array(1.0))
         thresholds.append(found)
-    return Survey(tuple(means), tuple(thresholds))
+    return Survey(tuple(divisors), tuple(thresholds))
+
+
+def update_norm(pool: Pool, index: int) -> mx.array:
+    """‖ΔW‖_F of one adapter over all its modules, never 0: a float32 scalar."""
+    square = mx.array(0.0)
+    for _, (factors,) in Pool((pool.sources[index],), ()).updates():
+        square = square + cross(factors, factors)
+        mx.eval(square)
+    return mx.maximum(mx.sqrt(square), 1e-30)
 
 
 def _pooled_thresholds(arrays: Mapping[str, mx.array], parameters: Mapping[str, Any]) -> dict[str, mx.array]:
@@ -86,8 +96,9 @@ def rsgwm(module: Module) -> Factors | mx.array:
 
     Parameters: ``space`` factor | product; ``tau`` and ``scope`` of the quantile mask (tensor: every array by itself;
     factor: all lora_a of the adapter together, and all lora_b; module: A and B of a module; global: everything; in
-    product space tensor is module and factor is global); ``normalise`` mean | none | rank, how importances of different
-    tasks come to one scale; ``reference`` init | zero, in factor space: with init an entry of A that every mask drops
+    product space tensor is module and factor is global); ``normalise`` mean | norm | none | rank, how importances of
+    different tasks come to one scale: norm divides by the mean and by the norm of the adapter's update, so that no
+    adapter wins an entry by being large; ``reference`` init | zero, in factor space: with init an entry of A that every mask drops
     falls back to the shared initialisation, which keeps the product alive (SPEC 6.14); ``epsilon``.
     ``weights`` multiply the importances.
     """
@@ -130,7 +141,7 @@ def _weight(module: Module, index: int, importance: mx.array) -> mx.array:
     found: Survey = module.survey
     if module.parameters["normalise"] == "rank":
         return module.weights[index] * ranks(importance)
-    return module.weights[index] * importance / found.means[index]
+    return module.weights[index] * importance / found.divisors[index]
 
 
 def _product(module: Module) -> mx.array:

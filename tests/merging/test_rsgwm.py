@@ -20,9 +20,11 @@ def kept(s, threshold):
     return s >= threshold - 1e-7 * abs(threshold)
 
 
-def scaled(s, everything, how):
-    if how == "mean":
-        return s / np.concatenate([value.ravel() for value in everything.values()]).mean()
+def scaled(s, everything, how, adapter):
+    if how in ("mean", "norm"):
+        mean = np.concatenate([value.ravel() for value in everything.values()]).mean()
+        products = [adapter.spec.scale * double(a) @ double(b) for _, a, b in adapter.factors()]
+        return s / mean / (1 if how == "mean" else np.sqrt(sum((product**2).sum() for product in products)))
     if how == "rank":
         return (np.argsort(np.argsort(s, axis=None)).reshape(s.shape) + 1) / s.size
     return s
@@ -47,7 +49,7 @@ def algorithm_one(adapters, options):
         s = {name: double(adapter.importance[f"{read['signal']}/{name}"]) for name in names}
         for name in names:
             scope = np.concatenate([s[other].ravel() for other in scopes[read["scope"]](name)])
-            weight = w * scaled(s[name], s, read["normalise"]) * kept(s[name], np.quantile(scope, read["tau"]))
+            weight = w * scaled(s[name], s, read["normalise"], adapter) * kept(s[name], np.quantile(scope, read["tau"]))
             numerator[name] = numerator[name] + weight * (double(adapter.weights[name]) - origins[name])
             denominator[name] = denominator[name] + weight
     return {name: origins[name] + numerator[name] / (denominator[name] + read["epsilon"]) for name in names}
@@ -57,9 +59,9 @@ def algorithm_one(adapters, options):
 @pytest.mark.parametrize("signal", ["per_role", "shared"])
 @pytest.mark.parametrize("scope", ["tensor", "factor", "module", "global"])
 @pytest.mark.parametrize("origin", ["init", "zero"])
-@pytest.mark.parametrize("normalise", ["mean", "none", "rank"])
+@pytest.mark.parametrize("normalise", ["mean", "norm", "none", "rank"])
 def test_rsgwm_is_algorithm_one(make_adapter, role, signal, scope, origin, normalise):
-    adapters = [make_adapter(seed) for seed in range(3)]
+    adapters = [make_adapter(seed, size=0.1 * (1 + seed)) for seed in range(3)]
     parameters = {"signal": signal, "scope": scope, "reference": origin, "normalise": normalise}
     options = MergeOptions(role=role, parameters=parameters, weights=(1.0, 2.0, 0.5))
     merged = merge(adapters, options)
@@ -90,16 +92,16 @@ def product_algorithm(adapters, options):
         everything = np.concatenate([value.ravel() for value in s.values()])
         for module in s:
             scope = everything if read["scope"] == "global" else s[module]
-            weight = scaled(s[module], s, read["normalise"]) * kept(s[module], np.quantile(scope, read["tau"]))
+            weight = scaled(s[module], s, read["normalise"], adapter) * kept(s[module], np.quantile(scope, read["tau"]))
             numerator[module] = numerator.get(module, 0.0) + weight * delta[module]
             denominator[module] = denominator.get(module, 0.0) + weight
     return {module: numerator[module] / (denominator[module] + read["epsilon"]) for module in numerator}
 
 
-@pytest.mark.parametrize("normalise", ["mean", "none", "rank"])
+@pytest.mark.parametrize("normalise", ["mean", "norm", "none", "rank"])
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_product_space(make_adapter, normalise, scope):
-    adapters = [make_adapter(seed) for seed in range(3)]
+    adapters = [make_adapter(seed, size=0.05 * (1 + seed)) for seed in range(3)]
     parameters = {"space": "product", "normalise": normalise, "scope": scope}
     full = max(min(a.shape[0], b.shape[1]) for _, a, b in adapters[0].factors())
     options = MergeOptions(parameters=parameters, rank=full)
