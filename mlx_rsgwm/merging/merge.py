@@ -20,7 +20,7 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.progress import SILENT, Progress
 
-# Modules are evaluated together until they pass this many entries: those of ΔW, or, where adapters are many, those of
+# Modules are evaluated together until they have this many entries: those of ΔW, or, where adapters are many, those of
 # their factors with what a merge makes of each (importance, masks, copies).
 BATCH_ENTRIES = 1 << 24
 COPIES = 4
@@ -67,7 +67,7 @@ def _merged(
             waiting += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], measured[module.name]]
             held = sum(one.a.size + one.b.size for one in module.factors)
             entries += max(a.shape[0] * b.shape[1], COPIES * held)
-            if entries > BATCH_ENTRIES:
+            if entries >= BATCH_ENTRIES:
                 mx.eval(waiting)
                 waiting, entries = [], 0
             advance(1, "")
