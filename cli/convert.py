@@ -122,6 +122,29 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
     console.result({"out": out, "base": name, "rank": adapter.spec.rank, "modules": modules, "dtype": dtype})
 
 
+@convert.command("from-gguf")
+@click.argument("source", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--quantised", is_flag=True, help="Keep matrices in Q4_0, Q4_1 and Q8_0 as they are: an MLX model, not torch's."
+)
+@common_options
+def convert_from_gguf(console: Console, source: Path, out: Path, quantised: bool) -> None:
+    """Write the base model in the .gguf FILE to the new folder OUT, in float32 or as quantised as it is.
+
+    Commands take a .gguf file as --base by themselves, in float32. A quantised folder needs an eighth of that memory
+    (Q4_0), for training too; its values are those of the file.
+
+    Example: rsgwm convert from-gguf model-Q4_0.gguf model --quantised
+    """
+    from mlx_rsgwm.converters.gguf import convert_gguf
+    from mlx_rsgwm.model_folder import describe_folder
+
+    facts = describe_folder(convert_gguf(source, out, console.progress, quantised))
+    console.line(f"{out}: {facts['architecture']}, {facts['bytes_on_disk'] / 1e6:,.0f} MB")
+    console.result({"out": out, "quantised": quantised, **facts})
+
+
 @convert.command("check")
 @click.argument("peft", type=click.Path(path_type=Path))
 @click.argument("adapter", type=click.Path(path_type=Path))

@@ -19,7 +19,8 @@ class Survey:
     """What one pass over every adapter's importance found.
 
     ``divisors``: what each adapter's importance is divided by: its mean over all entries, that times the norm of the
-    adapter's update, or 1. ``thresholds``: T mappings from a leaf (lora_a, lora_b, or product) to the quantile of a scope wider than a module, else empty.
+    adapter's update, or 1. ``thresholds``: T mappings from a leaf (lora_a, lora_b, or product) to the quantile of a
+    scope wider than a module, else empty.
     """
 
     divisors: tuple[mx.array, ...]
@@ -98,8 +99,8 @@ def rsgwm(module: Module) -> Factors | mx.array:
     factor: all lora_a of the adapter together, and all lora_b; module: A and B of a module; global: everything; in
     product space tensor is module and factor is global); ``normalise`` mean | norm | none | rank, how importances of
     different tasks come to one scale: norm divides by the mean and by the norm of the adapter's update, so that no
-    adapter wins an entry by being large; ``reference`` init | zero, in factor space: with init an entry of A that every mask drops
-    falls back to the shared initialisation, which keeps the product alive (SPEC 6.14); ``epsilon``.
+    adapter wins an entry by being large; ``reference`` init | zero, in factor space: with init an entry of A that every
+    mask drops falls back to the shared initialisation, which keeps the product alive (SPEC 6.14); ``epsilon``.
     ``weights`` multiply the importances.
     """
     if module.parameters["space"] == "product":
