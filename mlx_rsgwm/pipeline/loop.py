@@ -341,17 +341,9 @@ class DraftVerify:
             cases: dict[int, _Case] = {}
             while not crowd.over:
                 writing = self._write_on(crowd)
-                for index in crowd.under_way:
-                    if index not in cases:
-                        cases[index] = _Case(asked_for=crowd.attempts(index))
-                ended = {index: crowd.ended(index, len(case.scores) + 1) for index, case in cases.items()}
-                ready = {index: cases[index] for index, draft in ended.items() if draft is not None}
+                ready = self._ready(crowd, cases)
                 if writing and len(ready) < max(1, batch_rows // 4):
                     continue
-                for index, case in ready.items():
-                    found = ended[index]
-                    assert found is not None
-                    case.drafts.append(self._drafted(len(case.scores) + 1, found))
                 self._score_cases([questions[index] for index in ready], [*ready.values()], batch_rows, crowd)
                 for index, case in ready.items():
                     used = len(case.scores)
@@ -368,6 +360,16 @@ class DraftVerify:
     def _first_attempts(self) -> Sequence[int]:
         alone = self.config.mode == "sequential" or self._goes_alone()
         return range(1, 2 if alone else self.config.attempts + 1)
+
+    def _ready(self, crowd: Crowd, cases: dict[int, _Case]) -> dict[int, _Case]:
+        """Of all questions under way, which get their cases here, those with a draft that was not scored."""
+        for index in crowd.under_way:
+            case = cases.setdefault(index, _Case(crowd.attempts(index)))
+            if len(case.drafts) == len(case.scores):
+                attempt = len(case.drafts) + 1
+                ended = crowd.ended(index, attempt)
+                case.drafts += [] if ended is None else [self._drafted(attempt, ended)]
+        return {index: case for index, case in cases.items() if len(case.drafts) > len(case.scores)}
 
     def _score_cases(self, questions: Sequence[str], cases: Sequence[_Case], batch_rows: int, crowd: Crowd) -> None:
         """Score the last draft of every case, unless an earlier one said the same."""
