@@ -197,18 +197,20 @@ def find_problems(machine: Machine, gflops: float) -> list[Problem]:
     return problems
 
 
-def missed_core() -> str:
-    """The OPENBLAS_CORETYPE that fits a processor which the preloaded OpenBLAS does not recognise, or nothing.
+def missed_core(library: str = "") -> str:
+    """The OPENBLAS_CORETYPE that fits a processor which OpenBLAS, at ``library`` or preloaded, does not recognise.
 
-    OpenBLAS 0.3.21 (Debian 12) picks kernels by model number and takes newer Intel server processors for a Prescott of
-    2004. The library is asked which core it chose; the processor's flags say which would fit.
+    Empty where it does. OpenBLAS 0.3.21 (Debian 12) picks kernels by model number and takes newer Intel server
+    processors for a Prescott of 2004. The library is asked which core it chose; the processor's flags say which would
+    fit.
     """
-    if not openblas_preloaded() or os.environ.get("OPENBLAS_CORETYPE"):
+    library = library or (os.environ["LD_PRELOAD"].split(":")[0] if openblas_preloaded() else "")
+    if not library or os.environ.get("OPENBLAS_CORETYPE"):
         return ""
     try:
-        library = ctypes.CDLL(os.environ["LD_PRELOAD"].split(":")[0])
-        library.openblas_get_corename.restype = ctypes.c_char_p
-        core = library.openblas_get_corename().decode()
+        found = ctypes.CDLL(library)
+        found.openblas_get_corename.restype = ctypes.c_char_p
+        core = found.openblas_get_corename().decode()
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except (OSError, AttributeError):
         return ""
@@ -223,4 +225,7 @@ def blas_fix() -> str:
         return "close other programs and try again"
     library = Path(f"/usr/lib/{platform.machine()}-linux-gnu/openblas-pthread/libopenblas.so.0")
     preload = f"export LD_PRELOAD={library}"
-    return preload if library.exists() else f"apt-get install libopenblas0-pthread; {preload}"
+    if not library.exists():
+        return f"apt-get install libopenblas0-pthread; {preload}; then rsgwm doctor once more"
+    core = missed_core(str(library))
+    return f"{preload} OPENBLAS_CORETYPE={core}" if core else preload

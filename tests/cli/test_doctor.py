@@ -114,13 +114,21 @@ def test_unknown_memory_is_no_problem(machine):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="OpenBLAS is preloaded on Linux only")
+@pytest.mark.parametrize("core", ["", "HASWELL"])
 @pytest.mark.parametrize("installed", [True, False])
-def test_the_fix_of_a_slow_blas(monkeypatch, installed):
+def test_the_fix_of_a_slow_blas_is_the_whole_fix(monkeypatch, installed, core):
     monkeypatch.setattr(Path, "exists", lambda path: installed)
+    asked = []
+    monkeypatch.setattr(doctor, "missed_core", lambda library: asked.append(library) or core)
     fix = doctor.blas_fix()
-    assert ("apt-get install libopenblas0-pthread" in fix) == (not installed)
-    assert fix.endswith("-linux-gnu/openblas-pthread/libopenblas.so.0")
-    assert "export LD_PRELOAD=/usr/lib/" in fix
+    library = next(word for word in fix.replace(";", " ").split() if word.startswith("LD_PRELOAD=")).partition("=")[2]
+    assert library.endswith("-linux-gnu/openblas-pthread/libopenblas.so.0")
+    if installed:
+        assert asked == [library]
+        assert fix == f"export LD_PRELOAD={library}" + (" OPENBLAS_CORETYPE=HASWELL" if core else "")
+    else:
+        assert fix.startswith("apt-get install libopenblas0-pthread; export LD_PRELOAD=")
+        assert fix.endswith("rsgwm doctor once more")
 
 
 def test_this_machine_is_measured(tmp_path):
