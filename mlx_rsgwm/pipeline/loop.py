@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlx_lm.models.cache import make_prompt_cache
+
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.logits import Below, Parts, split_head, split_layers
@@ -178,6 +180,7 @@ class DraftVerify:
         self.calibration = calibration
         self.scorer(config.score)  # combined is refused here, not at the first draft
         self.batches = can_batch(slots.model)
+        self._caches = len(make_prompt_cache(slots.model)) if self.batches else None
         self._splits: dict[int, Below | None] = {}
         # First drafts accepted, of all; one of two to begin with.
         self._accepted_first, self._asked = 1, 2
@@ -427,13 +430,15 @@ class DraftVerify:
         progress: Progress = SILENT,
         along: Along | None = None,
     ) -> list[Signals]:
-        """:meth:`signals` in batches of like length; equal pairs are read once."""
+        """:meth:`signals` in batches of like questions; equal pairs are read once, and so are prompts of a batch."""
         pairs = list(zip(questions, drafts, strict=True))
         first = {
             (question, item.tokens, item.finished): index for index, (question, item) in reversed([*enumerate(pairs)])
         }
         owner = [first[question, item.tokens, item.finished] for question, item in pairs]
-        order = sorted(set(owner), key=lambda index: len(questions[index]) + 3 * len(drafts[index].tokens))
+        order = sorted(
+            set(owner), key=lambda index: (len(questions[index]), questions[index], len(drafts[index].tokens))
+        )
         found: dict[int, Signals] = {}
         with progress.task("verify", len(order)) as advance:
             for start in range(0, len(order), batch_rows):
@@ -480,7 +485,9 @@ class DraftVerify:
             for question, item in zip(questions, drafts, strict=True)
         ]
         with self.slots.using(self.verifier):
-            return read(self.parts if parts is None else parts, readings, self.verdict_ids, along)
+            if parts is not None:
+                return read(parts, readings, self.verdict_ids, along)
+            return read(self.parts, readings, self.verdict_ids, along, self._caches)
 
     def as_draft(self, answer: str) -> Drafted:
         """A given answer text in the form of a draft, so that it can be scored."""

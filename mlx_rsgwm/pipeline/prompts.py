@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from mlx_rsgwm.logits import Below, Hidden
@@ -52,9 +53,13 @@ def can_batch(model: Any) -> bool:
 
 def prefill(model: Any, hidden: Hidden, prompts: Sequence[Sequence[int]], below: Below | None = None) -> Prefilled:
     """Read prompts, each in a row, with the adapter that is active."""
+    return _prefilled(len(make_prompt_cache(model)), hidden, prompts, below)
+
+
+def _prefilled(count: int, hidden: Hidden, prompts: Sequence[Sequence[int]], below: Below | None = None) -> Prefilled:
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    caches = [_fresh(padding) for _ in make_prompt_cache(model)]
+    caches = [_fresh(padding) for _ in range(count)]
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     middle: list[mx.array] = []
     for start in range(0, longest, PREFILL_STEP):
@@ -73,6 +78,31 @@ def read_on(
         return hidden(ids, cache=caches), None
     middle = below.lower(ids, cache=caches[: below.count])
     return below.upper(middle, cache=caches[below.count :]), middle
+
+
+def after_prompts(
+    hidden: Hidden, caches: int, rows: Sequence[tuple[int, ...]], starts: Sequence[int], step: int
+) -> mx.array:
+    """States (rows, rest, dims) of rows after their first ``starts`` tokens, which are those of prompts.
+
+    A prompt of several rows is read once. The rest is padded on the right, to a multiple of ``step`` tokens.
+    """
+    prompts = list(dict.fromkeys(row[:start] for row, start in zip(rows, starts, strict=True)))
+    place = {prompt: index for index, prompt in enumerate(prompts)}
+    read = _prefilled(caches, hidden, prompts)
+    owner = mx.array([place[row[:start]] for row, start in zip(rows, starts, strict=True)])
+    rest = [row[start:] for row, start in zip(rows, starts, strict=True)]
+    length = -(-max(map(len, rest)) // step) * step
+    kept = [taken(cache, owner) for cache in read.caches]
+    return hidden(mx.array(right_padded(rest, length)), cache=kept)
+
+
+def right_padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """Rows of ids as int32 (rows, length), zeros after their ends: causal attention keeps padding there from all."""
+    found = np.zeros((len(rows), length), dtype=np.int32)
+    for index, row in enumerate(rows):
+        found[index, : len(row)] = row
+    return found
 
 
 def remembering(model: Any, hidden: Hidden, prompt: Sequence[int]) -> Hidden:

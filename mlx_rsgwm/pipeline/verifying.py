@@ -13,7 +13,7 @@ import numpy as np
 from mlx_rsgwm.cpu import cross_entropy
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.logits import Parts
-from mlx_rsgwm.pipeline.prompts import Along
+from mlx_rsgwm.pipeline.prompts import Along, after_prompts, right_padded
 
 SCORES = ("yesno", "mean_logprob", "combined")
 
@@ -56,8 +56,8 @@ def signals_of(logprobs: Sequence[float] | None, yesno: float | None) -> Signals
 class Reading:
     """Token ids of one draft as the verifier reads it.
 
-    ``completion`` is to be predicted after ``prompt``; at the end of ``verdict_prompt`` stands yes or no. Either
-    ``completion`` or ``verdict_prompt`` is None when its part is not asked for.
+    ``completion`` is to be predicted after ``prompt``, the drafter's; at the end of ``verdict_prompt`` stands yes or
+    no. Either ``completion`` or ``verdict_prompt`` is None when its part is not asked for.
     """
 
     prompt: tuple[int, ...]
@@ -76,7 +76,7 @@ def make_reading(
 ) -> Reading:
     """What the verifier is to read of the draft ``text``, whose token ids are ``completion``, and of which parts."""
     return Reading(
-        tuple(template.draft_prompt(tokenizer, question)) if logprobs else (),
+        tuple(template.draft_prompt(tokenizer, question)),
         tuple(completion) if logprobs else None,
         tuple(template.verify_prompt(tokenizer, question, text.strip())) if verdict else None,
     )
@@ -104,13 +104,22 @@ def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
     return tuple(sorted(yes - shared - {own[1]})), tuple(sorted(no - shared - {own[0]}))
 
 
-def read(parts: Parts, readings: Sequence[Reading], verdicts: VerdictIds, along: Along | None = None) -> list[Signals]:
+def read(
+    parts: Parts,
+    readings: Sequence[Reading],
+    verdicts: VerdictIds,
+    along: Along | None = None,
+    caches: int | None = None,
+) -> list[Signals]:
     """One forward pass over all readings; mean, minimum and number of token log-probabilities come together.
 
     Where the verifying prompt begins with the drafting prompt and the draft, as that of a plain template does, both
-    parts are read in one row. Rows that ``along`` knows are not read from the start.
+    parts are read in one row. Rows that ``along`` knows are not read from the start. With ``caches``, how many plain
+    key–value caches the model keeps, a prompt that several rows begin with is read once.
     """
     rows: list[tuple[int, ...]] = []
+    # How many of a row's tokens are the drafting prompt's, its last one left out; 0 where the row begins otherwise.
+    starts: list[int] = []
     likelihood: list[tuple[int, int, int]] = []  # row, position, the token that stands next
     verdict: list[tuple[int, int]] = []  # row, position
     for reading in readings:
@@ -120,12 +129,16 @@ def read(parts: Parts, readings: Sequence[Reading], verdicts: VerdictIds, along:
         if written:
             if not shares:
                 rows.append(joined)
+                starts.append(len(reading.prompt) - 1)
             row = len(rows) if shares else len(rows) - 1
             likelihood += [(row, len(reading.prompt) - 1 + index, token) for index, token in enumerate(written)]
         if reading.verdict_prompt is not None:
             rows.append(reading.verdict_prompt)
+            begins = reading.verdict_prompt[: len(reading.prompt)] == reading.prompt
+            starts.append(len(reading.prompt) - 1 if begins else 0)
             verdict.append((len(rows) - 1, len(reading.verdict_prompt) - 1))
-    logprobs, yes = _pass(parts, rows, likelihood, verdict, verdicts, along) if rows else ([], [])
+    common = starts if caches is not None and _worth_sharing(rows, starts) else None
+    logprobs, yes = _pass(parts, rows, likelihood, verdict, verdicts, along, common, caches or 0) if rows else ([], [])
     signals, at, judged = [], 0, iter(yes)
     for reading in readings:
         own = None
@@ -136,6 +149,17 @@ def read(parts: Parts, readings: Sequence[Reading], verdicts: VerdictIds, along:
     return signals
 
 
+def _stepped(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def _worth_sharing(rows: Sequence[tuple[int, ...]], starts: Sequence[int]) -> bool:
+    """Whether, all rows beginning with a prompt, at least a quarter of the prompts are repetitions."""
+    if not rows or min(starts) < 1:
+        return False
+    return len({row[:start] for row, start in zip(rows, starts, strict=True)}) <= 0.75 * len(rows)
+
+
 def _pass(
     parts: Parts,
     rows: Sequence[tuple[int, ...]],
@@ -143,21 +167,24 @@ def _pass(
     verdict: Sequence[tuple[int, int]],
     verdicts: VerdictIds,
     along: Along | None,
+    starts: Sequence[int] | None,
+    caches: int,
 ) -> tuple[list[float], list[float]]:
     """Log-probabilities (likelihood entries,) and shares of yes (verdict entries,) from one pass over ``rows``."""
+    hidden, head = parts
     # A row by itself is not padded: what is known of its tokens can then be used up to the last.
-    length = max(map(len, rows)) if len(rows) == 1 else -(-max(map(len, rows)) // LENGTH_STEP) * LENGTH_STEP
-    places = [row * length + position for row, position, *_ in [*likelihood, *verdict]]
+    longest = max(map(len, rows))
+    length = longest if len(rows) == 1 else _stepped(longest)
+    states, first = along(rows, length) if along is not None else None, [0] * len(rows)
+    if states is None and starts is not None:
+        states, first = after_prompts(hidden, caches, rows, starts, LENGTH_STEP), list(starts)
+    if states is None:
+        states = hidden(mx.array(right_padded(rows, length)))
+    width = states.shape[1]
+    places = [row * width + position - first[row] for row, position, *_ in [*likelihood, *verdict]]
     # Few shapes, so that little is compiled.
     picks = np.zeros(-(-len(places) // PICK_STEP) * PICK_STEP, dtype=np.int32)
     picks[: len(places)] = places
-    hidden, head = parts
-    states = along(rows, length) if along is not None else None
-    if states is None:
-        inputs = np.zeros((len(rows), length), dtype=np.int32)  # causal attention keeps padding on the right from all
-        for index, row in enumerate(rows):
-            inputs[index, : len(row)] = row
-        states = hidden(mx.array(inputs))
     logits = head(states.reshape(-1, states.shape[-1])[mx.array(picks)]).astype(mx.float32)
     logprobs: Any = []
     yes: Any = []

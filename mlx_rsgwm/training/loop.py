@@ -7,6 +7,7 @@ be stopped at any moment and goes on later to the same bits.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,6 +32,9 @@ from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estim
 from mlx_rsgwm.training.parallel import ALONE, Processes
 from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
 from mlx_rsgwm.training.run import Run
+
+# Fewer steps than these hardly move an adapter: whoever sets no number of them is told.
+FEW_STEPS = 20
 
 
 class TrainingData(Protocol):
@@ -87,6 +91,9 @@ def train(
         init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
         need = _estimate(base, rows, config, processes)
         progress.message(f"{label}: {check_estimate(need, memory.enforce)}")
+        if len(plan) < FEW_STEPS and not config.steps:
+            more = math.ceil(3 * FEW_STEPS / len(plan)) * config.epochs
+            progress.message(f"{label}: only {len(plan)} steps, few to learn from; more rows, or --epochs {more}")
         run = Run(model, rows, plan, held_rows, config, label, processes)
         if saving and processes.writes:
             stack.enter_context(files.exclusive(saving.folder))

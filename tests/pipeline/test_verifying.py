@@ -128,3 +128,50 @@ def test_signals_from_a_verifier_that_read_along():
     found = signals_of([-1.0, -3.0], None)
     assert (found.yesno, found.mean, found.minimum, found.tokens) == (None, -2.0, -3.0, 2)
     assert signals_of(None, 0.25).mean is None
+
+
+@pytest.mark.parametrize("parts", [(True, True), (True, False), (False, True)], ids=["both", "verdict", "logprobs"])
+@pytest.mark.parametrize("name", ["plain", "chat"])
+def test_a_prompt_of_several_drafts_is_read_once(base, model, name, parts):
+    """Drafts of two questions, one of them empty: the same signals as one by one, from fewer tokens."""
+    template, tokenizer = TEMPLATES[name], base.tokenizer
+    verdict, logprobs = parts
+    readings = [
+        make_reading(template, tokenizer, question, text, tokenizer.encode(text), verdict, logprobs)
+        for question in QUESTIONS[:2]
+        for text in ("4\n#### 4", "2 * 3 = 6 and so on\n#### 6", "", "7")
+    ]
+    hidden, head = split_head(model)
+    read_here = []
+
+    def watched(ids, cache=None):
+        read_here.append(ids.size)
+        return hidden(ids, cache=cache)
+
+    verdicts = verdict_ids(template, tokenizer)
+    apart = [read((hidden, head), [reading], verdicts)[0] for reading in readings]
+    plain = read((watched, head), readings, verdicts)
+    count = len(read_here)
+    together = read((watched, head), readings, verdicts, caches=len(model.layers))
+    for found in (plain, together):
+        for one, other in zip(found, apart, strict=True):
+            assert one.tokens == other.tokens
+            for part in ("yesno", "mean", "minimum"):
+                left, right = getattr(one, part), getattr(other, part)
+                assert (left is None) == (right is None)
+                assert left is None or left == pytest.approx(right, abs=1e-5)
+    before, after = sum(read_here[:count]), sum(read_here[count:])
+    if name == "plain" or not verdict:
+        assert after < 0.75 * before
+    else:  # a chat's verifying prompt begins otherwise
+        assert after == before
+
+
+def test_prompts_of_one_draft_each_are_read_whole(base, model):
+    tokenizer = base.tokenizer
+    readings = [make_reading(PLAIN, tokenizer, question, "7", tokenizer.encode("7")) for question in QUESTIONS]
+    hidden, head = split_head(model)
+    calls = []
+    watched = lambda ids, cache=None: calls.append(ids.shape) or hidden(ids, cache=cache)  # noqa: E731
+    read((watched, head), readings, verdict_ids(PLAIN, tokenizer), caches=len(model.layers))
+    assert len(calls) == 1
