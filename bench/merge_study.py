@@ -44,9 +44,10 @@ TEST_ITEMS = 24
 JUDGED_ITEMS = 10
 MAX_TOKENS = 32
 METHODS = (
-    "linear,rsgwm,rsgwm:signal=shared,rsgwm:space=product,paper-literal",
+    "linear,rsgwm,rsgwm:normalise=mean/rank,paper-literal",
     "linear:space=factor,norm_equalised,ties,dare_ties,sce,fisher,knots,model_stock",
-    "rsgwm:tau=0.5,rsgwm:normalise=norm/rank,rsgwm:space=product,signal=shared",
+    "rsgwm:signal=shared,normalise=mean,rsgwm:tau=0.5,normalise=mean",
+    "rsgwm:space=product,normalise=mean,rsgwm:space=product,signal=shared,normalise=mean",
 )
 COMMON: Mapping[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "num_layers": 16}
 

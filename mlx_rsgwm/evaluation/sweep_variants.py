@@ -18,7 +18,7 @@ DEFAULT_METHODS = (
     "all",
     "rsgwm:space=factor/product,signal=per_role/shared",
     "rsgwm:tau=0.3/0.5/0.8",
-    "rsgwm:normalise=none/rank",
+    "rsgwm:normalise=mean/none/rank",
 )
 
 

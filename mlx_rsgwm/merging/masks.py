@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_rsgwm.cpu import partition
 
 SCOPES = ("tensor", "factor", "module", "global")
-NORMALISATIONS = ("mean", "norm", "none", "rank")
+NORMALISATIONS = ("norm", "mean", "none", "rank")
 
 # The histogram of a pool-wide quantile in product space: a float's upper 20 bits below the sign, eight of exponent and
 # twelve of fraction, so a bin is at most 2^-12 of its value wide.

@@ -107,7 +107,11 @@ _RSGWM = Method(
         "signal": Parameter("per_role", "importance used: per_role, shared (over all batches), or a signal's name"),
         "scope": Parameter("tensor", "what the quantile is taken over", choices=SCOPES),
         "reference": Parameter("init", "what an entry that no mask keeps falls back to", choices=("init", "zero")),
-        "normalise": Parameter("mean", "how importances come to one scale", choices=NORMALISATIONS),
+        "normalise": Parameter(
+            "norm",
+            "importances over their mean and their update's norm, over their mean, as they are, or ranks",
+            choices=NORMALISATIONS,
+        ),
         "epsilon": Parameter(1e-8, "added to the denominator", 0, 1, True, True),
     },
     survey,
