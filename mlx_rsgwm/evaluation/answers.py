@@ -69,6 +69,7 @@ _ANSWER_WORD = re.compile(r"^['\"*\s]*(?:the\s+)?(?:final\s+)?answer\b['\"*\s]*(
 _ANOTHER_QUESTION = re.compile(
     r"\n[\s#*]*(?:Q\s*\d*\s*:|(?:Question|Problem|Exercise)(?:\s*\d+)?\s*[:.])", re.IGNORECASE
 )
+_LETTERED = re.compile(r"[\s*]*[B-PR-Z]\s*[:.)]")
 # Three or more empty markers at the end: the model has said what it had to say and cannot stop.
 _STUCK = re.compile(r"(?:\s*#{4,}[ \t]*(?:answer)?[ \t.:]*(?=\s|$)){3,}\s*$", re.IGNORECASE)
 _CUT_NUMBER = re.compile(r"[\d.,/%]*\d[\d.,/%]*\Z")
@@ -310,9 +311,9 @@ def extract(
     """
     if kind not in EXTRACTORS:
         raise RsgwmError(f"unknown answer extractor {kind!r}; known are {', '.join(EXTRACTORS)}")
-    further = _ANOTHER_QUESTION.search(text)
-    if further is not None and text[: further.start()].strip():
-        text, finished = text[: further.start()], True
+    further = _further_question(text)
+    if further is not None:
+        text, finished = text[:further], True
     stuck = _STUCK.search(text)
     if stuck is not None:
         text, finished = text[: stuck.start()], True
@@ -324,6 +325,15 @@ def extract(
     if found is None or not (finished or found.stated):
         return Extraction(None, "refusal" if finished else "truncated")
     return Extraction(found.value, "answer")
+
+
+def _further_question(text: str) -> int | None:
+    """Where the text goes on to ask another question; the Q between the lines P and R of a list is none."""
+    for found in _ANOTHER_QUESTION.finditer(text):
+        before = text[: found.start()]
+        if before.strip() and not _LETTERED.match(before.rstrip().rpartition("\n")[2]):
+            return found.start()
+    return None
 
 
 def options_of(question: str) -> dict[str, str]:
