@@ -327,7 +327,8 @@ def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
         if found["realised_mean"] is not None:
             low, high = found["realised_spread"]
             mean = found["realised_mean"]
-            right.errorbar([float(far)], [mean], yerr=[[mean - low], [high - mean]], marker="s", color="C0", capsize=3)
+            errors = [[max(mean - low, 0)], [max(high - mean, 0)]]  # where few divisions promise, rounding is the spread
+            right.errorbar([float(far)], [mean], yerr=errors, marker="s", color="C0", capsize=3)
         rate = found["once"].get("realised")
         if rate:
             spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
@@ -335,7 +336,7 @@ def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
     right.plot([0, 0.25], [0, 0.25], color="grey", linewidth=0.8)
     right.set(
         xlim=(0, 0.25), ylim=(0, 0.35), xlabel="promised false-accept rate", ylabel="realised on unseen items",
-        title="Promises: 100 divisions (blue), the command (orange)",
+        title="Promises (orange: the command)",
     )  # fmt: skip
     files.write_figure(path, figure)
 
