@@ -327,7 +327,8 @@ def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
         if found["realised_mean"] is not None:
             low, high = found["realised_spread"]
             mean = found["realised_mean"]
-            errors = [[max(mean - low, 0)], [max(high - mean, 0)]]  # where few divisions promise, rounding is the spread
+            # Where few divisions promise, rounding is all the spread there is.
+            errors = [[max(mean - low, 0)], [max(high - mean, 0)]]
             right.errorbar([float(far)], [mean], yerr=errors, marker="s", color="C0", capsize=3)
         rate = found["once"].get("realised")
         if rate:
