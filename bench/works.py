@@ -25,10 +25,10 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
 from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.processes import ALONE
 from mlx_rsgwm.slots import AdapterSlots
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.layers import lora_layers
-from mlx_rsgwm.training.parallel import ALONE
 from mlx_rsgwm.training.run import Run
 
 Times = tuple[float, ...]  # milliseconds

@@ -70,8 +70,8 @@ def evaluate(
     from mlx_rsgwm.evaluation.report import render_table, summarise, write_report
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
     from mlx_rsgwm.files import exclusive
+    from mlx_rsgwm.processes import launched_processes
     from mlx_rsgwm.progress import SILENT
-    from mlx_rsgwm.training.parallel import launched_processes
 
     counts = [("--batch-rows", batch_rows), ("--sampling-seeds", sampling_seeds)]
     for name, value in [*counts, ("--drafts", 1 if drafts is None else drafts)]:

@@ -84,8 +84,8 @@ def merge_sweep(
     from mlx_rsgwm.evaluation.sweep_report import render_table, write_sweep
     from mlx_rsgwm.evaluation.sweep_variants import DEFAULT_METHODS, parse_variants
     from mlx_rsgwm.files import exclusive
+    from mlx_rsgwm.processes import launched_processes
     from mlx_rsgwm.progress import SILENT
-    from mlx_rsgwm.training.parallel import launched_processes
 
     for name, value in (
         ("--items", items),

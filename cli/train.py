@@ -55,11 +55,11 @@ def train(
     from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.sets import load_data
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.processes import launched_processes
     from mlx_rsgwm.progress import SILENT
     from mlx_rsgwm.training.loop import finish
     from mlx_rsgwm.training.loop import train as train_adapter
     from mlx_rsgwm.training.mlx_lm_config import TrainingFile, read_training_file
-    from mlx_rsgwm.training.parallel import launched_processes
     from mlx_rsgwm.training.reporting import NO_REPORTS, open_reports
 
     asked = read_training_file(file) if file else TrainingFile()

@@ -54,9 +54,9 @@ def train_pool(
     from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.sets import load_data
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.processes import launched_processes
     from mlx_rsgwm.progress import SILENT
     from mlx_rsgwm.training import pool
-    from mlx_rsgwm.training.parallel import launched_processes
 
     if not folders and not tasks:
         raise RsgwmError("give at least one --data or --task")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -224,3 +226,39 @@ def make_loop(base, make_adapter):
         return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
 
     return make
+
+
+@pytest.fixture
+def pool(make_adapter, tmp_path):
+    """Folders of two adapters that say what they were trained on: change and compare."""
+    folders = []
+    for seed, task in enumerate(("change", "compare")):
+        adapter = make_adapter(seed)
+        adapter.manifest["task"] = task
+        folders.append(adapter.save(tmp_path / "pool" / task))
+    return tuple(folders)
+
+
+@pytest.fixture(scope="session")
+def start_two():
+    """Starts a command of ours in two local processes of mlx.launch: ``start_two("eval", …)``, a ``Popen``."""
+
+    def start(*arguments):
+        launcher = (sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "--")
+        ours = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
+        command = [*launcher, *ours, *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def launch(start_two):
+    """What both processes of :func:`start_two` say; mlx.launch ends with 0 whatever became of them."""
+
+    def run(*arguments):
+        with start_two(*arguments) as process:
+            told, _ = process.communicate(timeout=240)
+        return told
+
+    return run

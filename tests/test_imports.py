@@ -23,6 +23,7 @@ FOUNDATIONS = {
     "logits",
     "cpu",
     "doctor",
+    "processes",
 }
 # An import of a module on the right is allowed in the one on the left, beyond the general rules.
 EXCEPTIONS = {("base", "mlx_rsgwm.converters.gguf"), ("recipe", "mlx_rsgwm.converters")}

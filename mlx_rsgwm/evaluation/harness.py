@@ -28,8 +28,8 @@ from mlx_rsgwm.pipeline.fitting import Judged, fit
 from mlx_rsgwm.pipeline.guarantee import Target
 from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig, decide
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals
+from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress
-from mlx_rsgwm.training.parallel import ALONE, Processes
 
 
 def evaluate(

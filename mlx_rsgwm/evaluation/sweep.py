@@ -32,9 +32,9 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.pipeline.drafting import DraftTokens
 from mlx_rsgwm.pipeline.loop import Drafted
 from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
-from mlx_rsgwm.training.parallel import ALONE, Processes
 
 FORMAT_VERSION = 1
 ITEMS_FILE = "items.json"

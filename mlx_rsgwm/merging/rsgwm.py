@@ -13,6 +13,9 @@ from mlx_rsgwm.merging.masks import Histogram, masked_weighted_mean, mean_of, ov
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.pool import Pool
 
+# A norm is evaluated whenever so many entries of factors have come in.
+NORM_ENTRIES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -52,10 +55,13 @@ def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
 
 def update_norm(pool: Pool, index: int) -> mx.array:
     """‖ΔW‖_F of one adapter over all its modules, never 0: a float32 scalar."""
-    square = mx.array(0.0)
+    square, entries = mx.array(0.0), 0
     for _, (factors,) in Pool((pool.sources[index],), ()).updates():
         square = square + cross(factors, factors)
-        mx.eval(square)
+        entries += factors.a.size + factors.b.size
+        if entries > NORM_ENTRIES:
+            mx.eval(square)
+            entries = 0
     return mx.maximum(mx.sqrt(square), 1e-30)
 
 

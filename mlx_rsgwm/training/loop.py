@@ -23,13 +23,13 @@ from mlx_rsgwm.base import Base
 from mlx_rsgwm.data.batching import TokenRow, plan_steps
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.training.checkpoints import Saving, deferred_interrupts, prune, read_checkpoint
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
 from mlx_rsgwm.training.layers import linear_keys, lora_layers
 from mlx_rsgwm.training.losses import held_out_loss
 from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estimate, estimate, memory_line, memory_now
-from mlx_rsgwm.training.parallel import ALONE, Processes
 from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
 from mlx_rsgwm.training.run import Run
 

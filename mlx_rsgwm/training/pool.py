@@ -11,12 +11,12 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE, is_complete
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.training.checkpoints import Saving, differing
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train
 from mlx_rsgwm.training.memory import MemoryOptions
-from mlx_rsgwm.training.parallel import ALONE, Processes
 
 
 @dataclass(frozen=True)

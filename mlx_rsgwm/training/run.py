@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.processes import Processes
 from mlx_rsgwm.progress import Progress
 from mlx_rsgwm.training.checkpoints import Checkpoint, Interruption, Saving, step_seed, write_checkpoint
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at, make_optimizer
@@ -25,7 +26,6 @@ from mlx_rsgwm.training.importance import Importance
 from mlx_rsgwm.training.layers import recomputed_blocks, trainable
 from mlx_rsgwm.training.losses import batch_nats, held_out_nats
 from mlx_rsgwm.training.memory import memory_line, memory_now
-from mlx_rsgwm.training.parallel import Processes
 from mlx_rsgwm.training.reporting import Reports
 from mlx_rsgwm.training.snapshots import snapshot_steps, write_snapshot
 

@@ -12,16 +12,6 @@ def invoke(*arguments):
     return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def pool(make_adapter, tmp_path):
-    folders = []
-    for seed, task in enumerate(("change", "compare")):
-        adapter = make_adapter(seed)
-        adapter.manifest["task"] = task
-        folders.append(adapter.save(tmp_path / "pool" / task))
-    return folders
-
-
 def test_a_sweep_and_a_longer_one(pool, tiny_base, tmp_path):
     common = (*pool, "--base", tiny_base, "--items", 2, "--max-tokens", 3, "--out", tmp_path / "sweep", "--json")
     found = invoke("merge-sweep", *common, "--methods", "linear,slerp", "--with", f"joint={pool[0]}")

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -12,35 +11,10 @@ from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
 
-LAUNCH = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "--"]
-COMMAND = [sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()"]
-
 
 def invoke(*arguments):
     found = CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
     assert found.exit_code == 0, found.output + str(found.stderr)
-
-
-def start(*arguments):
-    command = [*LAUNCH, *COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def launch(*arguments):
-    """What both processes say; mlx.launch ends with 0 whatever became of them."""
-    with start(*arguments) as process:
-        told, _ = process.communicate(timeout=240)
-    return told
-
-
-@pytest.fixture
-def pool(make_adapter, tmp_path):
-    folders = []
-    for seed, task in enumerate(("change", "compare")):
-        adapter = make_adapter(seed)
-        adapter.manifest["task"] = task
-        folders.append(adapter.save(tmp_path / "pool" / task))
-    return folders
 
 
 def records(folder):
@@ -61,7 +35,7 @@ def arguments_of_eval(pool, tiny_base):
     )  # fmt: skip
 
 
-def test_two_processes_evaluate_as_one(pool, tiny_base, tmp_path):
+def test_two_processes_evaluate_as_one(launch, pool, tiny_base, tmp_path):
     run = arguments_of_eval(pool, tiny_base)
     invoke(*run, "--out", tmp_path / "one")
     told = launch(*run, "--out", tmp_path / "two")
@@ -77,12 +51,12 @@ def test_two_processes_evaluate_as_one(pool, tiny_base, tmp_path):
     assert [(tmp_path / "two" / "journal.1.jsonl").read_text().splitlines()] == [other]
 
 
-def test_several_processes_need_a_folder(pool, tiny_base):
+def test_several_processes_need_a_folder(launch, pool, tiny_base):
     told = launch(*arguments_of_eval(pool, tiny_base))
     assert told.count("under mlx.launch give --out") == 2
 
 
-def test_two_processes_sweep_as_one(pool, tiny_base, tmp_path):
+def test_two_processes_sweep_as_one(launch, pool, tiny_base, tmp_path):
     run = ("merge-sweep", *pool, "--base", tiny_base, "--items", 2, "--max-tokens", 3, "--methods", "linear,slerp,ties")
     invoke(*run, "--out", tmp_path / "one")
     told = launch(*run, "--out", tmp_path / "two")
@@ -93,10 +67,10 @@ def test_two_processes_sweep_as_one(pool, tiny_base, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_told_and_its_share_is_done_again(pool, tiny_base, tmp_path):
+def test_a_process_that_dies_is_told_and_its_share_is_done_again(launch, start_two, pool, tiny_base, tmp_path):
     run = arguments_of_eval(pool, tiny_base)
     invoke(*run, "--out", tmp_path / "one")
-    with start(*run, "--out", tmp_path / "two") as launched:
+    with start_two(*run, "--out", tmp_path / "two") as launched:
         shard = tmp_path / "two" / "journal.1.jsonl"
         deadline = time.time() + 120
         while not (shard.is_file() and '"item"' in shard.read_text()) and time.time() < deadline:

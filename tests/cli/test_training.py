@@ -166,15 +166,7 @@ def test_bad_input(tiny_base, corpora, tmp_path, arguments, message):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def launch(*arguments):
-    """mlx.launch with two local processes; it ends with 0 whatever became of them."""
-    start = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2", "--"]
-    command = [*start, *RSGWM, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    return done.stdout + done.stderr
-
-
-def test_two_processes_train_as_one(tiny_base, corpora, tmp_path):
+def test_two_processes_train_as_one(launch, tiny_base, corpora, tmp_path):
     """8 rows of a role in batches of 7: shares of 4 and 3 rows, then one row for the first process alone."""
     run = ("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--epochs", 3, "--dropout", 0)
     run = (*run, "--batch-size", 7, "--save-every", 2)
@@ -193,7 +185,7 @@ def test_two_processes_train_as_one(tiny_base, corpora, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_pool(tiny_base, corpora, tmp_path):
+def test_two_processes_share_a_pool(launch, tiny_base, corpora, tmp_path):
     pool = ("--base", tiny_base, *SMALL, "--data", corpora / "change", "--data", corpora / "groups")
     result(invoke("train-pool", *pool, "--out", tmp_path / "one", "--json"))
     told = launch("train-pool", *pool, "--out", tmp_path / "two")

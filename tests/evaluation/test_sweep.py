@@ -29,16 +29,6 @@ from mlx_rsgwm.training.losses import held_out_loss
 TASKS = ("change", "compare")
 
 
-@pytest.fixture
-def pool(make_adapter, tmp_path):
-    folders = []
-    for seed, task in enumerate(TASKS):
-        adapter = make_adapter(seed)
-        adapter.manifest["task"] = task
-        folders.append(adapter.save(tmp_path / "pool" / task))
-    return tuple(folders)
-
-
 def make_plan(pool, methods=("linear", "rsgwm"), **settings):
     questions = tuple(q for task in TASKS for q in generate(task, 3, 0, "test"))
     return Plan(pool, tuple(parse_variants(methods)), questions, TEMPLATES["plain"], max_tokens=4, **settings)

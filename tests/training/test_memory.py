@@ -17,8 +17,8 @@ def test_estimate_is_near_the_peak(tmp_path, config, recompute):
     from mlx_lm.models.llama import Model, ModelArgs
 
     from mlx_rsgwm.data.batching import TokenRow
+    from mlx_rsgwm.processes import ALONE
     from mlx_rsgwm.training.layers import lora_layers
-    from mlx_rsgwm.training.parallel import ALONE
     from mlx_rsgwm.training.run import Run
 
     values = {

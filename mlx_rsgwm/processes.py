@@ -1,7 +1,9 @@
-"""Several processes train one adapter: each takes its share of every batch, the gradients are summed.
+"""Several processes at one job, started by ``mlx.launch``: each takes its share, and the result is that of one process.
 
-Started by ``mlx.launch``. Losses are sums divided by the trained tokens of the whole step, so the sum over processes is
-that of one process, whatever the shares' sizes. Every process holds the same parameters; only the first writes.
+Adapters of a pool, merges of a sweep and batches of items are shared out whole, and each process writes files of its
+own. Training one adapter shares out every batch and sums the gradients: losses are sums divided by the trained tokens
+of the whole step, so the sum over processes is that of one, whatever the shares' sizes. Every process then holds the
+same parameters; only the first writes.
 """
 
 from __future__ import annotations
