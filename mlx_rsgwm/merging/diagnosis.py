@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.merging.lowrank import Truncated, cross, owner_matrix, stack
-from mlx_rsgwm.merging.module import Module
+from mlx_rsgwm.merging.module import Factors, Module
 
 COLLAPSE_SHARE = 0.01
+# Updates are stacked for their inner products until their ranks reach this sum.
+STACKED_RANK = 128
 
 
 def measure(module: Module, merged: Truncated) -> dict[str, mx.array]:
@@ -20,25 +23,69 @@ def measure(module: Module, merged: Truncated) -> dict[str, mx.array]:
     Arrays, not yet evaluated: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the
     sources‖², ``whole`` and ``discarded`` (before truncation, and lost by it). Time is linear in T.
     """
-    factors, count = merged.factors, len(module.factors)
-    owners = owner_matrix(tuple(one.rank for one in module.factors))
-    together = stack(module.factors)
-    rows, columns = factors.a.shape[0], factors.b.shape[1]
-    if owners.shape[0] * (rows + columns) < rows * columns:
-        pieces = (together.a.T @ together.a) * (together.b @ together.b.T)
-        squares, square_of_sum = ((pieces @ owners) * owners).sum(axis=0), pieces.sum()
-    else:  # so many adapters that ΔW is smaller
-        squares = mx.stack([cross(one, one) for one in module.factors])
-        square_of_sum = mx.square(together.a @ together.b).sum()
+    factors = merged.factors
+    squares, square_of_sum = _squares(module.factors)
     return {
         "square": cross(factors, factors),
         "squares": squares,
-        "dots": ((factors.a.T @ together.a) * (factors.b @ together.b.T)).sum(axis=0) @ owners,
-        "mean_square": square_of_sum / count**2,
+        "dots": _dots(factors, module.factors),
+        "mean_square": square_of_sum / len(module.factors) ** 2,
         "whole": merged.square,
         "discarded": merged.discarded,
         **{f"note/{name}": value for name, value in module.notes.items()},
     }
+
+
+def _squares(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
+    """‖ΔW_t‖² of every update, (T,), and ‖Σ_t ΔW_t‖², by whichever takes fewer operations."""
+    rows, columns = updates[0].a.shape[0], updates[0].b.shape[1]
+    if sum(one.rank for one in updates) * (rows + columns) < 2 * rows * columns:
+        return _squares_by_pairs(updates)
+    return _squares_by_sum(updates)
+
+
+def _squares_by_pairs(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
+    squares, whole = [], mx.array(0.0)
+    for index, (some, owners) in enumerate(_stacks(updates)):
+        products = _products(some, some)
+        squares.append(((products @ owners) * owners).sum(axis=0))
+        whole = whole + products.sum()
+        for later, _ in islice(_stacks(updates), index + 1, None):
+            whole = whole + 2 * _products(some, later).sum()
+            mx.eval(whole)  # before the next stack is made
+    return mx.concatenate(squares), whole
+
+
+def _squares_by_sum(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
+    squares, total = [], mx.zeros((updates[0].a.shape[0], updates[0].b.shape[1]))
+    for some, owners in _stacks(updates):
+        squares.append(((_products(some, some) @ owners) * owners).sum(axis=0))
+        total = mx.addmm(total, some.a, some.b)
+        mx.eval(squares, total)  # before the next stack is made
+    flat = total.reshape(-1)
+    return mx.concatenate(squares), flat @ flat
+
+
+def _dots(merged: Factors, updates: Sequence[Factors]) -> mx.array:
+    """(T,): inner products of the merged update with every other."""
+    dots = mx.zeros((0,))
+    for some, owners in _stacks(updates):
+        mx.eval(dots)  # before the next stack is made
+        dots = mx.concatenate([dots, _products(merged, some).sum(axis=0) @ owners])
+    return dots
+
+
+def _stacks(updates: Sequence[Factors]) -> Iterator[tuple[Factors, mx.array]]:
+    """Some updates after the others stacked, so that never all are in memory twice, with their owner matrix."""
+    step = max(1, STACKED_RANK // max(one.rank for one in updates))
+    for start in range(0, len(updates), step):
+        some = updates[start : start + step]
+        yield stack(some), owner_matrix(tuple(one.rank for one in some))
+
+
+def _products(first: Factors, second: Factors) -> mx.array:
+    """(r₁, r₂): inner products of the rank-1 parts of one update with those of the other."""
+    return (first.a.T @ second.a) * (first.b @ second.b.T)
 
 
 def diagnosis(measured: Mapping[str, Mapping[str, mx.array]], labels: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,21 +47,25 @@ def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
     return Survey(mx.stack(norms), mx.stack(roots))
 
 
-def fisher_mean(
-    terms: Iterable[tuple[mx.array, mx.array, mx.array | float]], floors: Iterable[mx.array | float]
-) -> mx.array:
-    """Σ_t λ_t (F_t + floor_t) θ_t / Σ_t λ_t (F_t + floor_t) over the terms (θ_t, F_t, λ_t), entry by entry.
+class FisherMean:
+    """Σ_t λ_t (F_t + floor_t) θ_t / Σ_t λ_t (F_t + floor_t) over T tasks, entry by entry.
 
-    As fusion_bench's ``merging_with_fisher_weights``. Terms are taken up one by one: numerator and denominator are the
+    As fusion_bench's ``merging_with_fisher_weights``. Tasks are added one by one: numerator and denominator are the
     only state.
     """
-    numerator = denominator = mx.array(0.0)
-    for (value, fisher, coefficient), floor in zip(terms, floors, strict=True):
-        weight = coefficient * (fisher + floor)
-        numerator = numerator + weight * value
-        denominator = denominator + weight
-        mx.eval(numerator, denominator)
-    return numerator / mx.where(denominator == 0, 1.0, denominator)
+
+    def __init__(self) -> None:
+        self._numerator = self._denominator = mx.array(0.0)
+
+    def add(self, value: mx.array, weight: mx.array) -> None:
+        """One task's θ_t and λ_t (F_t + floor_t), of one shape."""
+        self._numerator = self._numerator + weight * value
+        self._denominator = self._denominator + weight
+        mx.eval(self._numerator, self._denominator)
+
+    def mean(self) -> mx.array:
+        """The mean, of the tasks' shape; 0 where no task has a weight."""
+        return self._numerator / mx.where(self._denominator == 0, 1.0, self._denominator)
 
 
 def fisher(module: Module) -> Factors | mx.array:
@@ -88,23 +92,17 @@ def fisher(module: Module) -> Factors | mx.array:
     normalisers = found.norms + offset if parameters["normalise"] == "l2" else mx.ones((count,))
     floors = minimum * found.roots if relative else mx.full((count,), minimum)
 
-    def merged(values: Iterable[tuple[mx.array, mx.array]]) -> mx.array:
-        # Both are divided by the normaliser before they are added: F² of small importances is near float32's end.
-        terms = (
-            (value, weight / normaliser, coefficient)
-            for (value, weight), normaliser, coefficient in zip(values, normalisers, module.weights, strict=True)
-        )
-        return fisher_mean(terms, list(floors / normalisers))
-
-    def weights_of(index: int) -> tuple[mx.array, ...]:
-        return _fisher(module.factors[index], module.importances[index], module.scales[index], parameters["space"])
-
+    means = [FisherMean()] if parameters["space"] == "product" else [FisherMean(), FisherMean()]
+    for index, (factors, importance) in enumerate(zip(module.factors, module.importances, strict=True)):
+        values = [factors.dense()] if parameters["space"] == "product" else [factors.a, factors.b]
+        found_here = _fisher(factors, importance, module.scales[index], parameters["space"])
+        for mean, value, information in zip(means, values, found_here, strict=True):
+            # Both are divided by the normaliser before they are added: F² of small importances is near float32's end.
+            share = information / normalisers[index] + floors[index] / normalisers[index]
+            mean.add(value, module.weights[index] * share)
     if parameters["space"] == "product":
-        return merged((one.dense(), weights_of(index)[0]) for index, one in enumerate(module.factors))
-    return Factors(
-        merged((one.a, weights_of(index)[0]) for index, one in enumerate(module.factors)),
-        merged((one.b, weights_of(index)[1]) for index, one in enumerate(module.factors)),
-    )
+        return means[0].mean()
+    return Factors(means[0].mean(), means[1].mean())
 
 
 def _fisher(factors: Factors, importance: tuple[mx.array, mx.array], scale: float, space: str) -> tuple[mx.array, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -69,22 +69,36 @@ def mean_of(arrays: Iterable[mx.array]) -> mx.array:
     return mx.maximum(total / max(count, 1), 1e-30)
 
 
-def masked_weighted_mean(terms: Iterable[tuple[mx.array, mx.array, mx.array]], epsilon: float) -> mx.array:
-    """Δ = Σ s ⊙ m ⊙ Δ_t / (Σ s ⊙ m + ε) over the terms (Δ_t, s_t, m_t), entry by entry.
+class MaskedMean:
+    """Δ = Σ s ⊙ m ⊙ Δ_t / (Σ s ⊙ m + ε) over T tasks, entry by entry; 0 where no task keeps an entry.
 
-    Where no task keeps an entry the result is 0. Terms are taken up one by one: numerator and denominator are the only
-    state.
+    Tasks are added one by one, each array of the same shape: numerator, denominator and the number of tasks that keep
+    an entry are the only state.
     """
-    numerator = denominator = mx.array(0.0)
-    for delta, importance, mask in terms:
-        weight = importance * mask
-        numerator = numerator + weight * delta
-        denominator = denominator + weight
-        mx.eval(numerator, denominator)
-    return numerator / (denominator + epsilon)
 
+    def __init__(self) -> None:
+        self._numerator = self._denominator = self._keepers = mx.array(0.0)
+        self._shares: list[mx.array] = []
 
-def overlap(masks: Sequence[mx.array]) -> mx.array:
-    """Share of the entries that any mask keeps which all of them keep (the Jaccard index for two); a float32 scalar."""
-    kept = sum((mask.astype(mx.float32) for mask in masks), mx.zeros(masks[0].shape))
-    return (kept == len(masks)).sum() / mx.maximum((kept > 0).sum(), 1)
+    def add(self, delta: mx.array, importance: mx.array, mask: mx.array) -> None:
+        """One task's Δ_t, s_t and m_t (bool)."""
+        kept = mask.astype(mx.float32)  # once: each product with booleans would convert them again
+        weight = importance * kept
+        self._numerator = self._numerator + weight * delta
+        self._denominator = self._denominator + weight
+        self._keepers = self._keepers + kept
+        self._shares.append(kept.mean())
+        del kept, weight  # named, they would be kept while the sums are evaluated
+        mx.eval(self._numerator, self._denominator, self._keepers, self._shares[-1])
+
+    def mean(self, epsilon: float) -> mx.array:
+        """Δ, of the tasks' shape."""
+        return self._numerator / (self._denominator + epsilon)
+
+    def shares(self) -> mx.array:
+        """(T,): the share of its entries that each task keeps."""
+        return mx.stack(self._shares)
+
+    def overlap(self) -> mx.array:
+        """Share of the entries that any task keeps which all of them keep (for two the Jaccard index); a scalar."""
+        return (self._keepers == len(self._shares)).sum() / mx.maximum((self._keepers > 0).sum(), 1)

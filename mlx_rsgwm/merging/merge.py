@@ -23,7 +23,7 @@ from mlx_rsgwm.progress import SILENT, Progress
 # Modules are evaluated together until they have this many entries: those of ΔW, or, where adapters are many, those of
 # their factors with what a merge makes of each (importance, masks, copies).
 BATCH_ENTRIES = 1 << 24
-COPIES = 4
+COPIES = 8
 
 
 def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: Progress = SILENT) -> Adapter:

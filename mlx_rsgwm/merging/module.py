@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -59,10 +59,11 @@ class Module:
     ``factors``: T updates; ranks may differ, and an adapter without this module has a zero update of rank 1.
     ``scales``: the T scales that are multiplied into ``factors``' b. ``weights``: T coefficients as the user gave them
     (1.0 each by default). ``key``: a random key of this module's own (``mx.random.split`` it, one per adapter).
-    ``importances``: T pairs (s_a, s_b) of importance arrays of ``factors``' shapes, or empty when the method asked for
-    none. ``initial_a``: the shared lora_a at initialisation, or None. ``grams``: T matrices XᵀX / n (in, in) of the
-    module's inputs, or empty. ``survey``: what the method's pass over the whole pool found, or None. ``notes``: where a
-    method leaves what the diagnosis should say (scalars or short vectors, by name).
+    ``importances``: T pairs (s_a, s_b) of importance arrays of ``factors``' shapes, to be walked over once and dropped
+    pair by pair; or empty when the method asked for none. ``initial_a``: the shared lora_a at initialisation, or None.
+    ``grams``: T matrices XᵀX / n (in, in) of the module's inputs, or empty. ``survey``: what the method's pass over the
+    whole pool found, or None. ``notes``: where a method leaves what the diagnosis should say (scalars or short vectors,
+    by name).
     """
 
     name: str
@@ -70,7 +71,7 @@ class Module:
     scales: tuple[float, ...]
     weights: tuple[float, ...]
     key: mx.array
-    importances: tuple[tuple[mx.array, mx.array], ...] = ()
+    importances: Iterable[tuple[mx.array, mx.array]] = ()
     initial_a: mx.array | None = None
     grams: tuple[mx.array, ...] = ()
     survey: Any = None

@@ -218,22 +218,25 @@ class Pool:
                     factors.append(Factors(mx.zeros((rows, 1)), mx.zeros((1, columns))))
             yield module, tuple(factors)
 
-    def importances(self, signal: str) -> Iterator[tuple[tuple[mx.array, mx.array], ...]]:
+    def importances(self, signal: str) -> Iterator[Iterator[tuple[mx.array, mx.array]]]:
         """For every module, in the order of :meth:`updates`, the T pairs (s_a, s_b) recorded for ``signal``.
+
+        A pair is read when it is reached; walk over all of a module before going on.
 
         Raises:
             RsgwmError: naming every adapter that has no such importance, and how to get it.
         """
         self.require_signal(signal)
         readers = [source.importance(signal) for source in self.sources]
-        for module in self.modules:
-            rows, columns = self.shape(module)
-            yield tuple(
-                (arrays.pop(f"{module}.lora_a"), arrays.pop(f"{module}.lora_b"))
-                if module in source.shapes
-                else (mx.zeros((rows, 1)), mx.zeros((1, columns)))
-                for source, arrays in zip(self.sources, readers, strict=True)
-            )
+        return (self._importance(module, readers) for module in self.modules)
+
+    def _importance(self, module: str, readers: Sequence[Arrays]) -> Iterator[tuple[mx.array, mx.array]]:
+        rows, columns = self.shape(module)
+        for source, arrays in zip(self.sources, readers, strict=True):
+            if module in source.shapes:
+                yield arrays.pop(f"{module}.lora_a"), arrays.pop(f"{module}.lora_b")
+            else:
+                yield mx.zeros((rows, 1)), mx.zeros((1, columns))
 
     def grams(self) -> Iterator[tuple[mx.array, ...]]:
         """For every module, in the order of :meth:`updates`, the T matrices XᵀX / n (in, in); zero where none is.

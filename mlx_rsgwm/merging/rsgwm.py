@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_rsgwm.merging.lowrank import cross
-from mlx_rsgwm.merging.masks import Histogram, masked_weighted_mean, mean_of, overlap, quantile, ranks
+from mlx_rsgwm.merging.masks import Histogram, MaskedMean, mean_of, quantile, ranks
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.pool import Pool
 
@@ -115,53 +115,47 @@ def rsgwm(module: Module) -> Factors | mx.array:
 
 
 def _factors(module: Module) -> Factors:
-    parameters, count = module.parameters, len(module.factors)
+    parameters = module.parameters
     origin = mx.array(0.0) if parameters["reference"] == "zero" else module.initial_a
     assert origin is not None
-    thresholds = [_thresholds(module, index) for index in range(count)]
-
-    def merged(leaf: str, position: int, delta: Callable[[int], mx.array]) -> mx.array:
-        importances = [pair[position] for pair in module.importances]
-        masks = [s >= thresholds[index][leaf] for index, s in enumerate(importances)]
-        module.notes[f"kept_{leaf[-1]}"] = mx.stack([mask.mean() for mask in masks])
-        module.notes[f"overlap_{leaf[-1]}"] = overlap(masks)
-        terms = ((delta(index), _weight(module, index, importances[index]), masks[index]) for index in range(count))
-        return masked_weighted_mean(terms, parameters["epsilon"])
-
-    a = origin + merged("lora_a", 0, lambda index: module.factors[index].a - origin)
-    return Factors(a, merged("lora_b", 1, lambda index: module.factors[index].b))
+    a, b = MaskedMean(), MaskedMean()
+    for index, (factors, importance) in enumerate(zip(module.factors, module.importances, strict=True)):
+        thresholds = _thresholds(module, index, importance)
+        deltas = (factors.a - origin, factors.b)
+        for leaf, delta, s, threshold in zip((a, b), deltas, importance, thresholds, strict=True):
+            leaf.add(delta, _weight(module, index, s), s >= threshold)
+    for name, leaf in {"a": a, "b": b}.items():
+        module.notes.update({f"kept_{name}": leaf.shares(), f"overlap_{name}": leaf.overlap()})
+    return Factors(origin + a.mean(parameters["epsilon"]), b.mean(parameters["epsilon"]))
 
 
-def _thresholds(module: Module, index: int) -> Mapping[str, mx.array]:
+def _thresholds(module: Module, index: int, importance: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
+    """The quantiles for adapter ``index``'s masks of A and of B."""
     scope, tau = module.parameters["scope"], module.parameters["tau"]
-    s_a, s_b = module.importances[index]
+    s_a, s_b = importance
     if scope == "tensor":
-        return {"lora_a": quantile(s_a, tau), "lora_b": quantile(s_b, tau)}
+        return quantile(s_a, tau), quantile(s_b, tau)
     if scope == "module":
         both = quantile(mx.concatenate([s_a.reshape(-1), s_b.reshape(-1)]), tau)
-        return {"lora_a": both, "lora_b": both}
-    found: Mapping[str, mx.array] = module.survey.thresholds[index]
-    return found
+        return both, both
+    found: Survey = module.survey
+    return found.thresholds[index]["lora_a"], found.thresholds[index]["lora_b"]
 
 
 def _weight(module: Module, index: int, importance: mx.array) -> mx.array:
     found: Survey = module.survey
     if module.parameters["normalise"] == "rank":
         return module.weights[index] * ranks(importance)
-    return module.weights[index] * importance / found.divisors[index]
+    return importance * (module.weights[index] / found.divisors[index])
 
 
 def _product(module: Module) -> mx.array:
-    kept = []
-
-    def terms() -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-        for index, factors in enumerate(module.factors):
-            s = product_importance(factors, module.importances[index], module.scales[index])
-            wide = module.survey.thresholds[index].get("product")
-            mask = s >= (quantile(s, module.parameters["tau"]) if wide is None else wide)
-            kept.append(mask.mean())
-            yield factors.dense(), _weight(module, index, s), mask
-
-    merged = masked_weighted_mean(terms(), module.parameters["epsilon"])
-    module.notes["kept"] = mx.stack(kept)
-    return merged
+    merged = MaskedMean()
+    for index, (factors, pair) in enumerate(zip(module.factors, module.importances, strict=True)):
+        s = product_importance(factors, pair, module.scales[index])
+        wide = module.survey.thresholds[index].get("product")
+        mask = s >= (quantile(s, module.parameters["tau"]) if wide is None else wide)
+        merged.add(factors.dense(), _weight(module, index, s), mask)
+        del s, mask  # they are as large as the update
+    module.notes.update(kept=merged.shares(), overlap=merged.overlap())
+    return merged.mean(module.parameters["epsilon"])

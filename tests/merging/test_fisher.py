@@ -47,7 +47,7 @@ def wide(array):
 def everything(pool, space):
     """Values and Fisher weights by parameter, of A and of B with its scale in it, or of ΔW."""
     values, fishers = {}, {}
-    for (name, factors), pairs in zip(pool.updates(), pool.importances("all"), strict=True):
+    for (name, factors), pairs in zip(pool.updates(), map(list, pool.importances("all")), strict=True):
         scales = [source.spec.scale for source in pool.sources]
         a, b = [wide(one.a) for one in factors], [wide(one.b) for one in factors]
         s_a, s_b = [wide(pair[0]) for pair in pairs], [wide(pair[1]) for pair in pairs]

@@ -1,5 +1,7 @@
 """The driver: what it refuses, what it measures, how it streams, overrides, mixed adapters."""
 
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,9 +9,11 @@ import pytest
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.files import read_safetensors, write_safetensors
+from mlx_rsgwm.merging import diagnosis
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import METHODS, find_method, resolved
 from mlx_rsgwm.merging.options import MergeOptions, Override
+from mlx_rsgwm.merging.pool import Pool
 
 
 def product(adapter, module):
@@ -36,8 +40,19 @@ def test_collapse_is_refused_with_the_reason(make_adapter):
     merge(adapters, MergeOptions(role="verify", parameters={**wide, "reference": "init"}))
 
 
-def test_diagnosis_is_that_of_dense_products(make_adapter):
-    adapters = [make_adapter(seed) for seed in range(3)]
+@pytest.mark.parametrize("stacked", [1, 8, 128])  # ranks in a stack: one adapter, some, all
+@pytest.mark.parametrize("count", [3, 11])  # few, so that products of pairs are taken; many, so that sums are
+def test_diagnosis_is_that_of_dense_products(make_adapter, monkeypatch, count, stacked):
+    monkeypatch.setattr(diagnosis, "STACKED_RANK", stacked)
+    taken = []
+    for name in ("_squares_by_pairs", "_squares_by_sum"):
+
+        def watched(updates, name=name, way=vars(diagnosis)[name]):
+            taken.append(name)
+            return way(updates)
+
+        monkeypatch.setattr(diagnosis, name, watched)
+    adapters = [make_adapter(seed) for seed in range(count)]
     merged = merge(adapters, MergeOptions())
     module = merged.modules()[1]
     row = merged.manifest["merge"]["diagnosis"]["modules"][module]
@@ -54,6 +69,31 @@ def test_diagnosis_is_that_of_dense_products(make_adapter):
     everything = np.concatenate([product(merged, name).ravel() for name in merged.modules()])
     overall = merged.manifest["merge"]["diagnosis"]["overall"]
     assert overall["norm"] == pytest.approx(np.linalg.norm(everything), rel=1e-4)
+    assert set(taken) == {"_squares_by_pairs" if count == 3 else "_squares_by_sum"}
+
+
+@pytest.mark.parametrize("method", ["rsgwm", "fisher"])
+def test_an_importance_is_dropped_when_the_next_is_read(make_adapter, monkeypatch, method):
+    """Otherwise memory grows with the number of adapters."""
+    alive: list[weakref.ref] = []
+    most = 0
+    original = Pool.importances
+
+    def watched(pool, signal):
+        for pairs in original(pool, signal):
+            yield map(watch, pairs)
+
+    def watch(pair):
+        nonlocal most
+        copies = tuple(s + 0 for s in pair)
+        alive.extend(map(weakref.ref, copies))
+        most = max(most, sum(one() is not None for one in alive))
+        return copies
+
+    adapters = [make_adapter(seed) for seed in range(8)]
+    monkeypatch.setattr(Pool, "importances", watched)
+    merge(adapters, MergeOptions(method))
+    assert most <= 6  # of 16: the pair at hand, and those that loops still name
 
 
 def test_folders_and_adapters_in_memory_give_the_same(make_adapter, tmp_path):
