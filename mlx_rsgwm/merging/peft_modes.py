@@ -82,10 +82,11 @@ def elected_mean(kept: mx.array, weights: mx.array, method: str) -> mx.array:
 
     ``method`` total elects the sign of the sum of all δ_t, frequency that of the sum of their signs; 0 elects plus.
     """
-    votes = (kept if method == "total" else mx.sign(kept)).sum(axis=0)
+    ones = mx.ones((kept.shape[0],))  # a product with it sums in half the time of sum(axis=0) on the CPU
+    votes = ones @ (kept if method == "total" else mx.sign(kept))
     elected = 2.0 * (votes >= 0) - 1.0
     agreeing = mx.maximum(kept * elected, 0.0)
-    return elected * (weights @ agreeing) / mx.maximum(mx.sign(agreeing).sum(axis=0), 1.0)
+    return elected * (weights @ agreeing) / mx.maximum(ones @ mx.sign(agreeing), 1.0)
 
 
 def stacked(module: Module) -> Factors:
@@ -114,11 +115,12 @@ def in_factor_space(module: Module, rule: Rule) -> Factors:
     signed = [math.copysign(root, strength) for root, strength in zip(roots, strengths, strict=True)]
     a = mx.stack([module.factors[index].a for index in chosen])
     b = mx.stack([module.factors[index].b for index in chosen])
+    if len(set(scales)) == 1:  # moves no threshold and no election, so it can wait
+        roots = [root / scales[0] for root in roots]
+    else:
+        b = b / mx.array(scales)[:, None, None]
     key_a, key_b = mx.random.split(module.key)
-    return Factors(
-        _merged(module, rule, a, signed, key_a),
-        _merged(module, rule, b / mx.array(scales)[:, None, None], roots, key_b),
-    )
+    return Factors(_merged(module, rule, a, signed, key_a), _merged(module, rule, b, roots, key_b))
 
 
 def _merged(module: Module, rule: Rule, deltas: mx.array, weights: Sequence[float], key: mx.array) -> mx.array:

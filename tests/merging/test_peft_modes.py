@@ -219,11 +219,12 @@ def test_thresholds_are_of_each_delta():
     assert thresholds(deltas, 0.1).tolist() == [[math.inf], [math.inf]]
 
 
-def test_random_pruning_keeps_its_share():
-    kept = keep_masks(4, 10_000, 0.3, KEY)
-    assert kept.shape == (4, 10_000)
+@pytest.mark.parametrize("density", [0.5, 0.3, 0.01, 1e-5])  # from 8, 16, 16 and 32 random bits each
+def test_random_pruning_keeps_its_share(density):
+    kept = keep_masks(5, 999_999, density, KEY)
+    assert kept.shape == (5, 999_999)
     shares = np.array(kept).mean(axis=1)
-    assert np.abs(shares - 0.3).max() < 4 * math.sqrt(0.3 * 0.7 / 1e4)
+    assert np.abs(shares - density).max() < 4 * math.sqrt(density * (1 - density) / 1e6)
     assert len(set(shares)) > 1
 
 
