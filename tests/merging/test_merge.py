@@ -45,13 +45,13 @@ def test_collapse_is_refused_with_the_reason(make_adapter):
 def test_diagnosis_is_that_of_dense_products(make_adapter, monkeypatch, count, stacked):
     monkeypatch.setattr(diagnosis, "STACKED_RANK", stacked)
     taken = []
-    for name in ("_squares_by_pairs", "_squares_by_sum"):
 
-        def watched(updates, name=name, way=vars(diagnosis)[name]):
-            taken.append(name)
-            return way(updates)
+    def watch(name):
+        way = getattr(diagnosis, name)
+        monkeypatch.setattr(diagnosis, name, lambda updates: taken.append(name) or way(updates))
 
-        monkeypatch.setattr(diagnosis, name, watched)
+    watch("_squares_by_pairs")
+    watch("_squares_by_sum")
     adapters = [make_adapter(seed) for seed in range(count)]
     merged = merge(adapters, MergeOptions())
     module = merged.modules()[1]
