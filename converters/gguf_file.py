@@ -9,10 +9,11 @@ the same bits on every machine.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -62,12 +63,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file whose header has been checked; ``data`` maps its bytes."""
+    """A GGUF file whose header has been checked; ``stamp`` tells whether it is still the same file.
+
+    Its bytes are read and not mapped: a mapped file that somebody cuts ends the process.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
-    data: np.ndarray
+    stamp: tuple[int, ...]
 
     def unreadable(self) -> list[str]:
         """``name (type)`` of every tensor whose type cannot be dequantised here."""
@@ -80,10 +84,30 @@ class GgufFile:
 
         tensor = self.tensors[name]
         stop = tensor.rows if stop is None else min(stop, tensor.rows)
-        packed = self.data[tensor.start + start * tensor.row_bytes : tensor.start + stop * tensor.row_bytes]
+        packed = self.packed(name, start, stop)
         with np.errstate(all="ignore"):  # the caller looks for values that are not finite
-            values = dequantize(packed.reshape(stop - start, tensor.row_bytes), GGMLQuantizationType[tensor.kind])
+            values = dequantize(packed, GGMLQuantizationType[tensor.kind])
         return np.ascontiguousarray(values, dtype="<f4").reshape(stop - start, tensor.shape[-1])
+
+    def packed(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``start:stop`` as they are stored: bytes (rows, ``row_bytes``).
+
+        Raises:
+            RsgwmError: the file changed since it was opened, or cannot be read.
+        """
+        tensor = self.tensors[name]
+        size = (stop - start) * tensor.row_bytes
+        try:
+            with open(self.path, "rb") as file:
+                same = _stamp(file) == self.stamp
+                file.seek(tensor.start + start * tensor.row_bytes)
+                found = np.fromfile(file, dtype=np.uint8, count=size)
+                same = same and _stamp(file) == self.stamp
+        except OSError as error:
+            raise RsgwmError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if not same or found.size != size:
+            raise RsgwmError(f"{self.path} changed while it was read; start again once nothing writes to it")
+        return found.reshape(stop - start, tensor.row_bytes)
 
 
 def open_gguf(path: Path) -> GgufFile:
@@ -95,21 +119,26 @@ def open_gguf(path: Path) -> GgufFile:
     if not path.is_file():
         raise RsgwmError(f"{path} does not exist")
     try:
-        data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        with open(path, "rb") as file:
+            stamp = _stamp(file)
+            metadata, tensors = _parse(_Cursor(file))
     except OSError as error:
         raise RsgwmError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        metadata, tensors = _parse(data)
     except (MalformedGguf, UnicodeDecodeError) as error:
         reason = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
         raise RsgwmError(f"{path} is not a sound GGUF file: {reason}; fetch it again") from None
-    return GgufFile(path, metadata, tensors, data)
+    return GgufFile(path, metadata, tensors, stamp)
 
 
-def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if bytes(data[:4]) != MAGIC:
+def _stamp(file: BinaryIO) -> tuple[int, ...]:
+    """What changes when somebody replaces the file or writes to it."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if cursor.size < 4 or cursor.take(4) != MAGIC:
         raise MalformedGguf("it does not begin with the bytes GGUF")
-    cursor = _Cursor(data, 4)
     version = cursor.number("<I")
     if version not in VERSIONS:
         swapped = version & 0xFFFF == 0
@@ -121,7 +150,7 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if key in metadata:
             raise MalformedGguf(f"metadata key {key!r} appears twice")
         metadata[key] = cursor.value(cursor.number("<I"))
-    entries = [_read_entry(cursor) for _ in range(_bounded(tensor_count, data.size))]
+    entries = [_read_entry(cursor) for _ in range(_bounded(tensor_count, cursor.size))]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise MalformedGguf(f"general.alignment is {alignment!r}, not a power of two")
@@ -130,7 +159,7 @@ def _parse(data: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, shape, kind, offset in entries:
         if name in tensors:
             raise MalformedGguf(f"tensor {name} appears twice")
-        tensors[name] = _place(name, shape, kind, data_start + offset, data.size)
+        tensors[name] = _place(name, shape, kind, data_start + offset, cursor.size)
     return metadata, tensors
 
 
@@ -171,15 +200,16 @@ def _bounded(count: int, size: int) -> int:
 class _Cursor:
     """A position in the header that refuses to move past the end of the file."""
 
-    def __init__(self, data: np.ndarray, position: int) -> None:
-        self.data = data.data  # a memoryview, whose slices copy nothing
-        self.position = position
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+        self.position = 0
 
-    def take(self, length: int) -> memoryview:
+    def take(self, length: int) -> bytes:
         end = self.position + length
-        if end > len(self.data):
+        taken = b"" if end > self.size else self.file.read(length)
+        if len(taken) < length:
             raise MalformedGguf("it is truncated inside the header")
-        taken = self.data[self.position : end]
         self.position = end
         return taken
 
@@ -187,7 +217,7 @@ class _Cursor:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def text(self) -> str:
-        return bytes(self.take(self.number("<Q"))).decode("utf-8")
+        return self.take(self.number("<Q")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
         """One metadata value: a number, a string, a list of strings, or an array of numbers."""
@@ -196,7 +226,7 @@ class _Cursor:
         if kind == ARRAY:
             element, count = self.number("<I"), self.number("<Q")
             if element == STRING:
-                return [self.text() for _ in range(_bounded(count, len(self.data)))]
+                return [self.text() for _ in range(_bounded(count, self.size))]
             return self._numbers(element, count)
         return self._numbers(kind, 1)[0].item()
 

@@ -328,8 +328,8 @@ def _check(path: Path, out: Path, source: _Source, digests: Mapping[str, tuple[s
     raise_problems(f"{source.path} has no GGUF form", _setting_problems(source, config))
     for name, (kind, digest) in digests.items():
         tensor = written.tensors[name]
-        data = written.data[tensor.start : tensor.start + tensor.rows * tensor.row_bytes]
-        if tensor.kind != kind or hashlib.sha256(data.tobytes()).hexdigest() != digest:
+        data = written.packed(name, 0, tensor.rows)
+        if tensor.kind != kind or hashlib.sha256(data.data).hexdigest() != digest:
             raise CheckFailed(f"{out}: {name} does not read as it was written")
 
 

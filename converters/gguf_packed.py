@@ -33,9 +33,8 @@ def read_packed(gguf: GgufFile, name: str, start: int, stop: int) -> dict[str, n
     """
     tensor = gguf.tensors[name]
     rows = min(stop, tensor.rows) - start
-    data = gguf.data[tensor.start + start * tensor.row_bytes : tensor.start + (start + rows) * tensor.row_bytes]
     groups = tensor.shape[-1] // GROUP
-    blocks = np.ascontiguousarray(data).reshape(rows, groups, -1)
+    blocks = gguf.packed(name, start, start + rows).reshape(rows, groups, -1)
     scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
     with np.errstate(over="ignore", invalid="ignore"):
         if tensor.kind == "Q8_0":

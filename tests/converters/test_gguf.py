@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import threading
 from contextlib import suppress
@@ -251,6 +252,29 @@ def test_packed_rows_are_read_in_slices_like_as_a_whole(tmp_path, kind):
     assert file.tensors["x"].shape == (40, 2 * block)
     assert np.array_equal(file.read("x"), whole, equal_nan=True)
     assert np.array_equal(np.concatenate([file.read("x", 0, 13), file.read("x", 13, 99)]), whole, equal_nan=True)
+
+
+@pytest.mark.parametrize("fault", ["cut", "written to", "replaced", "gone"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, fault):
+    """A mapped file that is cut would end the process."""
+    path = write_gguf(tmp_path / "a.gguf", {}, more=[("x", np.ones((4, 64), np.float32), Kind.F32)])
+    file = open_gguf(path)
+    assert file.read("x", 0, 2).sum() == 128
+    whole = path.read_bytes()
+    if fault == "cut":
+        os.truncate(path, len(whole) - 64)
+    elif fault == "written to":
+        with open(path, "r+b") as opened:
+            opened.seek(-4, os.SEEK_END)
+            opened.write(b"gone")
+        os.utime(path, ns=(0, 0))
+    elif fault == "replaced":
+        (tmp_path / "b").write_bytes(whole)
+        os.replace(tmp_path / "b", path)
+    else:
+        path.unlink()
+    with pytest.raises(RsgwmError, match="cannot read .*a.gguf" if fault == "gone" else "a.gguf changed while"):
+        file.read("x", 2, 4)
 
 
 def test_unpermute_undoes_llama_cpp_order():
