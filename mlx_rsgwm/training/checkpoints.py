@@ -35,6 +35,7 @@ FOLDER = "checkpoints"
 STATE_FILE = "state.safetensors"
 WITH_STATE = 2
 RESUME = ("refuse", "continue", "replace")
+TOLD = ("step", "run", "record")  # what a checkpoint's manifest alone knows; it has a hash of its own
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ def write_checkpoint(
         files.write_json(work / CONFIG_FILE, spec.to_config())
         files.write_safetensors(work / WEIGHTS_FILE, checkpoint.weights)
         files.write_safetensors(work / STATE_FILE, checkpoint.arrays)
+        told = dict(zip(TOLD, (checkpoint.step, dict(run), checkpoint.record), strict=True))
         manifest = {
             **about,
             "kind": "checkpoint",
-            "step": checkpoint.step,
-            "run": dict(run),
-            "record": checkpoint.record,
+            **told,
+            "told_sha256": files.sha256_json(told),
             "state": {STATE_FILE: files.sha256_file(work / STATE_FILE)},
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -189,10 +190,12 @@ def _intact(path: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint whose files are those it was written with; None when anything is damaged."""
     try:
         manifest = files.read_json_object(path / MANIFEST_FILE)
-    except RsgwmError:
+        told = files.sha256_json({name: manifest.get(name) for name in TOLD})
+    except (RsgwmError, ValueError):  # no JSON; NaN or infinity in it
         return None
-    parts = [manifest.get(name) for name in ("files", "state", "record", "run")]
-    if not all(isinstance(part, dict) for part in parts) or not isinstance(manifest.get("step"), int):
+    if manifest.get("told_sha256") != told:
+        return None
+    if not all(isinstance(manifest.get(name), dict) for name in ("files", "state")):
         return None
     expected = {**manifest["files"], **manifest["state"]}
     if {WEIGHTS_FILE, STATE_FILE} <= set(expected) and all(

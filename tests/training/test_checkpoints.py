@@ -179,11 +179,20 @@ def test_differing_knows_nothing_of_types():
     assert differing({"a": 1}, {"b": [3]}) == ["a is None now, was 1", "b is [3] now, was None"]
 
 
-def test_damaged_checkpoint_falls_back_to_the_one_before(base, corpus, config, unfinished, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "record lacks an entry", "record has no JSON number"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(base, corpus, config, unfinished, tmp_path, damage):
     whole = complete(base, corpus, config(), Saving(tmp_path / "whole"))
     newest = unfinished / "checkpoints" / "step-000005"
-    data = (newest / "state.safetensors").read_bytes()
-    (newest / "state.safetensors").write_bytes(data[:-7])
+    if damage == "cut":
+        data = (newest / "state.safetensors").read_bytes()
+        (newest / "state.safetensors").write_bytes(data[:-7])
+    else:
+        manifest = json.loads((newest / "manifest.json").read_text())
+        if damage == "record lacks an entry":
+            del manifest["record"]["history"]
+        else:
+            manifest["record"]["seconds"] = float("nan")
+        (newest / "manifest.json").write_text(json.dumps(manifest))
     (unfinished / "checkpoints" / ".step-000006.1.tmp").mkdir()
     progress = Stop(-1, None)
     complete(base, corpus, config(), Saving(unfinished, every=2, resume="continue"), progress)
