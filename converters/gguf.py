@@ -22,7 +22,6 @@ import numpy as np
 
 from mlx_rsgwm import files
 from mlx_rsgwm.converters.gguf_architectures import (
-    OUTER_NAMES,
     ROPE_FACTORS,
     Architecture,
     architecture_of,
@@ -101,7 +100,11 @@ def tensor_plan(gguf: GgufFile, config: Mapping[str, Any]) -> dict[str, tuple[st
         raise_problems(f"{gguf.path} holds tensors of types that are not read (only {known})", unreadable)
     architecture = architecture_of(gguf)
     shapes = block_shapes(architecture, config)
-    wanted = {f"{ours}.weight": (f"{theirs}.weight", shapes[theirs]) for theirs, ours in OUTER_NAMES.items()}
+    wanted = {}
+    for theirs, ours in architecture.outer.items():
+        wanted[f"{ours}.weight"] = (f"{theirs}.weight", shapes[theirs])
+        if theirs in architecture.biases:
+            wanted[f"{ours}.bias"] = (f"{theirs}.bias", shapes[theirs][:1])
     if config["tie_word_embeddings"]:
         del wanted["lm_head.weight"]
     for layer in range(config["num_hidden_layers"]):

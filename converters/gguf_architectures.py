@@ -39,8 +39,9 @@ GEMMA_NORMS = {
 class Architecture:
     """How one architecture of llama.cpp is called in transformers.
 
-    ``blocks``: names inside a block, llama.cpp's to transformers'. ``biases``: projections with a bias.
-    ``interleaved``: query and key rows are in llama.cpp's own order. ``norm_offset``: what it adds to norms' weights.
+    ``blocks``: names inside a block, llama.cpp's to transformers'. ``biases``: modules with a bias. ``interleaved``:
+    query and key rows are in llama.cpp's own order. ``norm_offset``: what it adds to norms' weights. ``epsilon``: of
+    the norms, transformers' name and llama.cpp's. ``partial_rotation``: a part of a head's dimensions may be rotated.
     """
 
     model_type: str
@@ -50,6 +51,9 @@ class Architecture:
     interleaved: bool = False
     norm_offset: float = 0.0
     activation: str = "silu"
+    outer: Mapping[str, str] = field(default_factory=lambda: OUTER_NAMES)
+    epsilon: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
+    partial_rotation: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -84,6 +88,22 @@ ARCHITECTURES = {
         {**COMMON, **ATTENTION, **GATED, **GEMMA_NORMS, **HEAD_NORMS},
         norm_offset=1.0,
         activation="gelu_pytorch_tanh",
+    ),
+    "phi2": Architecture(
+        "phi",
+        "PhiForCausalLM",
+        {
+            **ATTENTION,
+            "attn_norm": "input_layernorm",
+            "attn_output": "self_attn.dense",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+        },
+        biases=(*ATTENTION, "attn_norm", "attn_output", "ffn_up", "ffn_down", "output_norm", "output"),
+        activation="gelu_new",
+        outer={**OUTER_NAMES, "output_norm": "model.final_layernorm"},
+        epsilon=("layer_norm_eps", "attention.layer_norm_epsilon"),
+        partial_rotation=True,
     ),
     "phi3": Architecture(
         "phi3",
@@ -133,7 +153,7 @@ def base_config(gguf: GgufFile) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": positive(gguf, "attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": number(gguf, "attention.layer_norm_rms_epsilon", 1e-5),
+        architecture.epsilon[0]: number(gguf, architecture.epsilon[1], 1e-5),
         "vocab_size": embedding.shape[0] if embedding else positive(gguf, "vocab_size"),
         "max_position_embeddings": positive(gguf, "context_length"),
         "rope_theta": number(gguf, "rope.freq_base", 10000.0),
@@ -150,7 +170,11 @@ def base_config(gguf: GgufFile) -> dict[str, Any]:
         config |= _gemma_fields(gguf, name, config)
     if name == "phi3":
         config |= _phi3_fields(gguf, head_dim)
+    if name == "phi2":
+        config |= _phi2_fields(gguf, head_dim)
     for key in ("attention.value_length", "rope.dimension_count"):
+        if key == "rope.dimension_count" and architecture.partial_rotation:
+            continue
         if positive(gguf, key, head_dim) != head_dim:
             raise RsgwmError(f"{where}: {name}.{key} is {metadata[f'{name}.{key}']}, not the head's {head_dim}")
     return config
@@ -194,6 +218,16 @@ def _gemma_fields(gguf: GgufFile, name: str, config: Mapping[str, Any]) -> dict[
         fields["sliding_window_pattern"] = pattern
         fields["layer_types"] = ["sliding_attention" if i % pattern else "full_attention" for i in layers]
     return fields
+
+
+def _phi2_fields(gguf: GgufFile, head_dim: int) -> dict[str, Any]:
+    if "output.weight" not in gguf.tensors:
+        raise RsgwmError(f"{gguf.path}: Phi-2 has an output matrix of its own, and there is none")
+    rotated = positive(gguf, "rope.dimension_count", head_dim)
+    if rotated > head_dim or rotated % 2:
+        raise RsgwmError(f"{gguf.path}: phi2.rope.dimension_count is {rotated}, of a head's {head_dim}")
+    # Upwards, because the readers cut the product with the head's dimensions off.
+    return {"partial_rotary_factor": math.nextafter(rotated / head_dim, 1.0) if rotated < head_dim else 1.0}
 
 
 def _phi3_fields(gguf: GgufFile, head_dim: int) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from mlx_rsgwm.converters.dense_base import dense_parameters, usual_dtype
 from mlx_rsgwm.converters.gguf import tensor_plan
 from mlx_rsgwm.converters.gguf_architectures import (
     ARCHITECTURES,
-    OUTER_NAMES,
     ROPE_FACTORS,
     Architecture,
     base_config,
@@ -144,7 +143,11 @@ def _plan(source: _Source) -> dict[str, str]:
     Raises:
         RsgwmError: naming every array without a place in the file, and every one missing.
     """
-    names = {f"{ours}.weight": f"{theirs}.weight" for theirs, ours in OUTER_NAMES.items()}
+    names = {}
+    for theirs, ours in source.architecture.outer.items():
+        names[f"{ours}.weight"] = f"{theirs}.weight"
+        if theirs in source.architecture.biases:
+            names[f"{ours}.bias"] = f"{theirs}.bias"
     if source.settings["tie_word_embeddings"]:
         del names["lm_head.weight"]
     for layer in range(source.settings["num_hidden_layers"]):
@@ -181,9 +184,9 @@ def _metadata(source: _Source, file_type: int, title: str) -> dict[str, Any]:
         f"{name}.attention.head_count_kv": settings["num_key_value_heads"],
         f"{name}.attention.key_length": settings["head_dim"],
         f"{name}.attention.value_length": settings["head_dim"],
-        f"{name}.attention.layer_norm_rms_epsilon": float(settings["rms_norm_eps"]),
+        f"{name}.{source.architecture.epsilon[1]}": float(settings[source.architecture.epsilon[0]]),
         f"{name}.rope.freq_base": float(settings["rope_theta"]),
-        f"{name}.rope.dimension_count": settings["head_dim"],
+        f"{name}.rope.dimension_count": _rotated(source),
         f"{name}.vocab_size": settings["vocab_size"],
     }
     if name == "gemma2":
@@ -197,6 +200,12 @@ def _metadata(source: _Source, file_type: int, title: str) -> dict[str, Any]:
         found[f"{name}.rope.scaling.type"] = "linear"
         found[f"{name}.rope.scaling.factor"] = float(scaling["factor"])
     return found
+
+
+def _rotated(source: _Source) -> int:
+    """How many dimensions of a head are rotated."""
+    factor = source.settings.get("partial_rotary_factor", 1.0) if source.architecture.partial_rotation else 1.0
+    return int(factor * source.settings["head_dim"])
 
 
 def _tensors(source: _Source, plan: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:

@@ -24,6 +24,7 @@ ARCHITECTURES: dict[str, tuple[str, bool]] = {
     "gemma2": ("gemma2", False),
     "gemma3": ("gemma3", False),
     "gemma3_text": ("gemma3", False),
+    "phi": ("phi2", False),
     "phi3": ("phi3", False),
 }
 

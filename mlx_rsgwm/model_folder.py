@@ -68,9 +68,10 @@ def rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     table = config.get("rope_parameters")
     if not isinstance(table, dict) or "rope_theta" not in table or "rope_theta" in config:
         return {}
-    scaling = {key: value for key, value in table.items() if key != "rope_theta"}
-    kind = scaling.get("rope_type", "default")
-    return {"rope_theta": table["rope_theta"], **({"rope_scaling": scaling} if kind != "default" else {})}
+    older = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in table.items() if key not in older}
+    found = {key: table[key] for key in older if key in table}
+    return found if scaling.get("rope_type", "default") == "default" else {**found, "rope_scaling": scaling}
 
 
 def weight_files(path: Path) -> list[Path]:

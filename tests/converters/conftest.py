@@ -25,6 +25,7 @@ MODELS = {
     "gemma": ("Gemma", {"hidden_activation": "gelu_pytorch_tanh"}),
     "gemma2": ("Gemma2", {"sliding_window": 64, "query_pre_attn_scalar": 16}),  # mlx-lm's has no window at all
     "gemma3": ("Gemma3", {"sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "phi2": ("Phi", {"rope_theta": 5e4, "partial_rotary_factor": 0.375, "tie_word_embeddings": False}),  # 6 of 16
     "phi3": ("Phi3", {"sliding_window": None, "tie_word_embeddings": False}),
 }
 
@@ -39,7 +40,8 @@ def model_of():
         kind, extra = MODELS[architecture]
         torch.manual_seed(3)
         name = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
-        sizes = {key: value for key, value in SIZES.items() if not (kind == "Phi3" and key == "head_dim")}
+        unknown = {"Phi3": ("head_dim",), "Phi": ("head_dim", "rms_norm_eps")}.get(kind, ())
+        sizes = {key: value for key, value in SIZES.items() if key not in unknown}
         config = getattr(transformers, name)(**{**sizes, **extra})
         config._attn_implementation = "eager"
         model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()

@@ -24,6 +24,7 @@ METADATA = {  # of the file, beyond what every architecture has
     "gemma": {},
     "gemma2": {"attention.sliding_window": 64, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3": {"attention.sliding_window": 8, "rope.freq_base": 1e6},
+    "phi2": {"rope.dimension_count": 6},
     "phi3": {},
 }
 NORMS = ("norm.weight", "layernorm.weight")
@@ -42,7 +43,10 @@ def write(path, architecture, model, metadata=None):
     head_dim = config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if architecture == "phi2":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     found = {**METADATA[architecture], **(metadata or {})}
     if "rope.freq_base" not in found:
         found["rope.freq_base"] = float(config.rope_parameters["rope_theta"])
@@ -139,3 +143,24 @@ def test_experts_and_long_contexts_are_refused(model_of, tmp_path):
     path = write(tmp_path / "a.gguf", "qwen2", model_of("qwen2"), {"expert_count": 4})
     with pytest.raises(RsgwmError, match="mixture of experts"):
         convert_gguf(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dimensions", [5, 18])
+def test_a_rotation_that_no_head_has_is_refused(model_of, tmp_path, dimensions):
+    path = write(tmp_path / "a.gguf", "phi2", model_of("phi2"), {"rope.dimension_count": dimensions})
+    with pytest.raises(RsgwmError, match=f"rope.dimension_count is {dimensions}, of a head's 16"):
+        convert_gguf(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_partial_rotation_that_transformers_saved_is_heeded(model_of, tmp_path):
+    """transformers 5 puts the factor into ``rope_parameters``, where mlx-lm does not look for it."""
+    model = model_of("phi2")
+    convert_gguf(write(tmp_path / "a.gguf", "phi2", model), tmp_path / "out")  # for a tokenizer
+    model.save_pretrained(tmp_path / "out")
+    assert "partial_rotary_factor" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    ids = torch.arange(3, 22)[None]
+    with torch.no_grad():
+        expected = model(ids).logits.numpy()
+    found = load_base(str(tmp_path / "out"), dtype="float32").model(mx.array(ids.numpy()))
+    assert np.abs(np.array(found) - expected).max() < 1e-4
