@@ -92,16 +92,20 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
 def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None, dtype: str | None) -> None:
     """Write the adapter, or the model (of `rsgwm fuse`), in FOLDER to the GGUF file OUT, and read it back.
 
-    llama.cpp applies an adapter with --lora, and runs a model with -m.
+    llama.cpp applies an adapter with --lora, and runs a model with -m. Of a folder of adapters, each becomes
+    OUT/NAME.gguf.
 
     Example: rsgwm convert to-gguf runs/drafter drafter.gguf
     """
+    from functools import cache
+
     from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.base import resolve_base
-    from mlx_rsgwm.converters.base_layers import read_base_layers
+    from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
     from mlx_rsgwm.converters.bulk import is_mlx
     from mlx_rsgwm.converters.gguf_adapter import to_gguf
     from mlx_rsgwm.converters.gguf_model import is_model, model_to_gguf
+    from mlx_rsgwm.converters.peft import Converted
     from mlx_rsgwm.errors import RsgwmError
 
     if is_model(source) and not is_mlx(source):
@@ -111,15 +115,20 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
         console.line(f"{out}: GGUF model, {written['architecture']}, {written['tensors']} tensors, {written['dtype']}")
         console.result(written)
         return
-    adapter = Adapter.load(source)
-    name = base or (adapter.manifest.get("base") or {}).get("name")
-    if not name:
-        raise RsgwmError(f"{source} does not say which base model it is for; give --base")
-    dtype = dtype or "f32"
-    to_gguf(adapter, read_base_layers(name, resolve_base(name, console.progress)), out, dtype)
-    modules = len(adapter.modules())
-    console.line(f"{out}: GGUF adapter for {name}, rank {adapter.spec.rank}, {modules} modules, {dtype}")
-    console.result({"out": out, "base": name, "rank": adapter.spec.rank, "modules": modules, "dtype": dtype})
+
+    @cache
+    def layers_of(name: str) -> BaseLayers:
+        return read_base_layers(name, resolve_base(name, console.progress))
+
+    def one(folder: Path, target: Path) -> Converted:
+        adapter = Adapter.load(folder)
+        name = base or (adapter.manifest.get("base") or {}).get("name")
+        if not name:
+            raise RsgwmError(f"{folder} does not say which base model it is for; give --base")
+        to_gguf(adapter, layers_of(name), target, dtype or "f32")
+        return Converted(target, name, adapter.spec, len(adapter.modules()))
+
+    _run(console, source, out, is_mlx, Path.is_file, one, f"GGUF adapter ({dtype or 'f32'})", ".gguf")
 
 
 @convert.command("from-gguf")
@@ -173,8 +182,9 @@ def _run(
     is_result: Callable[[Path], bool],
     one: Callable[[Path, Path], Converted],
     noun: str,
+    suffix: str = "",
 ) -> None:
-    """Convert one adapter, or every one below a folder that is none itself."""
+    """Convert one adapter, or every one below a folder that is none itself, to its name with ``suffix``."""
     from mlx_rsgwm.converters.bulk import adapter_folders, convert_all
 
     if is_adapter(source) or not adapter_folders(source, is_adapter):
@@ -185,7 +195,7 @@ def _run(
         )
         console.result({"out": out, **_facts(found)})
     else:
-        _report(console, convert_all(source, out, is_adapter, is_result, one, console.progress))
+        _report(console, convert_all(source, out, is_adapter, is_result, one, suffix, console.progress))
 
 
 def _facts(found: Converted) -> dict[str, Any]:

@@ -87,9 +87,10 @@ def convert_all(
     is_adapter: Callable[[Path], bool],
     is_result: Callable[[Path], bool],
     convert: Callable[[Path, Path], Converted],
+    suffix: str = "",
     progress: Progress = SILENT,
 ) -> list[Outcome]:
-    """Convert every adapter below ``root`` into the folder of the same relative name below ``out``.
+    """Convert every adapter below ``root`` into what has the same relative name, and ``suffix``, below ``out``.
 
     One that cannot be converted does not stop the others; one whose result is there already is left alone.
 
@@ -106,7 +107,8 @@ def convert_all(
     outcomes = []
     with progress.task("converting", len(folders)) as advance:
         for folder in folders:
-            target = out / folder.relative_to(root)
+            place = out / folder.relative_to(root)
+            target = place.with_name(place.name + suffix)
             if is_result(target):
                 outcomes.append(Outcome(folder, target))
             else:

@@ -53,6 +53,20 @@ def test_a_folder_of_adapters_goes_there_and_back(pool, tiny_base, tmp_path):
     assert last(again)["converted"] == []
 
 
+def test_a_folder_of_adapters_becomes_gguf_files(pool, tiny_base, tmp_path):
+    (pool / "two" / "adapters.safetensors").write_bytes(b"no")
+    result = run("convert", "to-gguf", pool, tmp_path / "gguf", "--base", tiny_base, "--json", "--quiet")
+    assert result.exit_code == 2
+    assert "1 of 3 adapters were not converted" in result.stderr
+    written = sorted((tmp_path / "gguf").rglob("*"))
+    assert written == [tmp_path / "gguf" / name for name in ("more", "more/three.gguf", "one.gguf")]
+    alone = run("convert", "to-gguf", pool / "more" / "three", tmp_path / "three.gguf", "--base", tiny_base)
+    assert alone.exit_code == 0, alone.output
+    assert (tmp_path / "three.gguf").read_bytes() == (tmp_path / "gguf" / "more" / "three.gguf").read_bytes()
+    again = run("convert", "to-gguf", pool, tmp_path / "gguf", "--base", tiny_base, "--json", "--quiet")
+    assert len(last(again)["kept"]) == 2
+
+
 def test_one_that_fails_does_not_stop_the_others(pool, tmp_path):
     (pool / "two" / "adapters.safetensors").write_bytes(b"no")
     result = run("convert", "to-peft", pool, tmp_path / "peft", "--json", "--quiet")
