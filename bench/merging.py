@@ -415,6 +415,9 @@ def plot(growth: Mapping[str, Any], path: Path) -> None:
                     [p["size"] for p in points], [p["result_mb"] for p in points], "k:", label="the result itself"
                 )
             panel.set(xscale="log", yscale="log", xlabel=label, ylabel=labels[name])
+            if what == "adapters":
+                panel.set_xticks(GROWING_COUNTS, list(map(str, GROWING_COUNTS)))
+                panel.set_xticks([], minor=True)
             panel.grid(alpha=0.3)
             panel.legend()
     files.write_figure(path, figure, dpi=120)

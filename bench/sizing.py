@@ -5,8 +5,8 @@
 No weights are made: models of the published shapes are built lazily, quantised lazily, and asked for their bytes by the
 estimate that ``rsgwm train`` makes before its first step (float16, 4-bit bases; batch of 4 rows of 512 tokens with
 recomputation, all of them trained). An adapter has rank 16 on the seven linear modules of every block. Merge times are
-the measured seconds per parameter and adapter of a default merge, times how many there are; what a module's factors,
-their importance and their copies take at once is counted as ``merge`` holds it. The last line is JSON.
+the measured seconds per parameter and adapter of a default merge, times how many there are; its memory is one module's
+factors of all adapters and what is made of them, and the result twice. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rsgwm.files import read_json_object
-from mlx_rsgwm.merging.merge import COPIES
 from mlx_rsgwm.training.memory import estimate
 
 RANK, ROWS, LENGTH = 16, 4, 512
 POOLS = (4, 64, 1000)
+HELD = 1.5  # what a merge needs over one module's factors; 1.3 is MLX's peak at 64 adapters of TinyLlama's shapes
 KEYS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # hidden, layers, intermediate, heads, key–value heads, vocabulary; embeddings tied or not. From the models' configs.
 BASES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
@@ -81,7 +81,7 @@ def size(shape: tuple[int, int, int, int, int, int, bool], each: float) -> dict[
         rows[count] = {
             "disk_gb": count * parameters * 4 * 4 / 1e9,  # weights; importance of all, draft and verify
             "merge_hours": count * parameters * each / 3600,
-            "merge_gb": (COPIES * count * largest * 4 + 2 * parameters * 4) / 1e9,
+            "merge_gb": (HELD * count * largest * 4 + 2 * parameters * 4) / 1e9,
             "resident_gb": (training.weights + count * parameters * 4) / 1e9,
         }
     return {

@@ -20,16 +20,15 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.progress import SILENT, Progress
 
-# Modules are evaluated together until they have this many entries: those of ΔW, or, where adapters are many, those of
-# their factors with what a merge makes of each (importance, masks, copies).
+# Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries.
 BATCH_ENTRIES = 1 << 24
-COPIES = 8
+BATCH_FACTORS = 1 << 21
 
 
 def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: Progress = SILENT) -> Adapter:
     """One adapter from several, with the diagnosis and the sources in its manifest.
 
-    Adapters given as folders are streamed: memory does not grow with their number.
+    Adapters given as folders are streamed: with their number grows one module's factors, and nothing else.
 
     Raises:
         AdapterError: an adapter is damaged.
@@ -57,7 +56,7 @@ def _merged(
     weights: dict[str, mx.array] = {}
     measured = {}
     waiting: list[Any] = []
-    entries = 0
+    entries = held = 0
     with progress.task(f"merge by {options.method}", len(pool.modules)) as advance:
         for module in _modules(pool, method, options, parameters):
             found = _compressed(method.merge(module), rank, module.key)
@@ -65,11 +64,11 @@ def _merged(
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
             measured[module.name] = measure(module, found)
             waiting += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], measured[module.name]]
-            held = sum(one.a.size + one.b.size for one in module.factors)
-            entries += max(a.shape[0] * b.shape[1], COPIES * held)
-            if entries >= BATCH_ENTRIES:
+            entries += a.shape[0] * b.shape[1]
+            held += sum(one.a.size + one.b.size for one in module.factors)
+            if entries >= BATCH_ENTRIES or held >= BATCH_FACTORS:
                 mx.eval(waiting)
-                waiting, entries = [], 0
+                waiting, entries, held = [], 0, 0
             advance(1, "")
     mx.eval(waiting)
     found_here = diagnosis(measured, [source.label for source in pool.sources])
