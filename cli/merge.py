@@ -104,12 +104,11 @@ def _tell(console: Console, adapters: Sequence[Path], merge: dict[str, Any], out
         console.line(f"cosine to {path}: {cosine:.3f} (its norm: {norm:.4g})")
     console.line(f"cosine to the mean product: {overall['cosine_to_mean_product']:.3f}")
     console.line(f"lost to the rank: {overall['discarded']:.2%} of the squared norm")
-    for leaf in ("a", "b"):
-        if f"kept_{leaf}" in overall:
-            kept = ", ".join(f"{share:.0%}" for share in overall[f"kept_{leaf}"])
-            console.line(
-                f"kept of lora_{leaf}: {kept}; by all adapters {overall[f'overlap_{leaf}']:.0%} of what any keeps"
-            )
+    for suffix, what in (("_a", "lora_a"), ("_b", "lora_b"), ("", "the update")):
+        if f"kept{suffix}" in overall:
+            kept = ", ".join(f"{share:.0%}" for share in overall[f"kept{suffix}"])
+            both = overall[f"overlap{suffix}"]
+            console.line(f"kept of {what}: {kept}; by all adapters {both:.0%} of what any keeps")
     worst = min(found["modules"].items(), key=lambda item: item[1]["norm_share"])
     console.line(f"weakest module: {worst[0]}, norm {worst[1]['norm_share']:.3f} of the sources' mean")
     console.result({"out": out, "merge": {**merge, "diagnosis": found}})

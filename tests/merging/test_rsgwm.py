@@ -191,5 +191,7 @@ def test_diagnosis_tells_what_the_masks_kept(make_adapter):
     assert overall["kept_a"] == pytest.approx([0.7] * 3, abs=0.03)
     assert overall["kept_b"] == pytest.approx([0.7] * 3, abs=0.03)
     assert 0.2 < overall["overlap_a"] < 0.7
-    together = merge([adapters[0]] * 2, MergeOptions()).manifest["merge"]["diagnosis"]["overall"]
-    assert together["overlap_a"] == pytest.approx(1.0)
+    for space, names in (("factor", ("overlap_a", "overlap_b")), ("product", ("overlap",))):
+        together = merge([adapters[0]] * 2, MergeOptions(parameters={"space": space}))
+        found = together.manifest["merge"]["diagnosis"]["overall"]
+        assert [found[name] for name in names] == pytest.approx([1.0] * len(names))
