@@ -1,4 +1,4 @@
-"""Converting an adapter of TinyLlama's shapes to PEFT and back, against copying its bytes.
+"""Converting an adapter of TinyLlama's shapes to PEFT, from PEFT and back, against copying its bytes.
 
     python bench/converting.py [--trials 7] [--out results.json]
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -29,6 +30,7 @@ import numpy as np
 from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter, LoraSpec
 from mlx_rsgwm.converters.base_layers import BaseLayers, Layer
 from mlx_rsgwm.converters.peft import convert_from_peft, convert_to_peft
+from mlx_rsgwm.converters.peft_sidecar import SIDECAR_FOLDER
 
 SHAPES = {
     "self_attn.q_proj": (2048, 2048),
@@ -70,18 +72,22 @@ def copy(source: Path, target: Path) -> None:
 
 
 def measure(dtype: mx.Dtype, trials: int) -> dict[str, Any]:
-    """Median seconds of a copy and of both conversions, one after the other in every trial, the first left out."""
+    """Median seconds of a copy and of the conversions, one after the other in every trial, the first left out."""
     base = tinyllama()
-    seconds: dict[str, list[float]] = {"copy": [], "to_peft": [], "from_peft": []}
+    seconds: dict[str, list[float]] = {"copy": [], "to_peft": [], "from_peft": [], "back": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = random_adapter(base, dtype).save(folder / "adapter")
+        plain = folder / "plain"
+        convert_to_peft(source, "base", plain)
+        shutil.rmtree(plain / SIDECAR_FOLDER)
         for trial in range(trials + 1):
-            copied, there, back = (folder / f"{name}-{trial}" for name in ("copied", "there", "back"))
+            copied, there, ours, back = (folder / f"{name}-{trial}" for name in ("copied", "there", "ours", "back"))
             work: dict[str, Callable[[], Any]] = {
                 "copy": partial(copy, source / WEIGHTS_FILE, copied),
                 "to_peft": partial(convert_to_peft, source, "base", there),
-                "from_peft": partial(convert_from_peft, there, base, back),
+                "from_peft": partial(convert_from_peft, plain, base, ours),
+                "back": partial(convert_from_peft, there, base, back),
             }
             for name, run in work.items():
                 started = time.perf_counter()
@@ -93,8 +99,7 @@ def measure(dtype: mx.Dtype, trials: int) -> dict[str, Any]:
     return {
         "megabytes": size / 1e6,
         "seconds": found,
-        "to_peft_over_copy": found["to_peft"] / found["copy"],
-        "from_peft_over_copy": found["from_peft"] / found["copy"],
+        **{f"{name}_over_copy": found[name] / found["copy"] for name in seconds if name != "copy"},
     }
 
 
@@ -106,8 +111,8 @@ def main() -> None:
     result = {name: measure(getattr(mx, name), arguments.trials) for name in ("float32", "bfloat16")}
     for name, found in result.items():
         shown = ", ".join(f"{key} {value * 1e3:.0f} ms" for key, value in found["seconds"].items())
-        ratios = f"{found['to_peft_over_copy']:.2f} and {found['from_peft_over_copy']:.2f} times the copy"
-        print(f"{name}, {found['megabytes']:.0f} MB: {shown}; {ratios}")
+        ratios = ", ".join(f"{found[f'{one}_over_copy']:.2f}" for one in ("to_peft", "from_peft", "back"))
+        print(f"{name}, {found['megabytes']:.0f} MB: {shown}; over the copy {ratios}")
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
