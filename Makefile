@@ -25,7 +25,7 @@ RUN = $(if $(OPENBLAS),$(if $(CORETYPE),OPENBLAS_CORETYPE="$${OPENBLAS_CORETYPE:
 
 SOURCES := $(shell find mlx_rsgwm converters cli bench -name "*.py" -o -name "*.yaml" -o -name py.typed)
 
-.PHONY: demo test slow faults lint format wheel-check openblas clean help
+.PHONY: demo test slow faults coverage lint format wheel-check openblas clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +42,10 @@ slow: $(VENV)/.test openblas  ## run the long proofs
 
 faults: $(VENV)/.test openblas  ## kill -9 at fifty moments, then thousands of malformed files
 	$(RUN) $(BIN)/python -m pytest -m slow tests/test_faults.py tests/malformed
+
+coverage: $(VENV)/.test openblas  ## run the tests and say which lines they reach; below 90 % fails
+	$(RUN) $(BIN)/python -m coverage run -m pytest -m "not slow"
+	$(BIN)/python -m coverage report --skip-covered
 
 lint: $(VENV)/.test $(VENV)/.wheel  ## ruff, and mypy against an installed copy
 	$(BIN)/ruff check .

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging import consensus
 from mlx_rsgwm.merging.consensus import elected_sum, weighted_sum
-from mlx_rsgwm.merging.module import DenseUpdates, Factors
+from mlx_rsgwm.merging.elementwise import elementwise
+from mlx_rsgwm.merging.module import DenseUpdates, Factors, Module
 from mlx_rsgwm.merging.sparsify import (
     breadcrumbs_mask,
     drawn,
@@ -407,6 +408,34 @@ def test_sce_weighs_by_energy_however_small_the_updates_are():
 def test_sce_selects_among_what_varies():
     deltas = [mx.array([[1.0, 2.0, 3.0, 5.0]]), mx.array([[1.0, 2.0, 1.0, 1.0]])]
     assert (np.array(sce(deltas, [1.0, 1.0], select_topk=0.5)) != 0).tolist() == [[False, False, False, True]]
+
+
+# --- as methods of a module ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_in_factor_space_the_factors_are_merged_apart(name):
+    """A by the first half of the module's key, B by the second; lambda counts once, on B."""
+    row = FAMILY[name]
+    factors = tuple(map(Factors, random_deltas(3, 1, (ROWS, 4)), random_deltas(3, 2, (4, COLUMNS))))
+    parameters = {**row.defaults, "lambda": 0.3, "space": "factor"}
+    module = Module("m", factors, (1.0,) * 3, WEIGHTS, KEY, parameters=parameters)
+    found = elementwise(row.merge)(module)
+    assert isinstance(found, Factors)
+    own = {key: value for key, value in row.defaults.items() if key != "lambda"}
+    key_a, key_b = mx.random.split(KEY)
+    assert mx.array_equal(found.a, row.merge([one.a for one in factors], WEIGHTS, key_a, **own))
+    assert mx.allclose(found.b, 0.3 * row.merge([one.b for one in factors], WEIGHTS, key_b, **own))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_in_product_space_the_updates_are_merged(name):
+    row = FAMILY[name]
+    factors = tuple(low_rank_deltas().factors)
+    parameters = {**row.defaults, "lambda": 0.3, "space": "product"}
+    found = elementwise(row.merge)(Module("m", factors, (1.0,) * 3, WEIGHTS, KEY, parameters=parameters))
+    own = {key: value for key, value in row.defaults.items() if key != "lambda"}
+    assert mx.allclose(found, 0.3 * row.merge([one.dense() for one in factors], WEIGHTS, KEY, **own), atol=1e-6)
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
