@@ -32,7 +32,8 @@ from mlx_rsgwm.data.families import FAMILIES
 from mlx_rsgwm.data.tasks import questions_for
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.pipeline.calibration import load_calibration
-from mlx_rsgwm.pipeline.loop import Answer, Drafted, DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.decisions import Answer, Drafted, LoopConfig
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.prompts import GROWTH, prefill
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.writing import Writer

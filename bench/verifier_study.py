@@ -40,9 +40,10 @@ from mlx_rsgwm.evaluation.intervals import auroc, wilson
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.pipeline.calibration import calibration_error
+from mlx_rsgwm.pipeline.decisions import Drafted, LoopConfig
 from mlx_rsgwm.pipeline.fitting import Judged, fit
 from mlx_rsgwm.pipeline.guarantee import Items, Target
-from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.scores import Scorer
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals

@@ -23,7 +23,8 @@ from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.decisions import LoopConfig
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.processes import ALONE
 from mlx_rsgwm.slots import AdapterSlots

@@ -88,7 +88,7 @@ def chat(console: Console, **loop: Any) -> None:
 
 
 def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[str, Any]:
-    from mlx_rsgwm.pipeline.loop import Answer, Drafted, Scored
+    from mlx_rsgwm.pipeline.decisions import Answer, Drafted, Scored
 
     steps: list[dict[str, Any]] = []
     found: dict[str, Any] = {}

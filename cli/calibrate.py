@@ -61,8 +61,8 @@ def calibrate(
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.evaluation.harness import calibrate as fit_calibration
     from mlx_rsgwm.pipeline.calibration import save_calibration
+    from mlx_rsgwm.pipeline.decisions import LoopConfig
     from mlx_rsgwm.pipeline.guarantee import Target
-    from mlx_rsgwm.pipeline.loop import LoopConfig
     from mlx_rsgwm.pipeline.scores import METHODS
     from mlx_rsgwm.pipeline.verifying import SCORES
 

@@ -12,7 +12,8 @@ from mlx_rsgwm.cli.console import Console
 
 if TYPE_CHECKING:
     from mlx_rsgwm.pipeline.calibration import Calibration
-    from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+    from mlx_rsgwm.pipeline.decisions import LoopConfig
+    from mlx_rsgwm.pipeline.loop import DraftVerify
     from mlx_rsgwm.pipeline.sampling import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -134,7 +135,7 @@ def build_pipeline(
     from dataclasses import replace
 
     from mlx_rsgwm.pipeline.calibration import load_calibration
-    from mlx_rsgwm.pipeline.loop import LoopConfig
+    from mlx_rsgwm.pipeline.decisions import LoopConfig
 
     score, threshold = options["score"], _threshold(options["threshold"])
     provisional = "mean_logprob" if score == "auto" else score

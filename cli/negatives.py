@@ -87,7 +87,8 @@ def negatives(
     from mlx_rsgwm.data.template import Template, find_template
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.evaluation.harness import label_drafts
-    from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+    from mlx_rsgwm.pipeline.decisions import LoopConfig
+    from mlx_rsgwm.pipeline.loop import DraftVerify
     from mlx_rsgwm.pipeline.sampling import Sampling
     from mlx_rsgwm.slots import AdapterSlots
 

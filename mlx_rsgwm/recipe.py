@@ -35,7 +35,8 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.model_folder import fingerprint_of
 from mlx_rsgwm.pipeline.calibration import FILE as CALIBRATION_FILE
 from mlx_rsgwm.pipeline.calibration import load_calibration, save_calibration
-from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.decisions import LoopConfig
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.verifying import SCORES
 from mlx_rsgwm.progress import SILENT, Progress

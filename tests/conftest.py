@@ -214,7 +214,8 @@ def data_folder():
 def make_loop(base, make_adapter):
     """Maker of draft–verify loops of two random adapters: ``make_loop(attempts, max_tokens)``."""
     from mlx_rsgwm.data.template import TEMPLATES
-    from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+    from mlx_rsgwm.pipeline.decisions import LoopConfig
+    from mlx_rsgwm.pipeline.loop import DraftVerify
     from mlx_rsgwm.pipeline.sampling import Sampling
     from mlx_rsgwm.slots import AdapterSlots
 

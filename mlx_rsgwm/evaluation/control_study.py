@@ -31,7 +31,8 @@ from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.records import ItemRecord, write_items
 from mlx_rsgwm.evaluation.report import markdown_table
 from mlx_rsgwm.pipeline.calibration import load_calibration
-from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.decisions import LoopConfig
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.verifying import SCORES
 from mlx_rsgwm.progress import SILENT, Progress

@@ -24,9 +24,10 @@ from mlx_rsgwm.evaluation.held_out import HeldOutItem, explain, header_of, ident
 from mlx_rsgwm.evaluation.journal import Journal, Timing
 from mlx_rsgwm.evaluation.records import Draft, ItemRecord, Reading
 from mlx_rsgwm.pipeline.calibration import Calibration
+from mlx_rsgwm.pipeline.decisions import Drafted, LoopConfig, decide
 from mlx_rsgwm.pipeline.fitting import Judged, fit
 from mlx_rsgwm.pipeline.guarantee import Target
-from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify, LoopConfig, decide
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals
 from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress

@@ -11,7 +11,7 @@ from typing import Any
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.evaluation.answers import STATUSES
-from mlx_rsgwm.pipeline.loop import decide
+from mlx_rsgwm.pipeline.decisions import decide
 from mlx_rsgwm.settings import build
 
 

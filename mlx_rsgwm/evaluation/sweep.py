@@ -29,8 +29,8 @@ from mlx_rsgwm.evaluation.sweep_variants import ROLES, Variant
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import resolved
 from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.pipeline.decisions import Drafted
 from mlx_rsgwm.pipeline.drafting import DraftTokens
-from mlx_rsgwm.pipeline.loop import Drafted
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress

@@ -24,7 +24,8 @@ from mlx_rsgwm.evaluation.intervals import share
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.paper import TABLES, PaperRow, footnotes
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, write_items
-from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.decisions import LoopConfig
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
 

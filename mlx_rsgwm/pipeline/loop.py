@@ -19,100 +19,21 @@ from typing import Literal
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_rsgwm.data.template import Template
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import Below, Parts, split_head, split_layers
 from mlx_rsgwm.pipeline.calibration import Calibration, load_calibration
 from mlx_rsgwm.pipeline.crowd import Crowd
+from mlx_rsgwm.pipeline.decisions import Answer, Drafted, LoopConfig, Scored, Step, decide
 from mlx_rsgwm.pipeline.drafting import DraftRequest, DraftTokens, draft
 from mlx_rsgwm.pipeline.prompts import Along, Trails, can_batch, prefill, remembering
-from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.scores import Scorer
 from mlx_rsgwm.pipeline.verifying import SCORES, Signals, make_reading, read, verdict_ids
 from mlx_rsgwm.pipeline.writing import Writer
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
 
-MODES = ("adaptive", "parallel", "sequential")
-
 # Two more rows in a batch cost a step about a tenth; another batch costs a draft. Alone is worth it from here on.
 ALONE_FROM = 0.85
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Settings of the loop. ``attempts`` counts all drafts of a question, the first included (SPEC 6.6).
-
-    ``abstain``: when no draft is accepted the answer has no text, instead of the best-scored draft's.
-    """
-
-    attempts: int = 3
-    threshold: float = 0.7
-    score: str = "mean_logprob"
-    sampling: Sampling = field(default_factory=Sampling)
-    mode: str = "adaptive"
-    abstain: bool = False
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.attempts < 1:
-            problems.append(f"attempts must be at least 1, found {self.attempts}")
-        if not 0 <= self.threshold <= 1:
-            problems.append(f"threshold must be in [0, 1], found {self.threshold}")
-        if self.score not in SCORES:
-            problems.append(f"score must be one of {', '.join(SCORES)}, found {self.score!r}")
-        if self.mode not in MODES:
-            problems.append(f"mode must be one of {', '.join(MODES)}, found {self.mode!r}")
-        raise_problems("draft–verify loop", problems, RsgwmError)
-
-
-@dataclass(frozen=True)
-class Drafted:
-    """The drafter spoke: attempt number from 1, text, token ids, whether the text ended by itself."""
-
-    attempt: int
-    text: str
-    tokens: tuple[int, ...]
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The verifier spoke: the score of one attempt in [0, 1] and whether it reaches the threshold."""
-
-    attempt: int
-    score: float
-    accepted: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is returned: the accepted draft, or the best-scored one marked as not accepted; no text if abstaining."""
-
-    text: str | None
-    score: float
-    accepted: bool
-    attempts: int
-
-
-Step = Drafted | Scored | Answer
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Outcome of the loop over scores in order: index of the draft returned, attempts used, accepted or not."""
-
-    chosen: int
-    attempts: int
-    accepted: bool
-
-
-def decide(scores: Sequence[float], threshold: float) -> Decision:
-    """The first score at or above ``threshold`` wins; with none, the best one (the earliest of equals)."""
-    for index, score in enumerate(scores):
-        if score >= threshold:
-            return Decision(index, index + 1, True)
-    best = max(range(len(scores)), key=lambda index: (scores[index], -index))
-    return Decision(best, len(scores), False)
 
 
 @dataclass

@@ -12,7 +12,8 @@ from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.harness import describe_run, evaluate, judge, verified_tokens
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, read_items, read_with, write_items
-from mlx_rsgwm.pipeline.loop import Drafted, DraftVerify
+from mlx_rsgwm.pipeline.decisions import Drafted
+from mlx_rsgwm.pipeline.loop import DraftVerify
 
 QUESTIONS = generate("change", 7, 1, "test") + generate("groups", 4, 1, "test")
 

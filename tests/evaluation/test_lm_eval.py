@@ -20,7 +20,7 @@ from mlx_rsgwm.evaluation.lm_eval_model import (
     until,
 )
 from mlx_rsgwm.evaluation.records import ItemRecord
-from mlx_rsgwm.pipeline.loop import Drafted
+from mlx_rsgwm.pipeline.decisions import Drafted
 
 pytest.importorskip("lm_eval")
 

@@ -5,7 +5,8 @@ import pytest
 from mlx_rsgwm.data.families import generate
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.tables import Setting, file_name, measure, table_notes, table_rows
-from mlx_rsgwm.pipeline.loop import DraftVerify, LoopConfig
+from mlx_rsgwm.pipeline.decisions import LoopConfig
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling
 
 VARIANTS = ("default", "balanced", "phase-2 prompts")

@@ -10,8 +10,9 @@ import pytest
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.pipeline.decisions import MODES, Answer, Drafted, LoopConfig, Scored
 from mlx_rsgwm.pipeline.drafting import DraftRequest, draft
-from mlx_rsgwm.pipeline.loop import MODES, Answer, Drafted, DraftVerify, LoopConfig, Scored
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.prompts import prefill, remembering
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.writing import Writer

@@ -7,8 +7,9 @@ import pytest
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.pipeline.decisions import Answer, Drafted, LoopConfig, Scored, decide
 from mlx_rsgwm.pipeline.drafting import DraftRequest, draft
-from mlx_rsgwm.pipeline.loop import Answer, Drafted, DraftVerify, LoopConfig, Scored, decide
+from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling, choose, choose_exact, uniforms
 from mlx_rsgwm.slots import AdapterSlots
 
