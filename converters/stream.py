@@ -37,7 +37,7 @@ DTYPE_NAMES = {
 EXPONENTS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # all bits of the exponent: infinity
 WIDTHS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 # Small arrays are evaluated together: one by one, their number would cost more than their bytes.
-BATCH_BYTES = 1 << 24
+BATCH_BYTES = 1 << 22
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str, str]) -> str:
