@@ -115,7 +115,7 @@ def in_factor_space(module: Module, rule: Rule) -> Factors:
     signed = [math.copysign(root, strength) for root, strength in zip(roots, strengths, strict=True)]
     a = mx.stack([module.factors[index].a for index in chosen])
     b = mx.stack([module.factors[index].b for index in chosen])
-    if len(set(scales)) == 1:  # moves no threshold and no election, so it can wait
+    if len(set(scales)) == 1 and scales[0] > 0:  # moves no threshold and no election, so it can wait
         roots = [root / scales[0] for root in roots]
     else:
         b = b / mx.array(scales)[:, None, None]

@@ -62,7 +62,7 @@ def drawn(probability: float, shape: Sequence[int], key: mx.array) -> mx.array:
     """Independent draws, bool of ``shape``, true with ``probability`` in (0, 1).
 
     From one random bit each at one half, else from 8 or 16 where these come within 1e-4 of the probability: a
-    twentieth to half the time of ``mx.random.bernoulli`` on the CPU, whose 32 bits are most of a DARE merge.
+    seventh to half the time of ``mx.random.bernoulli`` on the CPU, whose 32 bits are most of a DARE merge.
     """
     size = math.prod(shape)
     if probability == 0.5:

@@ -125,11 +125,18 @@ def test_all_eleven_are_there():
 @pytest.mark.parametrize("density", [0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("method", MAJORITY_SIGN_METHODS)
 @pytest.mark.parametrize("kind", FACTOR_TYPES)
-def test_factor_types(kind, method, density):
-    module = make_module(parameters=parameters_of(kind, density, method))
+@pytest.mark.parametrize("scales", [(2.0, 2.0, 0.5), (2.0, 2.0, 2.0)])
+def test_factor_types(kind, method, density, scales):
+    module = make_module(scales=scales, parameters=parameters_of(kind, density, method))
     found = TYPES[kind](module)
     for array, expected in zip((found.a, found.b), reference_factors(kind, module, density, method), strict=True):
         close(array, expected)
+
+
+@pytest.mark.parametrize("kind", FACTOR_TYPES)
+def test_a_draw_elects_plus_in_lora_b_whatever_the_scale(kind):
+    module = make_module(scales=(-2.0, -2.0, -2.0), parameters=parameters_of(kind, 0.5, "frequency"))
+    close(TYPES[kind](module).b, reference_factors(kind, module, 0.5, "frequency")[1])
 
 
 @pytest.mark.parametrize("kind", FACTOR_TYPES)
