@@ -128,7 +128,8 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
         to_gguf(adapter, layers_of(name), target, dtype or "f32")
         return Converted(target, name, adapter.spec, len(adapter.modules()))
 
-    _run(console, source, out, is_mlx, Path.is_file, one, f"GGUF adapter ({dtype or 'f32'})", ".gguf")
+    kind = dtype or "f32"
+    _run(console, source, out, is_mlx, Path.is_file, one, f"GGUF adapter ({kind})", ".gguf", dtype=kind)
 
 
 @convert.command("from-gguf")
@@ -183,8 +184,12 @@ def _run(
     one: Callable[[Path, Path], Converted],
     noun: str,
     suffix: str = "",
+    **about: Any,
 ) -> None:
-    """Convert one adapter, or every one below a folder that is none itself, to its name with ``suffix``."""
+    """Convert one adapter, or every one below a folder that is none itself, to its name with ``suffix``.
+
+    ``about``: what the result of one says beyond its facts.
+    """
     from mlx_rsgwm.converters.bulk import adapter_folders, convert_all
 
     if is_adapter(source) or not adapter_folders(source, is_adapter):
@@ -193,7 +198,7 @@ def _run(
             f"{out}: {noun} for {found.base}, rank {found.spec.rank}, scale {found.spec.scale:g}, "
             f"{found.modules} modules"
         )
-        console.result({"out": out, **_facts(found)})
+        console.result({"out": out, **_facts(found), **about})
     else:
         _report(console, convert_all(source, out, is_adapter, is_result, one, suffix, console.progress))
 

@@ -201,5 +201,6 @@ def test_the_command(request, tmp_path):
     folder = request.getfixturevalue("make_adapter")(1).save(tmp_path / "adapter")
     result = CliRunner().invoke(rsgwm, ["convert", "to-gguf", str(folder), str(tmp_path / "a.gguf"), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["modules"] == 4
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert (told["modules"], told["dtype"]) == (4, "f32")
     assert len(read(tmp_path / "a.gguf")[1]) == 8
