@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -380,6 +381,11 @@ def _explain_missing_weights(folder: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the components that shape results, for manifests and reports."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {}
     for package in ("mlx-rsgwm", "mlx", "mlx-lm", "numpy", "transformers"):
         try:

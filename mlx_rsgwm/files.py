@@ -165,7 +165,7 @@ def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
+            while block := file.read(1 << 17):
                 digest.update(block)
     except OSError as error:
         raise RsgwmError(f"cannot read {path}: {error.strerror or error}") from error

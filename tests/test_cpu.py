@@ -19,7 +19,6 @@ def test_model_is_the_same(tiny_base):
     plain, quick = (load_model(tiny_base)[0] for _ in range(2))
     cpu.quicken(quick)
     assert type(quick.model.layers[0].mlp) is cpu.GatedMlp
-    assert type(quick.model.layers[0].self_attn.q_proj) is cpu.FlatLinear
     assert type(quick.model.layers[0].self_attn).__call__.__globals__["scaled_dot_product_attention"] is cpu.attention
     assert mx.allclose(plain(ids), quick(ids), rtol=1e-5, atol=1e-5).item()
     assert plain.parameters().keys() == quick.parameters().keys()
@@ -100,13 +99,21 @@ def test_attention_hands_on_what_is_not_float32():
     assert mx.array_equal(found, expected).item()
 
 
-@pytest.mark.parametrize("place", [0, 7, 62])
-def test_partition_puts_the_same_value_at_its_place(place):
-    values = mx.random.normal((3, 63))
-    found, expected = cpu.partition(values, place), mx.sort(values, axis=-1)
-    assert mx.array_equal(found[:, place], expected[:, place]).item()
-    assert mx.array_equal(mx.sort(found[:, : place + 1], axis=-1), expected[:, : place + 1]).item()
-    best = mx.sort(mx.take_along_axis(values, cpu.largest(values, place + 1), axis=-1), axis=-1)
-    assert mx.array_equal(best, expected[:, 63 - place - 1 :]).item()
+@pytest.mark.parametrize("places", [(0,), (7,), (62,), (0, 1), (7, 8), (3, 3, 40), (61, 62), (0, 20, 62)])
+@pytest.mark.parametrize("quick", [True, False])
+def test_order_statistics_are_what_sorting_puts_there(monkeypatch, places, quick):
+    monkeypatch.setattr(cpu, "applies", lambda: quick)
+    values = mx.round(mx.random.normal((3, 63)) * 8) / 8  # many are equal
+    before = mx.array(values)
+    expected = mx.sort(values, axis=-1)[:, list(places)]
+    assert mx.array_equal(cpu.order_statistics(values, *places), expected).item()
     flat = values.reshape(-1)
-    assert cpu.partition(flat, 100)[100].item() == mx.sort(flat)[100].item()
+    assert mx.array_equal(cpu.order_statistics(flat, *places), mx.sort(flat)[list(places)]).item()
+    assert mx.array_equal(values, before).item()
+
+
+@pytest.mark.parametrize("count", [1, 8, 63])
+def test_the_largest_are_found(count):
+    values = mx.random.normal((3, 63))
+    best = mx.sort(mx.take_along_axis(values, cpu.largest(values, count), axis=-1), axis=-1)
+    assert mx.array_equal(best, mx.sort(values, axis=-1)[:, 63 - count :]).item()

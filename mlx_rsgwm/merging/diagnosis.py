@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.merging.lowrank import Truncated, cross, owner_matrix, stack
+from mlx_rsgwm.merging.lowrank import Truncated, cross, gram, owner_matrix, stack
 from mlx_rsgwm.merging.module import Factors, Module
 
 COLLAPSE_SHARE = 0.01
@@ -23,13 +23,19 @@ def measure(module: Module, merged: Truncated) -> dict[str, mx.array]:
     Arrays, not yet evaluated: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the
     sources‖², ``whole`` and ``discarded`` (before truncation, and lost by it). Time is linear in T.
     """
-    factors = merged.factors
-    squares, square_of_sum = _squares(module.factors)
+    updates, factors = module.factors, merged.factors
+    if sum(one.rank for one in updates) + factors.rank <= STACKED_RANK:
+        products = gram((*updates, factors))  # one stack for everything
+        square, squares, dots = products[-1, -1], mx.diag(products[:-1, :-1]), products[-1, :-1]
+        square_of_sum = products[:-1, :-1].sum()
+    else:
+        squares, square_of_sum = _squares(updates)
+        square, dots = cross(factors, factors), _dots(factors, updates)
     return {
-        "square": cross(factors, factors),
+        "square": square,
         "squares": squares,
-        "dots": _dots(factors, module.factors),
-        "mean_square": square_of_sum / len(module.factors) ** 2,
+        "dots": dots,
+        "mean_square": square_of_sum / len(updates) ** 2,
         "whole": merged.square,
         "discarded": merged.discarded,
         **{f"note/{name}": value for name, value in module.notes.items()},

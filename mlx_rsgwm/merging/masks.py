@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import partition
+from mlx_rsgwm.cpu import order_statistics
 
 SCOPES = ("tensor", "factor", "module", "global")
 NORMALISATIONS = ("norm", "mean", "none", "rank")
@@ -18,17 +18,14 @@ BIN_BITS = 20
 
 
 def quantile(values: mx.array, tau: float) -> mx.array:
-    """The ``tau``-quantile of all entries, linearly interpolated as ``numpy.quantile`` does; a float32 scalar.
-
-    Partitions instead of sorting.
-    """
+    """The ``tau``-quantile of all entries, linearly interpolated as ``numpy.quantile`` does; a float32 scalar."""
     flat = values.astype(mx.float32).reshape(-1)
     position = tau * (flat.size - 1)
     low = int(position)
-    parted = partition(flat, low)
     if low + 1 == flat.size:
-        return parted[low]
-    return parted[low] + (parted[low + 1 :].min() - parted[low]) * (position - low)
+        return order_statistics(flat, low)[0]
+    below, above = order_statistics(flat, low, low + 1)
+    return below + (above - below) * (position - low)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _merged(
     mx.eval(waiting)
     found_here = diagnosis(measured, [source.label for source in pool.sources])
     merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, found_here))
-    raise_problems(f"{options.method} merge", merged.problems())
+    raise_problems(f"{options.method} merge", merged.shape_problems())  # the diagnosis refuses what is not finite
     return merged
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import partition
+from mlx_rsgwm.cpu import order_statistics
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.sparsify import drawn
@@ -53,18 +53,17 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 
 
-def thresholds(deltas: mx.array, density: float) -> mx.array:
-    """The smallest magnitude among the int(density · n) largest of every delta (n entries): (T, n) to (T, 1).
+def thresholds(magnitudes: mx.array, density: float) -> mx.array:
+    """The smallest among the int(density · n) largest magnitudes of every delta (n entries): (T, n) to (T, 1).
 
     +∞ when that is none of them. Entries whose magnitudes equal it all stay, where PEFT keeps an unspecified choice
     among them.
     """
-    size = deltas.shape[1]
+    size = magnitudes.shape[1]
     count = int(density * size)
     if count == 0:
-        return mx.full((deltas.shape[0], 1), math.inf)
-    place = size - count
-    return partition(mx.abs(deltas), place)[:, place : place + 1]
+        return mx.full((magnitudes.shape[0], 1), math.inf)
+    return order_statistics(magnitudes, size - count)
 
 
 def keep_masks(count: int, size: int, density: float, key: mx.array) -> mx.array:
@@ -125,22 +124,25 @@ def in_factor_space(module: Module, rule: Rule) -> Factors:
 
 def _merged(module: Module, rule: Rule, deltas: mx.array, weights: Sequence[float], key: mx.array) -> mx.array:
     flat = deltas.reshape(deltas.shape[0], -1)
-    least = thresholds(flat, module.parameters["density"]) if rule.dropped == "magnitude" else None
-    return _applied(module, rule, flat, weights, least, key).reshape(deltas.shape[1:])
+    large = None
+    if rule.dropped == "magnitude":
+        magnitudes = mx.abs(flat)
+        large = magnitudes >= thresholds(magnitudes, module.parameters["density"])
+    return _applied(module, rule, flat, weights, large, key).reshape(deltas.shape[1:])
 
 
 def _applied(
-    module: Module, rule: Rule, deltas: mx.array, weights: Sequence[float], least: mx.array | None, key: mx.array
+    module: Module, rule: Rule, deltas: mx.array, weights: Sequence[float], large: mx.array | None, key: mx.array
 ) -> mx.array:
-    """``rule`` on (T, n) deltas: (n,)."""
+    """``rule`` on (T, n) deltas, of which ``large`` (bool) stay when it drops by magnitude: (n,)."""
     density = module.parameters.get("density", 1.0)
     count, size = deltas.shape
     gain = 1.0
     if density < 1 and rule.dropped == "random":
         # PEFT divides by the density before the election. A factor that all tasks share moves no election.
         deltas, gain = deltas * keep_masks(count, size, density, key), 1 / density
-    elif density < 1 and least is not None:
-        deltas = deltas * (mx.abs(deltas) >= least)
+    elif density < 1 and large is not None:
+        deltas = deltas * large
     coefficients = gain * mx.array(list(weights))
     if rule.elects:
         return elected_mean(deltas, coefficients, module.parameters["majority_sign_method"])
@@ -158,7 +160,7 @@ def in_product_space(module: Module, rule: Rule) -> mx.array:
     if rule.dropped == "magnitude":
         found = []
         for delta in module.dense_updates:
-            found.append(thresholds(delta.reshape(1, -1), module.parameters["density"]))
+            found.append(thresholds(mx.abs(delta).reshape(1, -1), module.parameters["density"]))
             mx.eval(found)
         least = mx.concatenate(found)
     spans = list(bands(module))
@@ -166,7 +168,8 @@ def in_product_space(module: Module, rule: Rule) -> mx.array:
     for (start, stop), key in zip(spans, mx.random.split(module.key, len(spans)), strict=True):
         deltas = mx.stack([one.a[start:stop] @ one.b for one in module.factors])
         flat = deltas.reshape(deltas.shape[0], -1)
-        merged.append(_applied(module, rule, flat, module.weights, least, key).reshape(deltas.shape[1:]))
+        large = None if least is None else mx.abs(flat) >= least
+        merged.append(_applied(module, rule, flat, module.weights, large, key).reshape(deltas.shape[1:]))
         mx.eval(merged)
     return mx.concatenate(merged)
 

@@ -26,6 +26,9 @@ from mlx_rsgwm.training.grams import load_grams
 
 Arrays = dict[str, mx.array]
 
+# Files are hashed beside the work, by a few threads: one alone reads more than a merge takes in the same time.
+HASHING_THREADS = 2
+
 
 @dataclass(frozen=True)
 class Source:
@@ -158,7 +161,7 @@ class Pool:
         Raises:
             AdapterError: naming the files that were changed, or the arrays that are not finite.
         """
-        with ThreadPoolExecutor() as workers:
+        with ThreadPoolExecutor(HASHING_THREADS) as workers:
             hashed = [workers.submit(check_hashes, one.folder, one.manifest) for one in self.sources if one.folder]
             try:
                 if signal is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import partition
+from mlx_rsgwm.cpu import order_statistics
 
 SPARSIFICATIONS = ("none", "magnitude", "bernoulli", "della", "breadcrumbs")
 RESCALES = ("none", "density", "l1")
@@ -96,7 +96,7 @@ def magnitude_mask(delta: mx.array, density: float) -> mx.array:
     """
     magnitudes = mx.abs(delta)
     dropped = delta.size - keep_count(delta.size, density)
-    return magnitudes >= partition(magnitudes.reshape(-1), dropped)[dropped]
+    return magnitudes >= order_statistics(magnitudes.reshape(-1), dropped)
 
 
 def breadcrumbs_mask(delta: mx.array, density: float, gamma: float) -> mx.array:
@@ -108,9 +108,8 @@ def breadcrumbs_mask(delta: mx.array, density: float, gamma: float) -> mx.array:
     magnitudes = mx.abs(delta)
     kept = keep_count(delta.size, density)
     bottom = max(0, delta.size - kept - int(gamma * delta.size))
-    upper = partition(magnitudes.reshape(-1), bottom)[bottom:]
-    highest = partition(upper, kept - 1)[kept - 1]
-    return (magnitudes >= upper[0]) & (magnitudes <= highest)
+    lowest, highest = order_statistics(magnitudes.reshape(-1), bottom, bottom + kept - 1)
+    return (magnitudes >= lowest) & (magnitudes <= highest)
 
 
 def keep_probabilities(delta: mx.array, density: float, epsilon: float) -> mx.array:

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import partition
+from mlx_rsgwm.cpu import order_statistics
 from mlx_rsgwm.merging.consensus import ELECTIONS, NORMALISATIONS, elected_sum, settle, weighted_sum
 from mlx_rsgwm.merging.sparsify import RESCALES, keep_count, sparsified
 
@@ -92,7 +92,7 @@ def _varying(deltas: Sequence[mx.array], share: float) -> mx.array:
         settle({"mean": mean, "spread": spread}, len(deltas))
     varying: Any = (spread > 0).sum().item()
     dropped = spread.size - keep_count(varying, share) if varying else 0
-    return spread >= partition(spread.reshape(-1), dropped)[dropped]
+    return spread >= order_statistics(spread.reshape(-1), dropped)
 
 
 @dataclass(frozen=True)
