@@ -25,10 +25,14 @@ BATCH_ENTRIES = 1 << 24
 BATCH_FACTORS = 1 << 21
 
 
-def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: Progress = SILENT) -> Adapter:
+def merge(
+    adapters: Sequence[Adapter | Path], options: MergeOptions, progress: Progress = SILENT, diagnosed: bool = True
+) -> Adapter:
     """One adapter from several, with the diagnosis and the sources in its manifest.
 
-    Adapters given as folders are streamed: with their number grows one module's factors, and nothing else.
+    Adapters given as folders are streamed: with their number grows one module's factors, and nothing else. With
+    ``diagnosed`` False the diagnosis is left out, and with it the refusal of a merge that collapses: for a caller who
+    looks at the result in another way, and has a use for up to two thirds of the time.
 
     Raises:
         AdapterError: an adapter is damaged.
@@ -45,11 +49,16 @@ def merge(adapters: Sequence[Adapter | Path], options: MergeOptions, progress: P
     if signal is not None:
         pool.require_signal(signal)
     with pool.checked(signal):
-        return _merged(pool, method, options, parameters, progress)
+        return _merged(pool, method, options, parameters, progress, diagnosed)
 
 
 def _merged(
-    pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any], progress: Progress
+    pool: Pool,
+    method: Method,
+    options: MergeOptions,
+    parameters: Mapping[str, Any],
+    progress: Progress,
+    diagnosed: bool,
 ) -> Adapter:
     rank = options.rank or _usual_rank(method, pool)
     spec = merged_spec(pool, rank)
@@ -62,7 +71,7 @@ def _merged(
             found = _compressed(method.merge(module), rank, module.key)
             a, b = _padded(found.factors, rank)
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
-            measured[module.name] = measure(module, found)
+            measured[module.name] = measure(module, found) if diagnosed else {}
             waiting += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], measured[module.name]]
             entries += a.shape[0] * b.shape[1]
             held += sum(one.a.size + one.b.size for one in module.factors)
@@ -71,9 +80,10 @@ def _merged(
                 waiting, entries, held = [], 0, 0
             advance(1, "")
     mx.eval(waiting)
-    found_here = diagnosis(measured, [source.label for source in pool.sources])
+    found_here = diagnosis(measured, [source.label for source in pool.sources]) if diagnosed else None
     merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, found_here))
-    raise_problems(f"{options.method} merge", merged.shape_problems())  # the diagnosis refuses what is not finite
+    # A diagnosis refuses what is not finite.
+    raise_problems(f"{options.method} merge", merged.shape_problems() if diagnosed else merged.problems())
     return merged
 
 
@@ -152,7 +162,7 @@ def _key(seed: int, module: str) -> mx.array:
 
 
 def _manifest(
-    pool: Pool, options: MergeOptions, parameters: Mapping[str, Any], rank: int, found: dict[str, Any]
+    pool: Pool, options: MergeOptions, parameters: Mapping[str, Any], rank: int, found: dict[str, Any] | None
 ) -> dict[str, Any]:
     first = pool.sources[0].manifest
     hashes = {source.template_hash for source in pool.sources}
@@ -171,7 +181,7 @@ def _manifest(
             "seed": options.seed,
             "sources": [source.describe() for source in pool.sources],
             "warnings": list(pool.warnings),
-            "diagnosis": found,
+            **({"diagnosis": found} if found else {}),
         },
         "versions": versions(),
     }

@@ -155,8 +155,8 @@ class Pool:
 
         Hashing lets go of Python's lock, so it runs beside the work. The importance of ``signal`` is checked first: an
         entry that is not a number would silently count as unimportant. Weights that are not finite show in a merge's
-        diagnosis; after any failure they are looked at, since a damaged adapter explains it better. An adapter in
-        memory was checked when it was loaded.
+        diagnosis; after any failure they are looked at, since a damaged adapter explains it better. The importance of
+        an adapter in memory was checked when it was loaded.
 
         Raises:
             AdapterError: naming the files that were changed, or the arrays that are not finite.
@@ -165,20 +165,14 @@ class Pool:
             hashed = [workers.submit(check_hashes, one.folder, one.manifest) for one in self.sources if one.folder]
             try:
                 if signal is not None:
-                    self._check_finite("importance ", lambda source: source.importance(signal))
+                    streamed = [source for source in self.sources if source.folder]
+                    _check_finite(streamed, "importance ", lambda source: source.importance(signal))
                 yield
             except Exception:
                 _wait(hashed)
-                self._check_finite("", Source.weights)
+                _check_finite(self.sources, "", Source.weights)
                 raise
             _wait(hashed)
-
-    def _check_finite(self, what: str, arrays_of: Callable[[Source], Arrays]) -> None:
-        for source in self.sources:
-            found = not_finite(arrays_of(source), drop=True) if source.folder else []
-            raise_problems(
-                source.label, [f"{what}{name} has values that are not finite" for name in found], AdapterError
-            )
 
     @property
     def modules(self) -> list[str]:
@@ -303,6 +297,12 @@ def _doubts(sources: Sequence[Source]) -> list[str]:
     if any(set(source.shapes) != shared for source in sources):
         doubts.append("the adapters differ in modules: where an adapter has none its update counts as zero")
     return doubts
+
+
+def _check_finite(sources: Sequence[Source], what: str, arrays_of: Callable[[Source], Arrays]) -> None:
+    for source in sources:
+        found = not_finite(arrays_of(source), drop=True)
+        raise_problems(source.label, [f"{what}{name} has values that are not finite" for name in found], AdapterError)
 
 
 def _wait(hashed: Sequence[Future[None]]) -> None:

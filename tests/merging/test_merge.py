@@ -1,6 +1,7 @@
 """The driver: what it refuses, what it measures, how it streams, overrides, mixed adapters."""
 
 import weakref
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -95,6 +96,20 @@ def test_an_importance_is_dropped_when_the_next_is_read(make_adapter, monkeypatc
     monkeypatch.setattr(Pool, "importances", watched)
     merge(adapters, MergeOptions(method))
     assert most <= 6  # of 16: the pair at hand, and those that loops still name
+
+
+@pytest.mark.parametrize("method", ["rsgwm", "ties", "peft:linear"])
+def test_without_a_diagnosis_the_merge_is_the_same_and_still_finite(make_adapter, tmp_path, method):
+    adapters = [make_adapter(seed) for seed in range(2)]
+    folders = [adapter.save(tmp_path / str(index)) for index, adapter in enumerate(adapters)]
+    plain, told = (merge(folders, MergeOptions(method), diagnosed=diagnosed) for diagnosed in (False, True))
+    assert all(mx.array_equal(value, plain.weights[name]).item() for name, value in told.weights.items())
+    assert "diagnosis" not in plain.manifest["merge"]
+    assert plain.save(tmp_path / "merged").is_dir()
+    first = next(iter(adapters[0].weights))
+    damaged = replace(adapters[0], path=None, weights={**adapters[0].weights, first: adapters[0].weights[first] * mx.inf})
+    with pytest.raises(RsgwmError, match="not finite"):
+        merge([damaged, adapters[1]], MergeOptions(method), diagnosed=False)
 
 
 def test_folders_and_adapters_in_memory_give_the_same(make_adapter, tmp_path):

@@ -126,8 +126,9 @@ def test_all_eleven_are_there():
 @pytest.mark.parametrize("method", MAJORITY_SIGN_METHODS)
 @pytest.mark.parametrize("kind", FACTOR_TYPES)
 @pytest.mark.parametrize("scales", [(2.0, 2.0, 0.5), (2.0, 2.0, 2.0)])
-def test_factor_types(kind, method, density, scales):
-    module = make_module(scales=scales, parameters=parameters_of(kind, density, method))
+@pytest.mark.parametrize("weights", [(0.2, 0.5, 1.5), (0.5, 0.5, 0.5)])
+def test_factor_types(kind, method, density, scales, weights):
+    module = make_module(scales=scales, weights=weights, parameters=parameters_of(kind, density, method))
     found = TYPES[kind](module)
     for array, expected in zip((found.a, found.b), reference_factors(kind, module, density, method), strict=True):
         close(array, expected)
