@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import order_statistics
+from mlx_rsgwm.cpu import ones_where, order_statistics
 
 ROWS = 11
 
@@ -38,9 +38,11 @@ def compare(plain: Callable[[], mx.array], quick: Callable[[], mx.array]) -> dic
 def main() -> None:
     """A SwiGLU gate of SmolLM2-135M for 16 × 56 tokens; the median of one of TinyLlama's factors of rank 16."""
     gate, factor = mx.random.normal((16, 56, 1536)), mx.random.normal((2048 * 16,))
-    mx.eval(gate, factor)
+    mask = gate > 0
+    mx.eval(gate, factor, mask)
     rows = {
         "exponential": compare(lambda: mx.exp(gate), lambda: mx.power(math.e, gate)),
+        "mask, 16 x 56 x 1536": compare(lambda: gate * mask, lambda: gate * ones_where(mask)),
         "median of 32768": compare(
             lambda: mx.partition(factor, 16384)[16384], lambda: order_statistics(factor, 16384)[0]
         ),

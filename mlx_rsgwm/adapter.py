@@ -5,6 +5,7 @@ Layout and promises are in docs/formats.md. An :class:`Adapter` never knows a mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -312,9 +313,10 @@ def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
     everything = list(arrays)
     for start in range(0, len(everything), CHECKED_TOGETHER):
         names = everything[start : start + CHECKED_TOGETHER]
-        # 0 · ∞ and 0 · NaN are NaN: a third of the time of isfinite on the CPU.
-        zeros: Any = mx.stack([(arrays[name] * 0).sum().astype(mx.float32) for name in names]).tolist()
-        found += [name for name, zero in zip(names, zeros, strict=True) if zero != 0]
+        # What is not finite shows in the sum, at half the time of isfinite on the CPU; a finite sum may overflow too.
+        sums: Any = mx.stack([arrays[name].sum().astype(mx.float32) for name in names]).tolist()
+        doubtful = [name for name, total in zip(names, sums, strict=True) if not math.isfinite(total)]
+        found += [name for name in doubtful if not mx.isfinite(arrays[name]).all().item()]
         for name in names if drop else ():
             del arrays[name]
     return found

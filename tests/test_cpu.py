@@ -112,6 +112,13 @@ def test_order_statistics_are_what_sorting_puts_there(monkeypatch, places, quick
     assert mx.array_equal(values, before).item()
 
 
+@pytest.mark.parametrize("mask", [mx.array([[True, False], [False, True]]), mx.array([[1.0, 0.0], [0.0, 2.0]])])
+def test_ones_where_a_mask_is_true(mask):
+    ones = cpu.ones_where(mask.T)
+    assert ones.tolist() == [[1, 0], [0, 1]]
+    assert (mx.full((2, 2), 0.5) * ones).dtype == mx.float32
+
+
 @pytest.mark.parametrize("count", [1, 8, 63])
 def test_the_largest_are_found(count):
     values = mx.random.normal((3, 63))

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm.cpu import ones_where
 from mlx_rsgwm.errors import RsgwmError
 
 ELECTIONS = ("sum", "count")
@@ -65,12 +66,12 @@ def elected_sum(
     if "votes" in sums:
         winner = mx.sign(2 * mx.sign(sums["votes"]) + winner)
     # Products with masks, because mx.where takes six times as long on the CPU.
-    plus, minus = winner > 0, winner < 0
+    plus, minus = ones_where(winner > 0), ones_where(winner < 0)
     total = sums["positive"] * plus + sums["negative"] * minus
     if normalise == "none":
         return total
     agreeing = sums["above"] * plus + sums["below"] * minus
-    return total / (agreeing + (agreeing == 0))
+    return total / (agreeing + ones_where(agreeing == 0))
 
 
 def _parts(
@@ -85,7 +86,7 @@ def _parts(
         parts["votes"] = update * ballot
     if normalise == "weights":
         strength: Any = abs(weight)
-        parts |= {"above": (share > 0) * strength, "below": (share < 0) * strength}
+        parts |= {"above": ones_where(share > 0) * strength, "below": ones_where(share < 0) * strength}
     return parts
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import order_statistics
+from mlx_rsgwm.cpu import ones_where, order_statistics
 
 SCOPES = ("tensor", "factor", "module", "global")
 NORMALISATIONS = ("norm", "mean", "none", "rank")
@@ -79,7 +79,7 @@ class MaskedMean:
 
     def add(self, delta: mx.array, importance: mx.array, mask: mx.array) -> None:
         """One task's Δ_t, s_t and m_t (bool)."""
-        kept = mask.astype(mx.float32)  # once: each product with booleans would convert them again
+        kept = ones_where(mask).astype(mx.float32)  # once: each product with booleans would convert them again
         weight = importance * kept
         self._numerator = self._numerator + weight * delta
         self._denominator = self._denominator + weight

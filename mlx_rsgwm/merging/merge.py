@@ -20,9 +20,10 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.progress import SILENT, Progress
 
-# Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries.
-BATCH_ENTRIES = 1 << 24
-BATCH_FACTORS = 1 << 21
+# Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries, and while
+# one such batch is computed the next is described.
+BATCH_ENTRIES = 1 << 23
+BATCH_FACTORS = 1 << 20
 
 
 def merge(
@@ -64,6 +65,7 @@ def _merged(
     spec = merged_spec(pool, rank)
     weights: dict[str, mx.array] = {}
     measured = {}
+    computing: list[Any] = []
     waiting: list[Any] = []
     entries = held = 0
     with progress.task(f"merge by {options.method}", len(pool.modules)) as advance:
@@ -76,10 +78,11 @@ def _merged(
             entries += a.shape[0] * b.shape[1]
             held += sum(one.a.size + one.b.size for one in module.factors)
             if entries >= BATCH_ENTRIES or held >= BATCH_FACTORS:
-                mx.eval(waiting)
-                waiting, entries, held = [], 0, 0
+                mx.async_eval(waiting)
+                mx.eval(computing)
+                computing, waiting, entries, held = waiting, [], 0, 0
             advance(1, "")
-    mx.eval(waiting)
+    mx.eval(computing, waiting)
     found_here = diagnosis(measured, [source.label for source in pool.sources]) if diagnosed else None
     merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, found_here))
     # A diagnosis refuses what is not finite.

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import order_statistics
+from mlx_rsgwm.cpu import ones_where, order_statistics
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.sparsify import drawn
@@ -90,7 +90,7 @@ def elected_mean(kept: mx.array, weights: mx.array, method: str) -> mx.array:
     """
     ones = mx.ones((kept.shape[0],))  # a product with it sums in half the time of sum(axis=0) on the CPU
     votes = ones @ (kept if method == "total" else mx.sign(kept))
-    elected = 2.0 * (votes >= 0) - 1.0
+    elected = mx.sign(mx.sign(votes) + 0.5)
     agreeing = mx.maximum(kept * elected, 0.0)
     return elected * (weights @ agreeing) / mx.maximum(ones @ mx.sign(agreeing), 1.0)
 
@@ -151,9 +151,9 @@ def _applied(
     gain = 1.0
     if density < 1 and rule.dropped == "random":
         # PEFT divides by the density before the election. A factor that all tasks share moves no election.
-        deltas, gain = deltas * keep_masks(count, size, density, key), 1 / density
+        deltas, gain = deltas * ones_where(keep_masks(count, size, density, key)), 1 / density
     elif density < 1 and large is not None:
-        deltas = deltas * large
+        deltas = deltas * ones_where(large)
     coefficients = gain * mx.array(list(weights))
     if rule.elects:
         return elected_mean(deltas, coefficients, module.parameters["majority_sign_method"])

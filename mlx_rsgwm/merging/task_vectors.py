@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import order_statistics
+from mlx_rsgwm.cpu import ones_where, order_statistics
 from mlx_rsgwm.merging.consensus import ELECTIONS, NORMALISATIONS, elected_sum, settle, weighted_sum
 from mlx_rsgwm.merging.sparsify import RESCALES, keep_count, sparsified
 
@@ -76,7 +76,7 @@ def sce(
     mask = _varying(deltas, select_topk) if select_topk < 1 else None
 
     def kept() -> Iterator[mx.array]:
-        return (delta if mask is None else delta * mask for delta in deltas)
+        return (delta if mask is None else delta * ones_where(mask) for delta in deltas)
 
     energies = [mx.square(update).mean() * weight for update, weight in zip(kept(), weights, strict=True)]
     return elected_sum(kept(), energies, ballots=weights)
