@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
-from mlx_rsgwm.adapter import MANIFEST_FILE, is_complete
+from mlx_rsgwm.adapter import MANIFEST_FILE, Adapter, is_complete
 from mlx_rsgwm.base import Base, load_base
 from mlx_rsgwm.cli.console import LineProgress
-from mlx_rsgwm.data.corpus import CorpusRow, make_rows, save_corpus
+from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, make_rows, save_corpus
 from mlx_rsgwm.data.families import NAMES, THINGS, generate, split_of
 from mlx_rsgwm.data.sources import Question, load_jsonl
 from mlx_rsgwm.data.template import find_template
@@ -36,6 +36,7 @@ from mlx_rsgwm.evaluation.sweep_report import plot, render_table, write_sweep
 from mlx_rsgwm.evaluation.sweep_variants import parse_variants
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
+from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, save_grams
 from mlx_rsgwm.training.loop import finish, train
 
 BASE = "smollm2-135m"
@@ -45,7 +46,7 @@ JUDGED_ITEMS = 10
 MAX_TOKENS = 32
 METHODS = (
     "linear,rsgwm,rsgwm:normalise=mean/rank,paper-literal",
-    "linear:space=factor,norm_equalised,ties,dare_ties,sce,fisher,knots,model_stock",
+    "linear:space=factor,norm_equalised,ties,dare_ties,sce,fisher,regmean,knots,model_stock",
     "rsgwm:signal=shared,normalise=mean,rsgwm:tau=0.5,normalise=mean",
     "rsgwm:space=product,normalise=mean,rsgwm:space=product,signal=shared,normalise=mean",
 )
@@ -139,6 +140,16 @@ def train_pool(base: Base, pool: str, seed: int, folder: Path) -> None:
     train_one(base, everything, {}, folder / "joint", seed)
 
 
+def collect(base: Base, pool: str, folder: Path) -> None:
+    """Gram matrices of every adapter's inputs over its own training rows, for RegMean."""
+    for family in POOLS[pool]:
+        adapter = Adapter.load(folder / family.task)
+        if not (folder / family.task / GRAMS_FILE).is_file():
+            corpus = load_corpus(folder / "data" / family.task)
+            found, metadata = collect_grams(base, adapter, corpus, progress=LineProgress())
+            save_grams(adapter, base, corpus, found, metadata)
+
+
 def sweep(base: Base, pool: str, seed: int, folder: Path, methods: Sequence[str]) -> Measured:
     """Every merge of one trained pool on its held-out questions."""
     tasks = [family.task for family in POOLS[pool]]
@@ -172,6 +183,7 @@ def main() -> None:
     for pool in pools:
         for seed in seeds:
             train_pool(base, pool, seed, options.folder / pool / f"seed-{seed}")
+            collect(base, pool, options.folder / pool / f"seed-{seed}")
     if options.stage == "train":
         return
     found: dict[str, Any] = {}

@@ -27,7 +27,7 @@ from mlx_rsgwm.evaluation.harness import judge
 from mlx_rsgwm.evaluation.sweep_meter import Labelled, Meter
 from mlx_rsgwm.evaluation.sweep_variants import ROLES, Variant
 from mlx_rsgwm.merging.merge import merge
-from mlx_rsgwm.merging.methods import resolved
+from mlx_rsgwm.merging.methods import find_method, resolved
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.pipeline.decisions import Drafted
 from mlx_rsgwm.pipeline.drafting import DraftTokens
@@ -35,6 +35,7 @@ from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.training.grams import GRAMS_FILE
 
 FORMAT_VERSION = 1
 ITEMS_FILE = "items.json"
@@ -255,8 +256,13 @@ class Sweep:
     def _depends_on(self, candidate: Candidate) -> Any:
         """What a candidate's outcome depends on beyond the plan's items and the labelled answers."""
         if candidate.variant is not None:
-            options = [_plain({**vars(one), "parameters": resolved(one)}) for one in self._both(candidate.variant)]
-            return [[self._identities[folder] for folder in self.plan.pool], options]
+            both = self._both(candidate.variant)
+            options = [_plain({**vars(one), "parameters": resolved(one)}) for one in both]
+            sources = [self._identities[folder] for folder in self.plan.pool]
+            if any("grams" in find_method(one.method).needs for one in both):
+                grams = [folder / GRAMS_FILE for folder in self.plan.pool]
+                return [sources, options, [files.sha256_file(path) if path.is_file() else "" for path in grams]]
+            return [sources, options]
         return [candidate.kind, self._identities[candidate.folder] if candidate.folder else None]
 
     def _outcome(self, candidate: Candidate, answers: Sequence[Labelled]) -> Outcome:
@@ -312,8 +318,8 @@ def _plain(value: Any) -> Any:
 
 
 def identity(folder: Path) -> dict[str, str]:
-    """Hashes of the files of an adapter folder that a merge may read."""
-    names = [CONFIG_FILE, *sorted(path.name for path in folder.glob("*.safetensors"))]
+    """Hashes of the files of an adapter folder that merges read, but for the Gram matrices, which few need."""
+    names = [CONFIG_FILE, *sorted(path.name for path in folder.glob("*.safetensors") if path.name != GRAMS_FILE)]
     return {name: files.sha256_file(folder / name) for name in names if (folder / name).is_file()}
 
 

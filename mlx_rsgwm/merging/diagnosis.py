@@ -43,9 +43,10 @@ def measure(module: Module, merged: Truncated) -> dict[str, mx.array]:
 
 
 def _squares(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
-    """‖ΔW_t‖² of every update, (T,), and ‖Σ_t ΔW_t‖², by whichever takes fewer operations."""
+    """‖ΔW_t‖² of every update, (T,), and ‖Σ_t ΔW_t‖², by whichever takes less time."""
     rows, columns = updates[0].a.shape[0], updates[0].b.shape[1]
-    if sum(one.rank for one in updates) * (rows + columns) < 2 * rows * columns:
+    # Of a sum every product is taken; a pair is taken once, but the later of its stacks is made anew.
+    if sum(one.rank for one in updates) * (rows + columns) < 3 * rows * columns:
         return _squares_by_pairs(updates)
     return _squares_by_sum(updates)
 

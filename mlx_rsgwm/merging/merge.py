@@ -79,7 +79,8 @@ def _merged(
             held += sum(one.a.size + one.b.size for one in module.factors)
             if entries >= BATCH_ENTRIES or held >= BATCH_FACTORS:
                 mx.async_eval(waiting)
-                mx.eval(computing)
+                # A batch that is much larger than meant is one module's: two of those would be in memory.
+                mx.eval(computing, waiting if held >= 2 * BATCH_FACTORS else [])
                 computing, waiting, entries, held = waiting, [], 0, 0
             advance(1, "")
     mx.eval(computing, waiting)

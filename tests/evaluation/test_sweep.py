@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter, put_beside
 from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.families import generate
 from mlx_rsgwm.data.sources import Question
@@ -24,6 +25,7 @@ from mlx_rsgwm.pipeline.calibration import area_under_roc
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.verifying import verdict_ids
 from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.training.grams import GRAMS_FILE
 from mlx_rsgwm.training.losses import held_out_loss
 
 TASKS = ("change", "compare")
@@ -194,6 +196,15 @@ def test_what_a_result_depends_on(base, pool, tmp_path, make_adapter):
     assert made(replace(plan, questions=plan.questions[:-1])) == everything
     make_adapter(7).save(pool[1])
     assert made(plan) == everything
+    with_grams = make_plan(pool, ("linear", "rsgwm", "regmean"))
+    assert made(with_grams) == ["regmean"]  # refused: there are no Gram matrices
+    for folder in pool:
+        adapter = Adapter.load(folder)
+        grams = {name: a @ a.T for name, a, _ in adapter.factors()}
+        weights = adapter.manifest["files"][WEIGHTS_FILE]
+        put_beside(adapter, GRAMS_FILE, grams, {"weights_sha256": weights, "shared": "{}"}, {}, {})
+    assert made(with_grams) == ["regmean"]
+    assert Sweep(base, with_grams, out).execute().outcomes[-1].drafts
 
 
 def test_refused_merges_are_rows(base, pool, make_adapter, tmp_path):

@@ -42,7 +42,7 @@ def test_collapse_is_refused_with_the_reason(make_adapter):
 
 
 @pytest.mark.parametrize("stacked", [1, 8, 128])  # ranks in a stack: one adapter, some, all
-@pytest.mark.parametrize("count", [3, 11])  # few, so that products of pairs are taken; many, so that sums are
+@pytest.mark.parametrize("count", [3, 17])  # few, so that products of pairs are taken; many, so that sums are
 def test_diagnosis_is_that_of_dense_products(make_adapter, monkeypatch, count, stacked):
     monkeypatch.setattr(diagnosis, "STACKED_RANK", stacked)
     taken = []
