@@ -107,7 +107,9 @@ def test_without_a_diagnosis_the_merge_is_the_same_and_still_finite(make_adapter
     assert "diagnosis" not in plain.manifest["merge"]
     assert plain.save(tmp_path / "merged").is_dir()
     first = next(iter(adapters[0].weights))
-    damaged = replace(adapters[0], path=None, weights={**adapters[0].weights, first: adapters[0].weights[first] * mx.inf})
+    damaged = replace(
+        adapters[0], path=None, weights={**adapters[0].weights, first: adapters[0].weights[first] * mx.inf}
+    )
     with pytest.raises(RsgwmError, match="not finite"):
         merge([damaged, adapters[1]], MergeOptions(method), diagnosed=False)
 
