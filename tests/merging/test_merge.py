@@ -153,16 +153,19 @@ def test_a_changed_file_never_becomes_a_merge(make_adapter, tmp_path, method, va
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "grams" not in method.needs])
-def test_weights_that_are_not_finite_are_named_whatever_the_method(make_adapter, tmp_path, method):
+@pytest.mark.parametrize("diagnosed", [True, False])
+@pytest.mark.parametrize("entries", [1, 1000])
+def test_weights_that_are_not_finite_are_named_whatever_the_method(make_adapter, tmp_path, method, diagnosed, entries):
     folders = [make_adapter(seed).save(tmp_path / f"a{seed}") for seed in range(2)]
     path = folders[0] / "adapters.safetensors"
     arrays, metadata = read_safetensors(path)
     name = next(iter(arrays))
-    arrays[name] = mx.full(arrays[name].shape, mx.nan)
+    place = mx.arange(arrays[name].size).reshape(arrays[name].shape)
+    arrays[name] = mx.where(place < entries, mx.nan, arrays[name])
     write_safetensors(path, arrays, metadata)
     (folders[0] / "manifest.json").unlink()
     with pytest.raises(AdapterError, match=f"a0: .*{name.rpartition('/')[2]} has values that are not finite"):
-        merge(folders, MergeOptions(method))
+        merge(folders, MergeOptions(method), diagnosed=diagnosed)
 
 
 def test_merged_folder_is_an_mlx_lm_adapter(make_adapter, tiny_base, tmp_path):
