@@ -5,7 +5,6 @@ Layout and promises are in docs/formats.md. An :class:`Adapter` never knows a mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +30,12 @@ SIGNALS = ("all", "draft", "verify")
 FULL_LEAVES = ("weight", "bias")
 # Arrays whose values are checked in one evaluation.
 CHECKED_TOGETHER = 16
+# The exponent of what is not finite: all ones, in an unsigned integer of the type's width.
+EXPONENT_BITS = {
+    mx.float32: (mx.uint32, 0x7F800000),
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7F80),
+}
 
 
 @dataclass(frozen=True)
@@ -313,13 +318,20 @@ def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
     everything = list(arrays)
     for start in range(0, len(everything), CHECKED_TOGETHER):
         names = everything[start : start + CHECKED_TOGETHER]
-        # What is not finite shows in the sum, at half the time of isfinite on the CPU; a finite sum may overflow too.
-        sums: Any = mx.stack([arrays[name].sum().astype(mx.float32) for name in names]).tolist()
-        doubtful = [name for name, total in zip(names, sums, strict=True) if not math.isfinite(total)]
-        found += [name for name in doubtful if not mx.isfinite(arrays[name]).all().item()]
+        bad: Any = mx.stack([_has_infinite(arrays[name]) for name in names]).tolist()
+        found += [name for name, one in zip(names, bad, strict=True) if one]
         for name in names if drop else ():
             del arrays[name]
     return found
+
+
+def _has_infinite(array: mx.array) -> mx.array:
+    """Whether any value is infinite or not a number, a bool scalar: by the bits, a sixth of isfinite's time on the CPU."""
+    if array.dtype not in EXPONENT_BITS or not array.size:
+        return mx.logical_not(mx.isfinite(array).all())
+    kind, ones = EXPONENT_BITS[array.dtype]
+    exponents = mx.array(ones, dtype=kind)
+    return (array.view(kind) & exponents).max() == exponents
 
 
 def is_complete(path: str | Path) -> bool:

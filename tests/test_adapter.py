@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_rsgwm.adapter import Adapter, is_complete
+from mlx_rsgwm.adapter import Adapter, is_complete, not_finite
 from mlx_rsgwm.errors import AdapterError
 
 
@@ -110,3 +110,25 @@ def test_reads_what_mlx_lm_wrote(base, tmp_path):
     assert adapter.spec.rank == 3
     assert same(adapter.weights, weights)
     assert adapter.base_fingerprint is None
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_what_is_not_finite_is_found_wherever_it_is(dtype):
+    largest = mx.finfo(dtype).max
+    sound = {
+        "plain": mx.array([[0.0, -0.0, 1e-5], [largest, -largest, 3.0]]),
+        "sum too large": mx.full((50, 4), largest),
+        "empty": mx.zeros((0, 4)),
+        "scalar": mx.array(2.5),
+    }
+    damaged = {
+        f"{value} at {place}": mx.where(mx.arange(30).reshape(5, 6) == place, value, 1.0)
+        for value in (float("inf"), float("-inf"), float("nan"))
+        for place in (0, 17, 29)
+    }
+    damaged["scalar nan"] = mx.array(float("nan"))
+    arrays = {name: value.astype(dtype) for name, value in {**sound, **damaged}.items()}
+    arrays |= {"turned": arrays["nan at 17"].T, "counts": mx.array([1, 2])}
+    assert not_finite(arrays) == [*damaged, "turned"]
+    assert not_finite(arrays, drop=True) == [*damaged, "turned"]
+    assert not arrays
