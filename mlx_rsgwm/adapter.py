@@ -326,7 +326,7 @@ def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
 
 
 def _has_infinite(array: mx.array) -> mx.array:
-    """Whether any value is infinite or not a number, a bool scalar: by the bits, a sixth of isfinite's time on the CPU."""
+    """Whether any value is infinite or not a number, a bool scalar; by the bits, for isfinite is slow on the CPU."""
     if array.dtype not in EXPONENT_BITS or not array.size:
         return mx.logical_not(mx.isfinite(array).all())
     kind, ones = EXPONENT_BITS[array.dtype]
