@@ -45,8 +45,9 @@ TEST_ITEMS = 24
 JUDGED_ITEMS = 10
 MAX_TOKENS = 32
 METHODS = (
-    "linear,rsgwm,rsgwm:normalise=mean/rank,paper-literal",
-    "linear:space=factor,norm_equalised,ties,dare_ties,sce,fisher,regmean,knots,model_stock",
+    "linear,rsgwm,rsgwm:space=product,rsgwm:signal=shared,rsgwm:normalise=mean/rank,paper-literal",
+    "linear:space=factor,norm_equalised,ties,dare_ties,sce,fisher,knots,model_stock",
+    "regmean,regmean:off_diagonal=0/0.9",
     "rsgwm:signal=shared,normalise=mean,rsgwm:tau=0.5,normalise=mean",
     "rsgwm:space=product,normalise=mean,rsgwm:space=product,signal=shared,normalise=mean",
 )
