@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm import files
-from mlx_rsgwm.adapter import FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.adapter import EXPONENT_BITS, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 
 DTYPE_NAMES = {
@@ -34,7 +34,6 @@ DTYPE_NAMES = {
     mx.uint16: "U16",
     mx.uint8: "U8",
 }
-EXPONENTS = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80}  # all bits of the exponent: infinity
 WIDTHS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 # Small arrays are evaluated together: one by one, their number would cost more than their bytes.
 BATCH_BYTES = 1 << 22
@@ -116,14 +115,15 @@ def _all_finite(data: memoryview, dtype: mx.Dtype) -> bool:
     """Whether no value is infinite or not a number."""
     if not data:
         return True
+    if dtype not in EXPONENT_BITS:
+        return True
     if dtype == mx.float32:
         values = np.frombuffer(data, np.float32)
         with np.errstate(invalid="ignore"):
             return bool(np.isfinite(values.min()) and np.isfinite(values.max()))  # both are NaN if any value is
-    if dtype not in EXPONENTS:
-        return True
-    # NumPy has no bfloat16 and is slow in float16. Without the sign, what is not finite has the largest bits.
-    return int((np.frombuffer(data, np.uint16) & 0x7FFF).max()) < EXPONENTS[dtype]
+    # NumPy has no bfloat16 and is slow in float16.
+    _, ones = EXPONENT_BITS[dtype]
+    return int((np.frombuffer(data, np.uint16) & ones).max()) < ones
 
 
 def _bytes(bits: mx.array) -> memoryview:

@@ -104,12 +104,12 @@ def test_attention_hands_on_what_is_not_float32():
 def test_order_statistics_are_what_sorting_puts_there(monkeypatch, places, quick):
     monkeypatch.setattr(cpu, "applies", lambda: quick)
     values = mx.round(mx.random.normal((3, 63)) * 8) / 8  # many are equal
-    before = mx.array(values)
+    before = values.tolist()
     expected = mx.sort(values, axis=-1)[:, list(places)]
     assert mx.array_equal(cpu.order_statistics(values, *places), expected).item()
     flat = values.reshape(-1)
     assert mx.array_equal(cpu.order_statistics(flat, *places), mx.sort(flat)[list(places)]).item()
-    assert mx.array_equal(values, before).item()
+    assert values.tolist() == before
 
 
 @pytest.mark.parametrize("mask", [mx.array([[True, False], [False, True]]), mx.array([[1.0, 0.0], [0.0, 2.0]])])

@@ -256,10 +256,9 @@ class Sweep:
     def _depends_on(self, candidate: Candidate) -> Any:
         """What a candidate's outcome depends on beyond the plan's items and the labelled answers."""
         if candidate.variant is not None:
-            both = self._both(candidate.variant)
-            options = [_plain({**vars(one), "parameters": resolved(one)}) for one in both]
+            options = [_plain({**vars(one), "parameters": resolved(one)}) for one in self._both(candidate.variant)]
             sources = [self._identities[folder] for folder in self.plan.pool]
-            if any("grams" in find_method(one.method).needs for one in both):
+            if "grams" in find_method(candidate.variant.method).needs:
                 grams = [folder / GRAMS_FILE for folder in self.plan.pool]
                 return [sources, options, [files.sha256_file(path) if path.is_file() else "" for path in grams]]
             return [sources, options]

@@ -33,11 +33,13 @@ def weighted_sum(updates: Iterable[mx.array], weights: Sequence[float], normalis
     whole = sum(weights)
     if normalise == "weights" and whole == 0:
         raise RsgwmError("weights sum to zero, so there is no mean; give others, or normalise none")
+    shares = [weight / whole if normalise == "weights" else weight for weight in weights]
+    alike = len(set(shares)) == 1  # then one product instead of one each
     total = mx.array(0.0)
-    for update, weight in zip(updates, weights, strict=True):
-        total = total + update * (weight / whole if normalise == "weights" else weight)
+    for update, share in zip(updates, shares, strict=True):
+        total = total + (update if alike else update * share)
         settle({"total": total}, len(weights))
-    return total
+    return total * shares[0] if alike else total
 
 
 def elected_sum(

@@ -26,6 +26,7 @@ import mlx.core as mx
 
 from mlx_rsgwm.cpu import ones_where, order_statistics
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.merging import consensus
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.sparsify import drawn
 
@@ -76,13 +77,6 @@ def weighted_sum(kept: mx.array, weights: mx.array) -> mx.array:
     return weights @ kept
 
 
-def plain_sum(deltas: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
-    """Σ_t w_t δ_t of deltas of one shape; one factor for all when the weights are equal."""
-    if len(set(weights)) == 1:
-        return weights[0] * sum(deltas[1:], deltas[0])
-    return sum((weight * delta for weight, delta in zip(weights, deltas, strict=True)), mx.array(0.0))
-
-
 def elected_mean(kept: mx.array, weights: mx.array, method: str) -> mx.array:
     """Mean of w_t δ_t over the tasks whose δ_t has the elected sign: (T, n) pruned deltas to (n,).
 
@@ -122,7 +116,8 @@ def in_factor_space(module: Module, rule: Rule) -> Factors:
     if rule.dropped == "none":
         pairs = [module.factors[index] for index in chosen]
         rescaled = [root / scale for root, scale in zip(roots, scales, strict=True)]
-        return Factors(plain_sum([one.a for one in pairs], signed), plain_sum([one.b for one in pairs], rescaled))
+        a = consensus.weighted_sum((one.a for one in pairs), signed, normalise="none")
+        return Factors(a, consensus.weighted_sum((one.b for one in pairs), rescaled, normalise="none"))
     a = mx.stack([module.factors[index].a for index in chosen])
     b = mx.stack([module.factors[index].b for index in chosen])
     if len(set(scales)) == 1 and scales[0] > 0:  # moves no threshold and no election, so it can wait
