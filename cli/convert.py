@@ -79,6 +79,24 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
     _run(console, folder, out, is_peft, is_mlx, one, "adapter")
 
 
+@convert.command("from-mlx")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scale", type=float, help="What multiplies B·A, where an old configuration can mean two values.")
+@common_options
+def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | None) -> None:
+    """Write the mlx-lm adapter in FOLDER, or every one below it, to the new folder OUT as mlx-lm loads it today.
+
+    For adapters of old versions: until 0.14.1 mlx-lm multiplied by scale·alpha/rank, later by scale.
+
+    Example: rsgwm convert from-mlx old-adapter adapter --scale 20
+    """
+    from mlx_rsgwm.converters.bulk import is_mlx
+    from mlx_rsgwm.converters.mlx_config import convert_from_mlx as convert_one
+
+    _run(console, folder, out, is_mlx, is_mlx, lambda source, target: convert_one(source, target, scale), "adapter")
+
+
 @convert.command("to-gguf")
 @click.argument("source", metavar="FOLDER", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
+from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trace
@@ -20,28 +24,30 @@ from mlx_rsgwm.errors import AdapterError
 def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
     """Put a saved adapter into mlx-lm's model by mlx-lm's own ``load_adapters``; the model is in evaluation mode after.
 
+    Its configuration is written anew for that, in the fields that mlx-lm reads today.
+
     Parameters that the adapter replaces go into the base first, which mlx-lm cannot do.
 
     Raises:
         AdapterError: it does not fit the model.
     """
-    import tempfile
-    from pathlib import Path
-
     from mlx_lm.tuner.utils import load_adapters
 
     assert adapter.path is not None
     try:
-        if not adapter.full:
-            load_adapters(model, str(adapter.path))
-        else:
+        if adapter.full:
             replace_parameters(model, adapter)
-            with tempfile.TemporaryDirectory(prefix="rsgwm-parity-") as temporary:
-                folder = Path(temporary)
-                (folder / CONFIG_FILE).write_bytes((adapter.path / CONFIG_FILE).read_bytes())
+        with tempfile.TemporaryDirectory(prefix="rsgwm-parity-") as temporary:
+            folder = Path(temporary)
+            # mlx-lm needs fields that its older versions did not write.
+            files.write_json(folder / CONFIG_FILE, adapter.spec.to_config())
+            if adapter.full:
                 mx.save_safetensors(str(folder / WEIGHTS_FILE), adapter.weights)
-                load_adapters(model, str(folder))
-                mx.eval(model.parameters())
+            else:
+                (folder / WEIGHTS_FILE).symlink_to((adapter.path / WEIGHTS_FILE).resolve())
+            load_adapters(model, str(folder))
+            flat: Any = tree_flatten(model.parameters())
+            mx.eval([value for name, value in flat if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")])
     except ValueError as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise AdapterError(f"{adapter.where} does not fit {name}: {reason}") from error
@@ -54,8 +60,6 @@ def replace_parameters(model: nn.Module, adapter: Adapter) -> None:
     Raises:
         AdapterError: naming those that the model has not, or in another shape.
     """
-    from mlx.utils import tree_flatten
-
     from mlx_rsgwm.errors import raise_problems
 
     flat: Any = tree_flatten(model.parameters())

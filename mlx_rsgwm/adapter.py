@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import AdapterError, raise_problems
+from mlx_rsgwm.spec import LoraSpec
 
 FORMAT = "mlx-rsgwm/adapter"
 FORMAT_VERSION = 1
@@ -36,66 +37,6 @@ EXPONENT_BITS = {
     mx.float16: (mx.uint16, 0x7C00),
     mx.bfloat16: (mx.uint16, 0x7F80),
 }
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """What mlx-lm needs to rebuild the LoRA layers: its ``adapter_config.json`` fields.
-
-    ``scale`` multiplies B·A directly (alpha / rank in PEFT's terms). ``keys`` are module names inside one block
-    (``self_attn.q_proj``); ``num_layers`` counts the adapted blocks from the last, -1 for all of them.
-    """
-
-    rank: int
-    scale: float
-    dropout: float
-    keys: tuple[str, ...]
-    num_layers: int
-    fine_tune_type: str = "lora"
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.rank < 1:
-            problems.append(f"rank must be at least 1, found {self.rank}")
-        if not 0 <= self.dropout < 1:
-            problems.append(f"dropout must be in [0, 1), found {self.dropout}")
-        if not abs(self.scale) < float("inf") or self.scale == 0:
-            problems.append(f"scale must be finite and not zero, found {self.scale}")
-        if self.fine_tune_type not in ("lora", "dora"):
-            problems.append(f"fine_tune_type must be lora or dora, found {self.fine_tune_type!r}")
-        raise_problems("adapter spec", problems, AdapterError)
-
-    def to_config(self) -> dict[str, Any]:
-        """The JSON object mlx-lm reads from ``adapter_config.json``.
-
-        mlx-lm takes an empty list of keys for no layers and no list for all linear ones, so none is written for none.
-        """
-        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout}
-        return {
-            "fine_tune_type": self.fine_tune_type,
-            "num_layers": self.num_layers,
-            "lora_parameters": {**parameters, **({"keys": list(self.keys)} if self.keys else {})},
-        }
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], where: str) -> LoraSpec:
-        """Read mlx-lm's fields; extra ones (the training arguments mlx_lm.lora adds) are ignored."""
-        parameters = config.get("lora_parameters")
-        if not isinstance(parameters, Mapping):
-            raise AdapterError(f"{where}: no lora_parameters; is this an mlx-lm LoRA adapter?")
-        try:
-            return cls(
-                rank=int(parameters["rank"]),
-                scale=float(parameters["scale"]),
-                dropout=float(parameters.get("dropout", 0.0)),
-                keys=tuple(parameters.get("keys") or ()),
-                num_layers=int(config.get("num_layers", -1)),
-                fine_tune_type=str(config.get("fine_tune_type", "lora")),
-            )
-        except KeyError as error:
-            raise AdapterError(f"{where}: lora_parameters has no {error}") from None
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AdapterError(f"{where}: {error}") from None
 
 
 @dataclass
@@ -185,7 +126,8 @@ class Adapter:
                 found.append(f"{module} has no magnitude m")
         leaves = {"lora_a", "lora_b"} | ({"m"} if self.spec.fine_tune_type == "dora" else set())
         found += [f"unknown array {name}" for name in self.weights if name.rpartition(".")[2] not in leaves]
-        found += [f"unknown array {name}" for name in self.full if name.rpartition(".")[2] not in FULL_LEAVES]
+        if not self.spec.is_full:
+            found += [f"unknown array {name}" for name in self.full if name.rpartition(".")[2] not in FULL_LEAVES]
         for group in (self.weights, self.importance, self.init):
             kinds = {name: value.dtype for name, value in group.items()}
             wrong = {name: kind for name, kind in kinds.items() if not mx.issubdtype(kind, mx.floating)}
@@ -203,10 +145,11 @@ class Adapter:
         return found
 
     @classmethod
-    def load(cls, path: str | Path, lazy: bool = False, hashes: bool = True) -> Adapter:
+    def load(cls, path: str | Path, lazy: bool = False, hashes: bool = True, scale: float | None = None) -> Adapter:
         """Read and validate an adapter folder, ours or mlx-lm's; with ``lazy`` values are read and checked when used.
 
-        Without ``hashes`` the caller compares the files with the manifest, by :func:`check_hashes`.
+        Without ``hashes`` the caller compares the files with the manifest, by :func:`check_hashes`. ``scale`` is for
+        an old mlx-lm configuration that allows two, see :meth:`LoraSpec.from_config`.
 
         Raises:
             AdapterError: naming every problem found: a missing folder or file, pickle weights, a damaged
@@ -223,9 +166,9 @@ class Adapter:
         before = _stamps(folder)
         if hashes:
             check_hashes(folder, manifest)
-        spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE), scale)
         arrays, _ = files.read_safetensors(folder / WEIGHTS_FILE, evaluate=not lazy)
-        full = {name: value for name, value in arrays.items() if name.rpartition(".")[2] in FULL_LEAVES}
+        full = {name: value for name, value in arrays.items() if spec.is_full or name.rpartition(".")[2] in FULL_LEAVES}
         weights = {name: value for name, value in arrays.items() if name not in full}
         importance, metadata = _read_optional(folder / IMPORTANCE_FILE, lazy)
         init, _ = _read_optional(folder / INIT_FILE, lazy)
@@ -390,6 +333,11 @@ def _explain_missing_weights(folder: Path) -> str:
         return f"{folder}: {pickles[0]} is a pickle file, which can run code when loaded; only .safetensors is read"
     if (folder / "adapter_model.safetensors").is_file():
         return f"{folder} is a PEFT adapter; convert it first: rsgwm convert from-peft {folder} OUT --base BASE"
+    if (folder / "adapters.npz").is_file():
+        return (
+            f"{folder} holds adapters.npz, as mlx-lm wrote it until 0.8; save its arrays as {WEIGHTS_FILE} "
+            "(mx.save_safetensors(..., mx.load(...)))"
+        )
     return f"{folder} holds no {WEIGHTS_FILE}; it is not an mlx-lm adapter folder"
 
 

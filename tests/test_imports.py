@@ -16,6 +16,7 @@ FOUNDATIONS = {
     "settings",
     "files",
     "progress",
+    "spec",
     "adapter",
     "model_folder",
     "base",
