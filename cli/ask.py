@@ -14,6 +14,8 @@ from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
 if TYPE_CHECKING:
     from mlx_rsgwm.pipeline.loop import DraftVerify
 
+Asked = tuple[str, str]  # id, question
+
 
 @click.command()
 @click.argument("question", required=False)
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     "--file",
     "path",
     type=click.Path(path_type=Path),
-    help="Questions, one a line, or a .jsonl file with a question in every row; - for standard input.",
+    help="Questions, one a line, or a .jsonl, .json, .csv or .tsv file with a question in every row; - for standard "
+    "input.",
 )
 @click.option("--batch-size", default=32, show_default=True, help="Drafts at a time with --file; 1 for one by one.")
 @loop_options
@@ -43,8 +46,8 @@ def ask(console: Console, question: str | None, path: Path | None, batch_size: i
     if batch_size < 1:
         raise RsgwmError(f"--batch-size must be at least 1, found {batch_size}")
     if path is not None:
-        questions = _questions(path)
-        _answer_all(console, build_pipeline(console, loop), questions, batch_size)
+        asked = _questions(path)
+        _answer_all(console, build_pipeline(console, loop), asked, batch_size)
         return
     text = sys.stdin.read() if question == "-" else str(question)
     if not text.strip():
@@ -110,14 +113,16 @@ def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[
     return found
 
 
-def _answer_all(console: Console, pipeline: DraftVerify, questions: list[str], batch_size: int) -> None:
+def _answer_all(console: Console, pipeline: DraftVerify, asked: list[Asked], batch_size: int) -> None:
     """Answers in the questions' order, one JSON object a line, or question and answer as text."""
+    questions = [question for _, question in asked]
     if batch_size == 1:
         answers = [pipeline.answer(question) for question in questions]
     else:
         answers = pipeline.answer_many(questions, batch_size, console.progress)
     rows = [
-        {"question": question, **_row(pipeline, answer)} for question, answer in zip(questions, answers, strict=True)
+        {**({"id": row_id} if row_id else {}), "question": question, **_row(pipeline, answer)}
+        for (row_id, question), answer in zip(asked, answers, strict=True)
     ]
     for row in rows:
         shown = "no answer" if row["answer"] is None else " / ".join(row["answer"].splitlines())
@@ -137,32 +142,27 @@ def _row(pipeline: DraftVerify, answer: Any) -> dict[str, Any]:
     }
 
 
-def _questions(path: Path) -> list[str]:
-    from mlx_rsgwm.errors import RsgwmError
+def _questions(path: Path) -> list[Asked]:
+    """Ids (empty where there are none) and questions of a file."""
+    from mlx_rsgwm.data.question_files import is_question_file, read_question_rows
+    from mlx_rsgwm.errors import RsgwmError, raise_problems
+    from mlx_rsgwm.files import read_text
 
-    if str(path) != "-" and not path.is_file():
-        raise RsgwmError(f"{path} does not exist; give a text file with one question a line, or a .jsonl file")
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RsgwmError(f"{path} is not UTF-8 text") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    if path.suffix == ".jsonl":
-        lines = [(number, _question_of(path, number, line)) for number, line in lines]
-    if not lines:
+    if str(path) == "-" or not is_question_file(path.name):
+        text = sys.stdin.read() if str(path) == "-" else read_text(path)
+        if text.lstrip().startswith(("{", "[{")):
+            raise RsgwmError(f"{path} holds JSON, not one question a line; name it .jsonl or .json")
+        asked = [("", line.strip()) for line in text.split("\n") if line.strip()]
+    else:
+        asked, problems = [], []
+        unit, rows = read_question_rows(path)
+        for number, row in rows:
+            question = row.get("question") if isinstance(row, dict) else None
+            if isinstance(row, ValueError) or not isinstance(question, str) or not question.strip():
+                problems.append(f"{unit} {number}: {row if isinstance(row, ValueError) else 'no text under question'}")
+                continue
+            asked.append(("" if row.get("id") is None else str(row["id"]), question.strip()))
+        raise_problems(str(path), problems)
+    if not asked:
         raise RsgwmError(f"{path} holds no question")
-    return [line for _, line in lines]
-
-
-def _question_of(path: Path, number: int, line: str) -> str:
-    from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.files import parse_json
-
-    try:
-        row = parse_json(line)
-    except ValueError:
-        raise RsgwmError(f"{path}, line {number}: not JSON") from None
-    question = row.get("question") if isinstance(row, dict) else None
-    if not isinstance(question, str) or not question.strip():
-        raise RsgwmError(f"{path}, line {number}: no text under 'question'")
-    return question.strip()
+    return asked

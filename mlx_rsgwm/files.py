@@ -6,6 +6,7 @@ never half of one. Only safetensors is read as array data.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -106,13 +107,23 @@ def read_text(path: Path, largest: int | None = None) -> str:
         size = path.stat().st_size
         if largest is not None and size > largest:
             raise RsgwmError(f"{path} has {size >> 20} MB, which is more than such a file can have")
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RsgwmError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise RsgwmError(f"{path} is a folder, not a file") from None
     except UnicodeDecodeError as error:
-        raise RsgwmError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise RsgwmError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RsgwmError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}, in line {line}; save it as UTF-8"
+        ) from None
     except (OSError, ValueError) as error:  # a name with a NUL in it is a ValueError
         raise RsgwmError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if "\0" in text[:4]:  # plain ASCII in UTF-16 without a mark is valid UTF-8
+        raise RsgwmError(f"{path} is not UTF-8 text but UTF-16 or binary; save it as UTF-8")
+    return text
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mlx_rsgwm.data.negatives import perturb
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.json_lines import read_json_lines
 
 FORMAT = "mlx-rsgwm/corpus"
 ROWS_FILE = "rows.jsonl"
@@ -129,8 +130,12 @@ def save_corpus(folder: Path, rows: Sequence[CorpusRow], template: Template, pro
 
 def load_corpus(folder: Path) -> Corpus:
     """Read and check a corpus folder."""
+    if not folder.exists():
+        raise RsgwmError(f"{folder} does not exist")
     if not (folder / MANIFEST_FILE).is_file():
-        raise RsgwmError(f"{folder} is not a corpus folder (no {MANIFEST_FILE}); make one with: rsgwm data build")
+        raise RsgwmError(
+            f"{folder} holds neither a corpus (no {MANIFEST_FILE}; make one with: rsgwm data build) nor train.jsonl"
+        )
     manifest = files.read_json_object(folder / MANIFEST_FILE)
     if manifest.get("format") != FORMAT:
         raise RsgwmError(f"{folder / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {FORMAT!r}")
@@ -145,11 +150,11 @@ def load_corpus(folder: Path) -> Corpus:
     if files.sha256_file(path) != manifest["files"].get(ROWS_FILE):
         raise RsgwmError(f"{path} was changed after it was built; build the corpus again")
     rows, problems = [], []
-    for number, line in enumerate(files.read_text(path).split("\n"), start=1):
-        if not line:
-            continue
+    for number, value in read_json_lines(path):
         try:
-            rows.append(CorpusRow(**files.parse_json(line)))
+            if isinstance(value, ValueError):
+                raise value
+            rows.append(CorpusRow(**value))
         except (ValueError, TypeError, RsgwmError) as error:
             problems.append(f"line {number}: {error}")
     raise_problems(str(path), problems)

@@ -16,19 +16,24 @@ from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.corpus import fit_row
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.json_lines import read_json_rows
 
 FORMATS = {"completions": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of one format. With ``mask_prompt`` only the last message (the completion) is trained, else every token."""
+    """Rows of one format. With ``mask_prompt`` only the last message (the completion) is trained, else every token.
+
+    ``numbers`` are the rows' lines in the file (or places in its array), from 1, by which errors name them.
+    """
 
     path: Path
     format: str
     rows: tuple[Mapping[str, Any], ...]
     mask_prompt: bool
     file_hash: str
+    numbers: tuple[int, ...]
     template: Template | None = None
 
     @property
@@ -44,7 +49,7 @@ class Examples:
         if self.format != "text" and not getattr(tokenizer, "chat_template", None):
             raise RsgwmError(f"{self.path}: {self.format} rows need a chat template, and the base's tokenizer has none")
         rows, dropped, empty = [], 0, []
-        for number, row in enumerate(self.rows, start=1):
+        for number, row in zip(self.numbers, self.rows, strict=True):
             name = f"{self.path.name}:{number}"
             try:
                 tokens, prompt = self._tokens(tokenizer, row)
@@ -85,32 +90,28 @@ class Examples:
 
 
 def load_examples(path: Path, mask_prompt: bool) -> Examples:
-    """Read and check a ``.jsonl`` file; its first row decides the format, as in mlx-lm.
+    """Read and check a ``.jsonl`` file, or one JSON array; the first row decides the format, as in mlx-lm.
 
     Raises:
         RsgwmError: no such file, no rows, lines that are not JSON or of another format, a masked prompt in plain text.
     """
-    if not path.is_file():
-        raise RsgwmError(f"{path} does not exist")
     rows: list[Mapping[str, Any]] = []
+    numbers: list[int] = []
     problems = []
     found = ""
-    # Not splitlines: U+2028 may stand unescaped inside a JSON string.
-    for number, line in enumerate(files.read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = files.parse_json(line)
-        except ValueError as error:
-            problems.append(f"line {number} is not JSON ({error})")
+    unit, read = read_json_rows(path)
+    for number, row in read:
+        if isinstance(row, ValueError):
+            problems.append(f"{unit} {number}: {row}")
             continue
         kind = _format_of(row)
         found = found or kind
         if not kind or kind != found:
-            problems.append(f"line {number} is no row of {found or 'a known format'}")
+            problems.append(f"{unit} {number} is no row of {found or 'a known format'}")
             continue
-        problems += [f"line {number}: {problem}" for problem in _row_problems(kind, row)]
+        problems += [f"{unit} {number}: {problem}" for problem in _row_problems(kind, row)]
         rows.append(row)
+        numbers.append(number)
     if not found and problems:
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMATS.items())
         problems.append(f"the formats are {known}")
@@ -119,7 +120,7 @@ def load_examples(path: Path, mask_prompt: bool) -> Examples:
         raise RsgwmError(f"{path} holds no rows")
     if found == "text" and mask_prompt:
         raise RsgwmError(f"{path} holds plain text, which has no prompt to mask; leave mask_prompt off")
-    return Examples(path, found, tuple(rows), mask_prompt, files.sha256_file(path))
+    return Examples(path, found, tuple(rows), mask_prompt, files.sha256_file(path), tuple(numbers))
 
 
 def example_files(path: Path) -> tuple[Path, Path | None]:
@@ -131,8 +132,9 @@ def example_files(path: Path) -> tuple[Path, Path | None]:
 
 
 def is_examples(path: Path) -> bool:
-    """Whether ``path`` looks like mlx-lm's data rather than a corpus folder."""
-    return path.suffix == ".jsonl" or (path / "train.jsonl").is_file()
+    """Whether ``path`` looks like mlx-lm's data (a file, or a folder with one) rather than a corpus folder."""
+    named = not path.is_dir() and path.suffix in (".jsonl", ".json", ".ndjson")
+    return named or path.is_file() or (path / "train.jsonl").is_file()
 
 
 def _format_of(row: Any) -> str:

@@ -6,6 +6,7 @@ and the Hub's tables. Every problem names its file and line.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,9 +15,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_rsgwm import files
 from mlx_rsgwm.data.numbers import LITERAL, parse_number, plain_number, write_number
+from mlx_rsgwm.data.question_files import read_question_rows
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.json_lines import read_json_lines
+
+LONGEST_TASK = 80  # characters; charts and tables are labelled with it
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,12 @@ class Question:
 
     @property
     def answer(self) -> str:
-        """The full gold answer in GSM8K style: the rationale, then a line ``#### gold``."""
-        return f"{self.rationale}\n#### {self.gold}" if self.rationale else f"#### {self.gold}"
+        """The full gold answer in GSM8K style: the rationale, then a line ``#### gold``.
+
+        A gold answer of several lines stands without the mark, which marks one line.
+        """
+        final = self.gold if "\n" in self.gold else f"#### {self.gold}"
+        return f"{self.rationale}\n{final}" if self.rationale else final
 
 
 class Parsed(NamedTuple):
@@ -179,24 +187,78 @@ def _number_if_numeric(value: Any) -> Any:
         return value
 
 
-def _parse_any(row: Row) -> Parsed:
-    """A row of a user's own JSONL: question, answer; optional id, task, rationale."""
-    question, answer, given = _text(row, "question"), row.get("answer"), row.get("rationale")
-    row_id, task = (str(row[name]) if row.get(name) is not None else "" for name in ("id", "task"))
-    rationale = given.strip() if isinstance(given, str) else ""
+def _parse_own(row: Row) -> Parsed:
+    """A row of a user's own file: question, answer; optional id, task, rationale, answer_type.
+
+    The gold answer is what the row says: all of ``answer``, or what it marks. ``"answer_type": "number"`` asks for the
+    last number of a sentence; ``"text"`` for all of ``answer``, marks and all.
+    """
+    question, answer = _text(row, "question"), row.get("answer")
+    row_id, task, rationale, asked = (_optional(row, name) for name in ("id", "task", "rationale", "answer_type"))
+    if asked not in ("", "text", "number"):
+        raise ValueError(f"answer_type must be text or number, found {asked[:40]!r}")
+    if len(task) > LONGEST_TASK or not task.isprintable():
+        raise ValueError(f"task must be printable and at most {LONGEST_TASK} characters long, found {task[:40]!r}")
     if not isinstance(answer, str):
-        return Parsed(question, rationale, _scalar_gold(answer, "answer"), row_id, task)
-    marked = split_marked(answer)
-    if marked is not None:
-        return Parsed(question, marked[0] or rationale, marked[1], row_id, task)
-    lines = [line.strip() for line in answer.strip().split("\n") if line.strip()]
-    if not lines:
+        return Parsed(question, rationale, _written_scalar(answer, "answer"), row_id, task)
+    answer = answer.strip()
+    if not answer:
         raise ValueError("no gold answer: answer is empty")
-    numbers = re.findall(rf"-?{LITERAL}", lines[-1].replace("−", "-"))
-    if parse_number(lines[-1]) is None and numbers and not given:
-        # A sentence with a number in it: the last one is the answer, and the sentence belongs to the solution.
-        return Parsed(question, "\n".join(lines), plain_number(numbers[-1]), row_id, task)
-    return Parsed(question, "\n".join(lines[:-1]) or rationale, plain_number(lines[-1]), row_id, task)
+    if asked == "text":
+        return Parsed(question, rationale, answer, row_id, task)
+    solution, gold = marked_answer(answer) or ("", answer)
+    if not gold:
+        raise ValueError("no gold answer: nothing stands after the mark")
+    if asked == "number" and parse_number(gold) is None:
+        numbers = _NUMBER_IN_TEXT.findall(gold.replace("−", "-"))
+        if not numbers:
+            raise ValueError(f"answer_type is number, and there is none in {gold[:40]!r}")
+        solution, gold = solution or gold, numbers[-1]  # the sentence belongs to the solution
+    return Parsed(question, solution or rationale, plain_number(gold) if asked == "number" else gold, row_id, task)
+
+
+def marked_answer(answer: str) -> tuple[str, str] | None:
+    r"""``(rationale, gold)`` of an answer that marks its final part, gold as it is written; None where nothing does.
+
+    A mark is a last line ``#### gold`` (a ``####`` above other lines is a heading), a last line "The answer is gold.",
+    or ``\boxed{gold}``.
+    """
+    marks = list(re.finditer(r"#{4,}", answer))
+    if marks:
+        gold = answer[marks[-1].end() :].strip()
+        if "\n" not in gold:
+            return re.sub(r"<<[^<>\n]*>>", "", answer[: marks[-1].start()]).strip(), gold
+    span = last_boxed(answer)
+    if span is not None:
+        gold = answer[slice(*span)].strip()
+        around = answer[: span[0] - 1] + answer[span[1] + 1 :]
+        bare = re.fullmatch(r"[\s$.]*\\(?:boxed|fbox)[\s$.]*", around)
+        return ("" if bare else answer), gold
+    stated = _STATED.fullmatch(answer.rpartition("\n")[2].strip())
+    return (answer, stated[1]) if stated else None
+
+
+_STATED = re.compile(
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?answer\s*(?:is:?|:|=)\s*(\S.*?)\.?", re.IGNORECASE
+)
+_NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)\]])-)?{LITERAL}")
+
+
+def _optional(row: Row, name: str) -> str:
+    """A field as text; missing, null and NaN (what pandas writes for missing) are empty."""
+    value = row.get(name)
+    if isinstance(value, (list, Mapping)):
+        raise ValueError(f"{name} is not text: {str(value)[:40]}")
+    return "" if value is None or value != value else str(value).strip()
+
+
+def _written_scalar(value: Any, name: str) -> str:
+    """A gold answer given as JSON true, false or number: yes, no, or the number in full, not rounded."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return write_number(Fraction(repr(value)))
+    return _scalar_gold(value, name)
 
 
 MATH_SUBJECTS = (
@@ -252,7 +314,7 @@ def load_questions(
         where, rows = f"{source.hub} {split}", _hub_rows(source, split, revision)
     else:
         path = _local_file(Path(data), task, split)
-        where, rows = str(path), _read_rows(path)
+        where, rows = str(path), read_json_lines(path)
     unit = "row" if data is None else "line"
     questions = _to_questions(where, rows, source.parse, task, f"{task}-{split}", unit)
     return select(questions, limit=limit, offset=offset, seed=seed)
@@ -266,18 +328,18 @@ def load_jsonl(
     offset: int = 0,
     seed: int | None = None,
 ) -> list[Question]:
-    """Read any JSONL whose rows have ``question`` and ``answer`` (optional ``id``, ``task``, ``rationale``).
+    """Read a user's own questions: JSON lines, a JSON array, CSV or TSV, with ``question`` and ``answer`` in every row.
 
-    ``answer`` may end in ``#### gold``. Without that its last line is the gold answer, or the last number of a last
-    line that is a sentence; true and false become yes and no. ``task`` defaults to the row's, then the file's name.
+    Optional are ``id``, ``task``, ``rationale`` and ``answer_type`` (see :func:`_parse_own`). The gold answer is what
+    the row says; true and false become yes and no. ``task`` defaults to the row's, then the file's name.
 
     Raises:
         RsgwmError: a missing or empty file, bad rows with their line numbers, duplicate ids.
     """
     path = Path(path)
-    questions = _to_questions(
-        str(path), _read_rows(path), _parse_any, task or path.stem, path.stem, "line", task is None
-    )
+    found = read_question_rows(path)
+    name = path.stem[:LONGEST_TASK]
+    questions = _to_questions(str(path), found.rows, _parse_own, task or name, path.stem, found.unit, task is None)
     return select(questions, limit=limit, offset=offset, seed=seed)
 
 
@@ -305,18 +367,6 @@ def _local_file(data: Path, task: str, split: str) -> Path:
         there = sorted(child.stem for child in folder.glob("*.jsonl"))
         raise RsgwmError(f"{folder} has no split {split!r}; there is {', '.join(there) or 'no .jsonl file'}")
     return path
-
-
-def _read_rows(path: Path) -> Iterable[tuple[int, Any]]:
-    """``(line number, row or ValueError)`` for every line that is not blank."""
-    text = files.read_text(path)
-    # Not splitlines: U+2028 may stand unescaped inside a JSON string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, files.parse_json(line)
-            except ValueError as error:
-                yield number, ValueError(f"not valid JSON ({error})")
 
 
 def _hub_rows(source: Source, split: str, revision: str | None) -> Iterable[tuple[int, Any]]:

@@ -16,6 +16,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import WEIGHTS_FILE
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.json_lines import read_json_lines
 from mlx_rsgwm.pipeline.calibration import Calibration
 from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.verifying import Signals
@@ -84,18 +85,18 @@ def read_drafts(file: Path, header: Mapping[str, Any], count: int) -> list[HeldO
     Raises:
         RsgwmError: not such a file, or one that was made with anything else than ``header`` says.
     """
-    try:
-        found = [files.parse_json(line) for line in files.read_text(file).split("\n") if line.strip()]
-    except ValueError as error:
-        raise RsgwmError(f"{file} is not a file of held-out drafts: {error}") from None
-    if not found or not isinstance(found[0], dict) or found[0].get("format") != FORMAT:
+    rows = read_json_lines(file)
+    for number, value in rows:
+        if isinstance(value, ValueError):
+            raise RsgwmError(f"{file} is not a file of held-out drafts: line {number}: {value}")
+    if not rows or not isinstance(rows[0].value, dict) or rows[0].value.get("format") != FORMAT:
         raise RsgwmError(f"{file} is not a file of held-out drafts; give another name to write one")
-    differing = [name for name, value in header.items() if found[0].get(name) != value]
+    differing = [name for name, value in header.items() if rows[0].value.get(name) != value]
     if differing:
         raise RsgwmError(
             f"{file} was made with another {', '.join(differing)}; remove it or give another name to draft anew"
         )
-    items = [build(HeldOutItem, row, f"{file} line {number}") for number, row in enumerate(found[1:], 2)]
+    items = [build(HeldOutItem, value, f"{file} line {number}") for number, value in rows[1:]]
     if len(items) != count:
         raise RsgwmError(f"{file} holds {len(items)} of {count} items; remove it to draft anew")
     return items

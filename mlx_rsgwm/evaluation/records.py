@@ -11,6 +11,7 @@ from typing import Any
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.evaluation.answers import STATUSES
+from mlx_rsgwm.json_lines import read_json_lines
 from mlx_rsgwm.pipeline.decisions import decide
 from mlx_rsgwm.settings import build
 
@@ -191,16 +192,11 @@ def read_items(path: Path) -> list[ItemRecord]:
     Raises:
         RsgwmError: a file or line that cannot be read (with its number), an item twice with one seed.
     """
-    text = files.read_text(path)
     records: list[ItemRecord] = []
     seen: dict[tuple[str, int], int] = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = files.parse_json(line)
-        except ValueError as error:
-            raise RsgwmError(f"{path} line {number}: not valid JSON ({error})") from None
+    for number, value in read_json_lines(path):
+        if isinstance(value, ValueError):
+            raise RsgwmError(f"{path} line {number}: {value}")
         if not isinstance(value, dict):
             raise RsgwmError(f"{path} line {number}: expected a JSON object, found {type(value).__name__}")
         record = ItemRecord.from_dict(value, f"{path} line {number}")

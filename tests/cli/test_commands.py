@@ -197,7 +197,7 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
             "has no Gram matrices; collect them",
         ),
         (["merge", "{pool}/change", "{pool}/compare", "--weight", "1", "--out", "{tmp}/m"], "1 weights for 2"),
-        (["train", "--data", "{tmp}/nowhere", "--out", "{tmp}/a"], "is not a corpus folder"),
+        (["train", "--data", "{tmp}/nowhere", "--out", "{tmp}/a"], "nowhere does not exist"),
         (["data", "build", "--task", "nonesuch", "--out", "{tmp}/c"], "unknown task 'nonesuch'"),
         (["data", "build", "--task", "{tmp}/empty.jsonl", "--out", "{tmp}/c"], "empty"),
         (["data", "build", "--task", "change", "--draft-rows", "-1", "--out", "{tmp}/c"], "must not be negative"),

@@ -81,7 +81,7 @@ def test_a_folder_brings_its_held_out_rows(tmp_path):
     ("lines", "mask", "message"),
     [
         ("", False, "holds no rows"),
-        ('{"text": "a"}\n{"text"', False, "line 2 is not JSON"),
+        ('{"text": "a"}\n{"text"', False, "line 2: not valid JSON"),
         ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', False, "line 2 is no row of text"),
         ('{"question": "a"}', False, "line 1 is no row of a known format; the formats are completions: prompt"),
         ('{"text": 3}', False, "line 1: text is not text"),

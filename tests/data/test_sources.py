@@ -1,5 +1,6 @@
 """Loaders on the real slices, on both shapes of a row, and on files with something wrong in them."""
 
+import csv
 import json
 import os
 import re
@@ -190,20 +191,131 @@ def test_labels_that_are_missing_or_wrong(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "rationale", "gold"),
     [
-        ("1 + 1 = 2\n#### 2", "1 + 1 = 2", "2"),
-        ("first\nthen\nParis", "first\nthen", "Paris"),
+        ("1 + 1 = <<1+1=2>>2\n#### 2", "1 + 1 = 2", "2"),
+        ("first\n\n####\n$1,080\n", "first", "$1,080"),
+        ("#### (1, 4)", "", "(1, 4)"),
+        ("Half of 3 is \\boxed{\\frac32}.", "Half of 3 is \\boxed{\\frac32}.", "\\frac32"),
+        ("$\\boxed{2^{10}}$", "", "2^{10}"),
+        ("9 - 2 = 7\nSo the answer is COVID-19.", "9 - 2 = 7\nSo the answer is COVID-19.", "COVID-19"),
+        ("first\nthen\nParis", "", "first\nthen\nParis"),
+        ("#### Heading\nParis", "", "#### Heading\nParis"),
         ("Paris", "", "Paris"),
-        ("$1,080", "", "1080"),
-        ("So he has 5 apples.", "So he has 5 apples.", "5"),
+        ("$1,080", "", "$1,080"),
+        ("007", "", "007"),
+        ("So he has 5 apples.", "", "So he has 5 apples."),
         (True, "", "yes"),
         (43.0, "", "43"),
         (0.35, "", "0.35"),
-        (0.6666666667, "", "2/3"),
+        (0.6666666667, "", "0.6666666667"),
+        (1e-7, "", "0.0000001"),
+        (12345678901234567890, "", "12345678901234567890"),
     ],
 )
 def test_any_jsonl(tmp_path, answer, rationale, gold):
     path = write(tmp_path / "mine.jsonl", {"question": "Q", "answer": answer})
     assert load_jsonl(path) == [Question("mine-1", "mine", "Q", rationale, gold)]
+
+
+# What people's files hold as answers, and what was once made of it.
+GOLDS = (
+    "Apollo 11", "2^10", "10:30", "COVID-19", "(2, 3)", "2024-05-01", "(1,4)", "2x^2-18", "\\sqrt{10}", "$5", "50%",
+    "3 1/2", "1,000", "6/4", "-0", "+49 30 1234567", "192.168.0.1", "v2.0.1", "B", "yes", "3 apples", "№ 7", "１２",
+    "٣٤", "H2O", "1e5", "x=5", "[1, 2)", "{1, 2}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "two\u2028lines", "a\nb",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+def test_golds_are_what_the_rows_say(tmp_path, suffix):
+    from mlx_rsgwm.data.corpus import make_rows
+
+    rows = [
+        {"id": f"r{number}", "question": f"Question {number}?", "answer": gold} for number, gold in enumerate(GOLDS)
+    ]
+    questions = load_jsonl(write_file(tmp_path / f"mine{suffix}", rows))
+    assert [question.gold for question in questions] == list(GOLDS)
+    assert [question.id for question in questions] == [row["id"] for row in rows]
+    drafted = make_rows(questions, len(questions), 0, 0)
+    assert [row.answer.removeprefix("#### ") for row in drafted] == list(GOLDS)
+
+
+def write_file(path, rows):
+    """The same rows as JSON lines, a JSON array, CSV or TSV."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+        elif path.suffix == ".json":
+            json.dump(rows, file, indent=1)
+        else:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("answer", "rationale", "gold"),
+    [
+        ("So he has 5 apples.", "So he has 5 apples.", "5"),
+        ("From 10-5 we have −3", "From 10-5 we have −3", "-3"),
+        ("$1,080", "", "1080"),
+        ("1 + 1 = 2\n#### 2 apples", "1 + 1 = 2", "2"),
+        (7, "", "7"),
+    ],
+)
+def test_a_row_may_ask_for_a_number(tmp_path, answer, rationale, gold):
+    path = write(tmp_path / "mine.jsonl", {"question": "Q", "answer": answer, "answer_type": "number"})
+    assert load_jsonl(path) == [Question("mine-1", "mine", "Q", rationale, gold)]
+
+
+def test_answer_types(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write(path, {"question": "Q", "answer": "The answer is 5.\n#### 5", "answer_type": "text"})
+    assert load_jsonl(path)[0].gold == "The answer is 5.\n#### 5"
+    write(path, {"question": "Q", "answer": "none", "answer_type": "number"}, {**OWN, "answer_type": "integer"})
+    with pytest.raises(RsgwmError, match=r"line 1: answer_type is number, and there is none.*line 2: answer_type must"):
+        load_jsonl(path)
+    write(path, {**OWN, "task": "t" * 81}, {**OWN, "rationale": ["a"]}, {**OWN, "task": "a\nb"})
+    with pytest.raises(RsgwmError, match=r"line 1: task must be.*line 2: rationale is not text.*line 3: task must be"):
+        load_jsonl(path)
+    write(path, {**OWN, "rationale": float("nan"), "id": float("nan")})
+    assert load_jsonl(path) == [Question("mine-1", "mine", "Q", "", "A")]
+
+
+OWN = {"question": "Q", "answer": "A"}
+
+
+@needs_data
+def test_math_golds_keep_their_meaning_as_rows_of_ones_own(tmp_path):
+    questions = load_questions("math", "test", DATA)
+    rows = [{"id": q.id, "question": q.question, "answer": q.gold} for q in questions]
+    assert [q.gold for q in load_jsonl(write_file(tmp_path / "mine.jsonl", rows))] == [q.gold for q in questions]
+
+
+def test_tables(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text('\ufeffId;Question;Answer\n\n7;"two\nlines; and ""more""";3,5\n8;Q;1\n', encoding="utf-8")
+    assert [(q.id, q.question, q.gold) for q in load_jsonl(path)] == [
+        ("7", 'two\nlines; and "more"', "3,5"),
+        ("8", "Q", "1"),
+    ]
+    path.write_text("question,answer\nQ,A\n\nQ2,a,b\nQ3,\nQ4\n")
+    with pytest.raises(RsgwmError, match=r"line 4: 3 cells.*line 5: no gold answer.*line 6: 1 cells"):
+        load_jsonl(path)
+    path.write_text("What is 1?,1\n")
+    with pytest.raises(RsgwmError, match="line 1 must be a header with question and answer, found what is 1"):
+        load_jsonl(path)
+    path.write_text("question,answer,question\na,b,c\n")
+    with pytest.raises(RsgwmError, match="the header names question twice"):
+        load_jsonl(path)
+    path.write_text('question,answer\nQ,"never closed\nQ2,A\n')
+    with pytest.raises(RsgwmError, match="line 2: not valid CSV"):
+        load_jsonl(path)
+    path.write_text("question,answer\nQ," + "x" * 200_000 + "\n")
+    assert len(load_jsonl(path)[0].gold) == 200_000
+    table = tmp_path / "mine.jsonl"
+    table.write_text("question,answer\nQ,A\n")
+    with pytest.raises(RsgwmError, match=r"is a table, not JSON lines; name it mine\.csv"):
+        load_jsonl(table)
 
 
 def test_any_jsonl_optional_fields(tmp_path):

@@ -1,0 +1,106 @@
+"""Rows of a user's own question file: JSON lines, one JSON array, or a table with a header (CSV, TSV).
+
+What a file is follows from its name; an array under the name ``.jsonl`` is read as the array it is. A table gives
+text only: an empty cell is a missing value, everything else stays as it is written.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.json_lines import NumberedRow, RowFile, read_json_rows
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLE_SUFFIXES = (".csv", ".tsv")
+SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}  # spreadsheets write ; where the comma is the decimal point
+LONGEST_CELL = 1 << 28  # characters; the csv module's own limit is 131072
+
+
+def is_question_file(name: str) -> bool:
+    """Whether a task names a file of questions rather than a family or a public data set."""
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+def read_question_rows(path: Path) -> RowFile:
+    """The rows of a question file with their numbers; a row that cannot be read is a ``ValueError``.
+
+    Raises:
+        RsgwmError: the file is missing, not text, of no known kind, or a table without a usable header.
+    """
+    suffix = path.suffix.lower()
+    if suffix in TABLE_SUFFIXES:
+        return RowFile("line", _table(path, files.read_text(path), DELIMITERS[suffix]))
+    found = read_json_rows(path)
+    first = found.rows[0].value if found.rows else None
+    if isinstance(first, ValueError) and found.rows[0].number == 1 and _looks_like_a_table(path):
+        raise RsgwmError(f"{path} is a table, not JSON lines; name it {path.stem}.csv")
+    return found
+
+
+def _looks_like_a_table(path: Path) -> bool:
+    text = files.read_text(path)
+    return any("question" in _header(text, delimiter) for delimiter in DELIMITERS[".csv"])
+
+
+def _header(text: str, delimiter: str) -> list[str]:
+    try:
+        cells = next(csv.reader(text.split("\n", 1)[:1], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+    return [cell.strip().casefold() for cell in cells]
+
+
+def _table(path: Path, text: str, delimiters: str) -> list[NumberedRow]:
+    delimiter = next((sign for sign in delimiters if "question" in _header(text, sign)), delimiters[0])
+    header = _header(text, delimiter)
+    if not text.strip():
+        return []
+    if "question" not in header:
+        shown = ", ".join(cell[:30] for cell in header[:6]) or "nothing"
+        raise RsgwmError(f"{path}: line 1 must be a header with question and answer, found {shown}")
+    double = sorted({name for name in header if name and header.count(name) > 1})
+    if double:
+        raise RsgwmError(f"{path}: the header names {', '.join(double)} twice")
+    return _table_rows(text, delimiter, header)
+
+
+def _table_rows(text: str, delimiter: str, header: list[str]) -> list[NumberedRow]:
+    rows: list[NumberedRow] = []
+    before = csv.field_size_limit(LONGEST_CELL)
+    try:
+        reader = csv.reader(_lines(text), delimiter=delimiter, strict=True)
+        started = 1
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                rows.append(NumberedRow(started, ValueError(f"not valid CSV ({error})")))
+                break
+            if started > 1 and any(cell.strip() for cell in cells):
+                rows.append(NumberedRow(started, _record(header, cells)))
+            started = reader.line_num + 1
+    finally:
+        csv.field_size_limit(before)
+    return rows
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their line feeds: a quoted cell may hold some, and U+2028 ends no line."""
+    return [line + "\n" for line in text.removesuffix("\n").split("\n")]
+
+
+def _record(header: list[str], cells: list[str]) -> Any:
+    while len(cells) > len(header) and not cells[-1].strip():
+        cells = cells[:-1]
+    if len(cells) != len(header):
+        return ValueError(
+            f"{len(cells)} cells where the header has {len(header)}; a cell with a delimiter needs quotes"
+        )
+    return {name: cell for name, cell in zip(header, cells, strict=True) if name and cell.strip()}
