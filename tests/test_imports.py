@@ -15,6 +15,7 @@ FOUNDATIONS = {
     "errors",
     "settings",
     "files",
+    "json_lines",
     "progress",
     "spec",
     "adapter",
