@@ -36,20 +36,23 @@ def convert_to_peft(
 
     Example: rsgwm convert to-peft runs/drafter drafter-peft --verify
     """
+    from mlx_rsgwm import files
     from mlx_rsgwm.converters import peft
-    from mlx_rsgwm.converters.bulk import is_mlx, is_peft, to_peft_verified
+    from mlx_rsgwm.converters.bulk import is_mlx, is_whole_peft, to_peft_verified
     from mlx_rsgwm.converters.certificate import embed_certificate
 
     def one(source: Path, target: Path) -> Converted:
-        if verify:
-            found = to_peft_verified(source, base, target, console.progress)
-        else:
-            found = peft.convert_to_peft(source, base, target)
-        if certificate is not None:
-            embed_certificate(certificate, source, target)
-        return found
+        peft.require_empty(target)
+        with files.new_folder(target) as work:
+            if verify:
+                found = to_peft_verified(source, base, work, console.progress)
+            else:
+                found = peft.convert_to_peft(source, base, work)
+            if certificate is not None:
+                embed_certificate(certificate, source, work)
+        return found._replace(out=target)
 
-    _run(console, adapter, out, is_mlx, is_peft, one, "PEFT adapter")
+    _run(console, adapter, out, is_mlx, is_whole_peft, one, "PEFT adapter")
 
 
 @convert.command("from-peft")
@@ -63,10 +66,11 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
 
     Example: rsgwm convert from-peft drafter-peft drafter --base smollm2-135m --verify
     """
+    from mlx_rsgwm.adapter import is_complete
     from mlx_rsgwm.base import resolve_base
     from mlx_rsgwm.converters import peft
     from mlx_rsgwm.converters.base_layers import read_base_layers
-    from mlx_rsgwm.converters.bulk import adapter_folders, from_peft_verified, is_mlx, is_peft
+    from mlx_rsgwm.converters.bulk import adapter_folders, from_peft_verified, is_peft
 
     if is_peft(folder) or not adapter_folders(folder, is_peft):
         peft.require_empty(out)
@@ -76,7 +80,7 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
     def one(source: Path, target: Path) -> Converted:
         return (from_peft_verified if verify else peft.convert_from_peft)(source, layers, target)
 
-    _run(console, folder, out, is_peft, is_mlx, one, "adapter")
+    _run(console, folder, out, is_peft, is_complete, one, "adapter")
 
 
 @convert.command("from-mlx")
@@ -91,10 +95,13 @@ def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | N
 
     Example: rsgwm convert from-mlx old-adapter adapter --scale 20
     """
+    from mlx_rsgwm.adapter import is_complete
     from mlx_rsgwm.converters.bulk import is_mlx
     from mlx_rsgwm.converters.mlx_config import convert_from_mlx as convert_one
 
-    _run(console, folder, out, is_mlx, is_mlx, lambda source, target: convert_one(source, target, scale), "adapter")
+    _run(
+        console, folder, out, is_mlx, is_complete, lambda source, target: convert_one(source, target, scale), "adapter"
+    )
 
 
 @convert.command("to-gguf")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_rsgwm import files
 from mlx_rsgwm.adapter import WEIGHTS_FILE
 from mlx_rsgwm.base import resolve_base
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
-from mlx_rsgwm.converters.peft import Converted, convert_from_peft, convert_to_peft
+from mlx_rsgwm.converters.peft import Converted, convert_from_peft, convert_to_peft, require_empty
 from mlx_rsgwm.converters.peft_folder import INDEX_FILE, PeftFolder, open_peft
 from mlx_rsgwm.converters.peft_names import parse_name
-from mlx_rsgwm.converters.peft_sidecar import PEFT_WEIGHTS_FILE
+from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from mlx_rsgwm.converters.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.verify import require_equal
 from mlx_rsgwm.errors import CheckFailed, RsgwmError
@@ -40,29 +40,32 @@ def from_peft_verified(folder: Path, base: BaseLayers, out: Path) -> Converted:
         CheckFailed: naming the first layer that differs; the result is removed.
         RsgwmError: as ``convert_from_peft``.
     """
-    converted = convert_from_peft(folder, base, out)
-    with _removed_on_failure(out), tempfile.TemporaryDirectory(prefix="rsgwm-verify-") as temporary:
-        require_equal(folder, out, base.model_type)
-        back = Path(temporary) / "back"
-        convert_to_peft(out, base.name, back)
-        _require_same_arrays(_peft_arrays(open_peft(folder)), _peft_arrays(open_peft(back)), folder)
-    return converted
+    with _proving(out) as (work, temporary):
+        converted = convert_from_peft(folder, base, work)
+        require_equal(folder, work, base.model_type)
+        convert_to_peft(work, base.name, temporary / "back")
+        _require_same_arrays(_peft_arrays(open_peft(folder)), _peft_arrays(open_peft(temporary / "back")), folder)
+    return converted._replace(out=out)
 
 
 def to_peft_verified(folder: Path, base_name: str | None, out: Path, progress: Progress = SILENT) -> Converted:
     """``convert_to_peft``, then the proof as in :func:`from_peft_verified`; the base is needed for the way back."""
-    converted = convert_to_peft(folder, base_name, out)
-    with _removed_on_failure(out), tempfile.TemporaryDirectory(prefix="rsgwm-verify-") as temporary:
+    with _proving(out) as (work, temporary):
+        converted = convert_to_peft(folder, base_name, work)
         base = read_base_layers(converted.base, resolve_base(converted.base, progress))
-        require_equal(out, folder, base.model_type)
-        back = Path(temporary) / "back"
-        convert_from_peft(out, base, back)
-        _require_same_arrays(read_raw(folder / WEIGHTS_FILE), read_raw(back / WEIGHTS_FILE), folder)
-    return converted
+        require_equal(work, folder, base.model_type)
+        convert_from_peft(work, base, temporary / "back")
+        _require_same_arrays(read_raw(folder / WEIGHTS_FILE), read_raw(temporary / "back" / WEIGHTS_FILE), folder)
+    return converted._replace(out=out)
 
 
 def is_peft(folder: Path) -> bool:
     return (folder / PEFT_WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
+
+
+def is_whole_peft(folder: Path) -> bool:
+    """Whether a conversion to PEFT ended there; its configuration is written last."""
+    return is_peft(folder) and (folder / PEFT_CONFIG_FILE).is_file()
 
 
 def is_mlx(folder: Path) -> bool:
@@ -73,7 +76,7 @@ def adapter_folders(root: Path, is_adapter: Callable[[Path], bool]) -> list[Path
     """Every adapter below ``root``, in order; links to folders are not followed, nor is an adapter looked into."""
     found = []
     for name, below, _ in os.walk(root, followlinks=False):
-        below.sort()
+        below[:] = sorted(one for one in below if not one.startswith("."))  # half-written folders have such names
         folder = Path(name)
         if is_adapter(folder):
             found.append(folder)
@@ -121,12 +124,14 @@ def convert_all(
 
 
 @contextmanager
-def _removed_on_failure(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except RsgwmError:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+def _proving(out: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder that becomes ``out`` once what the body asks of it holds, and one for what goes afterwards."""
+    require_empty(out)
+    with files.new_folder(out) as work, tempfile.TemporaryDirectory(prefix="rsgwm-verify-") as temporary:
+        try:
+            yield work, Path(temporary)
+        except RsgwmError as error:
+            raise type(error)(str(error).replace(str(work), str(out))) from error
 
 
 def _peft_arrays(folder: PeftFolder) -> dict[str, RawArray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,19 @@ def dense_base(path: Path, out: Path) -> Path:
                 shutil.copyfile(file, out / file.name)
     write_arrays(out / "model.safetensors", arrays, {"format": "pt"})
     dense = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-    files.write_json(out / "config.json", {**dense, "torch_dtype": "float32"})
+    files.write_json(out / "config.json", with_dtype(dense, "float32"))
     return out
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """``config`` with ``dtype`` wherever transformers looks for it: by its old name, its new one, in nested parts."""
+    changed = {
+        name: {**part, **{key: dtype for key in ("dtype", "torch_dtype") if key in part}}
+        if name.endswith("_config") and isinstance(part, Mapping)
+        else part
+        for name, part in config.items()
+    }
+    return {**changed, "torch_dtype": dtype, "dtype": dtype}
 
 
 def dense_parameters(model: nn.Module) -> dict[str, mx.array]:

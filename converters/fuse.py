@@ -9,9 +9,7 @@ with those of base and adapter.
 from __future__ import annotations
 
 import io
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -26,8 +24,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import DTYPES, Base, load_base, resolve_base
-from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype
-from mlx_rsgwm.converters.parity_mlx import apply_adapter, replace_parameters
+from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype, with_dtype
+from mlx_rsgwm.converters.parity_mlx import apply_adapter, probe_ids, replace_parameters
 from mlx_rsgwm.converters.peft import require_empty
 from mlx_rsgwm.converters.peft_names import model_order
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
@@ -138,30 +136,30 @@ def fuse(
         )
     config = _fused(model, config, layers, target)
     files.require_space(out, sum(value.nbytes for _, value in _parameters(model)) + 2**24)
-    _write(model, config, path, out)
-    del model, layers
-    mx.clear_cache()
-    result = {
-        "out": str(out),
-        "base": base_name,
-        "adapter": str(adapter_folder),
-        "format": target,
-        "modules": len(found),
-        "replaced": len(adapter.full),
-        "share": total.share,
-        "error": total.error,
-        "worst": [vars(one) for one in _worst(found)],
-        "min_share": min_share,
-        **_compare_logits(adapter, base_name, out, target, progress),
-        "versions": versions(),
-    }
-    if abs(1 - float(str(result["logit_share"]))) > 1 - min_share and not force:
-        shutil.rmtree(out)
-        raise CheckFailed(
-            f"{result['logit_share']:.0%} of the adapter's effect on logits is in the fused model, "
-            f"outside {min_share:.0%} to {2 - min_share:.0%}; it was removed; choose another --format, or --force"
-        )
-    files.write_json(out / "fuse.json", result)
+    with files.new_folder(out) as work:
+        _write(model, config, path, work)
+        del model, layers
+        mx.clear_cache()
+        result = {
+            "out": str(out),
+            "base": base_name,
+            "adapter": str(adapter_folder),
+            "format": target,
+            "modules": len(found),
+            "replaced": len(adapter.full),
+            "share": total.share,
+            "error": total.error,
+            "worst": [vars(one) for one in _worst(found)],
+            "min_share": min_share,
+            **_compare_logits(adapter, base_name, work, target, progress),
+            "versions": versions(),
+        }
+        if abs(1 - float(str(result["logit_share"]))) > 1 - min_share and not force:
+            raise CheckFailed(
+                f"{result['logit_share']:.0%} of the adapter's effect on logits is in the fused model, "
+                f"outside {min_share:.0%} to {2 - min_share:.0%}; it was removed; choose another --format, or --force"
+            )
+        files.write_json(work / "fuse.json", result)
     return result
 
 
@@ -275,7 +273,7 @@ def _fused(model: Any, config: dict[str, Any], layers: dict[str, Any], target: s
     config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     if isinstance(kind, str):
         model.set_dtype(DTYPES[kind])
-        return {**config, "torch_dtype": kind}
+        return with_dtype(config, kind)
     config = _quantised(model, config, kind)
     model.set_dtype(dtype)
     return config
@@ -322,26 +320,18 @@ def _parameters(model: Any) -> list[tuple[str, mx.array]]:
 
 
 def _write(model: Any, config: dict[str, Any], source: Path, out: Path) -> None:
-    """Write the folder under a temporary name, then rename it."""
+    """Write the model into the folder ``out``, with the other files that its base has."""
     from mlx_lm.utils import save_config, save_model
 
-    files.make_folder(out.absolute().parent)
-    work = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
     try:
-        save_model(work, model)
-        for pattern in ("*.json", "*.jinja", *TOKENIZER_FILES, "*.txt"):
-            for file in source.glob(pattern):
-                if not (work / file.name).exists() and file.name != "config.json":
-                    shutil.copyfile(file, work / file.name)
-        save_config(config, work / "config.json")
-        work.chmod(0o755)  # mkdtemp makes it private
-        if out.exists():
-            out.rmdir()
-        os.rename(work, out)
-    except (OSError, RuntimeError) as error:
+        save_model(out, model)
+    except RuntimeError as error:
         raise RsgwmError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    for pattern in ("*.json", "*.jinja", *TOKENIZER_FILES, "*.txt"):
+        for file in source.glob(pattern):
+            if not (out / file.name).exists() and file.name != "config.json":
+                shutil.copyfile(file, out / file.name)
+    save_config(config, out / "config.json")
 
 
 # --- the written model ------------------------------------------------------------------------------------------
@@ -369,7 +359,7 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
                 packed = _logits(again)
             del again
         advance(1, "the base in the target format")
-        fused = _logits(load_base(str(out), "float32", progress))
+        fused = _logits(load_base(str(out), "float32"))
         advance(1, "the fused model")
     effect, found = adapted - bare, fused - packed
     square = float((effect * effect).sum())
@@ -382,7 +372,7 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
 
 def _logits(base: Base) -> np.ndarray:
     model: Any = base.model
-    ids = [base.tokenizer.encode(text) for text in TEXTS]
+    ids = probe_ids(base, TEXTS)
     found = [np.array(model(mx.array([one]))[0].astype(mx.float32)).astype(np.float64) for one in ids]
     mx.clear_cache()
     return np.concatenate(found)

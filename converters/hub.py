@@ -68,6 +68,24 @@ def stage(
     adapter.manifest = without_paths(adapter.manifest)
     if adapter.manifest.get("base"):
         adapter.manifest["base"] = {**adapter.manifest["base"], "name": hub_base}
+    with files.new_folder(out) as work:
+        _fill(work, adapter, adapter_folder, repo, hub_base, licence, with_mlx, proof, metrics)
+    contents = sorted((str(file.relative_to(out)), file.stat().st_size) for file in out.rglob("*") if file.is_file())
+    return Staged(out, hub_base, tuple(contents))
+
+
+def _fill(
+    out: Path,
+    adapter: Adapter,
+    adapter_folder: Path,
+    repo: str,
+    hub_base: str,
+    licence: str,
+    with_mlx: bool,
+    proof: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+) -> None:
+    """Write a repository's files into the empty folder ``out``; the arguments are those of :func:`stage`, read."""
     to_peft(adapter, hub_base, out)
     if proof is not None:
         proof = {**without_paths(proof), "base": hub_base, "adapter": repo}
@@ -88,8 +106,6 @@ def stage(
         report=metrics,
     )
     files.write_text(out / CARD_FILE, card)
-    contents = sorted((str(file.relative_to(out)), file.stat().st_size) for file in out.rglob("*") if file.is_file())
-    return Staged(out, hub_base, tuple(contents))
 
 
 def push(staged: Staged, repo: str, *, private: bool = True, message: str = "Add adapter") -> str:
@@ -136,7 +152,7 @@ def pull(
     check_peft(folder)
     named = base or files.read_json_object(folder / PEFT_CONFIG_FILE).get("base_model_name_or_path")
     if keep_peft:
-        shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        _copy(folder, out)
         return {"out": str(out), "repo": repo, "base": named, "layout": "peft"}
     if not isinstance(named, str) or not named:
         raise RsgwmError(f"{repo} does not say which base model it is for; give --base")
@@ -157,7 +173,7 @@ def _kept_mlx(folder: Path, repo: str, out: Path, base: str | None, keep_peft: b
     if keep_peft:
         raise RsgwmError(f"{repo} has mlx-lm's layout, not PEFT's; leave --peft out")
     adapter = Adapter.load(folder)
-    shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    _copy(folder, out)
     named = base or (adapter.manifest.get("base") or {}).get("name")
     return {
         "out": str(out),
@@ -168,6 +184,11 @@ def _kept_mlx(folder: Path, repo: str, out: Path, base: str | None, keep_peft: b
         "scale": adapter.spec.scale,
         "modules": len(adapter.modules()),
     }
+
+
+def _copy(folder: Path, out: Path) -> None:
+    with files.new_folder(out) as work:
+        shutil.copytree(folder, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 
 
 def _fetched(repo: str, revision: str | None, progress: Progress) -> Path:

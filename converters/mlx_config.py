@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.converters.peft import Converted, require_empty
 
@@ -25,5 +26,6 @@ def convert_from_mlx(folder: Path, out: Path, scale: float | None = None) -> Con
     adapter.manifest = {"kind": "imported", **adapter.manifest}
     name = str((adapter.manifest.get("base") or {}).get("name") or "a base it does not name")
     converted = Converted(out, name, adapter.spec, len(adapter.modules()))
-    adapter.save(out)
+    with files.new_folder(out) as work:
+        adapter.save(work)
     return converted

@@ -23,7 +23,7 @@ from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import load_base
 from mlx_rsgwm.converters.certificate import sign
 from mlx_rsgwm.converters.dense_base import dense_base
-from mlx_rsgwm.converters.parity_mlx import exact_float32, trace_mlx
+from mlx_rsgwm.converters.parity_mlx import exact_float32, probe_ids, trace_mlx
 from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trace, perplexity
 from mlx_rsgwm.converters.parity_verdict import NOISE, compare, compare_continuations, first_difference
 from mlx_rsgwm.converters.peft import to_peft
@@ -90,7 +90,7 @@ def check_parity(
             if adapter.base_fingerprint and adapter.base_fingerprint != base.fingerprint:
                 trained = (adapter.manifest.get("base") or {}).get("name")
                 raise AdapterError(f"{adapter.where} was trained on {trained}, not on {base_name}: the weights differ")
-            ids = [list(map(int, one)) for one in token_ids or [base.tokenizer.encode(text) for text in TEXTS]]
+            ids = [list(map(int, one)) for one in token_ids or probe_ids(base, TEXTS)]
             ours = trace_mlx(base, adapter, ids, continuation)
             path, fingerprint, model_type = base.path, base.fingerprint, base.config["model_type"]
             del base

@@ -18,7 +18,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trace
-from mlx_rsgwm.errors import AdapterError
+from mlx_rsgwm.errors import AdapterError, RsgwmError
 
 
 def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
@@ -69,6 +69,21 @@ def replace_parameters(model: nn.Module, adapter: Adapter) -> None:
     model.load_weights(
         [(name, value.astype(present[name].dtype)) for name, value in adapter.full.items()], strict=False
     )
+
+
+def probe_ids(base: Base, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts to compare models on.
+
+    Raises:
+        RsgwmError: the base's tokenizer leaves nothing of one of them.
+    """
+    ids = [[int(one) for one in base.tokenizer.encode(text)] for text in texts]
+    if not all(ids):
+        raise RsgwmError(
+            f"the tokenizer of {base.name} makes no tokens of {texts[ids.index([])][:30]!r}…, so there is nothing to "
+            "compare on; mend the base's tokenizer.json"
+        )
+    return ids
 
 
 def trace_mlx(base: Base, adapter: Adapter, token_ids: Sequence[Sequence[int]], continuation: int) -> Trace:

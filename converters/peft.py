@@ -43,8 +43,8 @@ class Converted(NamedTuple):
 def to_peft(adapter: Adapter, base_name: str, out: Path) -> Path:
     """Write ``adapter`` as a PEFT folder that ``PeftModel.from_pretrained`` loads.
 
-    Arrays keep their dtype and bits, and are written one at a time. ``adapter_config.json`` is written last, so a
-    folder that holds it is whole. An adapter that came from PEFT and is unchanged since gets its own form back.
+    Arrays keep their dtype and bits, and are written one at a time. The folder gets its name once it is whole.
+    An adapter that came from PEFT and is unchanged since gets its own form back.
 
     Args:
         adapter: LoRA or DoRA on linear layers, LoRA on embeddings and experts. It is left as it was.
@@ -100,18 +100,11 @@ def _write(
     files.require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
     arrays = peft_arrays(adapter, form)
     metadata = (adapter.manifest.get("source") or {}).get("metadata") if form.layout is not None else None
-    made = not out.exists()
-    files.make_folder(out)
-    try:
-        digest = write_arrays(out / PEFT_WEIGHTS_FILE, arrays, metadata or {"format": "pt"})
+    with files.new_folder(out) as work:
+        digest = write_arrays(work / PEFT_WEIGHTS_FILE, arrays, metadata or {"format": "pt"})
         check()
-    except RsgwmError:
-        (out / PEFT_WEIGHTS_FILE).unlink(missing_ok=True)
-        if made:
-            out.rmdir()
-        raise
-    write_sidecar(adapter, config, out, digest, form.joined)
-    files.write_json(out / PEFT_CONFIG_FILE, config)
+        write_sidecar(adapter, config, work, digest, form.joined)
+        files.write_json(work / PEFT_CONFIG_FILE, config)
     return out
 
 

@@ -137,24 +137,17 @@ def save_adapter(adapter: Adapter, out: Path) -> None:
 
     Raises:
         AdapterError: wrong names or shapes, values that are not finite; nothing is left behind then.
-        RsgwmError: no room, or ``out`` cannot be written.
+        RsgwmError: no room, or ``out`` cannot be written, or is a folder that is not empty.
     """
     raise_problems(adapter.where, adapter.shape_problems(), AdapterError)
     groups = (adapter.weights, adapter.full, adapter.importance, adapter.init, adapter.kept)
     files.require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
-    made = not out.exists()
-    files.make_folder(out)
-    try:
+    with files.new_folder(out) as work:
         arrays = {**adapter.weights, **adapter.full}
         adapter.weights.clear()
         adapter.full.clear()
-        digest = write_arrays(out / WEIGHTS_FILE, arrays, {"format": "mlx"})
-    except RsgwmError:
-        with suppress(OSError):
-            if made:
-                out.rmdir()
-        raise
-    written = adapter.write_beside(out)
-    hashes = {WEIGHTS_FILE: digest, **{name: files.sha256_file(out / name) for name in written}}
-    manifest = {**adapter.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
-    files.write_json(out / MANIFEST_FILE, manifest)
+        digest = write_arrays(work / WEIGHTS_FILE, arrays, {"format": "mlx"})
+        written = adapter.write_beside(work)
+        hashes = {WEIGHTS_FILE: digest, **{name: files.sha256_file(work / name) for name in written}}
+        manifest = {**adapter.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
+        files.write_json(work / MANIFEST_FILE, manifest)

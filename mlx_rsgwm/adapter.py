@@ -27,6 +27,7 @@ IMPORTANCE_FILE = "importance.safetensors"
 INIT_FILE = "init.safetensors"
 KEPT_FILE = "kept.safetensors"
 MANIFEST_FILE = "manifest.json"
+UNFINISHED_FILE = ".unfinished"
 SIGNALS = ("all", "draft", "verify")
 FULL_LEAVES = ("weight", "bias")
 # Arrays whose values are checked in one evaluation.
@@ -162,6 +163,8 @@ class Adapter:
             )
         if not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(_explain_missing_weights(folder))
+        if (folder / UNFINISHED_FILE).is_file() and not is_complete(folder):
+            raise AdapterError(f"{folder} was not written to its end: its writer was stopped, or still runs")
         manifest = _read_manifest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
         before = _stamps(folder)
         if hashes:
@@ -186,12 +189,14 @@ class Adapter:
         groups = (self.weights, self.full, self.importance, self.init, self.kept)
         files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
         with files.exclusive(folder):
+            files.write_text(folder / UNFINISHED_FILE, "This folder is being written, or its writer was stopped.\n")
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
             files.write_safetensors(folder / WEIGHTS_FILE, {**self.weights, **self.full})
             written = [WEIGHTS_FILE, *self.write_beside(folder)]
             hashes = {name: files.sha256_file(folder / name) for name in written}
             self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
             files.write_json(folder / MANIFEST_FILE, self.manifest)
+            (folder / UNFINISHED_FILE).unlink(missing_ok=True)
         self.path = folder
         return folder
 

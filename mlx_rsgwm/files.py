@@ -27,6 +27,13 @@ from mlx_rsgwm.errors import RsgwmError
 LARGEST_JSON = 256 << 20  # bytes; the index of the largest model or the history of a long run has a few millions
 LOCK_FILE = ".lock"
 HALF_WRITTEN = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # the names that `temporary_for` gives
+NEW_FOLDER = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.part")  # the names that `new_folder` gives meanwhile
+LAST_FILES = {
+    "adapters.safetensors",
+    "adapter_config.json",
+    "manifest.json",
+    "config.json",
+}  # without them nothing loads
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -257,6 +264,58 @@ def _locked(path: Path) -> int:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         os.close(descriptor)  # whoever held it removed it meanwhile: that file is nobody's any more
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name ``out`` in one step when the body is done, or is removed when it fails.
+
+    Whoever kills the process finds nothing under that name, and what it left beside it goes when ``out`` is made again.
+    Bodies may nest: an inner one fills the folder of an outer one.
+
+    Args:
+        out: a folder that does not exist yet, or an empty one.
+    """
+    place = out.resolve()
+    inside = place.is_mount()  # a file system's own root can be neither removed nor renamed
+    parent = make_folder(place if inside else place.parent)
+    for left in parent.iterdir():
+        if _left_behind(left.name, place.name):
+            shutil.rmtree(left, ignore_errors=True)
+    work = parent / f".{place.name}.{os.getpid()}.part"
+    try:
+        work.mkdir()
+        yield work
+        if inside:
+            for file in sorted(work.iterdir(), key=lambda file: file.name in LAST_FILES):
+                os.rename(file, place / file.name)
+        else:
+            if place.is_dir():
+                place.rmdir()
+            os.rename(work, place)
+    except OSError as error:
+        raise RsgwmError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _left_behind(name: str, wanted: str) -> bool:
+    """Whether ``name`` is what :func:`new_folder` calls ``wanted`` meanwhile, in a process that has ended."""
+    ended = False
+    while named := NEW_FOLDER.fullmatch(name):
+        name = named["name"]
+        ended = not _process_runs(int(named["pid"]))
+    return ended and name == wanted
+
+
+def _process_runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def make_folder(path: Path) -> Path:

@@ -292,3 +292,38 @@ def test_the_command_knows_the_formats_and_its_exit_codes(bases, tmp_path):
     made = run(rsgwm, ["fuse", str(adapter), str(tmp_path / "out"), *options])
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout.splitlines()[-1])["logit_share"] == pytest.approx(1, abs=0.01)
+
+
+def test_every_dtype_of_the_config_is_that_of_the_arrays(bases, tmp_path):
+    """transformers 5 obeys ``dtype`` before ``torch_dtype``, and those of nested parts."""
+    import shutil
+
+    folder = shutil.copytree(bases / "float32", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"dtype": "float32", "audio_config": {"dtype": "float32", "torch_dtype": "float32", "depth": 2}}
+    (folder / "config.json").write_text(json.dumps(config))
+    make(tmp_path / "adapter")
+    fuse(tmp_path / "adapter", str(folder), tmp_path / "out", target="float16")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["dtype"], written["torch_dtype"]) == ("float16", "float16")
+    assert written["audio_config"] == {"dtype": "float16", "torch_dtype": "float16", "depth": 2}
+    transformers = pytest.importorskip("transformers")
+    assert str(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype).endswith("16")
+
+
+@pytest.mark.parametrize("command", ["fuse", "parity"])
+def test_a_tokenizer_that_cuts_texts_to_nothing_is_one_line(command, bases, tmp_path):
+    import shutil
+
+    from tokenizers import Regex, Tokenizer, models, normalizers
+
+    folder = shutil.copytree(bases / "float32", tmp_path / "base")
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.normalizer = normalizers.Replace(Regex("."), "")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    make(tmp_path / "adapter")
+    arguments = [command, str(tmp_path / "adapter"), *([str(tmp_path / "out")] if command == "fuse" else [])]
+    result = CliRunner().invoke(rsgwm, [*arguments, "--base", str(folder), "--quiet"])
+    assert result.exit_code == 2, result.output
+    assert "makes no tokens of 'Natalia" in result.stderr
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter", "base"]
