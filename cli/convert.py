@@ -192,10 +192,14 @@ def check(console: Console, peft: Path, adapter: Path) -> None:
     Example: rsgwm convert check drafter-peft drafter
     """
     from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.converters.base_layers import local_base_layers
+    from mlx_rsgwm.converters.module_names import Names
     from mlx_rsgwm.converters.verify import require_equal
 
     manifest = Adapter.load(adapter, lazy=True).manifest
-    modules = require_equal(peft, adapter, (manifest.get("base") or {}).get("model_type"))
+    described = manifest.get("base") or {}
+    layers = local_base_layers(str(described.get("name") or ""))
+    modules = require_equal(peft, adapter, layers.names if layers else Names(described.get("model_type")))
     console.line(f"{peft} and {adapter} are the same adapter: {modules} modules")
     console.result({"peft": peft, "adapter": adapter, "modules": modules, "passed": True})
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from safetensors import safe_open
 
 from mlx_rsgwm import files
-from mlx_rsgwm.base import describe_base, fingerprint_of
+from mlx_rsgwm.base import HUB_ID, HUB_PATTERNS, describe_base, fingerprint_of, resolve_base
+from mlx_rsgwm.converters.module_names import HEADS, PREFIXES, Names, checkpoint_shapes
+from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_folder import first_line, read_config, rope_fields
+from mlx_rsgwm.model_folder import first_line, read_config, rope_fields, weight_files
 
 Kind = Literal["linear", "embedding", "experts"]
 
@@ -26,13 +31,22 @@ class Layer:
     outputs: int
     experts: int = 0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of its dense weight."""
+        if self.kind == "embedding":
+            return self.inputs, self.outputs
+        rows = self.outputs, self.inputs
+        return (self.experts, *rows) if self.kind == "experts" else rows
+
 
 @dataclass(frozen=True)
 class BaseLayers:
     """A base without its weights.
 
     ``layers``: by mlx-lm's full names. ``parameters``: shapes by name. ``tied``: the embedding is the output head too.
-    ``description``: what manifests keep of it.
+    ``description``: what manifests keep of it. ``weights``: how its parameters come from its checkpoint, where that
+    is known; ``bare``: whether the checkpoint leaves the prefix of the model below the head out.
     """
 
     name: str
@@ -42,6 +56,30 @@ class BaseLayers:
     layers: dict[str, Layer]
     parameters: dict[str, tuple[int, ...]]
     tied: bool
+    weights: WeightMap | None = None
+    bare: bool = False
+
+    @cached_property
+    def names(self) -> Names:
+        return Names(self.model_type, self.weights, self.bare)
+
+
+def local_base_layers(name: str) -> BaseLayers | None:
+    """:func:`read_base_layers` of a base that is on this machine as a folder or in the Hub's cache; else None."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(name)
+    if not path.is_dir():
+        if not HUB_ID.fullmatch(name):
+            return None
+        try:
+            path = Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=True))
+        except (OSError, ValueError):
+            return None
+    try:
+        return read_base_layers(name, resolve_base(str(path)))
+    except RsgwmError:
+        return None  # not whole, or of a kind that mlx-lm has not: no help here
 
 
 def read_base_layers(name: str, path: Path) -> BaseLayers:
@@ -63,6 +101,8 @@ def read_base_layers(name: str, path: Path) -> BaseLayers:
         if layer is not None:
             layers[module_name] = layer
     flat: Any = tree_flatten(model.parameters())
+    parameters = {parameter: tuple(value.shape) for parameter, value in flat}
+    weights, bare = _weight_map(path, config, parameters, layers)
     embedded = any(layer.kind == "embedding" for layer in layers.values())
     return BaseLayers(
         name=name,
@@ -70,9 +110,52 @@ def read_base_layers(name: str, path: Path) -> BaseLayers:
         model_type=config["model_type"],
         description=describe_base(name, fingerprint_of(path), files.read_json_object(path / "config.json")),
         layers=layers,
-        parameters={parameter: tuple(value.shape) for parameter, value in flat},
+        parameters=parameters,
         tied=embedded and not any(one.rpartition(".")[2] in ("lm_head", "embed_out", "output") for one in layers),
+        weights=weights,
+        bare=bare,
     )
+
+
+def _weight_map(
+    path: Path, config: Mapping[str, Any], parameters: Mapping[str, tuple[int, ...]], layers: Mapping[str, Layer]
+) -> tuple[WeightMap | None, bool]:
+    """How mlx-lm's parameters come from the checkpoint, and whether that leaves the model's prefix out.
+
+    A base that mlx-lm has saved went through ``sanitize`` before: then of the checkpoint that it must have come from;
+    None where that is not known, or where ``sanitize`` cannot be followed.
+    """
+    from mlx_lm.utils import _get_classes
+
+    shapes, saved_by_mlx = _checkpoint(path)
+    model_type = str(config["model_type"])
+    if saved_by_mlx:
+        dense = {name: shape for name, shape in parameters.items() if not name.endswith((".scales", ".biases"))}
+        dense |= {f"{name}.weight": layer.shape for name, layer in layers.items() if f"{name}.weight" in dense}
+        shapes = checkpoint_shapes(dense, model_type)
+    try:
+        model_class, arguments = _get_classes({**config, **rope_fields(config)})
+        model = model_class(arguments.from_dict({**config, **rope_fields(config)}))
+        sanitize = model.sanitize if hasattr(model, "sanitize") else lambda arrays: arrays
+        weights = WeightMap(sanitize, shapes)
+        if saved_by_mlx and not set(dense) <= set(weights.names()):
+            return None, False
+    except Exception:  # markers are not what sanitize was written for: anything may happen in it
+        return None, False
+    prefix = PREFIXES.get(model_type, "model") + "."
+    bare = not saved_by_mlx and not any(name.startswith((prefix, "language_model.")) for name in shapes)
+    return weights, bare and not all(name.startswith(HEADS) for name in shapes)
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Names and shapes of a base's arrays from their headers, and whether mlx-lm wrote them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    by_mlx = False
+    for file in weight_files(path):
+        with safe_open(str(file), framework="np") as arrays:
+            by_mlx = by_mlx or (arrays.metadata() or {}).get("format") == "mlx"
+            shapes |= {name: tuple(arrays.get_slice(name).get_shape()) for name in arrays.keys()}  # noqa: SIM118
+    return shapes, by_mlx or any(name.endswith(".scales") for name in shapes)
 
 
 def _layer(module: nn.Module) -> Layer | None:

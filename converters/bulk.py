@@ -42,7 +42,7 @@ def from_peft_verified(folder: Path, base: BaseLayers, out: Path) -> Converted:
     """
     with _proving(out) as (work, temporary):
         converted = convert_from_peft(folder, base, work)
-        require_equal(folder, work, base.model_type)
+        require_equal(folder, work, base.names)
         convert_to_peft(work, base.name, temporary / "back")
         _require_same_arrays(_peft_arrays(open_peft(folder)), _peft_arrays(open_peft(temporary / "back")), folder)
     return converted._replace(out=out)
@@ -53,7 +53,7 @@ def to_peft_verified(folder: Path, base_name: str | None, out: Path, progress: P
     with _proving(out) as (work, temporary):
         converted = convert_to_peft(folder, base_name, work)
         base = read_base_layers(converted.base, resolve_base(converted.base, progress))
-        require_equal(work, folder, base.model_type)
+        require_equal(work, folder, base.names)
         convert_from_peft(work, base, temporary / "back")
         _require_same_arrays(read_raw(folder / WEIGHTS_FILE), read_raw(temporary / "back" / WEIGHTS_FILE), folder)
     return converted._replace(out=out)

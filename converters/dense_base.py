@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rsgwm import files
 from mlx_rsgwm.base import DTYPES
-from mlx_rsgwm.converters.peft_names import MIXTRAL, SWITCH, transformers_module
+from mlx_rsgwm.converters.module_names import KEEPS_BLOCK_SPARSE, MIXTRAL, SWITCH, Names
 from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_folder import first_line, read_config, rope_fields
@@ -98,10 +98,10 @@ def dequantised(layer: Any) -> mx.array:
 def _transformers_arrays(name: str, value: mx.array, model_type: str) -> dict[str, mx.array]:
     """An array under transformers' name; stacked experts one by one, as published models have them."""
     module, _, leaf = name.rpartition(".")
-    theirs = transformers_module(module, model_type)
-    if not SWITCH.fullmatch(module):
-        return {f"{theirs}.{leaf}": value}
-    block, _, projection = theirs.rpartition(".switch_mlp.")
-    if block.endswith("block_sparse_moe"):
+    names = Names(model_type)
+    if not (one := SWITCH.fullmatch(module)):
+        return {names.transformers_parameter(name): value}
+    block, projection = names.experts_block(module.rpartition(".")[0]), one["projection"]
+    if model_type in KEEPS_BLOCK_SPARSE:
         projection = next(old for old, ours in MIXTRAL.items() if ours == projection)
     return {f"{block}.experts.{expert}.{projection}.{leaf}": value[expert] for expert in range(value.shape[0])}

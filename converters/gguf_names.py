@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.converters.peft_names import SWITCH
+from mlx_rsgwm.converters.module_names import SWITCH
 from mlx_rsgwm.errors import RsgwmError
 
 # mlx-lm's model type: llama.cpp's architecture (gguf.MODEL_ARCH), and whether query and key rows are interleaved there.

@@ -21,14 +21,16 @@ import numpy as np
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import load_base
+from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.certificate import sign
 from mlx_rsgwm.converters.dense_base import dense_base
+from mlx_rsgwm.converters.module_names import SWITCH, Names
 from mlx_rsgwm.converters.parity_mlx import exact_float32, probe_ids, trace_mlx
 from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trace, perplexity
 from mlx_rsgwm.converters.parity_verdict import NOISE, compare, compare_continuations, first_difference
 from mlx_rsgwm.converters.peft import to_peft
 from mlx_rsgwm.converters.peft_folder import open_peft
-from mlx_rsgwm.converters.peft_names import ROUTER, SWITCH, is_embedding, transformers_module
+from mlx_rsgwm.converters.peft_names import is_embedding
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.progress import SILENT, Progress
 
@@ -92,12 +94,13 @@ def check_parity(
                 raise AdapterError(f"{adapter.where} was trained on {trained}, not on {base_name}: the weights differ")
             ids = [list(map(int, one)) for one in token_ids or probe_ids(base, TEXTS)]
             ours = trace_mlx(base, adapter, ids, continuation)
-            path, fingerprint, model_type = base.path, base.fingerprint, base.config["model_type"]
+            path, fingerprint = base.path, base.fingerprint
             del base
         mx.clear_cache()
         advance(1, "MLX")
         torch_path = dense_base(path, Path(temporary) / "dense")
-        names = {module: torch_module(module, model_type) for module in ours.probes}
+        known = read_base_layers(base_name, path).names
+        names = {module: torch_module(module, known) for module in ours.probes}
         theirs = _trace_torch(torch_path, folder, device, dtype, ids, ours.probes, names, continuation)
         advance(1, "torch")
     verdict = compare(ours.logits, theirs.logits, len(adapter.modules()), tolerance)
@@ -137,12 +140,11 @@ def check_parity(
     return sign(result, adapter_folder, fingerprint)
 
 
-def torch_module(module: str, model_type: str) -> str:
+def torch_module(module: str, names: Names) -> str:
     """transformers' name of an adapted module of mlx-lm; for experts, the module of their stacked parameters."""
-    name = transformers_module(module, model_type)
     if SWITCH.fullmatch(module):
-        return name.partition(".switch_mlp.")[0].replace(".block_sparse_moe", ".mlp") + ".experts"
-    return name.replace(".block_sparse_moe.", ".mlp.") if ROUTER.fullmatch(name) else name
+        return f"{names.experts_block(module.rpartition('.')[0])}.experts"
+    return names.transformers_module(module)
 
 
 def _version(package: str) -> str:

@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.base import ALIASES, resolve_base
-from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
+from mlx_rsgwm.converters.base_layers import BaseLayers, local_base_layers, read_base_layers
 from mlx_rsgwm.converters.peft_folder import open_peft
 from mlx_rsgwm.converters.peft_read import early_problems, read_peft
 from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, write_sidecar
@@ -53,8 +53,8 @@ def to_peft(adapter: Adapter, base_name: str, out: Path) -> Path:
 
     Raises:
         AdapterError: naming every reason why this adapter has no PEFT form.
-        RsgwmError: the folder is not empty or cannot be written; an adapted embedding, and the base is not here to
-            say whether it is tied.
+        RsgwmError: the folder is not empty or cannot be written; the base is not here to say whether an adapted
+            embedding is tied, or what mlx-lm made of its arrays.
     """
     copied = replace(adapter, weights=dict(adapter.weights), full=dict(adapter.full))
     return _write(copied, lambda: dict(adapter.weights), base_name, out)
@@ -93,7 +93,7 @@ def _write(
     """
     raise_problems(adapter.where, [*adapter.shape_problems(), *unconvertible(adapter)], AdapterError)
     require_empty(out)
-    form = peft_form(adapter, probe, lambda: read_base_layers(base_name, resolve_base(base_name)).tied)
+    form = peft_form(adapter, probe, lambda required: _base_layers(base_name, required))
     hub_name = ALIASES[base_name].hub_id if base_name in ALIASES else base_name
     config = {**form.config, "base_model_name_or_path": hub_name}
     groups = (adapter.weights, adapter.full, adapter.importance, adapter.init, adapter.kept)
@@ -106,6 +106,10 @@ def _write(
         write_sidecar(adapter, config, work, digest, form.joined)
         files.write_json(work / PEFT_CONFIG_FILE, config)
     return out
+
+
+def _base_layers(name: str, required: bool) -> BaseLayers | None:
+    return read_base_layers(name, resolve_base(name)) if required else local_base_layers(name)
 
 
 def from_peft(folder: Path, base: Mapping[str, Any] | None = None) -> Adapter:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # PEFT fields that may have any value here, because the arrays and the scale already say what they did.
@@ -228,7 +228,7 @@ def selects(config: Mapping[str, Any], module: str) -> bool:
     if _excluded(config, module):
         return False
     targets = config.get("target_modules")
-    if any(module == one or module.endswith("." + one) for one in config.get("target_parameters") or ()):
+    if _is_parameter(module) and _ends(module, config.get("target_parameters") or ()):
         return True
     if targets is None:
         return not config.get("target_parameters")
@@ -239,6 +239,15 @@ def selects(config: Mapping[str, Any], module: str) -> bool:
     if module in targets:
         return True
     return any(module.endswith("." + one) for one in targets) and _in_layers(config, module)
+
+
+def _ends(name: str, ends: Iterable[str]) -> bool:
+    return any(name == one or name.endswith("." + one) for one in ends)
+
+
+def _is_parameter(name: str) -> bool:
+    """Whether a full name is a parameter's: ``X.weight``, or one of stacked experts."""
+    return name.endswith((".weight", ".experts.gate_up_proj", ".experts.down_proj"))
 
 
 def _excluded(config: Mapping[str, Any], module: str) -> bool:

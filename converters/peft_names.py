@@ -1,9 +1,4 @@
-"""Names: of PEFT's arrays and what each of them is, of modules in transformers and in mlx-lm.
-
-transformers 5 keeps the experts of a layer in stacked parameters, older versions in one linear layer an expert;
-mlx-lm has one ``switch_mlp`` of three stacked projections. For everything else the two name modules alike, save for
-the prefixes of a few model types.
-"""
+"""Names of PEFT's arrays and what each of them is; the order and place of a module in its model."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import re
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
 BLOCK_MODULE = re.compile(r"(?P<stem>(?:.+\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<key>.+)")
 LEAVES = {  # in PEFT's files, after the module's name: what we call it
     "lora_A.weight": "a",
@@ -48,21 +43,6 @@ HINTS = {
     "oft_r": "this is OFT",
     "vera_lambda": "this is VeRA",
 }
-# (transformers' prefix, mlx-lm's prefix, the model types for which the way back is meant; empty: every)
-ROOTS = (
-    ("model.language_model.", "language_model.model.", frozenset[str]()),
-    ("transformer.", "model.", frozenset({"gpt2"})),
-    ("gpt_neox.layers.", "model.h.", frozenset({"gpt_neox"})),
-    ("gpt_neox.", "model.", frozenset({"gpt_neox"})),
-)
-ONE_EXPERT = re.compile(
-    r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)"
-)
-MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-SWITCH = re.compile(r"(?P<block>.+)\.switch_mlp\.(?P<projection>gate_proj|up_proj|down_proj)")
-BLOCK_SPARSE = ("mixtral", "phimoe")  # transformers 5 calls their mixture of experts mlp, mlx-lm as it used to be
-BLOCK_MLP = re.compile(r"(layers\.\d+)\.mlp(\.|$)")
-ROUTER = re.compile(r".+\.(?:mlp|block_sparse_moe)\.gate")
 
 
 class PeftName(NamedTuple):
@@ -90,26 +70,6 @@ def explain_name(name: str) -> str:
     if found is None and not name.startswith(PREFIX):
         found = f"PEFT's names begin with {PREFIX}"
     return f" ({found})" if found else ""
-
-
-def mlx_module(module: str, model_type: str | None = None) -> str:
-    """mlx-lm's name for a module of transformers; experts are not its business."""
-    if model_type in BLOCK_SPARSE:
-        module = BLOCK_MLP.sub(r"\1.block_sparse_moe\2", module)
-    for theirs, ours, _ in ROOTS:
-        if module.startswith(theirs):
-            return ours + module[len(theirs) :]
-    return module
-
-
-def transformers_module(module: str, model_type: str | None) -> str:
-    """transformers' name for a module of mlx-lm; experts are not its business."""
-    for theirs, ours, types in ROOTS:
-        if module.startswith(ours) and (not types or model_type in types):
-            return theirs + module[len(ours) :]
-    if module == "language_model.lm_head":
-        return "lm_head"
-    return module
 
 
 def layer_of(module: str) -> int | None:

@@ -7,25 +7,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
 from mlx_rsgwm.converters.base_layers import BaseLayers
+from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, SWITCH, Names, needs_parameter
 from mlx_rsgwm.converters.peft_config import config_problems, is_head, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
 from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
-from mlx_rsgwm.converters.peft_names import (
-    MIXTRAL,
-    ONE_EXPERT,
-    ROUTER,
-    is_embedding,
-    key_of,
-    layer_of,
-    mlx_module,
-    model_order,
-    transformers_module,
-)
+from mlx_rsgwm.converters.peft_names import is_embedding, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft_sidecar import Sidecar, read_sidecar, restore
 from mlx_rsgwm.converters.peft_uniform import (
+    NAMES,
     Folding,
     Update,
     choose_folding,
@@ -34,6 +27,7 @@ from mlx_rsgwm.converters.peft_uniform import (
     same_bits,
     widen_rank,
 )
+from mlx_rsgwm.converters.weight_map import Link, describe_link
 from mlx_rsgwm.errors import AdapterError, raise_problems
 
 
@@ -82,7 +76,8 @@ def read_peft(folder: PeftFolder, base: BaseLayers | None, described: Mapping[st
         raise_problems(str(folder.path), problems + found, AdapterError)
     sidecar = read_sidecar(folder.path, config, folder.sha256)
     layout = Layout()
-    updates, wrong = build_updates(groups, config, sidecar, layout, (described or {}).get("model_type"))
+    names = base.names if base is not None else Names((described or {}).get("model_type"))
+    updates, wrong = build_updates(groups, config, sidecar, layout, names)
     found += wrong + _depth_problems(updates, groups, described)
     found += _head_problems(updates, groups, layout, base)
     if base is not None:
@@ -90,7 +85,7 @@ def read_peft(folder: PeftFolder, base: BaseLayers | None, described: Mapping[st
     if not updates and not groups.whole and not found:
         found.append("holds no LoRA arrays")
     raise_problems(str(folder.path), list(dict.fromkeys(found)), AdapterError)
-    adapter = _assemble(folder, updates, groups, layout, sidecar, described)
+    adapter = _assemble(folder, updates, groups, layout, sidecar, described, names)
     if sidecar is not None:
         adapter = restore(adapter, sidecar)
         _require_same_base(adapter, described)
@@ -106,12 +101,12 @@ def early_problems(folder: PeftFolder) -> list[str]:
     arrays, _ = folder.arrays()
     groups, found = group_arrays(arrays, folder.config, not problems)
     if not problems:
-        found += build_updates(groups, folder.config, None, Layout(), None)[1]
+        found += build_updates(groups, folder.config, None, Layout(), Names())[1]
     return problems + found
 
 
 def build_updates(
-    groups: Groups, config: Mapping[str, Any], sidecar: Sidecar | None, layout: Layout, model_type: str | None
+    groups: Groups, config: Mapping[str, Any], sidecar: Sidecar | None, layout: Layout, names: Names
 ) -> tuple[list[Update], list[str]]:
     """Every module's update in mlx-lm's layout and the model's order; fills ``layout``; what is wrong with them."""
     problems: list[str] = []
@@ -122,23 +117,27 @@ def build_updates(
             projection = MIXTRAL.get(one["projection"], one["projection"])
             each.setdefault((one["block"], projection), {})[int(one["expert"])] = module
         elif module.endswith((".experts", ".experts.base_layer")):
-            found, wrong = _stacked(module, pair, config, sidecar, model_type)
+            found, wrong = _stacked(module, pair, config, sidecar, names)
             updates += found
             problems += wrong
             layout.experts = "stacked"
         elif reason := _unselected(module, config):
             problems.append(reason)
         else:
-            updates.append(_linear(module, pair, config, groups, model_type))
+            found, wrong = _linear(module, pair, config, groups, names)
+            updates += found
+            problems += wrong
     for (block, projection), modules in each.items():
-        found, wrong = _gathered(block, projection, modules, groups, config, model_type)
+        found, wrong = _gathered(block, projection, modules, groups, config, names)
         updates += found
         problems += wrong
         layout.experts = "each"
     for module, pair in groups.embeddings.items():
         if reason := _unselected(module, config):
             problems.append(reason)
-        updates.append(_linear(module, pair, config, groups, model_type))
+        found, wrong = _linear(module, pair, config, groups, names)
+        updates += found
+        problems += wrong
     if config.get("use_dora"):
         for update in updates:
             if is_embedding(update.module):
@@ -150,10 +149,11 @@ def build_updates(
     else:
         problems += [f"{name} has a lora_magnitude_vector, but use_dora is off" for name in groups.magnitudes]
     updates.sort(key=lambda update: model_order(update.module))
+    # What a conversion back would call them by rule is not kept: it may have no base at hand.
     layout.names = {
         update.module: update.source
         for update in updates
-        if update.a.ndim == 2 and update.source != transformers_module(update.module, model_type)
+        if update.source != default_source(update.module, layout.experts, names.model_type)
     }
     return updates, problems
 
@@ -166,19 +166,41 @@ def _unselected(module: str, config: Mapping[str, Any]) -> str | None:
     return f"the configuration does not select {module}, so PEFT would not apply its arrays"
 
 
+def default_source(module: str, experts: str | None, model_type: str | None) -> str:
+    """What transformers calls an adapted module by rule; of experts the parameter, or the first one's layer."""
+    names = Names(model_type)
+    one = SWITCH.fullmatch(module)
+    if one is None or experts is None:
+        return names.transformers_module(module)
+    block = names.experts_block(module.rpartition(".")[0])
+    if experts == "each":
+        return f"{block}.experts.0.{one['projection']}"
+    return f"{block}.experts.{'gate_up_proj' if one['projection'] in GATE_UP else one['projection']}"
+
+
 def _linear(
-    module: str, pair: Mapping[str, mx.array], config: Mapping[str, Any], groups: Groups, model_type: str | None
-) -> Update:
-    named = f"{module}.weight" if ROUTER.fullmatch(module) and not selects(config, module) else module
-    return Update(
-        mlx_module(module, model_type),
-        module,
-        pair["a"].T,
-        pair["b"].T,
-        groups.magnitudes.get(module),
-        rank_of(config, named),
-        scale_of(config, named),
+    module: str, pair: Mapping[str, mx.array], config: Mapping[str, Any], groups: Groups, names: Names
+) -> tuple[list[Update], list[str]]:
+    """The update of a linear layer or an embedding in mlx-lm, or why there is none."""
+    named = module if selects(config, module) else f"{module}.weight"
+    ours = names.mlx_modules(module)
+    link = names.link(f"{ours[0]}.weight")
+    magnitude = groups.magnitudes.get(module)
+    if len(ours) > 1:
+        return [], [f"{module} is split in mlx-lm into {', '.join(ours)}"]
+    factor: Any = 1.0
+    if link is not None:
+        if link.axes is None or link.shifted:
+            return [], [f"{module}: {describe_link(ours[0], link)}, so its update cannot be carried over"]
+        factor = link.scale
+        if link.scaled and (magnitude is not None or (module in groups.embeddings and not isinstance(factor, float))):
+            return [], [
+                f"{module}: mlx-lm multiplies this weight as it loads it, which DoRA and embeddings cannot follow"
+            ]
+    update = Update(
+        ours[0], module, pair["a"].T, pair["b"].T, magnitude, rank_of(config, named), scale_of(config, named), factor
     )
+    return [update], []
 
 
 def _stacked(
@@ -186,27 +208,56 @@ def _stacked(
     pair: Mapping[str, mx.array],
     config: Mapping[str, Any],
     sidecar: Sidecar | None,
-    model_type: str | None,
+    names: Names,
 ) -> tuple[list[Update], list[str]]:
     """The updates of a stacked parameter: two for gate and up, one for down."""
     experts = module.removesuffix(".base_layer")
-    names = parameter_names(config, experts)
+    wrapped = parameter_names(config, experts)
     inner = module.endswith(".base_layer")
-    if len(names) != (2 if inner else len(names)) or not names:
+    if len(wrapped) != (2 if inner else len(wrapped)) or not wrapped:
         return [], [f"target_parameters do not say which parameter of {experts} the arrays of {module} are for"]
-    parameter = f"{experts}.{names[0] if inner else names[-1]}"
+    parameter = f"{experts}.{wrapped[0] if inner else wrapped[-1]}"
     rank, scale = rank_of(config, parameter), scale_of(config, parameter)
     if pair["a"].shape[0] % rank or (parameter.endswith("gate_up_proj") and pair["b"].shape[0] % 2):
         return [], [f"{module} has lora_A {pair['a'].shape}, which does not have rank {rank} for every expert"]
-    block = mlx_module(experts.removesuffix(".experts"), model_type)
+    switch = names.switch_layers(experts.removesuffix(".experts"))
+    if wrong := expert_problems(switch, names):
+        return [], wrong
     a, b = split_experts(pair["a"], pair["b"], rank)
     if parameter.endswith("down_proj"):
-        return [Update(f"{block}.switch_mlp.down_proj", parameter, a, b, None, rank, scale)], []
-    parts = split_gate_up(a, b, sidecar.joined.get(block, ()) if sidecar else ())
+        return [Update(f"{switch}.down_proj", parameter, a, b, None, rank, scale)], []
+    parts = split_gate_up(a, b, sidecar.joined.get(switch.rpartition(".")[0], ()) if sidecar else ())
     return [
-        Update(f"{block}.switch_mlp.{name}", parameter, part_a, part_b, None, int(part_a.shape[1]), scale)
+        Update(f"{switch}.{name}", parameter, part_a, part_b, None, int(part_a.shape[1]), scale)
         for name, (part_a, part_b) in parts.items()
     ], []
+
+
+def expert_problems(switch: str, names: Names) -> list[str]:
+    """Why the stacked experts ``switch`` of mlx-lm are not those of transformers in order, gate's rows before up's."""
+    problems = []
+    for projection in (*GATE_UP, "down_proj"):
+        parameter = f"{switch}.{projection}.weight"
+        link = names.link(parameter)
+        if names.weights is None or parameter not in names.weights.names():
+            continue
+        if link is None or link.scaled or link.shifted or not _in_order(link, projection):
+            problems.append(f"{describe_link(parameter, link)}, in an order or size of its own that PEFT's has not")
+    return problems
+
+
+def _in_order(link: Link, projection: str) -> bool:
+    """Whether every expert's rows follow each other as in its own matrix, or in its half of gate and up's."""
+    if link.axes is not None:
+        return link.plain
+    for expert, parts in enumerate(link.parts):
+        if len(parts) != 1 or parts[0].transposed:
+            return False
+        rows, place = parts[0].rows, parts[0].expert
+        start = len(rows) if place is not None and projection == "up_proj" else 0
+        if place not in (None, expert) or not (rows == np.arange(start, start + len(rows))).all():
+            return False
+    return True
 
 
 def _gathered(
@@ -215,7 +266,7 @@ def _gathered(
     modules: Mapping[int, str],
     groups: Groups,
     config: Mapping[str, Any],
-    model_type: str | None,
+    names: Names,
 ) -> tuple[list[Update], list[str]]:
     """One update of stacked experts from those of single ones, which must be there without a gap and alike."""
     missing = sorted(set(range(max(modules) + 1)) - set(modules))
@@ -230,7 +281,10 @@ def _gathered(
     if reason := next((found for module in ordered if (found := _unselected(module, config))), None):
         return [], [reason]
     a, b = mx.stack([pair["a"] for pair in pairs]), mx.stack([pair["b"] for pair in pairs])
-    name = f"{mlx_module(block, model_type)}.switch_mlp.{projection}"
+    switch = names.switch_layers(block)
+    if wrong := expert_problems(switch, names):
+        return [], wrong
+    name = f"{switch}.{projection}"
     return [Update(name, ordered[0], a, b, None, ranks.pop(), scales.pop())], []
 
 
@@ -299,26 +353,40 @@ def _fit_problems(updates: Iterable[Update], groups: Groups, config: Mapping[str
         elif (layer.kind == "embedding") != (update.source in groups.embeddings):
             problems.append(f"{update.source} is a {layer.kind} in the base, its arrays are for another kind")
     for name, value in groups.whole.items():
-        ours = _parameter(name, base.model_type)
+        places = base.names.mlx_parameters(name)
+        ours = places[0]
+        link = base.names.link(ours)
+        if len(places) > 1 or (link is not None and link.axes is None):
+            problems.append(f"{name}: {describe_link(' and '.join(places), link)}, so it cannot be replaced")
+            continue
+        if link is not None and sorted(value.shape) == sorted(base.parameters.get(ours, ())):
+            value = link.apply(value)
         if ours not in base.parameters:
             problems.append(f"the base has no {ours}")
         elif f"{ours.removesuffix('.weight')}.scales" in base.parameters:
             problems.append(f"{ours} is quantised in the base and cannot be replaced")
         elif tuple(value.shape) != base.parameters[ours]:
             problems.append(f"{ours} is {base.parameters[ours]} in the base, {tuple(value.shape)} in the adapter")
-    experts = any(layer.kind == "experts" for layer in base.layers.values())
-    for module, layer in base.layers.items():
-        theirs = transformers_module(module, base.model_type)
-        if layer.kind != "linear" or module in adapted or (experts and ROUTER.fullmatch(module)):
-            continue
-        if config.get("target_modules") and selects(config, theirs):
-            problems.append(f"the configuration selects {theirs}, but there are no arrays for it")
+    problems += base_names_missing(config, base, adapted)
     return problems
 
 
-def _parameter(name: str, model_type: str | None) -> str:
-    module, _, leaf = name.rpartition(".")
-    return f"{mlx_module(module, model_type)}.{leaf}"
+def base_names_missing(config: Mapping[str, Any], base: BaseLayers, adapted: set[str]) -> list[str]:
+    """Linear layers of the base that the configuration selects and that have no arrays.
+
+    A router is no linear layer to transformers, nor is what PEFT takes for a name of experts.
+    """
+    problems = []
+    experts = any(layer.kind == "experts" for layer in base.layers.values())
+    for module, layer in base.layers.items():
+        theirs = base.names.transformers_module(module)
+        if layer.kind != "linear" or module in adapted or not config.get("target_modules"):
+            continue
+        if experts and needs_parameter(theirs, base.model_type):
+            continue
+        if selects(config, theirs):
+            problems.append(f"the configuration selects {theirs}, but there are no arrays for it")
+    return problems
 
 
 def _shown(layer: Any) -> tuple[int, ...]:
@@ -334,16 +402,19 @@ def _assemble(
     layout: Layout,
     sidecar: Sidecar | None,
     described: Mapping[str, Any] | None,
+    names: Names,
 ) -> Adapter:
     """One rank and one scale for all; arrays of PEFT's that have no place here are kept beside them."""
     config = folder.config
-    model_type = (described or {}).get("model_type")
-    kept = {f"{mlx_module(module, model_type)}.weight": value for module, value in groups.copies.items()}
+    kept = {f"{names.mlx_module(module)}.weight": value for module, value in groups.copies.items()}
     rank = max(update.rank for update in updates) if updates else int(config["r"])
     scale = common_scale(update.scale for update in updates) if updates else scale_of(config)
     if any(update.scale != scale for update in updates):
-        names = {update.module for update in updates}
-        layout.folded = _choose_foldings(folder, sidecar, scale, names, model_type)
+        layout.folded = _choose_foldings(folder, sidecar, scale, {update.module for update in updates}, names)
+    for update in updates:
+        if update.has_factor:  # an original of its own is simpler than to find a product that divides back
+            layout.folded[update.module] = Folding(NAMES[update.b.dtype], "float32", kept=True)
+            kept[f"{update.module}.factor"] = mx.array(update.factor, dtype=mx.float32)
     weights = {}
     modules = [update.module for update in updates]
     while updates:
@@ -352,11 +423,20 @@ def _assemble(
         if how := layout.folded.get(update.module):
             if how.kept:
                 kept[f"{update.module}.lora_b"] = b
-            b = fold(b, update.scale / scale, how.folded)
+            b = fold(b, update.scale / scale * update.factor, how.folded)
         weights[f"{update.module}.lora_a"], weights[f"{update.module}.lora_b"] = widen_rank(update.a, b, rank)
         if update.magnitude is not None:
             weights[f"{update.module}.m"] = update.magnitude
-    full = {_parameter(name, model_type): value for name, value in groups.whole.items()}
+    full = {}
+    for name, value in groups.whole.items():
+        (ours, *_), rule = names.mlx_parameters(name), names.by_rule
+        link = names.link(ours)
+        if link is not None and not link.plain:
+            kept[f"{ours}.original"] = value
+            value = link.apply(value)
+        if rule.transformers_parameter(ours) != name:
+            layout.names[ours] = name
+        full[ours] = value
     keys, num_layers = _keys(modules, (described or {}).get("num_layers"))
     spec = LoraSpec(
         rank=rank,
@@ -370,11 +450,11 @@ def _assemble(
 
 
 def _choose_foldings(
-    folder: PeftFolder, sidecar: Sidecar | None, scale: float, modules: set[str], model_type: str | None
+    folder: PeftFolder, sidecar: Sidecar | None, scale: float, modules: set[str], names: Names
 ) -> dict[str, Folding]:
     """How each other scale goes into its lora_b: looks at the values, module by module, and keeps none."""
     groups, _ = group_arrays(folder.arrays()[0], folder.config, sound=True)
-    updates, _ = build_updates(groups, folder.config, sidecar, Layout(), model_type)
+    updates, _ = build_updates(groups, folder.config, sidecar, Layout(), names)
     del groups
     chosen = {}
     while updates:
@@ -438,7 +518,7 @@ def gate_up_of(modules: Iterable[str]) -> dict[str, list[str]]:
     """``{block: [gate_proj, up_proj]}`` of the adapted ones of every block's expert layers."""
     found: dict[str, list[str]] = {}
     for module in modules:
-        block, _, projection = module.rpartition(".switch_mlp.")
-        if block and projection in GATE_UP:
-            found.setdefault(block, []).append(projection)
+        one = SWITCH.fullmatch(module)
+        if one and one["projection"] in GATE_UP:
+            found.setdefault(one["block"], []).append(one["projection"])
     return {block: sorted(names) for block, names in found.items()}

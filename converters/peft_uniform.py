@@ -13,13 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 
 @dataclass(frozen=True)
 class Update:
     """What PEFT trained for one module of mlx-lm: ``a`` and ``b`` in mlx-lm's layout, its own rank and scale.
 
-    ``source`` is transformers' name of it.
+    ``source`` is transformers' name of it. ``factor``: what mlx-lm multiplies the weight by when it loads the base, one
+    number or one an output: the update is multiplied by it as well.
     """
 
     module: str
@@ -29,6 +31,11 @@ class Update:
     magnitude: mx.array | None
     rank: int
     scale: float
+    factor: float | np.ndarray = 1.0
+
+    @property
+    def has_factor(self) -> bool:
+        return isinstance(self.factor, np.ndarray) or self.factor != 1.0
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,11 @@ def filled_with_zeros(a: mx.array, b: mx.array, rank: int) -> bool:
     return not (mx.any(a[:, rank:] != 0) | mx.any(beyond_b != 0)).item()
 
 
-def fold(b: mx.array, ratio: float, dtype: str) -> mx.array:
-    """``b`` times ``ratio``, computed and stored in ``dtype``."""
+Ratio = float | np.ndarray | mx.array
+
+
+def fold(b: mx.array, ratio: Ratio, dtype: str) -> mx.array:
+    """``b`` times ``ratio`` (one number, or one an output), computed and stored in ``dtype``."""
     return b.astype(DTYPES[dtype]) * mx.array(ratio, dtype=DTYPES[dtype])
 
 

@@ -7,22 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.adapter import Adapter
-from mlx_rsgwm.converters.peft_config import alpha_for, rank_of, scale_of
+from mlx_rsgwm.converters.base_layers import BaseLayers
+from mlx_rsgwm.converters.module_names import MAMBA_LAYERS, MAMBA_TYPES, SWITCH, Names, needs_parameter
+from mlx_rsgwm.converters.peft_config import alpha_for, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, join_gate_up, stack_experts
-from mlx_rsgwm.converters.peft_names import (
-    MIXTRAL,
-    PREFIX,
-    ROUTER,
-    SWITCH,
-    is_embedding,
-    key_of,
-    layer_of,
-    model_order,
-    transformers_module,
-)
-from mlx_rsgwm.converters.peft_read import Layout, gate_up_of
+from mlx_rsgwm.converters.peft_names import PREFIX, is_embedding, key_of, layer_of, model_order
+from mlx_rsgwm.converters.peft_read import Layout, default_source, expert_problems, gate_up_of
 from mlx_rsgwm.converters.peft_uniform import (
     NAMES,
     common_scale,
@@ -32,8 +25,15 @@ from mlx_rsgwm.converters.peft_uniform import (
     same_bits,
     unfold,
 )
+from mlx_rsgwm.converters.weight_map import describe_link
+from mlx_rsgwm.errors import AdapterError, raise_problems
 
 Arrays = dict[str, mx.array]
+# Model types whose arrays mlx-lm changes, or names otherwise than the rules of module_names say.
+NEEDS_BASE = (
+    *("falcon_h1", "qwen3_next", "qwen3_5", "qwen3_5_moe", "granitemoe", "granitemoehybrid", "lfm2_moe", "gptj"),
+    *("nemotron_h", "olmo_hybrid", "laguna", "gpt_oss", "llama4", "llama4_text", "jamba", "phimoe", "dbrx"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class PeftForm:
     """How an adapter looks in PEFT's format.
 
     ``config``: adapter_config.json but for the base's name. ``layout``: the form it came with and gets back, else None.
-    ``joined``: blocks whose gate and up become one pair. ``tied``: the embedding's pair is the head's as well.
+    ``names``: the base's, for a plain form. ``joined``: blocks whose gate and up become one pair. ``tied``: the
+    embedding's pair is the head's as well.
     """
 
     config: dict[str, Any]
     layout: Layout | None
+    names: Names
     joined: dict[str, list[str]] = field(default_factory=dict)
     tied: bool = False
 
@@ -54,11 +56,15 @@ def unconvertible(adapter: Adapter) -> list[str]:
     """Every reason why an adapter has no PEFT form."""
     problems = []
     dora = adapter.spec.fine_tune_type == "dora"
+    known = (adapter.manifest.get("base") or {}).get("model_type") is not None
     for module in adapter.modules():
         a = adapter.weights.get(f"{module}.lora_a")
         if a is not None and a.ndim == 3:
-            if not SWITCH.fullmatch(module):
-                problems.append(f"{module}: only expert layers named switch_mlp have a known PEFT form")
+            one = SWITCH.fullmatch(module)
+            if one is None:
+                problems.append(f"{module}: only experts with gate_proj, up_proj and down_proj have a known PEFT form")
+            elif one["switch"] == "experts" and not known:
+                problems.append(f"{module}: without its base, only experts named switch_mlp have a known PEFT form")
             if dora:
                 problems.append(f"{module}: PEFT has no DoRA on experts")
         elif is_embedding(module) and dora:
@@ -70,29 +76,59 @@ def unconvertible(adapter: Adapter) -> list[str]:
     return problems
 
 
-def peft_form(adapter: Adapter, probe: Callable[[], Arrays], is_tied: Callable[[], bool]) -> PeftForm:
+def peft_form(adapter: Adapter, probe: Callable[[], Arrays], base: Callable[[bool], BaseLayers | None]) -> PeftForm:
     """The form of ``adapter`` in PEFT: the one it came with if nothing was changed since, else a plain one.
 
     Args:
         adapter: sound, and without :func:`unconvertible` parts.
         probe: gives its weights once more, to consume; asked for adapters that came from PEFT only.
-        is_tied: whether the base's head is its embedding; asked for adapters of embeddings only.
+        base: the base's layers, None where it is not at hand and need not be (False); not asked for an own form.
+
+    Raises:
+        AdapterError: naming the modules that transformers or PEFT have not, or not as mlx-lm has them.
     """
     source = adapter.manifest.get("source") or {}
     config = source.get("config")
+    model_type = (adapter.manifest.get("base") or {}).get("model_type")
     if source.get("format") == "peft" and isinstance(config, dict) and "layout" in source:
         layout = Layout.from_json(source["layout"])
         if source.get("modules") == len(adapter.modules()) and _unchanged(adapter, config, layout, probe()):
-            return PeftForm(config, layout, tied=layout.tied)
+            return PeftForm(config, layout, Names(model_type), tied=layout.tied)
+    embedded = any(map(is_embedding, adapter.modules()))
+    layers = base(embedded or model_type in NEEDS_BASE)
+    names = layers.names if layers is not None else Names(model_type)
+    raise_problems(adapter.where, _plain_problems(adapter, names), AdapterError)
     joined = gate_up_of(module for module in adapter.modules() if SWITCH.fullmatch(module))
-    tied = any(map(is_embedding, adapter.modules())) and is_tied()
-    return PeftForm(_plain_config(adapter, joined, tied), None, joined, tied)
+    tied = embedded and layers is not None and layers.tied
+    return PeftForm(_plain_config(adapter, joined, tied, names), None, names, joined, tied)
+
+
+def _plain_problems(adapter: Adapter, names: Names) -> list[str]:
+    """Modules and parameters whose update has no place in transformers' model, or that PEFT cannot put one on."""
+    problems: list[str] = []
+    for module in adapter.modules():
+        parameter = f"{module}.weight"
+        link = names.link(parameter)
+        if adapter.weights[f"{module}.lora_a"].ndim == 3:
+            problems += expert_problems(module.rpartition(".")[0], names)
+        elif names.weights is not None and (link is None or link.axes is None or link.shifted):
+            problems.append(f"{describe_link(parameter, link)}, so its update cannot be carried over")
+        elif link is not None and link.scaled and f"{module}.m" in adapter.weights:
+            problems.append(f"{module}: mlx-lm multiplies this weight as it loads it, which DoRA cannot follow")
+        if names.model_type in MAMBA_TYPES and module.endswith(MAMBA_LAYERS):
+            problems.append(f"{module}: PEFT puts no LoRA on this layer of a Mamba model")
+        if f"{module}.m" in adapter.weights and needs_parameter(names.transformers_module(module), names.model_type):
+            problems.append(f"{module}: PEFT reaches this layer as a parameter only, where it has no DoRA")
+    for name in adapter.full:
+        link = names.link(name)
+        if names.weights is not None and (link is None or link.axes is None):
+            problems.append(f"{describe_link(name, link)}, so it cannot be replaced there")
+    return list(dict.fromkeys(problems))
 
 
 def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
     """PEFT's arrays for ``adapter``, lazy; its weights are consumed."""
-    layout, config = form.layout, form.config
-    model_type = (adapter.manifest.get("base") or {}).get("model_type")
+    layout, config, names = form.layout, form.config, form.names
     scale = adapter.spec.scale
     arrays: Arrays = {}
     modules = adapter.modules()
@@ -100,15 +136,18 @@ def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
     for module in modules:
         a, b = adapter.weights.pop(f"{module}.lora_a"), adapter.weights.pop(f"{module}.lora_b")
         magnitude = adapter.weights.pop(f"{module}.m", None)
-        name = PREFIX + _source_name(module, model_type, layout)
+        name = PREFIX + _source_name(module, names, layout)
+        link = names.link(f"{module}.weight")
+        if link is not None and link.scaled and b.ndim == 2:
+            b = (b / mx.array(link.scale, dtype=mx.float32)).astype(b.dtype)
         if layout is not None:
-            a, b = narrow_rank(a, b, _original_rank(module, config, layout, model_type))
+            a, b = narrow_rank(a, b, _original_rank(module, config, layout, names))
             if how := layout.folded.get(module):
-                ratio = _original_scale(module, config, layout, model_type) / scale
+                ratio = _original_scale(module, config, layout, names) / scale
                 b = adapter.kept[f"{module}.lora_b"] if how.kept else unfold(b, ratio, how.dtype)
         if a.ndim == 3:
-            block, _, projection = module.rpartition(".switch_mlp.")
-            blocks.setdefault(block, {})[projection] = (a, b)
+            switch, _, projection = module.rpartition(".")
+            blocks.setdefault(switch, {})[projection] = (a, b)
         elif is_embedding(module):
             arrays |= {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T}
             if form.tied:
@@ -118,70 +157,50 @@ def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
             arrays |= {f"{name}.lora_A.weight": a.T, f"{name}.lora_B.weight": b.T}
         if magnitude is not None:
             arrays[f"{name}.lora_magnitude_vector"] = magnitude
-    for block, pairs in blocks.items():
-        arrays |= _expert_arrays(block, pairs, model_type, form)
-    arrays |= _whole_arrays(adapter, model_type, layout, modules)
+    for switch, pairs in blocks.items():
+        arrays |= _expert_arrays(switch, pairs, form)
+    arrays |= _whole_arrays(adapter, names, layout, modules)
     copies = [name for name in adapter.kept if name.endswith(".weight")] if layout is not None else []
     for name in copies:
-        theirs = transformers_module(name.removesuffix(".weight"), model_type)
+        theirs = _source_name(name.removesuffix(".weight"), names, layout)
         arrays[f"{PREFIX}{theirs}.base_layer.weight"] = adapter.kept[name]
     return arrays
 
 
-def _source_name(module: str, model_type: str | None, layout: Layout | None) -> str:
-    named = layout.names.get(module) if layout is not None else None
-    if named:
-        return named
-    found = transformers_module(module, model_type)
-    return found.replace(".block_sparse_moe.", ".mlp.") if ROUTER.fullmatch(found) and layout is None else found
+def _source_name(module: str, names: Names, layout: Layout | None) -> str:
+    """transformers' name of a module; in an own form of experts' first layer, or their parameter."""
+    if layout is None:
+        return names.transformers_module(module)
+    return layout.names.get(module) or default_source(module, layout.experts, names.model_type)
 
 
-def _expert_module(module: str, layout: Layout, model_type: str | None) -> str:
-    """The name by which PEFT's patterns know an expert projection."""
-    block, _, projection = module.rpartition(".switch_mlp.")
-    block = transformers_module(block, model_type)
-    if layout.experts == "each":
-        return f"{block}.experts.0.{_projection_name(block, projection)}"
-    return f"{_stacked_block(block)}.experts.{'gate_up_proj' if projection in GATE_UP else projection}"
+def _original_rank(module: str, config: Mapping[str, Any], layout: Layout, names: Names) -> int:
+    return rank_of(config, _pattern_name(module, config, layout, names))
 
 
-def _projection_name(block: str, projection: str) -> str:
-    if not block.endswith("block_sparse_moe"):
-        return projection
-    return next(theirs for theirs, ours in MIXTRAL.items() if ours == projection)
+def _original_scale(module: str, config: Mapping[str, Any], layout: Layout, names: Names) -> float:
+    return scale_of(config, _pattern_name(module, config, layout, names))
 
 
-def _stacked_block(block: str) -> str:
-    """transformers 5 calls every mixture of experts ``mlp``."""
-    return block.removesuffix("block_sparse_moe") + "mlp" if block.endswith("block_sparse_moe") else block
-
-
-def _pattern_name(module: str, layout: Layout, model_type: str | None) -> str:
-    if SWITCH.fullmatch(module):
-        return _expert_module(module, layout, model_type)
-    return _source_name(module, model_type, layout)
-
-
-def _original_rank(module: str, config: Mapping[str, Any], layout: Layout, model_type: str | None) -> int:
-    return rank_of(config, _pattern_name(module, layout, model_type))
-
-
-def _original_scale(module: str, config: Mapping[str, Any], layout: Layout, model_type: str | None) -> float:
-    return scale_of(config, _pattern_name(module, layout, model_type))
+def _pattern_name(module: str, config: Mapping[str, Any], layout: Layout, names: Names) -> str:
+    """The name by which PEFT's patterns know a module: a parameter's where it is one's."""
+    name = _source_name(module, names, layout)
+    return name if SWITCH.fullmatch(module) or selects(config, name) else f"{name}.weight"
 
 
 def _unchanged(adapter: Adapter, config: Mapping[str, Any], layout: Layout, probe: Arrays) -> bool:
     """Whether the adapter still is what a PEFT folder of that configuration and layout converts to."""
-    model_type = (adapter.manifest.get("base") or {}).get("model_type")
+    names = Names((adapter.manifest.get("base") or {}).get("model_type"))
     spec = adapter.spec
     modules = sorted(adapter.modules(), key=model_order)
-    ranks = {module: _original_rank(module, config, layout, model_type) for module in modules}
-    scales = {module: _original_scale(module, config, layout, model_type) for module in modules}
+    ranks = {module: _original_rank(module, config, layout, names) for module in modules}
+    scales = {module: _original_scale(module, config, layout, names) for module in modules}
+    factors = {module: adapter.kept[f"{module}.factor"] for module in modules if f"{module}.factor" in adapter.kept}
     if modules and (max(ranks.values()) != spec.rank or common_scale(scales.values()) != spec.scale):
         return False
     if float(config.get("lora_dropout") or 0.0) != spec.dropout:
         return False
-    if set(layout.folded) != {module for module, scale in scales.items() if scale != spec.scale}:
+    if set(layout.folded) != {module for module, scale in scales.items() if scale != spec.scale} | factors.keys():
         return False
     for module in modules:
         a, b = probe.pop(f"{module}.lora_a"), probe.pop(f"{module}.lora_b")
@@ -191,7 +210,8 @@ def _unchanged(adapter: Adapter, config: Mapping[str, Any], layout: Layout, prob
             ratio = scales[module] / spec.scale
             b = narrow_rank(a, b, ranks[module])[1]
             original = adapter.kept.get(f"{module}.lora_b") if how.kept else unfold(b, ratio, how.dtype)
-            if original is None or not same_bits(fold(original, ratio, how.folded), b):
+            factor = np.array(factors[module]) if module in factors else 1.0
+            if original is None or not same_bits(fold(original, ratio * factor, how.folded), b):
                 return False
         if layout.experts == "stacked" and module.endswith("up_proj"):
             gate = adapter.weights.get(f"{module.removesuffix('up_proj')}gate_proj.lora_a")
@@ -200,41 +220,51 @@ def _unchanged(adapter: Adapter, config: Mapping[str, Any], layout: Layout, prob
     return True
 
 
-def _expert_arrays(
-    block: str, pairs: dict[str, tuple[mx.array, mx.array]], model_type: str | None, form: PeftForm
-) -> Arrays:
-    theirs = transformers_module(block, model_type)
+def _expert_arrays(switch: str, pairs: dict[str, tuple[mx.array, mx.array]], form: PeftForm) -> Arrays:
     arrays: Arrays = {}
-    if form.layout is not None and form.layout.experts == "each":
+    layout = form.layout
+    if layout is not None and layout.experts == "each":
         for projection, (a, b) in pairs.items():
+            first = _source_name(f"{switch}.{projection}", form.names, layout)
             for expert in range(a.shape[0]):
-                name = f"{PREFIX}{theirs}.experts.{expert}.{_projection_name(theirs, projection)}"
+                name = PREFIX + first.replace(".experts.0.", f".experts.{expert}.")
                 arrays |= {f"{name}.lora_A.weight": a[expert], f"{name}.lora_B.weight": b[expert]}
         return arrays
     stacked = {}
-    if form.layout is not None and "gate_proj" in pairs:
+    if layout is not None and "gate_proj" in pairs:
         b = mx.concatenate([pairs[name][1] for name in GATE_UP], axis=1)
         stacked["gate_up_proj"] = (pairs["gate_proj"][0], b)
     elif any(name in pairs for name in GATE_UP):
         stacked["gate_up_proj"] = join_gate_up(pairs)
     if "down_proj" in pairs:
         stacked["down_proj"] = pairs["down_proj"]
+    if layout is None:
+        experts = f"{form.names.experts_block(switch)}.experts"
+    else:
+        experts = _source_name(f"{switch}.{next(iter(pairs))}", form.names, layout).rpartition(".")[0]
     for parameter, (a, b) in stacked.items():
         inner = ".base_layer" if parameter == "gate_up_proj" and len(stacked) == 2 else ""
-        name = f"{PREFIX}{_stacked_block(theirs)}.experts{inner}"
         flat_a, flat_b = stack_experts(a, b)
+        name = f"{PREFIX}{experts}{inner}"
         arrays |= {f"{name}.lora_A.weight": flat_a, f"{name}.lora_B.weight": flat_b}
     return arrays
 
 
-def _whole_arrays(adapter: Adapter, model_type: str | None, layout: Layout | None, modules: list[str]) -> Arrays:
+def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules: list[str]) -> Arrays:
     """Trained parameters of the base: a bias sits in the layer that LoRA wraps, the rest where the base has it."""
     arrays = {}
     for name in list(adapter.full):
         module, _, leaf = name.rpartition(".")
         wrapped = ".base_layer" if leaf == "bias" and module in modules else ""
-        theirs = transformers_module(module, model_type)
-        arrays[f"{PREFIX}{theirs}{wrapped}.{leaf}"] = value = adapter.full.pop(name)
+        theirs = (layout.names.get(name) if layout is not None else None) or names.transformers_parameter(name)
+        theirs = theirs.removesuffix(f".{leaf}")
+        value = adapter.full.pop(name)
+        link = names.link(name)
+        if layout is not None and f"{name}.original" in adapter.kept:
+            value = adapter.kept[f"{name}.original"]
+        elif link is not None:
+            value = link.undo(value)
+        arrays[f"{PREFIX}{theirs}{wrapped}.{leaf}"] = value
         if layout is not None and layout.tied and is_embedding(module):
             arrays[f"{PREFIX}lm_head.{leaf}"] = value
     return arrays
@@ -243,31 +273,31 @@ def _whole_arrays(adapter: Adapter, model_type: str | None, layout: Layout | Non
 # --- the plain configuration ------------------------------------------------------------------------------------
 
 
-def _plain_config(adapter: Adapter, joined: Mapping[str, list[str]], tied: bool) -> dict[str, Any]:
+def _plain_config(adapter: Adapter, joined: Mapping[str, list[str]], tied: bool, names: Names) -> dict[str, Any]:
     spec = adapter.spec
-    model_type = (adapter.manifest.get("base") or {}).get("model_type")
     depth = (adapter.manifest.get("base") or {}).get("num_layers")
     modules = adapter.modules()
     experts = [module for module in modules if SWITCH.fullmatch(module)]
-    routers = [module for module in modules if ROUTER.fullmatch(module)]
-    linear = [module for module in modules if module not in experts and module not in routers]
-    targets, layers = _targets([transformers_module(module, model_type) for module in linear], depth)
-    if tied and any(is_embedding(module) for module in linear):
+    others = [names.transformers_module(module) for module in modules if module not in experts]
+    alone = [module for module in others if needs_parameter(module, names.model_type)]
+    linear = [module for module in others if module not in alone]
+    targets, layers = _targets(linear, depth)
+    if tied and any(map(is_embedding, linear)):
         targets.append("lm_head")
-    parameters = [f"{_source_name(router, model_type, None)}.weight" for router in routers]
+    parameters = [f"{module}.weight" for module in alone]
     ranks, alphas = {}, {}
-    for block in dict.fromkeys(module.rpartition(".switch_mlp.")[0] for module in experts):
-        name = f"{_stacked_block(transformers_module(block, model_type))}.experts"
-        if names := joined.get(block):
+    for switch in dict.fromkeys(module.rpartition(".")[0] for module in experts):
+        name = f"{names.experts_block(switch)}.experts"
+        if projections := joined.get(switch.rpartition(".")[0]):
             parameters.append(f"{name}.gate_up_proj")
-            if len(names) == 2:
+            if len(projections) == 2:
                 ranks[f"{name}.gate_up_proj"] = 2 * spec.rank
                 alphas[f"{name}.gate_up_proj"] = alpha_for(spec.scale, 2 * spec.rank)
-        if f"{block}.switch_mlp.down_proj" in experts:
+        if f"{switch}.down_proj" in experts:
             parameters.append(f"{name}.down_proj")
     whole = [name.rpartition(".") for name in adapter.full]
-    saved = [transformers_module(module, model_type) for module, _, leaf in whole if leaf == "weight"]
-    biases = any(leaf == "bias" and transformers_module(module, model_type) not in saved for module, _, leaf in whole)
+    saved = [names.transformers_module(module) for module, _, leaf in whole if leaf == "weight"]
+    biases = any(leaf == "bias" and names.transformers_module(module) not in saved for module, _, leaf in whole)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -302,6 +332,10 @@ def _targets(modules: list[str], depth: int | None) -> tuple[list[str], list[int
     layers = sorted({layer for module in inside if (layer := layer_of(module)) is not None})
     keys = list(dict.fromkeys(key_of(module) for module in inside))
     stems = {module.split(f".{layer_of(module)}.")[0] for module in inside}
-    if len(inside) != len(layers) * len(keys) or any(not stem.endswith("layers") for stem in stems):
+    if (
+        len(inside) != len(layers) * len(keys)
+        or any(key.count(".") == 0 for key in keys)
+        or any(not stem.endswith("layers") for stem in stems)
+    ):
         return [*inside, *outside], None
     return [*keys, *outside], None if not layers or layers == list(range(depth or 0)) else layers

@@ -17,9 +17,11 @@ import numpy as np
 
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, KEPT_FILE, WEIGHTS_FILE
+from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, Names
 from mlx_rsgwm.converters.peft_folder import PeftFolder, open_peft
-from mlx_rsgwm.converters.peft_names import MIXTRAL, ONE_EXPERT, is_embedding, mlx_module, model_order, parse_name
+from mlx_rsgwm.converters.peft_names import is_embedding, model_order, parse_name
 from mlx_rsgwm.converters.raw_arrays import RawArray, read_raw
+from mlx_rsgwm.converters.weight_map import Link
 from mlx_rsgwm.errors import CheckFailed
 
 # float64 sums of products of stored values; a scale folded into float32 errs by 6e-8 a term.
@@ -28,11 +30,15 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Side:
-    """One side's update of a module: ``a`` (r, in) and ``b`` (out, r) of every expert, one for other layers."""
+    """One side's update of a module: ``a`` (r, in) and ``b`` (out, r) of every expert, one for other layers.
+
+    ``factor``: what mlx-lm multiplies the base's weight by, one number or one an output.
+    """
 
     a: tuple[RawArray, ...]
     b: tuple[RawArray, ...]
     scale: float
+    factor: float | np.ndarray = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,24 +52,25 @@ class Difference:
         return f"{self.module}: {self.what}"
 
 
-def require_equal(peft: Path, adapter: Path, model_type: str | None = None) -> int:
+def require_equal(peft: Path, adapter: Path, names: Names | None = None) -> int:
     """Compare the folders, and return the number of modules compared.
 
     Raises:
         CheckFailed: naming the first layer that differs and how, and how many more do.
         RsgwmError: one of the folders cannot be read.
     """
-    modules, differences = compare_folders(peft, adapter, model_type)
+    modules, differences = compare_folders(peft, adapter, names)
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
         raise CheckFailed(f"{peft} and {adapter} are not the same adapter: {differences[0]}{more}")
     return modules
 
 
-def compare_folders(peft: Path, adapter: Path, model_type: str | None = None) -> tuple[int, list[Difference]]:
+def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tuple[int, list[Difference]]:
     """How many modules were compared, and every difference in the order in which a model runs through its layers."""
     opened = open_peft(peft)
-    theirs, their_rest = _peft_sides(opened, model_type)
+    names = names or Names()
+    theirs, their_rest = _peft_sides(opened, names)
     config = files.read_json_object(adapter / CONFIG_FILE)
     arrays = read_raw(adapter / WEIGHTS_FILE)
     kept = read_raw(adapter / KEPT_FILE) if (adapter / KEPT_FILE).is_file() else {}
@@ -83,7 +90,7 @@ def compare_folders(peft: Path, adapter: Path, model_type: str | None = None) ->
         one, other = their_rest.get(name), our_rest.get(name)
         if one is None or other is None:
             found.append(Difference(module, f"only the {'MLX' if one is None else 'PEFT'} folder has its {leaf}"))
-        elif not one.same_bits(other):
+        elif not _same_parameter(one, other, names.link(name)):
             found.append(Difference(module, f"its {leaf} differs"))
     if bool(config.get("fine_tune_type") == "dora") != bool(opened.config.get("use_dora")):
         found.append(Difference(next(iter(sorted(ours, key=model_order)), ""), "only one of the two is DoRA"))
@@ -108,10 +115,10 @@ def _differences(theirs: Side, ours: Side, kept: bool) -> Iterator[str]:
                 if not np.isfinite(value.values()).all():
                     yield f"lora_{leaf}{where} has values that are not finite in {side}"
                     return
-        if what := _effect(a1, b1, theirs.scale, a2, b2, ours.scale):
+        if what := _effect(a1, b1, theirs.scale * theirs.factor, a2, b2, ours.scale):
             yield what + where
             return
-        if a1.dtype != a2.dtype or (b1.dtype != b2.dtype and theirs.scale == ours.scale):
+        if a1.dtype != a2.dtype or (b1.dtype != b2.dtype and theirs.scale == ours.scale and not kept):
             yield f"{a1.dtype}, {b1.dtype} in PEFT, {a2.dtype}, {b2.dtype} in MLX{where}"
             return
         same_a = a1.same_bits(a2.take(a2.bits[:rank]))
@@ -119,6 +126,21 @@ def _differences(theirs: Side, ours: Side, kept: bool) -> Iterator[str]:
         if not same_a or not same_b or a2.bits[rank:].any() or b2.bits[:, rank:].any():
             yield f"not the same bits in lora_{'b' if same_a else 'a'}{where}"
             return
+
+
+def _same_parameter(theirs: RawArray, ours: RawArray, link: Link | None) -> bool:
+    """Whether our replaced parameter is theirs as mlx-lm would load it: to the bit, or as its type can hold it."""
+    if link is None or link.plain or link.axes is None:
+        return theirs.same_bits(ours)
+    moved = theirs.take(theirs.bits.transpose(link.axes))
+    if not link.scaled and not link.shifted:
+        return moved.same_bits(ours)
+    rows = np.reshape(link.scale, (-1, *[1] * (moved.bits.ndim - 1))) if link.scaled else 1.0
+    expected = moved.values() * rows + link.offset
+    step = {"F32": 2e-7, "F16": 1e-3, "BF16": 8e-3}[ours.dtype]
+    return ours.shape == moved.shape and bool(
+        (np.abs(ours.values() - expected) <= step * (np.abs(expected) + np.abs(link.offset))).all()
+    )
 
 
 def _own_half(a: RawArray, b: RawArray, other_a: RawArray) -> tuple[RawArray, RawArray]:
@@ -131,12 +153,14 @@ def _own_half(a: RawArray, b: RawArray, other_a: RawArray) -> tuple[RawArray, Ra
     return a, b
 
 
-def _effect(a1: RawArray, b1: RawArray, scale1: float, a2: RawArray, b2: RawArray, scale2: float) -> str | None:
+def _effect(
+    a1: RawArray, b1: RawArray, scale1: float | np.ndarray, a2: RawArray, b2: RawArray, scale2: float
+) -> str | None:
     """How the updates of a random input differ, or None where they do not."""
     x = np.random.default_rng(a1.shape[1]).standard_normal(a1.shape[1])
     one = scale1 * (b1.values() @ (a1.values() @ x))
     other = scale2 * (b2.values() @ (a2.values() @ x))
-    size = abs(scale1) * (np.abs(b1.values()) @ (np.abs(a1.values()) @ np.abs(x)))
+    size = np.abs(scale1) * (np.abs(b1.values()) @ (np.abs(a1.values()) @ np.abs(x)))
     error = np.abs(one - other)
     if (error <= TOLERANCE * size).all():
         return None
@@ -147,14 +171,14 @@ def _effect(a1: RawArray, b1: RawArray, scale1: float, a2: RawArray, b2: RawArra
     if not norm:
         return "the update is zero in PEFT, not in MLX"
     if np.abs(other - factor * one).max() <= 1e-4 * np.abs(other).max():
-        return f"the update in MLX is {factor:.6g} times that in PEFT (scale {scale2:g} against {scale1:g})"
+        return f"the update in MLX is {factor:.6g} times that in PEFT (scale {scale2:g} against {np.mean(scale1):g})"
     return f"the updates differ by {math.sqrt(float(error @ error) / norm):.1e} of their size"
 
 
 # --- PEFT's side ------------------------------------------------------------------------------------------------
 
 
-def _peft_sides(folder: PeftFolder, model_type: str | None) -> tuple[dict[str, Side], dict[str, RawArray]]:
+def _peft_sides(folder: PeftFolder, names: Names) -> tuple[dict[str, Side], dict[str, RawArray]]:
     """Updates by mlx-lm's module, and everything else (magnitudes, trained parameters) by mlx-lm's parameter."""
     config = folder.config
     pairs: dict[str, dict[str, RawArray]] = {}
@@ -166,9 +190,11 @@ def _peft_sides(folder: PeftFolder, model_type: str | None) -> tuple[dict[str, S
                 rest[name] = value
             elif parsed.leaf in ("a", "b", "embedding_a", "embedding_b"):
                 pairs.setdefault(parsed.module, {})[parsed.leaf[-1]] = value
+            elif parsed.leaf == "magnitude":
+                rest[f"{names.mlx_module(parsed.module)}.m"] = value
             elif parsed.leaf != "base_weight":
-                leaf = {"magnitude": "m", "base_bias": "bias"}.get(parsed.leaf, parsed.leaf)
-                rest[f"{mlx_module(parsed.module, model_type)}.{leaf}"] = value
+                leaf = "bias" if parsed.leaf == "base_bias" else parsed.leaf
+                rest[names.mlx_parameters(f"{parsed.module}.{leaf}")[0]] = value
     sides: dict[str, Side] = {}
     singles: dict[str, dict[int, Side]] = {}
     for module, pair in pairs.items():
@@ -176,14 +202,16 @@ def _peft_sides(folder: PeftFolder, model_type: str | None) -> tuple[dict[str, S
             rest[f"{module}.lora_{next(iter(pair))}"] = next(iter(pair.values()))
         elif one := ONE_EXPERT.fullmatch(module):
             projection = MIXTRAL.get(one["projection"], one["projection"])
-            name = f"{mlx_module(one['block'], model_type)}.switch_mlp.{projection}"
+            name = f"{names.switch_layers(one['block'])}.{projection}"
             scale = _scale(config, module, pair["a"].shape[0])
             singles.setdefault(name, {})[int(one["expert"])] = Side((pair["a"],), (pair["b"],), scale)
         elif module.endswith((".experts", ".experts.base_layer")):
-            sides |= _expert_sides(module, pair["a"], pair["b"], config, model_type)
+            sides |= _expert_sides(module, pair["a"], pair["b"], config, names)
         else:
             scale = _scale(config, module, pair["a"].shape[0])
-            sides[mlx_module(module, model_type)] = Side((pair["a"],), (pair["b"],), scale)
+            ours = names.mlx_module(module)
+            link = names.link(f"{ours}.weight")
+            sides[ours] = Side((pair["a"],), (pair["b"],), scale, link.scale if link is not None else 1.0)
     for name, experts in singles.items():
         ordered = [experts[index] for index in sorted(experts)]
         a, b = tuple(one.a[0] for one in ordered), tuple(one.b[0] for one in ordered)
@@ -201,9 +229,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _expert_sides(
-    module: str, a: RawArray, b: RawArray, config: Mapping[str, Any], model_type: str | None
-) -> dict[str, Side]:
+def _expert_sides(module: str, a: RawArray, b: RawArray, config: Mapping[str, Any], names: Names) -> dict[str, Side]:
     experts_name = module.removesuffix(".base_layer")
     targeted = [
         name
@@ -220,7 +246,7 @@ def _expert_sides(
     factors_a = tuple(a.take(a.bits[expert * rank : (expert + 1) * rank]) for expert in range(count))
     factors_b = [b.bits[:, expert::count] for expert in range(count)]
     scale = _scale(config, f"{experts_name}.{parameter}", rank)
-    block = mlx_module(experts_name.removesuffix(".experts"), model_type) + ".switch_mlp"
+    block = names.switch_layers(experts_name.removesuffix(".experts"))
     if parameter == "down_proj":
         return {f"{block}.down_proj": Side(factors_a, tuple(map(b.take, factors_b)), scale)}
     half = b.shape[0] // 2

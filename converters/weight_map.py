@@ -1,0 +1,277 @@
+"""What mlx-lm's ``sanitize`` makes of a checkpoint's arrays: where each parameter of its model comes from, and how.
+
+A model class of mlx-lm renames, drops, transposes, splits, stacks, scales and shifts arrays before it loads them
+(Falcon-H1's muP multipliers, the norms of Qwen3-Next, GPT-2's Conv1D). An adapter of another framework belongs to the
+arrays as they were before. So ``sanitize`` runs once on marker arrays with the names and shapes of the checkpoint:
+what comes out as the very object that went in was renamed; of the rest, markers that hold zeros, ones, twos, the
+number of their array and their indices along each axis show source, order, scale and offset of every element. The
+markers are broadcast views: only parameters that were computed take memory, one of each kind of layer at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise, permutations
+
+import mlx.core as mx
+import numpy as np
+
+NUMBER = re.compile(r"\d+")
+# A scale or offset is read off in float32; the indices, up to millions, survive a division by it.
+EXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a parameter of mlx-lm (or of one expert's matrix in it) that come from one array of the checkpoint.
+
+    ``rows``: which rows of the source, in order. ``expert``: the source's index along its first axis, where it is
+    stacked there already. ``transposed``: the source's columns are the rows.
+    """
+
+    source: str
+    rows: np.ndarray
+    expert: int | None = None
+    transposed: bool = False
+
+    def is_all(self, rows: int) -> bool:
+        return len(self.rows) == rows and bool((self.rows == np.arange(rows)).all())
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a parameter of mlx-lm comes from the checkpoint: ``scale`` · (its source) + ``offset``.
+
+    ``axes``: the whole source with its axes in that order; then ``parts`` is empty. Else ``parts`` lists the rows in
+    order, for three axes a list an expert. ``scale``: one number, or one a row (for three axes a row of an expert).
+    """
+
+    source: str
+    axes: tuple[int, ...] | None = None
+    parts: tuple[tuple[Part, ...], ...] = ()
+    scale: float | np.ndarray = 1.0
+    offset: float | np.ndarray = 0.0
+
+    @property
+    def scaled(self) -> bool:
+        return isinstance(self.scale, np.ndarray) or self.scale != 1.0
+
+    @property
+    def shifted(self) -> bool:
+        return isinstance(self.offset, np.ndarray) or self.offset != 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether only the name changes."""
+        return self.axes == tuple(range(len(self.axes or ()))) and not self.scaled and not self.shifted
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if not self.parts else tuple(part.source for rows in self.parts for part in rows)
+
+    def apply(self, value: mx.array) -> mx.array:
+        """The parameter that mlx-lm makes of the whole array ``value``; ``axes`` must not be None."""
+        moved = value if self.axes == tuple(range(value.ndim)) else value.transpose(self.axes)
+        if self.scaled:
+            scale = mx.array(self.scale)
+            scale = scale.reshape(-1, *[1] * (value.ndim - 1)) if scale.ndim else scale
+            moved = (moved * scale).astype(value.dtype)
+        return (moved + mx.array(self.offset)).astype(value.dtype) if self.shifted else moved
+
+    def undo(self, value: mx.array) -> mx.array:
+        """The reverse of :meth:`apply`."""
+        if self.shifted:
+            value = (value - mx.array(self.offset)).astype(value.dtype)
+        if self.scaled:
+            scale = mx.array(self.scale)
+            scale = scale.reshape(-1, *[1] * (value.ndim - 1)) if scale.ndim else scale
+            value = (value / scale).astype(value.dtype)
+        order = tuple(int(axis) for axis in np.argsort(self.axes or ()))
+        return value if order == tuple(range(value.ndim)) else value.transpose(order)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+Sanitize = Callable[[dict[str, mx.array]], dict[str, mx.array]]
+
+
+class WeightMap:
+    """Every parameter of mlx-lm by name, with its :class:`Link`, found when asked for; None where it is not affine."""
+
+    def __init__(self, sanitize: Sanitize, shapes: Shapes) -> None:
+        self._sanitize = sanitize
+        self._shapes = shapes
+        self._numbers = {name: index for index, name in enumerate(shapes)}
+        self._names = list(shapes)
+        self._runs: dict[str, dict[str, mx.array]] = {}
+        self._links: dict[str, Link | None] = {}
+        self._kinds: dict[tuple[str, tuple[int, ...]], str] = {}
+        self._passed: dict[tuple[str, tuple[int, ...]], bool] = {}
+        markers = {name: _view(0.0, shape) for name, shape in shapes.items()}
+        objects = {id(value): name for name, value in markers.items()}
+        self._runs["zero"] = sanitize(dict(markers))
+        # Passed through as the same object; its values may have been changed in place all the same.
+        self.renamed = {name: objects[id(value)] for name, value in self._runs["zero"].items() if id(value) in objects}
+
+    def names(self) -> list[str]:
+        return list(self._runs["zero"])
+
+    def link(self, name: str) -> Link | None:
+        """Where the parameter ``name`` comes from, or None where that is not understood."""
+        if name in self._links:
+            return self._links[name]
+        if name not in self._runs["zero"]:
+            return None
+        kind = NUMBER.sub("#", name), tuple(self._runs["zero"][name].shape)
+        if name in self.renamed:
+            if kind not in self._passed:
+                self._passed[kind] = self._all(name, "zero", 0.0) and self._all(name, "one", 1.0)
+            if self._passed[kind]:
+                self._links[name] = Link(self.renamed[name], tuple(range(len(kind[1]))))
+                return self._links[name]
+        pattern = self._kinds.get(kind)
+        found = self._like(name, pattern) if pattern is not None else None
+        if found is None:
+            found = self._measure(name)
+            self._kinds[kind] = name
+        self._links[name] = found
+        return found
+
+    def _like(self, name: str, pattern: str) -> Link | None:
+        """The link of another layer's parameter of the same name and shape, carried over to this layer."""
+        known = self._links[pattern]
+        here, there = NUMBER.findall(name), NUMBER.findall(pattern)
+        differing = [(a, b) for a, b in zip(there, here, strict=True) if a != b]
+        if known is None or len(differing) != 1:
+            return None
+        ((old, new),) = differing
+
+        def moved(source: str) -> str:
+            return re.sub(rf"(?<=\.){old}(?=\.)", new, source, count=1)
+
+        parts = tuple(tuple(replace(part, source=moved(part.source)) for part in rows) for rows in known.parts)
+        link = replace(known, source=moved(known.source), parts=parts)
+        return link if all(source in self._shapes for source in link.sources) else None
+
+    # --- markers ------------------------------------------------------------------------------------------------
+
+    def _array(self, run: str, name: str) -> mx.array:
+        if run not in self._runs:
+            self._runs[run] = self._sanitize({one: self._marker(run, one) for one in self._shapes})
+        return self._runs[run][name]
+
+    def _all(self, name: str, run: str, value: float) -> bool:
+        return bool(mx.all(self._array(run, name) == value).item())
+
+    def _values(self, run: str, name: str) -> np.ndarray:
+        return np.array(self._array(run, name).astype(mx.float32))
+
+    def _marker(self, run: str, name: str) -> mx.array:
+        shape = self._shapes[name]
+        if run in ("one", "two"):
+            return _view(1.0 if run == "one" else 2.0, shape)
+        if run == "number":
+            return _view(float(self._numbers[name]), shape)
+        axis = int(run)
+        if axis >= len(shape):
+            return _view(0.0, shape)
+        indices = mx.arange(shape[axis], dtype=mx.float32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        return mx.broadcast_to(indices, shape)
+
+    def _measure(self, name: str) -> Link | None:
+        offset = self._values("zero", name)
+        scale = self._values("one", name) - offset
+        if not np.allclose(self._values("two", name), offset + 2 * scale, rtol=EXACT, atol=EXACT) or not scale.all():
+            return None
+
+        def read(run: str) -> np.ndarray:
+            return np.asarray(np.rint((self._values(run, name) - offset) / scale)).astype(np.int32)
+
+        number = read("number")
+        if number.min() < 0 or number.max() >= len(self._names):
+            return None
+        shape = offset.shape
+        source = self._names[int(number.flat[0])]
+        whole = (number == number.flat[0]).all() and sorted(self._shapes[source]) == sorted(shape)
+        shift = _constant(offset)
+        if whole:
+            indices = [read(str(axis)) for axis in range(len(shape))]
+            factor = _by_row(scale)
+            for axes in permutations(range(len(shape))):
+                if tuple(self._shapes[source][axis] for axis in axes) == shape and factor is not None:
+                    grids = np.indices(shape, sparse=True)
+                    if all((indices[axis] == grids[place]).all() for place, axis in enumerate(axes)):
+                        return Link(source, axes, (), factor, shift)
+        if len(shape) not in (2, 3) or isinstance(shift, np.ndarray) or shift != 0.0:
+            return None
+        return self._split(shape, scale, number, [read(str(axis)) for axis in range(3)])
+
+    def _split(
+        self, shape: tuple[int, ...], scale: np.ndarray, number: np.ndarray, indices: list[np.ndarray]
+    ) -> Link | None:
+        """A parameter of rows of several arrays, or of some rows of one; or experts, each of such rows."""
+        factor = _constant(scale.max(axis=-1))
+        if (scale != scale[..., :1]).any():
+            return None
+        blocks = [number] if len(shape) == 2 else list(number)
+        axes = [[index] if len(shape) == 2 else list(index) for index in indices]
+        parts = []
+        for place, block in enumerate(blocks):
+            rows = self._rows(block, [axis[place] for axis in axes])
+            if rows is None:
+                return None
+            parts.append(rows)
+        return Link(parts[0][0].source, None, tuple(parts), factor)
+
+    def _rows(self, number: np.ndarray, indices: list[np.ndarray]) -> tuple[Part, ...] | None:
+        """One matrix's rows, taken apart where the source changes; None where a row is not a source's row or column."""
+        if (number != number[:, :1]).any():
+            return None
+        parts = []
+        borders = [0, *(np.flatnonzero(np.diff(number[:, 0])) + 1).tolist(), len(number)]
+        for start, stop in pairwise(borders):
+            source = self._names[int(number[start, 0])]
+            stacked = len(self._shapes[source]) == 3
+            first, second = (index[start:stop] for index in (indices[1:] if stacked else indices[:2]))
+            expert = indices[0][start:stop]
+            columns = np.arange(number.shape[1])
+            if stacked and (expert != expert[0, 0]).any():
+                return None
+            for transposed, (row, column) in enumerate(((first, second), (second, first))):
+                if (row == row[:, :1]).all() and (column == columns).all():
+                    # A source longer than this matrix is wide would be cut in two: its rows are not all here.
+                    if self._shapes[source][-2 if transposed else -1] != len(columns):
+                        return None
+                    place = int(expert[0, 0]) if stacked else None
+                    parts.append(Part(source, row[:, 0], place, bool(transposed)))
+                    break
+            else:
+                return None
+        return tuple(parts)
+
+
+def _view(value: float, shape: tuple[int, ...]) -> mx.array:
+    return mx.broadcast_to(mx.array(value), shape)
+
+
+def _constant(values: np.ndarray) -> float | np.ndarray:
+    """One number where all are equal, else float32."""
+    first = float(values.flat[0]) if values.size else 0.0
+    return first if (values == first).all() else values.astype(np.float32)
+
+
+def _by_row(scale: np.ndarray) -> float | np.ndarray | None:
+    """One number, one a row, or None where columns differ."""
+    found = _constant(scale)
+    if not isinstance(found, np.ndarray):
+        return found
+    rows = scale.reshape(scale.shape[0], -1)
+    return None if (rows != rows[:, :1]).any() else rows[:, 0].astype(np.float32)
+
+
+def describe_link(name: str, link: Link | None) -> str:
+    """In words, why an adapter of the parameter ``name`` is not carried over."""
+    if link is None:
+        return f"mlx-lm computes {name} from the checkpoint in a way that an adapter cannot follow"
+    return f"mlx-lm makes {name} of {', '.join(dict.fromkeys(link.sources))}"
