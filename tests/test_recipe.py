@@ -33,8 +33,8 @@ def recipe_file(tiny_base, tmp_path):
 
 STAGES = [
     "data-change",
-    "train-change",
     "data-groups",
+    "train-change",
     "train-groups",
     "merge",
     "calibrate",
@@ -68,6 +68,49 @@ def test_run_then_resume_then_change(recipe_file, tmp_path):
 
     retrained = run_recipe(load_recipe(recipe_file(), ["train.learning_rate=0.02"]), out)
     assert retrained["executed"] == [stage for stage in STAGES if not stage.startswith("data-")]
+
+
+def test_a_changed_run_that_was_killed_leaves_nothing_to_trust(recipe_file, tmp_path, monkeypatch):
+    """Run A, kill a changed B once its drafter is written, run A: A's drafter again."""
+    out = tmp_path / "out"
+    recipe = load_recipe(recipe_file(), ["evaluate.timed=0"])
+    run_recipe(recipe, out)
+    written = contents(out)
+
+    saved = Adapter.save
+
+    def killed(adapter, folder):
+        if folder.name == "verifier":
+            raise KeyboardInterrupt
+        return saved(adapter, folder)
+
+    monkeypatch.setattr(Adapter, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load_recipe(recipe_file(), ["evaluate.timed=0", "merge.tau_draft=0.9"]), out)
+    monkeypatch.undo()
+    assert (out / "drafter" / "adapters.safetensors").read_bytes() != written["drafter/adapters.safetensors"]
+    # What follows was made from the same bits, and stands.
+    assert run_recipe(recipe, out)["executed"] == ["merge"]
+    assert contents(out) == written
+
+    # What is edited or deleted is made again.
+    (out / "data" / "change" / "rows.jsonl").unlink()
+    (out / "drafter" / "adapter_config.json").write_text("{}")
+    (out / "report" / "report.json").unlink()
+    assert run_recipe(recipe, out)["executed"] == ["data-change", "merge", "evaluate"]
+    assert contents(out) == written
+
+
+def contents(out):
+    """Every file that does not hold times, by name."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+        and path.suffix in (".safetensors", ".jsonl", ".json")
+        and path.name not in ("summary.json", "manifest.json", "report.json")
+        and path.parent.name != "stages"
+    }
 
 
 def test_changed_data_files_are_noticed(recipe_file, tmp_path):
@@ -136,6 +179,36 @@ def test_shipped_recipes_are_valid():
         (["epochs"], "expected key=value"),
         (["name.x=1"], "name is not a section"),
         (["train={"], "not valid YAML"),
+        (["loop.threshold=5"], r"threshold must be in \[0, 1\], found 5"),
+        (["loop.threshold=high"], "threshold must be auto or a number"),
+        (["loop.attempts=0"], "attempts must be at least 1"),
+        (["loop.temperature=-1"], "temperature must be 0 or more"),
+        (["loop.top_p=0"], "top_p must be in"),
+        (["loop.max_tokens=0"], "max_tokens must be at least 1"),
+        (["seed=-1"], "seed must be in"),
+        (["train.seed=-1"], r"train\.seed must be in"),
+        (["train.validate_every=5"], "held-out rows"),
+        (["data.tasks=[change]"], "needs at least two adapters"),
+        (["data.tasks=[change, chnage]"], "unknown task 'chnage'"),
+        (["data.tasks=[change, none.jsonl]"], "none.jsonl does not exist"),
+        (["data.tasks=[change, gsm8k]", "data.folder=none"], "folder none does not exist"),
+        (["data.folder=~nosuchuser/x"], "user that does not exist"),
+        (["data.calibration_items=0"], "calibration_items must be at least 1"),
+        (["data.verify_share=0"], "no rows that teach to verify"),
+        (["template=none"], "unknown template 'none'"),
+        (["merge.method=tise"], "did you mean 'ties'"),
+        (["merge.method=regmean"], "rsgwm grams"),
+        (["merge.parameters={desnity: 1}"], "has no parameter 'desnity'"),
+        (["merge.weights=[1]"], "1 weights for 2 tasks"),
+        (["merge.weights=[1, -1]"], "must not sum to zero"),
+        (["merge.rank=0"], "rank must be at least 1"),
+        (["evaluate.items=0"], "items must be at least 1"),
+        (["evaluate.timed=-1"], "timed must be at least 0"),
+        (["evaluate.batch_rows=0"], "batch_rows must be at least 1"),
+        (["evaluate.tasks=[nonesuch]"], "unknown task 'nonesuch'"),
+        (["evaluate.tasks=[none.jsonl]"], "none.jsonl does not exist"),
+        (["export.tolerance=0"], "tolerance must be above 0"),
+        (["base="], "base"),
     ],
 )
 def test_bad_settings_are_one_line(recipe_file, settings, message):

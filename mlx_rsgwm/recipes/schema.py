@@ -1,0 +1,313 @@
+"""A recipe: its sections, where it comes from, and every check of its values that needs no run.
+
+A wrong value is found here, before the first stage, and not after an hour of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.data.families import FAMILIES
+from mlx_rsgwm.data.sources import SOURCES
+from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.merging.methods import find_method, resolved
+from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.pipeline.decisions import LoopConfig
+from mlx_rsgwm.pipeline.sampling import Sampling
+from mlx_rsgwm.pipeline.verifying import SCORES
+from mlx_rsgwm.settings import build, parse_yaml, read_yaml
+from mlx_rsgwm.training.config import TrainConfig
+
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """``rows`` is the whole training budget, split evenly over ``tasks``; ``verify_share`` of it are verifier pairs.
+
+    ``folder`` is laid out ``<folder>/<task>/<split>.jsonl``; without one, public data sets come from the Hub.
+    ``calibration_items`` are questions per task for choosing score and threshold.
+    """
+
+    tasks: tuple[str, ...]
+    rows: int = 810
+    verify_share: float = 0.5
+    folder: str | None = None
+    calibration_items: int = 12
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            problems.append(f"tasks must name at least one task, each once, found {', '.join(self.tasks) or 'none'}")
+        elif len({folder_name(task) for task in self.tasks}) != len(self.tasks):
+            problems.append(f"tasks must differ in their file names, found {', '.join(self.tasks)}")
+        if self.rows < 2 * len(self.tasks):
+            problems.append(f"rows must be at least two per task, found {self.rows}")
+        if not 0 <= self.verify_share < 1:
+            problems.append(f"verify_share must be in [0, 1), found {self.verify_share}")
+        if self.calibration_items < 0:
+            problems.append(f"calibration_items must be 0 or more, found {self.calibration_items}")
+        problems += [problem for task in self.tasks if (problem := self.problem_of(task))]
+        if self.path is not None and not self.path.is_dir():
+            problems.append(f"folder {self.path} {'is not a folder' if self.path.exists() else 'does not exist'}")
+        raise_problems("recipe, data", problems)
+
+    @property
+    def path(self) -> Path | None:
+        """``folder`` with a leading ``~`` written out."""
+        return None if self.folder is None else expanded(self.folder, "recipe, data.folder")
+
+    def problem_of(self, task: str) -> str | None:
+        """Why there can be no questions of ``task``; None when there may be."""
+        if is_file_name(task):
+            return None if Path(task).is_file() else f"{task} does not exist"
+        if task in FAMILIES:
+            return None
+        if task not in SOURCES:
+            return f"unknown task {task!r}; known are {', '.join([*FAMILIES, *SOURCES])}, or a .jsonl file"
+        if self.path is not None and self.path.is_dir() and not (self.path / task).is_dir():
+            return f"folder {self.path} holds no folder {task}"
+        return None
+
+    def files_of(self, task: str) -> list[Path]:
+        """The files that questions of ``task`` may come from; none for an embedded family and for the Hub."""
+        if is_file_name(task):
+            return [Path(task)]
+        return sorted((self.path / task).glob("*.jsonl")) if self.path is not None else []
+
+    def budget(self, task: str) -> tuple[int, int]:
+        """(draft rows, verify rows) of one task; verify rows are even, for they come in pairs."""
+        position = self.tasks.index(task)
+        share = self.rows // len(self.tasks) + (position < self.rows % len(self.tasks))
+        verify = 2 * round(share * self.verify_share / 2)
+        return share - verify, verify
+
+
+@dataclass(frozen=True)
+class MergeSection:
+    """How both roles are merged; ``parameters`` are the method's own (``rsgwm merge --list`` shows them)."""
+
+    method: str = "rsgwm"
+    tau_draft: float = 0.30
+    tau_verify: float = 0.50
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[float, ...] = ()
+    rank: int | None = None
+
+    def options(self, role: str) -> MergeOptions:
+        tau = self.tau_draft if role == "draft" else self.tau_verify
+        return MergeOptions(
+            method=self.method,
+            role=role,
+            parameters={"tau": tau, **self.parameters}
+            if "tau" in find_method(self.method).parameters
+            else self.parameters,
+            weights=self.weights,
+            rank=self.rank,
+        )
+
+    def __post_init__(self) -> None:
+        for role in ("draft", "verify"):
+            resolved(self.options(role))
+
+    def problems_with(self, data: DataSection) -> list[str]:
+        """What would stop the merge of a pool trained on ``data``."""
+        count, method = len(data.tasks), find_method(self.method)
+        problems = []
+        if count < 2:
+            problems.append(f"data.tasks names {count} task, and a merge needs at least two adapters")
+        if self.weights and len(self.weights) != count:
+            problems.append(f"merge.weights has {len(self.weights)} weights for {count} tasks; give one for each")
+        if self.weights and sum(self.weights) == 0 and not method.sums:
+            problems.append(f"merge.weights must not sum to zero, {self.method} is a mean")
+        if self.method == "slerp" and count != 2:
+            problems.append(
+                f"slerp merges exactly two adapters, and data.tasks names {count}; use multislerp or karcher"
+            )
+        if "grams" in method.needs:
+            problems.append(
+                f"{self.method} needs matrices of the layers' inputs, which no recipe collects; run it with another "
+                "method, then rsgwm grams on the pool and rsgwm merge"
+            )
+        signals = {resolved(self.options(role)).get("signal") for role in ("draft", "verify")}
+        if "importance" in method.needs:
+            for signal, rows in (("draft", 0), ("verify", 1)):
+                without = [task for task in data.tasks if not data.budget(task)[rows]]
+                if signal in signals and without:
+                    problems.append(
+                        f"{self.method} needs importance for {signal!r}, and there are no rows that teach to {signal} "
+                        f"for {', '.join(without)}; change data.rows or data.verify_share, or use signal shared"
+                    )
+        return problems
+
+
+@dataclass(frozen=True)
+class LoopSection:
+    """The draft–verify loop. ``score`` and ``threshold`` may be ``auto``: decided on the calibration items."""
+
+    attempts: int = 3
+    score: str = "auto"
+    threshold: float | str = 0.7
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.score not in ("auto", *SCORES):
+            problems.append(f"score must be auto or one of {', '.join(SCORES)}, found {self.score!r}")
+        if isinstance(self.threshold, str) and self.threshold != "auto":
+            problems.append(f"threshold must be auto or a number in [0, 1], found {self.threshold!r}")
+        raise_problems("recipe, loop", problems)
+        self.config(SCORES[0], 0.5 if isinstance(self.threshold, str) else self.threshold, 0)
+
+    def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
+        return LoopConfig(
+            self.attempts, threshold, score, Sampling(self.temperature, self.top_p, self.max_tokens, seed)
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """What to evaluate on: ``items`` test questions of each task (default: the trained ones), ``timed`` one by one."""
+
+    tasks: tuple[str, ...] = ()
+    items: int = 25
+    timed: int = 12
+    batch_rows: int = 32
+
+    def __post_init__(self) -> None:
+        least = {"items": 1, "timed": 0, "batch_rows": 1}
+        problems = [
+            f"{name} must be at least {low}, found {value}"
+            for name, low in least.items()
+            if (value := getattr(self, name)) < low
+        ]
+        if len(set(self.tasks)) != len(self.tasks):
+            problems.append(f"tasks must be named once each, found {', '.join(self.tasks)}")
+        raise_problems("recipe, evaluate", problems)
+
+
+@dataclass(frozen=True)
+class ExportSection:
+    """``peft``: write both adapters in PEFT's format. ``parity``: compare the drafter with torch + PEFT."""
+
+    peft: bool = True
+    parity: bool = True
+    tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 < self.tolerance < float("inf"):
+            problems.append(f"tolerance must be above 0, found {self.tolerance}")
+        missing = [name for name in ("torch", "peft") if find_spec(name) is None] if self.parity else []
+        if missing:
+            problems.append(
+                f"parity needs {' and '.join(missing)}: pip install 'mlx-rsgwm[torch]', or set export.parity to false"
+            )
+        raise_problems("recipe, export", problems)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A job. Every section but ``data`` has defaults; ``train`` is a :class:`TrainConfig`."""
+
+    name: str
+    data: DataSection
+    base: str = "smollm2-135m"
+    template: str = "plain"
+    seed: int = 42
+    train: TrainConfig = field(default_factory=TrainConfig)
+    merge: MergeSection = field(default_factory=MergeSection)
+    loop: LoopSection = field(default_factory=LoopSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    export: ExportSection = field(default_factory=ExportSection)
+
+    def __post_init__(self) -> None:
+        find_template(self.template)
+        seeds = {"seed": self.seed, "train.seed": self.train.seed, "train.init_seed": self.train.init_seed}
+        problems = [
+            f"{name} must be in [0, {LARGEST_SEED}], found {seed}"
+            for name, seed in seeds.items()
+            if not 0 <= seed <= LARGEST_SEED
+        ]
+        if self.train.validate_every:
+            problems.append("train.validate_every needs held-out rows, which a recipe does not set aside; leave it out")
+        problems += self.merge.problems_with(self.data)
+        problems += [
+            f"evaluate.tasks: {problem}" for task in self.evaluate.tasks if (problem := self.data.problem_of(task))
+        ]
+        if not self.base.strip():
+            problems.append("base must name a model")
+        if self.data.calibration_items == 0 and "auto" in (self.loop.score, self.loop.threshold):
+            problems.append("loop.score or loop.threshold is auto, so data.calibration_items must be at least 1")
+        raise_problems("recipe", problems)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(
+        Path(entry.name).stem
+        for entry in resources.files("mlx_rsgwm.recipes").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
+    """A recipe by shipped name or path, with ``key=value`` settings laid over it (``train.epochs=3``).
+
+    Raises:
+        RsgwmError: no such recipe, bad YAML, an unknown key (with the nearest known one), a value out of range.
+    """
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RsgwmError(f"recipe {path} does not exist")
+        text = files.read_text(path)
+    elif source in shipped_recipes():
+        text = (resources.files("mlx_rsgwm.recipes") / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        raise RsgwmError(f"no recipe {source!r}; shipped are {', '.join(shipped_recipes())}, or give a .yaml file")
+    values = read_yaml(text, f"recipe {source}")
+    for setting in settings:
+        _apply_setting(values, setting)
+    return build(Recipe, values, f"recipe {source}")
+
+
+def _apply_setting(values: dict[str, Any], setting: str) -> None:
+    name, separator, text = setting.partition("=")
+    if not separator:
+        raise RsgwmError(f"--set {setting}: expected key=value, for example train.epochs=3")
+    *parents, leaf = name.split(".")
+    target = values
+    for parent in parents:
+        inner = target.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise RsgwmError(f"--set {setting}: {parent} is not a section")
+        target = inner
+    target[leaf] = parse_yaml(text, f"--set {setting}")
+
+
+def is_file_name(task: str) -> bool:
+    """Whether a task is a file of questions; families and public data sets have no suffix."""
+    return bool(Path(task).suffix)
+
+
+def folder_name(task: str) -> str:
+    """What a task's folders below the run's are called."""
+    return Path(task).stem if is_file_name(task) else task
+
+
+def expanded(path: str, where: str) -> Path:
+    """``path`` with a leading ``~`` written out; a :class:`RsgwmError` when there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RsgwmError(f"{where}: {path} is in the home of a user that does not exist") from None

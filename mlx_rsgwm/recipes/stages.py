@@ -1,0 +1,152 @@
+"""Stages of a run and their records: what a stage was made from and what it wrote, so that it is never taken for done
+when it is not.
+
+A record names the hash of the stage's settings and inputs and of every file that it wrote. Before the work starts, one
+takes its place that says what is under way: a stage that was killed is never done, and what it wrote for other settings
+is removed. A stage whose files were edited or deleted is done again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import MANIFEST_FILE
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.training.grams import GRAMS_FILE
+
+FOLDER = "stages"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A piece of work. ``settings`` are JSON; ``inputs`` and ``outputs`` are files and folders below the run's.
+
+    ``apart`` are names of files in these folders that are of no account, for they belong to another stage.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    work: Callable[[], None]
+    apart: tuple[str, ...] = ()
+
+
+class Stages:
+    """The records of a run in the folder ``out``. ``executed`` are the names of the stages that this run did."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.executed: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage was done with these settings and inputs, and its files are those that it wrote."""
+        record = self._record(stage)
+        return (
+            record is not None
+            and record.get("key") == self._key(stage)
+            and isinstance(record.get("outputs"), dict)
+            and self._is_intact(record["outputs"])
+        )
+
+    def run(self, stage: Stage) -> None:
+        """Do the stage unless it is done."""
+        record = self._record(stage)
+        if not self.is_done(stage):
+            key = self._key(stage)
+            before = self._cleared(stage, record, key)
+            files.make_folder(self.out / FOLDER)
+            files.write_json(self._path(stage), {"key": key, "before": before})
+            started = time.monotonic()
+            stage.work()
+            seconds = round(time.monotonic() - started, 3)
+            written = [name for name, stamp in self._stamps(stage).items() if stamp != before.get(name)]
+            outputs = {name: _digest(self.out / name) for name in written}
+            record = {"key": key, "seconds": seconds, "outputs": outputs}
+            files.write_json(self._path(stage), record)
+            self.executed.append(stage.name)
+        assert record is not None
+        self.seconds[stage.name] = record["seconds"]
+
+    def _cleared(self, stage: Stage, record: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
+        """Remove what the stage wrote before, done or killed; returns the files that were there without it, stamped.
+
+        What was half written with the same settings and inputs stays, for the work to go on from.
+        """
+        record = record or {}
+        outputs, before = record.get("outputs"), record.get("before")
+        if isinstance(outputs, dict):
+            self._remove(outputs)
+        elif isinstance(before, dict):
+            if record.get("key") == key:
+                return before
+            self._remove(name for name, stamp in self._stamps(stage).items() if stamp != before.get(name))
+        return self._stamps(stage)
+
+    def _path(self, stage: Stage) -> Path:
+        return self.out / FOLDER / f"{stage.name}.json"
+
+    def _record(self, stage: Stage) -> dict[str, Any] | None:
+        path = self._path(stage)
+        with suppress(RsgwmError):  # a damaged record is none
+            return files.read_json_object(path) if path.is_file() else None
+        return None
+
+    def _key(self, stage: Stage) -> str:
+        return files.sha256_json([stage.settings, self._contents(stage.inputs, stage.apart)])
+
+    def _contents(self, paths: Sequence[Path], apart: Sequence[str]) -> dict[str, str]:
+        """SHA-256 of every file of ``paths``, by its name below the run's folder; hidden files are passed over."""
+        return {name: _digest(self.out / name) for name in self._files(paths, apart)}
+
+    def _files(self, paths: Sequence[Path], apart: Sequence[str]) -> list[str]:
+        found = []
+        for path in paths:
+            inside = [file for file in sorted(path.rglob("*")) if file.name not in apart] if path.is_dir() else [path]
+            for file in inside:
+                name = file.relative_to(self.out)
+                if file.is_file() and not any(part.startswith(".") for part in name.parts):
+                    found.append(name.as_posix())
+        return found
+
+    def _stamps(self, stage: Stage) -> dict[str, list[int]]:
+        """The stage's files, each with what changes when it is written again."""
+        stats = {name: (self.out / name).stat() for name in self._files(stage.outputs, stage.apart)}
+        return {name: [stat.st_ino, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def _is_intact(self, outputs: Mapping[str, str]) -> bool:
+        return all(
+            (self.out / name).is_file() and _digest(self.out / name) == digest for name, digest in outputs.items()
+        )
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            file = self.out / name
+            if ".." in file.parts or Path(name).is_absolute() or not file.is_file():
+                continue
+            file.unlink()
+            with suppress(OSError):  # the folders that this leaves empty
+                for folder in file.parents:
+                    if folder == self.out:
+                        break
+                    folder.rmdir()
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file; of an adapter's manifest, without what ``rsgwm grams`` adds to it later."""
+    if file.name == MANIFEST_FILE:
+        with suppress(RsgwmError, ValueError):
+            manifest = files.read_json_object(file)
+            hashes = manifest.get("files")
+            manifest.pop("grams", None)
+            if isinstance(hashes, dict):
+                hashes.pop(GRAMS_FILE, None)
+            return files.sha256_json(manifest)
+    return files.sha256_file(file)
