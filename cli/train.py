@@ -125,6 +125,7 @@ def summarise(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "rows_too_long": manifest["data"]["rows_too_long"],
         "rows_cut": manifest["data"]["rows_cut"],
         "held_out_loss": manifest["held_out_loss"],
+        "held_out_rows": manifest.get("held_out_rows"),
         "memory": manifest["memory"],
     }
 
@@ -142,6 +143,11 @@ def render(summary: Mapping[str, Any], max_tokens: int) -> str:
         lines.append(f"{summary['rows_too_long']} rows were longer than {max_tokens} tokens and left out")
     if summary["rows_cut"]:
         lines.append(f"{summary['rows_cut']} rows were cut to {max_tokens} tokens")
+    held = summary["held_out_rows"] or {"rows_too_long": 0, "rows_cut": 0}
+    if held["rows_too_long"] or held["rows_cut"]:
+        lines.append(
+            f"held-out rows above {max_tokens} tokens: {held['rows_too_long']} left out, {held['rows_cut']} cut"
+        )
     for role, value in summary["held_out_loss"]["after"].items():
         before = summary["held_out_loss"]["before"][role]
         lines.append(f"held-out {role} loss: {before:.3f} → {value:.3f} nats per token")

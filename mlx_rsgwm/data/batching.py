@@ -15,7 +15,9 @@ ROLES = ("draft", "verify")
 class TokenRow:
     """One training row: token ids of prompt and completion, and how many of them are prompt (at least 1).
 
-    ``id`` names the row to people; ``cut`` says that its end was left out to fit.
+    ``id`` names the row to people; ``cut`` says that its end was left out to fit. ``untrained`` are positions behind
+    the prompt that are not trained: what others say between the assistant's turns. ``notes`` say what a chat template
+    left out of the row or what was changed for it.
     """
 
     role: str
@@ -23,10 +25,40 @@ class TokenRow:
     prompt_length: int
     id: str = ""
     cut: bool = False
+    untrained: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def trained_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_length
+        return len(self.tokens) - self.prompt_length - len(self.untrained)
+
+    def trained_positions(self) -> np.ndarray:
+        """Positions of the trained tokens."""
+        positions = np.arange(self.prompt_length, len(self.tokens))
+        return np.setdiff1d(positions, self.untrained, assume_unique=True) if self.untrained else positions
+
+
+def row_notes(rows: Sequence[TokenRow]) -> list[str]:
+    """What the notes of ``rows`` say, each once, with the lines of the rows that it is said of (``1-3, 7``)."""
+    lines: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        file, _, line = row.id.rpartition(":")
+        for note in row.notes:
+            lines.setdefault((note, file), []).append(int(line))
+    return [
+        f"{note} ({len(at)} of {len(rows)} rows: {file} line{'s' * (len(at) > 1)} {_ranges(at)})"
+        for (note, file), at in lines.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 @dataclass(frozen=True)
@@ -62,8 +94,9 @@ def make_batch(rows: Sequence[TokenRow], length_step: int = 8, target_step: int 
         tokens = np.asarray(row.tokens, dtype=np.int32)
         inputs[index, : len(tokens) - 1] = tokens[:-1]
         # Position p predicts token p + 1, so the first trained position is the prompt's last token.
-        positions.append(index * length + np.arange(row.prompt_length - 1, len(tokens) - 1))
-        targets.append(tokens[row.prompt_length :])
+        trained = row.trained_positions()
+        positions.append(index * length + trained - 1)
+        targets.append(tokens[trained])
     flat_positions, flat_targets = np.concatenate(positions), np.concatenate(targets)
     count = len(flat_targets)
     padded = -(-count // target_step) * target_step

@@ -192,12 +192,20 @@ def tokenize(
 
 
 def fit_row(
-    role: str, prompt: Sequence[int], completion: Sequence[int], name: str, max_tokens: int, long_rows: str
+    role: str,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    name: str,
+    max_tokens: int,
+    long_rows: str,
+    untrained: Sequence[int] = (),
+    notes: tuple[str, ...] = (),
 ) -> TokenRow | None:
     """The token row of a prompt and a completion, cut to ``max_tokens`` if ``long_rows`` says so; None if left out."""
     tokens = (*prompt, *completion)
     if len(tokens) <= max_tokens:
-        return TokenRow(role, tokens, len(prompt), name)
+        return TokenRow(role, tokens, len(prompt), name, untrained=tuple(untrained), notes=notes)
     if long_rows == "cut" and len(prompt) < max_tokens:
-        return TokenRow(role, tokens[:max_tokens], len(prompt), name, cut=True)
+        within = tuple(position for position in untrained if position < max_tokens)
+        return TokenRow(role, tokens[:max_tokens], len(prompt), name, True, within, notes)
     return None

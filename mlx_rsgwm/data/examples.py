@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
 from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.corpus import fit_row
+from mlx_rsgwm.data.rendered_chat import ChatRenderer
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.json_lines import read_json_rows
@@ -23,7 +25,8 @@ FORMATS = {"completions": ("prompt", "completion"), "chat": ("messages",), "text
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of one format. With ``mask_prompt`` only the last message (the completion) is trained, else every token.
+    """Rows of one format. With ``mask_prompt`` only the answer at the end is trained, with ``all_turns`` every answer
+    of the assistant, else every token.
 
     ``numbers`` are the rows' lines in the file (or places in its array), from 1, by which errors name them.
     """
@@ -35,61 +38,75 @@ class Examples:
     file_hash: str
     numbers: tuple[int, ...]
     template: Template | None = None
+    all_turns: bool = False
 
     @property
     def hash(self) -> str:
-        return files.sha256_json([self.file_hash, self.mask_prompt])
+        return files.sha256_json([self.file_hash, "turns" if self.all_turns else self.mask_prompt])
 
     def describe(self) -> dict[str, Any]:
         """For an adapter's manifest."""
-        return {"hash": self.hash, "format": self.format, "mask_prompt": self.mask_prompt, "file": self.path.name}
+        turns = {"all_turns": True} if self.all_turns else {}
+        return {
+            "hash": self.hash, "format": self.format, "mask_prompt": self.mask_prompt, **turns, "file": self.path.name,
+        }  # fmt: skip
 
     def token_rows(self, tokenizer: Tokenizer, max_tokens: int, long_rows: str) -> tuple[list[TokenRow], int]:
         """Token rows, and how many were left out because they exceed ``max_tokens`` (see ``corpus.tokenize``)."""
         if self.format != "text" and not getattr(tokenizer, "chat_template", None):
             raise RsgwmError(f"{self.path}: {self.format} rows need a chat template, and the base's tokenizer has none")
-        rows, dropped, empty = [], 0, []
+        render = self._text_row if self.format == "text" else partial(self._chat_row, ChatRenderer(tokenizer))
+        rows, dropped, problems = [], 0, []
         for number, row in zip(self.numbers, self.rows, strict=True):
             name = f"{self.path.name}:{number}"
             try:
-                tokens, prompt = self._tokens(tokenizer, row)
-            except Exception as error:  # a chat template is the model's own program and may raise anything
-                raise RsgwmError(f"{name} cannot be rendered by the base's chat template: {error}") from error
-            if len(tokens) <= prompt:
-                empty.append(name)
+                tokens, prompt, untrained, notes = render(tokenizer, row)
+            except RsgwmError as error:
+                problems.append(f"{name}: {error}")
                 continue
-            fitted = fit_row("draft", tokens[:prompt], tokens[prompt:], name, max_tokens, long_rows)
+            except Exception as error:  # a chat template is the model's own program and may raise anything
+                reason = str(error) or type(error).__name__
+                problems.append(f"{name} cannot be rendered by the base's chat template: {reason}")
+                continue
+            if len(tokens) <= prompt:
+                problems.append(f"{name} has nothing to train")
+                continue
+            fitted = fit_row(
+                "draft", tokens[:prompt], tokens[prompt:], name, max_tokens, long_rows, untrained, tuple(notes)
+            )
             if fitted is None:
                 dropped += 1
             else:
                 rows.append(fitted)
-        raise_problems(str(self.path), [f"{name} has nothing to train" for name in empty])
+        raise_problems(str(self.path), problems)
         if not rows:
             raise RsgwmError(f"every row of {self.path} is longer than {max_tokens} tokens; raise max_tokens")
         return rows, dropped
 
-    def _tokens(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> tuple[list[int], int]:
-        """Token ids of a row and how many of them are prompt; at least 1, for nothing predicts the first token."""
-        if self.format == "text":
-            tokens = list(tokenizer.encode(row["text"]))
-            if not tokens or tokens[-1] != tokenizer.eos_token_id:
-                tokens.append(tokenizer.eos_token_id)
-            return tokens, 1
+    def _text_row(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> Rendered:
+        tokens, end = list(tokenizer.encode(row["text"])), tokenizer.eos_token_id
+        if end is None:
+            return tokens, 1, (), ("the tokenizer has no end-of-text token, so no row ends with it",)
+        if not tokens or tokens[-1] != end:
+            tokens.append(end)
+        return tokens, 1, (), ()
+
+    def _chat_row(self, renderer: ChatRenderer, tokenizer: Tokenizer, row: Mapping[str, Any]) -> Rendered:
         messages: Sequence[Mapping[str, Any]] = (
             row["messages"]
             if self.format == "chat"
             else [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
         )
-        options = {"tools": row.get("tools"), "tokenize": True, "return_dict": False}
-        tokens = list(tokenizer.apply_chat_template(messages, **options))
-        if not self.mask_prompt or len(messages) == 1:
-            return tokens, 1
-        asks = messages[-1].get("role") == "assistant"
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=asks, **options)
-        return tokens, max(1, len(prompt))
+        train = "turns" if self.all_turns else "last" if self.mask_prompt else "all"
+        conversation = renderer.conversation(messages, row.get("tools"), train)
+        return *renderer.tokens(conversation), conversation.notes
 
 
-def load_examples(path: Path, mask_prompt: bool) -> Examples:
+# Token ids, how many of them are prompt (at least 1: nothing predicts the first token), untrained ones after it, notes.
+Rendered = tuple[list[int], int, tuple[int, ...], tuple[str, ...]]
+
+
+def load_examples(path: Path, mask_prompt: bool, all_turns: bool = False) -> Examples:
     """Read and check a ``.jsonl`` file, or one JSON array; the first row decides the format, as in mlx-lm.
 
     Raises:
@@ -118,9 +135,10 @@ def load_examples(path: Path, mask_prompt: bool) -> Examples:
     raise_problems(str(path), problems)
     if not rows:
         raise RsgwmError(f"{path} holds no rows")
-    if found == "text" and mask_prompt:
+    if found == "text" and (mask_prompt or all_turns):
         raise RsgwmError(f"{path} holds plain text, which has no prompt to mask; leave mask_prompt off")
-    return Examples(path, found, tuple(rows), mask_prompt, files.sha256_file(path), tuple(numbers))
+    digest = files.sha256_file(path)
+    return Examples(path, found, tuple(rows), mask_prompt or all_turns, digest, tuple(numbers), None, all_turns)
 
 
 def example_files(path: Path) -> tuple[Path, Path | None]:

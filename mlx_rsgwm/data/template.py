@@ -98,6 +98,11 @@ class Template:
 
     def completion(self, tokenizer: Tokenizer, answer: str) -> list[int]:
         """Token ids of an answer as the drafter should write it, end of text included."""
+        if tokenizer.eos_token_id is None:
+            raise RsgwmError(
+                "the base's tokenizer has no end-of-text token, so that a drafter could not learn to stop; "
+                "set eos_token in its tokenizer_config.json"
+            )
         ids = tokenizer.encode(self.answer_prefix + answer, add_special_tokens=False)
         return [*ids, tokenizer.eos_token_id]
 

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import Base
-from mlx_rsgwm.data.batching import TokenRow, plan_steps
+from mlx_rsgwm.data.batching import TokenRow, plan_steps, row_notes
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.processes import ALONE, Processes
@@ -79,7 +79,17 @@ def train(
     memory = memory or MemoryOptions()
     memory.apply()
     rows, dropped = corpus.token_rows(base.tokenizer, config.max_tokens, config.long_rows)
-    held_rows = held_out.token_rows(base.tokenizer, config.max_tokens, "drop")[0] if held_out else []
+    held_rows, held_dropped = (
+        held_out.token_rows(base.tokenizer, config.max_tokens, config.long_rows) if held_out else ([], 0)
+    )
+    held_cut = sum(row.cut for row in held_rows)
+    for note in (*row_notes(rows), *row_notes(held_rows)):
+        progress.message(f"{label}: {note}")
+    if held_dropped or held_cut:
+        progress.message(
+            f"{label}: {held_dropped} held-out rows of {len(held_rows) + held_dropped} left out, {held_cut} cut: "
+            f"they have more than {config.max_tokens} tokens"
+        )
     if config.validate_every and not held_rows:
         raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
     plan = plan_steps(rows, config.step_rows, config.seed, config.epochs, config.steps)
@@ -122,6 +132,7 @@ def train(
         },
         "memory": {**memory_now(), "estimate": need.total},
         "held_out_loss": {"before": run.before, "after": after},
+        **({"held_out_rows": _counts(held_rows, held_dropped)} if held_out else {}),
         "validation": [[score.step, score.loss, score.by_role] for score in run.scores],
         "kept_step": run.kept_step,
         "history": [[step.step, step.role, round(step.loss, 6), step.trained_tokens] for step in run.history],
@@ -154,13 +165,16 @@ def _provenance(
         "config": config.describe(),
         "data": {
             **corpus.describe(),
-            "rows": len(rows),
-            "rows_too_long": dropped,
-            "rows_cut": sum(row.cut for row in rows),
+            **_counts(rows, dropped),
+            **({"notes": notes} if (notes := row_notes(rows)) else {}),
         },
         "seed": config.seed,
         "versions": versions(),
     }
+
+
+def _counts(rows: Sequence[TokenRow], dropped: int) -> dict[str, int]:
+    return {"rows": len(rows), "rows_too_long": dropped, "rows_cut": sum(row.cut for row in rows)}
 
 
 def _estimate(base: Base, rows: Sequence[TokenRow], config: TrainConfig, processes: Processes) -> MemoryEstimate:

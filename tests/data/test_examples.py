@@ -98,11 +98,12 @@ def test_bad_files(tmp_path, lines, mask, message):
         load_examples(path, mask)
 
 
-def test_a_single_message_is_trained_whole(base, tmp_path):
-    row = {"messages": [{"role": "user", "content": "hello"}]}
-    examples = load_examples(write(tmp_path / "a.jsonl", [row]), True)
-    rows, _ = examples.token_rows(base.tokenizer, 100, "drop")
+def test_a_row_without_an_answer_is_trained_whole_or_refused(base, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    rows, _ = load_examples(path, False).token_rows(base.tokenizer, 100, "drop")
     assert rows[0].prompt_length == 1
+    with pytest.raises(RsgwmError, match=r"a\.jsonl:1: its last message is the user's"):
+        load_examples(path, True).token_rows(base.tokenizer, 100, "drop")
 
 
 def test_no_chat_template_is_an_error(tmp_path):

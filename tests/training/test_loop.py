@@ -1,5 +1,7 @@
 """Training: the loss against a slow reference, importance against a float64 replay, and what is left behind."""
 
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
@@ -12,6 +14,7 @@ from mlx_rsgwm.data.batching import make_batch, plan_epoch
 from mlx_rsgwm.data.corpus import tokenize
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.progress import Progress
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at
 from mlx_rsgwm.training.layers import lora_layers
 from mlx_rsgwm.training.loop import train
@@ -168,3 +171,36 @@ def test_a_loss_that_is_not_finite_names_its_step(base, corpus, config):
     base.model.model.norm.weight = base.model.model.norm.weight * float("nan")
     with pytest.raises(RsgwmError, match=r"the loss is nan at step 1 \("):
         train(base, corpus, config())
+
+
+def test_held_out_rows_are_cut_as_training_rows_are(base, config, tmp_path):
+    """Rows of two messages, some longer than allowed: cut and told, or left out and told; all of them are counted."""
+    from mlx_rsgwm.data.sets import load_data
+
+    class Told(Progress):
+        def __init__(self):
+            self.messages = []
+
+        def message(self, text):
+            self.messages.append(text)
+
+    def write(name, lengths):
+        rows = [{"prompt": "What?", "completion": "x" * length} for length in lengths]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("train.jsonl", [10, 12])
+    write("valid.jsonl", [10, 200, 300])
+    data, held = load_data(tmp_path, None, True)
+    for long_rows, counts, told in (("cut", (3, 0, 2), "0 held-out rows of 3 left out, 2 cut"),
+                                    ("drop", (1, 2, 0), "2 held-out rows of 3 left out, 0 cut")):  # fmt: skip
+        told_by = Told()
+        settings = config(max_tokens=64, long_rows=long_rows, steps=1)
+        adapter = train(base, data, settings, held, progress=told_by)
+        assert adapter.manifest["held_out_rows"] == dict(
+            zip(("rows", "rows_too_long", "rows_cut"), counts, strict=True)
+        )
+        assert any(told in message for message in told_by.messages)
+    write("valid.jsonl", [200, 300])
+    _, held = load_data(tmp_path, None, True)
+    cut = train(base, data, config(max_tokens=64, long_rows="cut", steps=1), held)
+    assert cut.manifest["held_out_loss"]["after"]["draft"] > 0
