@@ -60,9 +60,12 @@ def convert_to_peft(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="Base model: Hub id, folder, .gguf file or smollm2-135m.")
 @click.option("--verify", is_flag=True, help=VERIFY)
+@click.option("--strict", is_flag=True, help="Refuse what PEFT only warns of: selected modules without arrays.")
 @common_options
-def convert_from_peft(console: Console, folder: Path, out: Path, base: str, verify: bool) -> None:
+def convert_from_peft(console: Console, folder: Path, out: Path, base: str, verify: bool, strict: bool) -> None:
     """Write the PEFT adapter in FOLDER, or every one below it, to the new folder OUT as mlx-lm loads it.
+
+    What PEFT ignores or warns of is told in notes.
 
     Example: rsgwm convert from-peft drafter-peft drafter --base smollm2-135m --verify
     """
@@ -78,7 +81,7 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
     layers = read_base_layers(base, resolve_base(base, console.progress))
 
     def one(source: Path, target: Path) -> Converted:
-        return (from_peft_verified if verify else peft.convert_from_peft)(source, layers, target)
+        return (from_peft_verified if verify else peft.convert_from_peft)(source, layers, target, strict)
 
     _run(console, folder, out, is_peft, is_complete, one, "adapter")
 
@@ -227,13 +230,16 @@ def _run(
             f"{out}: {noun} for {found.base}, rank {found.spec.rank}, scale {found.spec.scale:g}, "
             f"{found.modules} modules"
         )
+        for note in found.notes:
+            console.line(f"note: {note}")
         console.result({"out": out, **_facts(found), **about})
     else:
         _report(console, convert_all(source, out, is_adapter, is_result, one, suffix, console.progress))
 
 
 def _facts(found: Converted) -> dict[str, Any]:
-    return {"base": found.base, "rank": found.spec.rank, "scale": found.spec.scale, "modules": found.modules}
+    facts = {"base": found.base, "rank": found.spec.rank, "scale": found.spec.scale, "modules": found.modules}
+    return {**facts, "notes": list(found.notes)} if found.notes else facts
 
 
 def _report(console: Console, outcomes: Sequence[Outcome]) -> None:
@@ -242,6 +248,8 @@ def _report(console: Console, outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.converted is not None:
             console.line(f"{outcome.out}: rank {outcome.converted.spec.rank}, {outcome.converted.modules} modules")
+            for note in outcome.converted.notes:
+                console.line(f"note: {outcome.out}: {note}")
         else:
             console.line(f"{outcome.out}: {'failed' if outcome.error else 'there already'}")
     failed = [outcome for outcome in outcomes if outcome.error]

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import safe_open
@@ -63,6 +64,13 @@ class BaseLayers:
     def names(self) -> Names:
         return Names(self.model_type, self.weights, self.bare)
 
+    def read_arrays(self, names: set[str]) -> dict[str, mx.array]:
+        """Those parameters that the base has under these names, lazy."""
+        if not names & self.parameters.keys():
+            return {}
+        flat: Any = tree_flatten(_load(self.path).parameters())
+        return {name: value for name, value in flat if name in names}
+
 
 def local_base_layers(name: str) -> BaseLayers | None:
     """:func:`read_base_layers` of a base that is on this machine as a folder or in the Hub's cache; else None."""
@@ -88,13 +96,8 @@ def read_base_layers(name: str, path: Path) -> BaseLayers:
     Raises:
         RsgwmError: mlx-lm cannot build the model.
     """
-    from mlx_lm.utils import load_model
-
     config = read_config(path)
-    try:
-        model, _ = load_model(path, lazy=True, model_config=rope_fields(config))
-    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
-        raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
+    model = _load(path)
     layers = {}
     for module_name, module in model.named_modules():
         layer = _layer(module)
@@ -156,6 +159,17 @@ def _checkpoint(path: Path) -> tuple[dict[str, tuple[int, ...]], bool]:
             by_mlx = by_mlx or (arrays.metadata() or {}).get("format") == "mlx"
             shapes |= {name: tuple(arrays.get_slice(name).get_shape()) for name in arrays.keys()}  # noqa: SIM118
     return shapes, by_mlx or any(name.endswith(".scales") for name in shapes)
+
+
+def _load(path: Path) -> nn.Module:
+    from mlx_lm.utils import load_model
+
+    try:
+        model, _ = load_model(path, lazy=True, model_config=rope_fields(read_config(path)))
+    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
+        raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
+    loaded: nn.Module = model
+    return loaded
 
 
 def _layer(module: nn.Module) -> Layer | None:

@@ -33,7 +33,7 @@ class Outcome:
     error: str | None = None
 
 
-def from_peft_verified(folder: Path, base: BaseLayers, out: Path) -> Converted:
+def from_peft_verified(folder: Path, base: BaseLayers, out: Path, strict: bool = False) -> Converted:
     """``convert_from_peft``, then the proof: both folders give the same updates, and back come the same bits.
 
     Raises:
@@ -41,7 +41,7 @@ def from_peft_verified(folder: Path, base: BaseLayers, out: Path) -> Converted:
         RsgwmError: as ``convert_from_peft``.
     """
     with _proving(out) as (work, temporary):
-        converted = convert_from_peft(folder, base, work)
+        converted = convert_from_peft(folder, base, work, strict)
         require_equal(folder, work, base.names)
         convert_to_peft(work, base.name, temporary / "back")
         _require_same_arrays(_peft_arrays(open_peft(folder)), _peft_arrays(open_peft(temporary / "back")), folder)

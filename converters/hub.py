@@ -166,6 +166,7 @@ def pull(
         "rank": converted.spec.rank,
         "scale": converted.spec.scale,
         "modules": converted.modules,
+        "notes": list(converted.notes),
     }
 
 

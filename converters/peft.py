@@ -23,7 +23,7 @@ from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.base import ALIASES, resolve_base
 from mlx_rsgwm.converters.base_layers import BaseLayers, local_base_layers, read_base_layers
 from mlx_rsgwm.converters.peft_folder import open_peft
-from mlx_rsgwm.converters.peft_read import early_problems, read_peft
+from mlx_rsgwm.converters.peft_read import Reading, early_problems, read_peft
 from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, write_sidecar
 from mlx_rsgwm.converters.peft_write import peft_arrays, peft_form, unconvertible
 from mlx_rsgwm.converters.stream import save_adapter, write_arrays
@@ -38,6 +38,7 @@ class Converted(NamedTuple):
     base: str
     spec: LoraSpec
     modules: int
+    notes: tuple[str, ...] = ()
 
 
 def to_peft(adapter: Adapter, base_name: str, out: Path) -> Path:
@@ -136,15 +137,21 @@ def from_peft_on(folder: Path, base_name: str, progress: Progress = SILENT) -> A
     return _evaluated(_read_on(folder, read_base_layers(base_name, resolve_base(base_name, progress))))
 
 
-def convert_from_peft(folder: Path, base: BaseLayers, out: Path) -> Converted:
+def convert_from_peft(folder: Path, base: BaseLayers, out: Path, strict: bool = False) -> Converted:
     """Write the PEFT adapter in ``folder``, of any size, to ``out`` as mlx-lm loads it, one array at a time.
+
+    ``strict`` refuses what PEFT only warns of: modules that are selected and have no arrays.
 
     Raises:
         As :func:`from_peft_on`; ``out`` is not empty or cannot be written.
     """
     require_empty(out)
-    adapter = _read_on(folder, base)
-    found = Converted(out, base.name, adapter.spec, len(adapter.modules()))
+    reading = Reading(strict)
+    adapter = _read_on(folder, base, reading)
+    if adapter.full:
+        names = ", ".join(list(adapter.full)[:3]) + (" …" if len(adapter.full) > 3 else "")
+        reading.notes.append(f"it replaces parameters of the base ({names}), which only rsgwm fuse can apply")
+    found = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
     save_adapter(adapter, out)
     return found
 
@@ -154,9 +161,9 @@ def check_peft(folder: Path) -> None:
     raise_problems(str(folder), early_problems(open_peft(folder)), AdapterError)
 
 
-def _read_on(folder: Path, base: BaseLayers) -> Adapter:
+def _read_on(folder: Path, base: BaseLayers, reading: Reading | None = None) -> Adapter:
     try:
-        return read_peft(open_peft(folder), base, base.description)
+        return read_peft(open_peft(folder), base, base.description, reading)
     except AdapterError as error:
         reason = str(error).removeprefix(f"{folder}: ")
         raise AdapterError(f"{folder} cannot be converted for {base.name}: {reason}") from None

@@ -1,8 +1,9 @@
 """PEFT's ``adapter_config.json``: what of it linear LoRA and DoRA can represent, which modules it selects, their ranks
 and scales.
 
-A field is either harmless, must have one of a few values, or must be empty; a field that is in none of the tables
-must be empty too, so that a PEFT option newer than this file is refused by name and never silently ignored.
+A field is either harmless, must have one of a few values, or must be empty. A field that is in none of the tables is
+another tool's, which PEFT ignores and which is told; but where a PEFT newer than these tables wrote the file, it may be
+an option of that version, and is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ HARMLESS = {
     "lora_dropout",
     "lora_ga_config",
     "megatron_core",
+    "merge_weights",  # PEFT 0.2: merged while evaluating
     "peft_version",
     "qalora_group_size",
     "peft_type",
@@ -59,8 +61,10 @@ REQUIRED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
 }
 
-# PEFT fields that must be empty, and what they ask for.
+# PEFT fields that must be empty, and what they ask for; also of PEFT 0.2 and of forks whose arithmetic is another.
 REFUSED = {
+    "enable_lora": "LoRA on parts of a fused layer (PEFT 0.2)",
+    "use_mora": "MoRA",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "routing between adapters (Arrow)",
     "kasa_config": "KaSA, which changes the base weights",
@@ -73,6 +77,8 @@ REFUSED = {
     "use_qalora": "QALoRA",
 }
 ALL_LINEAR = "all-linear"
+TABLES_VERSION = (0, 21)  # of PEFT, whose every LoRA option the tables above have
+LONGEST_PATTERN = 1 << 18  # characters; ms-swift lists every module of a large model in one expression
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
@@ -87,11 +93,24 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     for name, value in config.items():
         if name in HARMLESS or name in UNDERSTOOD or name in REQUIRED or value in (None, False, {}, []):
             continue
-        what = REFUSED.get(name)
-        problems.append(
-            f"{name} asks for {what}, which has no counterpart" if what else f"{name} is an unknown PEFT option"
-        )
+        if what := REFUSED.get(name):
+            problems.append(f"{name} asks for {what}, which has no counterpart")
+        elif _is_newer(config.get("peft_version")):
+            problems.append(f"{name} is an option of PEFT {config['peft_version']} that this version does not know")
     return problems + _value_problems(config)
+
+
+def config_notes(config: Mapping[str, Any]) -> list[str]:
+    """What is ignored in a configuration without :func:`config_problems`: fields of other tools, which PEFT ignores."""
+    known = HARMLESS | UNDERSTOOD | REQUIRED.keys() | REFUSED.keys()
+    foreign = sorted(name for name, value in config.items() if name not in known and value not in (None, False, {}, []))
+    return [f"ignored, as PEFT does: {', '.join(foreign)}"] if foreign else []
+
+
+def _is_newer(version: Any) -> bool:
+    """Whether a ``peft_version`` is above :data:`TABLES_VERSION`; older files have none."""
+    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) > TABLES_VERSION
 
 
 def _value_problems(config: Mapping[str, Any]) -> list[str]:
@@ -133,12 +152,12 @@ def pattern_problem(pattern: str) -> str | None:
 
     A repetition inside an unbounded repetition, or a choice inside one, can take time exponential in a name's length.
     """
+    if len(pattern) > LONGEST_PATTERN:
+        return f"{pattern[:60]!r}… is {len(pattern)} characters long"
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         return f"{pattern[:60]!r} is not a regular expression ({error})"
-    if len(pattern) > 4000:
-        return f"{pattern[:60]!r}… is {len(pattern)} characters long"
     return f"{pattern[:60]!r} nests repetitions and could take forever" if _runs_away(_parsed(pattern)) else None
 
 

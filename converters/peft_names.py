@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
+SAVED = ".saved"  # ends the name of an array that is kept because PEFT's file holds it with the base's own values
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
 BLOCK_MODULE = re.compile(r"(?P<stem>(?:.+\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<key>.+)")
 LEAVES = {  # in PEFT's files, after the module's name: what we call it

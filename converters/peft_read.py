@@ -12,10 +12,10 @@ import numpy as np
 from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
 from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, SWITCH, Names, needs_parameter
-from mlx_rsgwm.converters.peft_config import config_problems, is_head, rank_of, scale_of, selects
+from mlx_rsgwm.converters.peft_config import config_notes, config_problems, is_head, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
 from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
-from mlx_rsgwm.converters.peft_names import is_embedding, key_of, layer_of, model_order
+from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft_sidecar import Sidecar, read_sidecar, restore
 from mlx_rsgwm.converters.peft_uniform import (
     NAMES,
@@ -53,7 +53,17 @@ class Layout:
         return cls(dict(value.get("names") or {}), value.get("experts"), folded, bool(value.get("tied")))
 
 
-def read_peft(folder: PeftFolder, base: BaseLayers | None, described: Mapping[str, Any] | None) -> Adapter:
+@dataclass
+class Reading:
+    """How a folder is read. ``strict``: refuse what PEFT would only warn of. ``notes``: what the user is told after."""
+
+    strict: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def read_peft(
+    folder: PeftFolder, base: BaseLayers | None, described: Mapping[str, Any] | None, reading: Reading | None = None
+) -> Adapter:
     """The adapter in ``folder``, its arrays lazy.
 
     Args:
@@ -66,6 +76,7 @@ def read_peft(folder: PeftFolder, base: BaseLayers | None, described: Mapping[st
             modules the base has not or the configuration does not select, another base than it was trained on.
     """
     config = folder.config
+    reading = reading or Reading()
     problems = config_problems(config)
     sound = not problems
     arrays, metadata = folder.arrays()
@@ -79,13 +90,21 @@ def read_peft(folder: PeftFolder, base: BaseLayers | None, described: Mapping[st
     names = base.names if base is not None else Names((described or {}).get("model_type"))
     updates, wrong = build_updates(groups, config, sidecar, layout, names)
     found += wrong + _depth_problems(updates, groups, described)
+    copies: dict[str, mx.array] = {}
+    if base is not None:
+        copies = _take_copies(groups, base)
     found += _head_problems(updates, groups, layout, base)
     if base is not None:
-        found += _fit_problems(updates, groups, config, base)
+        found += _fit_problems(updates, groups, base)
+        found += _missing_problems(updates, config, base, reading)
+    reading.notes += config_notes(config)
     if not updates and not groups.whole and not found:
         found.append("holds no LoRA arrays")
     raise_problems(str(folder.path), list(dict.fromkeys(found)), AdapterError)
+    if copies:
+        reading.notes.append(f"saved with the base's own values, no change: {', '.join(copies)}")
     adapter = _assemble(folder, updates, groups, layout, sidecar, described, names)
+    adapter.kept |= {f"{name}{SAVED}": value for name, value in copies.items()}
     if sidecar is not None:
         adapter = restore(adapter, sidecar)
         _require_same_base(adapter, described)
@@ -333,12 +352,37 @@ def _depth_problems(updates: Iterable[Update], groups: Groups, described: Mappin
     return [f"layer {layer} is not in the base model, which has {depth} layers" for layer in beyond]
 
 
-def _fit_problems(updates: Iterable[Update], groups: Groups, config: Mapping[str, Any], base: BaseLayers) -> list[str]:
-    """Modules the base has not, or has with other dimensions, and modules that are selected but have no arrays."""
+def _take_copies(groups: Groups, base: BaseLayers) -> dict[str, mx.array]:
+    """Take those parameters out of ``groups.whole`` whose values are the base's own: they are no change at all."""
+    embedding = next((f"{name}.weight" for name, layer in base.layers.items() if layer.kind == "embedding"), "")
+    places = {}
+    for name in groups.whole:
+        ours = base.names.mlx_parameters(name)
+        if base.tied and is_head(name.rpartition(".")[0]):  # its array is the embedding's
+            ours = [embedding]
+        link = base.names.link(ours[0])
+        if len(ours) == 1 and (link is None or link.axes is not None):
+            places[name] = ours[0]
+    present = base.read_arrays(set(places.values()))
+    copies = {}
+    for name, ours in places.items():
+        value, link = groups.whole[name], base.names.link(ours)
+        if link is not None and sorted(value.shape) == sorted(base.parameters.get(ours, ())):
+            value = link.apply(value)
+        if ours in present and value.shape == present[ours].shape and _same_values(value, present[ours]):
+            copies[name] = groups.whole.pop(name)
+    return copies
+
+
+def _same_values(one: mx.array, other: mx.array) -> bool:
+    """Whether two arrays hold the same numbers; widening to float32 is exact."""
+    return bool(mx.array_equal(one.astype(mx.float32), other.astype(mx.float32)).item())
+
+
+def _fit_problems(updates: Iterable[Update], groups: Groups, base: BaseLayers) -> list[str]:
+    """Modules the base has not, or has with other dimensions."""
     problems = []
-    adapted = set()
     for update in updates:
-        adapted.add(update.module)
         layer = base.layers.get(update.module)
         a, b = update.a.shape, update.b.shape
         if layer is None:
@@ -367,16 +411,34 @@ def _fit_problems(updates: Iterable[Update], groups: Groups, config: Mapping[str
             problems.append(f"{ours} is quantised in the base and cannot be replaced")
         elif tuple(value.shape) != base.parameters[ours]:
             problems.append(f"{ours} is {base.parameters[ours]} in the base, {tuple(value.shape)} in the adapter")
-    problems += base_names_missing(config, base, adapted)
     return problems
 
 
+def _missing_problems(
+    updates: Iterable[Update], config: Mapping[str, Any], base: BaseLayers, reading: Reading
+) -> list[str]:
+    """Modules that are selected but have no arrays. PEFT warns and leaves them as they are, and so does this.
+
+    Where its initialisation of a new pair is not zero, PEFT would add noise there: refused, as all is if strict.
+    """
+    missing = base_names_missing(config, base, {update.module for update in updates})
+    if not missing:
+        return []
+    start = config.get("init_lora_weights", True)
+    if reading.strict or not (start is True or start in ("gaussian", "eva")):
+        noise = "" if reading.strict else f", and PEFT would fill them with noise (init_lora_weights is {start!r})"
+        return [f"the configuration selects {theirs}, but there are no arrays for it{noise}" for theirs in missing]
+    shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    reading.notes.append(f"selected, but without arrays, so left as in the base: {shown}")
+    return []
+
+
 def base_names_missing(config: Mapping[str, Any], base: BaseLayers, adapted: set[str]) -> list[str]:
-    """Linear layers of the base that the configuration selects and that have no arrays.
+    """Linear layers of the base, as transformers calls them, that the configuration selects and that have no arrays.
 
     A router is no linear layer to transformers, nor is what PEFT takes for a name of experts.
     """
-    problems = []
+    missing = []
     experts = any(layer.kind == "experts" for layer in base.layers.values())
     for module, layer in base.layers.items():
         theirs = base.names.transformers_module(module)
@@ -385,8 +447,8 @@ def base_names_missing(config: Mapping[str, Any], base: BaseLayers, adapted: set
         if experts and needs_parameter(theirs, base.model_type):
             continue
         if selects(config, theirs):
-            problems.append(f"the configuration selects {theirs}, but there are no arrays for it")
-    return problems
+            missing.append(theirs)
+    return missing
 
 
 def _shown(layer: Any) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.module_names import MAMBA_LAYERS, MAMBA_TYPES, SWITCH, Names, needs_parameter
 from mlx_rsgwm.converters.peft_config import alpha_for, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, join_gate_up, stack_experts
-from mlx_rsgwm.converters.peft_names import PREFIX, is_embedding, key_of, layer_of, model_order
+from mlx_rsgwm.converters.peft_names import PREFIX, SAVED, is_embedding, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft_read import Layout, default_source, expert_problems, gate_up_of
 from mlx_rsgwm.converters.peft_uniform import (
     NAMES,
@@ -160,6 +160,8 @@ def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
     for switch, pairs in blocks.items():
         arrays |= _expert_arrays(switch, pairs, form)
     arrays |= _whole_arrays(adapter, names, layout, modules)
+    if layout is not None:
+        arrays |= _copies(adapter.kept, {_source_name(module, names, layout) for module in modules})
     copies = [name for name in adapter.kept if name.endswith(".weight")] if layout is not None else []
     for name in copies:
         theirs = _source_name(name.removesuffix(".weight"), names, layout)
@@ -247,6 +249,17 @@ def _expert_arrays(switch: str, pairs: dict[str, tuple[mx.array, mx.array]], for
         flat_a, flat_b = stack_experts(a, b)
         name = f"{PREFIX}{experts}{inner}"
         arrays |= {f"{name}.lora_A.weight": flat_a, f"{name}.lora_B.weight": flat_b}
+    return arrays
+
+
+def _copies(kept: Mapping[str, mx.array], adapted: set[str]) -> Arrays:
+    """What came with the base's own values and is kept, under PEFT's names again."""
+    arrays = {}
+    for name, value in kept.items():
+        if name.endswith(SAVED):
+            module, _, leaf = name.removesuffix(SAVED).rpartition(".")
+            wrapped = ".base_layer" if leaf == "bias" and module in adapted else ""
+            arrays[f"{PREFIX}{module}{wrapped}.{leaf}"] = value
     return arrays
 
 

@@ -19,7 +19,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, KEPT_FILE, WEIGHTS_FILE
 from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, Names
 from mlx_rsgwm.converters.peft_folder import PeftFolder, open_peft
-from mlx_rsgwm.converters.peft_names import is_embedding, model_order, parse_name
+from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, model_order, parse_name
 from mlx_rsgwm.converters.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.weight_map import Link
 from mlx_rsgwm.errors import CheckFailed
@@ -76,6 +76,11 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
     kept = read_raw(adapter / KEPT_FILE) if (adapter / KEPT_FILE).is_file() else {}
     ours, our_rest = _mlx_sides(arrays, config)
     folded = {name.removesuffix(".lora_b") for name in kept if name.endswith(".lora_b")}
+    # What was saved with the base's own values is no part of the adapter and kept for the way back.
+    for name in (name.removesuffix(SAVED) for name in kept if name.endswith(SAVED)):
+        ours_name = names.mlx_parameters(name)[0]
+        if ours_name in their_rest and their_rest[ours_name].same_bits(kept[f"{name}{SAVED}"]):
+            del their_rest[ours_name]
     _untie(theirs, their_rest, ours, our_rest)
     found = []
     for module in sorted(theirs.keys() | ours.keys(), key=model_order):
