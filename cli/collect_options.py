@@ -19,9 +19,7 @@ OPTIONS = (
         required=True,
         help="Corpus folder, folder with train.jsonl, or .jsonl file.",
     ),
-    click.option(
-        "--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias."
-    ),
+    click.option("--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the adapter's own]"),
     click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True),
     click.option(
         "--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out."

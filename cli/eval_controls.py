@@ -26,7 +26,7 @@ from mlx_rsgwm.cli.console import Console, common_options
 @click.option("--max-tokens", default=32, show_default=True, help="Longest draft.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
 @click.option(
-    "--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias of RUN."
+    "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one that RUN's adapters record]"
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; run again, it goes on.")
 @common_options
@@ -45,7 +45,7 @@ def controls(
     top_p: float,
     max_tokens: int,
     batch_rows: int,
-    base_name: str,
+    base_name: str | None,
     out: Path,
 ) -> None:
     """Compare draft–verify with its controls, on the drafts of RUN (the folder of a finished rsgwm run).
@@ -55,7 +55,7 @@ def controls(
 
     Example: rsgwm controls runs/demo --out runs/controls
     """
-    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.data.tasks import questions_for
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.evaluation.control_study import ControlPlan, corpora, run_controls
@@ -63,6 +63,7 @@ def controls(
     from mlx_rsgwm.evaluation.report import aligned
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
     from mlx_rsgwm.files import exclusive
+    from mlx_rsgwm.pipeline.pairing import check_pair, load_base_for
     from mlx_rsgwm.pipeline.sampling import Sampling
 
     for name, value in (("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
@@ -85,7 +86,10 @@ def controls(
         batch_rows=batch_rows,
         calibration_seed=seed,
     )
-    summary = run_controls(load_base(base_name, progress=console.progress), plan, console.progress)
+    pair = [Adapter.load(run / name, lazy=True, hashes=False) for name in ("drafter", "verifier")]
+    for doubt in check_pair(*pair):
+        console.warn(doubt)
+    summary = run_controls(load_base_for(pair, base_name, console.progress), plan, console.progress)
     console.line(aligned(control_rows(summary)))
     console.line("\n".join(control_notes(summary)))
     console.line(f"controls: {out}")

@@ -24,7 +24,7 @@ def collect(
     console: Console,
     adapter_folder: Path,
     folder: Path,
-    base_name: str,
+    base_name: str | None,
     rows: int,
     batch_size: int,
     max_tokens: int,
@@ -38,16 +38,16 @@ def collect(
     Example: rsgwm grams collect adapters/change --data corpus/change --base smollm2-135m
     """
     from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.sets import load_data
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.pipeline.pairing import load_base_for
     from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, save_grams
 
     adapter = Adapter.load(adapter_folder)
     if GRAMS_FILE in (adapter.manifest.get("files") or {}) and not replace:
         raise RsgwmError(f"{adapter_folder} already has Gram matrices; pass --replace to replace them")
     data, _ = load_data(folder, None)
-    base = load_base(base_name, progress=console.progress)
+    base = load_base_for([adapter], base_name, console.progress)
     found, metadata = collect_grams(base, adapter, data, batch_size, max_tokens, rows, console.seed, console.progress)
     save_grams(adapter, base, data, found, metadata)
     size = (adapter_folder / GRAMS_FILE).stat().st_size

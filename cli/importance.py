@@ -24,7 +24,7 @@ def collect(
     console: Console,
     adapter_folder: Path,
     folder: Path,
-    base_name: str,
+    base_name: str | None,
     batch_size: int,
     max_tokens: int,
     mask_prompt: bool,
@@ -37,9 +37,9 @@ def collect(
     Example: rsgwm importance collect adapters --data corpus/change --base smollm2-135m
     """
     from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.sets import load_data
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.pipeline.pairing import load_base_for
     from mlx_rsgwm.training.collect import collect_importance, save_importance
 
     adapter = Adapter.load(adapter_folder)
@@ -47,7 +47,7 @@ def collect(
         source = adapter.importance_metadata.get("source", "an unknown source")
         raise RsgwmError(f"{adapter_folder} already has importance ({source}); pass --replace to replace it")
     data, _ = load_data(folder, None, mask_prompt)
-    base = load_base(base_name, progress=console.progress)
+    base = load_base_for([adapter], base_name, console.progress)
     arrays, metadata = collect_importance(base, adapter, data, batch_size, max_tokens, console.progress)
     save_importance(adapter, base, data, arrays, metadata)
     batches = {name.removeprefix("steps/"): int(text) for name, text in metadata.items() if name.startswith("steps/")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,24 +19,20 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+DEMO = Path("runs/demo")
+
 # What drafts and what reads; the rest decides.
 PIPELINE_OPTIONS = (
     click.option(
-        "--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias."
+        "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one that the adapters record]"
     ),
     click.option(
-        "--drafter",
-        type=click.Path(path_type=Path),
-        default=Path("runs/demo/drafter"),
-        show_default=True,
-        help="Adapter folder of the drafter.",
+        "--drafter", type=click.Path(path_type=Path), help=f"Adapter folder of the drafter.  [default: {DEMO}/drafter]"
     ),
     click.option(
         "--verifier",
         type=click.Path(path_type=Path),
-        default=Path("runs/demo/verifier"),
-        show_default=True,
-        help="Adapter folder of the verifier.",
+        help=f"Adapter folder of the verifier; give both or neither.  [default: {DEMO}/verifier]",
     ),
     click.option("--attempts", default=3, show_default=True, help="Drafts in all, the first included."),
     click.option("--temperature", default=0.7, show_default=True),
@@ -72,9 +69,31 @@ DECISION_OPTIONS = (
 
 def pipeline_options(command: F) -> F:
     """Add the options of :func:`load_pipeline`; the command takes them as keywords and hands them on."""
+
+    @functools.wraps(command)
+    def with_pair(*arguments: Any, drafter: Path | None, verifier: Path | None, **options: Any) -> Any:
+        drafter, verifier = settle_pair(drafter, verifier)
+        return command(*arguments, drafter=drafter, verifier=verifier, **options)
+
+    decorated: Any = with_pair
     for option in reversed(PIPELINE_OPTIONS):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated  # type: ignore[no-any-return]
+
+
+def settle_pair(drafter: Path | None, verifier: Path | None) -> tuple[Path, Path]:
+    """Both folders: the demo's when none is given. With one of them the other is never guessed."""
+    from mlx_rsgwm.errors import RsgwmError
+
+    if drafter is None and verifier is None:
+        return DEMO / "drafter", DEMO / "verifier"
+    if drafter is not None and verifier is not None:
+        return drafter, verifier
+    given, missing = ("drafter", "verifier") if verifier is None else ("verifier", "drafter")
+    folder = drafter or verifier
+    beside = folder.parent / missing if folder is not None else None
+    hint = f" (there is {beside})" if beside is not None and beside.is_dir() else ""
+    raise RsgwmError(f"--{given} {folder} without --{missing}; give both{hint}")
 
 
 def loop_options(command: F) -> F:
@@ -87,18 +106,23 @@ def loop_options(command: F) -> F:
 def load_pipeline(
     console: Console, options: Mapping[str, Any], config: LoopConfig, calibration: Calibration | None
 ) -> DraftVerify:
-    """Load base and adapters; what the verifier's calibration was not made for is said."""
+    """Load base and adapters once they are known to belong together.
+
+    What is odd about the pair, and what the verifier's calibration was not made for, is told.
+    """
     from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.template import Template, find_template
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.evaluation.held_out import identity
     from mlx_rsgwm.pipeline.loop import DraftVerify
+    from mlx_rsgwm.pipeline.pairing import check_pair, load_base_for
     from mlx_rsgwm.slots import AdapterSlots
 
     asked_in = find_template(options["verify_template"]) if options["verify_template"] else None
     mismatch = options["template_mismatch"]
     drafter, verifier = Adapter.load(options["drafter"]), Adapter.load(options["verifier"])
+    for doubt in check_pair(drafter, verifier):
+        console.warn(doubt)
     if options["template_name"]:
         template = find_template(options["template_name"])
     elif drafter.manifest.get("template"):
@@ -107,18 +131,20 @@ def load_pipeline(
         raise RsgwmError(
             f"{options['drafter']} does not say which prompt template it was trained with; give --template"
         )
-    slots = AdapterSlots(load_base(options["base_name"], progress=console.progress))
+    slots = AdapterSlots(load_base_for((drafter, verifier), options["base_name"], console.progress))
     slots.load("drafter", drafter)
     slots.load("verifier", verifier)
     pipeline = DraftVerify(slots, template, "drafter", "verifier", config, asked_in, mismatch, calibration)
     for warning in pipeline.warnings:
-        console.progress.message(f"warning: {warning}")
+        console.warn(warning)
     changed = calibration.differences(identity(pipeline)) if calibration else []
     if changed:
-        console.progress.message(
-            f"warning: the verifier was calibrated with another {', '.join(changed)}; its threshold and what its "
-            "scores mean may not hold here; calibrate again with: rsgwm calibrate"
+        console.warn(
+            f"the verifier was calibrated with another {', '.join(changed)}; its threshold and what its scores mean "
+            "may not hold here; calibrate again with: rsgwm calibrate"
         )
+    if calibration and not calibration.made_for:
+        console.warn("the verifier's calibration does not say which pair it was made for; see rsgwm calibrate")
     return pipeline
 
 
@@ -148,6 +174,8 @@ def build_pipeline(
         abstain=options["abstain"],
     )
     calibration = load_calibration(options["verifier"])
+    if calibration is not None and "auto" in (score, options["threshold"]):
+        calibration.require_both_classes(options["verifier"])
     pipeline = load_pipeline(console, options, config, calibration)
     if score == "auto" and calibration is None and calibrate is not None:
         pipeline.calibration = calibration = calibrate(pipeline)

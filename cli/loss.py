@@ -15,7 +15,9 @@ from mlx_rsgwm.cli.console import Console, common_options
 @click.option(
     "--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), help="Adapter folder; repeat it."
 )
-@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
+@click.option(
+    "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the adapters' own, else smollm2-135m]"
+)
 @click.option("--rows", type=click.IntRange(0), default=0, help="Only the first so many rows; 0 for all.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out.")
@@ -24,7 +26,7 @@ def loss(
     console: Console,
     data: Path,
     adapters: tuple[Path, ...],
-    base_name: str,
+    base_name: str | None,
     rows: int,
     batch_size: int,
     max_tokens: int,
@@ -36,14 +38,14 @@ def loss(
     Example: rsgwm loss corpus/change --adapter adapters/change
     """
     from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.sets import load_data
+    from mlx_rsgwm.pipeline.pairing import load_base_for
     from mlx_rsgwm.slots import AdapterSlots
     from mlx_rsgwm.training.losses import held_out_loss
 
     loaded = {str(path): Adapter.load(path) for path in adapters}
     examples, _ = load_data(data, None)
-    base = load_base(base_name, progress=console.progress)
+    base = load_base_for(list(loaded.values()), base_name, console.progress)
     found, dropped = examples.token_rows(base.tokenizer, max_tokens, "drop")
     chosen = found[:rows] if rows else found
     slots = AdapterSlots(base)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import click
 
 from mlx_rsgwm import __version__
+from mlx_rsgwm.cli.startup import hide_torch
 from mlx_rsgwm.errors import RsgwmError
 
 # Name: where the command is, and what `rsgwm --help` says of it without importing it.
@@ -216,4 +217,5 @@ def rsgwm() -> None:
 def main() -> NoReturn:
     """The entry point of the ``rsgwm`` script."""
     set_environment()
+    hide_torch(sys.argv[1:])
     rsgwm.main()

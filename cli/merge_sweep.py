@@ -84,6 +84,7 @@ def merge_sweep(
     from mlx_rsgwm.evaluation.sweep_report import render_table, write_sweep
     from mlx_rsgwm.evaluation.sweep_variants import DEFAULT_METHODS, parse_variants
     from mlx_rsgwm.files import exclusive
+    from mlx_rsgwm.pipeline.pairing import find_base
     from mlx_rsgwm.processes import launched_processes
     from mlx_rsgwm.progress import SILENT
 
@@ -117,10 +118,10 @@ def merge_sweep(
         seed=console.seed,
         batch_rows=batch_rows,
     )
-    names = [(adapter.manifest.get("base") or {}).get("name") for adapter in adapters]
-    del adapters
     progress = console.progress if processes.writes else SILENT
-    base = load_base(base_name or next(filter(None, names), "smollm2-135m"), progress=progress)
+    name = find_base(adapters, base_name, progress)
+    del adapters
+    base = load_base(name, progress=progress)
     measured = Sweep(base, plan, out, progress, processes).execute()
     if not processes.writes:
         return

@@ -19,7 +19,7 @@ from mlx_rsgwm.cli.console import Console, common_options
     help="Adapter folder that drafts; repeat for several.",
 )
 @click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
-@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
+@click.option("--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the adapters' own]")
 @click.option(
     "--verify-rows", default=100, show_default=True, help="Rows per task that teach to judge, half of them wrong."
 )
@@ -53,7 +53,7 @@ def negatives(
     console: Console,
     sources: tuple[Path, ...],
     tasks: tuple[str, ...],
-    base_name: str,
+    base_name: str | None,
     verify_rows: int,
     draft_rows: int,
     share: float,
@@ -80,7 +80,6 @@ def negatives(
       rsgwm data negatives --from pool/change --task change --draft-rows 144 --verify-rows 160 --out corpus/change
     """
     from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.corpus import CorpusRow, save_corpus
     from mlx_rsgwm.data.drafted import make_mixed_rows
     from mlx_rsgwm.data.tasks import questions_for
@@ -89,6 +88,7 @@ def negatives(
     from mlx_rsgwm.evaluation.harness import label_drafts
     from mlx_rsgwm.pipeline.decisions import LoopConfig
     from mlx_rsgwm.pipeline.loop import DraftVerify
+    from mlx_rsgwm.pipeline.pairing import load_base_for
     from mlx_rsgwm.pipeline.sampling import Sampling
     from mlx_rsgwm.slots import AdapterSlots
 
@@ -109,7 +109,7 @@ def negatives(
     if not template_name and not described:
         raise RsgwmError(f"{sources[0]} does not say which prompt template it was trained with; give --template")
     template = find_template(template_name) if template_name else Template.from_description(described[0])
-    slots = AdapterSlots(load_base(base_name, progress=console.progress))
+    slots = AdapterSlots(load_base_for(adapters, base_name, console.progress))
     pipelines = []
     for index, adapter in enumerate(adapters):
         slots.load(f"from-{index}", adapter)

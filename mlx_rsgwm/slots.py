@@ -246,16 +246,21 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     return columns, rows
 
 
+def check_made_for(adapter: Adapter, name: str, fingerprint: str) -> None:
+    """Raise when ``adapter`` records another base than the one called ``name``, by fingerprint; no weight is needed."""
+    recorded = adapter.base_fingerprint
+    if recorded is not None and recorded != fingerprint:
+        trained_on = (adapter.manifest.get("base") or {}).get("name", "another base")
+        raise AdapterError(
+            f"{adapter.where} was made for {trained_on} (fingerprint {recorded[:12]}), not for "
+            f"{name} ({fingerprint[:12]}); pass the base it was made for"
+        )
+
+
 def check_fit(base: Base, adapter: Adapter) -> None:
     """Raise one :class:`AdapterError` with everything that keeps ``adapter`` from applying to ``base``."""
     adapter.require_factors_only("be put into a slot")
-    fingerprint = adapter.base_fingerprint
-    if fingerprint is not None and fingerprint != base.fingerprint:
-        trained_on = (adapter.manifest.get("base") or {}).get("name", "another base")
-        raise AdapterError(
-            f"{adapter.where} was made for {trained_on} (fingerprint {fingerprint[:12]}), not for "
-            f"{base.name} ({base.fingerprint[:12]}); pass the base it was made for"
-        )
+    check_made_for(adapter, base.name, base.fingerprint)
     problems = []
     for module, a, b in adapter.factors():
         layer = _find_module(base.model, module)

@@ -22,7 +22,6 @@ from mlx_rsgwm.adapter import IMPORTANCE_FILE, INIT_FILE, WEIGHTS_FILE, Adapter,
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.files import read_safetensors, sha256_file, sha256_json
 from mlx_rsgwm.merging.module import Factors
-from mlx_rsgwm.training.grams import load_grams
 
 Arrays = dict[str, mx.array]
 
@@ -241,6 +240,8 @@ class Pool:
         Raises:
             RsgwmError: an adapter without collected matrices, and how to get them.
         """
+        from mlx_rsgwm.training.grams import load_grams  # which loads mlx-lm, and a merge by other methods needs none
+
         readers = []
         for source in self.sources:
             if source.folder is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_rsgwm import files
 from mlx_rsgwm.data.families import FAMILIES
+from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.sources import SOURCES
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
@@ -66,7 +67,7 @@ class DataSection:
 
     def problem_of(self, task: str) -> str | None:
         """Why there can be no questions of ``task``; None when there may be."""
-        if is_file_name(task):
+        if is_question_file(task):
             return None if Path(task).is_file() else f"{task} does not exist"
         if task in FAMILIES:
             return None
@@ -78,7 +79,7 @@ class DataSection:
 
     def files_of(self, task: str) -> list[Path]:
         """The files that questions of ``task`` may come from; none for an embedded family and for the Hub."""
-        if is_file_name(task):
+        if is_question_file(task):
             return [Path(task)]
         return sorted((self.path / task).glob("*.jsonl")) if self.path is not None else []
 
@@ -295,14 +296,9 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
     target[leaf] = parse_yaml(text, f"--set {setting}")
 
 
-def is_file_name(task: str) -> bool:
-    """Whether a task is a file of questions; families and public data sets have no suffix."""
-    return bool(Path(task).suffix)
-
-
 def folder_name(task: str) -> str:
     """What a task's folders below the run's are called."""
-    return Path(task).stem if is_file_name(task) else task
+    return Path(task).stem if is_question_file(task) else task
 
 
 def expanded(path: str, where: str) -> Path:

@@ -155,3 +155,15 @@ def test_negatives_refuses(adapters, tiny_base, options, message):
     assert message in found.stderr
     assert len(found.stderr.splitlines()) == 1
     assert not (adapters / "corpus").exists()
+
+
+@pytest.mark.parametrize("correct", [0, 32])
+def test_a_calibration_that_saw_one_class_is_refused(adapters, tiny_base, half_right, correct):
+    assert calibrate(adapters, tiny_base, "--score", "yesno", "--method", "none").exit_code == 0
+    path = adapters / "verifier" / FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "correct": correct}))
+    pair = ("--drafter", adapters / "drafter", "--verifier", adapters / "verifier", "--attempts", 1, "--max-tokens", 2)
+    refused = invoke("ask", "What is 2 + 2?", *pair)
+    assert refused.exit_code == 2
+    assert "drafts of which" in refused.stderr
+    assert invoke("ask", "What is 2 + 2?", *pair, "--score", "yesno", "--threshold", "0.5").exit_code == 0

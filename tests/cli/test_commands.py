@@ -94,6 +94,24 @@ def test_ask_many_questions_from_a_file(line, tiny_base):
         ]
 
 
+def test_the_base_is_the_one_that_the_adapters_record(line, tiny_base):
+    pair = ("--drafter", line / "drafter", "--verifier", line / "verifier", "--max-tokens", 4, "--attempts", 1)
+    ran = invoke("ask", "What is 2 + 2?", *pair, "--json")
+    assert ran.exit_code == 0, ran.stderr
+    assert f"loading {tiny_base}" in ran.stderr
+    assert "warning" not in ran.stderr
+    assert invoke("loss", line / "corpus" / "change", "--adapter", line / "pool" / "change", "--rows", 2).exit_code == 0
+
+
+def test_a_pair_of_two_pools_is_told_even_when_quiet(line):
+    merged = invoke("merge", line / "pool/change", line / "pool/change", "--role", "verify", "--out", line / "v2")
+    assert merged.exit_code == 0, merged.stderr
+    pair = ("--drafter", line / "drafter", "--verifier", line / "v2", "--max-tokens", 2, "--attempts", 1)
+    ran = invoke("ask", "What is 2 + 2?", *pair, "--quiet")
+    assert ran.exit_code == 0, ran.stderr
+    assert ran.stderr.splitlines()[0].startswith("warning: drafter and verifier come from different pools")
+
+
 def test_ask_from_standard_input_and_abstaining(line, tiny_base):
     arguments = [str(x) for x in loop_of(line, tiny_base, "--threshold", 1, "--abstain", "--json")]
     ran = CliRunner().invoke(rsgwm, ["ask", "-", *arguments], input="What is 2 + 2?\n")
@@ -213,6 +231,14 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
           "--attempts", "0"], "attempts must be at least 1"),
         (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier",
           "--threshold", "high"], "--threshold must be auto or a number"),
+        (["ask", "q", "--drafter", "{tmp}/verifier", "--verifier", "{tmp}/drafter"], "are swapped"),
+        (["chat", "--drafter", "{tmp}/drafter", "--verifier", "{pool}/none"], "none does not exist"),
+        (["ask", "q", "--drafter", "{tmp}/drafter"], "without --verifier; give both (there is"),
+        (["eval", "--task", "change", "--verifier", "{tmp}/verifier"], "without --drafter; give both (there is"),
+        (["calibrate", "--task", "change", "--drafter", "{pool}/change"], "without --verifier; give both"),
+        (["eval", "--task", "change", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/drafter"],
+         "was merged to draft, not to verify"),
+        (["loss", "{tmp}/corpus/change", "--adapter", "{pool}/change", "--base", "{other}"], "was made for"),
         (["eval", "--task", "gsm8k", "--data", "{tmp}/none", "--drafter", "{tmp}/drafter", "--verifier",
           "{tmp}/verifier"], "none does not exist"),
     ],

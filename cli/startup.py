@@ -1,0 +1,53 @@
+"""What keeps commands quick to start: torch is not imported by those that do not compute with it.
+
+transformers, which mlx-lm takes tokenizers from, imports torch wherever it is installed, and that doubles the time
+until a command does anything. It asks once whether torch is there (``is_torch_available``) and keeps the answer; so
+torch is hidden while it asks, and nowhere else. Without torch everything here works alike: it is an extra.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+WITH_TORCH = frozenset({"parity", "bench", "run", "demo", "tables", "lm-eval"})
+ASKING = "transformers.utils.import_utils"
+
+
+class TorchHider(MetaPathFinder):
+    """Finds one module, the one that asks for torch, as it would be found anyway, and lets it ask at once."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of ``transformers.utils.import_utils``, None for every other module."""
+        if fullname != ASKING:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_ask(module: ModuleType) -> None:
+            load(module)
+            ask = getattr(module, "is_torch_available", None)
+            if ask is None or "torch" in sys.modules:
+                return
+            sys.modules["torch"] = None  # type: ignore[assignment]  # what Python takes for "cannot be imported"
+            try:
+                ask()
+            finally:
+                del sys.modules["torch"]
+
+        spec.loader.exec_module = load_and_ask  # type: ignore[method-assign]
+        return spec
+
+
+def hide_torch(arguments: Sequence[str]) -> None:
+    """Hide torch from transformers unless the command that ``arguments`` name computes with it."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if command not in WITH_TORCH:
+        sys.meta_path.insert(0, TorchHider())
