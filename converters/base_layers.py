@@ -18,7 +18,8 @@ from mlx_rsgwm.base import HUB_ID, HUB_PATTERNS, describe_base, fingerprint_of, 
 from mlx_rsgwm.converters.module_names import HEADS, PREFIXES, Names, checkpoint_shapes
 from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_folder import first_line, read_config, rope_fields, weight_files
+from mlx_rsgwm.model_config import config_for_mlx_lm, open_model
+from mlx_rsgwm.model_folder import read_config, weight_files
 
 Kind = Literal["linear", "embedding", "experts"]
 
@@ -68,7 +69,7 @@ class BaseLayers:
         """Those parameters that the base has under these names, lazy."""
         if not names & self.parameters.keys():
             return {}
-        flat: Any = tree_flatten(_load(self.path).parameters())
+        flat: Any = tree_flatten(open_model(self.path)[0].parameters())
         return {name: value for name, value in flat if name in names}
 
 
@@ -97,7 +98,7 @@ def read_base_layers(name: str, path: Path) -> BaseLayers:
         RsgwmError: mlx-lm cannot build the model.
     """
     config = read_config(path)
-    model = _load(path)
+    model, _, _ = open_model(path)
     layers = {}
     for module_name, module in model.named_modules():
         layer = _layer(module)
@@ -137,8 +138,9 @@ def _weight_map(
         dense |= {f"{name}.weight": layer.shape for name, layer in layers.items() if f"{name}.weight" in dense}
         shapes = checkpoint_shapes(dense, model_type)
     try:
-        model_class, arguments = _get_classes({**config, **rope_fields(config)})
-        model = model_class(arguments.from_dict({**config, **rope_fields(config)}))
+        told = config_for_mlx_lm(config)
+        model_class, arguments = _get_classes(told)
+        model = model_class(arguments.from_dict(told))
         sanitize = model.sanitize if hasattr(model, "sanitize") else lambda arrays: arrays
         weights = WeightMap(sanitize, shapes)
         if saved_by_mlx and not set(dense) <= set(weights.names()):
@@ -159,17 +161,6 @@ def _checkpoint(path: Path) -> tuple[dict[str, tuple[int, ...]], bool]:
             by_mlx = by_mlx or (arrays.metadata() or {}).get("format") == "mlx"
             shapes |= {name: tuple(arrays.get_slice(name).get_shape()) for name in arrays.keys()}  # noqa: SIM118
     return shapes, by_mlx or any(name.endswith(".scales") for name in shapes)
-
-
-def _load(path: Path) -> nn.Module:
-    from mlx_lm.utils import load_model
-
-    try:
-        model, _ = load_model(path, lazy=True, model_config=rope_fields(read_config(path)))
-    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
-        raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
-    loaded: nn.Module = model
-    return loaded
 
 
 def _layer(module: nn.Module) -> Layer | None:

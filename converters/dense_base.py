@@ -16,8 +16,8 @@ from mlx_rsgwm import files
 from mlx_rsgwm.base import DTYPES
 from mlx_rsgwm.converters.module_names import KEEPS_BLOCK_SPARSE, MIXTRAL, SWITCH, Names
 from mlx_rsgwm.converters.stream import write_arrays
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_folder import first_line, read_config, rope_fields
+from mlx_rsgwm.model_config import open_model
+from mlx_rsgwm.model_folder import read_config
 
 SIDE_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
@@ -33,12 +33,7 @@ def dense_base(path: Path, out: Path) -> Path:
     config = read_config(path)
     if not config.get("quantization") and not config.get("quantization_config"):
         return path
-    from mlx_lm.utils import load_model
-
-    try:
-        model, _ = load_model(path, lazy=True, model_config=rope_fields(config))
-    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
-        raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
+    model, _, _ = open_model(path)
     arrays = {
         name: value.astype(mx.float32)
         for module_name, value in dense_parameters(model).items()

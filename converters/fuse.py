@@ -29,7 +29,8 @@ from mlx_rsgwm.converters.parity_mlx import apply_adapter, probe_ids, replace_pa
 from mlx_rsgwm.converters.peft import require_empty
 from mlx_rsgwm.converters.peft_names import model_order
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
-from mlx_rsgwm.model_folder import TOKENIZER_FILES, fingerprint_of, first_line, read_config, rope_fields
+from mlx_rsgwm.model_config import open_model
+from mlx_rsgwm.model_folder import TOKENIZER_FILES, fingerprint_of
 from mlx_rsgwm.progress import SILENT, Progress
 
 GROUP_SIZE = 64
@@ -167,12 +168,8 @@ def fuse(
 
 
 def _adapted_model(path: Path, adapter: Adapter, base_name: str) -> tuple[Any, dict[str, Any]]:
-    from mlx_lm.utils import load_model
-
-    try:
-        model, config = load_model(path, lazy=True, model_config=rope_fields(read_config(path)))
-    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
-        raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
+    model: Any
+    model, config, _ = open_model(path)
     if adapter.full:
         replace_parameters(model, adapter)
     if adapter.weights:

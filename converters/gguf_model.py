@@ -33,7 +33,8 @@ from mlx_rsgwm.converters.gguf_names import architecture_of as architecture_name
 from mlx_rsgwm.converters.gguf_names import heads_of, permute_rows
 from mlx_rsgwm.converters.gguf_vocabulary import vocabulary
 from mlx_rsgwm.errors import CheckFailed, RsgwmError, raise_problems
-from mlx_rsgwm.model_folder import first_line, read_config, rope_fields
+from mlx_rsgwm.model_config import open_model
+from mlx_rsgwm.model_folder import read_config
 from mlx_rsgwm.progress import SILENT, Progress
 
 # dtype: (gguf's tensor type, llama.cpp's file type)
@@ -116,17 +117,12 @@ def _read(folder: Path) -> _Source:
     Raises:
         RsgwmError: no architecture that goes both ways here; mlx-lm cannot load it.
     """
-    from mlx_lm.utils import load_model
-
     config = read_config(folder)
     kind = config["model_type"]
     if kind not in MODEL_TYPES:
         raise RsgwmError(f"{folder}: {kind} models are not written as GGUF, only {', '.join(MODEL_TYPES)}")
     name, _ = architecture_named(kind)
-    try:
-        model, _ = load_model(folder, lazy=True, model_config=rope_fields(config))
-    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
-        raise RsgwmError(f"{folder} cannot be loaded by mlx-lm: {first_line(error)}") from error
+    model, _, _ = open_model(folder)
     inner: Any = getattr(model, "language_model", model)
     config = {**config, **(config.get("text_config") or {})}
     settings = {**config, **{key: value for key, value in vars(inner.args).items() if value is not None}}

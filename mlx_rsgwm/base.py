@@ -24,11 +24,12 @@ import mlx.nn as nn
 from mlx_rsgwm import files
 from mlx_rsgwm.cpu import quicken
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_folder import check_folder, fingerprint_of, first_line, read_config, rope_fields, weight_files
+from mlx_rsgwm.model_config import open_model
+from mlx_rsgwm.model_folder import check_folder, fingerprint_of, first_line, weight_files
 from mlx_rsgwm.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_rsgwm.tokenizer import BaseTokenizer
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -70,7 +71,7 @@ class Base:
     fingerprint: str
     config: dict[str, Any]
     model: nn.Module
-    tokenizer: TokenizerWrapper
+    tokenizer: BaseTokenizer
 
     def describe(self) -> dict[str, Any]:
         """What a manifest keeps of the base it was made with."""
@@ -105,22 +106,20 @@ def load_base(name: str, dtype: str = "auto", progress: Progress = SILENT) -> Ba
     path = resolve_base(name, progress)
     fingerprint = fingerprint_of(path)
     progress.message(f"loading {name}")
-    from mlx_lm.utils import load_model, load_tokenizer
+    model, config, notes = open_model(path)
+    from mlx_rsgwm.tokenizer import load_tokenizer_of  # imports mlx-lm, which takes seconds
 
+    tokenizer, more = load_tokenizer_of(path, config, model)
+    for note in (*notes, *more):
+        progress.message(f"{name}: {note}")
     try:
-        model, config = load_model(path, lazy=True, model_config=rope_fields(read_config(path)))
         model.set_dtype(chosen)
         mx.eval(model.parameters())
-    except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
+    except Exception as error:  # MLX reads the arrays now
         raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
     model.eval()
     model.freeze()
     quicken(model)
-    try:
-        extra = {"trust_remote_code": False, "local_files_only": True}
-        tokenizer = load_tokenizer(path, extra, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # transformers and tokenizers raise bare Exception for a damaged file
-        raise RsgwmError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}") from error
     return Base(name, path, fingerprint, config, model, tokenizer)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.foreign_quantisation import refuse_foreign_quantisation
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 SAMPLE_BYTES = 4096
@@ -42,6 +43,7 @@ def check_folder(path: Path) -> Path:
         )
     if "auto_map" in config and not _known_to_mlx_lm(config["model_type"]):
         raise RsgwmError(f"{path / 'config.json'}: {config['model_type']} needs custom code, which is never run")
+    refuse_foreign_quantisation(path, config)
     for file in weight_files(path):
         try:
             with safe_open(str(file), framework="np"):
