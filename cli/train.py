@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from mlx_rsgwm.cli.train_options import memory_options, saving_options, train_co
     "--held-out", type=click.Path(path_type=Path), help="As --data: scored, never trained.  [default: valid.jsonl]"
 )
 @click.option("--mask-prompt/--no-mask-prompt", default=None, help="Train completions only (corpora always do).")
+@click.option("--all-turns", is_flag=True, help="Mask prompts, and train every answer of a chat, not the last alone.")
+@click.option("--test", is_flag=True, help="Score test.jsonl, beside the training rows, at the end.")
+@click.option("--warm-start", type=click.Path(path_type=Path), help="Adapter folder or .safetensors to begin with.")
 @click.option("--out", type=click.Path(path_type=Path), help="Adapter folder to write.")
 @train_options
 @common_options
@@ -37,6 +41,9 @@ def train(
     folder: Path | None,
     held_out: Path | None,
     mask_prompt: bool | None,
+    all_turns: bool,
+    test: bool,
+    warm_start: Path | None,
     out: Path | None,
     settings: Mapping[str, Any],
     running: Mapping[str, Any],
@@ -53,7 +60,7 @@ def train(
     """
     from mlx_rsgwm.adapter import is_complete
     from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.data.sets import load_data
+    from mlx_rsgwm.data.sets import load_data, load_test
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.processes import launched_processes
     from mlx_rsgwm.progress import SILENT
@@ -61,6 +68,7 @@ def train(
     from mlx_rsgwm.training.loop import train as train_adapter
     from mlx_rsgwm.training.mlx_lm_config import TrainingFile, read_training_file
     from mlx_rsgwm.training.reporting import NO_REPORTS, open_reports
+    from mlx_rsgwm.training.warm_start import WarmStart
 
     asked = read_training_file(file) if file else TrainingFile()
     chosen: dict[str, Any] = {
@@ -79,7 +87,16 @@ def train(
     saving = saving_options(target, asked.run, running)
     memory = memory_options(running)
     mask = mask_prompt if mask_prompt is not None else bool(asked.run.get("mask_prompt", False))
-    corpus, held = load_data(Path(chosen["data"]), Path(chosen["held_out"]) if chosen["held_out"] else None, mask)
+    reading = {
+        "mask_prompt": mask,
+        "all_turns": (all_turns or asked.run.get("all_turns", False)) and mask_prompt is not False,
+        "features": asked.run.get("features"),
+    }
+    data = Path(chosen["data"])
+    corpus, held = load_data(data, Path(chosen["held_out"]) if chosen["held_out"] else None, **reading)
+    tested = load_test(data, **reading) if test or asked.run.get("test") else None
+    begin = warm_start or asked.run.get("warm_start")
+    weights = WarmStart.load(Path(begin)) if begin else None
     if file and held is None and config.validate_every:  # mlx-lm goes on without validation, too
         from dataclasses import replace
 
@@ -100,7 +117,7 @@ def train(
     try:
         adapter = train_adapter(
             base, corpus, config, held, progress=progress, saving=saving, reports=reports, memory=memory,
-            processes=processes,
+            processes=processes, warm_start=weights, test=tested,
         )  # fmt: skip
     finally:
         reports.close()
@@ -126,6 +143,7 @@ def summarise(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "rows_cut": manifest["data"]["rows_cut"],
         "held_out_loss": manifest["held_out_loss"],
         "held_out_rows": manifest.get("held_out_rows"),
+        "test_loss": manifest.get("test_loss"),
         "memory": manifest["memory"],
     }
 
@@ -151,4 +169,6 @@ def render(summary: Mapping[str, Any], max_tokens: int) -> str:
     for role, value in summary["held_out_loss"]["after"].items():
         before = summary["held_out_loss"]["before"][role]
         lines.append(f"held-out {role} loss: {before:.3f} → {value:.3f} nats per token")
+    for role, value in (summary["test_loss"] or {}).items():
+        lines.append(f"test {role} loss: {value:.3f} nats per token, perplexity {math.exp(value):.3f}")
     return "\n".join(lines)

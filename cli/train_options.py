@@ -79,6 +79,8 @@ def train_config(console: Console, from_file: Mapping[str, Any], settings: Mappi
         given["seed"] = console.seed
     known = {field.name for field in fields(TrainConfig)}
     assert set(given) <= known
+    if set(given) & {"schedule", "warmup", "learning_rate"}:
+        from_file = {name: value for name, value in from_file.items() if name != "lr_schedule"}
     return TrainConfig.from_mapping({**from_file, **given})
 
 

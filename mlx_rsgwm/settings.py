@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -17,6 +18,18 @@ from mlx_rsgwm.errors import RsgwmError, raise_problems
 T = TypeVar("T")
 
 MOST_VALUES = 100_000
+NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 that reads 1e-5 as a number, as mlx-lm does, and leaves dates the texts that they are written as."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -60,11 +73,23 @@ def parse_yaml(text: str, where: str) -> Any:
         RsgwmError: it is not YAML, or has aliases that unfold to more than any settings have.
     """
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is a date without such a day
         raise RsgwmError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     _unfold(values, where)
     return values
+
+
+def written_texts(text: str) -> dict[str, str]:
+    """The top-level values of a YAML mapping as they are written, of those that are no list, mapping or null: ``2024``
+    and ``0123`` may be meant as names."""
+    root = yaml.compose(text, Loader)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return {
+        key.value: value.value
+        for key, value in pairs
+        if isinstance(value, yaml.ScalarNode) and value.tag != "tag:yaml.org,2002:null"
+    }
 
 
 def _unfold(values: Any, where: str) -> None:

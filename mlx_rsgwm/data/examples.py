@@ -106,8 +106,12 @@ class Examples:
 Rendered = tuple[list[int], int, tuple[int, ...], tuple[str, ...]]
 
 
-def load_examples(path: Path, mask_prompt: bool, all_turns: bool = False) -> Examples:
+def load_examples(
+    path: Path, mask_prompt: bool, all_turns: bool = False, features: Mapping[str, str] | None = None
+) -> Examples:
     """Read and check a ``.jsonl`` file, or one JSON array; the first row decides the format, as in mlx-lm.
+
+    ``features`` name the fields of the rows that hold the ``prompt``, ``completion``, ``messages`` or ``text``.
 
     Raises:
         RsgwmError: no such file, no rows, lines that are not JSON or of another format, a masked prompt in plain text.
@@ -121,6 +125,7 @@ def load_examples(path: Path, mask_prompt: bool, all_turns: bool = False) -> Exa
         if isinstance(row, ValueError):
             problems.append(f"{unit} {number}: {row}")
             continue
+        row = _renamed(row, features or {})
         kind = _format_of(row)
         found = found or kind
         if not kind or kind != found:
@@ -153,6 +158,14 @@ def is_examples(path: Path) -> bool:
     """Whether ``path`` looks like mlx-lm's data (a file, or a folder with one) rather than a corpus folder."""
     named = not path.is_dir() and path.suffix in (".jsonl", ".json", ".ndjson")
     return named or path.is_file() or (path / "train.jsonl").is_file()
+
+
+def _renamed(row: Any, features: Mapping[str, str]) -> Any:
+    """The row with its fields under our names; those of another name that ``features`` replaces are not read."""
+    if not isinstance(row, Mapping) or not features:
+        return row
+    kept = {name: value for name, value in row.items() if name not in features}
+    return {**kept, **{name: row[feature] for name, feature in features.items() if feature in row}}
 
 
 def _format_of(row: Any) -> str:

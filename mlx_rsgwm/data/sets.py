@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_rsgwm.data.corpus import Corpus, load_corpus
@@ -10,7 +11,11 @@ from mlx_rsgwm.errors import RsgwmError
 
 
 def load_data(
-    path: Path, held_out: Path | None, mask_prompt: bool = False
+    path: Path,
+    held_out: Path | None,
+    mask_prompt: bool = False,
+    all_turns: bool = False,
+    features: Mapping[str, str] | None = None,
 ) -> tuple[Corpus | Examples, Corpus | Examples | None]:
     """Training and held-out rows; without ``held_out`` those of ``valid.jsonl`` beside the training rows, if any.
 
@@ -24,11 +29,28 @@ def load_data(
         data, beside = load_corpus(path), None
     else:
         train_file, beside = example_files(path)
-        data = load_examples(train_file, mask_prompt)
+        data = load_examples(train_file, mask_prompt, all_turns, features)
     if held_out is None and beside is None:
         return data, None
     chosen = held_out or beside
     assert chosen is not None
     if not is_examples(chosen):
         return data, load_corpus(chosen)
-    return data, load_examples(example_files(chosen)[0] if held_out else chosen, mask_prompt)
+    file = example_files(chosen)[0] if held_out else chosen
+    return data, load_examples(file, mask_prompt, all_turns, features)
+
+
+def load_test(
+    path: Path, mask_prompt: bool = False, all_turns: bool = False, features: Mapping[str, str] | None = None
+) -> Examples:
+    """The rows of ``test.jsonl`` in the folder ``path``, or beside the file ``path``.
+
+    Raises:
+        RsgwmError: there is none; what :func:`load_examples` raises.
+    """
+    file = (path if path.is_dir() else path.parent) / "test.jsonl"
+    if not file.is_file():
+        raise RsgwmError(f"there is no {file} to test on; leave test off, or write it")
+    if path.is_file() and path.samefile(file):
+        raise RsgwmError(f"test rows and training rows are the same: {path}")
+    return load_examples(file, mask_prompt, all_turns, features)

@@ -12,6 +12,7 @@ import mlx.optimizers as optimizers
 from mlx_rsgwm.adapter import LoraSpec
 from mlx_rsgwm.errors import raise_problems
 from mlx_rsgwm.settings import build
+from mlx_rsgwm.training.schedule import RateSchedule
 
 SCHEDULES = ("constant", "linear", "cosine")
 FINE_TUNE_TYPES = ("lora", "dora")
@@ -36,7 +37,8 @@ class TrainConfig:
     ``validate_every`` scores the held-out rows that often; ``patience`` ends the run after that many of these scores
     without a new lowest; ``select`` keeps the last weights or those of the lowest score. ``long_rows`` says what
     becomes of rows above ``max_tokens``. ``recompute`` trades time for memory: blocks keep their inputs only (gradient
-    checkpointing).
+    checkpointing). ``lr_schedule``, one of mlx-lm's, decides the rates instead of ``schedule`` and ``warmup``. ``eps``
+    and ``bias_correction`` are Adam's.
     """
 
     rank: int = 16
@@ -65,6 +67,9 @@ class TrainConfig:
     select: str = "last"
     seed: int = 42
     init_seed: int = 42
+    eps: float = 1e-8
+    bias_correction: bool = True
+    lr_schedule: RateSchedule | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -91,10 +96,13 @@ class TrainConfig:
             "validate_every": self.validate_every >= 0,
             "patience": self.patience >= 0,
             "select": self.select in SELECTIONS,
+            "eps": 0 <= self.eps < 1,
         }
         problems = [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok]
         if self.weight_decay and self.optimizer == "adam":
             problems.append(f"weight_decay = {self.weight_decay!r} needs optimizer adamw, found adam")
+        if self.lr_schedule and (self.schedule != "constant" or self.warmup):
+            problems.append("lr_schedule stands beside schedule or warmup; give one of them")
         for name in ("patience", "select"):
             if getattr(self, name) not in (0, "last") and not self.validate_every:
                 problems.append(f"{name} = {getattr(self, name)!r} needs validate_every")
@@ -114,8 +122,14 @@ class TrainConfig:
         return LoraSpec(self.rank, self.scale, self.dropout, self.keys, self.num_layers, self.fine_tune_type)
 
     def describe(self) -> dict[str, Any]:
-        """JSON object of all settings."""
-        return {**asdict(self), "keys": list(self.keys)}
+        """JSON object of all settings; those that came later are in it where they are not at their defaults."""
+        values = {**asdict(self), "keys": list(self.keys)}
+        for name, default in (("eps", 1e-8), ("bias_correction", True), ("lr_schedule", None)):
+            if values[name] == default:
+                del values[name]
+        if self.lr_schedule:
+            values["lr_schedule"]["arguments"] = list(self.lr_schedule.arguments)
+        return values
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -125,6 +139,8 @@ class TrainConfig:
 
 def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
     """Learning rate of 0-based ``step``: linear warm-up from one step's share, then the schedule down to zero."""
+    if config.lr_schedule:
+        return config.lr_schedule.rate(step)
     warmup = round(config.warmup * total)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
@@ -137,8 +153,8 @@ def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
 
 
 def make_optimizer(config: TrainConfig) -> Any:
-    """Adam or AdamW with bias correction, which MLX leaves out by default."""
-    betas = [config.beta1, config.beta2]
+    """Adam or AdamW, with bias correction (which MLX leaves out by default) unless ``config`` says otherwise."""
+    betas, rate, corrected = [config.beta1, config.beta2], config.learning_rate, config.bias_correction
     if config.optimizer == "adamw":
-        return optimizers.AdamW(config.learning_rate, betas, weight_decay=config.weight_decay, bias_correction=True)
-    return optimizers.Adam(config.learning_rate, betas, bias_correction=True)
+        return optimizers.AdamW(rate, betas, config.eps, config.weight_decay, corrected)
+    return optimizers.Adam(rate, betas, config.eps, corrected)

@@ -12,14 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_rsgwm.adapter import LoraSpec
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.slots import linear_shape
 
 LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 def initial_factors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, mx.array]:
@@ -37,30 +39,52 @@ def initial_factors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int)
 
 
 def target_modules(model: Any, spec: LoraSpec) -> dict[str, nn.Module]:
-    """The linear layers that ``spec`` names, by full name, in the model's order.
+    """The layers that ``spec`` names, by full name, in the model's order.
+
+    As in mlx-lm a key names a linear layer inside the last blocks, or by its full name one outside of them: the head
+    (``lm_head``) or, for LoRA, the embedding (``model.embed_tokens``).
 
     Raises:
         RsgwmError: a key that matches nothing, more layers than there are, a rank above a layer's dimensions.
     """
-    found = {name for block in model.layers for name, _ in block.named_modules()}
-    unmatched = sorted(set(spec.keys) - found)
+    inside = {name for block in model.layers for name, _ in block.named_modules()}
+    whole = dict(model.named_modules())
+    unmatched = sorted(set(spec.keys) - inside - set(whole))
     if unmatched:
-        known = sorted(name for name, module in model.layers[-1].named_modules() if hasattr(module, "weight"))
-        raise RsgwmError(f"no layer has a module {', '.join(unmatched)}; there are {', '.join(known)}")
+        known = [name for name, module in model.layers[-1].named_modules() if hasattr(module, "weight")]
+        blocks = {id(module) for block in model.layers for module in block.modules()}
+        known += [name for name, module in whole.items() if hasattr(module, "weight") and id(module) not in blocks]
+        raise RsgwmError(f"no layer has a module {', '.join(unmatched)}; there are {', '.join(sorted(known))}")
     if spec.num_layers > len(model.layers):
         raise RsgwmError(f"num_layers is {spec.num_layers}, but the model has {len(model.layers)} layers")
     blocks = model.layers if spec.num_layers == -1 else model.layers[-spec.num_layers :]
     wanted = {id(module) for block in blocks for name, module in block.named_modules() if name in spec.keys}
-    modules = {name: module for name, module in model.named_modules() if id(module) in wanted}
+    modules = {name: module for name, module in whole.items() if id(module) in wanted or name in spec.keys}
     problems = []
     for name, module in modules.items():
-        if not isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-            problems.append(f"{name} is a {type(module).__name__}; only linear layers can be adapted")
+        embedding = isinstance(module, EMBEDDINGS)
+        if not embedding and not isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+            problems.append(f"{name} is a {type(module).__name__}; only linear layers and embeddings can be adapted")
+        elif embedding and spec.fine_tune_type == "dora":
+            problems.append(f"{name} is an embedding; DoRA there cannot be trained")
         elif spec.rank > min(linear_shape(module)):
             inputs, outputs = linear_shape(module)
             problems.append(f"rank {spec.rank} is above the dimensions of {name} ({inputs}→{outputs})")
     raise_problems("target keys", problems)
     return modules
+
+
+def factor_shape(module: nn.Module) -> tuple[int, int]:
+    """``(in, out)`` of the factors of a layer: lora_a (in, r), lora_b (r, out); of an embedding (entries, dims)."""
+    shape = linear_shape(module)
+    return shape[::-1] if isinstance(module, EMBEDDINGS) else shape
+
+
+def expert_keys(model: Any) -> tuple[str, ...]:
+    """Names of the experts' layers inside the blocks, which mlx-lm adapts where no keys are named and this does not."""
+    kinds = (SwitchLinear, QuantizedSwitchLinear)
+    modules = (pair for block in model.layers for pair in block.named_modules())
+    return tuple(dict.fromkeys(name for name, module in modules if isinstance(module, kinds)))
 
 
 def linear_keys(model: Any) -> tuple[str, ...]:
@@ -84,10 +108,10 @@ def adapted(
     What ``weights`` does not name stays as mlx-lm makes it: lora_b zero, DoRA's m the norms of the base's rows.
     """
     model.freeze()
-    make = LAYERS[spec.fine_tune_type].from_base
-    layers = {
-        name: make(module, r=spec.rank, dropout=spec.dropout, scale=spec.scale) for name, module in modules.items()
-    }
+    layers = {}
+    for name, module in modules.items():
+        kind: Any = LoRAEmbedding if isinstance(module, EMBEDDINGS) else LAYERS[spec.fine_tune_type]
+        layers[name] = kind.from_base(module, r=spec.rank, dropout=spec.dropout, scale=spec.scale)
     model.update_modules(tree_unflatten(list(layers.items())))
     try:
         model.update(tree_unflatten(list(weights.items())))
@@ -106,7 +130,7 @@ def lora_layers(model: Any, spec: LoraSpec, seed: int) -> Iterator[dict[str, mx.
     Yields lora_a at initialisation by parameter name. lora_b starts at zero.
     """
     modules = target_modules(model, spec)
-    init = initial_factors({name: linear_shape(module) for name, module in modules.items()}, spec.rank, seed)
+    init = initial_factors({name: factor_shape(module) for name, module in modules.items()}, spec.rank, seed)
     with adapted(model, modules, spec, init):
         yield init
 

@@ -27,11 +27,12 @@ from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.training.checkpoints import Saving, deferred_interrupts, prune, read_checkpoint
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
-from mlx_rsgwm.training.layers import linear_keys, lora_layers
+from mlx_rsgwm.training.layers import expert_keys, linear_keys, lora_layers
 from mlx_rsgwm.training.losses import held_out_loss
 from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estimate, estimate, memory_line, memory_now
 from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
 from mlx_rsgwm.training.run import Run
+from mlx_rsgwm.training.warm_start import WarmStart
 
 # Fewer steps than these hardly move an adapter: whoever sets no number of them is told.
 FEW_STEPS = 20
@@ -62,12 +63,15 @@ def train(
     reports: Reports = NO_REPORTS,
     memory: MemoryOptions | None = None,
     processes: Processes = ALONE,
+    warm_start: WarmStart | None = None,
+    test: TrainingData | None = None,
 ) -> Adapter:
     """Train one adapter on ``corpus`` and return it with importance, initialisation and provenance.
 
     The base model is left as it was found. ``held_out`` is scored before and after, and as ``config`` says in between.
     ``saving`` keeps checkpoints and snapshots in the adapter's folder; the caller saves the adapter there afterwards.
-    Of several ``processes`` all return the same adapter, and only the first writes.
+    Of several ``processes`` all return the same adapter, and only the first writes. ``warm_start`` are weights to begin
+    with; such an adapter records no initialisation. ``test`` is scored once, at the end.
 
     Raises:
         RsgwmError: rows that do not fit, keys that match nothing, a rank above a layer's dimensions, too little memory,
@@ -76,6 +80,8 @@ def train(
     """
     if config.keys == ALL_LINEAR:
         config = replace(config, keys=linear_keys(base.model))
+        if experts := expert_keys(base.model):
+            progress.message(f"{label}: the experts' layers are not adapted, unlike in mlx-lm: {', '.join(experts)}")
     memory = memory or MemoryOptions()
     memory.apply()
     rows, dropped = corpus.token_rows(base.tokenizer, config.max_tokens, config.long_rows)
@@ -83,7 +89,8 @@ def train(
         held_out.token_rows(base.tokenizer, config.max_tokens, config.long_rows) if held_out else ([], 0)
     )
     held_cut = sum(row.cut for row in held_rows)
-    for note in (*row_notes(rows), *row_notes(held_rows)):
+    test_rows, test_dropped = test.token_rows(base.tokenizer, config.max_tokens, config.long_rows) if test else ([], 0)
+    for note in (*row_notes(rows), *row_notes(held_rows), *row_notes(test_rows)):
         progress.message(f"{label}: {note}")
     if held_dropped or held_cut:
         progress.message(
@@ -93,12 +100,15 @@ def train(
     if config.validate_every and not held_rows:
         raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
     plan = plan_steps(rows, config.step_rows, config.seed, config.epochs, config.steps)
-    identity = _identity(base, corpus, config, held_out, processes)
-    about = _provenance(base, corpus, config, rows, dropped)
+    started_from = {"warm_start": warm_start.describe()} if warm_start else {}
+    identity = {**_identity(base, corpus, config, held_out, processes), **started_from}
+    about = {**_provenance(base, corpus, config, rows, dropped), **started_from}
     started = time.monotonic()
     model: Any = base.model
     with ExitStack() as stack:
         init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
+        for note in warm_start.put_into(model, config.scale) if warm_start else ():
+            progress.message(f"{label}: {note}")
         need = _estimate(base, rows, config, processes)
         progress.message(f"{label}: {check_estimate(need, memory.enforce)}")
         if len(plan) < FEW_STEPS and not config.steps:
@@ -117,6 +127,7 @@ def train(
             run.execute(progress, saving, identity, about, reports, interruption)
         run.settle()
         after = held_out_loss(model, held_rows, config.batch_size) if held_rows else {}
+        tested = held_out_loss(model, test_rows, config.batch_size) if test_rows else {}
         weights, importance = run.result()
         progress.message(f"{label}: {memory_line()}")
     arrays = importance.arrays()
@@ -133,11 +144,12 @@ def train(
         "memory": {**memory_now(), "estimate": need.total},
         "held_out_loss": {"before": run.before, "after": after},
         **({"held_out_rows": _counts(held_rows, held_dropped)} if held_out else {}),
+        **({"test_loss": tested, "test_rows": _counts(test_rows, test_dropped)} if test else {}),
         "validation": [[score.step, score.loss, score.by_role] for score in run.scores],
         "kept_step": run.kept_step,
         "history": [[step.step, step.role, round(step.loss, 6), step.trained_tokens] for step in run.history],
     }
-    return Adapter(config.spec(), weights, arrays, importance.metadata(), init, manifest)
+    return Adapter(config.spec(), weights, arrays, importance.metadata(), {} if warm_start else init, manifest)
 
 
 def _identity(

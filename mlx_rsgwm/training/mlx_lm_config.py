@@ -1,31 +1,45 @@
 """A YAML for training: our own keys, or an ``mlx_lm.lora`` one, translated key by key.
 
 mlx-lm's ``iters`` counts batches, ours count optimiser steps, so everything that is told in iterations is divided by
-``grad_accumulation_steps``. What cannot be done here is refused by name rather than dropped.
+``grad_accumulation_steps``. Every key is done as mlx-lm does it, told to be without effect, or refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.settings import read_yaml
+from mlx_rsgwm.settings import read_yaml, written_texts
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
+from mlx_rsgwm.training.schedule import RateSchedule
 
 # Keys that only mlx-lm has: any of them makes a YAML one of mlx-lm's.
 FOREIGN = {
     "model", "iters", "adapter_path", "lora_parameters", "steps_per_eval", "steps_per_report", "grad_checkpoint",
     "grad_accumulation_steps", "max_seq_length", "lr_schedule", "optimizer_config", "val_batches", "project_name",
-    "resume_adapter_file", "test_batches", "trust_remote_code", "hf_dataset", "clear_cache_threshold", "train", "test",
+    "resume_adapter_file", "test_batches", "trust_remote_code", "hf_dataset", "clear_cache_threshold", "train",
+    "lora_layers", "use_dora", "prompt_feature", "completion_feature", "chat_feature", "text_feature", "adapter_file",
 }  # fmt: skip
-SHARED = {"seed", "batch_size", "num_layers", "fine_tune_type", "learning_rate", "optimizer"}
-RUN_KEYS = ("base", "data", "held_out", "out", "save_every", "keep", "mask_prompt", "report_to", "project")
+FEATURES = ("prompt", "completion", "chat", "text")
+TEXTS = {"base", "data", "held_out", "out", "report_to", "project", "warm_start"}
+RUN_KEYS = (*sorted(TEXTS), "save_every", "keep", "mask_prompt", "all_turns", "test")
+NO_EFFECT = {"steps_per_report", "val_batches", "test_batches", "clear_cache_threshold", "config", "wandb"}
+REFUSED = {
+    "hf_dataset": "write the rows to train.jsonl and valid.jsonl in a folder and name it as data",
+    "adapter_file": "name the adapter's folder as adapter_path",
+    "use_dora": "write fine_tune_type: dora",
+}
+DEFAULTS = {
+    "fine_tune_type": "lora", "optimizer": "adam", "batch_size": 4, "learning_rate": 1e-5, "iters": 1000,
+    "max_seq_length": 2048, "steps_per_eval": 200, "save_every": 100, "seed": 0, "adapter_path": "adapters",
+    "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}, "num_layers": 16,
+}  # fmt: skip
 
 
 @dataclass
@@ -41,190 +55,301 @@ def read_training_file(path: Path) -> TrainingFile:
     """Read ``path``: our keys (those of :class:`TrainConfig` and ``RUN_KEYS``), or mlx-lm's.
 
     Raises:
-        RsgwmError: not a YAML mapping, keys that are unknown, or mlx-lm settings that have no counterpart here.
+        RsgwmError: not a YAML mapping, keys that are unknown or of the wrong type, or mlx-lm settings that have no
+            counterpart here.
     """
     if not path.is_file():
         raise RsgwmError(f"config {path} does not exist")
-    values = read_yaml(files.read_text(path), f"config {path}")
-    # YAML 1.1 takes 1e-5 for text; mlx-lm reads it as a number.
-    values = {key: _number(value) for key, value in values.items()}
-    if FOREIGN & set(values):
+    text = files.read_text(path)
+    values = read_yaml(text, f"config {path}")
+    texts = written_texts(text)
+    foreign = bool(FOREIGN & set(values))
+    named = {"model", "data", "adapter_path", "report_to", "project_name", "resume_adapter_file"} if foreign else TEXTS
+    values |= {key: texts[key] for key in named & set(texts)}
+    if foreign:
         return from_mlx_lm(values, str(path))
-    own = {field.name for field in fields(TrainConfig)}
     file = TrainingFile(
         config={key: value for key, value in values.items() if key not in RUN_KEYS},
-        run={key: value for key, value in values.items() if key in RUN_KEYS},
+        run={key: value for key, value in values.items() if key in RUN_KEYS and value is not None},
     )
-    if set(file.config) <= own:
-        return file
-    TrainConfig.from_mapping(file.config)  # names what is unknown
-    raise AssertionError("unreachable: unknown keys are refused")
+    raise_problems(f"config {path}", _run_problems(file.run))
+    if not set(file.config) <= {field.name for field in fields(TrainConfig)}:
+        TrainConfig.from_mapping(file.config)  # names what is unknown
+        raise AssertionError("unreachable: unknown keys are refused")
+    return file
 
 
 def from_mlx_lm(values: Mapping[str, Any], where: str) -> TrainingFile:
     """Translate the settings of ``mlx_lm.lora``; its defaults hold where it names none."""
-    file = TrainingFile()
-    problems: list[str] = []
-    accumulate = values.get("grad_accumulation_steps") or 1
-    if not isinstance(accumulate, int) or accumulate < 1:
-        raise RsgwmError(f"{where}: grad_accumulation_steps must be a whole number, found {brief(accumulate)}")
-    defaults = {
-        "fine_tune_type": "lora", "optimizer": "adam", "num_layers": 16, "batch_size": 4, "learning_rate": 1e-5,
-        "iters": 1000, "max_seq_length": 2048, "steps_per_eval": 200, "save_every": 100, "seed": 0,
-        "adapter_path": "adapters", "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0},
-    }  # fmt: skip
-    merged = {**defaults, **{key: value for key, value in values.items() if value is not None}}
-
-    def steps(iterations: Any) -> int:
-        return max(1, int(iterations) // accumulate)
-
-    def to(
-        target: dict[str, Any], name: str, convert: Callable[[Any], Any] = lambda value: value
-    ) -> Callable[[str, Any], None]:
-        def put(key: str, value: Any) -> None:
-            target[name] = convert(value)
-            if key in values and name != key:
-                file.notes.append(f"{key} → {name} = {target[name]}")
-
-        return put
-
-    to_config, to_run = partial(to, file.config), partial(to, file.run)
-
-    def ignored(key: str, value: Any) -> None:
-        file.notes.append(f"{key} has no effect here")
-
-    def only(*allowed: Any) -> Callable[[str, Any], None]:
-        def check(key: str, value: Any) -> None:
-            if value not in allowed:
-                problems.append(f"{key}: {value!r} cannot be done here")
-
-        return check
-
-    def lora(key: str, value: Any) -> None:
-        _lora_parameters(value, file, problems)
-
-    def schedule(key: str, value: Any) -> None:
-        _schedule(value, steps(merged["iters"]), file, problems)
-
-    def optimizer(key: str, value: Any) -> None:
-        options = dict((values.get("optimizer_config") or {}).get(value) or {})
-        _optimizer(value, options, file, problems)
-
-    table: dict[str, Callable[[str, Any], None]] = {
-        "model": to_run("base"),
-        "data": to_run("data"),
-        "adapter_path": to_run("out"),
-        "save_every": to_run("save_every", steps),
-        "mask_prompt": to_run("mask_prompt", bool),
-        "report_to": to_run("report_to"),
-        "project_name": to_run("project"),
-        "fine_tune_type": only("lora", "dora"),
-        "num_layers": to_config("num_layers"),
-        "batch_size": to_config("batch_size"),
-        "seed": to_config("seed"),
-        "learning_rate": to_config("learning_rate", float),
-        "iters": to_config("steps", steps),
-        "max_seq_length": to_config("max_tokens"),
-        "steps_per_eval": to_config("validate_every", steps),
-        "grad_checkpoint": to_config("recompute", bool),
-        "grad_accumulation_steps": to_config("accumulate"),
-        "lora_parameters": lora,
-        "lr_schedule": schedule,
-        "optimizer": optimizer,
-        "optimizer_config": lambda key, value: None,  # read with the optimizer
-        "train": only(True),
-        "test": only(False),
-        "resume_adapter_file": only(None),
-        "trust_remote_code": only(False),
-        "steps_per_report": ignored,
-        "val_batches": ignored,
-        "test_batches": ignored,
-        "clear_cache_threshold": ignored,
-        "config": ignored,
-    }
-    file.config |= {"schedule": "constant", "warmup": 0.0, "long_rows": "cut"}
-    for key, value in merged.items():
-        try:
-            if key in table:
-                table[key](key, value)
-            else:
-                problems.append(f"{key} has no counterpart here")
-        except (TypeError, ValueError, OverflowError, AttributeError):
-            problems.append(f"{key}: {brief(value)} is not understood")
-    if merged["fine_tune_type"] in ("lora", "dora"):
-        file.config["fine_tune_type"] = merged["fine_tune_type"]
+    given = {key: value for key, value in values.items() if value is not None}
+    translation = _Translation(given, {**DEFAULTS, **given})
+    translation.run()
+    file, problems = translation.file, translation.problems
+    if not problems:
+        problems += _run_problems(file.run)
     raise_problems(f"{where} (an mlx_lm.lora config)", problems)
     return file
 
 
-def _lora_parameters(value: Any, file: TrainingFile, problems: list[str]) -> None:
-    if not isinstance(value, Mapping):
-        problems.append("lora_parameters is not a mapping")
-        return
-    known = {"rank", "scale", "dropout", "keys", "alpha"}
-    problems += [f"lora_parameters.{key} has no counterpart here" for key in value if key not in known]
-    if "scale" not in value:
-        problems.append("lora_parameters has no scale")
-        return
-    rank = int(value.get("rank", 8))
-    file.config |= {"rank": rank, "alpha": rank * float(value["scale"]), "dropout": float(value.get("dropout", 0.0))}
-    file.notes.append(f"lora_parameters.scale → alpha = {file.config['alpha']:g} (scale · rank)")
-    if value.get("keys"):
-        file.config["keys"] = list(value["keys"])
-    else:
-        file.config["keys"] = list(ALL_LINEAR)
-        file.notes.append("lora_parameters.keys is not given: every linear layer of the blocks, as in mlx-lm")
+class _Translation:
+    """The keys of one YAML on their way to ours; ``merged`` holds mlx-lm's defaults, too."""
+
+    def __init__(self, given: Mapping[str, Any], merged: dict[str, Any]) -> None:
+        self.given, self.merged = given, merged
+        self.file = TrainingFile(config={"schedule": "constant", "warmup": 0.0, "long_rows": "cut"})
+        self.problems: list[str] = []
+        self.accumulate = 1
+
+    def run(self) -> None:
+        """Fill ``file`` and ``problems``."""
+        self.accumulate = self._whole("grad_accumulation_steps", 1) or 1
+        table: dict[str, Callable[[str, Any], None]] = {
+            "model": self._run_as("base"), "data": self._run_as("data"), "adapter_path": self._run_as("out"),
+            "report_to": self._run_as("report_to"), "project_name": self._run_as("project"),
+            "resume_adapter_file": self._run_as("warm_start"), "mask_prompt": self._run_as("mask_prompt"),
+            "test": self._run_as("test"), "save_every": self._steps_as(self.file.run, "save_every", 0),
+            "steps_per_eval": self._steps_as(self.file.config, "validate_every", 1), "iters": self._iters,
+            "batch_size": self._whole_as("batch_size", 1), "seed": self._whole_as("seed", 0),
+            "max_seq_length": self._whole_as("max_tokens", 2), "num_layers": self._layers,
+            "grad_accumulation_steps": self._whole_as("accumulate", 1), "grad_checkpoint": self._checkpointing,
+            "learning_rate": self._learning_rate, "fine_tune_type": self._fine_tune_type, "train": self._train,
+            "lora_layers": self._lora_layers, "lora_parameters": self._lora, "lr_schedule": self._schedule,
+            "optimizer": self._optimizer, "optimizer_config": self._optimizer_config,
+            "trust_remote_code": self._remote_code,
+            **{f"{name}_feature": self._feature for name in FEATURES},
+        }  # fmt: skip
+        for key, value in self.merged.items():
+            if key in NO_EFFECT:
+                self.file.notes.append(f"{key} has no effect here")
+            elif key in REFUSED and value not in (False, ""):
+                self.problems.append(f"{key} has no counterpart here; {REFUSED[key]}")
+            elif key in table:
+                try:
+                    table[key](key, value)
+                except (TypeError, ValueError, OverflowError, AttributeError):
+                    self.problems.append(f"{key}: {brief(value)} is not understood")
+                except RsgwmError as error:
+                    self.problems.append(str(error))
+            elif key not in REFUSED:
+                self.problems.append(f"{key} has no counterpart here")
+
+    def _put(self, target: dict[str, Any], name: str, key: str, value: Any) -> None:
+        target[name] = value
+        if key in self.given and name != key:
+            self.file.notes.append(f"{key} → {name} = {value}")
+
+    def _run_as(self, name: str) -> Callable[[str, Any], None]:
+        return lambda key, value: self._put(self.file.run, name, key, value)
+
+    def _whole(self, key: str, least: int) -> int | None:
+        """The whole number of ``key``, or None after naming the problem; 1 where it is not given."""
+        value = self.merged.get(key, 1)
+        number = _number(value)
+        if isinstance(value, bool) or not isinstance(number, float) or number % 1 or number < least:
+            self.problems.append(f"{key} must be a whole number from {least}, found {brief(value)}")
+            return None
+        return int(number)
+
+    def _whole_as(self, name: str, least: int) -> Callable[[str, Any], None]:
+        def put(key: str, value: Any) -> None:
+            number = self._whole(key, least)
+            if number is not None:
+                self._put(self.file.config, name, key, number)
+
+        return put
+
+    def _steps_as(self, target: dict[str, Any], name: str, least: int) -> Callable[[str, Any], None]:
+        def put(key: str, value: Any) -> None:
+            number = self._whole(key, least)
+            if number is not None:
+                self._put(target, name, key, max(1, number // self.accumulate) if number else 0)
+
+        return put
+
+    def _iters(self, key: str, value: Any) -> None:
+        number = self._whole(key, 1)
+        if number is None:
+            return
+        if number < self.accumulate:
+            self.problems.append(f"iters is {number}: not one step of grad_accumulation_steps, {self.accumulate}")
+            return
+        self._put(self.file.config, "steps", key, number // self.accumulate)
+        if rest := number % self.accumulate:
+            self.file.notes.append(f"the last {rest} iterations complete no step and are left out")
+
+    def _layers(self, key: str, value: Any) -> None:
+        if key not in self.given and "lora_layers" in self.given:
+            return
+        number = self._whole(key, -(10**9))
+        if number is None:
+            return
+        self.file.config["num_layers"] = number if number > 0 else -1
+        if number < -1 or number == 0:
+            self.file.notes.append(f"{key} = {number} means every layer, as in mlx-lm")
+
+    def _lora_layers(self, key: str, value: Any) -> None:
+        if "num_layers" in self.given:
+            if value != self.given["num_layers"]:
+                self.problems.append(f"lora_layers is {value!r} and num_layers {self.given['num_layers']!r}; give one")
+            return
+        self._layers(key, value)
+        self.file.notes.append("lora_layers, the former name of num_layers, is taken for it")
+
+    def _checkpointing(self, key: str, value: Any) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(value)
+        self._put(self.file.config, "recompute", key, value)
+
+    def _learning_rate(self, key: str, value: Any) -> None:
+        rate = _number(value)
+        if not isinstance(rate, float) or isinstance(value, bool):
+            raise ValueError(value)
+        if "lr_schedule" not in self.given:
+            self.file.config["learning_rate"] = rate
+        elif key in self.given:
+            self.file.notes.append("learning_rate has no effect beside lr_schedule, as in mlx-lm")
+
+    def _fine_tune_type(self, key: str, value: Any) -> None:
+        if value == "full":
+            self.problems.append("fine_tune_type: 'full' cannot be done here, where every run trains an adapter")
+        elif value not in ("lora", "dora"):
+            self.problems.append(f"fine_tune_type: {brief(value)} cannot be done here; use lora or dora")
+        else:
+            self.file.config["fine_tune_type"] = value
+
+    def _train(self, key: str, value: Any) -> None:
+        if value is not True:
+            self.problems.append(f"train: {brief(value)} cannot be done here: this command trains; see rsgwm loss")
+
+    def _remote_code(self, key: str, value: Any) -> None:
+        if value:
+            self.file.notes.append("trust_remote_code has no effect here: no program of a model is run")
+
+    def _feature(self, key: str, value: Any) -> None:
+        if not isinstance(value, str) or not value:
+            raise ValueError(value)
+        field_name = {"chat_feature": "messages"}.get(key, key.removesuffix("_feature"))
+        self.file.run.setdefault("features", {})[field_name] = value
+
+    def _lora(self, key: str, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            self.problems.append("lora_parameters is not a mapping")
+            return
+        known = {"rank", "scale", "dropout", "keys", "alpha"}
+        self.problems += [f"lora_parameters.{name} has no counterpart here" for name in value if name not in known]
+        numbers = {name: _number(value[name]) for name in ("rank", "scale", "dropout", "alpha") if name in value}
+        wrong = [name for name, number in numbers.items() if not isinstance(number, float) or number != number]
+        if wrong or numbers.get("rank", 8.0) % 1:
+            self.problems += [
+                f"lora_parameters.{name} must be a number, found {brief(value[name])}" for name in wrong or ["rank"]
+            ]
+            return
+        rank = int(numbers.get("rank", 8))
+        if "scale" not in numbers:
+            advice = f" = alpha / rank = {numbers['alpha'] / max(rank, 1):g}" if "alpha" in numbers else ""
+            self.problems.append(f"lora_parameters has no scale; give it{advice}")
+            return
+        scale = numbers["scale"]
+        self.file.config |= {"rank": rank, "alpha": rank * scale, "dropout": numbers.get("dropout", 0.0)}
+        self.file.notes.append(f"lora_parameters.scale → alpha = {rank * scale:g} (scale · rank)")
+        if "alpha" in numbers:
+            former = scale * numbers["alpha"] / max(rank, 1)
+            self.file.notes.append(
+                f"lora_parameters.alpha = {numbers['alpha']:g} has no effect beside scale, as in mlx-lm; before its "
+                f"version 0.14.2 the two made a scale of {former:g}"
+            )
+        keys = value.get("keys")
+        if keys is None:
+            self.file.config["keys"] = list(ALL_LINEAR)
+            self.file.notes.append("lora_parameters.keys is not given: every linear layer of the blocks, as in mlx-lm")
+        elif not isinstance(keys, list) or not keys or not all(isinstance(name, str) for name in keys):
+            self.problems.append(f"lora_parameters.keys must be a list of module names, found {brief(keys)}")
+        else:
+            self.file.config["keys"] = list(dict.fromkeys(keys))
+
+    def _schedule(self, key: str, value: Any) -> None:
+        if not isinstance(value, Mapping):
+            self.problems.append("lr_schedule is not a mapping")
+            return
+        unknown = [str(name) for name in value if name not in ("name", "arguments", "warmup", "warmup_init")]
+        arguments = value.get("arguments")
+        numbers = [_number(item) for item in arguments] if isinstance(arguments, list) else []
+        warmup, begin = (_number(value.get(name) or 0) for name in ("warmup", "warmup_init"))
+        for wrong, what in (
+            (unknown, f"{', '.join(unknown)} has no counterpart here"),
+            (not numbers or not all(isinstance(item, float) for item in numbers),
+             f"arguments must be a list of numbers, found {brief(arguments)}"),
+            (not isinstance(warmup, float) or warmup % 1 != 0, f"warmup must be a whole number, found {warmup!r}"),
+            (not isinstance(begin, float), f"warmup_init must be a number, found {begin!r}"),
+        ):  # fmt: skip
+            if wrong:
+                self.problems.append(f"lr_schedule.{what}")
+                return
+        schedule = RateSchedule(str(value.get("name")), tuple(numbers), int(warmup), begin)
+        rates = {"name": schedule.name, "arguments": numbers, "warmup": schedule.warmup, "warmup_init": begin}
+        self.file.config["lr_schedule"] = rates
+        highest = max(numbers[:2] if schedule.name == "linear_schedule" else numbers[:1])
+        self.file.config["learning_rate"] = highest or DEFAULTS["learning_rate"]  # of no effect; told in the manifest
+        steps, last = self.file.config.get("steps"), int(schedule.length) if schedule.name != "exponential_decay" else 0
+        if steps and schedule.name != "step_decay" and last and last + schedule.warmup + bool(schedule.warmup) > steps:
+            self.file.notes.append(
+                f"lr_schedule is longer than the run: its rate after {steps} steps is {schedule.rate(steps - 1):.3g}"
+            )
+
+    def _optimizer(self, key: str, value: Any) -> None:
+        name = value.lower() if isinstance(value, str) else value
+        if name not in ("adam", "adamw"):
+            self.problems.append(
+                f"optimizer: {value!r} cannot be done here (importance is Adam's moment); use adam or adamw"
+            )
+            return
+        configs = self.given.get("optimizer_config") or {}
+        options = configs.get(name) if isinstance(configs, Mapping) else None
+        options = dict(options) if isinstance(options, Mapping) else {}
+        config = self.file.config
+        config["optimizer"] = name
+        if name == "adamw":
+            config["weight_decay"] = float(options.pop("weight_decay", 0.01))
+        if "betas" in options:
+            config["beta1"], config["beta2"] = (float(beta) for beta in options.pop("betas"))
+        if "eps" in options:
+            config["eps"] = float(options.pop("eps"))
+        if "bias_correction" in options:
+            corrected = options.pop("bias_correction")
+            if not isinstance(corrected, bool):
+                self.problems.append(f"optimizer_config.{name}.bias_correction must be true or false")
+            config["bias_correction"] = corrected
+        else:
+            self.file.notes.append(f"optimizer {name} with bias correction, which mlx-lm leaves out by default")
+        self.problems += [f"optimizer_config.{name}.{option} has no counterpart here" for option in options]
+
+    def _optimizer_config(self, key: str, value: Any) -> None:
+        """Read with the optimizer; here what belongs to none."""
+        if not isinstance(value, Mapping) or any(not isinstance(part, Mapping | None) for part in value.values()):
+            self.problems.append("optimizer_config must hold a mapping for each optimizer (adamw: {eps: 1e-8})")
 
 
-def _schedule(value: Any, steps: int, file: TrainingFile, problems: list[str]) -> None:
-    """mlx-lm's ``lr_schedule``: {name, warmup, warmup_init, arguments: [lr, steps, end]}."""
-    if not isinstance(value, Mapping):
-        problems.append("lr_schedule is not a mapping")
-        return
-    names = {"cosine_decay": "cosine", "linear_schedule": "linear"}
-    name, arguments = str(value.get("name")), list(value.get("arguments") or [])
-    if name not in names or not arguments:
-        problems.append(f"lr_schedule.name {name!r} cannot be done here; use {', '.join(names)}")
-        return
-    rest = [_number(item) for item in arguments[1:]]
-    length, end = (rest if name == "cosine_decay" else rest[::-1]) + [None, None][: 2 - len(rest)]
-    if end not in (None, 0, 0.0):
-        problems.append(f"lr_schedule ends at {end}; here every schedule ends at 0")
-    warmup = int(value.get("warmup") or 0)
-    if value.get("warmup_init") not in (None, 0, 0.0):
-        problems.append("lr_schedule.warmup_init cannot be done here; the warm-up starts at 0")
-    if length is not None and int(length) + warmup < steps:
-        problems.append(f"lr_schedule lasts {length} steps of {steps}; here it lasts the whole run")
-    file.config |= {
-        "learning_rate": float(_number(arguments[0])),
-        "schedule": names[name],
-        "warmup": min(warmup / steps, 0.99),
-    }
-    file.notes.append(
-        f"lr_schedule → {names[name]} over the run, learning_rate = {arguments[0]}, warm-up {warmup} steps"
-    )
+def _run_problems(run: Mapping[str, Any]) -> list[str]:
+    """Values of the keys around a run that are not of their type."""
+    problems = [f"{key} must be text, found {brief(run[key])}" for key in TEXTS & set(run) if not _is_text(run[key])]
+    for key in ("mask_prompt", "all_turns", "test"):
+        if not isinstance(run.get(key, False), bool):
+            problems.append(f"{key} must be true or false, found {brief(run[key])}")
+    for key, least in (("save_every", 0), ("keep", 1)):
+        value = run.get(key, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            problems.append(f"{key} must be a whole number from {least}, found {brief(value)}")
+    return sorted(problems)
 
 
-def _optimizer(name: Any, options: dict[str, Any], file: TrainingFile, problems: list[str]) -> None:
-    if name not in ("adam", "adamw"):
-        problems.append(f"optimizer: {name!r} cannot be done here (importance is Adam's moment); use adam or adamw")
-        return
-    file.config["optimizer"] = name
-    if name == "adamw":
-        file.config["weight_decay"] = float(options.pop("weight_decay", 0.01))
-    if "betas" in options:
-        file.config["beta1"], file.config["beta2"] = (float(beta) for beta in options.pop("betas"))
-    if not options.pop("bias_correction", True):
-        problems.append(f"optimizer_config.{name}.bias_correction: false cannot be done here")
-    else:
-        file.notes.append(f"optimizer {name} with bias correction, which mlx-lm leaves out by default")
-    problems += [f"optimizer_config.{name}.{key} has no counterpart here" for key in options]
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    """A number as float, also one that is quoted; anything else, and what is not finite, as it is."""
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+    except (ValueError, OverflowError):
+        return value
+    return number if not isinstance(number, float) or math.isfinite(number) else value

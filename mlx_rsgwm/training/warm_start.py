@@ -1,0 +1,71 @@
+"""A run that begins with the weights of an adapter (mlx-lm's ``resume_adapter_file``): weights, not the optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import CONFIG_FILE, WEIGHTS_FILE, LoraSpec
+from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.training.layers import trainable
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Arrays by name, with the file that they come from, its hash, and the scale that its adapter applies them with."""
+
+    path: Path
+    hash: str
+    arrays: dict[str, mx.array] = field(repr=False)
+    scale: float | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> WarmStart:
+        """Read an adapter folder or a ``.safetensors`` file of mlx-lm's names.
+
+        Raises:
+            RsgwmError: no such file, another format, values that are not finite.
+        """
+        file = path / WEIGHTS_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise RsgwmError(f"the weights to start from, {file}, do not exist")
+        if file.suffix != ".safetensors":
+            raise RsgwmError(f"the weights to start from, {file}, are no .safetensors file")
+        arrays, _ = files.read_safetensors(file)
+        wrong = [name for name, value in arrays.items() if not mx.isfinite(value).all().item()]
+        raise_problems(str(file), [f"{name} has values that are not finite" for name in wrong])
+        beside = file.with_name(CONFIG_FILE)
+        scale = LoraSpec.from_config(files.read_json_object(beside), str(beside)).scale if beside.is_file() else None
+        return cls(file, files.sha256_file(file), arrays, scale)
+
+    def describe(self) -> dict[str, Any]:
+        """For manifests and checkpoints."""
+        return {"file": self.path.name, "hash": self.hash}
+
+    def put_into(self, model: Any, scale: float) -> list[str]:
+        """Set the trainable layers of ``model``, which apply ``scale``; returns what should be told.
+
+        Raises:
+            RsgwmError: arrays that no trained layer takes, of another shape, or weights made for another scale.
+        """
+        places = trainable(model)
+        problems = []
+        for name, value in self.arrays.items():
+            if name not in places:
+                problems.append(f"{name} belongs to no layer that this run trains")
+            elif value.shape != places[name].shape:
+                problems.append(f"{name} has the shape {value.shape}, the layer {places[name].shape}")
+        if self.scale is not None and abs(self.scale - scale) > 1e-6 * abs(scale):
+            problems.append(f"they were trained with scale {self.scale:g}, and this run has {scale:g} (alpha / rank)")
+        raise_problems(f"the weights to start from, {self.path}, do not fit", problems)
+        cast = {name: value.astype(places[name].dtype) for name, value in self.arrays.items()}
+        model.update(tree_unflatten(list(cast.items())))
+        mx.eval(model.trainable_parameters())
+        fresh = sorted({name.rpartition(".")[0] for name in places} - {name.rpartition(".")[0] for name in cast})
+        told = [f"starting from the weights of {self.path}"]
+        return told + ([f"{len(fresh)} layers are not in it and start anew: {', '.join(fresh[:4])}"] if fresh else [])
