@@ -30,6 +30,11 @@ from mlx_rsgwm.cli.console import Console, common_options
 )
 @click.option("--weight", "weights", multiple=True, type=float, help="One for each adapter, in their order.")
 @click.option("--rank", type=int, help="Rank of the result; default: the highest of the sources, for cat their sum.")
+@click.option(
+    "--largest",
+    type=float,
+    help="Allow a result of up to so many times the norm that its sources and weights account for.  [default: 40]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the diagnosis, write nothing.")
 @click.option("--list", "list_methods", is_flag=True, help="List the methods with their parameters and sources.")
 @common_options
@@ -46,6 +51,7 @@ def merge(
     overrides: tuple[tuple[str, str], ...],
     weights: tuple[float, ...],
     rank: int | None,
+    largest: float | None,
     dry_run: bool,
     list_methods: bool,
 ) -> None:
@@ -83,6 +89,7 @@ def merge(
         rank=rank,
         seed=console.seed,
         overrides=tuple(_override(pattern, text) for pattern, text in overrides),
+        **({} if largest is None else {"largest": largest}),
     )
     merged = merge_adapters(list(adapters), options, console.progress)
     if not dry_run:

@@ -173,6 +173,9 @@ class Adapter:
         arrays, _ = files.read_safetensors(folder / WEIGHTS_FILE, evaluate=not lazy)
         full = {name: value for name, value in arrays.items() if spec.is_full or name.rpartition(".")[2] in FULL_LEAVES}
         weights = {name: value for name, value in arrays.items() if name not in full}
+        depth = (manifest.get("base") or {}).get("num_layers")
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in weights))
+        spec = spec.covering(modules, depth if isinstance(depth, int) else None)
         importance, metadata = _read_optional(folder / IMPORTANCE_FILE, lazy)
         init, _ = _read_optional(folder / INIT_FILE, lazy)
         kept, _ = _read_optional(folder / KEPT_FILE, lazy=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_rsgwm.adapter_keys import covering, covers
 from mlx_rsgwm.errors import AdapterError, raise_problems
 
 FINE_TUNE_TYPES = ("lora", "dora", "full")
@@ -57,6 +58,13 @@ class LoraSpec:
             "num_layers": self.num_layers,
             "lora_parameters": {**parameters, **({"keys": list(self.keys)} if self.keys else {})},
         }
+
+    def covering(self, modules: Sequence[str], depth: int | None = None) -> LoraSpec:
+        """This spec if its keys and layers reach all ``modules`` of a model of ``depth`` blocks, else one that does."""
+        if covers(self.keys, self.num_layers, modules, depth):
+            return self
+        keys, num_layers = covering(modules)
+        return replace(self, keys=keys, num_layers=num_layers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str, scale: float | None = None) -> LoraSpec:

@@ -7,18 +7,27 @@ result is exact up to the output rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.merging.lowrank import cross, gram, stack
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.weights import CANCELLING, shares
 
 Coefficients = Callable[[Module], mx.array]
 
-TINY = 1e-30
+# Updates whose squared norm is below this have no direction in float32: they count as missing.
+SMALLEST_SQUARE = 1e-34
+# A mean direction shorter than this, of directions of length 1, is mostly rounding.
+SHORTEST_MEAN = 1e-2
+# Below this mean cosine updates oppose one another; between it and 0 they are orthogonal but for chance.
+DISAGREEING = -0.1
+# Below this cosine two directions are opposite: no great circle between them is shorter than the others.
+OPPOSITE = -0.9995
 
 
 def combination(coefficients: Coefficients) -> Callable[[Module], Factors]:
@@ -40,9 +49,9 @@ def linear(module: Module) -> Factors:
     """
     if module.parameters["space"] == "product":
         return combination(weighted_mean)(module)
-    shares = weighted_mean(module)
+    means = weighted_mean(module)
     a, b = (
-        sum((getattr(one, leaf) * shares[index] for index, one in enumerate(module.factors)), mx.array(0.0))
+        sum((getattr(one, leaf) * means[index] for index, one in enumerate(module.factors)), mx.array(0.0))
         for leaf in ("a", "b")
     )
     return Factors(a, b)
@@ -50,8 +59,7 @@ def linear(module: Module) -> Factors:
 
 def weighted_mean(module: Module) -> mx.array:
     """c_t = w_t / Σ w: the mean of the products, which PEFT's factor-space ``linear`` is not (SPEC 5)."""
-    weights = mx.array(module.weights)
-    return weights / weights.sum()
+    return shares(module.weights)
 
 
 def weighted_sum(module: Module) -> mx.array:
@@ -60,11 +68,20 @@ def weighted_sum(module: Module) -> mx.array:
 
 
 def survey_norms(pool: Pool, parameters: Mapping[str, Any]) -> mx.array:
-    """‖·‖_F of every adapter over all its modules, (T,)."""
+    """‖·‖_F of every adapter over all its modules, (T,).
+
+    Raises:
+        RsgwmError: an adapter changes nothing, so that it cannot be brought to the others' norm.
+    """
     squares = mx.zeros((len(pool.sources),))
     for _, factors in pool.updates():
         squares = squares + mx.stack([cross(one, one) for one in factors])
         mx.eval(squares)
+    found: Any = squares.tolist()
+    raise_problems(
+        "the pool cannot be brought to one norm",
+        [f"{source.label} changes nothing" for source, square in zip(pool.sources, found, strict=True) if square == 0],
+    )
     return mx.sqrt(squares)
 
 
@@ -73,28 +90,34 @@ def norm_equalised(module: Module) -> mx.array:
 
     ``definition`` global: c_t ∝ w_t / F_t with F_t the adapter's norm over all modules, Σ c = 1 (Study 16: for two,
     F_b / (F_a + F_b)); geometric: every module's update is scaled to the module's geometric-mean norm, then averaged.
+    Updates that are zero take no part in the geometric mean.
     """
-    weights = mx.array(module.weights)
     if module.parameters["definition"] == "global":
-        inverse = weights / mx.maximum(module.survey, TINY)
-        return inverse / inverse.sum()
-    norms = _norms(module)
-    return weights / weights.sum() * mx.exp(mx.log(norms).mean()) / norms
+        weights = mx.array(module.weights)
+        inverse = weights / module.survey
+        whole = inverse.sum()
+        module.objections["the weights cancel once they are divided by the adapters' norms"] = (
+            mx.abs(whole) <= CANCELLING * mx.abs(inverse).sum()
+        )
+        return inverse / whole
+    norms, present = _norms(mx.stack([cross(one, one) for one in module.factors]))
+    logarithm = mx.log(norms).mean() * (len(module.factors) / mx.maximum(present.sum(), 1))  # of a missing one it is 0
+    return shares(module.weights) * mx.exp(logarithm) / norms * present
 
 
 def slerp(module: Module) -> mx.array:
     """Spherical interpolation of two updates by the angle between them (mergekit ``slerp``; Shoemake, 1985).
 
     t = w_2 / (w_1 + w_2); c = (sin((1−t)θ), sin(tθ)) / sin θ. Nearly parallel updates (|cos θ| > .9995) are
-    interpolated linearly, as mergekit does.
+    interpolated linearly, as mergekit does; nearly opposite ones have no arc between them, and are refused.
     """
     products = gram(module.factors)
-    norms = mx.sqrt(mx.maximum(mx.diag(products), TINY))
+    norms, _ = _norms(mx.diag(products))
     cosine = mx.clip(products[0, 1] / (norms[0] * norms[1]), -1.0, 1.0)
-    weights = mx.array(module.weights)
-    t = weights[1] / weights.sum()
+    module.objections["the two updates are opposite, and no arc leads from one to the other"] = cosine < OPPOSITE
+    t = shares(module.weights)[1]
     theta = mx.arccos(cosine)
-    ends = mx.stack([mx.sin((1 - t) * theta), mx.sin(t * theta)]) / mx.maximum(mx.sin(theta), TINY)
+    ends = mx.stack([mx.sin((1 - t) * theta), mx.sin(t * theta)]) / mx.maximum(mx.sin(theta), 1e-30)
     return mx.where(mx.abs(cosine) > 0.9995, mx.stack([1 - t, t]), ends)
 
 
@@ -106,9 +129,8 @@ def multislerp(module: Module) -> mx.array:
     Directions are taken to the tangent space at the normalised weighted mean direction, averaged there, and taken
     back; the length is the weighted mean of the lengths.
     """
-    directions, norms, weights = _directions(module)
-    start = _unit(weights, directions)
-    return _back_to_length(_step(start, directions, weights)[0], norms, weights)
+    sphere = _sphere(module)
+    return sphere.at_mean_length(_step(sphere.start, sphere)[0])
 
 
 def karcher(module: Module) -> mx.array:
@@ -117,28 +139,32 @@ def karcher(module: Module) -> mx.array:
     The fixed point of :func:`multislerp`'s step (mergekit ``karcher``): at most ``iterations`` steps, fewer when a step
     is shorter than 1e-6.
     """
-    directions, norms, weights = _directions(module)
-    mean = _unit(weights, directions)
+    sphere = _sphere(module)
+    mean = sphere.start
     for _ in range(module.parameters["iterations"]):
-        mean, length = _step(mean, directions, weights)
+        mean, length = _step(mean, sphere)
         if bool((length < 1e-6).item()):  # a handful of scalars: waiting for them costs less than the steps saved
             break
-    return _back_to_length(mean, norms, weights)
+    return sphere.at_mean_length(mean)
 
 
 def model_stock(module: Module) -> mx.array:
     """t · mean with t = T cos θ / (1 + (T − 1) cos θ), cos θ the mean cosine of all pairs (Jang et al., 2024).
 
     As mergekit's ``model_stock``, per module; weights are not used. Orthogonal updates give t near 0: such a merge is
-    refused as collapsed, not silently dead.
+    refused as collapsed, not silently dead. Updates that oppose one another (mean cosine below -0.1) give a negative t,
+    without bound as their mean vanishes: refused too, where mergekit turns the mean round.
     """
     products = gram(module.factors)
     count = len(module.factors)
-    norms = mx.sqrt(mx.maximum(mx.diag(products), TINY))
+    norms, _ = _norms(mx.diag(products))
     cosines = products / (norms[:, None] * norms[None, :])
     mean = (cosines.sum() - mx.diag(cosines).sum()) / (count * (count - 1))
     ratio = count * mean / (1 + (count - 1) * mean)
     module.notes["model_stock_t"] = ratio
+    module.objections["the updates oppose one another, and the paper's ratio is for those that agree"] = (
+        mean < DISAGREEING
+    )
     return mx.broadcast_to(ratio / count, (count,))
 
 
@@ -148,32 +174,58 @@ def two_adapters(pool: Pool, parameters: Mapping[str, Any]) -> None:
         raise RsgwmError(f"slerp merges exactly two adapters, found {len(pool.sources)}; use multislerp or karcher")
 
 
-def _norms(module: Module) -> mx.array:
-    return mx.maximum(mx.sqrt(mx.stack([cross(one, one) for one in module.factors])), TINY)
+def _norms(squares: mx.array) -> tuple[mx.array, mx.array]:
+    """Norms (T,), 1 where an update has no direction, and which have one (bool), of their squares."""
+    present = squares > SMALLEST_SQUARE
+    return mx.sqrt(mx.where(present, squares, 1.0)), present
 
 
-def _directions(module: Module) -> tuple[mx.array, mx.array, mx.array]:
-    # A vector on the sphere is kept as its coefficients on the unit updates; their Gram matrix gives all products.
+@dataclass(frozen=True)
+class Sphere:
+    """Directions of T updates. A point is kept as its coefficients on them, (T,); ``cosines`` (T, T) give all products.
+
+    ``norms`` of the updates, 1 for one without a direction; ``present`` says which have one. ``weights`` sum to 1.
+    """
+
+    cosines: mx.array
+    norms: mx.array
+    present: mx.array
+    weights: mx.array
+
+    @property
+    def start(self) -> mx.array:
+        """The direction of the weighted mean."""
+        return _unit(self.weights, self.cosines)
+
+    def at_mean_length(self, point: mx.array) -> mx.array:
+        """The update's coefficients (T,) of a direction, at the weighted mean of the norms."""
+        return point / self.norms * (self.weights * self.norms * self.present).sum() * self.present
+
+
+def _sphere(module: Module) -> Sphere:
     products = gram(module.factors)
-    norms = mx.sqrt(mx.maximum(mx.diag(products), TINY))
-    weights = mx.array(module.weights)
-    return products / (norms[:, None] * norms[None, :]), norms, weights / weights.sum()
+    norms, present = _norms(mx.diag(products))
+    sphere = Sphere(products / (norms[:, None] * norms[None, :]), norms, present, shares(module.weights))
+    # An adapter that has no update here has no say in whether the others cancel.
+    strength = mx.abs(sphere.weights) * present
+    short = sphere.weights @ sphere.cosines @ sphere.weights < mx.square(SHORTEST_MEAN * strength.sum())
+    module.objections["the updates cancel, and their mean has no direction"] = short & mx.any(present)
+    opposite = (sphere.cosines @ sphere.start < OPPOSITE) & (strength > 0)
+    module.objections["an update is opposite to the mean of all, and no arc leads to it"] = mx.any(opposite)
+    return sphere
 
 
 def _unit(coefficients: mx.array, cosines: mx.array) -> mx.array:
-    return coefficients / mx.sqrt(mx.maximum(coefficients @ cosines @ coefficients, TINY))
+    return coefficients / mx.sqrt(mx.maximum(coefficients @ cosines @ coefficients, 1e-30))
 
 
-def _step(mean: mx.array, cosines: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+def _step(mean: mx.array, sphere: Sphere) -> tuple[mx.array, mx.array]:
     """The weighted mean of the logarithms of all directions at ``mean``, and the exponential of it; and its length."""
+    cosines, weights = sphere.cosines, sphere.weights
     inner = mx.clip(cosines @ mean, -1.0, 1.0)
     theta = mx.arccos(inner)
-    share = mx.where(theta < 1e-6, 1.0, theta / mx.maximum(mx.sin(theta), TINY)) * weights
+    share = mx.where(theta < 1e-6, 1.0, theta / mx.maximum(mx.sin(theta), 1e-30)) * weights
     tangent = share - (share * inner).sum() * mean
     length = mx.sqrt(mx.maximum(tangent @ cosines @ tangent, 0.0))
-    moved = mx.cos(length) * mean + mx.sin(length) * tangent / mx.maximum(length, TINY)
+    moved = mx.cos(length) * mean + mx.sin(length) * tangent / mx.maximum(length, 1e-30)
     return _unit(moved, cosines), length
-
-
-def _back_to_length(mean: mx.array, norms: mx.array, weights: mx.array) -> mx.array:
-    return mean / norms * (weights * norms).sum()

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.merging.lowrank import cross
+from mlx_rsgwm.merging.lowrank import cross, svd
 from mlx_rsgwm.merging.module import DenseUpdates, Factors, Module
 from mlx_rsgwm.merging.task_vectors import FAMILY, merge_task_vectors
 
@@ -41,8 +41,9 @@ def shared_basis(updates: Sequence[Factors], threshold: float) -> SharedBasis:
         bases.append(own)
         blocks.append(upper[:, start : start + one.rank] @ own_upper.T)
         start += one.rank
-    u, sigma, vt = mx.linalg.svd(mx.concatenate(blocks, axis=1), stream=mx.cpu)
-    kept: Any = (sigma > threshold).sum().item()
+    u, sigma, vt = svd(mx.concatenate(blocks, axis=1))
+    # What is not a number is kept too, so that it shows in the result.
+    kept: Any = mx.logical_not(sigma <= threshold).sum().item()
     rights, start = [], 0
     for own in bases:
         rights.append(Factors(own, vt[:kept, start : start + own.shape[1]].T))

@@ -69,7 +69,7 @@ def truncate(update: Factors, rank: int) -> Truncated:
         return Truncated(update, cross(update, update), mx.array(0.0), True)
     left, upper_left = mx.linalg.qr(update.a, stream=mx.cpu)
     right, upper_right = mx.linalg.qr(update.b.T, stream=mx.cpu)
-    u, sigma, vt = mx.linalg.svd(upper_left @ upper_right.T, stream=mx.cpu)
+    u, sigma, vt = svd(upper_left @ upper_right.T)
     squares = mx.square(sigma)
     root = mx.sqrt(sigma[:rank])
     factors = Factors(left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ right.T)
@@ -100,11 +100,18 @@ def _truncate_whole(update: mx.array, rank: int, square: mx.array) -> Truncated:
     # QR first: MLX's SVD returns both orthogonal matrices whole, and the longer of them would be in × in.
     tall = update if update.shape[0] >= update.shape[1] else update.T
     basis, upper = mx.linalg.qr(tall, stream=mx.cpu)
-    u, sigma, vt = mx.linalg.svd(upper, stream=mx.cpu)
+    u, sigma, vt = svd(upper)
     root = mx.sqrt(sigma[:rank])
     a, b = basis @ (u[:, :rank] * root), root[:, None] * vt[:rank]
     factors = Factors(a, b) if tall is update else Factors(b.T, a.T)
     return Truncated(factors, square, mx.square(sigma[rank:]).sum(), True)
+
+
+def svd(matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """U, σ and Vᵀ of a small matrix; where an entry is not finite (LAPACK would give up), every σ is not a number."""
+    finite = mx.isfinite(matrix)
+    u, sigma, vt = mx.linalg.svd(mx.where(finite, matrix, 0.0), stream=mx.cpu)
+    return u, sigma + mx.where(finite.all(), 0.0, mx.nan), vt
 
 
 def _orthonormal(columns: mx.array) -> mx.array:

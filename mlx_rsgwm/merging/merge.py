@@ -12,18 +12,22 @@ import mlx.core as mx
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.merging.diagnosis import diagnosis, measure
+from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.lowrank import Truncated, truncate, truncate_dense
-from mlx_rsgwm.merging.methods import Method, find_method, resolved
+from mlx_rsgwm.merging.measure import Batch, Measuring
+from mlx_rsgwm.merging.methods import Method, find_method, resolved, sums
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.weights import brought_near_one, cancel
 from mlx_rsgwm.progress import SILENT, Progress
 
 # Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries, and while
 # one such batch is computed the next is described.
 BATCH_ENTRIES = 1 << 23
 BATCH_FACTORS = 1 << 20
+# Coefficients beyond this overflow float32 in products with weights.
+LARGEST_WEIGHT = 1e30
 
 
 def merge(
@@ -32,18 +36,19 @@ def merge(
     """One adapter from several, with the diagnosis and the sources in its manifest.
 
     Adapters given as folders are streamed: with their number grows one module's factors, and nothing else. With
-    ``diagnosed`` False the diagnosis is left out, and with it the refusal of a merge that collapses: for a caller who
-    looks at the result in another way, and has a use for up to two thirds of the time.
+    ``diagnosed`` False the diagnosis is left out, and with it the refusal of a merge that collapses or blows up: for a
+    caller who looks at the result in another way.
 
     Raises:
         AdapterError: an adapter is damaged.
         RsgwmError: an unknown method or parameter, fewer than two adapters, a pool that does not fit together (every
-            reason at once), missing importance, a result that is not finite or that collapses.
+            reason at once), missing importance, adapters between which the method has no answer, a result that is not
+            finite, that collapses or that blows up.
     """
     method, parameters = find_method(options.method), resolved(options)
     if len(adapters) < 2:
         raise RsgwmError(f"a merge needs at least two adapters, found {len(adapters)}")
-    _check_weights(method, options, len(adapters))
+    _check_weights(method, options, parameters, len(adapters))
     pool = Pool.open(adapters)
     _check_space(pool, options, parameters)
     signal = parameters["signal"] if "importance" in method.needs else None
@@ -64,39 +69,55 @@ def _merged(
     rank = options.rank or _usual_rank(method, pool)
     spec = merged_spec(pool, rank)
     weights: dict[str, mx.array] = {}
-    measured = {}
-    computing: list[Any] = []
-    waiting: list[Any] = []
-    entries = held = 0
-    with progress.task(f"merge by {options.method}", len(pool.modules)) as advance:
+    rows: dict[str, dict[str, Any]] = {}
+    allowed: dict[str, Allowance] = {}
+    objections: dict[str, Mapping[str, mx.array]] = {}
+    computing, batch = Batch(), Batch()
+    with progress.task(f"merge by {options.method}", len(pool.modules)) as advance, Measuring(rows) as measuring:
         for module in _modules(pool, method, options, parameters):
             found = _compressed(method.merge(module), rank, module.key)
             a, b = _padded(found.factors, rank)
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
-            measured[module.name] = measure(module, found) if diagnosed else {}
-            waiting += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], measured[module.name]]
-            entries += a.shape[0] * b.shape[1]
-            held += sum(one.a.size + one.b.size for one in module.factors)
-            if entries >= BATCH_ENTRIES or held >= BATCH_FACTORS:
-                mx.async_eval(waiting)
+            batch.arrays += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], module.objections]
+            if diagnosed:
+                rows[module.name] = batch.diagnose(module, found)
+            allowed[module.name] = _allowance(method, module)
+            objections[module.name] = module.objections
+            batch.entries += a.shape[0] * b.shape[1]
+            batch.held += sum(one.a.size + one.b.size for one in module.factors)
+            if batch.entries >= BATCH_ENTRIES or batch.held >= BATCH_FACTORS:
+                mx.async_eval(batch.arrays)
                 # A batch that is much larger than meant is one module's: two of those would be in memory.
-                mx.eval(computing, waiting if held >= 2 * BATCH_FACTORS else [])
-                computing, waiting, entries, held = waiting, [], 0, 0
+                mx.eval(computing.arrays, batch.arrays if batch.held >= 2 * BATCH_FACTORS else [])
+                measuring.start(computing.jobs)
+                computing, batch = batch, Batch()
             advance(1, "")
-    mx.eval(computing, waiting)
-    found_here = diagnosis(measured, [source.label for source in pool.sources]) if diagnosed else None
+        mx.eval(computing.arrays, batch.arrays)
+        measuring.start(computing.jobs + batch.jobs)
+    labels = [source.label for source in pool.sources]
+    # Why a method has no answer explains a result that is not finite; that an adapter is damaged explains either.
+    found_here = diagnosis(rows, labels, allowed, objections, options, method.remedy) if diagnosed else None
+    if not diagnosed:
+        refuse_objections(objections, options.method, method.remedy)
     merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, found_here))
     # A diagnosis refuses what is not finite.
     raise_problems(f"{options.method} merge", merged.shape_problems() if diagnosed else merged.problems())
     return merged
 
 
+def _allowance(method: Method, module: Module) -> Allowance:
+    as_sum = sums(method, module.parameters) or method.scales
+    return Allowance(module.weights, as_sum, module.parameters.get("lambda", 1.0))
+
+
 def merged_spec(pool: Pool, rank: int) -> LoraSpec:
     """The spec that covers every module of the pool, with the first adapter's scale and dropout."""
     specs = [source.spec for source in pool.sources]
     keys = tuple(dict.fromkeys(key for spec in specs for key in spec.keys))
-    layers = -1 if any(spec.num_layers < 0 for spec in specs) else max(spec.num_layers for spec in specs)
-    return LoraSpec(rank, specs[0].scale, specs[0].dropout, keys, layers)
+    layers = -1 if any(spec.num_layers <= 0 for spec in specs) else max(spec.num_layers for spec in specs)
+    depths = [(source.manifest.get("base") or {}).get("num_layers") for source in pool.sources]
+    depth = next((depth for depth in depths if isinstance(depth, int)), None)
+    return LoraSpec(rank, specs[0].scale, specs[0].dropout, keys, layers).covering(pool.modules, depth)
 
 
 def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Module]:
@@ -107,18 +128,20 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):
         override = next((one for one in options.overrides if one.covers(name)), None)
+        own = resolved(options, override.parameters) if override else parameters
+        weights = (override.weights if override else ()) or options.weights or (1.0,) * len(factors)
         start = initial.pop(f"{name}.lora_a", None)
         yield Module(
             name=name,
             factors=factors,
             scales=scales,
-            weights=(override.weights if override else ()) or options.weights or (1.0,) * len(factors),
+            weights=weights if sums(method, own) or method.scales else brought_near_one(weights),
             key=_key(options.seed, name),
             importances=importance,
             initial_a=None if start is None else start.astype(mx.float32),
             grams=gram,
             survey=survey,
-            parameters=resolved(options, override.parameters) if override else parameters,
+            parameters=own,
         )
 
 
@@ -138,12 +161,17 @@ def _usual_rank(method: Method, pool: Pool) -> int:
     return sum(ranks) if method.rank == "sum" else max(ranks)
 
 
-def _check_weights(method: Method, options: MergeOptions, count: int) -> None:
-    for weights in (options.weights, *(override.weights for override in options.overrides)):
-        if weights and len(weights) != count:
+def _check_weights(method: Method, options: MergeOptions, parameters: Mapping[str, Any], count: int) -> None:
+    as_sum = sums(method, parameters)
+    for weights in filter(None, (options.weights, *(override.weights for override in options.overrides))):
+        if len(weights) != count:
             raise RsgwmError(f"{len(weights)} weights for {count} adapters; give one for each")
-        if weights and sum(weights) == 0 and not method.sums:
+        if not any(weights):
+            raise RsgwmError("merge options: every weight is zero, so nothing would be merged")
+        if cancel(weights) and not as_sum:
             raise RsgwmError(f"merge options: weights must not sum to zero, {options.method} is a mean")
+        if (as_sum or method.scales) and max(map(abs, weights)) > LARGEST_WEIGHT:
+            raise RsgwmError(f"merge options: weights must not be above {LARGEST_WEIGHT:g} for {options.method}")
 
 
 def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any]) -> None:
@@ -183,8 +211,9 @@ def _manifest(
             "overrides": [vars(override) | {"weights": list(override.weights)} for override in options.overrides],
             "rank": rank,
             "seed": options.seed,
+            "largest": options.largest,
             "sources": [source.describe() for source in pool.sources],
-            "warnings": list(pool.warnings),
+            "warnings": [*pool.warnings, *(warnings_of(found, options.weights) if found else ())],
             **({"diagnosis": found} if found else {}),
         },
         "versions": versions(),

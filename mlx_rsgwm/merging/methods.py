@@ -69,7 +69,9 @@ class Method:
 
     ``survey`` is a pass over the whole pool before it. ``needs``: importance, grams. ``rank``: of the result unless
     the user says, ``highest`` or ``sum`` of the sources'. ``sums``: weights are coefficients, not shares of a mean, so
-    they may sum to zero. ``check`` finds what is wrong with parameters together, each being in its range.
+    they may sum to zero; ``scales``: they multiply the updates, whatever is made of those. ``check`` finds what is
+    wrong with parameters together, each being in its range. ``remedy``: what to change when the result comes out too
+    small or too large.
     """
 
     merge: Callable[[Module], Factors | mx.array]
@@ -80,7 +82,9 @@ class Method:
     needs: tuple[str, ...] = ()
     rank: str = "highest"
     sums: bool = False
+    scales: bool = False
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
+    remedy: str = "leave out the adapter that opposes the others, give other weights, or use another method"
 
     def with_defaults(self, **defaults: Any) -> Mapping[str, Parameter]:
         """The same parameters with other defaults, for a preset."""
@@ -88,6 +92,10 @@ class Method:
             name: Parameter(**{**vars(parameter), "default": defaults.get(name, parameter.default)})
             for name, parameter in self.parameters.items()
         }
+
+
+MASK_REMEDY = "use the quantile scope 'tensor', the reference 'init', a lower tau or another method"
+SUM_REMEDY = "give other weights or another lambda, or use another method"
 
 
 def spaces(*allowed: str) -> Parameter:
@@ -116,6 +124,7 @@ _RSGWM = Method(
     },
     survey,
     needs=("importance",),
+    remedy=MASK_REMEDY,
 )
 
 
@@ -138,6 +147,7 @@ def _elementwise(row: task_vectors.Row) -> Method:
         {"space": spaces("product", "factor"), **parameters},
         sums=row.defaults.get("normalise") == "none",
         check=_check_elementwise,
+        remedy="use another density, or another method" if "density" in parameters else Method.remedy,
     )
 
 
@@ -156,6 +166,7 @@ def _peft(kind: str) -> Method:
         parameters,
         rank="sum" if kind == "cat" else "highest",
         sums=True,
+        remedy="give other weights, or use a method without peft:, which merges the products",
     )
 
 
@@ -169,6 +180,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             _RSGWM.with_defaults(signal="shared", scope="global", reference="zero", normalise="none"),
             survey,
             needs=("importance",),
+            remedy=MASK_REMEDY,
         ),
         "linear": Method(
             combine.linear,
@@ -182,6 +194,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Ilharco et al., 2023; mergekit task_arithmetic",
             {"lambda": LAMBDA},
             sums=True,
+            remedy=SUM_REMEDY,
         ),
         "norm_equalised": Method(
             combine.combination(combine.norm_equalised),
@@ -201,6 +214,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             {"lambda": LAMBDA},
             rank="sum",
             sums=True,
+            remedy=SUM_REMEDY,
         ),
         "slerp": Method(
             combine.combination(combine.slerp),
@@ -223,6 +237,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             combine.combination(combine.model_stock),
             "mean shrunk by the angle between the updates",
             "Jang et al., 2024; mergekit model_stock",
+            remedy="the adapters have too little in common for this method; use linear, ties or another",
         ),
         **{name: _elementwise(row) for name, row in task_vectors.FAMILY.items()},
         "fisher": Method(
@@ -254,6 +269,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "ridge": Parameter(1e-6, "times the mean of the diagonal, added to it", 0, 1),
             },
             needs=("grams",),
+            remedy="set a larger ridge (--set ridge=0.001), or collect the Gram matrices on more rows",
         ),
         "knots": Method(
             knots,
@@ -282,6 +298,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "restarts": Parameter(8, "of the clustering", 1, 1000, whole=True),
                 "iterations": Parameter(30, "of the clustering", 1, 1000, whole=True),
             },
+            scales=True,
         ),
         **{f"peft:{kind}": _peft(kind) for kind in peft_modes.TYPES},
     }
@@ -326,6 +343,13 @@ def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> 
         problems += method.check(found)
     raise_problems("merge options", problems)
     return found
+
+
+def sums(method: Method, parameters: Mapping[str, Any]) -> bool:
+    """Whether the method with these parameters sums by weight, so that the weights are not shares of a mean."""
+    if "lambda" in parameters and "normalise" in parameters:
+        return bool(parameters["normalise"] == "none")
+    return method.sums
 
 
 def _listed(choices: tuple[Any, ...]) -> str:

@@ -63,7 +63,7 @@ class Module:
     pair by pair; or empty when the method asked for none. ``initial_a``: the shared lora_a at initialisation, or None.
     ``grams``: T matrices XᵀX / n (in, in) of the module's inputs, or empty. ``survey``: what the method's pass over the
     whole pool found, or None. ``notes``: where a method leaves what the diagnosis should say (scalars or short vectors,
-    by name).
+    by name). ``objections``: where it leaves why it may have no answer here, and a bool scalar, true when it has none.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Module:
     survey: Any = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notes: dict[str, mx.array] = field(default_factory=dict)
+    objections: dict[str, mx.array] = field(default_factory=dict)
 
     @property
     def dense_updates(self) -> DenseUpdates:

@@ -10,7 +10,7 @@ import pytest
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.files import read_safetensors, write_safetensors
-from mlx_rsgwm.merging import diagnosis
+from mlx_rsgwm.merging import measure
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import METHODS, find_method, resolved
 from mlx_rsgwm.merging.options import MergeOptions, Override
@@ -44,12 +44,12 @@ def test_collapse_is_refused_with_the_reason(make_adapter):
 @pytest.mark.parametrize("stacked", [1, 8, 128])  # ranks in a stack: one adapter, some, all
 @pytest.mark.parametrize("count", [3, 17])  # few, so that products of pairs are taken; many, so that sums are
 def test_diagnosis_is_that_of_dense_products(make_adapter, monkeypatch, count, stacked):
-    monkeypatch.setattr(diagnosis, "STACKED_RANK", stacked)
+    monkeypatch.setattr(measure, "STACKED_RANK", stacked)
     taken = []
 
     def watch(name):
-        way = getattr(diagnosis, name)
-        monkeypatch.setattr(diagnosis, name, lambda updates: taken.append(name) or way(updates))
+        way = getattr(measure, name)
+        monkeypatch.setattr(measure, name, lambda updates: taken.append(name) or way(updates))
 
     watch("_squares_by_pairs")
     watch("_squares_by_sum")

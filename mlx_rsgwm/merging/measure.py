@@ -1,0 +1,204 @@
+"""Inner products of a module's merged update with its sources, while its factors are in memory: what a diagnosis needs.
+
+Nothing dense is formed but where that is cheaper; products are float32. On Linux's CPU NumPy takes them, by small
+products in a thread beside the merge: there MLX computes elementwise on one core, and thin products slowly.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rsgwm.cpu import applies
+from mlx_rsgwm.merging.lowrank import Truncated, cross, owner_matrix, stack
+from mlx_rsgwm.merging.module import Factors, Module
+
+# Updates are stacked for their inner products until their ranks reach this sum.
+STACKED_RANK = 128
+# OpenBLAS takes products of up to so many multiplications on one thread. Shorter ones than so many columns are slow.
+SINGLE_THREADED = 1 << 18
+SHORTEST_PRODUCT = 64
+
+# Of one module: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the sources‖²,
+# ``whole`` and ``discarded`` (before truncation, and lost by it), and the method's notes under note/.
+Row = Mapping[str, Any]
+
+
+def measured_beside(updates: Sequence[Factors], merged: Factors) -> bool:
+    """Whether :func:`inner_products` takes these, in a thread beside the merge, once all arrays are evaluated."""
+    return applies() and sum(one.rank for one in updates) + merged.rank <= STACKED_RANK
+
+
+def inner_products(updates: Sequence[Factors], merged: Factors) -> dict[str, Any]:
+    """A row's ``square``, ``squares``, ``dots`` and ``mean_square`` as numbers, from evaluated arrays."""
+    # Both sides as rows: ΔW's inner products are sums over (aᵢᵀaⱼ) ⊙ (bᵢbⱼᵀ), r × r each.
+    sides = [(np.array(one.a, copy=False).T, np.array(one.b, copy=False)) for one in (*updates, merged)]
+    products = np.empty((len(sides), len(sides)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for i, (a, b) in enumerate(sides):
+            for j, (other_a, other_b) in enumerate(sides[: i + 1]):
+                pieces = _rows_by_rows(a, other_a) * _rows_by_rows(b, other_b)
+                products[i, j] = products[j, i] = pieces.sum(dtype=np.float64)
+    return {
+        "square": float(products[-1, -1]),
+        "squares": np.diag(products)[:-1].tolist(),
+        "dots": products[-1, :-1].tolist(),
+        "mean_square": float(products[:-1, :-1].sum()) / len(updates) ** 2,
+    }
+
+
+def _rows_by_rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """first @ second.T of (r₁, n) and (r₂, n), in products so small that BLAS takes each on the thread that asks.
+
+    More threads than that would spin beside a merge that has the other cores.
+    """
+    step = max(SHORTEST_PRODUCT, SINGLE_THREADED // (len(first) * len(second)))
+    total = first[:, :step] @ second[:, :step].T
+    for start in range(step, first.shape[1], step):
+        total += first[:, start : start + step] @ second[:, start : start + step].T
+    return total
+
+
+def measure(updates: Sequence[Factors], merged: Factors) -> dict[str, mx.array]:
+    """The same as arrays, not yet evaluated, of whatever number and ranks. Time is linear in T."""
+    if sum(one.rank for one in updates) + merged.rank <= STACKED_RANK:
+        stacked = stack((*updates, merged))
+        pieces, own = _products(stacked, stacked), merged.rank
+        owners = owner_matrix(tuple(one.rank for one in updates))
+        # Sources apart from the result: where that is not finite, they may well be.
+        sources = pieces[:-own, :-own]
+        squares, square_of_sum = ((sources @ owners) * owners).sum(axis=0), sources.sum()
+        square, dots = pieces[-own:, -own:].sum(), pieces[-own:, :-own].sum(axis=0) @ owners
+    else:
+        squares, square_of_sum = _squares(updates)
+        square, dots = cross(merged, merged), _dots(merged, updates)
+    return {"square": square, "squares": squares, "dots": dots, "mean_square": square_of_sum / len(updates) ** 2}
+
+
+Job = tuple[str, tuple[Factors, ...], Factors]
+
+
+@dataclass
+class Batch:
+    """Modules that are evaluated together: ``arrays`` to evaluate, and the ``jobs`` that can be measured thereafter.
+
+    ``entries`` of the updates ΔW and ``held`` entries of the adapters' factors, so far.
+    """
+
+    arrays: list[Any] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    entries: int = 0
+    held: int = 0
+
+    def diagnose(self, module: Module, merged: Truncated) -> dict[str, Any]:
+        """A :data:`Row`, of which :class:`Measuring` fills in the inner products where it takes them."""
+        row: dict[str, Any] = {f"note/{name}": value for name, value in module.notes.items()}
+        row |= {"whole": merged.square, "discarded": merged.discarded}
+        if measured_beside(module.factors, merged.factors):
+            self.jobs.append((module.name, module.factors, merged.factors))
+            self.arrays += [part for one in (*module.factors, merged.factors) for part in (one.a, one.b)]
+        else:
+            row |= measure(module.factors, merged.factors)
+        self.arrays.append(dict(row))
+        return row
+
+
+class Measuring:
+    """Inner products taken beside the merge, into the ``rows`` of a diagnosis; all are there when the block ends.
+
+    When a batch comes and the last is not done, who brings it lends a hand first: no more factors are held than those
+    of two batches.
+    """
+
+    def __init__(self, rows: Mapping[str, dict[str, Any]]) -> None:
+        self._rows = rows
+        self._jobs: deque[Job] = deque()
+        self._worker = ThreadPoolExecutor(1)
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> Measuring:
+        return self
+
+    def start(self, jobs: Sequence[Job]) -> None:
+        """Measure, in turn, modules whose arrays are evaluated."""
+        self._finish()
+        self._jobs.extend(jobs)
+        self._running = self._worker.submit(self._measure)
+
+    def _measure(self) -> None:
+        with suppress(IndexError):  # the other thread took the last
+            while True:
+                name, updates, merged = self._jobs.popleft()
+                self._rows[name].update(inner_products(updates, merged))
+
+    def _finish(self) -> None:
+        self._measure()
+        if self._running is not None:
+            self._running.result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        self._jobs.clear()
+        self._worker.shutdown()
+
+
+def _squares(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
+    """‖ΔW_t‖² of every update, (T,), and ‖Σ_t ΔW_t‖², by whichever takes less time."""
+    rows, columns = updates[0].a.shape[0], updates[0].b.shape[1]
+    # Of a sum every product is taken; a pair is taken once, but the later of its stacks is made anew.
+    if sum(one.rank for one in updates) * (rows + columns) < 3 * rows * columns:
+        return _squares_by_pairs(updates)
+    return _squares_by_sum(updates)
+
+
+def _squares_by_pairs(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
+    squares, whole = [], mx.array(0.0)
+    for index, (some, owners) in enumerate(_stacks(updates)):
+        products = _products(some, some)
+        squares.append(((products @ owners) * owners).sum(axis=0))
+        whole = whole + products.sum()
+        for later, _ in islice(_stacks(updates), index + 1, None):
+            whole = whole + 2 * _products(some, later).sum()
+            mx.eval(whole)  # before the next stack is made
+    return mx.concatenate(squares), whole
+
+
+def _squares_by_sum(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
+    squares, total = [], mx.zeros((updates[0].a.shape[0], updates[0].b.shape[1]))
+    for some, owners in _stacks(updates):
+        squares.append(((_products(some, some) @ owners) * owners).sum(axis=0))
+        total = mx.addmm(total, some.a, some.b)
+        mx.eval(squares, total)  # before the next stack is made
+    flat = total.reshape(-1)
+    return mx.concatenate(squares), flat @ flat
+
+
+def _dots(merged: Factors, updates: Sequence[Factors]) -> mx.array:
+    """(T,): inner products of the merged update with every other."""
+    dots = mx.zeros((0,))
+    for some, owners in _stacks(updates):
+        mx.eval(dots)  # before the next stack is made
+        dots = mx.concatenate([dots, _products(merged, some).sum(axis=0) @ owners])
+    return dots
+
+
+def _stacks(updates: Sequence[Factors]) -> Iterator[tuple[Factors, mx.array]]:
+    """Some updates after the others stacked, so that never all are in memory twice, with their owner matrix."""
+    step = max(1, STACKED_RANK // max(one.rank for one in updates))
+    for start in range(0, len(updates), step):
+        some = updates[start : start + step]
+        yield stack(some), owner_matrix(tuple(one.rank for one in some))
+
+
+def _products(first: Factors, second: Factors) -> mx.array:
+    """(r₁, r₂): inner products of the rank-1 parts of one update with those of the other."""
+    return (first.a.T @ second.a) * (first.b @ second.b.T)
