@@ -66,14 +66,14 @@ def merge(
       rsgwm merge pool/* --method karcher --dry-run
       rsgwm merge --list
     """
+    if list_methods:
+        _list(console)
+        return
     from mlx_rsgwm.adapter import is_complete
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.merging.merge import merge as merge_adapters
     from mlx_rsgwm.merging.options import MergeOptions
 
-    if list_methods:
-        _list(console)
-        return
     if not adapters:
         raise RsgwmError("no adapters given; name at least two adapter folders, or use --list")
     if out is None and not dry_run:

@@ -17,6 +17,7 @@ FOUNDATIONS = {
     "files",
     "json_lines",
     "progress",
+    "adapter_keys",
     "spec",
     "adapter",
     "model_folder",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.cpu import ones_where, order_statistics
 
@@ -13,8 +13,9 @@ SCOPES = ("tensor", "factor", "module", "global")
 NORMALISATIONS = ("norm", "mean", "none", "rank")
 
 # The histogram of a pool-wide quantile in product space: a float's upper 20 bits below the sign, eight of exponent and
-# twelve of fraction, so a bin is at most 2^-12 of its value wide.
+# twelve of fraction. The other bits, inside a bin.
 BIN_BITS = 20
+FINE_BITS = 31 - BIN_BITS
 
 
 def quantile(values: mx.array, tau: float) -> mx.array:
@@ -28,27 +29,54 @@ def quantile(values: mx.array, tau: float) -> mx.array:
     return below + (above - below) * (position - low)
 
 
-@dataclass(frozen=True)
 class Histogram:
-    """Counts of non-negative float32 values by their leading bits: a quantile of more values than fit in memory."""
+    """Counts of non-negative float32 values by their leading bits: a quantile of more values than fit in memory.
 
-    counts: mx.array
+    The leading bits say in which bin a quantile lies; a second walk over the values counts the other bits inside it,
+    and that is all there is to know of a float: the quantile is exact.
+    """
 
-    @classmethod
-    def empty(cls) -> Histogram:
-        return cls(mx.zeros((1 << BIN_BITS,), dtype=mx.int32))
+    def __init__(self) -> None:
+        self._counts = np.zeros(1 << BIN_BITS, dtype=np.int64)  # a pool may have more entries than 32 bits count
 
-    def add(self, values: mx.array) -> Histogram:
-        """With the entries of ``values`` (≥ 0, any shape) counted in."""
-        bins = (values.astype(mx.float32).reshape(-1).view(mx.uint32) >> (31 - BIN_BITS)).astype(mx.int32)
-        return Histogram(self.counts.at[bins].add(1))
+    def add(self, values: mx.array) -> None:
+        """Count in the entries of ``values`` (≥ 0, any shape)."""
+        self._counts += _counted(_bits(values) >> FINE_BITS, 1 << BIN_BITS)
 
-    def quantile(self, tau: float) -> mx.array:
-        """The lower edge of the bin in which the ``tau``-quantile lies: at most 2^-12 of it too low."""
-        below = mx.cumsum(self.counts)
-        total = below[-1].astype(mx.float32)
-        index = mx.argmax(below > tau * (total - 1))
-        return (index.astype(mx.uint32) << (31 - BIN_BITS)).view(mx.float32)
+    def quantile(self, again: Iterable[mx.array], tau: float) -> mx.array:
+        """The ``tau``-quantile of all values, as :func:`quantile` of them together; ``again`` are the same values."""
+        ends = np.cumsum(self._counts)
+        position = tau * (int(ends[-1]) - 1)
+        low = int(position)
+        places = (low, min(low + 1, int(ends[-1]) - 1))
+        bins = [int(np.searchsorted(ends, place, side="right")) for place in places]
+        inside = {one: np.zeros(1 << FINE_BITS, dtype=np.int64) for one in bins}
+        for values in again:
+            bits = _bits(values)
+            for one, counts in inside.items():
+                outside = mx.array(1 << FINE_BITS, dtype=mx.uint32)
+                fine = mx.where(bits >> FINE_BITS == one, bits & ((1 << FINE_BITS) - 1), outside)
+                counts += _counted(fine, (1 << FINE_BITS) + 1)[:-1]
+        below, above = (
+            _value(
+                one, int(np.searchsorted(np.cumsum(inside[one]), place - (ends[one - 1] if one else 0), side="right"))
+            )
+            for place, one in zip(places, bins, strict=True)
+        )
+        return below + (above - below) * (position - low)
+
+
+def _bits(values: mx.array) -> mx.array:
+    return values.astype(mx.float32).reshape(-1).view(mx.uint32)
+
+
+def _counted(places: mx.array, size: int) -> np.ndarray:
+    counts = mx.zeros((size,), dtype=mx.int32).at[places.astype(mx.int32)].add(1)
+    return np.array(counts)
+
+
+def _value(leading: int, fine: int) -> mx.array:
+    return mx.array(leading << FINE_BITS | fine, dtype=mx.uint32).view(mx.float32)
 
 
 def ranks(values: mx.array) -> mx.array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,16 +80,24 @@ def _pooled_thresholds(arrays: Mapping[str, mx.array], parameters: Mapping[str, 
 def _survey_products(
     pool: Pool, index: int, parameters: Mapping[str, Any], wide: bool
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    alone = Pool((pool.sources[index],), ())
-    total, count, histogram = mx.array(0.0), 0, Histogram.empty()
-    for (_, (factors,)), (pair,) in zip(alone.updates(), alone.importances(parameters["signal"]), strict=True):
-        importance = product_importance(factors, pair, alone.sources[0].spec.scale)
+    total, count, histogram = mx.array(0.0), 0, Histogram()
+    for importance in _product_importances(pool, index, parameters["signal"]):
         total, count = total + importance.sum(), count + importance.size
         if wide:
-            histogram = histogram.add(importance)
-        mx.eval(total, histogram.counts)
+            histogram.add(importance)
+        mx.eval(total)
     mean = mx.maximum(total / max(count, 1), 1e-30)
-    return mean, {"product": histogram.quantile(parameters["tau"])} if wide else {}
+    if not wide:
+        return mean, {}
+    again = _product_importances(pool, index, parameters["signal"])
+    return mean, {"product": histogram.quantile(again, parameters["tau"])}
+
+
+def _product_importances(pool: Pool, index: int, signal: str) -> Iterator[mx.array]:
+    """S of every module of one adapter, in turn."""
+    alone = Pool((pool.sources[index],), ())
+    for (_, (factors,)), (pair,) in zip(alone.updates(), alone.importances(signal), strict=True):
+        yield product_importance(factors, pair, alone.sources[0].spec.scale)
 
 
 def product_importance(factors: Factors, importance: tuple[mx.array, mx.array], scale: float) -> mx.array:

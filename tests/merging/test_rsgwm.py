@@ -8,7 +8,10 @@ from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging.masks import Histogram, mean_of, quantile, ranks
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import resolved
+from mlx_rsgwm.merging.module import Factors
 from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.rsgwm import product_importance, survey
 
 
 def double(array):
@@ -161,12 +164,44 @@ def test_quantile_is_numpys(tau, size):
     assert quantile(mx.array(values), tau).item() == pytest.approx(np.quantile(values, tau), abs=1e-6)
 
 
-@pytest.mark.parametrize("tau", [0.05, 0.5, 0.95])
-def test_histogram_quantile_is_within_its_bin(tau):
-    values = np.random.default_rng(3).lognormal(sigma=3, size=20_000).astype(np.float32)
-    histogram = Histogram.empty().add(mx.array(values[:7000])).add(mx.array(values[7000:]))
-    expected = np.quantile(values, tau, method="lower")
-    assert expected * (1 - 2**-12) <= histogram.quantile(tau).item() <= expected
+VALUES = {
+    "spread": lambda rng, size: rng.lognormal(sigma=3, size=size),
+    "one bin": lambda rng, size: 1 + rng.integers(0, 50, size) * 2.0**-23,
+    "mostly zero": lambda rng, size: rng.lognormal(size=size) * (rng.random(size) > 0.9),
+    "zero": lambda rng, size: np.zeros(size),
+    "denormal": lambda rng, size: rng.random(size) * 1e-39,
+    "few": lambda rng, size: rng.integers(1, 4, size) / 7,
+}
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("size", [1, 2, 3, 5000])
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_streamed_quantile_is_that_of_everything(kind, size, tau):
+    values = VALUES[kind](np.random.default_rng(3), size).astype(np.float32)
+    parts = [mx.array(part) for part in np.array_split(values, 3) if part.size]
+    histogram = Histogram()
+    for part in parts:
+        histogram.add(part)
+    found = histogram.quantile(iter(parts), tau).item()
+    assert found == quantile(mx.array(values), tau).item()
+    assert found == pytest.approx(np.quantile(values.astype(np.float64), tau), rel=1e-6, abs=1e-44)
+
+
+@pytest.mark.parametrize("scope", ["global", "factor"])
+@pytest.mark.parametrize("tau", [0.3, 0.5, 0.9])
+def test_in_product_space_a_pool_wide_quantile_is_exact(make_adapter, scope, tau):
+    adapters = [make_adapter(seed) for seed in range(2)]
+    options = MergeOptions(parameters={"space": "product", "scope": scope, "tau": tau})
+    taken = survey(Pool.open(adapters), resolved(options))
+    for adapter, thresholds in zip(adapters, taken.thresholds, strict=True):
+        importance, scale = adapter.importance_of("draft"), adapter.spec.scale
+        everything = [
+            product_importance(Factors(a, b * scale), (importance[f"{m}.lora_a"], importance[f"{m}.lora_b"]), scale)
+            for m, a, b in adapter.factors()
+        ]
+        together = mx.concatenate([value.reshape(-1) for value in everything])
+        assert thresholds["product"].item() == quantile(together, tau).item()
 
 
 def test_normalisations_remove_a_tasks_scale(make_adapter):
