@@ -35,7 +35,7 @@ demo: $(VENV)/.demo openblas  ## set up everything, then data, pool, merge, eval
 	$(RUN) $(BIN)/rsgwm demo --out runs/demo
 
 test: $(VENV)/.test openblas  ## set up everything and run the tests
-	$(RUN) $(BIN)/python -m pytest -m "not slow"
+	RSGWM_ALL_PEERS=1 $(RUN) $(BIN)/python -m pytest -m "not slow"
 
 slow: $(VENV)/.test openblas  ## run the long proofs
 	$(RUN) $(BIN)/python -m pytest -m slow

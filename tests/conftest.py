@@ -4,15 +4,41 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 CPU_STREAMS = (repr(mx.cpu), repr(mx.Device(mx.cpu)), repr(mx.default_stream(mx.cpu)))
 LINALG = ("svd", "qr", "inv", "tri_inv", "cholesky", "cholesky_inv", "eigh", "eigvalsh", "eig", "eigvals", "pinv", "lu",
           "lu_factor", "solve", "solve_triangular")  # fmt: skip
+
+
+def missing_requirements(extra: str) -> list[str]:
+    """Distributions that an extra of this package asks for here and that are not installed."""
+    extras, missing = {extra}, set()
+    for _ in range(3):  # an extra may name others of this package
+        for text in metadata.requires("mlx-rsgwm") or ():
+            wanted = Requirement(text)
+            if wanted.marker is None or not any(wanted.marker.evaluate({"extra": name}) for name in extras):
+                continue
+            if wanted.name == "mlx-rsgwm":
+                extras |= wanted.extras
+                continue
+            try:
+                metadata.version(wanted.name)
+            except metadata.PackageNotFoundError:
+                missing.add(wanted.name)
+    return sorted(missing)
+
+
+def pytest_configure(config):
+    """`make test` and .ci/run compare with every peer: there a missing one is an error, elsewhere its tests skip."""
+    if os.environ.get("RSGWM_ALL_PEERS") and (missing := missing_requirements("test")):
+        raise pytest.UsageError(f"peers to compare with are missing: {', '.join(missing)}; pip install -e '.[test]'")
 
 
 @pytest.fixture(autouse=True)
