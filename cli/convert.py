@@ -61,8 +61,11 @@ def convert_to_peft(
 @click.option("--base", required=True, help="Base model: Hub id, folder, .gguf file or smollm2-135m.")
 @click.option("--verify", is_flag=True, help=VERIFY)
 @click.option("--strict", is_flag=True, help="Refuse what PEFT only warns of: selected modules without arrays.")
+@click.option("--language-only", is_flag=True, help="Leave out what was trained of a tower for images or sound.")
 @common_options
-def convert_from_peft(console: Console, folder: Path, out: Path, base: str, verify: bool, strict: bool) -> None:
+def convert_from_peft(
+    console: Console, folder: Path, out: Path, base: str, verify: bool, strict: bool, language_only: bool
+) -> None:
     """Write the PEFT adapter in FOLDER, or every one below it, to the new folder OUT as mlx-lm loads it.
 
     What PEFT ignores or warns of is told in notes.
@@ -74,6 +77,7 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
     from mlx_rsgwm.converters import peft
     from mlx_rsgwm.converters.base_layers import read_base_layers
     from mlx_rsgwm.converters.bulk import adapter_folders, from_peft_verified, is_peft
+    from mlx_rsgwm.converters.peft_read import Reading
 
     if is_peft(folder) or not adapter_folders(folder, is_peft):
         peft.require_empty(out)
@@ -81,7 +85,8 @@ def convert_from_peft(console: Console, folder: Path, out: Path, base: str, veri
     layers = read_base_layers(base, resolve_base(base, console.progress))
 
     def one(source: Path, target: Path) -> Converted:
-        return (from_peft_verified if verify else peft.convert_from_peft)(source, layers, target, strict)
+        reading = Reading(strict=strict, language_only=language_only)
+        return (from_peft_verified if verify else peft.convert_from_peft)(source, layers, target, reading)
 
     _run(console, folder, out, is_peft, is_complete, one, "adapter")
 

@@ -53,8 +53,10 @@ def fuse(
     result = fuse_adapter(
         adapter, name, out, target=target, min_share=min_share, force=force, progress=console.progress
     )
+    replaced = f", {result['replaced']} parameters replaced" if result["replaced"] else ""
     console.line(
-        f"{out}: {result['modules']} modules of {name} fused, {result['share']:.1%} of their updates survive; "
+        f"{out}: {result['modules']} modules of {name} fused{replaced}, {result['share']:.1%} of their updates "
+        "survive; "
         f"{result['logit_share']:.1%} of the effect on logits, which are off by at most {result['max_abs_logit']:.1e}"
     )
     console.result(result)

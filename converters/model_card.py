@@ -14,6 +14,12 @@ METRICS = {
     "false_accept_rate": "False-accept rate",
 }
 
+# Models of mlx-lm that transformers' AutoModelForCausalLM does not load, for they have eyes too.
+IMAGE_TEXT = (
+    *("kimi_k25", "lfm2_vl", "llava", "minimax_m3_vl", "mistral3", "mistral4", "muse_glimmer", "muse_spark"),
+    *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
+)
+
 
 def model_card(
     repo: str,
@@ -54,7 +60,7 @@ def model_card(
         *_origin(manifest),
         *_metrics(report),
         *_proof(certificate),
-        _usage(repo, base, mlx_folder),
+        _usage(repo, base, (manifest.get("base") or {}).get("model_type"), mlx_folder),
         f"## Licence\n\n{licence}. The base model has its own.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -117,13 +123,14 @@ def _proof(certificate: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _usage(repo: str, base: str, mlx_folder: str | None) -> str:
+def _usage(repo: str, base: str, model_type: str | None, mlx_folder: str | None) -> str:
+    loader = "AutoModelForImageTextToText" if model_type in IMAGE_TEXT else "AutoModelForCausalLM"
     torch = (
         "```python\n"
         "from peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import {loader}, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{base}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f'model = {loader}.from_pretrained("{base}")\n'
         f'model = PeftModel.from_pretrained(model, "{repo}")\n'
         "```"
     )

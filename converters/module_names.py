@@ -21,7 +21,7 @@ INPUT_OUTPUT = (
     (r"block_sparse_moe\.output_linear\.weight", "block_sparse_moe.experts.down_proj"),
     (r"block_sparse_moe\.router\.layer\.weight", "block_sparse_moe.router.weight"),
 )
-LLAVA = ((r"^language_model\.lm_head", "lm_head"), (r"^language_model\.", "model.language_model."))
+LLAVA = ((r"^language_model\.lm_head", "lm_head"), (r"^language_model\.(?:model\.)?", "model.language_model."))
 RENAMED: dict[str, tuple[tuple[str, str], ...]] = {
     "mixtral": BLOCK_SPARSE,
     "minimax": BLOCK_SPARSE,

@@ -30,7 +30,7 @@ from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trac
 from mlx_rsgwm.converters.parity_verdict import NOISE, compare, compare_continuations, first_difference
 from mlx_rsgwm.converters.peft import to_peft
 from mlx_rsgwm.converters.peft_folder import open_peft
-from mlx_rsgwm.converters.peft_names import is_embedding
+from mlx_rsgwm.converters.peft_names import is_embedding, is_other_tower
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.progress import SILENT, Progress
 
@@ -184,11 +184,9 @@ def torch_device(name: str) -> str:
 def load_torch_base(path: Path, device: str, dtype: str, attention: str = "eager") -> Any:
     """The base in ``path`` as transformers loads it, in evaluation mode; nothing is fetched or executed."""
     torch = import_torch()
-    from transformers import AutoModelForCausalLM
-
     with _quiet_transformers():
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = _torch_class(path).from_pretrained(
                 str(path),
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
@@ -199,6 +197,18 @@ def load_torch_base(path: Path, device: str, dtype: str, attention: str = "eager
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RsgwmError(f"transformers cannot load the base model in {path}: {reason}") from error
     return model.to(device).eval()
+
+
+def _torch_class(path: Path) -> Any:
+    """The class that loads a base: a causal language model's, where transformers has one for it, else its own."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    own = getattr(transformers, str((config.architectures or [""])[0]), None)
+    return own if own is not None else transformers.AutoModelForCausalLM  # which says what it does not know
 
 
 def apply_peft(model: Any, peft_folder: Path, widen: bool) -> Any:
@@ -301,7 +311,11 @@ def _block_states(model: Any, device: str, tokens: Sequence[int]) -> list[np.nda
     import torch
 
     depth = model.config.get_text_config().num_hidden_layers
-    stacks = [m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    stacks = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth and not is_other_tower(name)
+    ]
     states: list[np.ndarray] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:

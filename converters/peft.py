@@ -137,16 +137,16 @@ def from_peft_on(folder: Path, base_name: str, progress: Progress = SILENT) -> A
     return _evaluated(_read_on(folder, read_base_layers(base_name, resolve_base(base_name, progress))))
 
 
-def convert_from_peft(folder: Path, base: BaseLayers, out: Path, strict: bool = False) -> Converted:
+def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Reading | None = None) -> Converted:
     """Write the PEFT adapter in ``folder``, of any size, to ``out`` as mlx-lm loads it, one array at a time.
 
-    ``strict`` refuses what PEFT only warns of: modules that are selected and have no arrays.
+    ``reading`` says how, and is told what to say afterwards.
 
     Raises:
         As :func:`from_peft_on`; ``out`` is not empty or cannot be written.
     """
     require_empty(out)
-    reading = Reading(strict)
+    reading = reading or Reading()
     adapter = _read_on(folder, base, reading)
     if adapter.full:
         names = ", ".join(list(adapter.full)[:3]) + (" …" if len(adapter.full) > 3 else "")

@@ -8,6 +8,9 @@ from typing import NamedTuple
 PREFIX = "base_model.model."
 SAVED = ".saved"  # ends the name of an array that is kept because PEFT's file holds it with the base's own values
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
+OTHER_TOWERS = re.compile(
+    r"(?:^|\.)(?:\w*(?:vision|visual|image|audio|projector|multi_?modal)\w*|connector|aligner|merger|mm_\w+)(?:\.|$)"
+)
 BLOCK_MODULE = re.compile(r"(?P<stem>(?:.+\.)?(?:layers|h))\.(?P<layer>\d+)\.(?P<key>.+)")
 LEAVES = {  # in PEFT's files, after the module's name: what we call it
     "lora_A.weight": "a",
@@ -91,6 +94,11 @@ def model_order(module: str) -> tuple[int, int, str]:
     if layer is not None:
         return 1, layer, key_of(module)
     return (0 if module.rpartition(".")[2] in EMBEDDINGS else 2), 0, module
+
+
+def is_other_tower(module: str) -> bool:
+    """Whether a module of a model of images or sound is outside of its language model, by the names they go by."""
+    return OTHER_TOWERS.search(module) is not None
 
 
 def is_embedding(module: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, SWITCH, Names
 from mlx_rsgwm.converters.peft_config import config_notes, config_problems, is_head, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
 from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
-from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, key_of, layer_of, model_order
+from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, is_other_tower, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft_sidecar import Sidecar, read_sidecar, restore
 from mlx_rsgwm.converters.peft_uniform import (
     NAMES,
@@ -55,10 +56,16 @@ class Layout:
 
 @dataclass
 class Reading:
-    """How a folder is read. ``strict``: refuse what PEFT would only warn of. ``notes``: what the user is told after."""
+    """How a folder is read.
+
+    ``strict``: refuse what PEFT would only warn of. ``language_only``: leave out what is of a tower for images or
+    sound. ``notes``: what the user is told after. ``left_out``: modules left out, as transformers calls them.
+    """
 
     strict: bool = False
+    language_only: bool = False
     notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def read_peft(
@@ -87,6 +94,8 @@ def read_peft(
         raise_problems(str(folder.path), problems + found, AdapterError)
     sidecar = read_sidecar(folder.path, config, folder.sha256)
     layout = Layout()
+    if base is not None:
+        found += _other_towers(groups, base, reading)
     names = base.names if base is not None else Names((described or {}).get("model_type"))
     updates, wrong = build_updates(groups, config, sidecar, layout, names)
     found += wrong + _depth_problems(updates, groups, described)
@@ -109,9 +118,37 @@ def read_peft(
         adapter = restore(adapter, sidecar)
         _require_same_base(adapter, described)
     if not adapter.manifest:
-        adapter.manifest = _manifest(folder, adapter, metadata, layout, described)
+        adapter.manifest = _manifest(folder, adapter, metadata, layout, described, reading.left_out)
     raise_problems(str(folder.path), adapter.shape_problems(), AdapterError)
     return adapter
+
+
+def _other_towers(groups: Groups, base: BaseLayers, reading: Reading) -> list[str]:
+    """Take what is trained outside of the language model out of ``groups``; a problem unless that was asked for."""
+    present = {name.rpartition(".")[0] for name in base.parameters}
+    tables: tuple[dict[str, Any], ...] = (groups.pairs, groups.embeddings, groups.magnitudes, groups.copies)
+    modules = {module: module for table in tables for module in table}
+    modules |= {name: name.rpartition(".")[0] for name in groups.whole}
+    outside = {
+        name: module
+        for name, module in modules.items()
+        if is_other_tower(module) and base.names.mlx_module(module) not in present
+    }
+    if not outside:
+        return []
+    for table in (*tables, groups.whole):
+        for name in outside.keys() & table.keys():
+            del table[name]
+    reading.left_out += dict.fromkeys(outside.values())
+    count = len(reading.left_out)
+    shown = ", ".join(reading.left_out[:2]) + (f" and {count - 2} more" if count > 2 else "")
+    if not reading.language_only:
+        return [
+            f"it also trains the tower for images or sound, which mlx-lm has not ({shown}); "
+            "--language-only converts the language model's part"
+        ]
+    reading.notes.append(f"left out, for mlx-lm has the language model alone: {shown}")
+    return []
 
 
 def early_problems(folder: PeftFolder) -> list[str]:
@@ -551,6 +588,7 @@ def _manifest(
     metadata: Mapping[str, str],
     layout: Layout,
     described: Mapping[str, Any] | None,
+    left_out: list[str],
 ) -> dict[str, Any]:
     named = {"name": folder.config.get("base_model_name_or_path"), "fingerprint": None}
     return {
@@ -558,13 +596,24 @@ def _manifest(
         "base": dict(described) if described is not None else named,
         "source": {
             "format": "peft",
-            "config": dict(folder.config),
+            "config": _without(folder.config, left_out),
             "metadata": dict(metadata),
             "modules": len(adapter.modules()),
             "layout": layout.to_json(),
+            **({"left_out": left_out} if left_out else {}),
         },
         "versions": versions(),
     }
+
+
+def _without(config: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
+    """PEFT's configuration for what remains of an adapter: the modules left out are excluded by name."""
+    if not left_out:
+        return dict(config)
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        return {**config, "exclude_modules": "|".join([f"(?:{excluded})", *map(re.escape, left_out)])}
+    return {**config, "exclude_modules": [*excluded, *left_out]}
 
 
 def _require_same_base(adapter: Adapter, base: Mapping[str, Any] | None) -> None:

@@ -54,6 +54,8 @@ class PeftForm:
 
 def unconvertible(adapter: Adapter) -> list[str]:
     """Every reason why an adapter has no PEFT form."""
+    if adapter.spec.is_full:
+        return ["it is a full fine-tune, which PEFT has no form for; make a model of it (rsgwm fuse)"]
     problems = []
     dora = adapter.spec.fine_tune_type == "dora"
     known = (adapter.manifest.get("base") or {}).get("model_type") is not None

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm import files
-from mlx_rsgwm.adapter import CONFIG_FILE, KEPT_FILE, WEIGHTS_FILE
+from mlx_rsgwm.adapter import CONFIG_FILE, KEPT_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, Names
 from mlx_rsgwm.converters.peft_folder import PeftFolder, open_peft
 from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, model_order, parse_name
@@ -81,6 +81,10 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
         ours_name = names.mlx_parameters(name)[0]
         if ours_name in their_rest and their_rest[ours_name].same_bits(kept[f"{name}{SAVED}"]):
             del their_rest[ours_name]
+    manifest = files.read_json_object(adapter / MANIFEST_FILE) if (adapter / MANIFEST_FILE).is_file() else {}
+    for module in (manifest.get("source") or {}).get("left_out") or ():  # --language-only says so when it converts
+        theirs.pop(names.mlx_module(module), None)
+        their_rest = {name: one for name, one in their_rest.items() if name.rpartition(".")[0] != module}
     _untie(theirs, their_rest, ours, our_rest)
     found = []
     for module in sorted(theirs.keys() | ours.keys(), key=model_order):

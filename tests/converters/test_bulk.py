@@ -103,7 +103,7 @@ def test_a_result_that_fails_the_proof_is_removed(pool, tiny_base, tmp_path, mon
     to_peft_verified(pool / "one", None, tmp_path / "peft")
     real = bulk.convert_from_peft
 
-    def faulty(folder, base, out, strict=False):
+    def faulty(folder, base, out, reading=None):
         converted = real(folder, base, out)
         adapter = Adapter.load(out)
         name = "model.layers.1.self_attn.q_proj.lora_b"

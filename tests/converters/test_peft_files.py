@@ -250,3 +250,111 @@ def test_what_was_trained_of_the_saved_modules_still_counts(bases, tmp_path):
     assert result.exit_code == 0, result.output
     assert list(Adapter.load(out).full) == ["lm_head.weight"]
     assert "replaces parameters of the base (lm_head.weight), which only rsgwm fuse can apply" in result.output
+
+
+# --- models of images and text ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mistral3(tmp_path_factory, byte_level):
+    folder = tmp_path_factory.mktemp("bases") / "mistral3"
+    text = {**SIZES, "rope_theta": 1e4, "model_type": "mistral", "sliding_window": None}
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
+    vision |= {"image_size": 28, "patch_size": 14, "model_type": "pixtral", "head_dim": 8}
+    torch.manual_seed(5)
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=vision, image_token_index=90, tie_word_embeddings=False
+    )
+    transformers.Mistral3ForConditionalGeneration(config).float().save_pretrained(folder)
+    byte_level(folder)
+    return folder
+
+
+def vision_model(folder):
+    return transformers.AutoModelForImageTextToText.from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def test_parity_loads_a_wrapped_base_by_its_own_class(mistral3, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules[__name__], "torch_base", vision_model)
+    expected = make(mistral3, tmp_path / "adapter", target_modules=r".*language_model.*(q_proj|down_proj)")
+    result, out = convert(tmp_path / "adapter", mistral3, "--verify")
+    assert result.exit_code == 0, result.output
+    assert largest(mlx_logits(mistral3, out), expected) < 1e-4
+    parity = CliRunner().invoke(rsgwm, ["parity", str(out), "--base", str(mistral3), "--quiet"])
+    assert parity.exit_code == 0, parity.output
+    assert "passed" in parity.output
+    adapter = Adapter.load(out)
+    adapter.manifest.pop("source")  # as trained here: names come from the base, not from the file it came in
+    adapter.save(tmp_path / "own")
+    own = CliRunner().invoke(rsgwm, ["parity", str(tmp_path / "own"), "--base", str(mistral3), "--quiet"])
+    assert own.exit_code == 0, own.output
+
+
+def test_the_language_part_of_an_adapter_that_also_trains_the_tower(mistral3, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules[__name__], "torch_base", vision_model)
+    expected = make(mistral3, tmp_path / "adapter", target_modules="all-linear")  # text alone never runs the tower
+    refused, out = convert(tmp_path / "adapter", mistral3)
+    assert refused.exit_code == 2
+    assert "also trains the tower for images or sound" in refused.stderr
+    assert "--language-only converts the language model's part" in refused.stderr
+    assert not out.exists()
+    result, out = convert(tmp_path / "adapter", mistral3, "--language-only", "--verify")
+    assert result.exit_code == 0, result.output
+    assert "left out, for mlx-lm has the language model alone: model." in result.output
+    assert "14 modules" in result.output
+    assert largest(mlx_logits(mistral3, out), expected) < 1e-4
+    back = CliRunner().invoke(rsgwm, ["convert", "to-peft", str(out), str(tmp_path / "back"), "--base", str(mistral3)])
+    assert back.exit_code == 0, back.output
+    model = peft.PeftModel.from_pretrained(vision_model(mistral3), str(tmp_path / "back"))
+    assert not any("lora_" in name for name, _ in model.named_parameters() if "vision" in name or "projector" in name)
+    assert largest(torch_logits(model), expected) < 1e-5
+
+
+def test_the_card_names_the_class_that_loads_the_base():
+    """For every model type of mlx-lm, against transformers' own tables."""
+    import pkgutil
+
+    import mlx_lm.models
+    from mlx_lm.utils import MODEL_REMAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    from mlx_rsgwm.converters.model_card import IMAGE_TEXT, model_card
+
+    types = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)} | set(MODEL_REMAPPING)
+    causal, image = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    assert {name for name in types if name in image and name not in causal} <= set(IMAGE_TEXT)
+    assert not set(IMAGE_TEXT) & set(causal)
+    for model_type, loader in (("mistral3", "AutoModelForImageTextToText"), ("llama", "AutoModelForCausalLM")):
+        manifest = {"base": {"model_type": model_type}}
+        config = {"r": 4, "lora_alpha": 8}
+        card = model_card("a/b", "c/d", config, manifest, licence="mit", mlx_folder=None, certificate=None, report=None)
+        assert f'{loader}.from_pretrained("c/d")' in card
+
+
+# --- folders of mlx-lm's full fine-tuning ----------------------------------------------------------------------
+
+
+def test_fuse_makes_a_model_of_a_full_fine_tune(bases, tmp_path):
+    from mlx.utils import tree_flatten
+
+    model = load_base(str(bases("llama")), "float32").model
+    weights = {name: value * 1.01 for name, value in tree_flatten(model.parameters()) if "layers.1." in name}
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full", "num_layers": 1}))
+    model.load_weights(list(weights.items()), strict=False)
+    expected = np.array(model(mx.array([IDS]))[0])
+    ours, theirs = fused_logits(bases("llama"), folder, tmp_path / "model")
+    assert largest(ours, expected) < 1e-5
+    assert largest(theirs, expected) < 1e-4
+    for command in (("convert", "to-peft", folder, tmp_path / "out", "--base", bases("llama")),):
+        result = CliRunner().invoke(rsgwm, [str(one) for one in command])
+        assert result.exit_code == 2
+        assert "make a model of it (rsgwm fuse)" in result.stderr
