@@ -1,10 +1,12 @@
 """A user's works, MLX against torch: prefill, decode, LoRA unfused and fused, a training step, a merge, draft–verify.
 
-Both frameworks load the same base folder in the same dtype and see the same token ids. Prefill runs a prompt through
-the model, fills the key–value cache and picks one next token. Decode then feeds one given token at a time, picks a
-next token after each, and never stops at an end-of-sequence token; neither side waits for a pick before the next
-step is issued, as in mlx-lm's own generation. ``bench/works.py`` says what the other works are. The clock stops after
-``mx.eval`` or ``torch.*.synchronize``.
+Each framework runs in a process of its own, with its own libraries: what is preloaded for MLX on Linux would make torch
+two to four times slower than it is. Torch's threads, kind of attention and way of batching are the quickest of a short
+search, and are printed. Both load the same base folder in the same dtype and see the same token ids. Prefill runs a
+prompt through the model, fills the key–value cache and picks one next token. Decode then feeds one given token at a
+time, picks a next token after each, and never stops at an end-of-sequence token; neither side waits for a pick before
+the next step is issued, as in mlx-lm's own generation. ``bench/works.py`` says what the other works are. The clock
+stops after ``mx.eval`` or ``torch.*.synchronize``.
 
 Run as ``rsgwm bench latency``, or from a checkout as ``python bench/latency.py``; the last line is a JSON list of
 ``{work, mlx_ms, torch_ms, ratio, iqr}``.
@@ -17,9 +19,8 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,21 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec
-from mlx_rsgwm.base import Base, load_base
-from mlx_rsgwm.bench import works
+from mlx_rsgwm.base import Base
 from mlx_rsgwm.bench.conditions import conditions
 from mlx_rsgwm.bench.outcome import save_outcome, table
+from mlx_rsgwm.bench.sides import side_process
 from mlx_rsgwm.bench.works import Times, Trial
-from mlx_rsgwm.converters.parity import apply_peft, import_torch, load_torch_base, torch_device
-from mlx_rsgwm.converters.peft import to_peft
+from mlx_rsgwm.converters.parity import import_torch, torch_device
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.doctor import SLOW_GFLOPS, all_versions, blas_fix, examine_machine, matmul_gflops
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.progress import SILENT, Progress
-from mlx_rsgwm.slots import unwrap
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 WORKS = ("forward", "lora", "fused", "train", "merge", "loop")
+ORDER = ("forward", "train", "merge", "loop", "lora", "fused")  # a model is bare first and fused at the end
 ATTEMPTS = 3  # of draft–verify
 
 
@@ -105,98 +105,44 @@ def measure_latency(config: LatencyConfig, progress: Progress = SILENT) -> dict[
     before = conditions()
     for warning in slow_machine():
         progress.message(f"warning: {warning}")
-    base, mlx_load = _timed(lambda: load_base(config.base, dtype=config.dtype, progress=progress))
-    dtype = floating_dtype(base.model)
-    theirs, torch_load = _timed(lambda: load_torch_base(base.path, device, dtype, attention="sdpa"))
+    from mlx_rsgwm.bench.latency_sides import MlxSide, TorchSide
+
     total = len(config.chosen) * (config.warmup + config.trials)
-    with tempfile.TemporaryDirectory(prefix="rsgwm-bench-") as temporary, progress.task("latency", total) as advance:
-        sides = Sides(config, base, theirs, device, dtype, Path(temporary), lambda: advance(1, ""))
-        rows = sides.measure()
+    settings: dict[str, Any] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rsgwm-bench-")))
+        mlx = stack.enter_context(side_process("MLX", MlxSide, config, folder, own=False))
+        torch = stack.enter_context(side_process("torch", TorchSide, config, device, mlx.facts))
+        advance = stack.enter_context(progress.task("latency", total))
+        for work in (work for work in ORDER if work in config.chosen):
+            mlx.call("prepare", work)
+            settings[work] = torch.call("prepare", work)
+            times = interleave(lambda: mlx.call("trial"), lambda: torch.call("trial"), config, lambda: advance(1, ""))
+            rows[work] = summarise(names_of(work, config), *times)
+        facts = {"mlx_blas": mlx.facts["blas"], "torch_settings": settings}
+        load = {"mlx": mlx.facts["load_ms"], "torch": torch.facts["load_ms"]}
+        dtype = mlx.facts["dtype"]
     return {
-        "rows": rows,
-        "machine": describe_machine(device, dtype),
+        "rows": [row for work in WORKS for row in rows.get(work, [])],
+        "machine": {**describe_machine(device, dtype), **facts},
         "conditions": {"before": before, "after": conditions()},
         "config": asdict(config),
-        "load_ms": {"mlx": mlx_load, "torch": torch_load},
+        "load_ms": load,
     }
 
 
-class Sides:
-    """Both models on their way through the works: bare first, then with adapters, fused at the end."""
-
-    def __init__(
-        self, config: LatencyConfig, base: Base, theirs: Any, device: str, dtype: str, folder: Path,
-        advance: Callable[[], None],
-    ) -> None:  # fmt: skip
-        self.config, self.base, self.theirs, self.device, self.advance = config, base, theirs, device, advance
-        self.vocabulary = int(base.describe()["vocab_size"])
-        first = bench_adapter(base, config, dtype)
-        seeds = range(config.seed + 1, config.seed + config.pool)
-        others = [random_adapter(base, first.spec.rank, seed, first.spec.keys) for seed in seeds]
-        self.spec = first.spec
-        self.pool: list[Path] = []
-        self.names = [f"adapter-{number}" for number in range(config.pool)]
-        for name, adapter in zip(self.names, [first, *others], strict=True):
-            own = in_dtype(adapter, base, dtype)
-            self.pool.append(own.save(folder / name))
-            to_peft(own, config.base, folder / f"{name}-peft")
-        self.found: dict[str, list[dict[str, Any]]] = {}
-
-    def measure(self) -> list[dict[str, Any]]:
-        """The rows of every chosen work, in the order of ``WORKS``."""
-        chosen = set(self.config.chosen)
-        prompt, forced = token_ids(self.config, self.vocabulary)
-        if "forward" in chosen:
-            self._time("forward", self._forward_names(""), *self._forward(prompt, forced))
-        peft = [folder.with_name(f"{folder.name}-peft") for folder in self.pool]
-        if chosen == {"forward"}:
-            return self.found["forward"]
-        self.theirs = apply_peft(self.theirs, peft[0], widen=False)
-        if "train" in chosen:
-            self._train()
-        if "merge" in chosen or "loop" in chosen:
-            for name, folder in zip(self.names, peft, strict=True):
-                self.theirs.load_adapter(str(folder), adapter_name=name, autocast_adapter_dtype=False)
-        if "merge" in chosen:
-            ours, torch = works.mlx_merge(self.pool), works.torch_merge(self.theirs, self.device, self.names)
-            self._time("merge", (f"merge {self.config.pool} adapters, TIES",), ours, torch)
-        if "loop" in chosen:
-            self._loop()
-            self.theirs.set_adapter("default")
-        if {"lora", "fused"} & chosen:
-            apply_mlx(self.base, self.pool[0])
-        if "lora" in chosen:
-            self._time("lora", self._forward_names(" with adapter"), *self._forward(prompt, forced))
-        if "fused" in chosen:
-            works.fuse_mlx(self.base.model)
-            self.theirs = self.theirs.merge_and_unload()
-            self._time("fused", self._forward_names(" fused"), *self._forward(prompt, forced))
-        return [row for name in WORKS for row in self.found.get(name, [])]
-
-    def _time(self, work: str, names: Sequence[str], mlx: Trial, torch: Trial) -> None:
-        self.found[work] = summarise(names, *interleave(mlx, torch, self.config, self.advance))
-
-    def _forward_names(self, label: str) -> tuple[str, str]:
-        return f"prefill {self.config.prompt_tokens} tokens{label}", f"decode {self.config.new_tokens} tokens{label}"
-
-    def _forward(self, prompt: Sequence[int], forced: Sequence[int]) -> tuple[Trial, Trial]:
-        torch = works.torch_forward(self.theirs, self.device, prompt, forced)
-        return works.mlx_forward(self.base.model, prompt, forced), torch
-
-    def _train(self) -> None:
-        config = self.config
-        rows = works.training_rows(self.vocabulary, config.rows, config.prompt_tokens, config.seed)
-        torch = works.torch_training(self.theirs, self.device, rows)
-        with works.mlx_training(self.base, rows, self.spec, config.warmup + config.trials) as ours:
-            self._time("train", (f"train step {config.rows} × {config.prompt_tokens} tokens",), ours, torch)
-
-    def _loop(self) -> None:
-        config, tokenizer = self.config, self.base.tokenizer
-        question = question_of(tokenizer, config.prompt_tokens)
-        ours = works.mlx_loop(self.base, self.pool, question, ATTEMPTS, config.new_tokens)
-        torch = works.torch_loop(self.theirs, self.device, tokenizer, question, ATTEMPTS, config.new_tokens, self.names)
-        self._time("loop", (f"draft–verify {ATTEMPTS} × {config.new_tokens} tokens",), ours, torch)
-        unwrap(self.base.model)
+def names_of(work: str, config: LatencyConfig) -> tuple[str, ...]:
+    """What the rows of ``work`` are called, one for each of its parts."""
+    forward = (f"prefill {config.prompt_tokens} tokens", f"decode {config.new_tokens} tokens")
+    return {
+        "forward": forward,
+        "lora": tuple(f"{name} with adapter" for name in forward),
+        "fused": tuple(f"{name} fused" for name in forward),
+        "train": (f"train step {config.rows} × {config.prompt_tokens} tokens",),
+        "merge": (f"merge {config.pool} adapters, TIES",),
+        "loop": (f"draft–verify {ATTEMPTS} × {config.new_tokens} tokens",),
+    }[work]
 
 
 def bench_device(name: str) -> str:
@@ -251,12 +197,6 @@ def summarise(names: Sequence[str], mlx: Sequence[Times], torch: Sequence[Times]
         spread = {side: [values[0], values[2]] for side, values in quartiles.items()}
         rows.append({"work": work, **medians, "ratio": ratio, "iqr": spread})
     return rows
-
-
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    result = work()
-    return result, round((time.perf_counter() - started) * 1e3, 1)
 
 
 # --- the adapter ------------------------------------------------------------------------------------------------
@@ -320,16 +260,13 @@ def floating_dtype(model: nn.Module) -> str:
 
 
 def describe_machine(device: str, dtype: str) -> dict[str, Any]:
-    """What the numbers depend on: chip, system, memory, devices, threads, dtype, versions."""
-    import torch
-
+    """What the numbers depend on: chip, system, memory, devices, cores, dtype, versions."""
     facts = asdict(examine_machine(Path.cwd()))
     return {
         **{name: facts[name] for name in ("system", "chip", "memory")},
         "cores": os.cpu_count(),
         "mlx_device": facts["device"],
         "torch_device": device,
-        "torch_threads": torch.get_num_threads(),
         "dtype": dtype,
         "versions": all_versions(),
     }

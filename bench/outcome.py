@@ -23,7 +23,25 @@ def table(result: Mapping[str, Any]) -> str:
         f"{row['work']:36}{row['mlx_ms']:10.1f}{row['torch_ms']:10.1f}{row['ratio']:11.2f}  {remark(row)}".rstrip()
         for row in result["rows"]
     ]
-    return "\n".join([*lines, describe(result)])
+    return "\n".join([*lines, describe(result), *choices(result)])
+
+
+def choices(result: Mapping[str, Any]) -> list[str]:
+    """A line on each work: what torch's search chose for each of its parts, and the times of what it tried."""
+    lines = []
+    for work, search in (result["machine"].get("torch_settings") or {}).items():
+        chosen = list(dict.fromkeys(_setting(setting) for setting in search["chosen"]))
+        tried = ", ".join(
+            f"{_setting(setting)} {' + '.join(f'{value:.0f}' for value in setting['ms'])} ms"
+            for setting in search["tried"]
+        )
+        lines.append(f"torch, {work}: {' then '.join(chosen)} (tried: {tried})")
+    return lines
+
+
+def _setting(setting: Mapping[str, Any]) -> str:
+    parts = [f"{setting['threads']} threads", setting["attention"], setting["batching"]]
+    return ", ".join(parts[: 2 if setting["batching"] == "one by one" else 3])
 
 
 def remark(row: Mapping[str, Any]) -> str:
@@ -45,8 +63,8 @@ def describe(result: Mapping[str, Any]) -> str:
     facts = [
         machine["dtype"],
         f"MLX on {machine['mlx_device']}",
-        f"torch on {machine['torch_device']} ({machine['torch_threads']} threads)",
-        machine["chip"],
+        f"torch on {machine['torch_device']}, in processes of their own (BLAS of MLX: {machine.get('mlx_blas')})",
+        f"{machine['chip']} ({machine.get('cores')} cores)",
         *([f"on {state['power']} power"] if state["power"] else []),
         *([f"thermal state {state['thermal']}"] if state["thermal"] else []),
         f"medians of {result['config']['trials']} trials",
@@ -62,7 +80,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(f"| {row['work']} | {cells[0]} | {cells[1]} | {row['ratio']:.2f} | {remark(row)} |")
     load, versions = result["load_ms"], result["machine"]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("mlx", "mlx-lm", "torch", "peft"))
-    lines += ["", f"{describe(result)}; in brackets the quartiles."]
+    lines += ["", f"{describe(result)}; in brackets the quartiles.", *(f"- {line}" for line in choices(result))]
     lines += [f"Loading: MLX {load['mlx']:.0f} ms, torch {load['torch']:.0f} ms. {named}.", ""]
     return "\n".join(lines)
 

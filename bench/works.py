@@ -37,6 +37,8 @@ Trial = Callable[[], Times]
 
 TEMPERATURE, TOP_P = 0.7, 0.9
 DENSITY = 0.5
+# Ways to take several drafts of one question in torch, and their verifications after them.
+BATCHINGS = ("one by one", "in one batch", "in one batch over one reading of the prompt")
 
 
 def synchronizer(device: str) -> Callable[[], Any]:
@@ -83,8 +85,13 @@ def mlx_forward(model: nn.Module, prompt: Sequence[int], forced: Sequence[int]) 
     return trial
 
 
-def torch_forward(model: Any, device: str, prompt: Sequence[int], forced: Sequence[int]) -> Trial:
-    """The same in torch, with transformers' ``DynamicCache`` and logits of the last position only."""
+def torch_forward(
+    model: Any, device: str, prompt: Sequence[int], forced: Sequence[int], before: Callable[[int], None]
+) -> Trial:
+    """The same in torch, with transformers' ``DynamicCache`` and logits of the last position only.
+
+    ``before(0)`` and ``before(1)`` are called, off the clock, before prefill and before decode.
+    """
     import torch
     from transformers import DynamicCache
 
@@ -99,16 +106,20 @@ def torch_forward(model: Any, device: str, prompt: Sequence[int], forced: Sequen
     def trial() -> Times:
         with torch.inference_mode():
             cache = DynamicCache()
+            before(0)
             synchronize()
             started = time.perf_counter()
             step(whole, cache)
             synchronize()
-            filled = time.perf_counter()
+            filled = timed_since(started)
+            before(1)
+            synchronize()
+            started = time.perf_counter()
             picked = [step(token, cache) for token in tokens]
             synchronize()
-            ended = time.perf_counter()
+            decoded = timed_since(started)
         assert len(picked) == len(tokens)
-        return (filled - started) * 1e3, (ended - filled) * 1e3
+        return *filled, *decoded
 
     return trial
 
@@ -226,33 +237,53 @@ def mlx_loop(base: Base, pool: Sequence[Path], question: str, attempts: int, new
 
 
 def torch_loop(
-    model: Any, device: str, tokenizer: Any, question: str, attempts: int, new_tokens: int, names: Sequence[str]
+    model: Any,
+    device: str,
+    tokenizer: Any,
+    question: str,
+    attempts: int,
+    new_tokens: int,
+    names: Sequence[str],
+    batching: str = BATCHINGS[0],
 ) -> Trial:
     """The loop as a script with transformers has it: ``generate`` under one adapter, a forward pass under the other."""
     import torch
+    from transformers import DynamicCache
 
     drafter, verifier = names[:2]
     prompt = torch.tensor([TEMPLATES["plain"].draft_prompt(tokenizer, question)], device=device)
+    length = prompt.shape[1]
     options = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0, "pad_token_id": 0}
     options |= {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    rows, rounds = (1, attempts) if batching == BATCHINGS[0] else (attempts, 1)
+    repeated = prompt.repeat(rows, 1)
     synchronize = synchronizer(device)
+
+    def draft() -> Any:
+        model.set_adapter(drafter)
+        cache = None
+        if batching == BATCHINGS[2]:
+            cache = DynamicCache()
+            model(input_ids=prompt[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(rows)
+        return model.generate(
+            input_ids=repeated, attention_mask=torch.ones_like(repeated), past_key_values=cache, **options
+        )
 
     def trial() -> Times:
         torch.manual_seed(0)
         synchronize()
         started = time.perf_counter()
         with torch.inference_mode():
-            for _ in range(attempts):
-                model.set_adapter(drafter)
-                whole = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+            for _ in range(rounds):
+                whole = draft()
                 model.set_adapter(verifier)
-                logits = model(input_ids=whole).logits[:, prompt.shape[1] - 1 : -1].float()
-                chosen = whole[:, prompt.shape[1] :, None]
-                logits.log_softmax(-1).gather(-1, chosen).mean().exp().item()
+                logits = model(input_ids=whole, logits_to_keep=new_tokens + 1).logits[:, :-1].float()
+                logits.log_softmax(-1).gather(-1, whole[:, length:, None]).mean((1, 2)).exp().tolist()
         synchronize()
-        found = timed_since(started)
-        assert whole.shape[1] == prompt.shape[1] + new_tokens, "a draft ended early"
-        return found
+        elapsed = timed_since(started)
+        assert whole.shape[1] == length + new_tokens, "a draft ended early"
+        return elapsed
 
     return trial
 

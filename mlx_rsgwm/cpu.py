@@ -1,16 +1,26 @@
 """What MLX's CPU back end does slowly on Linux, asked for in another way. Nothing here runs on Metal.
 
-Measured with mlx 0.32.4 on x86-64 (``bench/cpu.py`` prints it): ``mx.exp`` takes 2 to 2.6 times as long as
-``mx.power`` with a constant base, ``mx.partition`` 1.8 to 3.5 times as long as NumPy's, a product with a bool twice as
-long as one with a uint8.
+Measured with mlx 0.32.4 on x86-64 (``bench/cpu.py`` prints it): MLX's elementwise functions run on one thread and
+take the exponential of one number at a time, so NumPy's vectorised one is several times as fast even on one thread,
+and it runs on all of them here. ``mx.where`` with a bool mask takes ten times as long as adding a mask of numbers,
+``mx.partition`` 1.8 to 3.5 times as long as NumPy's, a product with a bool twice as long as one with a uint8.
 ``mx.fast.scaled_dot_product_attention`` takes its softmax by the slow exponential and computes it again for the
 gradient. All rewrites compute the same values to float32 round-off.
+
+NumPy needs values, so large arrays are evaluated where they are met; small ones (decoding) stay in MLX's lazy graph.
+So does everything inside :func:`lazily`: while gradients are taken, what is evaluated on the way is kept until the
+backward pass is over, three times the memory of a lazy graph.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -25,23 +35,68 @@ def applies() -> bool:
     return not sys.platform.startswith("darwin") and mx.default_device() == mx.Device(mx.cpu)
 
 
-@mx.custom_function
-def _power_exp(x: mx.array) -> mx.array:
-    return mx.power(math.e, x)
-
-
-@_power_exp.vjp
-def _power_exp_vjp(primals: mx.array, cotangents: mx.array, outputs: mx.array) -> mx.array:
-    # Left to itself, MLX multiplies by the logarithm of the base, taken again for every element.
-    return cotangents * outputs
+_LAZY = ContextVar("lazy", default=False)
+SMALL = 2**14  # elements: below, a round trip to NumPy costs more than it saves
+BLOCK = 2**16  # elements that one thread works on at a time: 256 KiB, which stay in its cache
 
 
 def exp(x: mx.array) -> mx.array:
-    """e to the ``x``, elementwise, by the quicker of MLX's two ways."""
+    """e to the ``x`` (float32), elementwise, by the quickest way there is here."""
     if not applies():
         return mx.exp(x)
-    found: Any = _power_exp(x)
-    return found
+    result: Any = _exp(x)
+    return result
+
+
+@contextmanager
+def lazily() -> Iterator[None]:
+    """Leave every array of this block unevaluated, as wanted where gradients are taken."""
+    token = _LAZY.set(True)
+    try:
+        yield
+    finally:
+        _LAZY.reset(token)
+
+
+def _in_numpy(x: mx.array) -> bool:
+    """Whether NumPy is worth the round trip for ``x``."""
+    return x.dtype == mx.float32 and x.size >= SMALL and not _LAZY.get()
+
+
+@mx.custom_function
+def _exp(x: mx.array) -> mx.array:
+    if not _in_numpy(x):
+        return mx.power(math.e, x)
+    return _by_rows(lambda block, out: np.exp(block, out=out), x)
+
+
+@_exp.vjp
+def _exp_vjp(primals: mx.array, cotangents: mx.array, outputs: mx.array) -> mx.array:
+    return cotangents * outputs
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def _by_rows(work: Callable[..., Any], *arrays: mx.array) -> mx.array:
+    """``work(*blocks, out)`` on blocks of rows (all axes but the last) of arrays of one shape, on all cores."""
+    width = arrays[0].shape[-1]
+    views = [np.array(array, copy=False).reshape(-1, width) for array in arrays]
+    out = np.empty(views[0].shape, np.float32)
+    step = max(1, BLOCK // max(1, width))
+    starts = range(0, len(out), step)
+
+    def block(start: int) -> None:
+        rows = slice(start, start + step)
+        work(*(view[rows] for view in views), out[rows])
+
+    if len(starts) == 1:
+        block(0)
+    else:
+        list(_threads().map(block, starts))
+    return mx.array(out).reshape(arrays[0].shape)
 
 
 def ones_where(mask: mx.array) -> mx.array:
@@ -73,21 +128,53 @@ def largest(values: mx.array, count: int) -> mx.array:
     return mx.array(np.argpartition(np.array(values, copy=False), place, axis=-1)[..., place:].astype(np.uint32))
 
 
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)); where the exponential overflows to infinity the quotient is 0, as it should be."""
+    with np.errstate(over="ignore"):
+        shares = np.exp(np.negative(values))
+    shares += 1
+    return np.reciprocal(shares, out=shares)
+
+
+def _gated_block(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
+    np.multiply(gate, _sigmoid(gate), out=out)
+    out *= up
+
+
 @mx.custom_function
-def _gated(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * up / (1 + mx.power(math.e, -gate))
-
-
-@_gated.vjp
-def _gated_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    gate, up = primals
+def _gated_and_share(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
+    """silu(gate) · up, and the sigmoid of ``gate``, which the gradient takes up instead of computing it again."""
     share = 1 / (1 + mx.power(math.e, -gate))
+    return gate * up * share, share
+
+
+@_gated_and_share.vjp
+def _gated_vjp(
+    primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
+) -> tuple[mx.array, mx.array]:
+    (gate, up), cotangent, share = primals, cotangents[0], outputs[1]
     silu = gate * share
     return cotangent * up * (share + silu * (1 - share)), cotangent * silu
 
 
+def gated(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) · up, elementwise."""
+    if _in_numpy(gate):
+        return _by_rows(_gated_block, gate, up)
+    product: mx.array = _gated_and_share(gate, up)[0]
+    return product
+
+
+def _softmax_block(scores: np.ndarray, out: np.ndarray) -> None:
+    np.subtract(scores, scores.max(axis=-1, keepdims=True), out=out)
+    np.exp(out, out=out)
+    out /= out.sum(axis=-1, keepdims=True)
+
+
 @mx.custom_function
 def _softmax(scores: mx.array) -> mx.array:
+    if _in_numpy(scores):
+        return _by_rows(_softmax_block, scores)
     powers = mx.power(math.e, scores - mx.max(scores, axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
@@ -96,6 +183,11 @@ def _softmax(scores: mx.array) -> mx.array:
 def _softmax_vjp(scores: mx.array, cotangent: mx.array, shares: mx.array) -> mx.array:
     weighted = cotangent * shares
     return weighted - shares * weighted.sum(axis=-1, keepdims=True)
+
+
+def _added(mask: mx.array) -> mx.array:
+    """A bool mask as numbers to add: 0 where it is true, −1e30 elsewhere."""
+    return (ones_where(mask).astype(mx.float32) - 1) * 1e30
 
 
 def attention(
@@ -127,7 +219,7 @@ def attention(
     if mask is not None:
         if mask.ndim > 2:
             mask = mx.expand_dims(mask, -3) if mask.shape[-3] == 1 else mx.unflatten(mask, -3, (groups, -1))
-        scores = mx.where(mask, scores, -1e30) if mask.dtype == mx.bool_ else scores + mask
+        scores = scores + (_added(mask) if mask.dtype == mx.bool_ else mask)
     shares: Any = _softmax(scores)
     return (shares.reshape(batch, groups, -1, seen) @ values).reshape(batch, heads, length, values.shape[-1])
 
@@ -161,11 +253,25 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return mx.log(exp(shifted).sum(axis=-1)) - picked
 
 
+class Dropout(nn.Module):
+    """``mlx.nn.Dropout`` with its mask, scaled, as numbers: products with a bool take twice as long."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self._keep = 1 - p
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._keep == 1 or not self.training:
+            return x
+        mask = ones_where(mx.random.bernoulli(self._keep, x.shape)).astype(x.dtype)
+        return x * (mask * (1 / self._keep))
+
+
 class GatedMlp(nn.Module):
     """down(silu(gate(x)) · up(x)) with the exponential of :func:`exp`: 40 % of a layer's time otherwise."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        down: mx.array = self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
+        down: mx.array = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
         return down
 
 

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rsgwm.adapter import IMPORTANCE_FILE, SIGNALS, Adapter, LoraSpec, put_beside
 from mlx_rsgwm.base import Base
+from mlx_rsgwm.cpu import lazily
 from mlx_rsgwm.data.batching import Batch, make_batch, plan_epoch
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.logits import split_head
@@ -69,7 +70,8 @@ def collect_importance(
         model.eval()
         for indices in plan:
             batch = make_batch([rows[index] for index in indices])
-            loss, found = gradients_of(model, batch)
+            with lazily():
+                loss, found = gradients_of(model, batch)
             flat: Any = tree_flatten(found)
             for signal in ("all", batch.role):
                 batches[signal] += 1

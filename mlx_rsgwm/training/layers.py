@@ -17,6 +17,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_rsgwm.adapter import LoraSpec
+from mlx_rsgwm.cpu import Dropout, applies
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.slots import linear_shape
 
@@ -112,6 +113,8 @@ def adapted(
     for name, module in modules.items():
         kind: Any = LoRAEmbedding if isinstance(module, EMBEDDINGS) else LAYERS[spec.fine_tune_type]
         layers[name] = kind.from_base(module, r=spec.rank, dropout=spec.dropout, scale=spec.scale)
+        if applies():
+            layers[name].dropout = Dropout(spec.dropout)
     model.update_modules(tree_unflatten(list(layers.items())))
     try:
         model.update(tree_unflatten(list(weights.items())))

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_rsgwm.cpu import lazily
 from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.logits import split_head
@@ -277,7 +278,8 @@ class Run:
         for position, chosen in enumerate(batches):
             batch = make_batch([self.rows[index] for index in chosen])
             padded += batch.padded_tokens
-            part, found = self._loss_and_gradients(self.model, batch, total)
+            with lazily():
+                part, found = self._loss_and_gradients(self.model, batch, total)
             flat = dict(tree_flatten(found))
             if position == 0:
                 loss, gradients = part, {name: flat[name] for name in self.start}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import load_base
-from mlx_rsgwm.bench import conditions, latency, outcome, works
+from mlx_rsgwm.bench import conditions, latency, outcome, sides, works
 from mlx_rsgwm.bench.latency import LatencyConfig, interleave, measure_latency, summarise, token_ids
+from mlx_rsgwm.converters import parity
+from mlx_rsgwm.converters.peft import to_peft
 from mlx_rsgwm.errors import RsgwmError
 
 torch = pytest.importorskip("torch")
@@ -77,7 +80,80 @@ def test_rows_hold_what_is_promised(result):
     assert {"mlx", "mlx-lm", "torch", "peft", "transformers"} <= machine["versions"].keys()
     assert result["conditions"]["before"]["load"] >= 0
     assert min(result["load_ms"].values()) > 0
+    assert set(machine["torch_settings"]) == {"forward", "train", "merge", "loop", "lora", "fused"}
+    for work, search in machine["torch_settings"].items():
+        parts = 2 if work in ("forward", "lora", "fused") else 1
+        assert len(search["chosen"]) == parts
+        for part, setting in enumerate(search["chosen"]):  # the quickest of what was tried, for each part
+            best = min(search["tried"], key=lambda tried, part=part: tried["ms"][part])
+            assert {**setting, "ms": best["ms"]} == best
+    assert [setting["batching"] for setting in machine["torch_settings"]["loop"]["tried"]] == list(works.BATCHINGS)
+    assert "torch, loop: " in outcome.table(result)
     json.dumps(result, allow_nan=False)
+
+
+class Echo:
+    """A side that says what its process has."""
+
+    def __init__(self, start: int) -> None:
+        self.count = start
+        self.facts = {"pid": os.getpid(), "environment": {name: os.environ.get(name) for name in sides.FOR_MLX}}
+
+    def add(self, number: int) -> int:
+        self.count += number
+        return self.count
+
+    def fail(self, error: type[BaseException]) -> None:
+        raise error("on purpose")
+
+    def die(self) -> None:
+        os._exit(3)
+
+
+def test_a_side_has_a_process_and_libraries_of_its_own(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    with sides.side_process("echo", Echo, 3) as own, sides.side_process("echo", Echo, 0, own=False) as shared:
+        assert len({os.getpid(), own.facts["pid"], shared.facts["pid"]}) == 3
+        assert set(own.facts["environment"].values()) == {None}
+        assert shared.facts["environment"]["OPENBLAS_NUM_THREADS"] == "1"
+        assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
+        assert [own.call("add", 2), own.call("add", 2), shared.call("add", 1)] == [5, 7, 1]
+        with pytest.raises(RsgwmError, match="on purpose"):
+            own.call("fail", RsgwmError)
+        assert own.call("add", 0) == 7
+        with pytest.raises(RuntimeError, match="ZeroDivisionError: on purpose"):
+            own.call("fail", ZeroDivisionError)
+        with pytest.raises(RsgwmError, match="the process of echo died"):
+            shared.call("die")
+
+
+@pytest.mark.parametrize("batching", works.BATCHINGS)
+def test_torch_drafts_alike_however_they_are_batched(base_folder, tmp_path, monkeypatch, batching):
+    """Greedy drafts of every way of batching are the one draft of the plain loop."""
+    base = load_base(str(base_folder), dtype="float32")
+    model = parity.load_torch_base(base.path, "cpu", "float32")
+    adapter = latency.random_adapter(base, 2, 0)
+    to_peft(adapter, "b", tmp_path / "peft")
+    model = parity.apply_peft(model, tmp_path / "peft", widen=False)
+    model.load_adapter(str(tmp_path / "peft"), adapter_name="other")
+    drafts = []
+    generate = type(model).generate
+
+    def greedy(self, **options):
+        for name in ("temperature", "top_p", "top_k"):
+            del options[name]
+        drafts.append(generate(self, **{**options, "do_sample": False}))
+        return drafts[-1]
+
+    monkeypatch.setattr(type(model), "generate", greedy)
+    question = latency.question_of(base.tokenizer, 8)
+    works.torch_loop(model, "cpu", base.tokenizer, question, 3, 4, ["default", "other"], batching)()
+    rows = [row.tolist() for draft in drafts for row in draft]
+    assert len(rows) == 3
+    prompt = works.TEMPLATES["plain"].draft_prompt(base.tokenizer, question)
+    model.set_adapter("default")
+    alone = generate(model, input_ids=torch.tensor([prompt]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert rows == [alone[0].tolist()] * 3
 
 
 def test_works_can_be_chosen(base_folder):
@@ -90,7 +166,7 @@ def test_both_sides_take_the_same_training_step(base_folder):
     """The losses of the second step agree, so forward, backward and Adam were the same work."""
     config = small(base_folder)
     base = load_base(config.base, dtype="float32")
-    theirs = latency.load_torch_base(base.path, "cpu", "float32")
+    theirs = parity.load_torch_base(base.path, "cpu", "float32")
     rows = works.training_rows(320, 2, 8, 0)
     losses = {"mlx": [], "torch": []}
     spec = LoraSpec(2, 2.0, 0.0, ("self_attn.q_proj",), -1)
@@ -103,7 +179,7 @@ def test_both_sides_take_the_same_training_step(base_folder):
         for _ in range(3):
             trial()
         losses["mlx"] = [step.loss for step in run.history]
-    theirs = latency.apply_peft(theirs, base.path / "peft", widen=False)
+    theirs = parity.apply_peft(theirs, base.path / "peft", widen=False)
     forward = type(theirs).forward
 
     def watched(*arguments, **options):
@@ -134,7 +210,9 @@ def test_both_sides_see_the_same_tokens_and_fill_the_cache_alike(base_folder, mo
 
     real = transformers.DynamicCache
     monkeypatch.setattr(transformers, "DynamicCache", lambda: caches.setdefault("torch", real()))
-    works.torch_forward(latency.load_torch_base(base.path, "cpu", "float32"), "cpu", prompt, forced)()
+    model, parts = parity.load_torch_base(base.path, "cpu", "float32"), []
+    works.torch_forward(model, "cpu", prompt, forced, parts.append)()
+    assert parts == [0, 1]
 
     for ours, theirs in zip(caches["mlx"], caches["torch"].layers, strict=True):
         assert ours.offset == theirs.keys.shape[2] == config.prompt_tokens + config.new_tokens
