@@ -19,6 +19,7 @@ from mlx_rsgwm.model_folder import first_line
 PROBES = ("Hello, world", "a", "7", "0 1 2 3", "The answer is 12.")
 POSITIONS = ("wpe", "position_embeddings", "embed_positions", "embed_tokens_per_layer")
 SHOWN = 5
+SAMPLE = 200  # tokens of the vocabulary tried as texts, for tokenizers that know few words
 
 
 class BaseTokenizer(TokenizerWrapper):
@@ -111,7 +112,8 @@ def load_tokenizer_of(path: Path, config: Mapping[str, Any], model: nn.Module) -
     rows = embedding_rows(model)
     tokenizer = BaseTokenizer(loaded, rows if rows is not None else 1 << 62, str(path))
     notes = [] if rows is None else _beyond(tokenizer, rows, path)
-    if all(_cut_to_nothing(tokenizer, text) for text in PROBES):
+    known = [text for text in list(tokenizer.get_vocab())[:SAMPLE] if isinstance(text, str)]
+    if all(_cut_to_nothing(tokenizer, text) for text in (*PROBES, *known, " ".join(known))):
         raise RsgwmError(
             f"the tokenizer in {path} cuts text to nothing ({PROBES[0]!r} becomes no token); it is damaged or another "
             "model's: fetch it again"
