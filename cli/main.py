@@ -62,8 +62,10 @@ COMMANDS = {
 }
 
 INTERRUPTED = 130
+LONGEST_SHOWN = 60  # characters of a file name that is too long
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FAILING = {errno.EIO, errno.ESTALE}
+UNUSABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -139,6 +141,14 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in FORBIDDEN:
         where = error.filename or "a file"
         return 2, f"{where}: {error.strerror}; change its permissions or choose another place"
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
+        name = str(error.filename or "a name")
+        shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}…"
+        return 2, f"{shown}: {str(error.strerror).lower()}; choose another name"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # what pathlib says of ~nosuchuser
+        return 2, "a path begins with ~ and the name of a user that does not exist; write it out"
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return 2, "a path holds a character that no file name can have (NUL)"
     if isinstance(error, OSError) and error.errno in FAILING:
         return 2, f"{error.filename or 'a file'}: {error.strerror}; the disk or network drive failed, try again"
     if isinstance(error, RuntimeError) and str(error).startswith("[read]"):  # MLX's, of arrays that are read when used

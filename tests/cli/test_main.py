@@ -238,3 +238,26 @@ def test_help_is_quick():
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", ENTRY, "--help"], check=True, capture_output=True)
     assert time.monotonic() - started < 2  # 0.1 s on an idle machine
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ask", "q", "--drafter", LONG, "--verifier", LONG],
+        ["ask", "--file", LONG],
+        ["run", "demo", "--out", LONG],
+        ["run", f"{LONG}.yaml", "--out", "none"],
+        ["merge", LONG, LONG, "--out", "none"],
+        ["base", "info", "~nosuchuser/base"],
+        ["base", "info", "a\0b"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2])[:30],
+)
+def test_names_that_no_file_can_have(run, arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line]
+    assert line.startswith("rsgwm: error:")
