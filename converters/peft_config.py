@@ -42,11 +42,13 @@ UNDERSTOOD = {
     "layers_pattern",
     "layers_to_transform",
     "lora_alpha",
+    "lora_bias",
     "modules_to_save",
     "r",
     "rank_pattern",
     "target_modules",
     "target_parameters",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
 }
@@ -69,10 +71,8 @@ REFUSED = {
     "arrow_config": "routing between adapters (Arrow)",
     "kasa_config": "KaSA, which changes the base weights",
     "layer_replication": "replicated layers",
-    "lora_bias": "a bias on lora_B",
     "megatron_config": "Megatron layers",
     "monteclora_config": "Monte Carlo LoRA",
-    "trainable_token_indices": "trained token embeddings",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
@@ -122,7 +122,7 @@ def _value_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"lora_alpha must be a finite number other than 0, found {alpha!r}")
     if not _is_number(dropout) or not 0 <= dropout < 1:
         problems.append(f"lora_dropout must be in [0, 1), found {dropout!r}")
-    for name in ("use_rslora", "use_dora"):
+    for name in ("use_rslora", "use_dora", "lora_bias"):
         if not isinstance(config.get(name) or False, bool):
             problems.append(f"{name} must be true or false, found {config[name]!r}")
     for name, is_sound, kind in (("rank_pattern", _is_rank, "rank"), ("alpha_pattern", _is_alpha, "alpha")):
@@ -140,6 +140,10 @@ def _value_problems(config: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{name}: {reason}")
         elif value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
             problems.append(f"{name} must be a list of names, found {value!r}")
+    tokens = config.get("trainable_token_indices") or []
+    lists = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
+    if not all(isinstance(rows, list) and all(isinstance(one, int) for one in rows) for rows in lists):
+        problems.append(f"trainable_token_indices must be token ids, or lists of them by module, found {tokens!r}")
     layers = config.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
     if not all(isinstance(one, int) for one in numbers):
@@ -287,6 +291,14 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
         if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
             return int(found["layer"]) in (layers if isinstance(layers, list) else [layers])
     return False
+
+
+def token_rows(config: Mapping[str, Any], module: str) -> list[int]:
+    """Token ids whose rows of an embedding or head PEFT trains, in the order of its array."""
+    tokens = config.get("trainable_token_indices") or []
+    if not isinstance(tokens, Mapping):
+        return list(tokens)
+    return next((rows for name, rows in tokens.items() if module == name or module.endswith(f".{name}")), [])
 
 
 def saves_whole(config: Mapping[str, Any], module: str) -> bool:

@@ -53,6 +53,7 @@ class PeftFolder:
 class Groups:
     """Arrays by module, as transformers calls it, and what they are.
 
+    ``tokens``: trained rows of embeddings. ``lora_biases``: biases that lora_B has.
     ``pairs``: a and b of linear layers and of stacked experts, 2-D as PEFT has them. ``embeddings``: the same for
     embeddings. ``magnitudes``: DoRA's. ``whole``: trained parameters of the base by full name. ``copies``: unchanged
     weights of the base, which PEFT saves with an adapted embedding or head.
@@ -63,6 +64,8 @@ class Groups:
     magnitudes: dict[str, mx.array] = field(default_factory=dict)
     whole: dict[str, mx.array] = field(default_factory=dict)
     copies: dict[str, mx.array] = field(default_factory=dict)
+    tokens: dict[str, mx.array] = field(default_factory=dict)
+    lora_biases: dict[str, mx.array] = field(default_factory=dict)
 
 
 def open_peft(folder: Path) -> PeftFolder:
@@ -125,6 +128,10 @@ def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], soun
             groups.embeddings.setdefault(module, {})[leaf[-1]] = value
         elif leaf == "magnitude":
             groups.magnitudes[module] = value
+        elif leaf == "tokens" and config.get("trainable_token_indices"):
+            groups.tokens[module] = value
+        elif leaf == "lora_bias" and config.get("lora_bias"):
+            groups.lora_biases[module] = value
         elif leaf == "base_weight" and _is_outer(module):
             groups.copies[module] = value
         elif leaf in ("bias", "base_bias") and (config.get("bias", "none") != "none" or saves_whole(config, module)):

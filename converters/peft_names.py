@@ -6,6 +6,8 @@ import re
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
+TOKENS = "token_adapter.trainable_tokens_delta"
+LORA_BIAS = "lora_B.bias"
 SAVED = ".saved"  # ends the name of an array that is kept because PEFT's file holds it with the base's own values
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
 OTHER_TOWERS = re.compile(
@@ -18,6 +20,8 @@ LEAVES = {  # in PEFT's files, after the module's name: what we call it
     "lora_embedding_A": "embedding_a",
     "lora_embedding_B": "embedding_b",
     "lora_magnitude_vector": "magnitude",
+    LORA_BIAS: "lora_bias",
+    TOKENS: "tokens",
     "base_layer.weight": "base_weight",
     "base_layer.bias": "base_bias",
     "weight": "weight",
@@ -37,8 +41,6 @@ VARIANTS = {
     "modules_to_save.default.bias": "bias",
 }
 HINTS = {
-    "lora_B.bias": "a bias on lora_B has no counterpart",
-    "trainable_tokens": "trained token embeddings have no counterpart",
     "hada_": "this is LoHa",
     "lokr_": "this is LoKr",
     "lora_E": "this is AdaLoRA",

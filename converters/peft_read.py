@@ -14,6 +14,7 @@ from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
 from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, SWITCH, Names, needs_parameter
 from mlx_rsgwm.converters.peft_config import config_notes, config_problems, is_head, rank_of, scale_of, selects
+from mlx_rsgwm.converters.peft_derived import derive_parameters
 from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
 from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
 from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, is_other_tower, key_of, layer_of, model_order
@@ -38,12 +39,14 @@ class Layout:
 
     ``names``: transformers' names where they are not the ones we would write. ``experts``: ``each`` or ``stacked``.
     ``folded``: modules whose scale went into lora_b. ``tied``: one embedding pair stands for embedding and head.
+    ``derived``: replaced parameters, by our names, that PEFT's file has not (see ``peft_derived``).
     """
 
     names: dict[str, str] = field(default_factory=dict)
     experts: str | None = None
     folded: dict[str, Folding] = field(default_factory=dict)
     tied: bool = False
+    derived: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value}
@@ -51,7 +54,8 @@ class Layout:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
         folded = {name: Folding(**one) for name, one in (value.get("folded") or {}).items()}
-        return cls(dict(value.get("names") or {}), value.get("experts"), folded, bool(value.get("tied")))
+        names, derived = dict(value.get("names") or {}), list(value.get("derived") or [])
+        return cls(names, value.get("experts"), folded, bool(value.get("tied")), derived)
 
 
 @dataclass
@@ -103,6 +107,8 @@ def read_peft(
     if base is not None:
         copies = _take_copies(groups, base)
     found += _head_problems(updates, groups, layout, base)
+    beside: dict[str, mx.array] = {}
+    found += derive_parameters(groups, config, base, beside, layout.derived)
     if base is not None:
         found += _fit_problems(updates, groups, base)
         found += _missing_problems(updates, config, base, reading)
@@ -113,7 +119,7 @@ def read_peft(
     if copies:
         reading.notes.append(f"saved with the base's own values, no change: {', '.join(copies)}")
     adapter = _assemble(folder, updates, groups, layout, sidecar, described, names)
-    adapter.kept |= {f"{name}{SAVED}": value for name, value in copies.items()}
+    adapter.kept |= {f"{name}{SAVED}": value for name, value in copies.items()} | beside
     if sidecar is not None:
         adapter = restore(adapter, sidecar)
         _require_same_base(adapter, described)
@@ -127,6 +133,7 @@ def _other_towers(groups: Groups, base: BaseLayers, reading: Reading) -> list[st
     """Take what is trained outside of the language model out of ``groups``; a problem unless that was asked for."""
     present = {name.rpartition(".")[0] for name in base.parameters}
     tables: tuple[dict[str, Any], ...] = (groups.pairs, groups.embeddings, groups.magnitudes, groups.copies)
+    tables += (groups.tokens, groups.lora_biases)
     modules = {module: module for table in tables for module in table}
     modules |= {name: name.rpartition(".")[0] for name in groups.whole}
     outside = {

@@ -274,6 +274,8 @@ def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules
         theirs = (layout.names.get(name) if layout is not None else None) or names.transformers_parameter(name)
         theirs = theirs.removesuffix(f".{leaf}")
         value = adapter.full.pop(name)
+        if layout is not None and name in layout.derived:
+            continue
         link = names.link(name)
         if layout is not None and f"{name}.original" in adapter.kept:
             value = adapter.kept[f"{name}.original"]

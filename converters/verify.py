@@ -19,7 +19,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, KEPT_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, Names
 from mlx_rsgwm.converters.peft_folder import PeftFolder, open_peft
-from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, model_order, parse_name
+from mlx_rsgwm.converters.peft_names import PREFIX, SAVED, is_embedding, model_order, parse_name
 from mlx_rsgwm.converters.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.weight_map import Link
 from mlx_rsgwm.errors import CheckFailed
@@ -78,11 +78,14 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
     folded = {name.removesuffix(".lora_b") for name in kept if name.endswith(".lora_b")}
     # What was saved with the base's own values is no part of the adapter and kept for the way back.
     for name in (name.removesuffix(SAVED) for name in kept if name.endswith(SAVED)):
-        ours_name = names.mlx_parameters(name)[0]
+        ours_name = name if name in their_rest else names.mlx_parameters(name)[0]
         if ours_name in their_rest and their_rest[ours_name].same_bits(kept[f"{name}{SAVED}"]):
             del their_rest[ours_name]
     manifest = files.read_json_object(adapter / MANIFEST_FILE) if (adapter / MANIFEST_FILE).is_file() else {}
-    for module in (manifest.get("source") or {}).get("left_out") or ():  # --language-only says so when it converts
+    source = manifest.get("source") or {}
+    for name in (source.get("layout") or {}).get("derived") or ():  # of base and PEFT's arrays together: for parity
+        our_rest.pop(name, None)
+    for module in source.get("left_out") or ():  # --language-only says so when it converts
         theirs.pop(names.mlx_module(module), None)
         their_rest = {name: one for name, one in their_rest.items() if name.rpartition(".")[0] != module}
     _untie(theirs, their_rest, ours, our_rest)
@@ -199,6 +202,8 @@ def _peft_sides(folder: PeftFolder, names: Names) -> tuple[dict[str, Side], dict
                 rest[name] = value
             elif parsed.leaf in ("a", "b", "embedding_a", "embedding_b"):
                 pairs.setdefault(parsed.module, {})[parsed.leaf[-1]] = value
+            elif parsed.leaf in ("tokens", "lora_bias"):
+                rest[name.removeprefix(PREFIX)] = value
             elif parsed.leaf == "magnitude":
                 rest[f"{names.mlx_module(parsed.module)}.m"] = value
             elif parsed.leaf != "base_weight":

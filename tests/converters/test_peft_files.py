@@ -358,3 +358,42 @@ def test_fuse_makes_a_model_of_a_full_fine_tune(bases, tmp_path):
         result = CliRunner().invoke(rsgwm, [str(one) for one in command])
         assert result.exit_code == 2
         assert "make a model of it (rsgwm fuse)" in result.stderr
+
+
+# --- what only a replaced parameter can hold --------------------------------------------------------------------
+
+HELD = {
+    "tokens": ("llama", {"trainable_token_indices": {"embed_tokens": [5, 9, 300]}}),
+    "tokens as a list": ("qwen3", {"trainable_token_indices": [9, 5]}),
+    "tokens of a tied base": ("llama-tied", {"trainable_token_indices": [5, 9]}),
+    "tokens of embedding and head": ("llama", {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [9, 41]}}),
+    "lora_bias": ("qwen2", {"lora_bias": True}),
+    "lora_bias by ranks": ("qwen2", {"lora_bias": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}}),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_trained_token_rows_and_biases_of_lora_b(name, bases, tmp_path):
+    family, settings = HELD[name]
+    base, folder = bases(family), tmp_path / "adapter"
+    expected = make(base, folder, **settings)
+    result, out = convert(folder, base, "--verify")
+    assert result.exit_code == 0, result.output
+    assert "which only rsgwm fuse can apply" in result.output
+    ours, theirs = fused_logits(base, out, tmp_path / "model")
+    assert largest(ours, expected) < 1e-4
+    assert largest(theirs, expected) < 1e-4
+
+
+def test_what_the_base_cannot_hold_is_refused_by_name(bases, tmp_path):
+    make(bases("llama"), tmp_path / "bias", lora_bias=True)
+    result, _ = convert(tmp_path / "bias", bases("llama"))
+    assert result.exit_code == 2
+    assert "the base has no model.layers.0.self_attn.q_proj.bias that could hold it" in result.stderr
+    make(bases("llama"), tmp_path / "tokens", trainable_token_indices=[5, 9])
+    edit(tmp_path / "tokens", trainable_token_indices=[5, 9, 11])
+    result, _ = convert(tmp_path / "tokens", bases("llama"))
+    assert "names 3 rows of 320, the file has 2" in result.stderr
+    edit(tmp_path / "tokens", trainable_token_indices=[5, 320])
+    result, _ = convert(tmp_path / "tokens", bases("llama"))
+    assert "names 2 rows of 320" in result.stderr
