@@ -109,7 +109,7 @@ class ChatRenderer:
     def _token_range(self, text: str, ids: list[int], span: tuple[int, int]) -> tuple[int, int]:
         """First token of ``ids`` that reaches into the characters of ``span``, and the first that lies behind it."""
         start, end = span
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend: Any = getattr(self.tokenizer, "backend_tokenizer", None)
         encoding = backend.encode(text, add_special_tokens=False) if hasattr(backend, "encode") else None
         if encoding is not None and list(encoding.ids) == ids:
             offsets = encoding.offsets
