@@ -284,7 +284,7 @@ def test_empty_prompts_and_answers(tokenize):
 
 
 def test_a_template_that_raises_is_a_line_for_each_row(base, tokenize):
-    with pytest.raises(RsgwmError, match=r"train\.jsonl:6 cannot be rendered by the base's chat template: System role"):
+    with pytest.raises(RsgwmError, match=r"train\.jsonl:6.*chat template.*System role not supported"):
         tokenize(GEMMA, chat(("system", "A"), ("user", "B"), ("assistant", "C")), blanks=5)
 
 
