@@ -128,23 +128,19 @@ def largest(values: mx.array, count: int) -> mx.array:
     return mx.array(np.argpartition(np.array(values, copy=False), place, axis=-1)[..., place:].astype(np.uint32))
 
 
-def _sigmoid(values: np.ndarray) -> np.ndarray:
+def _sigmoid_block(values: np.ndarray, out: np.ndarray) -> None:
     """1 / (1 + exp(-x)); where the exponential overflows to infinity the quotient is 0, as it should be."""
+    np.negative(values, out=out)
     with np.errstate(over="ignore"):
-        shares = np.exp(np.negative(values))
-    shares += 1
-    return np.reciprocal(shares, out=shares)
-
-
-def _gated_block(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
-    np.multiply(gate, _sigmoid(gate), out=out)
-    out *= up
+        np.exp(out, out=out)
+    out += 1
+    np.reciprocal(out, out=out)
 
 
 @mx.custom_function
 def _gated_and_share(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     """silu(gate) · up, and the sigmoid of ``gate``, which the gradient takes up instead of computing it again."""
-    share = 1 / (1 + mx.power(math.e, -gate))
+    share = _by_rows(_sigmoid_block, gate) if _in_numpy(gate) else 1 / (1 + mx.power(math.e, -gate))
     return gate * up * share, share
 
 
@@ -159,8 +155,6 @@ def _gated_vjp(
 
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, elementwise."""
-    if _in_numpy(gate):
-        return _by_rows(_gated_block, gate, up)
     product: mx.array = _gated_and_share(gate, up)[0]
     return product
 

@@ -1,5 +1,7 @@
 """The CPU's quicker ways give the same values, and gradients, as the plain ones."""
 
+from contextlib import nullcontext
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -51,9 +53,58 @@ def test_cross_entropy_and_its_gradient():
     assert mx.allclose(ours, theirs, atol=1e-5).item()
 
 
-def test_exp_is_exp():
-    x = mx.linspace(-80, 80, 1001)
-    assert mx.allclose(cpu.exp(x), mx.exp(x), rtol=1e-5, atol=0).item()
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("size", [1001, cpu.SMALL, 3 * cpu.BLOCK + 17])
+def test_exp_is_exp(size, lazy):
+    x = mx.linspace(-80, 80, size)
+    with cpu.lazily() if lazy else nullcontext():
+        assert mx.allclose(cpu.exp(x), mx.exp(x), rtol=1e-5, atol=0).item()
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 7), (5, 333, 199), (2, 9, 130, 130)])
+@pytest.mark.parametrize(
+    ("quick", "plain"),
+    [
+        (lambda x, y: cpu.gated(x, y), lambda x, y: nn.silu(x) * y),
+        (lambda x, y: cpu._softmax(x) * y, lambda x, y: mx.softmax(x, axis=-1) * y),
+        (lambda x, y: cpu.exp(x / 9) * y, lambda x, y: mx.exp(x / 9) * y),
+    ],
+)
+def test_values_and_gradients_whatever_the_size_and_where(shape, quick, plain, lazy):
+    """Above and below the sizes that go to NumPy, inside and outside of :func:`cpu.lazily`: the same, gradients too."""
+    x, y = (mx.random.normal(shape, key=mx.random.key(seed)) * 9 for seed in (0, 1))
+
+    def both(function):
+        value, gradients = mx.value_and_grad(lambda a, b: function(a, b).sum(), argnums=(0, 1))(x, y)
+        return [function(x, y), value, *gradients]
+
+    with cpu.lazily() if lazy else nullcontext():
+        found = both(quick)
+    for actual, expected in zip(found, both(plain), strict=True):
+        assert mx.allclose(actual, expected, rtol=1e-4, atol=1e-4 * mx.abs(expected).max().item()).item()
+    assert mx.isfinite(found[0]).all().item()
+
+
+@pytest.mark.parametrize("size", [5, cpu.SMALL])
+def test_gates_far_out_are_zero_or_whole(size):
+    up = mx.full((size,), 3.0)
+    assert mx.array_equal(cpu.gated(mx.full((size,), -200.0), up), mx.zeros((size,))).item()
+    assert mx.array_equal(cpu.gated(mx.full((size,), 200.0), up), mx.full((size,), 600.0)).item()
+
+
+def test_dropout_is_mlx_dropout():
+    x = mx.random.normal((50, 40))
+    plain, quick = nn.Dropout(0.3), cpu.Dropout(0.3)
+    results = []
+    for layer in (plain, quick):
+        mx.random.seed(3)
+        results.append(layer(x))
+    assert mx.allclose(*results, rtol=1e-6).item()
+    assert (results[1] == 0).any().item()
+    quick.eval()
+    assert mx.array_equal(quick(x), x).item()
+    assert cpu.Dropout(0.0)(x) is x
 
 
 def test_other_devices_are_left_alone(tiny_base, monkeypatch):
