@@ -37,6 +37,7 @@ class Machine:
     cache: str
     disk_free: int
     openblas: bool  # preloaded, so that MLX's matrix products on the CPU run in it
+    single_threaded_blis: bool = False  # BLIS takes one core unless BLIS_NUM_THREADS says otherwise
     generic_kernels: str = ""  # the OPENBLAS_CORETYPE to set where OpenBLAS takes this processor for an ancient one
 
 
@@ -88,6 +89,7 @@ def examine_machine(cache: Path) -> Machine:
         cache=str(cache),
         disk_free=shutil.disk_usage(existing).free,
         openblas=openblas_preloaded(),
+        single_threaded_blis=single_threaded_blis(),
         generic_kernels=missed_core(),
     )
 
@@ -108,6 +110,12 @@ def openblas_preloaded() -> bool:
         return "/libopenblas" in Path("/proc/self/maps").read_text()
     except OSError:
         return False
+
+
+def single_threaded_blis() -> bool:
+    """Whether BLIS is preloaded on a machine of several cores, and nobody told it to use them."""
+    told = os.environ.get("BLIS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    return "libblis" in os.environ.get("LD_PRELOAD", "") and not told and (os.cpu_count() or 1) > 1
 
 
 def free_memory() -> int | None:
@@ -178,6 +186,10 @@ def find_problems(machine: Machine, gflops: float) -> list[Problem]:
                 f"export OPENBLAS_CORETYPE={machine.generic_kernels}",
             )
         )
+    if machine.single_threaded_blis:
+        problems.append(
+            Problem("BLIS, which is preloaded, computes on one core", f"export BLIS_NUM_THREADS={os.cpu_count()}")
+        )
     if machine.memory_free is not None and machine.memory_free < MEMORY_NEEDED:
         problems.append(
             Problem(
@@ -204,7 +216,8 @@ def missed_core(library: str = "") -> str:
     processors for a Prescott of 2004. The library is asked which core it chose; the processor's flags say which would
     fit.
     """
-    library = library or (os.environ["LD_PRELOAD"].split(":")[0] if openblas_preloaded() else "")
+    if not library and openblas_preloaded():
+        library = next(part for part in os.environ["LD_PRELOAD"].split(":") if "openblas" in part)
     if not library or os.environ.get("OPENBLAS_CORETYPE"):
         return ""
     try:
@@ -220,12 +233,17 @@ def missed_core(library: str = "") -> str:
 
 
 def blas_fix() -> str:
-    """What to type against a slow BLAS: on Linux, install OpenBLAS where it is missing and preload it."""
+    """What to type against a slow BLAS: on Linux, install BLIS and OpenBLAS where they are missing, preload them."""
     if sys.platform != "linux":
         return "close other programs and try again"
-    library = Path(f"/usr/lib/{platform.machine()}-linux-gnu/openblas-pthread/libopenblas.so.0")
-    preload = f"export LD_PRELOAD={library}"
+    folder = Path(f"/usr/lib/{platform.machine()}-linux-gnu")
+    library, blis = folder / "openblas-pthread/libopenblas.so.0", folder / "blis-pthread/libblis.so.4"
     if not library.exists():
-        return f"apt-get install libopenblas0-pthread; {preload}; then rsgwm doctor once more"
+        threads = f"BLIS_NUM_THREADS={os.cpu_count()}"
+        preload = f"export {threads} LD_PRELOAD={blis}:{library}"
+        return f"apt-get install libopenblas0-pthread libblis4-pthread; {preload}; then rsgwm doctor once more"
+    preload = f"export LD_PRELOAD={library}"
+    if blis.exists():  # quicker in products of few rows, which decoding consists of
+        preload = f"export BLIS_NUM_THREADS={os.cpu_count()} LD_PRELOAD={blis}:{library}"
     core = missed_core(str(library))
     return f"{preload} OPENBLAS_CORETYPE={core}" if core else preload

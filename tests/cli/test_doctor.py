@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -121,14 +122,30 @@ def test_the_fix_of_a_slow_blas_is_the_whole_fix(monkeypatch, installed, core):
     asked = []
     monkeypatch.setattr(doctor, "missed_core", lambda library: asked.append(library) or core)
     fix = doctor.blas_fix()
-    library = next(word for word in fix.replace(";", " ").split() if word.startswith("LD_PRELOAD=")).partition("=")[2]
+    preload = next(word for word in fix.replace(";", " ").split() if word.startswith("LD_PRELOAD=")).partition("=")[2]
+    blis, library = preload.split(":")
+    assert blis.endswith("-linux-gnu/blis-pthread/libblis.so.4")
     assert library.endswith("-linux-gnu/openblas-pthread/libopenblas.so.0")
+    export = f"export BLIS_NUM_THREADS={os.cpu_count()} LD_PRELOAD={preload}"
     if installed:
         assert asked == [library]
-        assert fix == f"export LD_PRELOAD={library}" + (" OPENBLAS_CORETYPE=HASWELL" if core else "")
+        assert fix == export + (" OPENBLAS_CORETYPE=HASWELL" if core else "")
     else:
-        assert fix.startswith("apt-get install libopenblas0-pthread; export LD_PRELOAD=")
-        assert fix.endswith("rsgwm doctor once more")
+        assert fix == f"apt-get install libopenblas0-pthread libblis4-pthread; {export}; then rsgwm doctor once more"
+
+
+def test_blis_on_one_core_is_told(machine, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libblis.so.4:/usr/lib/libopenblas.so.0")
+    for name in ("BLIS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert doctor.single_threaded_blis()
+    monkeypatch.setenv("BLIS_NUM_THREADS", "8")
+    assert not doctor.single_threaded_blis()
+    machine(single_threaded_blis=True)
+    result = run("--check")
+    assert result.exit_code == 3
+    assert "export BLIS_NUM_THREADS=8" in result.output
 
 
 def test_this_machine_is_measured(tmp_path):
