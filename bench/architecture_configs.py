@@ -51,11 +51,15 @@ VISION = {
 }
 MAMBA = {"state_size": 8, "expand": 2, "conv_kernel": 4}
 # model type: ``config`` beyond SIZES; ``json``: fields of config.json as published models have them; ``model``: the
-# class, where not AutoModelForCausalLM's; ``text``: the fields are those of text_config; ``exclude``: modules left out
+# class, where not AutoModelForCausalLM's; ``text``: the fields are those of text_config; ``exclude``, ``to exclude``:
+# modules left out; ``strip``: a prefix that published checkpoints leave out
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "afmoe": {
         "config": {
-            **MOE,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            **UNTIED,
             "num_dense_layers": 1,
             "num_shared_experts": 1,
             "layer_types": ["sliding_attention", "full_attention"],
@@ -65,8 +69,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "topk_group": 1,
         }
     },
-    "apertus": {"config": UNTIED},
-    "bitnet": {"config": {}},
+    "apertus": {"config": {**UNTIED}, "json": {"mlp_bias": False, "post_norm": False, "qk_norm": True}},
     "cohere": {"config": {}},
     "cohere2": {
         "config": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
@@ -78,25 +81,93 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "n_heads": 4,
             "n_layers": 2,
             "max_seq_len": 64,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": None},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
             **UNTIED,
         }
     },
-    "deepseek_v2": {"config": {**ROUTED, **MLA, "topk_method": "greedy", "num_key_value_heads": 4}},
-    "deepseek_v3": {"config": {**ROUTED, **MLA, "num_key_value_heads": 4}},
+    "deepseek_v2": {
+        "config": {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            **UNTIED,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "topk_method": "greedy",
+            "num_key_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 10000.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        }
+    },
+    "deepseek_v3": {
+        "config": {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            **UNTIED,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "num_key_value_heads": 4,
+        }
+    },
     "deepseek_v32": {
         "config": {
-            **ROUTED,
-            **MLA,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            **UNTIED,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
             "num_key_value_heads": 4,
             "index_n_heads": 4,
             "index_head_dim": 16,
             "index_topk": 64,
         }
     },
-    "dots1": {"config": {**ROUTED, "num_key_value_heads": 4}},
-    "ernie4_5": {"config": UNTIED},
+    "dots1": {
+        "config": {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            **UNTIED,
+            "num_key_value_heads": 4,
+        }
+    },
+    "ernie4_5": {"config": {**UNTIED}},
     "ernie4_5_moe": {
         "config": {
             **UNTIED,
@@ -107,10 +178,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "moe_layer_start_index": 1,
         }
     },
-    "exaone4": {"config": {**UNTIED, "sliding_window": None, "layer_types": ["full_attention", "full_attention"]}},
+    "exaone4": {
+        "config": {**UNTIED, "sliding_window": None, "layer_types": ["full_attention", "full_attention"]},
+        "json": {"rope_scaling": None, "sliding_window_pattern": None},
+    },
     "exaone_moe": {
         "config": {
-            **MOE,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            **UNTIED,
             "num_shared_experts": 1,
             "is_moe_layer": [False, True],
             "n_group": 1,
@@ -140,8 +217,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         },
         "exclude": ["out_proj", "conv1d"],
     },
-    "falcon_mamba": {"config": {**MAMBA}, "exclude": ["out_proj", "conv1d"]},
-    "gemma": {"config": {}},
+    "falcon_mamba": {
+        "config": {"state_size": 8, "expand": 2, "conv_kernel": 4},
+        "exclude": ["out_proj", "conv1d", "dt_proj"],
+    },
+    "gemma": {"config": {"hidden_act": "gelu", "hidden_activation": "gelu"}},
     "gemma2": {"config": {"sliding_window": 32, "query_pre_attn_scalar": 8}},
     "gemma3_text": {
         "config": {
@@ -166,23 +246,64 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "mm_tokens_per_image": 4,
         },
         "model": "Gemma3ForConditionalGeneration",
+        "json": {"vocab_size": 128},
     },
     "glm": {"config": {**UNTIED, "partial_rotary_factor": 0.5}},
     "glm4": {"config": {**UNTIED, "partial_rotary_factor": 0.5}},
     "glm4_moe": {
-        "config": {**ROUTED, "partial_rotary_factor": 0.5, "use_qk_norm": True},
+        "config": {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            **UNTIED,
+            "partial_rotary_factor": 0.5,
+            "use_qk_norm": True,
+        },
         "json": {"rope_scaling": None},
     },
-    "glm4_moe_lite": {"config": {**ROUTED, **MLA, "num_key_value_heads": 4}},
+    "glm4_moe_lite": {
+        "config": {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            **UNTIED,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "num_key_value_heads": 4,
+        }
+    },
     "glm_moe_dsa": {
         "config": {
-            **ROUTED,
-            **MLA,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            **UNTIED,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
             "num_key_value_heads": 4,
             "index_n_heads": 4,
             "index_head_dim": 16,
             "index_topk": 64,
-        }
+        },
+        "json": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
     },
     "gpt2": {
         "config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -190,19 +311,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "strip": "transformer.",
     },
     "gpt_bigcode": {
-        "config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "multi_query": True, "n_inner": 48}
-    },
-    "gpt_neox": {"config": {**UNTIED, "rotary_pct": 0.5, "use_parallel_residual": True}},
-    "gptj": {"config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}},
-    "gpt_oss": {
         "config": {
-            **UNTIED,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": 32,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "multi_query": True,
+            "n_inner": 48,
+            "activation_function": "gelu",
         }
     },
+    "gpt_neox": {
+        "config": {**UNTIED, "rotary_pct": 0.5, "use_parallel_residual": True},
+        "json": {"rotary_emb_base": 10000, "rotary_pct": 0.5},
+    },
+    "gptj": {"config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}},
     "granite": {
         "config": {
             "embedding_multiplier": 2.0,
@@ -227,8 +350,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         },
         "exclude": ["conv1d"],
     },
-    "helium": {"config": UNTIED},
-    "hunyuan_v1_dense": {"config": UNTIED},
+    "helium": {"config": {**UNTIED}},
+    "hunyuan_v1_dense": {"config": {**UNTIED}},
     "jamba": {
         "config": {
             **UNTIED,
@@ -243,26 +366,32 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "use_mamba_kernels": False,
         }
     },
-    "laguna": {"config": {**MOE}},
+    "laguna": {
+        "config": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **UNTIED},
+        "to exclude": ["shared_expert"],
+    },
     "lfm2": {
-        "config": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_L_cache": 3}
+        "config": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
+        "json": {"block_dim": 32, "block_multiple_of": 1, "block_ffn_dim_multiplier": 1.0, "block_ff_dim": 48},
     },
     "lfm2_moe": {
-        "config": {**MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "conv_L_cache": 3}
-    },
-    "llama": {"config": {**UNTIED, "attention_bias": True}},
-    "llama4_text": {
         "config": {
-            **UNTIED,
-            "num_local_experts": 4,
-            "intermediate_size_mlp": 48,
-            "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "layer_types": ["conv", "full_attention"],
+            "num_dense_layers": 1,
+            "conv_L_cache": 3,
         }
     },
+    "llama": {"config": {**UNTIED, "attention_bias": True}},
     "longcat_flash": {
         "config": {
-            **MLA,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
             **UNTIED,
             "ffn_hidden_size": 48,
             "expert_ffn_hidden_size": 24,
@@ -270,24 +399,37 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "n_routed_experts": 4,
             "zero_expert_num": 1,
             "num_layers": 2,
+            "num_key_value_heads": 4,
         }
     },
-    "mamba": {"config": {**MAMBA}, "exclude": ["out_proj", "conv1d"]},
+    "mamba": {"config": {"state_size": 8, "expand": 2, "conv_kernel": 4}, "exclude": ["out_proj", "conv1d", "dt_proj"]},
     "mamba2": {
-        "config": {**MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 1, "tie_word_embeddings": False},
+        "config": {
+            "state_size": 8,
+            "expand": 2,
+            "conv_kernel": 4,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+            **UNTIED,
+        },
         "exclude": ["out_proj", "conv1d"],
     },
-    "mellum": {"config": {**MOE}},
-    "minicpm3": {"config": {**MLA, "num_key_value_heads": 4}},
-    "minimax": {"config": {**UNTIED, "num_local_experts": 4, "num_experts_per_tok": 2}},
-    "minimax_m2": {"config": {**UNTIED, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8}},
-    "ministral3": {"config": UNTIED},
+    "mellum": {
+        "config": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, **UNTIED},
+        "json": {"num_experts": 4},
+    },
+    "minimax_m2": {
+        "config": {**UNTIED, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+        "json": {"shared_intermediate_size": 48, "rotary_dim": 8},
+    },
+    "ministral3": {"config": {**UNTIED}},
     "mistral": {"config": {**UNTIED, "sliding_window": None}},
     "mixtral": {"config": {**UNTIED, "num_local_experts": 4, "num_experts_per_tok": 2}},
-    "nanochat": {"config": UNTIED},
     "nemotron": {"config": {**UNTIED, "partial_rotary_factor": 0.5}},
     "nemotron_h": {
         "config": {
+            "initializer_range": 0.05,
             **UNTIED,
             "layers_block_type": ["mamba", "attention"],
             "mamba_num_heads": 4,
@@ -297,28 +439,77 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         },
         "exclude": ["out_proj", "conv1d"],
     },
-    "olmo": {"config": UNTIED},
-    "olmo2": {"config": UNTIED},
-    "olmo3": {"config": {**UNTIED, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}},
-    "olmo_hybrid": {"config": {**UNTIED, **LINEAR_ATTENTION}},
+    "olmo2": {"config": {**UNTIED}},
+    "olmo3": {
+        "config": {**UNTIED, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
+        "json": {"rope_theta": 10000.0},
+    },
+    "olmo_hybrid": {
+        "config": {
+            **UNTIED,
+            "layer_types": ["linear_attention", "full_attention"],
+            "full_attention_interval": 2,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_conv_kernel_dim": 4,
+        }
+    },
     "olmoe": {"config": {"num_experts": 4, "num_experts_per_tok": 2, **UNTIED}},
     "phi": {"config": {**UNTIED, "partial_rotary_factor": 0.5}},
     "phi3": {"config": {**UNTIED, "sliding_window": None}},
-    "phimoe": {"config": {**UNTIED, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}},
-    "qwen2": {"config": UNTIED},
+    "phimoe": {
+        "config": {
+            **UNTIED,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+        "exclude": ["router"],
+        "to exclude": [],
+    },
+    "qwen2": {"config": {**UNTIED}},
     "qwen2_moe": {
-        "config": {**MOE, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        "config": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            **UNTIED,
+            "shared_expert_intermediate_size": 40,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
         "json": {"num_experts": 4},
     },
     "qwen3": {"config": {}},
     "qwen3_moe": {
-        "config": {**MOE, "decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": True},
+        "config": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            **UNTIED,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": True,
+        },
         "json": {"num_experts": 4},
     },
     "qwen3_next": {
         "config": {
-            **MOE,
-            **LINEAR_ATTENTION,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            **UNTIED,
+            "layer_types": ["linear_attention", "full_attention"],
+            "full_attention_interval": 2,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_conv_kernel_dim": 4,
             "shared_expert_intermediate_size": 40,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [0],
@@ -327,30 +518,83 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "qwen3_5": {
         "text": True,
-        "config": {**LINEAR_ATTENTION},
-        "more": {**UNTIED, "vision_config": VISION},
+        "config": {
+            "layer_types": ["linear_attention", "full_attention"],
+            "full_attention_interval": 2,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_conv_kernel_dim": 4,
+        },
+        "more": {
+            **UNTIED,
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "out_hidden_size": 32,
+                "patch_size": 14,
+            },
+        },
         "model": "Qwen3_5ForConditionalGeneration",
     },
     "qwen3_5_moe": {
         "text": True,
-        "config": {**MOE, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 40, "norm_topk_prob": True},
-        "more": {**UNTIED, "vision_config": VISION},
+        "config": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            **UNTIED,
+            "layer_types": ["linear_attention", "full_attention"],
+            "full_attention_interval": 2,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_conv_kernel_dim": 4,
+            "shared_expert_intermediate_size": 40,
+            "norm_topk_prob": True,
+        },
+        "more": {
+            **UNTIED,
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "out_hidden_size": 32,
+                "patch_size": 14,
+            },
+        },
         "model": "Qwen3_5MoeForConditionalGeneration",
     },
-    "qwen3_vl": {
-        "text": True,
-        "config": {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default"}},
-        "more": {**UNTIED, "vision_config": {**VISION, "deepstack_visual_indexes": [0]}},
-        "model": "Qwen3VLForConditionalGeneration",
-    },
     "recurrent_gemma": {
-        "config": {"lru_width": 32, "attention_window_size": 32, "block_types": ["recurrent", "attention"]}
+        "config": {
+            "lru_width": 32,
+            "attention_window_size": 32,
+            "block_types": ["recurrent", "attention"],
+            "num_key_value_heads": 1,
+        }
     },
-    "seed_oss": {"config": UNTIED},
+    "seed_oss": {"config": {**UNTIED}},
     "smollm3": {"config": {**UNTIED}},
-    "solar_open": {"config": {**ROUTED}},
+    "solar_open": {
+        "config": {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            **UNTIED,
+        },
+        "json": {"partial_rotary_factor": 1.0},
+    },
     "stablelm": {"config": {**UNTIED, "partial_rotary_factor": 0.5, "use_qkv_bias": True}},
-    "starcoder2": {"config": {**UNTIED, "sliding_window": None}},
+    "starcoder2": {"config": {**UNTIED, "sliding_window": None, "hidden_act": "gelu"}},
 }
 
 

@@ -6,6 +6,7 @@ A model is a few layers wide and deep, its values random (norms and biases too).
 
 - ``base``: mlx-lm's logits of the bare model against torch's; where these differ, nothing can be said of adapters;
 - ``linear``: a PEFT adapter on all linear layers (and experts) → from-peft → MLX's logits against torch's;
+- ``rest``: where that is refused, the linear layers without the names that some architectures cannot convert;
 - ``saved``: final norm, a block's norms and the head trained whole (modules_to_save) → from-peft → the same;
 - ``to``: a random MLX adapter on every layer that mlx-lm adapts → to-peft → PEFT's logits against MLX's.
 
@@ -22,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from mlx_rsgwm.errors import RsgwmError
 IDS = [1, 5, 9, 2, 33, 60, 41, 8, 55, 3, 17]
 TOLERANCE = 1e-4
 RANK = 3
+# Layers that some mixtures cannot convert, or that PEFT takes for experts, and so drops.
+REFUSED = ("kv_b_proj", "gate", "gate_proj", "up_proj", "down_proj", "out_proj", "w1", "w2", "w3")
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ def random_peft(model: Any, folder: Path, **settings: Any) -> np.ndarray:
     return logits
 
 
-def random_mlx(base: BaseLayers, folder: Path) -> None:
-    """A random adapter on every layer of the base that mlx-lm adapts, but for embeddings."""
+def random_mlx(base: BaseLayers, folder: Path, excluded: Sequence[str] = ()) -> None:
+    """A random adapter on every layer of the base that mlx-lm adapts, but for embeddings and some names."""
     rng = np.random.default_rng(3)
     weights: dict[str, mx.array] = {}
 
@@ -156,6 +159,8 @@ def random_mlx(base: BaseLayers, folder: Path) -> None:
         weights[name] = mx.array(0.1 * rng.standard_normal(shape).astype(np.float32))
 
     for module, layer in base.layers.items():
+        if any(name in module for name in excluded):
+            continue
         if layer.kind == "linear":
             draw(f"{module}.lora_a", layer.inputs, RANK)
             draw(f"{module}.lora_b", RANK, layer.outputs)
@@ -174,7 +179,7 @@ def saved_modules(model: Any) -> list[str]:
     own = [name for name in norms if getattr(model.get_submodule(name), "weight", None) is not None]
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     tied = tied or getattr(model.config, "tie_word_embeddings", False)
-    return [*own[:4], *own[-1:], *([] if tied else heads_of(model))]
+    return list(dict.fromkeys([*own[:4], *own[-1:], *([] if tied else heads_of(model))]))
 
 
 def heads_of(model: Any) -> list[str]:
@@ -219,6 +224,14 @@ def sweep(name: str, work: Path, trials: tuple[str, ...] = ("linear", "saved", "
         excluded = ARCHITECTURES[name].get("exclude")
         return converted("linear", target_modules="all-linear", **({"exclude_modules": excluded} if excluded else {}))
 
+    def rest() -> Finding:
+        """What remains where one layer keeps all the others from being converted."""
+        modules = [key for key, module in state["model"].named_modules() if type(module).__name__ == "Linear"]
+        targets = [
+            key for key in modules if key.rpartition(".")[2] not in REFUSED and key not in heads_of(state["model"])
+        ]
+        return converted("rest", target_modules=targets)
+
     def saved() -> Finding:
         model = state["model"]
         targets = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
@@ -226,7 +239,8 @@ def sweep(name: str, work: Path, trials: tuple[str, ...] = ("linear", "saved", "
         return converted("saved", target_modules=inner[:1], modules_to_save=saved_modules(model))
 
     def to() -> Finding:
-        random_mlx(read_base_layers(str(folder), folder), work / "to-mlx")
+        excluded = ARCHITECTURES[name].get("to exclude", ARCHITECTURES[name].get("exclude", ()))
+        random_mlx(read_base_layers(str(folder), folder), work / "to-mlx", excluded)
         convert_to_peft(work / "to-mlx", str(folder), work / "to-peft")
         adapted = apply_peft(copy.deepcopy(state["model"]), work / "to-peft", widen=True)
         return compare(torch_logits(adapted), mlx_logits(folder, work / "to-mlx"), state["bare"])
@@ -236,12 +250,48 @@ def sweep(name: str, work: Path, trials: tuple[str, ...] = ("linear", "saved", "
         for trial in (linear, saved, to):
             if trial.__name__ in trials:
                 row.findings[trial.__name__] = attempt(trial)
+        if "linear" in trials and row.findings["linear"].verdict == "refused":
+            row.findings["rest"] = attempt(rest)
     return row
+
+
+HEADER = """# Architectures
+
+Adapters of every architecture that mlx-lm and transformers share and that a tiny random model can be made of, tried by
+
+    python bench/architectures.py --out docs/architectures.md
+
+{about}
+
+A number is the largest difference of logits in the unit of the largest logit, float32, mlx-lm {mlx_lm} against
+transformers {transformers} and PEFT {peft}; up to 1e-4 is right. "Refused" quotes the command's reason. Where the bare
+models differ already ("base"), or one of the libraries cannot load the model, nothing more is tried.
+
+| architecture | base | linear | rest | saved | to PEFT |
+|---|---|---|---|---|---|
+"""
+
+
+def write_table(rows: Sequence[Row], path: Path) -> None:
+    from importlib.metadata import version
+
+    about = (__doc__ or "").split("\n\n")[3].replace("``", "`")
+    versions = {name.replace("-", "_"): version(name) for name in ("mlx-lm", "transformers", "peft")}
+    lines = [
+        f"| {row.name} | " + " | ".join(cell(row.findings.get(trial)) for trial in ("base", *TRIALS)) + " |"
+        for row in rows
+    ]
+    path.write_text(HEADER.format(about=about, **versions) + "\n".join(lines) + "\n")
+
+
+TRIALS = ("linear", "rest", "saved", "to")
 
 
 def cell(finding: Finding | None) -> str:
     if finding is None:
         return ""
+    if finding.verdict == "crash":
+        return f"fails: {finding.crash}"[:160].replace("|", "\\|")
     if finding.error is not None:
         return f"{finding.error:.0e}" if finding.verdict == "right" else f"**{finding.error:.0e}**"
     text = (finding.refusal or finding.crash or "").replace("|", "\\|")
@@ -265,10 +315,14 @@ def main() -> None:
             row = sweep(name, work)
         rows.append(row)
         print(name, *(f"{trial}: {cell(found)};" for trial, found in row.findings.items()), flush=True)
-    counts: dict[str, int] = {}
+    counts: dict[str, int] = {"bases that differ or do not load": 0}
     for row in rows:
-        for finding in row.findings.values():
-            counts[finding.verdict] = counts.get(finding.verdict, 0) + 1
+        for trial, finding in row.findings.items():
+            untried = trial == "base" and finding.verdict != "right"
+            verdict = "bases that differ or do not load" if untried else finding.verdict
+            counts[verdict] = counts.get(verdict, 0) + 1
+    if arguments.out:
+        write_table(rows, arguments.out)
     if arguments.json:
         table = {row.name: {key: vars(value) for key, value in row.findings.items()} for row in rows}
         arguments.json.write_text(json.dumps(table, indent=1))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from mlx_rsgwm import files
 from mlx_rsgwm.base import HUB_ID, HUB_PATTERNS, describe_base, fingerprint_of, resolve_base
-from mlx_rsgwm.converters.module_names import HEADS, PREFIXES, Names, checkpoint_shapes
+from mlx_rsgwm.converters.module_names import HEADS, PREFIXES, Names, checkpoint_shapes, transformers_parameter
 from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_config import config_for_mlx_lm, open_model
@@ -148,8 +148,8 @@ def _weight_map(
     except Exception:  # markers are not what sanitize was written for: anything may happen in it
         return None, False
     prefix = PREFIXES.get(model_type, "model") + "."
-    bare = not saved_by_mlx and not any(name.startswith((prefix, "language_model.")) for name in shapes)
-    return weights, bare and not all(name.startswith(HEADS) for name in shapes)
+    named = [transformers_parameter(name, model_type) for name in shapes if not name.startswith(HEADS)]
+    return weights, not saved_by_mlx and not any(name.startswith((prefix, "language_model.")) for name in named)
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, tuple[int, ...]], bool]:

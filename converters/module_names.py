@@ -86,6 +86,8 @@ REWRITTEN_TYPES = {
 # PEFT refuses LoRA on layers of these names in Mamba models, whose kernels read the weight past the layer.
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_LAYERS = ("out_proj", "conv1d")
+# Names that transformers' own renaming, which PEFT 0.21 runs over an adapter's arrays, makes into names of nothing.
+LOST_BY_PEFT = {"laguna": ".mlp.shared_experts."}
 
 
 def transformers_parameter(name: str, model_type: str | None, bare: bool = False) -> str:

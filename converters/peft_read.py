@@ -429,7 +429,9 @@ def _fit_problems(updates: Iterable[Update], groups: Groups, base: BaseLayers) -
     for update in updates:
         layer = base.layers.get(update.module)
         a, b = update.a.shape, update.b.shape
-        if layer is None:
+        if layer is None and f"{update.module}.weight" in base.parameters:
+            problems.append(f"{update.source}: in mlx-lm {update.module} is no linear layer, so it has no LoRA there")
+        elif layer is None:
             problems.append(f"the base has no {update.module}")
         elif len(a) == 3:
             if layer.kind != "experts" or (layer.experts, layer.outputs, layer.inputs) != (a[0], b[1], a[2]):

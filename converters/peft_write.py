@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.converters.base_layers import BaseLayers
-from mlx_rsgwm.converters.module_names import MAMBA_LAYERS, MAMBA_TYPES, SWITCH, Names, needs_parameter
+from mlx_rsgwm.converters.module_names import LOST_BY_PEFT, MAMBA_LAYERS, MAMBA_TYPES, SWITCH, Names, needs_parameter
 from mlx_rsgwm.converters.peft_config import alpha_for, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, join_gate_up, stack_experts
 from mlx_rsgwm.converters.peft_names import PREFIX, SAVED, is_embedding, key_of, layer_of, model_order
@@ -119,6 +119,10 @@ def _plain_problems(adapter: Adapter, names: Names) -> list[str]:
             problems.append(f"{module}: mlx-lm multiplies this weight as it loads it, which DoRA cannot follow")
         if names.model_type in MAMBA_TYPES and module.endswith(MAMBA_LAYERS):
             problems.append(f"{module}: PEFT puts no LoRA on this layer of a Mamba model")
+        if (lost := LOST_BY_PEFT.get(names.model_type or "")) and lost in names.transformers_module(module):
+            problems.append(
+                f"{module}: PEFT 0.21 does not find the arrays of {names.transformers_module(module)} again"
+            )
         if f"{module}.m" in adapter.weights and needs_parameter(names.transformers_module(module), names.model_type):
             problems.append(f"{module}: PEFT reaches this layer as a parameter only, where it has no DoRA")
     for name in adapter.full:

@@ -1,0 +1,122 @@
+"""What a sanitize does to arrays is found from markers alone: every kind of change, against what it does to values."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_rsgwm.converters.weight_map import WeightMap
+
+SHAPES = {
+    "layers.0.square.weight": (6, 6),
+    "layers.1.square.weight": (6, 6),
+    "layers.0.fused.weight": (12, 6),
+    "layers.0.norm.weight": (6,),
+    "layers.0.conv.weight": (6, 1, 4),
+    "layers.0.experts.0.up.weight": (8, 6),
+    "layers.0.experts.1.up.weight": (8, 6),
+    "layers.0.stacked": (2, 16, 6),
+}
+VECTOR = mx.array([0.5, 1.0, 2.0, 3.0, 1.0, 0.25])
+
+
+def in_place(arrays):
+    arrays["layers.0.square.weight"] *= VECTOR[:, None]
+    return arrays
+
+
+def split(arrays):
+    fused = arrays.pop("layers.0.fused.weight")
+    arrays["layers.0.a.weight"], arrays["layers.0.b.weight"] = mx.split(2 * fused, 2)
+    return arrays
+
+
+def stack(arrays):
+    arrays["layers.0.switch.up.weight"] = mx.stack(
+        [arrays.pop(f"layers.0.experts.{expert}.up.weight") for expert in range(2)]
+    )
+    return arrays
+
+
+def halves(arrays):
+    both = arrays.pop("layers.0.stacked")
+    return {**arrays, "gate": both[:, :8], "up": both[:, 8:]}
+
+
+def changed(name, change):
+    return lambda arrays: {**arrays, name: change(arrays[name])}
+
+
+AFFINE = {
+    "nothing": lambda arrays: arrays,
+    "renamed": lambda arrays: {f"model.{name}": value for name, value in arrays.items()},
+    "transposed square": changed("layers.0.square.weight", mx.transpose),
+    "scaled": changed("layers.1.square.weight", lambda value: value * 0.5859),
+    "scaled by row in place": in_place,
+    "shifted": changed("layers.0.norm.weight", lambda value: value + 1.0),
+    "scaled and shifted": changed("layers.0.norm.weight", lambda value: 0.5 * value - 2),
+    "convolution": changed("layers.0.conv.weight", lambda value: value.moveaxis(2, 1)),
+}
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(2)
+    return {name: mx.array(rng.standard_normal(shape).astype(np.float32)) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_a_link_does_to_an_array_what_sanitize_does(name, arrays):
+    found = WeightMap(AFFINE[name], SHAPES)
+    expected = AFFINE[name]({key: value + 0 for key, value in arrays.items()})
+    assert set(found.names()) == set(expected)
+    for parameter, value in expected.items():
+        link = found.link(parameter)
+        ours = link.apply(arrays[link.source])
+        np.testing.assert_allclose(np.array(ours), np.array(value), rtol=1e-6)
+        np.testing.assert_allclose(np.array(link.undo(ours)), np.array(arrays[link.source]), rtol=1e-6, atol=1e-6)
+    changes = [parameter for parameter in expected if not found.link(parameter).plain]
+    assert len(changes) == (name not in ("nothing", "renamed"))
+
+
+@pytest.mark.parametrize(("change", "factor"), [(split, 2.0), (stack, 1.0), (halves, 1.0)])
+def test_rows_are_traced_to_their_source(change, factor, arrays):
+    found = WeightMap(change, SHAPES)
+    expected = change({key: value + 0 for key, value in arrays.items()})
+    for parameter in sorted(set(expected) - set(SHAPES)):
+        link = found.link(parameter)
+        assert link.scale == factor
+        blocks = []
+        for parts in link.parts:
+            rows = [arrays[p.source][p.expert] if p.expert is not None else arrays[p.source] for p in parts]
+            blocks.append(np.concatenate([np.array(r)[p.rows] for r, p in zip(rows, parts, strict=True)]))
+        made = factor * (np.stack(blocks) if expected[parameter].ndim == 3 else blocks[0])
+        np.testing.assert_array_equal(made, np.array(expected[parameter]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value / mx.sqrt(mx.sum(value * value)),
+        lambda value: value * VECTOR,  # by column
+        lambda value: value + value.T,
+        lambda value: value * 0,
+        lambda value: value.reshape(3, 12),
+        lambda value: value[:, ::-1],
+    ],
+)
+def test_what_is_no_such_change_is_not_taken_for_one(change):
+    assert WeightMap(changed("layers.0.square.weight", change), SHAPES).link("layers.0.square.weight") is None
+
+
+def test_other_layers_are_carried_over_from_the_first_and_numbers_in_names_are_not_mixed_up():
+    shapes = {f"layers.{i}.x{j}.weight": (4, 4) for i in range(12) for j in range(2)}
+    found = WeightMap(lambda arrays: {name: 3 * value.T for name, value in arrays.items()}, shapes)
+    for name in shapes:
+        link = found.link(name)
+        assert (link.source, link.axes, link.scale) == (name, (1, 0), 3.0)
+
+
+def test_a_number_that_is_no_layer_is_looked_at_by_itself():
+    shapes = {f"layers.{i}.experts.{j}.weight": (4, 4) for i in range(3) for j in range(3)}
+    found = WeightMap(lambda arrays: {name: 3 * value.T for name, value in arrays.items()}, shapes)
+    assert all(found.link(name).source == name for name in shapes)
