@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-VOCABULARY = 128
+VOCABULARY = 288
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -221,7 +221,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "config": {"state_size": 8, "expand": 2, "conv_kernel": 4},
         "exclude": ["out_proj", "conv1d", "dt_proj"],
     },
-    "gemma": {"config": {"hidden_act": "gelu", "hidden_activation": "gelu"}},
+    "gemma": {"config": {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu"}},
     "gemma2": {"config": {"sliding_window": 32, "query_pre_attn_scalar": 8}},
     "gemma3_text": {
         "config": {
@@ -246,7 +246,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "mm_tokens_per_image": 4,
         },
         "model": "Gemma3ForConditionalGeneration",
-        "json": {"vocab_size": 128},
+        "json": {"vocab_size": 288},
     },
     "glm": {"config": {**UNTIED, "partial_rotary_factor": 0.5}},
     "glm4": {"config": {**UNTIED, "partial_rotary_factor": 0.5}},
@@ -318,7 +318,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
             "n_positions": 64,
             "multi_query": True,
             "n_inner": 48,
-            "activation_function": "gelu",
         }
     },
     "gpt_neox": {
@@ -594,7 +593,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "json": {"partial_rotary_factor": 1.0},
     },
     "stablelm": {"config": {**UNTIED, "partial_rotary_factor": 0.5, "use_qkv_bias": True}},
-    "starcoder2": {"config": {**UNTIED, "sliding_window": None, "hidden_act": "gelu"}},
+    "starcoder2": {"config": {**UNTIED, "sliding_window": None, "hidden_act": "gelu_pytorch_tanh"}},
 }
 
 

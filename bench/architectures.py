@@ -36,7 +36,7 @@ import numpy as np
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import load_base
-from mlx_rsgwm.bench.architecture_configs import ARCHITECTURES, VOCABULARY, make_config
+from mlx_rsgwm.bench.architecture_configs import ARCHITECTURES, make_config
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
 from mlx_rsgwm.converters.parity import apply_peft, load_torch_base
 from mlx_rsgwm.converters.parity_mlx import apply_adapter
@@ -45,6 +45,7 @@ from mlx_rsgwm.errors import RsgwmError
 
 IDS = [1, 5, 9, 2, 33, 60, 41, 8, 55, 3, 17]
 TOLERANCE = 1e-4
+BASE_TOLERANCE = 5e-5  # an adapter's logits cannot agree better than the bare models'
 RANK = 3
 # Layers that some mixtures cannot convert, or that PEFT takes for experts, and so drops.
 REFUSED = ("kv_b_proj", "gate", "gate_proj", "up_proj", "down_proj", "out_proj", "w1", "w2", "w3")
@@ -109,12 +110,15 @@ def rename_arrays(file: Path, prefix: str) -> None:
 
 
 def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
+    symbols = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
 
 
 def torch_logits(model: Any) -> np.ndarray:
@@ -246,7 +250,7 @@ def sweep(name: str, work: Path, trials: tuple[str, ...] = ("linear", "saved", "
         return compare(torch_logits(adapted), mlx_logits(folder, work / "to-mlx"), state["bare"])
 
     row.findings["base"] = attempt(base)
-    if row.findings["base"].verdict == "right":
+    if row.findings["base"].verdict == "right" and (row.findings["base"].error or 0) < BASE_TOLERANCE:
         for trial in (linear, saved, to):
             if trial.__name__ in trials:
                 row.findings[trial.__name__] = attempt(trial)

@@ -15,11 +15,18 @@ from safetensors import safe_open
 
 from mlx_rsgwm import files
 from mlx_rsgwm.base import HUB_ID, HUB_PATTERNS, describe_base, fingerprint_of, resolve_base
-from mlx_rsgwm.converters.module_names import HEADS, PREFIXES, Names, checkpoint_shapes, transformers_parameter
+from mlx_rsgwm.converters.module_names import (
+    HEADS,
+    NEEDS_BASE,
+    PREFIXES,
+    Names,
+    checkpoint_shapes,
+    transformers_parameter,
+)
 from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_config import config_for_mlx_lm, open_model
-from mlx_rsgwm.model_folder import read_config, weight_files
+from mlx_rsgwm.model_folder import first_line, read_config, weight_files
 
 Kind = Literal["linear", "embedding", "experts"]
 
@@ -127,7 +134,10 @@ def _weight_map(
     """How mlx-lm's parameters come from the checkpoint, and whether that leaves the model's prefix out.
 
     A base that mlx-lm has saved went through ``sanitize`` before: then of the checkpoint that it must have come from;
-    None where that is not known, or where ``sanitize`` cannot be followed.
+    None where that is not known and names follow the rules.
+
+    Raises:
+        RsgwmError: ``sanitize`` cannot be followed, and no rule stands in for it.
     """
     from mlx_lm.utils import _get_classes
 
@@ -138,14 +148,23 @@ def _weight_map(
         dense |= {f"{name}.weight": layer.shape for name, layer in layers.items() if f"{name}.weight" in dense}
         shapes = checkpoint_shapes(dense, model_type)
     try:
-        told = config_for_mlx_lm(config)
-        model_class, arguments = _get_classes(told)
-        model = model_class(arguments.from_dict(told))
-        sanitize = model.sanitize if hasattr(model, "sanitize") else lambda arrays: arrays
+        settings = {**config, **config_for_mlx_lm(config)}
+        model_class, arguments = _get_classes(settings)
+
+        def sanitize(arrays: dict[str, Any]) -> dict[str, Any]:
+            model = model_class(arguments.from_dict(settings))  # a fresh one: some drop a tied head of their own here
+            return dict(model.sanitize(arrays)) if hasattr(model, "sanitize") else arrays
+
         weights = WeightMap(sanitize, shapes)
-        if saved_by_mlx and not set(dense) <= set(weights.names()):
-            return None, False
-    except Exception:  # markers are not what sanitize was written for: anything may happen in it
+        known = not saved_by_mlx or set(dense) <= set(weights.names())
+    except Exception as error:  # markers are not what sanitize was written for: anything may happen in it
+        if not saved_by_mlx:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise RsgwmError(f"{path}: what mlx-lm does to its arrays cannot be followed ({reason})") from error
+        known = False
+    if not known and model_type in NEEDS_BASE:
+        raise RsgwmError(f"{path} was saved by mlx-lm, which changes {model_type}'s arrays; give the original model")
+    if not known:
         return None, False
     prefix = PREFIXES.get(model_type, "model") + "."
     named = [transformers_parameter(name, model_type) for name in shapes if not name.startswith(HEADS)]

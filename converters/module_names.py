@@ -57,6 +57,11 @@ ROOTS = (
     ("model.h.", "gpt_neox.layers.", frozenset({"gpt_neox"})),
     ("model.", "gpt_neox.", frozenset({"gpt_neox"})),
 )
+# Model types whose arrays mlx-lm changes, or names otherwise than the rules below say.
+NEEDS_BASE = (
+    *("falcon_h1", "qwen3_next", "qwen3_5", "qwen3_5_moe", "granitemoe", "granitemoehybrid", "lfm2_moe", "gptj"),
+    *("nemotron_h", "olmo_hybrid", "laguna", "gpt_oss", "llama4", "llama4_text", "jamba", "phimoe", "dbrx"),
+)
 ONE_EXPERT = re.compile(
     r"(?P<block>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)"
 )

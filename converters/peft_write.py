@@ -11,7 +11,15 @@ import numpy as np
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.converters.base_layers import BaseLayers
-from mlx_rsgwm.converters.module_names import LOST_BY_PEFT, MAMBA_LAYERS, MAMBA_TYPES, SWITCH, Names, needs_parameter
+from mlx_rsgwm.converters.module_names import (
+    LOST_BY_PEFT,
+    MAMBA_LAYERS,
+    MAMBA_TYPES,
+    NEEDS_BASE,
+    SWITCH,
+    Names,
+    needs_parameter,
+)
 from mlx_rsgwm.converters.peft_config import alpha_for, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, join_gate_up, stack_experts
 from mlx_rsgwm.converters.peft_names import PREFIX, SAVED, is_embedding, key_of, layer_of, model_order
@@ -29,11 +37,6 @@ from mlx_rsgwm.converters.weight_map import describe_link
 from mlx_rsgwm.errors import AdapterError, raise_problems
 
 Arrays = dict[str, mx.array]
-# Model types whose arrays mlx-lm changes, or names otherwise than the rules of module_names say.
-NEEDS_BASE = (
-    *("falcon_h1", "qwen3_next", "qwen3_5", "qwen3_5_moe", "granitemoe", "granitemoehybrid", "lfm2_moe", "gptj"),
-    *("nemotron_h", "olmo_hybrid", "laguna", "gpt_oss", "llama4", "llama4_text", "jamba", "phimoe", "dbrx"),
-)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.bulk import from_peft_verified, to_peft_verified
 from mlx_rsgwm.converters.fuse import fuse
-from mlx_rsgwm.converters.module_names import RENAMED, REWRITTEN_TYPES, TEXT_ONLY, transformers_parameter
+from mlx_rsgwm.converters.module_names import NEEDS_BASE, RENAMED, REWRITTEN_TYPES, TEXT_ONLY, transformers_parameter
 from mlx_rsgwm.converters.peft import convert_from_peft, convert_to_peft
-from mlx_rsgwm.converters.peft_write import NEEDS_BASE
 from mlx_rsgwm.converters.verify import require_equal
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError
 
