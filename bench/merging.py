@@ -11,14 +11,16 @@ Inside the clock, each with the merged weights evaluated at its end:
 - ``speedup_vs_peft``: adapters in memory on both sides. PEFT: ``add_weighted_adapter`` on a model of bare float32
   Linear layers, whose weights are never touched, with the adapters attached. This project: ``merge`` of four loaded
   adapters with its checks, and like PEFT without a diagnosis.
-- ``speedup_vs_peft_diagnosed``: the same with the diagnosis that a merge makes unless told not to.
+- ``speedup_vs_peft_diagnosed``: the same with the diagnosis that a merge makes unless told not to: what a user gets.
 - ``speedup_vs_peft_from_disk``: adapters in folders on both sides. PEFT: loading them into that model (once in a
   process), then the call. This project: ``merge`` of the folders, with SHA-256 of the files against the manifests and
   the diagnosis.
 
-Each side and method has a process of its own; the processes take turns, merge by merge. Memory is what the first merge
-from the folders adds to the resident set at its peak; of PEFT, what its adapters do, all of which it needs in memory,
-and its call.
+Each side and method has a process of its own; the processes take turns, merge by merge. PEFT's has torch's own BLAS (a
+preload or thread number set for this project is taken out of its environment) and the number of threads that a short
+search finds best; it is printed, and so are the processor and the losing rows (ratios below 1). Memory is what the
+first merge from the folders adds to the resident set at its peak; of PEFT, what its adapters do, all of which it needs
+in memory, and its call.
 
 ``rsgwm_over_forward`` is the time of a default ``rsgwm`` merge of such a pool, importance included, over that of one
 forward pass of 512 tokens, logits and all, through a random model of TinyLlama's shapes in float32, in turns.
@@ -37,6 +39,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -193,18 +197,45 @@ def peft_side(folders: Sequence[Path], method: str) -> Iterator[dict[str, Any]]:
     model = loading["result"]
     names, weights = [str(index) for index in range(len(folders))], [1 / len(folders)] * len(folders)
     first = bare.get_submodule(COMPARED)
+
+    def merged() -> None:
+        model.base_model.add_weighted_adapter(names, weights, "merged", method, density=DENSITY)
+
+    def once() -> None:
+        if method == "svd":  # a merge is 88 of these, and takes a minute or two
+            torch.linalg.svd(torch.randn(first.out_features, first.in_features))
+        else:
+            merged()
+            model.delete_adapter("merged")
+
+    # Memory is the first merge's; where that takes so long, the first after the search, which leaves little behind.
+    fresh = None if method == "svd" else measured(once)
+    tried = thread_seconds(once)
+    torch.set_num_threads(min(tried, key=lambda threads: tried[threads]))
     while True:
-        step = measured(
-            lambda: model.base_model.add_weighted_adapter(names, weights, "merged", method, density=DENSITY)
-        )
+        step = measured(merged)
+        step |= {"threads": torch.get_num_threads(), "tried": tried}
         # From before the adapters came: the peak of loading them, or of merging on top of them.
-        step["mb_with_adapters"] = max(loading["mb"], step["before"] + step["mb"] - loading["before"])
+        peak_step = fresh or step
+        step["mb_with_adapters"] = max(loading["mb"], peak_step["before"] + peak_step["mb"] - loading["before"])
         a, b = (getattr(first, leaf)["merged"].weight.detach() for leaf in ("lora_A", "lora_B"))
         step["norm"] = torch.linalg.norm(b @ a).item() * first.scaling["merged"]
         step["from_disk"] = loading["seconds"] + step["seconds"]
         del step["result"], a, b
         model.delete_adapter("merged")
         yield step
+
+
+def thread_seconds(work: Callable[[], None]) -> dict[int, float]:
+    """Seconds of ``work`` by torch's number of threads, 1, 2, 4 … and all cores: the better of two runs each."""
+    import torch
+
+    cores = os.cpu_count() or 1
+    seconds = {}
+    for threads in sorted({*(2**power for power in range(cores.bit_length())), cores}):
+        torch.set_num_threads(threads)
+        seconds[threads] = min(measured(work)["seconds"] for _ in range(2))
+    return seconds
 
 
 def attached(bare: Any, folders: Sequence[Path], config: Any) -> Any:
@@ -269,7 +300,10 @@ def serve(side: str, method: str, folders: Sequence[Path]) -> None:
 def process_of(side: str, method: str, folders: Sequence[Path]) -> Iterator[Callable[[], dict[str, Any]]]:
     """Starts a side; the function it gives asks for one step."""
     command = [sys.executable, __file__, "--serve", side, method, *map(str, folders)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    ours = ("LD_PRELOAD", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS") if side == "peft" else ()
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command, **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         asking, answers = process.stdin, process.stdout
@@ -328,14 +362,19 @@ def against_peft(folder: Path, trials: int, budget: float) -> dict[str, Any]:
             "speedup_vs_peft_diagnosed": ratio(theirs, mine, "seconds", "diagnosed"),
             "speedup_vs_peft_from_disk": ratio(theirs, mine, "from_disk", "from_disk"),
             "memory_vs_peft": mine[0]["mb"] / theirs[0]["mb_with_adapters"],
+            "peft_threads": theirs[0]["threads"],
             "steps": steps,
         }
         print(
             f"{method:<10} ours {_seconds(mine)} s, diagnosed {_seconds(mine, 'diagnosed')} s, from disk "
             f"{_seconds(mine, 'from_disk')} s, {mine[0]['mb']:.0f} MB; PEFT {_seconds(theirs)} s, from disk "
-            f"{_seconds(theirs, 'from_disk')} s, {theirs[0]['mb_with_adapters']:.0f} MB",
+            f"{_seconds(theirs, 'from_disk')} s, {theirs[0]['mb_with_adapters']:.0f} MB, {theirs[0]['threads']} threads"
+            f" (tried: {', '.join(f'{threads} {seconds:.2f} s' for threads, seconds in theirs[0]['tried'].items())})",
             flush=True,
         )
+        told = {name: value for name, value in rows[method].items() if name.startswith("speedup")}
+        for name, value in told.items():
+            print(f"    {name} {value:.2f}{' (slower than PEFT)' if value < 1 else ''}", flush=True)
     return {
         figure: {method: round(row[figure], 3) if figure != "steps" else row[figure] for method, row in rows.items()}
         for figure in rows[METHODS[0]]
@@ -426,6 +465,18 @@ def plot(growth: Mapping[str, Any], path: Path) -> None:
     files.write_figure(path, figure, dpi=120)
 
 
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    if sys.platform == "darwin":
+        named = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    return named or platform.processor() or platform.machine()
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -440,7 +491,8 @@ def main() -> None:
         side, method, *folders = options.serve
         serve(side, method, [Path(folder) for folder in folders])
         return
-    result: dict[str, Any] = {"versions": versions()}
+    result: dict[str, Any] = {"versions": versions(), "processor": processor(), "cores": os.cpu_count()}
+    print(f"{result['processor']}, {result['cores']} cores", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if options.only in (None, "peft"):

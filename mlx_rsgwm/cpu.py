@@ -14,6 +14,7 @@ backward pass is over, three times the memory of a lazy graph.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -118,6 +120,31 @@ def order_statistics(values: mx.array, *places: int) -> mx.array:
         start = place
         found.append(rest[..., 0])
     return mx.array(np.stack(found, axis=-1))
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """NumPy's own OpenBLAS on one thread inside: more would spin beside a merge that has the other cores."""
+    library = _numpys_openblas()
+    if library is None:
+        yield
+        return
+    before = library.scipy_openblas_get_num_threads64_()
+    library.scipy_openblas_set_num_threads64_(1)
+    try:
+        yield
+    finally:
+        library.scipy_openblas_set_num_threads64_(before)
+
+
+@cache
+def _numpys_openblas() -> ctypes.CDLL | None:
+    """The OpenBLAS inside NumPy's Linux wheel; None where NumPy has another BLAS."""
+    for path in Path(np.__file__).parent.with_name("numpy.libs").glob("libscipy_openblas64_*.so"):
+        library = ctypes.CDLL(str(path))
+        if hasattr(library, "scipy_openblas_set_num_threads64_"):
+            return library
+    return None
 
 
 def largest(values: mx.array, count: int) -> mx.array:

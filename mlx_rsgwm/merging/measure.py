@@ -1,7 +1,7 @@
 """Inner products of a module's merged update with its sources, while its factors are in memory: what a diagnosis needs.
 
-Nothing dense is formed but where that is cheaper; products are float32. On Linux's CPU NumPy takes them, by small
-products in a thread beside the merge: there MLX computes elementwise on one core, and thin products slowly.
+Nothing dense is formed but where that is cheaper; products are float32. On Linux's CPU NumPy takes them, in a
+thread beside the merge: there MLX computes elementwise on one core, and thin products slowly.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -17,15 +16,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.cpu import applies
+from mlx_rsgwm.cpu import applies, one_blas_thread
 from mlx_rsgwm.merging.lowrank import Truncated, cross, owner_matrix, stack
 from mlx_rsgwm.merging.module import Factors, Module
 
 # Updates are stacked for their inner products until their ranks reach this sum.
 STACKED_RANK = 128
-# OpenBLAS takes products of up to so many multiplications on one thread. Shorter ones than so many columns are slow.
-SINGLE_THREADED = 1 << 18
-SHORTEST_PRODUCT = 64
 
 # Of one module: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the sources‖²,
 # ``whole`` and ``discarded`` (before truncation, and lost by it), and the method's notes under note/.
@@ -39,32 +35,19 @@ def measured_beside(updates: Sequence[Factors], merged: Factors) -> bool:
 
 def inner_products(updates: Sequence[Factors], merged: Factors) -> dict[str, Any]:
     """A row's ``square``, ``squares``, ``dots`` and ``mean_square`` as numbers, from evaluated arrays."""
-    # Both sides as rows: ΔW's inner products are sums over (aᵢᵀaⱼ) ⊙ (bᵢbⱼᵀ), r × r each.
-    sides = [(np.array(one.a, copy=False).T, np.array(one.b, copy=False)) for one in (*updates, merged)]
-    products = np.empty((len(sides), len(sides)))
+    everything = (*updates, merged)
+    a = np.concatenate([np.array(one.a, copy=False) for one in everything], axis=1)
+    b = np.concatenate([np.array(one.b, copy=False) for one in everything], axis=0)
+    starts = np.cumsum([0, *(one.rank for one in updates)])
     with np.errstate(over="ignore", invalid="ignore"):
-        for i, (a, b) in enumerate(sides):
-            for j, (other_a, other_b) in enumerate(sides[: i + 1]):
-                pieces = _rows_by_rows(a, other_a) * _rows_by_rows(b, other_b)
-                products[i, j] = products[j, i] = pieces.sum(dtype=np.float64)
+        pieces = ((a.T @ a) * (b @ b.T)).astype(np.float64)  # symmetric: NumPy has BLAS do half the work
+        products = np.add.reduceat(np.add.reduceat(pieces, starts, axis=0), starts, axis=1)
     return {
         "square": float(products[-1, -1]),
         "squares": np.diag(products)[:-1].tolist(),
         "dots": products[-1, :-1].tolist(),
         "mean_square": float(products[:-1, :-1].sum()) / len(updates) ** 2,
     }
-
-
-def _rows_by_rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """first @ second.T of (r₁, n) and (r₂, n), in products so small that BLAS takes each on the thread that asks.
-
-    More threads than that would spin beside a merge that has the other cores.
-    """
-    step = max(SHORTEST_PRODUCT, SINGLE_THREADED // (len(first) * len(second)))
-    total = first[:, :step] @ second[:, :step].T
-    for start in range(step, first.shape[1], step):
-        total += first[:, start : start + step] @ second[:, start : start + step].T
-    return total
 
 
 def measure(updates: Sequence[Factors], merged: Factors) -> dict[str, mx.array]:
@@ -114,8 +97,7 @@ class Batch:
 class Measuring:
     """Inner products taken beside the merge, into the ``rows`` of a diagnosis; all are there when the block ends.
 
-    When a batch comes and the last is not done, who brings it lends a hand first: no more factors are held than those
-    of two batches.
+    A batch waits for the one before, so no more factors are held than those of two.
     """
 
     def __init__(self, rows: Mapping[str, dict[str, Any]]) -> None:
@@ -134,13 +116,12 @@ class Measuring:
         self._running = self._worker.submit(self._measure)
 
     def _measure(self) -> None:
-        with suppress(IndexError):  # the other thread took the last
-            while True:
+        with one_blas_thread():
+            while self._jobs:
                 name, updates, merged = self._jobs.popleft()
                 self._rows[name].update(inner_products(updates, merged))
 
     def _finish(self) -> None:
-        self._measure()
         if self._running is not None:
             self._running.result()
 

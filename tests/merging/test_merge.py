@@ -13,6 +13,7 @@ from mlx_rsgwm.files import read_safetensors, write_safetensors
 from mlx_rsgwm.merging import measure
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import METHODS, find_method, resolved
+from mlx_rsgwm.merging.module import Factors
 from mlx_rsgwm.merging.options import MergeOptions, Override
 from mlx_rsgwm.merging.pool import Pool
 
@@ -39,6 +40,26 @@ def test_collapse_is_refused_with_the_reason(make_adapter):
     with pytest.raises(RsgwmError, match="the merge collapses in 4 of 4 modules"):
         merge(adapters, MergeOptions(role="verify", parameters={**wide, "reference": "zero"}))
     merge(adapters, MergeOptions(role="verify", parameters={**wide, "reference": "init"}))
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (1, 7, 3), (16, 16, 16, 16)])
+def test_products_taken_beside_the_merge_are_those_of_dense_ones(ranks):
+    rng = np.random.default_rng(0)
+    sides = [(rng.standard_normal((300, rank)), rng.standard_normal((rank, 200))) for rank in (*ranks, 5)]
+    dense = [a.astype(np.float32).astype(np.float64) @ b.astype(np.float32).astype(np.float64) for a, b in sides]
+    *updates, merged = (Factors(mx.array(a.astype(np.float32)), mx.array(b.astype(np.float32))) for a, b in sides)
+    mx.eval([(one.a, one.b) for one in (*updates, merged)])
+    expected = {
+        "square": (dense[-1] ** 2).sum(),
+        "squares": [(one**2).sum() for one in dense[:-1]],
+        "dots": [(one * dense[-1]).sum() for one in dense[:-1]],
+        "mean_square": (sum(dense[:-1]) ** 2).sum() / len(ranks) ** 2,
+    }
+    lazy = {name: value.tolist() for name, value in measure.measure(updates, merged).items()}
+    size = max(expected["squares"])
+    for found in (measure.inner_products(updates, merged), lazy):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("stacked", [1, 8, 128])  # ranks in a stack: one adapter, some, all

@@ -1,0 +1,49 @@
+"""``rsgwm merge`` at the edge: what it refuses in one line, its limit, and its list without torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm.adapter import Adapter
+from mlx_rsgwm.cli.main import main
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["merge", *map(str, arguments)])
+
+
+@pytest.fixture
+def three(make_adapter, tmp_path):
+    return [make_adapter(seed).save(tmp_path / f"a{seed}") for seed in range(3)]
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher", "dare_linear", "breadcrumbs", "magnitude_prune"])
+def test_weights_that_cancel_end_with_2_and_write_nothing(three, tmp_path, method):
+    weights = [item for weight in (0.1, 0.2, -0.3) for item in ("--weight", weight)]
+    done = run(*three, "--method", method, *weights, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "weights must not sum to zero" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_of_ones_own(three, tmp_path):
+    command = [*three[:2], "--method", "linear", "--weight", 1, "--weight", -0.99, "--out", tmp_path / "out"]
+    refused = run(*command)
+    assert refused.exit_code == 2
+    assert "the limit is 40" in refused.output
+    allowed = run(*command, "--largest", 1000, "--json")
+    assert allowed.exit_code == 0
+    told = json.loads(allowed.output.splitlines()[-1])["merge"]
+    assert told["diagnosis"]["overall"]["growth"] > 40
+    assert any("times as large" in warning for warning in told["warnings"])
+    assert Adapter.load(tmp_path / "out").manifest["merge"]["largest"] == 1000
+
+
+def test_the_list_needs_no_torch():
+    code = "import sys; from mlx_rsgwm.cli.main import main; main(['merge', '--list'], standalone_mode=False)"
+    code += "; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
