@@ -8,11 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.adapter import Adapter
-from mlx_rsgwm.cli.main import main
+from mlx_rsgwm.cli.main import rsgwm
 
 
 def run(*arguments):
-    return CliRunner().invoke(main, ["merge", *map(str, arguments)])
+    return CliRunner().invoke(rsgwm, ["merge", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -43,7 +43,11 @@ def test_a_limit_of_ones_own(three, tmp_path):
 
 
 def test_the_list_needs_no_torch():
-    code = "import sys; from mlx_rsgwm.cli.main import main; main(['merge', '--list'], standalone_mode=False)"
-    code += "; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = """
+import atexit, sys
+atexit.register(lambda: print('torch' in sys.modules, 'transformers' in sys.modules))
+from mlx_rsgwm.cli.main import rsgwm
+rsgwm(['merge', '--list'])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
