@@ -30,12 +30,12 @@ from mlx_rsgwm.converters.gguf_architectures import (
 )
 from mlx_rsgwm.converters.gguf_file import READABLE, GgufFile, open_gguf
 from mlx_rsgwm.converters.gguf_packed import BITS, GROUP, packed_bits, read_packed
-from mlx_rsgwm.converters.gguf_tokenizer import save_tokenizer
+from mlx_rsgwm.converters.gguf_tokenizer import end_ids, save_tokenizer
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.progress import SILENT, Progress
 
 # Raised whenever a conversion would come out different, so that cached ones are made anew.
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 SLICE_BYTES = 1 << 24
 WIDTHS = {"F32": 4, "U32": 4, "F16": 2}
 
@@ -78,6 +78,9 @@ def convert_gguf(source: Path, out: Path, progress: Progress = SILENT, quantised
     try:
         save_tokenizer(gguf.metadata, work, str(source), config["vocab_size"])
         files.write_json(work / "config.json", config)
+        ends = end_ids(gguf.metadata)
+        if ends != [config["eos_token_id"]] and ends:
+            files.write_json(work / "generation_config.json", {"eos_token_id": ends})
         _write_weights(work / "model.safetensors", gguf, config, entries, progress)
         work.chmod(0o755)  # mkdtemp makes it private
         _rename_folder(work, out)

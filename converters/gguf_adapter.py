@@ -7,7 +7,6 @@ projections in the order of that architecture. llama.cpp computes alpha / rank, 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -71,17 +70,14 @@ def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -
         for _, value in _arrays(adapter, names, config, base.model_type):
             writer.write_tensor_data(np.ascontiguousarray(value.astype(kind)))
         writer.close()
+        # Before it gets its name: a full disk may have cut it, with no error by whoever wrote it.
+        _check(temporary, out, adapter, names, config, base.model_type, kind)
         files.replace_file(out, temporary)
     except OSError as error:
         raise RsgwmError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    try:
-        _check(out, adapter, names, config, base.model_type, kind)
-    except CheckFailed:
-        os.unlink(out)
-        raise
     return out
 
 
@@ -143,16 +139,19 @@ def _arrays(
 
 
 def _check(
-    out: Path, adapter: Adapter, names: dict[str, str], config: dict[str, Any], model_type: str, kind: Any
+    path: Path, out: Path, adapter: Adapter, names: dict[str, str], config: dict[str, Any], model_type: str, kind: Any
 ) -> None:
-    """Read the file with the gguf package and compare every tensor and alpha.
+    """Read the file, which is at ``path`` before it is ``out``, with the gguf package; compare every tensor and alpha.
 
     Raises:
         CheckFailed: naming the first tensor that differs.
     """
     import gguf
 
-    reader = gguf.GGUFReader(str(out))
+    try:
+        reader = gguf.GGUFReader(str(path))
+    except (ValueError, IndexError, KeyError) as error:  # numpy's, of a file that ends too early
+        raise CheckFailed(f"{out} was cut off while it was written; free some space on the disk") from error
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     if alpha != float(np.float32(adapter.spec.scale * adapter.spec.rank)):
         raise CheckFailed(f"{out}: alpha reads {alpha}, not {adapter.spec.scale * adapter.spec.rank}")

@@ -24,6 +24,11 @@ SPECIAL_TOKENS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_TEXTS = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"),
+    *("<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>"),
+)
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -79,13 +84,34 @@ def save_tokenizer(metadata: Mapping[str, Any], folder: Path, where: str, vocab_
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, named = rebuild(metadata, where, vocab_size)
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise RsgwmError(f"{where}: tokenizer.chat_template is not a text")
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, chat_template=template, **named
-    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **named)
+    wrapped.chat_template = _chat_templates(metadata, where)
     wrapped.save_pretrained(str(folder))
+
+
+def _chat_templates(metadata: Mapping[str, Any], where: str) -> str | dict[str, str] | None:
+    """The chat template, or all of several by name, as transformers has them."""
+    prefix = "tokenizer.chat_template"
+    texts = {key: value for key, value in metadata.items() if key == prefix or key.startswith(f"{prefix}.")}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise RsgwmError(f"{where}: {key} is not a text")
+    if set(texts) <= {prefix}:
+        return texts.get(prefix)
+    return {key.removeprefix(f"{prefix}.") if key != prefix else "default": value for key, value in texts.items()}
+
+
+def end_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Every token that ends a text for llama.cpp, the end of text first.
+
+    These are the ids that the file names (end of text, of a turn, of a message) and the control tokens whose text says
+    so (``special_eog_ids`` in llama.cpp's llama-vocab.cpp).
+    """
+    tokens, kinds = metadata.get("tokenizer.ggml.tokens", ()), metadata.get("tokenizer.ggml.token_type", ())
+    ids = [metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS]
+    by_text = {text: index for index, text in enumerate(tokens) if text in END_TEXTS}
+    ids += [index for index in by_text.values() if index < len(kinds) and kinds[index] == CONTROL]
+    return list(dict.fromkeys(int(index) for index in ids if isinstance(index, int) and 0 <= index < len(tokens)))
 
 
 def rebuild(metadata: Mapping[str, Any], where: str, vocab_size: int) -> tuple[Tokenizer, dict[str, str]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_rsgwm import files
 from mlx_rsgwm.converters.gguf_tokenizer import CONTROL, SPECIAL_TOKENS, USER_DEFINED, rebuild
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_folder import first_line
@@ -61,8 +62,8 @@ def vocabulary(folder: Path, rows: int) -> dict[str, Any]:
         },
         **_frame(tokenizer),
     }
-    if isinstance(tokenizer.chat_template, str):
-        common["tokenizer.chat_template"] = tokenizer.chat_template
+    common |= _chat_templates(tokenizer.chat_template)
+    common |= _further_ends(folder, tokenizer.eos_token_id, rows)
     forms = _sentencepiece(tokens, merges) if pieces else _byte_level(merges)
     expected = [tokenizer.encode(text) for text in PROBES]
     for form in forms:
@@ -77,6 +78,41 @@ def vocabulary(folder: Path, rows: int) -> dict[str, Any]:
         f"{folder}: llama.cpp has no tokenizer known here that cuts text as this one does, and another would change "
         "every prompt; use llama.cpp's own convert_hf_to_gguf.py"
     )
+
+
+def _chat_templates(template: Any) -> dict[str, Any]:
+    """All chat templates; transformers has several by name, of which ``default`` is the usual one."""
+    if isinstance(template, str):
+        return {"tokenizer.chat_template": template}
+    if not isinstance(template, dict) or not template:
+        return {}
+    others = {name: text for name, text in template.items() if name != "default"}
+    found: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
+    if others:
+        found["tokenizer.chat_templates"] = list(others)
+    if "default" in template:
+        found["tokenizer.chat_template"] = template["default"]
+    return found
+
+
+def _further_ends(folder: Path, eos: int | None, rows: int) -> dict[str, int]:
+    """Ends of a turn and of a message: the ids beyond the end of text that the model's configuration stops at.
+
+    Raises:
+        RsgwmError: more than a file has places for.
+    """
+    ends: Any = None
+    for name in ("generation_config.json", "config.json"):
+        if ends is None and (folder / name).is_file():
+            ends = files.read_json_object(folder / name).get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [ends]
+    further = [index for index in ids if isinstance(index, int) and index != eos and 0 <= index < rows]
+    if len(further) > 2:
+        raise RsgwmError(
+            f"{folder} stops at {len(further) + 1} tokens, and a GGUF file has places for three; shorten eos_token_id "
+            "in generation_config.json"
+        )
+    return dict(zip(("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"), further, strict=False))
 
 
 def _kinds(

@@ -112,7 +112,8 @@ def load_tokenizer_of(path: Path, config: Mapping[str, Any], model: nn.Module) -
     rows = embedding_rows(model)
     tokenizer = BaseTokenizer(loaded, rows if rows is not None else 1 << 62, str(path))
     notes = [] if rows is None else _beyond(tokenizer, rows, path)
-    known = [text for text in list(tokenizer.get_vocab())[:SAMPLE] if isinstance(text, str)]
+    added = set(getattr(tokenizer, "added_tokens_decoder", {}))  # these are found before anything is cut
+    known = [text for text, index in tokenizer.get_vocab().items() if index not in added][:SAMPLE]
     if all(_cut_to_nothing(tokenizer, text) for text in (*PROBES, *known, " ".join(known))):
         raise RsgwmError(
             f"the tokenizer in {path} cuts text to nothing ({PROBES[0]!r} becomes no token); it is damaged or another "
