@@ -383,6 +383,9 @@ def test_trained_token_rows_and_biases_of_lora_b(name, bases, tmp_path):
     ours, theirs = fused_logits(base, out, tmp_path / "model")
     assert largest(ours, expected) < 1e-4
     assert largest(theirs, expected) < 1e-4
+    if name in ("tokens", "lora_bias"):
+        parity = CliRunner().invoke(rsgwm, ["parity", str(out), "--base", str(base), "--quiet"])
+        assert parity.exit_code == 0, parity.output
 
 
 def test_what_the_base_cannot_hold_is_refused_by_name(bases, tmp_path):
