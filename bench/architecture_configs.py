@@ -306,8 +306,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "json": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
     },
     "gpt2": {
-        "config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-        "json": {"n_ctx": 64},
+        "config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+        "json": {"n_ctx": 128},
         "strip": "transformer.",
     },
     "gpt_bigcode": {

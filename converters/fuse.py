@@ -9,6 +9,7 @@ with those of base and adapter.
 from __future__ import annotations
 
 import io
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -155,6 +156,11 @@ def fuse(
             **_compare_logits(adapter, base_name, work, target, progress),
             "versions": versions(),
         }
+        if not all(math.isfinite(float(str(result[key]))) for key in ("logit_share", "logit_error", "max_abs_logit")):
+            raise RsgwmError(
+                f"the logits of {base_name} are not finite on texts of about a hundred characters, so nothing can be "
+                "compared; has it fewer positions, or values that are not finite?"
+            )
         if abs(1 - float(str(result["logit_share"]))) > 1 - min_share and not force:
             raise CheckFailed(
                 f"{result['logit_share']:.0%} of the adapter's effect on logits is in the fused model, "

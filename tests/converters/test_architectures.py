@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -218,6 +219,21 @@ def test_fuse_transposes_a_saved_conv1d(base_of, tmp_path):
     assert len(Adapter.load(tmp_path / "ours").full) == 6
     fuse(tmp_path / "ours", str(base_of("gpt2")), tmp_path / "fused")
     assert np.abs(sweep.mlx_logits(tmp_path / "fused") - expected).max() < 1e-3
+
+
+def test_fuse_refuses_logits_that_are_not_finite(base_of, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(base_of("gpt2"), base)
+    arrays = mx.load(str(base / "model.safetensors"))
+    arrays["ln_f.bias"] = arrays["ln_f.bias"] * float("nan")
+    mx.save_safetensors(str(base / "model.safetensors"), arrays, {"format": "pt"})
+    make_peft(base_of("gpt2"), tmp_path / "peft", target_modules=["c_attn"], fan_in_fan_out=True)
+    layers = read_base_layers(str(base_of("gpt2")), base_of("gpt2"))
+    convert_from_peft(tmp_path / "peft", layers, tmp_path / "ours")
+    (tmp_path / "ours" / "manifest.json").unlink()  # it names the base that is sound
+    with pytest.raises(RsgwmError, match="are not finite"):
+        fuse(tmp_path / "ours", str(base), tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "qwen3_next", "ernie4_5_moe"])
