@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 @click.option(
     "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
 )
+@click.option("--split", help="Of a file: train, calibration, test or all.  [default: calibration]")
+@click.option("--allow-overlap", is_flag=True, help="Calibrate on what the adapters were trained on, too.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
 @pipeline_options
 @common_options
@@ -44,6 +46,8 @@ def calibrate(
     confidence: float,
     file: Path | None,
     folder: Path | None,
+    split: str | None,
+    allow_overlap: bool,
     batch_rows: int,
     **options: object,
 ) -> None:
@@ -57,9 +61,13 @@ def calibrate(
 
     Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts held.jsonl
     """
-    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.adapter import MANIFEST_FILE
+    from mlx_rsgwm.data.row_hashes import record_of
+    from mlx_rsgwm.data.tasks import select_questions
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.contamination import check_overlap
     from mlx_rsgwm.evaluation.harness import calibrate as fit_calibration
+    from mlx_rsgwm.files import read_json_object
     from mlx_rsgwm.pipeline.calibration import save_calibration
     from mlx_rsgwm.pipeline.decisions import LoopConfig
     from mlx_rsgwm.pipeline.guarantee import Target
@@ -75,19 +83,30 @@ def calibrate(
         raise RsgwmError(f"--method must be auto, none or one of {', '.join(METHODS)}, found {method!r}")
     target = None if target_far is None else Target(target_far, confidence)
     config = LoopConfig(options["attempts"], sampling=sampling_of(console, options))  # type: ignore[arg-type]
-    questions = [
-        question for task in tasks for question in questions_for(task, "calibration", items, console.seed, folder)
-    ]
+    chosen = [select_questions(task, "calibration", items, console.seed, folder, split=split) for task in tasks]
+    for task, selection in zip(tasks, chosen, strict=True):
+        if selection.note(task):
+            console.progress.message(selection.note(task))
+    questions = [question for selection in chosen for question in selection.questions]
+    seen = {
+        role: record_of(read_json_object(Path(str(options[role])) / MANIFEST_FILE), role)
+        for role in ("drafter", "verifier")
+        if (Path(str(options[role])) / MANIFEST_FILE).is_file()
+    }
+    overlap = check_overlap(questions, seen, allow_overlap, "calibration")
+    if overlap.headline():
+        console.progress.message(overlap.headline())
     pipeline = load_pipeline(console, options, config, None)
     found = fit_calibration(
         pipeline, questions, console.seed, batch_rows, console.progress,
         score=score, method=method, target=target, file=file,
+        file_questions=[text for selection in chosen for text in selection.file_questions],
     )  # fmt: skip
     folder_of_verifier = Path(str(options["verifier"]))
     save_calibration(folder_of_verifier, found)
     console.line(render(found))
     console.line(f"calibration: {folder_of_verifier}")
-    console.result({"out": str(folder_of_verifier), **found.to_dict()})
+    console.result({"out": str(folder_of_verifier), **found.to_dict(), "overlap": overlap.headline()})
 
 
 def render(found: Calibration) -> str:

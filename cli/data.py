@@ -17,7 +17,7 @@ def data() -> None:
 
 @data.command(name="build")
 @click.option(
-    "--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeat for a mix."
+    "--task", "tasks", multiple=True, required=True, help="Family, data set, or file of questions; repeat for a mix."
 )
 @click.option("--draft-rows", default=102, show_default=True, help="Rows per task that teach to answer.")
 @click.option(
@@ -26,7 +26,9 @@ def data() -> None:
 @click.option(
     "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
 )
-@click.option("--split", help="Split to take; default: train. Take another one for held-out rows.")
+@click.option(
+    "--split", help="Split to take; default: train. Take another one for held-out rows; of a file also all of it: all."
+)
 @click.option("--offset", default=0, show_default=True, help="Questions to pass over first.")
 @click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template: plain or chat.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Corpus folder to write.")
@@ -44,6 +46,9 @@ def build(
 ) -> None:
     """Build a corpus folder.
 
+    Of a file of your own, the rows of its training share are taken: a row's content decides whether it is for
+    training, calibration or test. A gold answer stays as the file has it.
+
     \b
     Examples:
       rsgwm data build --task change --out corpus/change
@@ -51,21 +56,32 @@ def build(
       rsgwm data build --task my_questions.jsonl --out corpus/mine
     """
     from mlx_rsgwm.data.corpus import make_rows, save_corpus
-    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.data.question_files import is_question_file
+    from mlx_rsgwm.data.tasks import select_questions
     from mlx_rsgwm.data.template import find_template
     from mlx_rsgwm.errors import RsgwmError
 
     if draft_rows < 0 or verify_rows < 0 or draft_rows + verify_rows == 0:
         raise RsgwmError("--draft-rows and --verify-rows must not be negative, and not both 0")
     template = find_template(template_name)
-    rows = []
+    rows, of_files, splits = [], [], {}
     for task in tasks:
-        wanted = None if task.endswith(".jsonl") else max(draft_rows, 2 * verify_rows, 1)
-        questions = questions_for(task, "train", wanted, console.seed, folder, offset, split)
-        drafts = min(draft_rows, len(questions)) if task.endswith(".jsonl") else draft_rows
-        pairs = min(verify_rows, len(questions)) if task.endswith(".jsonl") else verify_rows
-        rows += make_rows(questions, drafts, pairs, console.seed)
-    corpus = save_corpus(out, rows, template, {"seed": console.seed, "tasks": list(tasks), "split": split or "train"})
+        own = is_question_file(task)
+        wanted = None if own else max(draft_rows, 2 * verify_rows, 1)
+        chosen = select_questions(task, "train", wanted, console.seed, folder, offset, split)
+        made = make_rows(chosen.questions, draft_rows, verify_rows, console.seed, at_most=own)
+        verify = sum(row.role == "verify" for row in made)
+        if chosen.note(task):
+            console.line(chosen.note(task))
+        if verify < min(verify_rows, len(chosen.questions)):
+            console.line(
+                f"{task}: {verify} verify rows instead of {verify_rows}: no wrong answer can be made for the others"
+            )
+        rows += made
+        of_files += chosen.file_questions
+        splits[task] = chosen.split
+    about = {"seed": console.seed, "tasks": list(tasks), "split": split or "train", "splits": splits}
+    corpus = save_corpus(out, rows, template, about, of_files)
     counts = corpus.manifest["counts"]
     for task, found in counts.items():
         console.line(f"{task}: {found['draft']} draft rows, {found['verify']} verify rows")

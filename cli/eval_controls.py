@@ -16,6 +16,7 @@ from mlx_rsgwm.cli.console import Console, common_options
     "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
 )
 @click.option("--limit", default=50, show_default=True, help="Items of each task.")
+@click.option("--allow-overlap", is_flag=True, help="Ask what adapters were trained on, too; the result says so.")
 @click.option("--slice", "how", default="first", show_default=True, help="first, or seeded: shuffled by --seed.")
 @click.option("--calibration-items", default=24, show_default=True, help="Held-out items of each task for thresholds.")
 @click.option("--sampling-seeds", default=3, show_default=True, help="Passes over the items, from --seed upwards.")
@@ -36,6 +37,7 @@ def controls(
     tasks: tuple[str, ...],
     folder: Path | None,
     limit: int,
+    allow_overlap: bool,
     how: str,
     calibration_items: int,
     sampling_seeds: int,
@@ -56,8 +58,10 @@ def controls(
     Example: rsgwm controls runs/demo --out runs/controls
     """
     from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.data.row_hashes import RowRecord
     from mlx_rsgwm.data.tasks import questions_for
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
     from mlx_rsgwm.evaluation.control_study import ControlPlan, corpora, run_controls
     from mlx_rsgwm.evaluation.controls import control_notes, control_rows
     from mlx_rsgwm.evaluation.report import aligned
@@ -72,12 +76,17 @@ def controls(
     click.get_current_context().with_resource(exclusive(out))
     trained = list(corpora(run))
     seed = console.seed
-    slices = [read_slice(Slice(task, limit, how, seed, folder=folder)) for task in tasks or trained]
+    seen = rows_seen({name: run / name for name in ("drafter", "verifier")})
     held_out = [q for task in trained for q in questions_for(task, "calibration", calibration_items, seed, folder)]
+    check_overlap(held_out, {name: seen[name] for name in ("drafter", "verifier")}, allow_overlap, "calibration")
+    seen["calibration here"] = RowRecord.of(question.question for question in held_out)
+    slices = [read_slice(Slice(task, limit, how, seed, folder=folder), union(seen)) for task in tasks or trained]
+    asked = [question for questions, _ in slices for question in questions]
+    overlap = check_overlap(asked, seen, allow_overlap, "test")
     plan = ControlPlan(
         run=run,
         out=out,
-        questions=tuple(question for found, _ in slices for question in found),
+        questions=tuple(asked),
         calibration=tuple(held_out),
         attempts=attempts,
         drafts=drafts,
@@ -90,7 +99,9 @@ def controls(
     for doubt in check_pair(*pair):
         console.warn(doubt)
     summary = run_controls(load_base_for(pair, base_name, console.progress), plan, console.progress)
+    if overlap.headline():
+        console.line(overlap.headline())
     console.line(aligned(control_rows(summary)))
     console.line("\n".join(control_notes(summary)))
     console.line(f"controls: {out}")
-    console.result(summary)
+    console.result({"overlap": overlap.headline(), **summary})

@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 @click.option(
     "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
 )
-@click.option("--split", help="Split of a data set; default: the one to report on.")
+@click.option(
+    "--split", help="Split of a data set; default: the one to report on. Of a file: train, calibration, test or all."
+)
 @click.option("--revision", help="Commit of a Hub data set; default: its newest, which is recorded.")
 @click.option("--limit", default=100, show_default=True, help="Items of each task.")
 @click.option("--slice", "how", default="first", show_default=True, help="first, or seeded: shuffled by --seed.")
 @click.option("--sampling-seeds", default=1, show_default=True, help="Passes over the items, from --seed upwards.")
 @click.option("--drafts", type=int, help="Drafts recorded per item, for pass@k and maj@k; default: the attempts.")
 @click.option("--train-data", type=click.Path(path_type=Path), multiple=True, help="Corpus to check the items against.")
+@click.option("--allow-overlap", is_flag=True, help="Ask what was trained or calibrated on, too; the result says so.")
 @click.option("--refusal", "refusal", metavar="REGEX", help="Wording of a refusal, instead of the built-in one.")
 @click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
@@ -46,6 +49,7 @@ def evaluate(
     sampling_seeds: int,
     drafts: int | None,
     train_data: tuple[Path, ...],
+    allow_overlap: bool,
     refusal: str | None,
     timed: int,
     batch_rows: int,
@@ -57,19 +61,32 @@ def evaluate(
     Under mlx.launch the items are shared out among the processes, batch by batch: the result is that of one process,
     whatever their number, and --out is needed.
 
+    Items that the adapters were trained or calibrated on are refused. A file of your own is asked whole, unless the
+    adapters have seen rows of it: then its test share is asked (a row's content decides its share).
+
     Example: rsgwm eval --base smollm2-135m --drafter runs/demo/drafter --verifier runs/demo/verifier
     --task gsm8k --data ../data --limit 20 --out runs/gsm8k
     """
-    from mlx_rsgwm.data.tasks import questions_for
+    from dataclasses import asdict
+
+    from mlx_rsgwm.data.row_hashes import RowRecord
+    from mlx_rsgwm.data.tasks import Selection, select_questions
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.evaluation.answers import REFUSAL
-    from mlx_rsgwm.evaluation.contamination import contamination, training_questions
+    from mlx_rsgwm.evaluation.contamination import (
+        check_overlap,
+        contamination,
+        rows_seen,
+        training_questions,
+        union,
+    )
     from mlx_rsgwm.evaluation.harness import calibrate, describe_run
     from mlx_rsgwm.evaluation.harness import evaluate as run_items
     from mlx_rsgwm.evaluation.journal import FILE, Journal
     from mlx_rsgwm.evaluation.report import render_table, summarise, write_report
-    from mlx_rsgwm.evaluation.slices import Slice, read_slice
+    from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
     from mlx_rsgwm.files import exclusive
+    from mlx_rsgwm.pipeline.calibration import load_calibration
     from mlx_rsgwm.processes import launched_processes
     from mlx_rsgwm.progress import SILENT
 
@@ -85,14 +102,28 @@ def evaluate(
         click.get_current_context().with_resource(exclusive(out))
     processes.wait()  # whoever locks the folder clears half-written files out of it
     progress = console.progress if processes.writes else SILENT
-    slices = [read_slice(Slice(task, limit, how, console.seed, split, folder, revision)) for task in tasks]
-    questions = [question for found, _ in slices for question in found]
+    adapters = rows_seen({"drafter": loop["drafter"], "verifier": loop["verifier"]})
+    held_out: list[Selection] = []
+    if loop["score"] == "auto" and load_calibration(loop["verifier"]) is None:
+        count = max(4, 24 // len(tasks))
+        held_out = [select_questions(task, "calibration", count, console.seed, folder) for task in tasks]
+        texts = [question.question for chosen in held_out for question in chosen.questions]
+        of_files = [text for chosen in held_out for text in chosen.file_questions]
+        adapters["calibration here"] = RowRecord.of(texts, of_files)
+    seen = union(adapters)
+    slices = [read_slice(Slice(task, limit, how, console.seed, split, folder, revision), seen) for task in tasks]
+    for _, told in slices:
+        if told.get("note"):
+            progress.message(told["note"])
+    questions = with_own_ids(slices)
+    overlap = check_overlap(questions, adapters, allow_overlap, "test")
+    if overlap.headline():
+        progress.message(overlap.headline())
     checked = contamination(questions, training_questions(train_data)) if train_data else None
 
     def calibrate_here(pipeline: DraftVerify) -> Calibration:
-        count = max(4, 24 // len(tasks))
-        held_out = [q for task in tasks for q in questions_for(task, "calibration", count, console.seed, folder)]
-        return calibrate(pipeline, held_out, console.seed, batch_rows, progress)
+        asked = [question for chosen in held_out for question in chosen.questions]
+        return calibrate(pipeline, asked, console.seed, batch_rows, progress)
 
     pipeline = build_pipeline(console, loop, calibrate_here)
     seeds = tuple(range(console.seed, console.seed + sampling_seeds))
@@ -114,6 +145,7 @@ def evaluate(
         "tasks": [told for _, told in slices],
         "seed": console.seed,
         "contamination": checked,
+        "overlap": {**asdict(overlap), "headline": overlap.headline()},
     }
     attempts = pipeline.config.attempts
     if out is not None:

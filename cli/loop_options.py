@@ -160,7 +160,7 @@ def build_pipeline(
     """
     from dataclasses import replace
 
-    from mlx_rsgwm.pipeline.calibration import load_calibration
+    from mlx_rsgwm.pipeline.calibration import NothingToTellApart, load_calibration
     from mlx_rsgwm.pipeline.decisions import LoopConfig
 
     score, threshold = options["score"], _threshold(options["threshold"])
@@ -178,7 +178,10 @@ def build_pipeline(
         calibration.require_both_classes(options["verifier"])
     pipeline = load_pipeline(console, options, config, calibration)
     if score == "auto" and calibration is None and calibrate is not None:
-        pipeline.calibration = calibration = calibrate(pipeline)
+        try:
+            pipeline.calibration = calibration = calibrate(pipeline)
+        except NothingToTellApart as error:
+            console.progress.message(f"warning: {error}")
     if score == "auto":
         score = calibration.score if calibration else "mean_logprob"
         if calibration is None:

@@ -26,6 +26,7 @@ from mlx_rsgwm.cli.console import Console, common_options
     "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
 )
 @click.option("--split", help="Split of a data set; default: the one to report on.")
+@click.option("--allow-overlap", is_flag=True, help="Ask what adapters were trained on, too; the result says so.")
 @click.option("--items", default=24, show_default=True, help="Held-out items of each task.")
 @click.option("--judged", type=int, help="Items of each task whose answers the verifiers score.  [default: all]")
 @click.option(
@@ -52,6 +53,7 @@ def merge_sweep(
     tasks: tuple[str, ...],
     folder: Path | None,
     split: str | None,
+    allow_overlap: bool,
     items: int,
     judged: int | None,
     extras: tuple[str, ...],
@@ -78,8 +80,9 @@ def merge_sweep(
     """
     from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.data.tasks import select_questions
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
     from mlx_rsgwm.evaluation.sweep import Plan, Sweep
     from mlx_rsgwm.evaluation.sweep_report import render_table, write_sweep
     from mlx_rsgwm.evaluation.sweep_variants import DEFAULT_METHODS, parse_variants
@@ -101,14 +104,20 @@ def merge_sweep(
         click.get_current_context().with_resource(exclusive(out))
     variants = parse_variants(methods or DEFAULT_METHODS)
     adapters = [Adapter.load(path) for path in pool]
+    seen = rows_seen({f"pool/{path.name}": path for path in pool} | _extras(extras))
+    chosen = {
+        task: select_questions(task, "test", items, console.seed, folder, split=split, seen=union(seen))
+        for task in tasks or _known_tasks(pool, adapters)
+    }
+    questions = [question for selection in chosen.values() for question in selection.questions]
+    overlap = check_overlap(questions, seen, allow_overlap, "test")
+    for line in (*(selection.note(task) for task, selection in chosen.items()), overlap.headline()):
+        if line and processes.writes:
+            console.progress.message(line)
     plan = Plan(
         pool=pool,
         variants=tuple(variants),
-        questions=tuple(
-            question
-            for task in tasks or _known_tasks(pool, adapters)
-            for question in questions_for(task, "test", items, console.seed, folder, split=split)
-        ),
+        questions=tuple(questions),
         template=_template(template_name, adapters),
         extras=_extras(extras),
         judged=judged or items,
@@ -126,19 +135,20 @@ def merge_sweep(
     if not processes.writes:
         return
     summary = write_sweep(out, [measured], console.seed, console.progress)
-    console.line(render_table(summary))
-    console.line(f"sweep: {out}")
-    console.result({**summary, "out": str(out)})
+    for line in filter(None, (overlap.headline(), render_table(summary), f"sweep: {out}")):
+        console.line(line)
+    console.result({"overlap": overlap.headline(), **summary, "out": str(out)})
 
 
 def _known_tasks(pool: Sequence[Path], adapters: Sequence[Any]) -> list[str]:
     """The tasks that the pool's adapters say they were trained on."""
     from mlx_rsgwm.data.families import FAMILIES
+    from mlx_rsgwm.data.question_files import is_question_file
     from mlx_rsgwm.data.sources import SOURCES
     from mlx_rsgwm.errors import RsgwmError
 
     tasks = [str(adapter.manifest.get("task") or path.name) for path, adapter in zip(pool, adapters, strict=True)]
-    unknown = [task for task in tasks if not task.endswith(".jsonl") and task not in FAMILIES and task not in SOURCES]
+    unknown = [task for task in tasks if not is_question_file(task) and task not in FAMILIES and task not in SOURCES]
     if unknown:
         raise RsgwmError(f"there are no held-out items for {', '.join(unknown)}; say what to evaluate on with --eval")
     return list(dict.fromkeys(tasks))

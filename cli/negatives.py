@@ -82,7 +82,7 @@ def negatives(
     from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.data.corpus import CorpusRow, save_corpus
     from mlx_rsgwm.data.drafted import make_mixed_rows
-    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.data.tasks import select_questions
     from mlx_rsgwm.data.template import Template, find_template
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.evaluation.harness import label_drafts
@@ -101,9 +101,12 @@ def negatives(
     if wanted < 1 or not 0 <= share <= 1:
         raise RsgwmError(f"--questions must be at least 1 and --share in [0, 1], found {wanted} and {share}")
     config = LoopConfig(attempts, sampling=Sampling(temperature, top_p, max_tokens, console.seed))
-    questions = {
-        task: questions_for(task, "train", max(wanted, draft_rows), console.seed, folder, offset) for task in tasks
+    chosen = {
+        task: select_questions(task, "train", max(wanted, draft_rows), console.seed, folder, offset) for task in tasks
     }
+    for task, selection in chosen.items():
+        if selection.note(task):
+            console.line(selection.note(task))
     adapters = [Adapter.load(path) for path in sources]
     described = [one.manifest["template"] for one in adapters if one.manifest.get("template")]
     if not template_name and not described:
@@ -117,7 +120,8 @@ def negatives(
 
     rows: list[CorpusRow] = []
     counts: dict[str, dict[str, int]] = {}
-    for task, found in questions.items():
+    for task, selection in chosen.items():
+        found = selection.questions
         drafts = label_drafts(pipelines, found[:wanted], batch_rows, console.progress)
         mixed = make_mixed_rows(found[:wanted], drafts, verify_rows // 2, share, console.seed)
         rows += [CorpusRow(f"{q.id}/draft", q.task, "draft", q.question, q.answer) for q in found[:draft_rows]]
@@ -148,6 +152,7 @@ def negatives(
         rows,
         template,
         {"seed": console.seed, "tasks": list(tasks), "split": "train", "negatives": provenance},
+        [text for selection in chosen.values() for text in selection.file_questions],
     )
     console.line(f"corpus: {out}")
     console.result(

@@ -118,9 +118,5 @@ def _setting(recipe: Recipe, run: Path, seeds: tuple[int, ...], timed: int, batc
     from mlx_rsgwm.evaluation.tables import Setting
     from mlx_rsgwm.pipeline.calibration import load_calibration
 
-    calibration = load_calibration(run / "verifier")
-    score, threshold = recipe.loop.score, recipe.loop.threshold
-    if calibration is not None:
-        score = calibration.score if score == "auto" else score
-        threshold = calibration.threshold if threshold == "auto" else threshold
-    return Setting(recipe.loop.config(score, float(threshold), recipe.seed), seeds, timed, batch_rows)
+    score, threshold = recipe.loop.settled(load_calibration(run / "verifier"))
+    return Setting(recipe.loop.config(score, threshold, recipe.seed), seeds, timed, batch_rows)

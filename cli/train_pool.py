@@ -93,11 +93,15 @@ def _build(
 ) -> None:
     """Write the corpora of ``tasks`` below ``out``, where they are not already."""
     from mlx_rsgwm.data.corpus import make_rows, save_corpus
-    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.data.question_files import is_question_file
+    from mlx_rsgwm.data.tasks import select_questions
     from mlx_rsgwm.data.template import find_template
 
     for task in tasks:
-        found = questions_for(task, "train", max(draft_rows, 2 * verify_rows, 1), seed, questions)
-        rows = make_rows(found, draft_rows, verify_rows, seed)
-        provenance = {"seed": seed, "tasks": [task], "split": "train"}
-        save_corpus(out / "data" / Path(task).stem, rows, find_template(template_name), provenance)
+        own = is_question_file(task)
+        wanted = None if own else max(draft_rows, 2 * verify_rows, 1)
+        chosen = select_questions(task, "train", wanted, seed, questions)
+        rows = make_rows(chosen.questions, draft_rows, verify_rows, seed, at_most=own)
+        provenance = {"seed": seed, "tasks": [task], "split": chosen.split}
+        folder = out / "data" / Path(task).stem
+        save_corpus(folder, rows, find_template(template_name), provenance, chosen.file_questions)

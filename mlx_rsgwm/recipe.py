@@ -19,11 +19,19 @@ from mlx_rsgwm.adapter import Adapter, is_complete
 from mlx_rsgwm.base import Base, load_base, resolve_base
 from mlx_rsgwm.converters.peft import to_peft
 from mlx_rsgwm.data.corpus import load_corpus, make_rows, save_corpus
+from mlx_rsgwm.data.question_files import is_question_file
+from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.sources import Question
-from mlx_rsgwm.data.tasks import questions_for
+from mlx_rsgwm.data.tasks import Selection, select_questions
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.errors import CheckFailed, RsgwmError
-from mlx_rsgwm.evaluation.contamination import contamination, training_questions
+from mlx_rsgwm.evaluation.contamination import (
+    check_overlap,
+    contamination,
+    rows_seen,
+    training_questions,
+    union,
+)
 from mlx_rsgwm.evaluation.harness import calibrate, describe_run, evaluate
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.journal import Journal
@@ -31,7 +39,7 @@ from mlx_rsgwm.evaluation.report import write_report
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.model_folder import fingerprint_of
 from mlx_rsgwm.pipeline.calibration import FILE as CALIBRATION_FILE
-from mlx_rsgwm.pipeline.calibration import load_calibration, save_calibration
+from mlx_rsgwm.pipeline.calibration import NothingToTellApart, load_calibration, save_calibration
 from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.verifying import SCORES
 from mlx_rsgwm.progress import SILENT, Progress
@@ -107,6 +115,7 @@ class Run:
                         "budget": recipe.data.budget(task),
                         "folder": recipe.data.folder,
                         "files": self._hashes([task]),
+                        **({"split": "by content"} if is_question_file(task) else {}),
                     },
                     (),
                     (self._corpus(task),),
@@ -170,20 +179,27 @@ class Run:
         return {task: {path.name: files.sha256_file(path) for path in data.files_of(task)} for task in tasks}
 
     def _draw_questions(self) -> None:
-        """Find out before any training whether there are questions to calibrate and to evaluate on."""
+        """Find out before any training whether there are questions to calibrate and to evaluate on, and new ones."""
         data, section = self.recipe.data, self.recipe.evaluate
+        seen = {f"data/{folder_name(task)}": load_corpus(self._corpus(task)).record() for task in data.tasks}
         if data.calibration_items:
-            self._questions(data.tasks, "calibration", data.calibration_items)
-        self._questions(section.tasks or data.tasks, "test", section.items)
+            questions = _questions(self._selections(data.tasks, "calibration", data.calibration_items))
+            check_overlap(questions, seen, section.allow_overlap, "calibration")
+            seen["calibration"] = RowRecord.of(question.question for question in questions)
+        tests = self._selections(section.tasks or data.tasks, "test", section.items, union(seen))
+        check_overlap(_questions(tests), seen, section.allow_overlap, "test")
 
     def _data(self, task: str) -> None:
         data, seed = self.recipe.data, self.recipe.seed
         draft_rows, verify_rows = data.budget(task)
         # Not every solution can be perturbed, so verify rows may need more questions than there are rows.
         wanted = max(draft_rows, 2 * verify_rows)
-        questions = questions_for(task, "train", wanted, seed, data.path)
-        rows = make_rows(questions, draft_rows, verify_rows, seed)
-        save_corpus(self._corpus(task), rows, self.template, {"seed": seed, "task": task, "split": "train"})
+        chosen = select_questions(task, "train", wanted, seed, data.path)
+        if chosen.note(task):
+            self.progress.message(chosen.note(task))
+        rows = make_rows(chosen.questions, draft_rows, verify_rows, seed)
+        about = {"seed": seed, "task": task, "split": chosen.split}
+        save_corpus(self._corpus(task), rows, self.template, about, chosen.file_questions)
 
     def _train(self, task: str) -> None:
         corpus = load_corpus(self._corpus(task))
@@ -208,10 +224,14 @@ class Run:
         config = self.recipe.loop.config(score, threshold, self.recipe.seed)
         return DraftVerify(slots, self.template, "drafter", "verifier", config)
 
-    def _questions(self, tasks: Sequence[str], purpose: str, count: int) -> list[Question]:
-        folder = self.recipe.data.path
+    def _roles(self) -> dict[str, Path]:
+        return {role: self.out / role for role in ("drafter", "verifier")}
+
+    def _selections(
+        self, tasks: Sequence[str], purpose: str, count: int, seen: RowRecord | None = None
+    ) -> list[Selection]:
         return [
-            question for task in tasks for question in questions_for(task, purpose, count, self.recipe.seed, folder)
+            select_questions(task, purpose, count, self.recipe.seed, self.recipe.data.path, seen=seen) for task in tasks
         ]
 
     def _calibrate(self) -> None:
@@ -220,23 +240,27 @@ class Run:
         if data.calibration_items == 0:
             return
         pipeline = self._pipeline(SCORES[0], 0.5)
-        questions = self._questions(data.tasks, "calibration", data.calibration_items)
-        calibration = calibrate(pipeline, questions, self.recipe.seed, self.recipe.evaluate.batch_rows, self.progress)
-        save_calibration(self.out / "verifier", calibration)
-
-    def _loop(self) -> tuple[str, float]:
-        calibration = load_calibration(self.out / "verifier")
-        score, threshold = self.recipe.loop.score, self.recipe.loop.threshold
-        if calibration is not None:
-            score = calibration.score if score == "auto" else score
-            threshold = calibration.threshold if threshold == "auto" else threshold
-        return score, float(threshold)
+        chosen = self._selections(data.tasks, "calibration", data.calibration_items)
+        check_overlap(_questions(chosen), rows_seen(self._roles()), self.recipe.evaluate.allow_overlap, "calibration")
+        try:
+            calibration = calibrate(
+                pipeline, _questions(chosen), self.recipe.seed, self.recipe.evaluate.batch_rows, self.progress,
+                file_questions=[text for selection in chosen for text in selection.file_questions],
+            )  # fmt: skip
+        except NothingToTellApart as error:
+            self.progress.message(f"warning: not calibrated: {error}")
+        else:
+            save_calibration(self.out / "verifier", calibration)
 
     def _evaluate(self) -> None:
         section = self.recipe.evaluate
-        score, threshold = self._loop()
+        score, threshold = self.recipe.loop.settled(load_calibration(self.out / "verifier"))
         pipeline = self._pipeline(score, threshold)
-        questions = self._questions(section.tasks or self.recipe.data.tasks, "test", section.items)
+        tasks = section.tasks or self.recipe.data.tasks
+        seen = rows_seen(self._roles())
+        chosen = self._selections(tasks, "test", section.items, union(seen))
+        questions = _questions(chosen)
+        overlap = check_overlap(questions, seen, section.allow_overlap, "test")
         about = describe_run(pipeline, questions, section.batch_rows, timed=section.timed)
         journal = Journal(self.out / "report" / JOURNAL_FILE, about, replace=True)
         records = evaluate(pipeline, questions, section.timed, section.batch_rows, self.progress, journal=journal)
@@ -249,6 +273,16 @@ class Run:
             "seed": self.recipe.seed,
             "calibration": calibration.to_dict() if calibration else None,
             "contamination": contamination(questions, trained_on),
+            "tasks": [
+                {
+                    "task": task,
+                    "split": selection.split,
+                    "items": len(selection.questions),
+                    "note": selection.note(task),
+                }
+                for task, selection in zip(tasks, chosen, strict=True)
+            ],
+            "overlap": {**asdict(overlap), "headline": overlap.headline()},
         }
         write_report(
             self.out / "report",
@@ -315,6 +349,10 @@ class Run:
 
     def _adapter(self, task: str) -> Path:
         return self.out / "pool" / folder_name(task)
+
+
+def _questions(chosen: Sequence[Selection]) -> list[Question]:
+    return [question for selection in chosen for question in selection.questions]
 
 
 def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT) -> dict[str, Any]:

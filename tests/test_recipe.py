@@ -53,7 +53,8 @@ def test_run_then_resume_then_change(recipe_file, tmp_path):
     for role in ("drafter", "verifier"):
         assert Adapter.load(out / role).manifest["merge"]["role"] in ("draft", "verify")
         assert (out / "export" / f"{role}-peft" / "adapter_model.safetensors").is_file()
-    assert (out / "verifier" / "calibration.json").is_file()
+    assert not (out / "verifier" / "calibration.json").exists(), "nothing a tiny base drafts is right"
+    assert (first["score"], first["threshold"]) == ("mean_logprob", 0.7)
 
     again = run_recipe(load_recipe(recipe_file()), out)
     assert again["executed"] == []

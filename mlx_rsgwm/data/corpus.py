@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
 from mlx_rsgwm.data.batching import ROLES, TokenRow
-from mlx_rsgwm.data.negatives import perturb
+from mlx_rsgwm.data.negatives import borrow, perturb
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError, raise_problems
@@ -72,16 +73,29 @@ class Corpus:
 
     def describe(self) -> dict[str, Any]:
         """For an adapter's manifest."""
-        return {"hash": self.hash, "counts": self.manifest["counts"], "seed": self.manifest.get("seed")}
+        return {
+            "hash": self.hash,
+            "counts": self.manifest["counts"],
+            "seed": self.manifest.get("seed"),
+            KEY: self.record().describe(),
+        }
+
+    def record(self) -> RowRecord:
+        """The questions it teaches, and those of the files they were taken from; older corpora have only the rows."""
+        if self.manifest.get(KEY):
+            return RowRecord.from_description(self.manifest[KEY], MANIFEST_FILE)
+        return RowRecord.of(row.question for row in self.rows)
 
 
-def make_rows(questions: Sequence[Question], draft_rows: int, verify_rows: int, seed: int) -> list[CorpusRow]:
-    """Draft rows from the first ``draft_rows`` questions, verify rows from the first that can be perturbed.
+def make_rows(
+    questions: Sequence[Question], draft_rows: int, verify_rows: int, seed: int, at_most: bool = False
+) -> list[CorpusRow]:
+    """Draft rows from the first ``draft_rows`` questions, verify rows from the first that a wrong answer is known for.
 
-    Verify rows alternate gold and perturbed answers, each question once, so that the pairs are balanced and neither
-    the question nor its length gives the verdict away.
+    Verify rows alternate gold and wrong answers, each question once, so that the pairs are balanced and neither
+    the question nor its length gives the verdict away. With ``at_most`` fewer rows than asked for are no error.
     """
-    if draft_rows > len(questions):
+    if draft_rows > len(questions) and not at_most:
         raise RsgwmError(f"{draft_rows} draft rows asked for, but there are {len(questions)} questions")
     rng = random.Random(f"negatives/{seed}")
     rows = [CorpusRow(f"{q.id}/draft", q.task, "draft", q.question, q.answer) for q in questions[:draft_rows]]
@@ -89,14 +103,14 @@ def make_rows(questions: Sequence[Question], draft_rows: int, verify_rows: int, 
     for question in questions:
         if made == verify_rows:
             break
-        negative = perturb(question, rng)
+        negative = perturb(question, rng) or borrow(question, questions, rng)
         if negative is None:
             continue
         correct = made % 2 == 0
         answer = question.answer if correct else negative.answer
         rows.append(CorpusRow(f"{question.id}/verify", question.task, "verify", question.question, answer, correct))
         made += 1
-    if made < verify_rows:
+    if made < verify_rows and not at_most:
         raise RsgwmError(
             f"{verify_rows} verify rows asked for, but only {made} of {len(questions)} questions "
             "have a solution that can be perturbed; ask for fewer or give more questions"
@@ -104,8 +118,17 @@ def make_rows(questions: Sequence[Question], draft_rows: int, verify_rows: int, 
     return rows
 
 
-def save_corpus(folder: Path, rows: Sequence[CorpusRow], template: Template, provenance: Mapping[str, Any]) -> Corpus:
-    """Write the folder, manifest last, and return the corpus as read back would be."""
+def save_corpus(
+    folder: Path,
+    rows: Sequence[CorpusRow],
+    template: Template,
+    provenance: Mapping[str, Any],
+    file_questions: Iterable[str] = (),
+) -> Corpus:
+    """Write the folder, manifest last, and return the corpus as read back would be.
+
+    ``file_questions``: all questions of the user's own files that the rows were taken from.
+    """
     if not rows:
         raise RsgwmError(f"{folder}: a corpus needs at least one row")
     text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
@@ -122,6 +145,7 @@ def save_corpus(folder: Path, rows: Sequence[CorpusRow], template: Template, pro
             "template": template.describe(),
             "counts": counts,
             **provenance,
+            KEY: RowRecord.of((row.question for row in rows), file_questions).describe(),
             "files": {ROWS_FILE: files.sha256_file(folder / ROWS_FILE)},
         }
         files.write_json(folder / MANIFEST_FILE, manifest)

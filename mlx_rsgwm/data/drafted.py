@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_rsgwm.data.corpus import CorpusRow
-from mlx_rsgwm.data.negatives import perturb
+from mlx_rsgwm.data.negatives import borrow, perturb
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.errors import RsgwmError
 
@@ -78,7 +78,7 @@ def make_mixed_rows(
     for index in sorted(order, key=lambda index: index in used):
         if len(rows) == 2 * pairs:
             break
-        negative = perturb(questions[index], rng)
+        negative = perturb(questions[index], rng) or borrow(questions[index], questions, rng)
         if negative is not None:
             rows += _pair(questions[index], "perturbed", 0, questions[index].answer, negative.answer)
     if len(rows) < 2 * pairs:

@@ -6,7 +6,8 @@ tokenizer's chat template as in mlx-lm 0.32.2, so the token ids are the same. Al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.corpus import fit_row
 from mlx_rsgwm.data.rendered_chat import ChatRenderer
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.json_lines import read_json_rows
@@ -48,8 +50,17 @@ class Examples:
         """For an adapter's manifest."""
         turns = {"all_turns": True} if self.all_turns else {}
         return {
-            "hash": self.hash, "format": self.format, "mask_prompt": self.mask_prompt, **turns, "file": self.path.name,
-        }  # fmt: skip
+            "hash": self.hash,
+            "format": self.format,
+            "mask_prompt": self.mask_prompt,
+            **turns,
+            "file": self.path.name,
+            KEY: self.record().describe(),
+        }
+
+    def record(self) -> RowRecord:
+        """What a question would be recognised by: every prompt or user's message, its lines, or a row's whole text."""
+        return RowRecord.of(text for row in self.rows for text in _asked(row))
 
     def token_rows(self, tokenizer: Tokenizer, max_tokens: int, long_rows: str) -> tuple[list[TokenRow], int]:
         """Token rows, and how many were left out because they exceed ``max_tokens`` (see ``corpus.tokenize``)."""
@@ -166,6 +177,23 @@ def _renamed(row: Any, features: Mapping[str, str]) -> Any:
         return row
     kept = {name: value for name, value in row.items() if name not in features}
     return {**kept, **{name: row[feature] for name, feature in features.items() if feature in row}}
+
+
+def _asked(row: Mapping[str, Any]) -> Iterator[str]:
+    """Texts of a row that may be a question: whole, and line by line without a label such as ``Question:``."""
+    texts = [row.get("prompt"), row.get("text")]
+    texts += [message.get("content") for message in row.get("messages") or () if message.get("role") == "user"]
+    for text in texts:
+        for part in text if isinstance(text, list) else [text]:
+            whole = part.get("text") if isinstance(part, Mapping) else part
+            if isinstance(whole, str) and whole.strip():
+                yield whole
+                bare = (_LABEL.sub("", line) for line in whole.split("\n"))
+                yield from (line for line in bare if len(line) >= SHORTEST_QUESTION)
+
+
+_LABEL = re.compile(r"\s*(?:Q|Question|Problem|User|Input|###[^:\n]*):\s*", re.IGNORECASE)
+SHORTEST_QUESTION = 16  # characters of a line; shorter ones are headings
 
 
 def _format_of(row: Any) -> str:

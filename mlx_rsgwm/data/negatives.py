@@ -10,13 +10,15 @@ What holds afterwards, by the kind of ``change``:
 - ``slip``: exactly one equation is false, the one whose result was miscalculated; later ones are true again.
 - ``answer``: no equation leads to the gold answer, so only its last mention was changed; at most one is false.
 - ``label``: a yes/no or lettered answer was exchanged; equations stay as they were.
+
+A text answer that holds nothing to change gets another row's answer of like kind (:func:`borrow`).
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -40,6 +42,9 @@ _ADJACENT_BEFORE = re.compile(r"(?:[+*×÷/^]|[0-9)]\s*[-−–x]|[0-9][^=\n]{0,
 _ADJACENT_AFTER = re.compile(rf"%?{_UNIT}\s*(?:[+*×÷/^=]|[-−–]\s*[0-9$(])|\s*[xX]\s*[0-9$(]")
 
 
+MOST_LENDERS = 500  # rows looked at for an answer to borrow
+
+
 @dataclass(frozen=True)
 class Wrong:
     """A wrong solution: its rationale, its final answer, and what was changed (see the module's text)."""
@@ -57,6 +62,37 @@ def perturb(question: Question, rng: random.Random) -> Question | None:
     """
     wrong = make_wrong(question, rng)
     return None if wrong is None else replace(question, rationale=wrong.rationale, gold=wrong.gold)
+
+
+def borrow(question: Question, others: Sequence[Question], rng: random.Random) -> Question | None:
+    """The question with another row's gold answer of like kind, or None where no other row has one.
+
+    For text answers, which hold nothing that could be changed. Of like kind: the same task, both or neither a number,
+    and of these the ten that are nearest in length, so that length does not give the verdict away. An answer that
+    contains the right one, or is contained in it, may be right as well and is not taken.
+    """
+    gold = _bare(question.gold)
+    number = parse_number(question.gold) is not None
+    if len(others) > MOST_LENDERS:
+        others = rng.sample(others, MOST_LENDERS)
+    known = {
+        _bare(other.gold): other.gold
+        for other in others
+        if other.task == question.task and (parse_number(other.gold) is not None) == number
+    }
+    wrong = sorted(
+        (text for text in known if text not in gold and gold not in text), key=lambda text: abs(len(text) - len(gold))
+    )
+    if not wrong:
+        return None
+    taken = known[rng.choice(wrong[:10])]
+    rationale = re.sub(rf"(?<!\w){re.escape(question.gold)}(?!\w)", lambda _: taken, question.rationale)
+    return replace(question, rationale=rationale, gold=taken)
+
+
+def _bare(text: str) -> str:
+    """Letters and digits alone, folded: what two spellings of one answer share."""
+    return "".join(sign for sign in text.casefold() if sign.isalnum()) or text.strip()
 
 
 def make_wrong(question: Question, rng: random.Random) -> Wrong | None:

@@ -1,6 +1,8 @@
 """Whether test questions stand among the training questions: word for word, with other numbers, or nearly.
 
-Word for word means equal but for case, punctuation and spacing. ``numbers`` are the same words around other numbers:
+Adapters record hashes of the rows that they were trained and calibrated on; :func:`check_overlap` compares those with
+what is to be evaluated, whatever the command line says. The rest looks closer, at the texts of corpora that are given:
+word for word means equal but for case, punctuation and spacing. ``numbers`` are the same words around other numbers:
 for generated families that is their making, for a public data set it is a leak of the solution's form. ``near`` shares
 at least ``SHARE`` of all word triples (Jaccard).
 """
@@ -8,14 +10,22 @@ at least ``SHARE`` of all word triples (Jaccard).
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
+from mlx_rsgwm import files
+from mlx_rsgwm.adapter import MANIFEST_FILE
 from mlx_rsgwm.data.corpus import load_corpus
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of, row_hash
 from mlx_rsgwm.data.sources import Question
+from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.pipeline.calibration import FILE as CALIBRATION_FILE
 
 SHARE = 0.7
 WORDS = 3
@@ -31,9 +41,17 @@ class Match:
     share: float
 
 
+# Letters of scripts without spaces between words are words of their own; signs of arithmetic tell two questions apart.
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]|[^\W\d_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0e7f]+"
+    r"|\d+(?:\.\d+)?|[-+*/^=<>%×÷±√∑∫≤≥≠∪∩\\|!]"
+)
+
+
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers."""
-    return re.findall(r"[a-z]+|\d+(?:\.\d+)?", text.lower().replace(",", ""))
+    """Lower-case words of any script, numbers, and signs of arithmetic."""
+    plain = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
+    return _WORD.findall(re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"(?<=\w)-(?=[^\W\d])", " ", plain)))
 
 
 def without_numbers(text: str) -> str:
@@ -88,6 +106,80 @@ def contamination(test: Sequence[Question], train: Mapping[str, str]) -> dict[st
         **{kind: counts[kind] for kind in ("exact", "numbers", "near")},
         "matches": [asdict(match) for match in matches],
     }
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Rows asked that were trained or calibrated on: ``items`` of ``asked``, ``by`` whom, and ``examples`` (ids).
+
+    ``not_recorded`` names adapters of which it is not known what they were trained on.
+    """
+
+    items: int
+    asked: int
+    by: Mapping[str, int]
+    examples: tuple[str, ...]
+    not_recorded: tuple[str, ...]
+
+    def headline(self) -> str:
+        """What must stand above a result; empty where nothing overlaps."""
+        if not self.items:
+            return ""
+        by = ", ".join(f"{name} {count}" for name, count in self.by.items())
+        return f"NOT A TEST: {self.items} of {self.asked} items were trained or calibrated on ({by})"
+
+
+def rows_seen(folders: Mapping[str, Path]) -> dict[str, RowRecord]:
+    """What each adapter folder was trained on, by role, and what its calibration was fitted on."""
+    seen = {}
+    for role, folder in folders.items():
+        manifest, calibration = (folder / name for name in (MANIFEST_FILE, CALIBRATION_FILE))
+        described = files.read_json_object(manifest) if manifest.is_file() else {}
+        seen[role] = record_of(described, role)
+        if calibration.is_file():
+            fitted = files.read_json_object(calibration).get(KEY)
+            seen[f"{role}'s calibration"] = (
+                RowRecord.from_description(fitted, str(calibration)) if fitted else RowRecord()
+            )
+    return seen
+
+
+def union(seen: Mapping[str, RowRecord]) -> RowRecord:
+    """Everything that any of them has seen."""
+    return reduce(or_, seen.values(), RowRecord())
+
+
+def check_overlap(questions: Sequence[Question], seen: Mapping[str, RowRecord], allow: bool, doing: str) -> Overlap:
+    """Compare what is to be asked with what was trained and calibrated on.
+
+    Args:
+        questions: the items.
+        seen: by role, from :func:`rows_seen`.
+        allow: report an overlap instead of refusing it.
+        doing: ``test`` or ``calibration``, for the message.
+
+    Raises:
+        RsgwmError: an overlap that is not allowed; says how many rows and how to proceed.
+    """
+    hashes = [row_hash(question.question) for question in questions]
+    by = {role: sum(value in record.used for value in hashes) for role, record in seen.items()}
+    everything = union(seen)
+    shared = [question.id for question, value in zip(questions, hashes, strict=True) if value in everything.used]
+    found = Overlap(
+        len(shared),
+        len(questions),
+        {role: count for role, count in by.items() if count},
+        tuple(shared[:5]),
+        everything.unknown,
+    )
+    if shared and not allow:
+        counts = ", ".join(f"{role} {count}" for role, count in found.by.items())
+        raise RsgwmError(
+            f"{len(shared)} of {len(questions)} {doing} questions were trained or calibrated on ({counts}), such as "
+            f"{shared[0]}; give other questions, or the {doing} share of a file of which only a share was trained on "
+            f"(--split {doing}), or --allow-overlap, and the overlap stands above the result"
+        )
+    return found
 
 
 def training_questions(folders: Iterable[Path]) -> dict[str, str]:

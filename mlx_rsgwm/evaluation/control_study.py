@@ -30,7 +30,12 @@ from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.records import ItemRecord, write_items
 from mlx_rsgwm.evaluation.report import markdown_table
-from mlx_rsgwm.pipeline.calibration import load_calibration
+from mlx_rsgwm.pipeline.calibration import (
+    UNCALIBRATED_SCORE,
+    UNCALIBRATED_THRESHOLD,
+    NothingToTellApart,
+    load_calibration,
+)
 from mlx_rsgwm.pipeline.decisions import LoopConfig
 from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling
@@ -208,9 +213,13 @@ def _rules(
             if not plan.calibration:
                 raise RsgwmError("there are no calibration questions to choose the verifiers' thresholds on")
             pipeline = _pipeline(slots, template, "drafter", slot, plan, LoopRule(SCORES[0], 0.5))
-            found_rule = calibrate(
-                pipeline, plan.calibration, plan.calibration_seed, plan.batch_rows, progress, scores=SCORES[:2]
-            )
-            rules[name] = LoopRule(found_rule.score, found_rule.threshold)
+            try:
+                fitted = calibrate(
+                    pipeline, plan.calibration, plan.calibration_seed, plan.batch_rows, progress, scores=SCORES[:2]
+                )
+                rules[name] = LoopRule(fitted.score, fitted.threshold)
+            except NothingToTellApart as error:
+                progress.message(f"warning: {name} is not calibrated: {error}")
+                rules[name] = LoopRule(UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD)
     files.write_json(path, {"key": key, "rules": {name: asdict(rule) for name, rule in rules.items()}})
     return rules

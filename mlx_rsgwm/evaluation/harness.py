@@ -15,6 +15,7 @@ from typing import Any
 from mlx_rsgwm import files
 from mlx_rsgwm.data.drafted import LabelledDraft
 from mlx_rsgwm.data.negatives import perturb
+from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.answers import BESIDE, REFUSAL, answer_kind, extract
@@ -23,7 +24,7 @@ from mlx_rsgwm.evaluation.equality import is_correct
 from mlx_rsgwm.evaluation.held_out import HeldOutItem, explain, header_of, identity, read_drafts, write_drafts
 from mlx_rsgwm.evaluation.journal import Journal, Timing
 from mlx_rsgwm.evaluation.records import Draft, ItemRecord, Reading
-from mlx_rsgwm.pipeline.calibration import Calibration
+from mlx_rsgwm.pipeline.calibration import Calibration, NothingToTellApart
 from mlx_rsgwm.pipeline.decisions import Drafted, LoopConfig, decide
 from mlx_rsgwm.pipeline.fitting import Judged, fit
 from mlx_rsgwm.pipeline.guarantee import Target
@@ -281,9 +282,23 @@ def calibrate(
     method: str = "auto",
     target: Target | None = None,
     file: Path | None = None,
+    file_questions: Sequence[str] = (),
 ) -> Calibration:
-    """Fit a calibration on the drafter's own drafts of held-out questions; see :func:`collect` and :func:`fit`."""
+    """Fit a calibration on the drafter's own drafts of held-out questions; see :func:`collect` and :func:`fit`.
+
+    ``file_questions``: all questions of the user's own files that the held-out ones were taken from.
+
+    Raises:
+        NothingToTellApart: every draft is right, or every draft wrong.
+    """
     items = collect(pipeline, questions, seed, batch_rows, progress, file)
+    labels = [correct for item in items for correct in item.correct]
+    if all(labels) or not any(labels):
+        raise NothingToTellApart(
+            f"{'all' if all(labels) else 'none'} of {len(labels)} drafts of {len(items)} questions are right: scores "
+            "cannot be calibrated on these; give more or other questions, a higher temperature, or a drafter that "
+            "answers some of them and not others"
+        )
     pairs = [item.pair for item in items if item.pair]
     calibration = fit(
         Judged([item.signals for item in items], [item.correct for item in items]),
@@ -295,6 +310,8 @@ def calibrate(
         made_for=identity(pipeline),
         seed=seed,
     )
+    record = RowRecord.of((question.question for question in questions), file_questions)
+    calibration = replace(calibration, row_hashes=record.describe())
     progress.message(explain(calibration))
     return calibration
 

@@ -22,6 +22,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1180px;
 h1 { font-size: 1.5rem; margin: 0 0 .4rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.alarm { font-size: 1.2rem; font-weight: 700; color: #b3261e; border: 2px solid; padding: .5rem .8rem; }
 .wide { overflow-x: auto; } .note { margin: .2rem 0; max-width: 75ch; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: .8rem; }
 svg { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
@@ -149,7 +150,8 @@ def render_html(
 ) -> str:
     """The whole page; ``sections`` are titled tables whose first row is the head."""
     tables = "".join(f"<h2>{escape(name)}</h2>{_table(rows)}" for name, rows in sections)
-    said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    above = (summary.get("overlap") or {}).get("headline")
+    said = "".join(f'<p class="{"alarm" if note == above else "note"}">{escape(note)}</p>' for note in notes)
     drawn = "".join(charts(summary))
     about = escape(json.dumps(summary["metadata"], indent=2, ensure_ascii=False))
     # "</script>" and "<!--" in a draft must not end the data; JSON reads \u003c as "<".

@@ -151,10 +151,16 @@ def _seeds(seeds: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def headline(summary: Mapping[str, Any]) -> str:
+    """What must stand above everything else: that items were trained on. Empty otherwise."""
+    return str((summary.get("overlap") or {}).get("headline") or "")
+
+
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What must be said beside the tables."""
+    """What must be said beside the tables, the headline first."""
     paired = summary["paired"]
-    found = [
+    found = [headline(summary)] if headline(summary) else []
+    found += [
         f"{summary['n']} items, K = {summary['k']}, score {summary['score']}, threshold {summary['threshold']:g}; "
         "brackets are 95 % intervals (Wilson for shares; bootstrap over items for the rest).",
         f"Same items: only draft–verify right on {paired['only_second']}, only the drafter on {paired['only_first']}, "
@@ -170,6 +176,13 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
             f"Over all sampling seeds (items as units): difference {gap['value']:+.3f} [{gap['low']:+.3f}, "
             f"{gap['high']:+.3f}], permutation p {p_shown(gap['p_value'])}. "
             "The tables above are those of the first seed."
+        )
+    found += [told["note"] for told in summary["metadata"].get("tasks") or () if told.get("note")]
+    not_recorded = (summary.get("overlap") or {}).get("not_recorded")
+    if not_recorded:
+        found.append(
+            f"What {', '.join(not_recorded)} was trained on is not recorded, so that nobody can tell whether these "
+            "items are new to it."
         )
     contamination = summary["metadata"].get("contamination")
     if contamination:
@@ -197,7 +210,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 def render_table(summary: Mapping[str, Any]) -> str:
     """The report as plain text with aligned columns, for a terminal."""
     blocks = [f"{title}\n{aligned(rows)}" for title, rows in sections(summary)]
-    return "\n\n".join([*blocks, "\n".join(notes(summary))])
+    above = [headline(summary)] if headline(summary) else []
+    return "\n\n".join([*above, *blocks, "\n".join(notes(summary)[len(above) :])])
 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
-from mlx_rsgwm.data.families import FAMILIES, generate
-from mlx_rsgwm.data.sources import SOURCES, Question, load_jsonl, load_questions
+from mlx_rsgwm.data.families import FAMILIES
+from mlx_rsgwm.data.question_files import is_question_file
+from mlx_rsgwm.data.row_hashes import RowRecord
+from mlx_rsgwm.data.sources import SOURCES, Question
+from mlx_rsgwm.data.tasks import select_questions
 from mlx_rsgwm.errors import RsgwmError
 
 SLICES = ("first", "seeded")
@@ -37,45 +42,48 @@ class Slice:
             raise RsgwmError(f"--limit must be at least 1, found {self.limit}")
 
 
-def read_slice(wanted: Slice) -> tuple[list[Question], dict[str, Any]]:
+def read_slice(wanted: Slice, seen: RowRecord | None = None) -> tuple[list[Question], dict[str, Any]]:
     """The questions, and where they come from with a hash of their text and gold answers.
+
+    ``seen``: what the adapters were trained and calibrated on; see :func:`~mlx_rsgwm.data.tasks.select_questions`.
 
     Raises:
         RsgwmError: an unknown task, a missing file, split or revision, bad rows, missing gold answers, ids given twice.
     """
-    order = wanted.seed if wanted.how == "seeded" else None
     revision = None
-    if wanted.task.endswith(".jsonl"):
-        source = wanted.task
-        questions = load_jsonl(Path(wanted.task), limit=wanted.limit, seed=order)
-    elif wanted.task in FAMILIES:
-        source = "embedded"
-        questions = generate(wanted.task, wanted.limit or 100, wanted.seed, wanted.split or "test")
-    elif wanted.task in SOURCES:
+    source = wanted.task if wanted.task not in FAMILIES else "embedded"
+    if wanted.task in SOURCES:
+        source = str(wanted.folder) if wanted.folder else SOURCES[wanted.task].hub
         if wanted.folder is None:
-            source = SOURCES[wanted.task].hub
             revision = wanted.revision or newest_revision(source)
-        else:
-            source = str(wanted.folder)
-        questions = load_questions(
-            wanted.task, wanted.split, wanted.folder, limit=wanted.limit, seed=order, revision=revision
-        )
-    else:
-        raise RsgwmError(
-            f"unknown task {wanted.task!r}; known are {', '.join([*FAMILIES, *SOURCES])}, or a .jsonl file"
-        )
+    chosen = select_questions(
+        wanted.task, "test", wanted.limit, wanted.seed, wanted.folder, split=wanted.split,
+        seen=seen, shuffled=wanted.how == "seeded", revision=revision,
+    )  # fmt: skip
     about = {
         "task": wanted.task,
         "source": source,
         "revision": revision,
-        "split": wanted.split or (SOURCES[wanted.task].evaluation_split if wanted.task in SOURCES else "test"),
+        "split": chosen.split,
         "slice": wanted.how,
         "limit": wanted.limit,
         "seed": wanted.seed if wanted.how == "seeded" or wanted.task in FAMILIES else None,
-        "items": len(questions),
-        "sha256": files.sha256_json([asdict(question) for question in questions]),
+        "items": len(chosen.questions),
+        **({"rows_in_file": chosen.rows, "note": chosen.note(wanted.task)} if chosen.rows is not None else {}),
+        "sha256": files.sha256_json([asdict(question) for question in chosen.questions]),
     }
-    return questions, about
+    return chosen.questions, about
+
+
+def with_own_ids(slices: Sequence[tuple[Sequence[Question], Mapping[str, Any]]]) -> list[Question]:
+    """All questions; an id that two files use gets its file's path before it."""
+    counts = Counter(question.id for questions, _ in slices for question in questions)
+    asked = []
+    for questions, told in slices:
+        for question in questions:
+            shared = counts[question.id] > 1 and is_question_file(told["task"])
+            asked.append(replace(question, id=f"{told['task']}:{question.id}") if shared else question)
+    return asked
 
 
 def newest_revision(hub: str) -> str:

@@ -55,6 +55,8 @@ def summarise(
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
+        # Above everything else: items that were trained or calibrated on are no test.
+        "overlap": (metadata or {}).get("overlap"),
         "n": len(rows),
         "k": k,
         "score": rows[0].score_name,

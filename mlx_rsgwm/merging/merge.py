@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import repeat
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
+from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.lowrank import Truncated, truncate, truncate_dense
@@ -203,6 +206,7 @@ def _manifest(
         "base": next((s.manifest["base"] for s in pool.sources if s.base_fingerprint), None),
         # Adapters of several templates make an adapter of none.
         "template": first.get("template") if len(hashes) == 1 else None,
+        KEY: reduce(or_, (record_of(s.manifest, s.folder.name if s.folder else "") for s in pool.sources)).describe(),
         "merge": {
             "method": options.method,
             "role": options.role,

@@ -23,6 +23,11 @@ FILE = "calibration.json"
 FORMAT = "mlx-rsgwm/calibration"
 FORMAT_VERSION = 1
 BINS = 10
+UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD = "mean_logprob", 0.7  # the paper's own reading
+
+
+class NothingToTellApart(RsgwmError):
+    """Drafts that are all right or all wrong: no score can be calibrated on them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Calibration:
     ``curves`` give the probability of being right for each score. ``auroc`` is per score, on the drafter's own drafts
     (by cross-validation for what is fitted), None where one class is empty; ``perturbed_auroc`` on gold answers against
     perturbed ones, an easier question. ``made_for`` is what the figures depend on: base, template, adapters, sampling,
-    attempts.
+    attempts. ``row_hashes`` describes the questions (``data.row_hashes``), so that nothing is tested on them.
     """
 
     score: str
@@ -62,6 +67,7 @@ class Calibration:
     correct: int
     made_for: Mapping[str, Any] = field(default_factory=dict)
     promise: Promise | None = None
+    row_hashes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []

@@ -20,6 +20,7 @@ from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.merging.methods import find_method, resolved
 from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.pipeline.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD, Calibration
 from mlx_rsgwm.pipeline.decisions import LoopConfig
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.verifying import SCORES
@@ -72,7 +73,7 @@ class DataSection:
         if task in FAMILIES:
             return None
         if task not in SOURCES:
-            return f"unknown task {task!r}; known are {', '.join([*FAMILIES, *SOURCES])}, or a .jsonl file"
+            return f"unknown task {task!r}; known are {', '.join([*FAMILIES, *SOURCES])}, or a file of questions"
         if self.path is not None and self.path.is_dir() and not (self.path / task).is_dir():
             return f"folder {self.path} holds no folder {task}"
         return None
@@ -169,6 +170,15 @@ class LoopSection:
         raise_problems("recipe, loop", problems)
         self.config(SCORES[0], 0.5 if isinstance(self.threshold, str) else self.threshold, 0)
 
+    def settled(self, calibration: Calibration | None) -> tuple[str, float]:
+        """Score and threshold, ``auto`` by the calibration, or as the paper has it where there is none."""
+        score = calibration.score if calibration else UNCALIBRATED_SCORE
+        threshold = calibration.threshold if calibration else UNCALIBRATED_THRESHOLD
+        return (
+            score if self.score == "auto" else self.score,
+            threshold if self.threshold == "auto" else float(self.threshold),
+        )
+
     def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
         return LoopConfig(
             self.attempts, threshold, score, Sampling(self.temperature, self.top_p, self.max_tokens, seed)
@@ -177,12 +187,16 @@ class LoopSection:
 
 @dataclass(frozen=True)
 class EvaluateSection:
-    """What to evaluate on: ``items`` test questions of each task (default: the trained ones), ``timed`` one by one."""
+    """What to evaluate on: ``items`` test questions of each task (default: the trained ones), ``timed`` one by one.
+
+    ``allow_overlap``: ask what was trained or calibrated on, too; the report says so above its figures.
+    """
 
     tasks: tuple[str, ...] = ()
     items: int = 25
     timed: int = 12
     batch_rows: int = 32
+    allow_overlap: bool = False
 
     def __post_init__(self) -> None:
         least = {"items": 1, "timed": 0, "batch_rows": 1}

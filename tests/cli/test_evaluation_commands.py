@@ -51,7 +51,8 @@ def evaluate(run, tiny_base, out, *more):
 
 
 def test_eval_records_seeds_drafts_and_contamination(run, tiny_base, tmp_path, monkeypatch):
-    more = ("--sampling-seeds", 2, "--drafts", 3, "--slice", "seeded", "--train-data", run / "data" / "change")
+    more = ("--sampling-seeds", 2, "--drafts", 3, "--slice", "seeded", "--train-data", run / "data" / "change",
+            "--score", "yesno")  # fmt: skip
     found = result(evaluate(run, tiny_base, tmp_path / "a", *more))
     assert found["seeds"]["seeds"] == [42, 43]
     assert set(found["pass_at_k"]) == {"1", "2", "3"}
@@ -126,7 +127,7 @@ def test_tables(recipe, tmp_path):
         (["eval", "--task", "change", "--slice", "last"], "slice must be one of"),
         (["eval", "--task", "change", "--limit", "0"], "--limit must be at least 1"),
         (["eval", "--task", "change", "--refusal", "("], "is not a regular expression"),
-        (["eval", "--task", "change", "--train-data", "{tmp}/none"], "is not a corpus folder"),
+        (["eval", "--task", "change", "--train-data", "{tmp}/none"], "none does not exist"),
         (["eval", "--task", "{tmp}/twice.jsonl"], "is already that of line 1"),
         (["eval", "--task", "{tmp}/missing-gold.jsonl"], "no gold answer"),
     ],

@@ -1,0 +1,128 @@
+"""One file of a user's own through every command: built, trained, merged, calibrated, evaluated."""
+
+import json
+import random
+
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.data.corpus import load_corpus
+from mlx_rsgwm.data.row_hashes import RowRecord, folded, record_of
+from mlx_rsgwm.evaluation import harness
+from mlx_rsgwm.evaluation.records import Draft, read_items
+from mlx_rsgwm.pipeline.calibration import load_calibration
+
+ROWS = [{"question": f"What is {n} plus 3?", "answer": f"{n} + 3 = {n + 3}\n#### {n + 3}"} for n in range(60)]
+
+
+def invoke(*arguments, code=0):
+    made = CliRunner().invoke(rsgwm, [*(str(argument) for argument in arguments), "--json"])
+    assert made.exit_code == code, made.output
+    return json.loads(made.stdout.splitlines()[-1]), made.stderr
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_base):
+    """A drafter and a verifier, merged from two adapters that were trained on the training share of one file."""
+    folder = tmp_path_factory.mktemp("own")
+    mine = write(folder / "mine.jsonl", ROWS)
+    built, told = invoke("data", "build", "--task", mine, "--out", folder / "corpus", "--draft-rows", 12,
+                         "--verify-rows", 12)  # fmt: skip
+    assert built["counts"]["mine"] == {"draft": 12, "verify": 12}
+    assert "of 60 rows, from its train share" in told
+    for name, seed in (("a", 1), ("b", 2)):
+        invoke("train", "--base", tiny_base, "--data", folder / "corpus", "--rank", 2, "--steps", 2, "--seed", seed,
+               "--max-tokens", 512, "--out", folder / name)  # fmt: skip
+    for role in ("draft", "verify"):
+        invoke("merge", folder / "a", folder / "b", "--method", "linear", "--role", role, "--out", folder / role)
+    return folder
+
+
+def evaluate(folder, base, *more, code=0):
+    return invoke(
+        "eval", "--base", base, "--drafter", folder / "draft", "--verifier", folder / "verify", "--max-tokens", 4,
+        "--attempts", 2, "--timed", 0, "--score", "yesno", "--threshold", 0.5, *more, code=code,
+    )  # fmt: skip
+
+
+def test_no_row_is_on_two_sides_of_the_whole_line(trained, tiny_base, tmp_path, monkeypatch):
+    judge = lambda question, draft, scores, *more: Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)  # noqa: E731
+    monkeypatch.setattr(harness, "judge", judge)
+    corpus = load_corpus(trained / "corpus")
+    used = RowRecord.of(row.question for row in corpus.rows)
+    for name in ("a", "draft", "verify"):
+        manifest = json.loads((trained / name / "manifest.json").read_text())
+        assert record_of(manifest, name).used == used.used
+    mine = write(tmp_path / "renamed.jsonl", random.Random(3).sample(ROWS, 60))
+    invoke("calibrate", "--base", tiny_base, "--drafter", trained / "draft", "--verifier", trained / "verify",
+           "--task", mine, "--max-tokens", 4, "--attempts", 2)  # fmt: skip
+    calibrated = RowRecord.from_description(load_calibration(trained / "verify").row_hashes, "")
+    assert not calibrated.used & used.used
+    monkeypatch.undo()
+    table = tmp_path / "mine.csv"
+    table.write_text("question,answer\n" + "".join(f"{row['question']},x\n" for row in ROWS))
+    for file in (trained / "mine.jsonl", mine, table):
+        result, told = evaluate(trained, tiny_base, "--task", file, "--out", tmp_path / f"report-{file.name}")
+        asked = {folded(record.question) for record in read_items(tmp_path / f"report-{file.name}" / "items.jsonl")}
+        assert result["n"] == len(asked) < 20
+        assert not RowRecord.of(asked).used & (used | calibrated).used
+        assert "from its test share" in told
+        assert result["overlap"]["headline"] == ""
+    halves = [write(tmp_path / f"{name}.jsonl", ROWS[start::2]) for start, name in ((0, "x"), (1, "y"))]
+    over_two, _ = evaluate(trained, tiny_base, "--task", halves[0], "--task", halves[1])
+    assert over_two["n"] == result["n"]
+
+
+def test_an_overlap_is_refused_or_stands_above_the_result(trained, tiny_base, tmp_path):
+    corpus = load_corpus(trained / "corpus")
+    rows = [{"id": f"r{n}", "question": row.question.upper(), "answer": "1"} for n, row in enumerate(corpus.rows[:3])]
+    other = [{"id": f"o{n}", "question": f"Name number {n}!", "answer": str(n)} for n in range(5)]
+    mixed, alone = write(tmp_path / "mixed.jsonl", other + rows), write(tmp_path / "alone.jsonl", other)
+    error, _ = evaluate(trained, tiny_base, "--task", mixed, "--out", tmp_path / "r", code=2)
+    assert "3 of 8 test questions were trained or calibrated on (drafter 3, verifier 3), such as r0" in error["error"]
+    assert not (tmp_path / "r").exists()
+    result, told = evaluate(trained, tiny_base, "--task", mixed, "--out", tmp_path / "r", "--allow-overlap")
+    headline = "NOT A TEST: 3 of 8 items were trained or calibrated on (drafter 3, verifier 3)"
+    assert result["overlap"]["headline"] == headline
+    assert headline in told
+    assert (tmp_path / "r" / "report.md").read_text().split("\n")[2] == headline
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert f'</h1><p class="alarm">{headline}</p>' in page
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["overlap"]["items"] == 3
+    whole, _ = evaluate(trained, tiny_base, "--task", alone)
+    assert whole["n"] == 5
+    assert whole["overlap"]["items"] == 0
+    error, _ = invoke("calibrate", "--base", tiny_base, "--drafter", trained / "draft", "--verifier",
+                      trained / "verify", "--task", trained / "mine.jsonl", "--split", "train", code=2)  # fmt: skip
+    assert "calibration questions were trained or calibrated on" in error["error"]
+
+
+def test_calibration_with_nothing_right_is_refused(trained, tiny_base, tmp_path):
+    before = sorted(trained.rglob("*"))
+    error, _ = invoke("calibrate", "--base", tiny_base, "--drafter", trained / "draft", "--verifier",
+                      trained / "verify", "--task", trained / "mine.jsonl", "--max-tokens", 4, code=2)  # fmt: skip
+    assert "none of" in error["error"]
+    assert "cannot be calibrated" in error["error"]
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_text_answers_get_verify_rows(tmp_path):
+    names = ["Paris", "Rome", "Oslo", "Paris, France", "COVID-19", "Lima", "Cairo", "the blue whale"]
+    mine = write(tmp_path / "geo.jsonl", [{"question": f"Q{n}?", "answer": name} for n, name in enumerate(names)])
+    built, _ = invoke("data", "build", "--task", mine, "--split", "all", "--out", tmp_path / "c")
+    assert built["counts"]["geo"] == {"draft": 8, "verify": 8}
+    gold = {f"Q{n}?": f"#### {name}" for n, name in enumerate(names)}
+    for row in load_corpus(tmp_path / "c").rows:
+        assert (row.answer == gold[row.question]) == (row.correct is not False)
+        if row.correct is False:
+            assert {row.answer, gold[row.question]} != {"#### Paris", "#### Paris, France"}
+    single = write(tmp_path / "one.jsonl", [{"question": "Q?", "answer": "Paris"}])
+    built, told = invoke("data", "build", "--task", single, "--split", "all", "--out", tmp_path / "d")
+    assert built["counts"]["one"] == {"draft": 1, "verify": 0}
+    assert "0 verify rows instead of 100: no wrong answer can be made" in told
