@@ -65,7 +65,7 @@ def test_eval_records_seeds_drafts_and_contamination(run, tiny_base, tmp_path, m
     monkeypatch.setattr(DraftVerify, "draft_many", lambda *rest: pytest.fail("drafted again"))
     again = result(evaluate(run, tiny_base, tmp_path / "a", *more))
     assert again["accuracy"] == found["accuracy"]
-    other = evaluate(run, tiny_base, tmp_path / "a", "--temperature", 0.9)
+    other = evaluate(run, tiny_base, tmp_path / "a", *more, "--temperature", 0.9)
     assert other.exit_code == 2
     assert "unfinished run that differs in" in other.stderr
 
