@@ -29,7 +29,7 @@ def brought_near_one(weights: Sequence[float]) -> tuple[float, ...]:
 def shares(weights: Sequence[float]) -> mx.array:
     """w_t / Σ w, (T,) float32. Weights of both signs may cancel, so theirs are summed in float64."""
     if min(weights) >= 0:
-        plain = mx.array(weights)
+        plain = mx.array(list(weights))
         return plain / plain.sum()
     whole = math.fsum(weights)
     return mx.array([weight / whole for weight in weights])
