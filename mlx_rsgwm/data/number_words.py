@@ -8,14 +8,32 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
+_SMALL = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
 _UNITS = {word: value for value, word in enumerate(_SMALL)}
 _UNITS |= {
     word: 10 * tens
-    for tens, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
+    for tens, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], start=2)
 }
 _SCALES = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
@@ -86,7 +104,9 @@ def read_words(text: str) -> Fraction | None:
             continue
         if word in _UNITS:
             value = _UNITS[word]
-            if group % 100 and not (group.denominator == 1 and group % 10 == 0 and group % 100 >= 20 and 0 < value < 10):
+            if group % 100 and not (
+                group.denominator == 1 and group % 10 == 0 and group % 100 >= 20 and 0 < value < 10
+            ):
                 return None  # "two three"
             group += value
         elif word in _SCALES:

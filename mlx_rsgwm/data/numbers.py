@@ -18,7 +18,9 @@ LITERAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]
 CURRENCY = "[$€£¥₹₩₽₺₫₴₦₱¢฿]"
 # Any run of digits that may be one number; ``read_numeral`` says whether it is. A space or an apostrophe groups
 # thousands only if all of them do. Every pattern here is meant for text that ``fold`` has folded.
-_GROUPED = r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?: [0-9]{3})+|(?:\u00a0[0-9]{3})+|(?:['’][0-9]{3})+)(?![0-9])(?:[.,][0-9]+)?"
+_GROUPED = (
+    r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?: [0-9]{3})+|(?:\u00a0[0-9]{3})+|(?:['’][0-9]{3})+)(?![0-9])(?:[.,][0-9]+)?"
+)
 NUMERAL = rf"(?:{_GROUPED}|[0-9]+(?:[.,_][0-9]+)*|\.[0-9]+)"
 POWER_OF_TEN = (
     r"(?:[eE](?P<e>[-+]?[0-9]{1,4})(?![\w.]\w)"

@@ -56,14 +56,19 @@ _NUMBER = re.compile(
     rf"(?:{POWER_OF_TEN}|\s?/\s?(?P<bottom>{NUMERAL})(?![/]?[0-9])|(?:\^|\*\*)\{{?\s?(?P<power>[-+]?[0-9]{{1,3}})(?:\s?\}})?)?"
 )
 # A minus is a sign only where no number or word stands before it ("10-5" ends in 5) and no space after it.
-_SIGN = re.compile(rf"(?:(?<![\w)\]}}.%°])(?P<sign>[-+–±])(?:{CURRENCY}\s?)?|{CURRENCY}\s?(?P<inner>-)?)$")
+_SIGN = re.compile(rf"(?:(?<![\w)\]}}.%°])(?P<sign>[-+–]|±\s?)(?:{CURRENCY}\s?)?|{CURRENCY}\s?(?P<inner>-)?)$")
 _SIGN_WORD = re.compile(
-    r"(?<![\w-])(?:negative|minus|moins|menos|meno|минус|माइनस|ऋण|السالب|سالب|负|マイナス)\s?(?:[$€£]\s?)?$", re.IGNORECASE
+    r"(?<![\w-])(?:negative|minus|moins|menos|meno|минус|माइनस|ऋण|السالب|سالب|负|マイナス)\s?(?:[$€£]\s?)?$",
+    re.IGNORECASE,
 )
 _SUBTRACTED = re.compile(r"[0-9)][\w%$.,)]*\s+(?:[^\W\d]+\s+)?$")
-_BELOW_ZERO = re.compile(r"\s?(?:°\s?[CF]?|degrees?(?: (?:Celsius|Fahrenheit|C|F))?)?\s?below (?:zero|freezing)\b", re.IGNORECASE)
+_BELOW_ZERO = re.compile(
+    r"\s?(?:°\s?[CF]?|degrees?(?: (?:Celsius|Fahrenheit|C|F))?)?\s?below (?:zero|freezing)\b", re.IGNORECASE
+)
 _AND_PART = re.compile(r"\s(?:and|&)\s(?:an?\s|one[ -])?(half|third|quarter)\b", re.IGNORECASE)
-_CENTS = re.compile(r"\s?(?:dollars?|euros?|pounds?|bucks)?,?\s(?:and\s)?([0-9]{1,2})\s(?:cents?|pence)\b", re.IGNORECASE)
+_CENTS = re.compile(
+    r"\s?(?:dollars?|euros?|pounds?|bucks)?,?\s(?:and\s)?([0-9]{1,2})\s(?:cents?|pence)\b", re.IGNORECASE
+)
 _MONEY_WORD = re.compile(
     rf"\s?(?:{CURRENCY}|(?:EUR|USD|GBP|INR|CHF|euros?|dollars?|pesos|reais|rupees|rublos|pounds|Kronen|kronor|kroner|руб\w*|Franken)\b)",
     re.IGNORECASE,
@@ -124,7 +129,11 @@ def _range(match: re.Match[str]) -> Quantity:
 def _quantity(text: str, match: re.Match[str], decimal_commas: bool) -> Quantity | None:
     """The quantity at a match of ``_NUMBER``, or None where its digits belong to a name, an ordinal or an exponent."""
     before = text[max(0, match.start() - 24) : match.start()]
-    if re.search(r"[^\W\d]-?$|[_^]$|\^\{$|√\s?\{?$", before) and not _CODE.search(before) and not _is_ideograph(before.rstrip("-")[-1:]):
+    if (
+        re.search(r"[^\W\d]-?$|[_^]$|\^\{$|√\s?\{?$", before)
+        and not _CODE.search(before)
+        and not _is_ideograph(before.rstrip("-")[-1:])
+    ):
         return None
     if re.match(r"(?:st|nd|rd|th|er|ère|ème|º|ª)\b|[A-EG-JO-UW-Z](?![\w²³/])|_\w", text[match.end() : match.end() + 4]):
         return None
@@ -133,7 +142,7 @@ def _quantity(text: str, match: re.Match[str], decimal_commas: bool) -> Quantity
     money = bool(re.search(rf"{CURRENCY}\s?-?$|(?:USD|EUR|GBP|INR|Rs\.?)\s?$", before))
     value, fraction = _value(text, match, decimal_commas, money), bool(match["bottom"] or match["mixed"])
     end = match.end()
-    if sign and sign["sign"] == "±" or (re.match(r"!\s?[.)=+*,]", text[end : end + 3])):
+    if (sign and (sign["sign"] or "").startswith("±")) or (re.match(r"!\s?[.)=+*,]", text[end : end + 3])):
         value = None
     if match["power"] is None and re.match(r"\s?(?:\^|\*\*)", text[end : end + 2]):
         value = None  # "2^n"
@@ -196,7 +205,9 @@ def _scaled(text: str, quantity: Quantity, money: bool) -> Quantity:
     if scale is not None:
         quantity = replace(quantity, value=quantity.value * scale[0], end=scale[1])
     cents = _CENTS.match(text, quantity.end)
-    if cents is not None and (money or re.match(r"\s?(?:dollar|euro|pound|buck)", text[quantity.end : quantity.end + 8])):
+    if cents is not None and (
+        money or re.match(r"\s?(?:dollar|euro|pound|buck)", text[quantity.end : quantity.end + 8])
+    ):
         quantity = replace(quantity, value=quantity.value + Fraction(int(cents[1]), 100), end=cents.end())
     return quantity
 

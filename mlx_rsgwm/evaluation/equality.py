@@ -31,6 +31,7 @@ def canonical(value: str) -> str:
     text = re.sub(r"\s+", "", text.replace("$", "").replace("\\%", "").replace("%", ""))
     text = re.sub(r"^[a-zA-Z]=(?=.)", "", text)  # "x=5" answers "5"
     text = text.strip("\"'“”‘’").rstrip(".").casefold()
+    text = re.sub(r"^\(([a-j])\)$", r"\1", text)  # the letter of an option
     number = parse_number(text)
     return text if number is None else f"{number.numerator}/{number.denominator}"
 

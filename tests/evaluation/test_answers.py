@@ -91,7 +91,7 @@ CASES = [
 def test_extraction(kind, text, expected):
     found = extract(text, kind)
     assert found.value == expected
-    assert found.status == ("refusal" if expected is None else "answer")
+    assert found.status == ("no_answer" if expected is None else "answer")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_there_are_enough_labelled_outputs_of_every_kind():
     assert len(LABELLED) >= 150
     assert len({case["text"] for case in LABELLED}) > 0.9 * len(LABELLED)
     assert {case["kind"] for case in LABELLED} == {"flexible", "math", "choice", "yesno"}
-    assert {case["status"] for case in LABELLED} == {"answer", "refusal", "truncated"}
+    assert {case["status"] for case in LABELLED} == {"answer", "no_answer", "cut_off"}
 
 
 @pytest.mark.parametrize("case", LABELLED, ids=[case["id"] for case in LABELLED])
@@ -216,24 +216,24 @@ def test_numbers_are_equal_by_value_alone(one, other):
 def test_no_text_breaks_an_extractor(text, kind, finished):
     found = extract(text, kind, finished)
     assert (found.value is None) == (found.status != "answer")
-    assert found.status != "truncated" or not finished
+    assert found.status != "cut_off" or not finished
 
 
 @given(st.text("0123456789 .,-#=$", max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_what_is_cut_off_is_never_a_merely_mentioned_number(text):
     if "#" not in text:
-        assert extract(text, "flexible", finished=False).status == "truncated"
+        assert extract(text, "flexible", finished=False).status == "cut_off"
 
 
 def test_refusals_and_truncation():
-    assert extract("I'm sorry, I cannot answer that for 12 people.", "flexible").status == "refusal"
+    assert extract("I'm sorry, I cannot answer that for 12 people.", "flexible").status == "no_answer"
     assert extract("I cannot say for sure. #### 12", "flexible").value == "12"
-    assert extract("", "flexible").status == "refusal"
-    assert extract("first 3 times 4", "flexible", finished=False).status == "truncated"
-    assert extract("#### 1", "strict", finished=False).status == "truncated"  # a digit may be missing
+    assert extract("", "flexible").status == "no_answer"
+    assert extract("first 3 times 4", "flexible", finished=False).status == "cut_off"
+    assert extract("#### 1", "strict", finished=False).status == "cut_off"  # a digit may be missing
     assert extract("#### 1\n", "strict", finished=False).value == "1"
-    assert extract("no luck with 3", "flexible", refusal=re.compile("no luck")).status == "refusal"
+    assert extract("no luck with 3", "flexible", refusal=re.compile("no luck")).status == "no_answer"
 
 
 def test_choice_by_the_words_of_an_option():

@@ -1,0 +1,200 @@
+r"""What of a generated text is the answer: no reasoning block, no turn after it, no question that the model asks itself.
+
+Also where a text says that something is its answer: a marker (``####``), a box, an ``<answer>`` tag, or words for it in
+the languages that people ask in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_TAGS = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis|seed:think"
+_THOUGHT = re.compile(
+    rf"(?P<open><(?:{_TAGS})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|channel>thought)"
+    rf"|(?P<close></(?:{_TAGS})>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<channel\|>)",
+    re.IGNORECASE,
+)
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<\n]{0,80}<\|message\|>")
+_END_OF_TURN = re.compile(
+    r"<\|(?:im_end|eot_id|end_of_text|endoftext|end|return|end_of_turn|eom_id|user|im_start)\|>|</s>|<end_of_turn>|<eos>"
+    r"|<turn\|>|<｜end▁of▁sentence｜>"
+)
+_SPECIAL = re.compile(r"<[|｜][^<>|\n]{1,40}[|｜]>|<(?:/?s|bos|eos|pad|unk|start_of_turn)>|\[/?INST\]")
+_DRESS = re.compile(
+    r"</?(?:b|i|u|p|strong|em|br|span|div|center|sub)\b[^<>]{0,40}>|<<[^<>\n]*>>|~~[^~\n]{1,80}~~|`+|(?<![0-9*])\*\*"
+    r"|\*\*(?![0-9*])"
+)
+_ANOTHER_QUESTION = re.compile(
+    r"\n[ \t#*]*(?:Q[ \t]*\d*[ \t]*:|(?:Question|Problem|Exercise)(?:[ \t]*\d+)?[ \t]*[:.])", re.IGNORECASE
+)
+_LETTERED = re.compile(r"[\s*]*[B-PR-Z]\s*[:.)]")
+_EMPTY_MARKER = re.compile(r"#{4,}(?:answer)?[.:]*", re.IGNORECASE)
+_MARKER = re.compile(r"(?<!#)#{4,}")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_ANSWER_TAG = re.compile(r"<answer>(.{0,2000}?)</answer>", re.IGNORECASE | re.DOTALL)
+_SAID = re.compile(
+    r"\banswers?\b(?:\s+(?:to|of|for)\s+(?:the\s+)?(?:question|problem|part|exercise)\s*\(?\w{0,4}\)?)?[^.:=\n\d]{0,50}?"
+    r"(?:\b(?:is|are|was)\b(?! to\b)|\b(?:would|will|must|should) be\b|\bequals\b|[:=]|\s[-–—](?=\s))"
+    r"|\b(?:final|end)\s+result\b[^.:=\n\d]{0,20}?(?:\bis\b|\bequals\b|[:=])"
+    r"|\b(?:Antwort(?:\s+(?:ist|lautet|wäre))?|Lösung\s+(?:ist|lautet)|réponse(?:\s+(?:finale|correcte))?(?:\s+est)?|"
+    r"respuesta(?:\s+(?:final|correcta))?(?:\s+es)?|risposta(?:\s+(?:finale|corretta|giusta))?(?:\s+è)?|"
+    r"resposta(?:\s+(?:final|correta))?(?:\s+é)?|antwoord(?:\s+is)?|svar(?:et)?(?:\s+(?:är|er))?|vastaus(?:\s+on)?|"
+    r"odpowiedź(?:\s+to)?|cevap|ответ)(?=\s*(?:[:=]|est|[-–—]\s)|(?<=[a-zéèêûлäöår])\s)\s*[:=]?"
+    r"|(?:答案|答え|答|정답은?|الإجابة|الجواب|उत्तर)\s?(?:是|为|為|は|：|:|هي|هو|है)?\s?[:：]?",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(r"(?m)^[ \t#*_]*(?:final[ \t]+)?answer[ \t#*_:]*$", re.IGNORECASE)
+_IS_THE_ANSWER = re.compile(
+    r"[^\n.!?]{1,80}?\s(?:is|are)\s(?:the|our|my)\s(?:final\s|correct\s|right\s)*answers?\b", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A place where a text gives its answer. ``boxes`` of one statement stand beside each other ("… or …")."""
+
+    start: int
+    text: str
+    kind: str  # box, tag, said ("the answer is …"), subject ("… is the answer")
+    boxes: tuple[str, ...] = ()
+
+
+def without_reasoning(text: str) -> str:
+    """``text`` without its reasoning blocks; an unclosed one goes on to the end, an unopened one starts at the start."""
+    channels = list(_CHANNEL.finditer(text))
+    if channels:
+        final = [match for match in channels if match[1] == "final"]
+        text = text[final[-1].end() :] if final else ""
+    pieces: list[str] = []
+    position, depth = 0, 0
+    for match in _THOUGHT.finditer(text):
+        if match["open"]:
+            if not depth:
+                pieces.append(text[position : match.start()])
+            depth = 1
+        else:
+            if not depth:
+                pieces.clear()  # the template had opened it
+            depth = 0
+        position = match.end()
+    if not depth:
+        pieces.append(text[position:])
+    return "\n".join(pieces)
+
+
+def final_text(text: str) -> tuple[str, bool]:
+    """The part of a generated text that can hold its answer, and whether more than that part had been written.
+
+    More was written where the text goes on to another turn or question, or got stuck in empty markers: then that part
+    is complete, even if the text as a whole was cut.
+    """
+    text = without_reasoning(text)
+    complete = False
+    for match in _END_OF_TURN.finditer(text):
+        if text[: match.start()].strip():
+            text, complete = text[: match.start()], True
+        break
+    text = _DRESS.sub(lambda match: " " if match[0][0] in "<~" else "", _SPECIAL.sub(" ", text))
+    further = _further_question(text)
+    if further is not None:
+        text, complete = text[:further], True
+    stuck = _stuck_from(text)
+    if stuck is not None:
+        text, complete = text[:stuck], True
+    return text, complete
+
+
+def _further_question(text: str) -> int | None:
+    """Where the text goes on to ask another question; the Q between the lines P and R of a list is none."""
+    for match in _ANOTHER_QUESTION.finditer(text):
+        before = text[: match.start()]
+        if before.strip() and not _LETTERED.match(before.rstrip().rpartition("\n")[2]):
+            return match.start()
+    return None
+
+
+def _stuck_from(text: str) -> int | None:
+    """Where three or more empty markers at the end begin: the model has said what it had to say and cannot stop."""
+    start, markers = None, 0
+    words = list(re.finditer(r"\S+", text[-4000:] if len(text) > 4000 else text))
+    for word in reversed(words):
+        if not _EMPTY_MARKER.fullmatch(word[0]) and word[0].lower().strip(".:") != "answer":
+            break
+        markers += word[0].startswith("####")
+        start = word.start() if word[0].startswith("####") else start
+    return None if markers < 3 or start is None else start + max(0, len(text) - 4000)
+
+
+def marked_lines(text: str) -> list[str]:
+    """What follows each ``####`` (four or more) on its line, or on the next one where nothing does."""
+    lines = []
+    for match in _MARKER.finditer(text):
+        line, _, after = text[match.end() : match.end() + 4000].partition("\n")
+        if not line.strip() or line.strip().lower().endswith("answer:"):  # and the answer stands below
+            line = after.lstrip("\n").split("\n", 1)[0]
+        lines.append("" if _MARKER.match(line.strip()) else line.strip())
+    return lines
+
+
+def statements(text: str, finished: bool = True) -> list[Statement]:
+    r"""Every box, tag and phrase that gives an answer, in order. A last box that is empty or never closes has no text."""
+    stated = [*_boxes(text, finished)]
+    stated += [Statement(match.start(), match[1].strip(), "tag") for match in _ANSWER_TAG.finditer(text)]
+    subjects = [match for match in _IS_THE_ANSWER.finditer(text) if re.search(r"[0-9]", match[0])]
+    stated += [Statement(match.start(), match[0], "subject") for match in subjects]
+    for pattern in (_SAID, _HEADING):
+        for match in pattern.finditer(text):
+            if not any(subject.start() <= match.start() < subject.end() for subject in subjects[-20:]):
+                stated.append(Statement(match.start(), _line_after(text, match.end()), "said"))
+    return sorted(stated, key=lambda statement: statement.start)
+
+
+def _line_after(text: str, position: int) -> str:
+    """The rest of the line, or the next line that has words where that one holds nothing but dress."""
+    for line in text[position : position + 4000].split("\n")[:4]:
+        if line.strip(" \t*_:=$[](){}\\`\"'"):
+            return line
+    return ""
+
+
+def _boxes(text: str, finished: bool) -> Iterator[Statement]:
+    group: list[str] = []
+    start = end = 0
+    for match in _BOX.finditer(text):
+        content, after = _box_content(text, match.end())
+        if content is None and not finished:
+            continue  # the limit cut it; what was boxed before stands
+        if group and not _joined(text[end : match.start()]):
+            yield Statement(start, group[-1], "box", tuple(group))
+            group = []
+        if not group:
+            start = match.start()
+        group.append((content or "").strip())
+        end = after
+    if group:
+        yield Statement(start, group[-1], "box", tuple(group))
+
+
+def _box_content(text: str, position: int) -> tuple[str | None, int]:
+    if text[position : position + 1] != "{":
+        word = re.compile(r"-?[\w.]+").match(text, position)
+        return (word[0].rstrip("."), word.end()) if word else (None, position)
+    depth = 0
+    # An escaped brace is a printed one (a set), not grammar.
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, position, position + 4000):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0 and match[0] == "}":
+            return text[position + 1 : match.start()], match.end()
+    return None, position
+
+
+_JOIN = re.compile(
+    r"[\s$\\()\[\].]*(?:,|;|and|or|und|oder|et|ou|\\text\s*\{\s*(?:and|or),?\s*\}|\\q?quad|&)(?:\s*(?:and|or)\b)?"
+    r"[\s$\\()\[\],.]*(?:[a-zA-Z]\w{0,3}\s*=\s*)?"
+)
+
+
+def _joined(gap: str) -> bool:
+    return len(gap) <= 60 and _JOIN.fullmatch(gap) is not None

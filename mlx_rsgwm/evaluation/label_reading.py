@@ -1,0 +1,290 @@
+"""The lettered option, or the yes or no, that a text gives as its answer.
+
+Two letters side by side ("A or B"), both verdicts at once ("yes and no"), a denied letter: no answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from mlx_rsgwm.data.digits import fold
+from mlx_rsgwm.evaluation.final_text import marked_lines, statements
+from mlx_rsgwm.evaluation.number_reading import AMBIGUOUS, NOTHING, Reading, sentences
+
+_QUOTES = r"\s*\"'“”‘’(\[{$*:\\`"
+_LEADING_LETTER = re.compile(
+    rf"[{_QUOTES}]*(?:(?:option|choice|letter|answer|is|la|le|el|die|der|opción|lettre|letra)\s+[{_QUOTES}]*){{0,3}}"
+    r"(?P<letter>[A-Ja-j])(?![\w'’])(?P<after>[ \t]*)(?P<next>\W?)",
+    re.IGNORECASE,
+)
+_MENTION = re.compile(r"(?<![\w'’\\-])(?P<open>[(\[{]?)(?P<letter>[A-J])(?P<close>[)\]}]?)(?![\w'’-])")
+_DENIED_BEFORE = re.compile(
+    r"(?:\bnot|n['’]t|\bneither|\bnor|\brather than|\binstead of|\bexcept|\bunlike|\bnicht|\bpas|\bno es)\s+"
+    r"(?:be |option |choice |a |an |the )*[(\[\"'“]*$",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"[)\]\"'”.]*\s*(?:[^\W\d][\w'’]*\s+){0,2}?(?:is|are|was|were|can|could|would be|seems)\s*(?:n['’]t|not|wrong|incorrect|false|out\b)|"
+    r"[)\]\"'”.]*\s*(?:cannot|doesn['’]t|does not|don['’]t|do not)\b|[^.\n?]{0,30}\?\s*(?:no|nope|wrong)\b",
+    re.IGNORECASE,
+)
+_BESIDE = re.compile(
+    r"[)\]\"'”*]*\s*(?:,|/|&|and|or|nor|und|oder|et|ou|y|o|,\s*(?:and|or))\s*[(\[\"'“*]*", re.IGNORECASE
+)
+_WORD_AFTER_A = re.compile(r"[ \t]+[a-z]")
+_AFTER_LETTER = re.compile(
+    r"[ \t]+(?:because|since|as|is|was|for|due|\(|with|based|would|seems|and|or|but|,)\b", re.IGNORECASE
+)
+_CHOOSE = re.compile(
+    r"\b(?:pick|choose|chose|select|go with|going with|opt for|it['’]s|it is|must be|should be|would be|option|choice|so|hence|"
+    r"therefore|thus|left with)\s+(?:option\s+|choice\s+|answer\s+)?$",
+    re.IGNORECASE,
+)
+
+_VERDICTS = {
+    "yes": "yes", "true": "yes", "correct": "yes", "ja": "yes", "oui": "yes", "sí": "yes", "sì": "yes", "sim": "yes",
+    "да": "yes", "是": "yes", "はい": "yes", "yep": "yes", "yeah": "yes", "नहीं": "no", "हाँ": "yes", "نعم": "yes",
+    "no": "no", "false": "no", "incorrect": "no", "nein": "no", "non": "no", "não": "no", "nee": "no", "nej": "no",
+    "нет": "no", "不是": "no", "否": "no", "いいえ": "no", "لا": "no", "nope": "no",
+}  # fmt: skip
+_ANY = "|".join(sorted(_VERDICTS, key=len, reverse=True))
+_VERDICT = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
+_LEADING_VERDICT = re.compile(
+    rf"[{_QUOTES}]*({_ANY})(?![\w'’])(?=[{_QUOTES}]*(?:[,.:;!…–—\n\"'”)}}\]$。、،，]|-\s|$))", re.IGNORECASE
+)
+_BOTH = re.compile(
+    r"\b(?:neither\s+|both\s+|either\s+)?(?:yes|true)\W+(?:and|or|nor|&|/)\W*(?:no|false)\b|"
+    r"\b(?:neither\s+|both\s+|either\s+)?(?:no|false)\W+(?:and|or|nor|&|/)\W*(?:yes|true)\b|\b(?:yes|true)/(?:no|false)\b",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(
+    r"(?:\bnot|n['’]t|\bnever|\bhardly|\buntrue)(?:\s+(?:be|entirely|really|actually|at all|necessarily|quite))?\s+[\"'“*]*$",
+    re.IGNORECASE,
+)
+_DETERMINER = re.compile(r"\s+(?:[a-z]|one\b|[A-Z][a-z])")
+_VERDICT_BEFORE = re.compile(
+    r"(?:\b(?:is|be|say|says|answer|but|so|therefore|thus|hence|then|definitely|probably|clearly|simply|wait|actually)\b|[:=,>\n]|^)\W*$",
+    re.IGNORECASE,
+)
+_CORRECTION = re.compile(
+    r"(?:\bwait\b|\bactually\b|\bsorry\b|\bcorrection\b|\boops\b|\.\.\.|…)[,:;.\s]*", re.IGNORECASE
+)
+
+
+def options_of(question: str) -> dict[str, str]:
+    """Lettered options of a question, by letter: lines like ``B. library``."""
+    return {match[1]: match[2].strip() for match in re.finditer(r"(?m)^[ \t]*\(?([A-J])[.):][ \t]+(.+)$", question)}
+
+
+def read_choice(text: str, options: Mapping[str, str], finished: bool = True) -> Reading:
+    """The letter that is marked, boxed, stated, opens the text or ends it; else the one option whose words are said."""
+    for line in reversed(marked_lines(text)):
+        if line:
+            reading = _scope_letter(
+                re.sub(
+                    r"^[\s*]*(?:the\s+)?(?:final\s+)?(?:correct\s+)?answer\b[\s*]*(?:is\b|[:=.])?",
+                    "",
+                    fold(_unbox(line)),
+                    flags=re.IGNORECASE,
+                ),
+                options,
+            )
+            return AMBIGUOUS if reading is NOTHING else reading
+    for place in reversed(statements(text, finished)):
+        if place.kind == "subject":
+            continue
+        if place.kind == "box" and (len(set(place.boxes)) > 1 or not place.text):
+            return AMBIGUOUS
+        reading = _scope_letter(fold(_unbox(place.text)), options)
+        if reading is not NOTHING:
+            return reading
+    text = fold(text)
+    named = list(
+        re.finditer(
+            r"(?:\b(?:option|choice|answer)\s+(?:is\s+)?[(\[\"'“*]*|[(\[\"'“*]*)([A-J])[)\]\"'”*]*\s+(?:is|as)\s+(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|answer)\b",
+            text,
+        )
+    )
+    if named:
+        return Reading(named[-1][1])
+    opening = re.findall(r"(?m)^[ \t*(\[\"']*([A-J])(?:[).:\]]|[ \t]*\**[ \t]*$)", text)
+    if (
+        len(opening) == 1
+        and re.match(r"[\s*(\[\"']*[A-J](?:[).:\]]|\s*\**\s*$)", text)
+        and not _denied_at(text, opening[0])
+    ):
+        return Reading(opening[0])
+    if len(opening) > 1:
+        return NOTHING  # a list of the options
+    alone = re.fullmatch(r"[\s*(\[{\"'$]*([A-Ja-j])[).:\]}\"'*$]*\s*", text)
+    if alone:
+        return Reading(alone[1].upper())
+    comma = re.match(r"[\s*(\"']*([A-J])\s?[,–—-]\s(?![A-J]\b)", text)
+    if comma:
+        return Reading(comma[1])
+    return _mentioned(text, options)
+
+
+def _unbox(text: str) -> str:
+    return re.sub(r"\\(?:boxed|fbox)\s*\{", "{", text)
+
+
+def _denied_at(text: str, letter: str) -> bool:
+    match = re.search(rf"(?<![\w]){letter}(?![\w])", text)
+    return match is not None and bool(_DENIED_AFTER.match(text, match.end()))
+
+
+def _scope_letter(scope: str, options: Mapping[str, str]) -> Reading:
+    """The letter of a stated answer: the one it begins with, else the only one that is not denied, else by its words."""
+    said = next(iter(sentences(scope)), "")
+    leading = _LEADING_LETTER.match(said)
+    if leading is not None:
+        letter, end = leading["letter"], leading.end("letter")
+        article = letter in "aAI" and _WORD_AFTER_A.match(said, end) and not _AFTER_LETTER.match(said, end)
+        word = letter.islower() and _WORD_AFTER_A.match(said, end) and letter.upper() not in options
+        if article or word:
+            by_words = _by_option(said[leading.start("letter") :], options)
+            if by_words is not NOTHING or letter != "A" or not options:
+                return by_words if options or letter != "A" else NOTHING
+            return NOTHING
+        if _denied(said, leading.start("letter"), end):
+            return _mentioned(scope, options, stated=True)
+        beside = _BESIDE.match(said, end)
+        other = _MENTION.match(said.upper() if letter.islower() else said, beside.end()) if beside else None
+        if other and other["letter"].upper() != letter.upper() and not _WORD_AFTER_A.match(said, other.end()):
+            return AMBIGUOUS
+        return Reading(letter.upper())
+    return _mentioned(said, options, stated=True)
+
+
+def _denied(text: str, start: int, end: int) -> bool:
+    return bool(_DENIED_BEFORE.search(text[max(0, start - 40) : start]) or _DENIED_AFTER.match(text, end))
+
+
+def _mentioned(text: str, options: Mapping[str, str], stated: bool = False) -> Reading:
+    """The only letter that a text leaves undenied; of several the one that it chooses; else the option by its words."""
+    standing: list[re.Match[str]] = []
+    for match in _MENTION.finditer(text):
+        bare = not (match["open"] or match["close"])
+        if (
+            bare
+            and match["letter"] in "AI"
+            and _WORD_AFTER_A.match(text, match.end())
+            and not _AFTER_LETTER.match(text, match.end())
+        ):
+            continue  # an article or a pronoun
+        if bare and match["letter"] == "I":
+            continue
+        standing.append(match)
+    denied = [_denied(text, match.start(), match.end()) for match in standing]
+    for index in range(len(standing) - 2, -1, -1):  # "A and B are not"
+        if denied[index + 1] and _DENIED_AFTER.match(text, standing[index + 1].end()):
+            gap = text[standing[index].end() : standing[index + 1].start()]
+            denied[index] = denied[index] or bool(_BESIDE.fullmatch(gap))
+    kept = [match for match, no in zip(standing, denied, strict=True) if not no]
+    if kept and len({match["letter"] for match in kept}) == 1:
+        last = kept[-1]
+        if (
+            stated
+            or last["open"]
+            or last["close"]
+            or _CHOOSE.search(text[max(0, last.start() - 40) : last.start()])
+            or not text[last.end() :].strip(" .!*\"')\n")
+        ):
+            return Reading(last["letter"], stated=stated or bool(last["open"]))
+    for before, after in zip(kept, kept[1:], strict=False):
+        if (
+            _BESIDE.fullmatch(text[before.end() : after.start()])
+            and before["letter"] != after["letter"]
+            and after is kept[-1]
+        ):
+            return AMBIGUOUS
+    if len(kept) > 1:
+        if stated:
+            return AMBIGUOUS
+        last = kept[-1]
+        chosen = _CHOOSE.search(text[max(0, last.start() - 40) : last.start()])
+        ends = not text[last.end() :].strip(" .!*\"')\n")
+        return Reading(last["letter"], stated=False) if chosen or ends or last["open"] else NOTHING
+    return _by_option(text, options)
+
+
+def _by_option(text: str, options: Mapping[str, str]) -> Reading:
+    """The letter of the one option whose words are said and not denied; of several none."""
+    said = []
+    for letter, words in options.items():
+        plain = re.sub(r"^(?:an?|the)\s+", "", words.strip(), flags=re.IGNORECASE)
+        if not plain:
+            continue
+        mentions = list(re.finditer(rf"(?<!\w){re.escape(plain)}(?!\w)", text, re.IGNORECASE))
+        if any(not _denied(text, match.start(), match.end()) for match in mentions):
+            said.append(letter)
+    return Reading(said[0], stated=False) if len(said) == 1 else NOTHING
+
+
+def read_verdict(text: str, finished: bool = True) -> Reading:
+    """Yes or no: marked, boxed, stated, as the first word, or as the last verdict of the text."""
+    for line in reversed(marked_lines(text)):
+        if line:
+            reading = _scope_verdict(
+                re.sub(
+                    r"^[\s*]*(?:the\s+)?(?:final\s+)?answer\b[\s*]*(?:is\b|[:=.])?",
+                    "",
+                    fold(_unbox(line)),
+                    flags=re.IGNORECASE,
+                ),
+                at_start=True,
+            )
+            return AMBIGUOUS if reading is NOTHING else reading
+    for place in reversed(statements(text, finished)):
+        if place.kind == "subject":
+            continue
+        if place.kind == "box" and len(set(place.boxes)) > 1:
+            return AMBIGUOUS
+        scope = next(iter(sentences(fold(_unbox(place.text)))), "")
+        reading = _scope_verdict(scope, at_start=place.kind != "said")
+        if reading is not NOTHING:
+            return reading
+    text = fold(text)
+    leading = _LEADING_VERDICT.match(text)
+    if leading is not None and not _BOTH.match(text[leading.start(1) :]):
+        correction = _CORRECTION.search(text[: leading.end() + 60], leading.end())
+        later = _last_verdict(text[correction.end() :]) if correction else NOTHING
+        return later if later.value is not None else Reading(_VERDICTS[leading[1].lower()])
+    return _last_verdict(text)
+
+
+def _scope_verdict(scope: str, at_start: bool) -> Reading:
+    if _BOTH.search(scope) and not _VERDICT.search(_BOTH.sub(" ", scope)):
+        return AMBIGUOUS
+    leading = _LEADING_VERDICT.match(scope) or re.match(rf"[{_QUOTES}]*(yes|no|true|false)\b", scope, re.IGNORECASE)
+    if leading is not None:
+        return Reading(_VERDICTS[leading[1].lower()])
+    if at_start:
+        return NOTHING
+    for match in _VERDICT.finditer(scope):
+        reading = _verdict_at(scope, match)
+        if reading is not NOTHING:
+            return reading
+    return NOTHING
+
+
+def _verdict_at(text: str, match: re.Match[str]) -> Reading:
+    """What one "yes", "no", "true" or "false" says, with a negation before it; NOTHING for "no" before a noun."""
+    word, before = match[1].lower(), text[max(0, match.start() - 40) : match.start()]
+    if word == "no" and _DETERMINER.match(text, match.end()):
+        return NOTHING
+    if _NEGATED.search(before):
+        return AMBIGUOUS if word in ("yes", "no") else Reading("no" if word == "true" else "yes")
+    return Reading(_VERDICTS[word])
+
+
+def _last_verdict(text: str) -> Reading:
+    plain = _BOTH.sub(lambda match: " " * len(match[0]), text)
+    result = NOTHING
+    for match in _VERDICT.finditer(plain):
+        reading = _verdict_at(plain, match)
+        if reading is not NOTHING:
+            result = reading
+    return result if result.value is None else Reading(result.value, stated=False)

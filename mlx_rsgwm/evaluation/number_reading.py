@@ -1,0 +1,331 @@
+"""The one number that a text gives as its answer, or why there is none.
+
+Every reader returns a :class:`Reading`: a value, or None with ``ambiguous`` where the text answers with something that
+is not one number (two values, a range, a time, an expression left open), or without it where it does not answer here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_rsgwm.data.digits import fold
+from mlx_rsgwm.data.quantities import Quantity, quantities, word_quantities, writes_decimal_commas
+from mlx_rsgwm.evaluation.final_text import Statement, marked_lines, statements
+
+
+@dataclass(frozen=True)
+class Reading:
+    value: str | None = None
+    ambiguous: bool = False
+    stated: bool = True
+    end: int = 0  # where the number ends in the text that was read; for texts that were cut off
+
+
+NOTHING, AMBIGUOUS = Reading(), Reading(ambiguous=True)
+
+_AND = r"(?:and|or|und|oder|et|ou|y|e|o|и|или|to|bis|through|plus|versus|vs)"
+_TWO_VALUES = re.compile(
+    rf"(?:\s*[^\W\d][\w'’-]*|\s*[%°²³]){{0,3}}(?:\s*[,;&和]\s*(?:(?:and|or)\s+)?|\s+{_AND}\b\.?\s+(?:(?:about|also|another)\s+)?)"
+    r"(?:[a-zA-Z]\w{0,3}\s*=\s*)?[(\[$€£¥₹]*",
+    re.IGNORECASE,
+)
+_COMPOUND = re.compile(
+    r"\s?(?:feet|foot|ft|yards?|hours?|hrs?|h|minutes?|mins?|m|weeks?|days?|years?|months?|pounds?|lbs?|kg|km|meters?|"
+    r"degrees|'|°),?\s?",
+    re.IGNORECASE,
+)
+_OPERATOR = re.compile(
+    r"\s*(?:[-+*×÷/]|[xX](?![a-z])|times|plus|minus|divided by|multiplied by)\s*[$€£]?\s*\(*\s*(?=[-0-9.])"
+)
+_ARITHMETIC = re.compile(
+    r"(?:[\s0-9.,$€£%+\-–*×÷/()\[\]^√=]|(?<![A-Za-z])[xX](?![A-Za-z])|\b(?:of|times|plus|minus|divided by)\b)*="
+)
+_EQUALS = re.compile(
+    r"(?:=|≈|\bequals\b|\bis equal to\b)\s*\(?(?:about|approximately|roughly)?\s*[$€£¥₹]?\s*(?=[-+–]?[$€£¥₹]?\.?[0-9])"
+)
+_DENIED_BEFORE = re.compile(
+    r"(?:\bnot|n['’]t|\bcannot|\bnever|\brather than|\binstead of|\bother than|\bnicht|\bpas|\bno es|\bnon è|\bstatt|≠|不是)"
+    r"(?:\s+(?:be|equal to|equal|just|only|simply|the|really|exactly))*\s*[$€£]?$",
+    re.IGNORECASE,
+)
+_DENIED_AFTER = re.compile(
+    r"(?:\s+[^\W\d]+)?\s*(?:(?:is|was|are|were|would be|seems|looks)\s+(?:not|wrong|incorrect|false|too|impossible)|"
+    r"(?:is|was|are|were|ca|could|wo)n['’]t|cannot|can not)\b|\s*\?\s*(?:no|nope|wrong|nein|non)\b",
+    re.IGNORECASE,
+)
+_LABELLED = re.compile(
+    r"(?:\b(?:fig(?:ure)?|table|step|problem|question|exercise|chapter|section|page|room|option|case|method|"
+    r"equation|eq|line|version|part|approach|example|q)\.?|#)\s*\(?$",
+    re.IGNORECASE,
+)
+_OUT_OF = re.compile(r"\bout\s+of\s+(?:the\s+)?(?:total\s+)?(?:of\s+)?[$€£]?$", re.IGNORECASE)
+_LIST_LABEL = re.compile(r"(?:^|\n)[ \t*]*(?:step\s+)?$", re.IGNORECASE)
+_RELATIVE_TIME = re.compile(r"\s+[a-z]+\s+(?:later|earlier|ago)\b", re.IGNORECASE)
+_GIVEN = re.compile(r"\b(?:the|these|those|all|her|his|their|its|both)\s+[$€£]?$", re.IGNORECASE)
+_TAIL = re.compile(
+    r"\b(?:in|for|after|within|every|per|of|over|to (?:fill|read|make|get|complete|finish))\s+[$€£]?$", re.IGNORECASE
+)
+_REASON = re.compile(
+    r"[,;]?\s\(?(?:because|since|given that|assuming|as long as|if|rather than|instead of)\b", re.IGNORECASE
+)
+_OPEN_PHRASE = re.compile(
+    r"\b(?:sum|product|difference|quotient|total|average|number|ratio|half|double|twice)\s+of\b|\b(?:first|let|step)\b",
+    re.IGNORECASE,
+)
+_NEW_SUBJECT = re.compile(
+    r"(?:\s+[^\W\d][\w'’-]*){0,3},?\s+(?:and|or|while|but|und|oder|et|ou|y|e|o|и)\s+"
+    r"(?:(?!So |Then )[A-Z][\w'’-]*\s+|(?:he|she|they|the \w+|another|about|also)\s+)?(?:has|have|had|got|gets|is|are|was|were|needs?|eats?)?\s*[$€£]?",
+)
+_CORRECTION = re.compile(
+    r"\b(?:wait|actually|oops|sorry|correction|scratch that|hold on|no,|nope|i made (?:a|an) (?:mistake|error)|i was wrong|"
+    r"my mistake|that(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)|i mean|or rather)\b[,:;.\s-]*",
+    re.IGNORECASE,
+)
+_REVOKED = re.compile(
+    r"\b(?:wrong|incorrect|mistake|error|not right|not correct|forgot|scratch that|wait|oops|sorry)\b", re.IGNORECASE
+)
+_CONFIRMED = re.compile(
+    r"(?<!not )(?<!in)\b(?:correct|right|confirmed|consistent|checks out|matches|as expected|makes sense|yes)\b",
+    re.IGNORECASE,
+)
+_CHATTER = re.compile(
+    r"\W*(?:\(|note\b|notes\b|n\.b\.|prices?\b|hope\b|i hope\b|let me know|feel free|would you|do you|please|ask me|source|"
+    r"disclaimer|copyright|\*\s*note)",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]*]*\s+(?=[\"'(*\\$\[]*[A-Z0-9\u0080-\uffff])|\n+")
+_ABBREVIATION = re.compile(
+    r"\b(?:approx|no|vs|mr|mrs|ms|dr|st|e\.g|i\.e|ca|bzw|mio|mrd|oz|lb|lbs|ft|hr|hrs|min|sq)\.$", re.IGNORECASE
+)
+_NAMED_LINE = re.compile(r"\W*([^\W\d][\w'’ ]{0,40}?)\s*(?:[-–:=])\s*[$€£]?-?[0-9][\d.,]*\W*(?:[^\W\d]+\W*){0,2}$")
+_TOTAL = re.compile(r"total|sum|answer|result|left|profit|cost|altogether|ans|gesamt|suma", re.IGNORECASE)
+_PARENTHESIS = re.compile(r"\([^()\n]{0,200}\)")
+_MARK_PREFIX = re.compile(
+    r"[\s*:=`(\[$_]*(?:(?:so|therefore|thus|hence)\b[,\s]*)?(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?(?:answer|ans|result|total)?[\s*:`]*"
+    r"(?:is|are|=|:)?[\s*:`(\[$]*(?:[a-zA-Z]\w{0,3}\s*=\s*)?(?:(?:about|approximately|approx\.|around|roughly|only|exactly|~|≈)\s*)?[\s*:`(\[${]*",
+    re.IGNORECASE,
+)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a text; a point after an abbreviation or inside a number ends none."""
+    pieces: list[str] = []
+    position = 0
+    for match in _SENTENCE_END.finditer(text):
+        if "\n" not in match[0] and _ABBREVIATION.search(text[max(0, match.start() - 8) : match.start()]):
+            continue
+        pieces.append(text[position : match.start()])
+        position = match.end()
+    pieces.append(text[position:])
+    return [piece for piece in pieces if piece.strip()]
+
+
+def candidates(text: str, decimal_commas: bool, words: bool = False) -> list[Quantity]:
+    """Quantities that can be answers: no list labels, no totals that something is out of, nothing that is denied."""
+    numbers = quantities(text, decimal_commas)
+    if words and not numbers:
+        numbers = word_quantities(text)
+    kept: list[Quantity] = []
+    for number in numbers:
+        before, after = text[max(0, number.start - 40) : number.start], text[number.end : number.end + 40]
+        if _OUT_OF.search(before) or _LABELLED.search(before):
+            continue
+        if _LIST_LABEL.search(before[-16:]) and re.match(r"[.):](?:\s|\*)", after) and after[1:].strip():
+            continue
+        if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
+            continue
+        kept.append(number)
+    return kept
+
+
+def _reading(number: Quantity, stated: bool = True) -> Reading:
+    if number.value is None:
+        return AMBIGUOUS
+    return Reading(number.text, stated=stated, end=number.end)
+
+
+def _first(text: str, decimal_commas: bool) -> Reading:
+    """The number a statement gives: the first one, or the right end of the equation that it begins."""
+    sentence = next(iter(sentences(text)), "")
+    numbers = candidates(sentence, decimal_commas, words=True)
+    if not numbers:
+        if sentence != text and _DENIED_BEFORE.search(sentence):
+            return NOTHING
+        return NOTHING
+    number, others = numbers[0], numbers[1:]
+    end = _equation_end(sentence, number)
+    if end is not None:
+        right = [other for other in quantities(sentence, decimal_commas) if other.start >= end]
+        return _reading(right[0]) if right and _only(sentence, right[0], right[1:]) else AMBIGUOUS
+    before = sentence[: number.start]
+    if re.search(r"√\s?\{?\s?[0-9.]*$", before):
+        return AMBIGUOUS
+    if _OPEN_PHRASE.search(before):
+        return last_number(sentence, decimal_commas)
+    if re.search(r"\b(?:between|from|either|both)\s+[$€£]?$", before, re.IGNORECASE):
+        return AMBIGUOUS
+    correction = _CORRECTION.search(sentence, number.end)
+    if correction is not None and others and others[-1].start >= correction.start():
+        return _first(sentence[correction.end() :], decimal_commas)
+    if not _only(sentence, number, others):
+        return AMBIGUOUS
+    return _reading(number)
+
+
+def _equation_end(sentence: str, number: Quantity) -> int | None:
+    """Where the right side of the equation that a statement begins with stands, or None without one."""
+    start = number.start
+    root = re.search(r"√\s?\{?\s?[0-9.]+\}?\s*=", sentence[:start])
+    if root is not None:
+        return None
+    match = _ARITHMETIC.match(sentence, number.end)
+    return match.end() if match is not None else None
+
+
+def _only(sentence: str, number: Quantity, others: Sequence[Quantity]) -> bool:
+    """Whether a number stands alone: no second value is offered beside it, and no operation on it is left open."""
+    if _OPERATOR.match(sentence, number.end):
+        return False
+    for other in others[:1]:
+        gap = sentence[number.end : other.start]
+        if len(gap) <= 60 and (_TWO_VALUES.fullmatch(gap) or _COMPOUND.fullmatch(gap)):
+            return other.value is not None and other.value == number.value
+    return True
+
+
+def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
+    """The number that a text ends with, as far as its last sentence with one leaves no choice."""
+    commas = writes_decimal_commas(text) if decimal_commas is None else decimal_commas
+    pieces = sentences(text)
+    for index in range(len(pieces) - 1, -1, -1):
+        sentence = pieces[index]
+        if not re.search(r"[0-9]", sentence) or (_CHATTER.match(sentence) and index):
+            continue
+        if sentence.rstrip(" \"'*)").endswith("?"):
+            if index:
+                continue
+            return NOTHING
+        reading = _concluded(sentence, pieces[index - 1] if index else "", commas)
+        if reading is not NOTHING:
+            return reading
+    for sentence in reversed(pieces):
+        words = [
+            number
+            for number in candidates(sentence, commas, words=True)
+            if sentence[number.start :][:3].lower() != "one"
+        ]
+        if words and not re.search(r"[0-9]", sentence):
+            return _reading(words[-1], stated=False) if len(words) == 1 else NOTHING
+    return NOTHING
+
+
+def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
+    """What one sentence, not marked as an answer, comes to."""
+    equals = list(_EQUALS.finditer(sentence))
+    if equals:
+        right = [number for number in quantities(sentence, commas) if number.start >= equals[-1].end() - 3]
+        right = [number for number in right if number.end > equals[-1].end()]
+        if right:
+            number = right[0]
+            corrected = _CORRECTION.search(sentence, number.end)
+            if corrected is None and not _OPERATOR.match(sentence, number.end):
+                rounded = re.match(r".{0,30}\brounds?\b.{0,20}?\bto\s", sentence[number.end :], re.IGNORECASE)
+                return _reading(right[-1] if rounded else number, stated=False)
+    outside = _PARENTHESIS.sub(
+        lambda match: " " * len(match[0]) if re.search("[A-Za-z]", match[0]) else match[0], sentence
+    )
+    numbers = candidates(outside, commas) or candidates(sentence, commas)
+    reason = _REASON.search(sentence, numbers[0].end) if numbers else None
+    if reason is not None:
+        numbers = [number for number in numbers if number.end <= reason.start()] or numbers
+    numbers = [number for number in numbers if not _RELATIVE_TIME.match(sentence, number.end)]
+    plain = [number for number in numbers if not _GIVEN.search(sentence[max(0, number.start - 16) : number.start])]
+    numbers = plain or numbers
+    if not numbers:
+        return NOTHING
+    named, earlier = _NAMED_LINE.fullmatch(sentence), _NAMED_LINE.fullmatch(line_before)
+    if named and earlier and not _TOTAL.search(named[1]) and len(numbers) == 1:
+        return AMBIGUOUS  # "Ann - 2" under "Ben - 3": a list of values, none of them the answer
+    if len(numbers) > 1:
+        gap = sentence[numbers[-2].end : numbers[-1].start]
+        if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or _COMPOUND.fullmatch(gap)):
+            return AMBIGUOUS
+    return _reading(numbers[-1], stated=False)
+
+
+def marked_number(text: str) -> Reading:
+    """The number after the last ``####`` that has one; words before it are none, two values are ambiguous."""
+    text = fold(_unboxed(text))
+    commas = writes_decimal_commas(text)
+    for line in reversed(marked_lines(text)):
+        prefix = _MARK_PREFIX.match(line)
+        start = prefix.end() if prefix else 0
+        rest = line[start:]
+        numbers = quantities(rest, commas)
+        words = word_quantities(rest) if not numbers or numbers[0].start > 12 else []
+        if words and words[0].start == 0 and words[0].value is not None:
+            return _reading(words[0])
+        # The sign or the currency may have been taken for dress.
+        if (
+            re.match(
+                r"(?:[-+–±]|[$€£¥₹₩]|\.|√|(?:USD|EUR|GBP|INR|US|CA|AU|Rs\.?|R)\s?[$€£]?|minus\b|negative\b|between\b|either\b|from\b)?\s?-?[$€£¥₹]?\s?\.?[0-9]",
+                rest,
+                re.IGNORECASE,
+            )
+            is None
+        ):
+            continue
+        reading = _first(rest, commas)
+        if reading is not NOTHING:
+            return Reading(reading.value, reading.ambiguous, end=len(line) - len(rest) + reading.end)
+    return NOTHING
+
+
+def _unboxed(text: str) -> str:
+    return re.sub(r"(#{4,}[^\n]{0,40}?)\\(?:boxed|fbox)\s*\{([^{}\n]*(?:\{[^{}\n]*\}[^{}\n]*)*)\}", r"\1\2", text)
+
+
+def stated_number(text: str, finished: bool = True) -> Reading:
+    r"""The number after ``####``, in the last box, tag or statement that has one, or the one the text ends with."""
+    marked = marked_number(text)
+    if marked is not NOTHING:
+        return marked
+    commas = writes_decimal_commas(fold(text))
+    places = statements(text, finished)
+    for index in range(len(places) - 1, -1, -1):
+        place = places[index]
+        reading = _stated(place, commas)
+        if reading is NOTHING:
+            continue
+        if reading.value is not None and place.kind != "box" and not place.text.strip():
+            continue
+        return _after_correction(text, place, reading, commas)
+    return last_number(fold(text), commas)
+
+
+def _stated(place: Statement, commas: bool) -> Reading:
+    if place.kind == "box":
+        readings = [_whole(fold(box), commas) for box in place.boxes]
+        return readings[0] if len({reading.value for reading in readings}) == 1 else AMBIGUOUS
+    if place.kind == "tag":
+        return stated_number(place.text) if "<answer" not in place.text else NOTHING
+    return _first(fold(place.text), commas)
+
+
+def _whole(box: str, commas: bool) -> Reading:
+    """What a box or a tag holds: all of it is the answer, so nothing in it may be left over."""
+    reading = _first(box, commas)
+    return AMBIGUOUS if reading is NOTHING else reading
+
+
+def _after_correction(text: str, place: Statement, reading: Reading, commas: bool) -> Reading:
+    """The reading, unless the text takes it back afterwards: then what it says instead, or nothing."""
+    tail = fold(text[place.start :])
+    tail = tail[len(place.text) :] if place.kind == "box" else "".join(f"{piece}\n" for piece in sentences(tail)[1:])
+    cue = _CORRECTION.search(tail)
+    if cue is None or not _REVOKED.search(tail[cue.start() :]) or (_CONFIRMED.search(tail, cue.end())):
+        return reading
+    instead = last_number(tail[cue.end() :], commas)
+    return AMBIGUOUS if instead.value is None else Reading(instead.value, stated=False)
