@@ -31,6 +31,7 @@ class Quantity:
     end: int
     value: Fraction | None
     fraction: bool = False
+    plain: Fraction | None = None  # the value without a word that multiplies it ("4" of "4 million")
 
     @property
     def text(self) -> str:
@@ -104,7 +105,7 @@ def quantities(text: str, decimal_commas: bool = False) -> list[Quantity]:
 
 def _merged(text: str, blocked: list[Quantity], decimal_commas: bool) -> Iterator[Quantity]:
     position, index = 0, 0
-    for match in iter(lambda: _NUMBER.search(text, position), None):
+    while (match := _NUMBER.search(text, position)) is not None:
         while index < len(blocked) and blocked[index].end <= match.start():
             index += 1
         if index < len(blocked) and blocked[index].start < match.end():
@@ -167,7 +168,7 @@ def _value(text: str, match: re.Match[str], decimal_commas: bool, money: bool) -
     money = money or bool(_MONEY_WORD.match(text, match.end()))
     if " " in top_text and top_text.count(" ") == 1 and not decimal_commas and not money:
         # "3 250 ml": three bottles of 250 ml, or 3,250 ml?
-        if re.match(r"\s+[^\W\d]", text[match.end() : match.end() + 3]):
+        if re.match(r"\s+[^\W\d]|-", text[match.end() : match.end() + 3]):
             return None
     if decimal_commas and re.fullmatch(r"[1-9][0-9]{0,2}[.,][0-9]{3}", top_text):
         top = Fraction(re.sub(r"[.,]", "", top_text)) if money else None
@@ -203,7 +204,7 @@ def _scaled(text: str, quantity: Quantity, money: bool) -> Quantity:
         quantity = replace(quantity, value=value, end=part.end(), fraction=value.denominator % 3 == 0)
     scale = scale_after(text, quantity.end, money)
     if scale is not None:
-        quantity = replace(quantity, value=quantity.value * scale[0], end=scale[1])
+        quantity = replace(quantity, value=quantity.value * scale[0], end=scale[1], plain=quantity.value)
     cents = _CENTS.match(text, quantity.end)
     if cents is not None and (
         money or re.match(r"\s?(?:dollar|euro|pound|buck)", text[quantity.end : quantity.end + 8])

@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_rsgwm.data.boxes import find_boxes
 from mlx_rsgwm.data.numbers import LITERAL, parse_number, plain_number, write_number
 from mlx_rsgwm.data.question_files import read_question_rows
 from mlx_rsgwm.errors import RsgwmError, raise_problems
@@ -130,10 +131,10 @@ def _parse_gsm8k(row: Row) -> Parsed:
 
 def _parse_math(row: Row) -> Parsed:
     solution = _text(row, "solution")
-    span = last_boxed(solution)
-    if span is None:
+    boxes = [box.answer for box in find_boxes(solution, finished=False)]
+    if not boxes or not boxes[-1]:
         raise ValueError("no gold answer: solution has no \\boxed{…}")
-    return Parsed(_text(row, "problem"), solution, solution[span[0] : span[1]].strip())
+    return Parsed(_text(row, "problem"), solution, boxes[-1])
 
 
 def _parse_commonsense_qa(row: Row) -> Parsed:

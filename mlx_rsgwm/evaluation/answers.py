@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mlx_rsgwm.data.boxes import find_boxes
 from mlx_rsgwm.data.number_words import could_become_scale
 from mlx_rsgwm.data.numbers import parse_number, plain_number
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.equality import is_correct as is_correct
 from mlx_rsgwm.evaluation.equality import parse_mathematics
-from mlx_rsgwm.evaluation.final_text import Statement, final_text, marked_lines, statements
+from mlx_rsgwm.evaluation.final_text import final_text, marked_lines, statements
 from mlx_rsgwm.evaluation.label_reading import options_of as options_of
 from mlx_rsgwm.evaluation.label_reading import read_choice, read_verdict
 from mlx_rsgwm.evaluation.number_reading import AMBIGUOUS, NOTHING, Reading, marked_number, sentences, stated_number
@@ -82,10 +83,10 @@ def _math(text: str, options: Mapping[str, str], finished: bool) -> Reading:
     line = marked_line(text)
     scope = line if line is not None else text
     places = statements(scope, finished)
-    boxes = [place for place in places if place.kind == "box"]
+    boxes = list(find_boxes(scope, finished))
     said = [place for place in places if place.kind in ("said", "tag") and place.text.strip(" *$.\\[](")]
     if boxes:
-        value = _of_boxes(boxes[-1])
+        value = _bare_content(boxes[-1].answer)
         if not value:
             return AMBIGUOUS
     elif line is not None:
@@ -99,12 +100,6 @@ def _math(text: str, options: Mapping[str, str], finished: bool) -> Reading:
         return Reading(plain_number(str(read[-1])), stated=False) if read else NOTHING
     value = value.strip(" *`").rstrip(".").strip().strip("$").strip()
     return Reading(plain_number(value)) if value else NOTHING
-
-
-def _of_boxes(place: Statement) -> str:
-    """What one box holds, or several that are joined: a list of what they hold."""
-    contents = [_bare_content(box) for box in place.boxes]
-    return ",".join(dict.fromkeys(contents)) if all(contents) else ""
 
 
 def _bare_content(box: str) -> str:

@@ -7,8 +7,9 @@ the languages that people ask in.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+
+from mlx_rsgwm.data.boxes import find_boxes
 
 _TAGS = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis|seed:think"
 _THOUGHT = re.compile(
@@ -32,11 +33,10 @@ _ANOTHER_QUESTION = re.compile(
 _LETTERED = re.compile(r"[\s*]*[B-PR-Z]\s*[:.)]")
 _EMPTY_MARKER = re.compile(r"#{4,}(?:answer)?[.:]*", re.IGNORECASE)
 _MARKER = re.compile(r"(?<!#)#{4,}")
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _ANSWER_TAG = re.compile(r"<answer>(.{0,2000}?)</answer>", re.IGNORECASE | re.DOTALL)
 _SAID = re.compile(
-    r"\banswers?\b(?:\s+(?:to|of|for)\s+(?:the\s+)?(?:question|problem|part|exercise)\s*\(?\w{0,4}\)?)?[^.:=\n\d]{0,50}?"
-    r"(?:\b(?:is|are|was)\b(?! to\b)|\b(?:would|will|must|should) be\b|\bequals\b|[:=]|\s[-–—](?=\s))"
+    r"(?<!/)\banswers?\b(?:\s+(?:to|of|for)\s+(?:the\s+)?(?:question|problem|part|exercise)\s*\(?\w{0,4}\)?)?[^.:=\n\d]{0,50}?"
+    r"(?:\b(?:is|are)\b(?! to\b)|\b(?:would|will|must|should) be\b|\bequals\b|(?<!answers)(?<!answers )[:=]|\s[-–—](?=\s))"
     r"|\b(?:final|end)\s+result\b[^.:=\n\d]{0,20}?(?:\bis\b|\bequals\b|[:=])"
     r"|\b(?:Antwort(?:\s+(?:ist|lautet|wäre))?|Lösung\s+(?:ist|lautet)|réponse(?:\s+(?:finale|correcte))?(?:\s+est)?|"
     r"respuesta(?:\s+(?:final|correcta))?(?:\s+es)?|risposta(?:\s+(?:finale|corretta|giusta))?(?:\s+è)?|"
@@ -59,6 +59,7 @@ class Statement:
     text: str
     kind: str  # box, tag, said ("the answer is …"), subject ("… is the answer")
     boxes: tuple[str, ...] = ()
+    end: int = 0
 
 
 def without_reasoning(text: str) -> str:
@@ -140,14 +141,19 @@ def marked_lines(text: str) -> list[str]:
 
 def statements(text: str, finished: bool = True) -> list[Statement]:
     r"""Every box, tag and phrase that gives an answer, in order. A last box that is empty or never closes has no text."""
-    stated = [*_boxes(text, finished)]
-    stated += [Statement(match.start(), match[1].strip(), "tag") for match in _ANSWER_TAG.finditer(text)]
+    stated = [
+        Statement(boxes.start, boxes.contents[-1], "box", boxes.contents, boxes.end)
+        for boxes in find_boxes(text, finished)
+    ]
+    stated += [
+        Statement(match.start(), match[1].strip(), "tag", end=match.end()) for match in _ANSWER_TAG.finditer(text)
+    ]
     subjects = [match for match in _IS_THE_ANSWER.finditer(text) if re.search(r"[0-9]", match[0])]
-    stated += [Statement(match.start(), match[0], "subject") for match in subjects]
+    stated += [Statement(match.start(), match[0], "subject", end=match.end()) for match in subjects]
     for pattern in (_SAID, _HEADING):
         for match in pattern.finditer(text):
             if not any(subject.start() <= match.start() < subject.end() for subject in subjects[-20:]):
-                stated.append(Statement(match.start(), _line_after(text, match.end()), "said"))
+                stated.append(Statement(match.start(), _line_after(text, match.end()), "said", end=match.end()))
     return sorted(stated, key=lambda statement: statement.start)
 
 
@@ -157,44 +163,3 @@ def _line_after(text: str, position: int) -> str:
         if line.strip(" \t*_:=$[](){}\\`\"'"):
             return line
     return ""
-
-
-def _boxes(text: str, finished: bool) -> Iterator[Statement]:
-    group: list[str] = []
-    start = end = 0
-    for match in _BOX.finditer(text):
-        content, after = _box_content(text, match.end())
-        if content is None and not finished:
-            continue  # the limit cut it; what was boxed before stands
-        if group and not _joined(text[end : match.start()]):
-            yield Statement(start, group[-1], "box", tuple(group))
-            group = []
-        if not group:
-            start = match.start()
-        group.append((content or "").strip())
-        end = after
-    if group:
-        yield Statement(start, group[-1], "box", tuple(group))
-
-
-def _box_content(text: str, position: int) -> tuple[str | None, int]:
-    if text[position : position + 1] != "{":
-        word = re.compile(r"-?[\w.]+").match(text, position)
-        return (word[0].rstrip("."), word.end()) if word else (None, position)
-    depth = 0
-    # An escaped brace is a printed one (a set), not grammar.
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, position, position + 4000):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0 and match[0] == "}":
-            return text[position + 1 : match.start()], match.end()
-    return None, position
-
-
-_JOIN = re.compile(
-    r"[\s$\\()\[\].]*(?:,|;|and|or|und|oder|et|ou|\\text\s*\{\s*(?:and|or),?\s*\}|\\q?quad|&)(?:\s*(?:and|or)\b)?"
-    r"[\s$\\()\[\],.]*(?:[a-zA-Z]\w{0,3}\s*=\s*)?"
-)
-
-
-def _joined(gap: str) -> bool:
-    return len(gap) <= 60 and _JOIN.fullmatch(gap) is not None

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_rsgwm.data.digits import fold
+from mlx_rsgwm.data.equations import evaluate
+from mlx_rsgwm.data.numbers import read_numeral
 from mlx_rsgwm.data.quantities import Quantity, quantities, word_quantities, writes_decimal_commas
 from mlx_rsgwm.evaluation.final_text import Statement, marked_lines, statements
 
@@ -42,9 +44,15 @@ _OPERATOR = re.compile(
 _ARITHMETIC = re.compile(
     r"(?:[\s0-9.,$€£%+\-–*×÷/()\[\]^√=]|(?<![A-Za-z])[xX](?![A-Za-z])|\b(?:of|times|plus|minus|divided by)\b)*="
 )
+_WORDED = re.compile(r"(?:(?!\bbecause\b|\bsince\b|\bas\b|, | and )[^=;:!?\n]){0,120}=(?=\s*[-–$€£]*\s?\.?[0-9])")
+_TWO_OPERANDS = re.compile(
+    r"(?<![-+*×÷/x.,0-9])\s?[$€£]?([0-9][0-9.,]*)\s*[kK]?(?:\s+[a-zA-Z]+){0,3}\s*([-–+*×x÷/])\s*[$€£]?([0-9][0-9.,]*)"
+    r"(?:\s+[a-zA-Z]+){0,5}\s*=\s*[$€£]?\s*$"
+)
 _EQUALS = re.compile(
     r"(?:=|≈|\bequals\b|\bis equal to\b)\s*\(?(?:about|approximately|roughly)?\s*[$€£¥₹]?\s*(?=[-+–]?[$€£¥₹]?\.?[0-9])"
 )
+_RENAMED = re.compile(r"\b(?:(?:which|that) (?:is|equals|makes|means|rounds|comes)|i\.e\.|rounds? (?:up |down )?to)\b")
 _DENIED_BEFORE = re.compile(
     r"(?:\bnot|n['’]t|\bcannot|\bnever|\brather than|\binstead of|\bother than|\bnicht|\bpas|\bno es|\bnon è|\bstatt|≠|不是)"
     r"(?:\s+(?:be|equal to|equal|just|only|simply|the|really|exactly))*\s*[$€£]?$",
@@ -64,9 +72,6 @@ _OUT_OF = re.compile(r"\bout\s+of\s+(?:the\s+)?(?:total\s+)?(?:of\s+)?[$€£]?$
 _LIST_LABEL = re.compile(r"(?:^|\n)[ \t*]*(?:step\s+)?$", re.IGNORECASE)
 _RELATIVE_TIME = re.compile(r"\s+[a-z]+\s+(?:later|earlier|ago)\b", re.IGNORECASE)
 _GIVEN = re.compile(r"\b(?:the|these|those|all|her|his|their|its|both)\s+[$€£]?$", re.IGNORECASE)
-_TAIL = re.compile(
-    r"\b(?:in|for|after|within|every|per|of|over|to (?:fill|read|make|get|complete|finish))\s+[$€£]?$", re.IGNORECASE
-)
 _REASON = re.compile(
     r"[,;]?\s\(?(?:because|since|given that|assuming|as long as|if|rather than|instead of)\b", re.IGNORECASE
 )
@@ -146,42 +151,54 @@ def _reading(number: Quantity, stated: bool = True) -> Reading:
     return Reading(number.text, stated=stated, end=number.end)
 
 
-def _first(text: str, decimal_commas: bool) -> Reading:
+def _first(text: str, commas: bool) -> Reading:
     """The number a statement gives: the first one, or the right end of the equation that it begins."""
-    sentence = next(iter(sentences(text)), "")
-    numbers = candidates(sentence, decimal_commas, words=True)
+    parts = sentences(text)
+    sentence = parts[0] if parts else ""
+    numbers = candidates(sentence, commas, words=True)
     if not numbers:
-        if sentence != text and _DENIED_BEFORE.search(sentence):
-            return NOTHING
         return NOTHING
     number, others = numbers[0], numbers[1:]
+    before = sentence[: number.start]
+    words = len(re.findall(r"[^\W\d]{2,}", before))
+    if _OPEN_PHRASE.search(before) or words > 4 or (words and any("=" in part for part in parts[1:])):
+        # It tells how the answer comes about, and ends with it.
+        return replace(last_number(text, commas), stated=True)
     end = _equation_end(sentence, number)
     if end is not None:
-        right = [other for other in quantities(sentence, decimal_commas) if other.start >= end]
-        return _reading(right[0]) if right and _only(sentence, right[0], right[1:]) else AMBIGUOUS
-    before = sentence[: number.start]
-    if re.search(r"√\s?\{?\s?[0-9.]*$", before):
-        return AMBIGUOUS
-    if _OPEN_PHRASE.search(before):
-        return last_number(sentence, decimal_commas)
+        right = [other for other in quantities(sentence, commas) if other.end > end]
+        if not right or not _only(sentence, right[0], right[1:]):
+            return AMBIGUOUS
+        return _reading(_unscaled(sentence, right[0]))
     if re.search(r"\b(?:between|from|either|both)\s+[$€£]?$", before, re.IGNORECASE):
         return AMBIGUOUS
     correction = _CORRECTION.search(sentence, number.end)
     if correction is not None and others and others[-1].start >= correction.start():
-        return _first(sentence[correction.end() :], decimal_commas)
-    if not _only(sentence, number, others):
-        return AMBIGUOUS
-    return _reading(number)
+        return _first(sentence[correction.end() :], commas)
+    return _reading(number) if _only(sentence, number, others) else AMBIGUOUS
 
 
 def _equation_end(sentence: str, number: Quantity) -> int | None:
     """Where the right side of the equation that a statement begins with stands, or None without one."""
-    start = number.start
-    root = re.search(r"√\s?\{?\s?[0-9.]+\}?\s*=", sentence[:start])
-    if root is not None:
-        return None
     match = _ARITHMETIC.match(sentence, number.end)
-    return match.end() if match is not None else None
+    if match is not None:
+        return match.end()
+    worded = _WORDED.match(sentence, number.end)
+    return worded.end() if worded is not None and re.search(r"[+*×÷/]|\s[-x]\s", worded[0]) else None
+
+
+def _unscaled(sentence: str, right: Quantity) -> Quantity:
+    """The right side of an equation in the unit that its left side is in: "32 - 28 = $4 million" comes to 4."""
+    if right.value is None or right.plain is None:
+        return right
+    match = _TWO_OPERANDS.search(sentence[max(0, right.start - 80) : right.start])
+    if match is None:
+        return right
+    left, other = read_numeral(match[1]), read_numeral(match[3])
+    if left is None or other is None:
+        return right
+    value = evaluate([left, {"×": "*", "x": "*", "÷": "/", "–": "-"}.get(match[2], match[2]), other])
+    return replace(right, value=right.plain) if value == right.plain else right
 
 
 def _only(sentence: str, number: Quantity, others: Sequence[Quantity]) -> bool:
@@ -223,16 +240,14 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
 
 def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     """What one sentence, not marked as an answer, comes to."""
+    variable = re.search(r"(?:^|[\s=])([-–]?[$€£]?[0-9][0-9.,/]*)\s*=\s*[A-Za-z]\W*$", sentence)
+    if variable is not None:  # "160 = Y."
+        return replace(_first(variable[1], commas), stated=False)
     equals = list(_EQUALS.finditer(sentence))
-    if equals:
-        right = [number for number in quantities(sentence, commas) if number.start >= equals[-1].end() - 3]
-        right = [number for number in right if number.end > equals[-1].end()]
-        if right:
-            number = right[0]
-            corrected = _CORRECTION.search(sentence, number.end)
-            if corrected is None and not _OPERATOR.match(sentence, number.end):
-                rounded = re.match(r".{0,30}\brounds?\b.{0,20}?\bto\s", sentence[number.end :], re.IGNORECASE)
-                return _reading(right[-1] if rounded else number, stated=False)
+    right = [number for number in quantities(sentence, commas) if equals and number.end > equals[-1].end()]
+    if right and not _OPERATOR.match(sentence, right[0].end) and _CORRECTION.search(sentence, right[0].end) is None:
+        renamed = _RENAMED.search(sentence, right[0].end) and len(right) > 1
+        return _reading(right[-1] if renamed else _unscaled(sentence, right[0]), stated=False)
     outside = _PARENTHESIS.sub(
         lambda match: " " * len(match[0]) if re.search("[A-Za-z]", match[0]) else match[0], sentence
     )
@@ -322,10 +337,11 @@ def _whole(box: str, commas: bool) -> Reading:
 
 def _after_correction(text: str, place: Statement, reading: Reading, commas: bool) -> Reading:
     """The reading, unless the text takes it back afterwards: then what it says instead, or nothing."""
-    tail = fold(text[place.start :])
-    tail = tail[len(place.text) :] if place.kind == "box" else "".join(f"{piece}\n" for piece in sentences(tail)[1:])
+    tail = fold(text[place.end :])
+    if place.kind == "said":
+        tail = "\n".join(sentences(tail)[1:])
     cue = _CORRECTION.search(tail)
-    if cue is None or not _REVOKED.search(tail[cue.start() :]) or (_CONFIRMED.search(tail, cue.end())):
+    if cue is None or not _REVOKED.search(tail, cue.start()) or _CONFIRMED.search(tail, cue.end()):
         return reading
     instead = last_number(tail[cue.end() :], commas)
-    return AMBIGUOUS if instead.value is None else Reading(instead.value, stated=False)
+    return AMBIGUOUS if instead.value is None else replace(instead, stated=False)
