@@ -8,7 +8,7 @@ from typing import Any
 
 METRICS = {
     "accuracy": "Accuracy",
-    "hallucination_rate": "Hallucination rate",
+    "wrong_rate": "Wrong",
     "accept_rate": "Accept rate",
     "accepted_and_correct": "Accepted and correct",
     "false_accept_rate": "False-accept rate",

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,10 +73,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all; a failure is a :class:`RsgwmError` that names the file."""
+    """Write a matplotlib figure as PNG, whole or not at all; a failure is a :class:`RsgwmError` that names the file.
+
+    Names of tasks and adapters are shown as they are: a ``$`` in one begins no formula, and a sign that the font lacks
+    is drawn as a box without a word on standard error.
+    """
+    import matplotlib
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     temporary = temporary_for(path)
     try:
-        figure.savefig(temporary, dpi=dpi, format="png")
+        with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(temporary, dpi=dpi, format="png")
         replace_file(path, temporary)
     except OSError as error:
         raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-r"""The many spellings of the same digits, signs and separators, folded into one: what every reader of numbers starts from.
+r"""The many spellings of the same digits, signs and separators, folded into one for the readers of numbers.
 
 Digits of other scripts and full-width forms become ASCII, as do their minus, decimal and thousands signs; ``½`` becomes
 ``1/2``, ``10³`` becomes ``10^3``; of LaTeX, only what dresses numbers is undone (``15{,}000``, ``\$``, ``\frac12``).
@@ -108,7 +108,7 @@ def _repeating(match: re.Match[str]) -> str:
 
 
 def undress_latex(text: str) -> str:
-    r"""LaTeX's dress of numbers taken off: ``\$15,\!000``, ``15{,}000``, ``\text{ cm}``, ``0.\overline{3}``, ``\times``."""
+    r"""LaTeX's dress of numbers taken off: ``\$15,\!000``, ``15{,}000``, ``\text{ cm}``, ``0.\overline{3}``."""
     text = re.sub(r"\\text\{,\}|\{,\}", ",", text).replace("{.}", ".")
     text = _REPEATING.sub(_repeating, text)
     if "\\" not in text and "~" not in text:

@@ -1,6 +1,6 @@
 """Numbers in words: English up to the billions, other languages' words for thousands and millions after digits.
 
-"twenty-five", "two and a half million", "a dozen", "three quarters"; and what "2.5 million", "5k" or "3 Mio." multiply by.
+"twenty-five", "two and a half million", "a dozen", "three quarters"; and what "2.5 million" or "5k" multiply by.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ _AFTER_DIGITS |= {
     "dutzend": 12, "mille": 10**3, "milliard": 10**9, "milliards": 10**9, "douzaine": 12, "douzaines": 12,
     "millón": 10**6, "millones": 10**6, "docena": 12, "docenas": 12, "mila": 10**3, "milione": 10**6, "milioni": 10**6,
     "miliardi": 10**9, "milhão": 10**6, "milhões": 10**6, "miljoen": 10**6, "miljard": 10**9, "miljoner": 10**6,
-    "тысяч": 10**3, "тысячи": 10**3, "миллион": 10**6, "миллиона": 10**6, "миллионов": 10**6, "млн": 10**6, "млрд": 10**9,
+    "тысяч": 10**3, "тысячи": 10**3, "миллион": 10**6, "миллиона": 10**6, "миллионов": 10**6, "млн": 10**6,
+    "млрд": 10**9,
     "тыс": 10**3,
 }  # fmt: skip
 _GLUED = {"万": 10**4, "萬": 10**4, "億": 10**8, "亿": 10**8, "千": 10**3, "百万": 10**6, "만": 10**4, "억": 10**8}
@@ -66,7 +67,8 @@ _SCALE = re.compile(
 
 _WORD = "|".join(sorted((*_UNITS, *_SCALES, *_PARTS, *(f"{part}s" for part in _PARTS)), key=len, reverse=True))
 NUMBER_WORDS = re.compile(
-    rf"(?<![\w-])(?:an?[ \u00a0-])?(?:{_WORD})(?:(?:[ \u00a0-]|,[ ]|[ ]and[ ](?:an?[ ])?|[ ]an?[ ])(?:{_WORD}))*(?![\w-])",
+    rf"(?<![\w-])(?:an?[ \u00a0-])?(?:{_WORD})"
+    rf"(?:(?:[ \u00a0-]|,[ ]|[ ]and[ ](?:an?[ ])?|[ ]an?[ ])(?:{_WORD})){{0,20}}(?![\w-])",
     re.IGNORECASE,
 )
 
@@ -96,7 +98,7 @@ def could_become_scale(text: str) -> bool:
 
 
 def read_words(text: str) -> Fraction | None:
-    """Value of number words that ``NUMBER_WORDS`` matched, or None where they are more than one number or an ordinal."""
+    """Value of number words that ``NUMBER_WORDS`` matched, or None for more than one number or an ordinal."""
     total, group, smallest_scale = Fraction(0), Fraction(0), 10**15
     words = re.sub(r"[,\u00a0-]", " ", text.lower()).split()
     for before, word in zip(("", *words), words, strict=False):

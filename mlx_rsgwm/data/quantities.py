@@ -62,6 +62,7 @@ _SIGN_WORD = re.compile(
     r"(?<![\w-])(?:negative|minus|moins|menos|meno|минус|माइनस|ऋण|السالب|سالب|负|マイナス)\s?(?:[$€£]\s?)?$",
     re.IGNORECASE,
 )
+_SYMBOLIC = re.compile(r"\s?(?:√|π|\\pi\b)|[abnpqtuvwxyz](?![\w²³])(?!\s?[0-9])")
 _SUBTRACTED = re.compile(r"[0-9)][\w%$.,)]*\s+(?:[^\W\d]+\s+)?$")
 _BELOW_ZERO = re.compile(
     r"\s?(?:°\s?[CF]?|degrees?(?: (?:Celsius|Fahrenheit|C|F))?)?\s?below (?:zero|freezing)\b", re.IGNORECASE
@@ -93,8 +94,8 @@ def writes_decimal_commas(text: str) -> bool:
 def quantities(text: str, decimal_commas: bool = False) -> list[Quantity]:
     """Every quantity of a folded text, in order.
 
-    ``decimal_commas``: the text's language writes them (:func:`writes_decimal_commas`). Then "1.234" and "1,234" have no
-    one value, unless money says so; elsewhere the comma groups thousands, and "3,5" is three and a half in either.
+    ``decimal_commas``: the text's language writes them (:func:`writes_decimal_commas`). Then "1.234" and "1,234" have
+    no one value, unless money says so; elsewhere the comma groups thousands, and "3,5" is three and a half in either.
     """
     text = re.sub(r"\bRs\.(?=\s?[0-9])", "Rs ", text)
     blocked = [Quantity(match.start(), match.end(), None) for match in _NO_NUMBER.finditer(text)]
@@ -145,8 +146,8 @@ def _quantity(text: str, match: re.Match[str], decimal_commas: bool) -> Quantity
     end = match.end()
     if (sign and (sign["sign"] or "").startswith("±")) or (re.match(r"!\s?[.)=+*,]", text[end : end + 3])):
         value = None
-    if match["power"] is None and re.match(r"\s?(?:\^|\*\*)", text[end : end + 2]):
-        value = None  # "2^n"
+    if _SYMBOLIC.match(text, end) or (match["power"] is None and re.match(r"\s?(?:\^|\*\*)", text[end : end + 2])):
+        value = None  # "2√3", "3x", "2^n"
     word = _SIGN_WORD.search(before)
     negative = bool(sign and (sign["sign"] in ("-", "–") or sign["inner"]))
     if word and not _SUBTRACTED.search(before[: word.start()]):
@@ -166,10 +167,10 @@ def _is_ideograph(character: str) -> bool:
 def _value(text: str, match: re.Match[str], decimal_commas: bool, money: bool) -> Fraction | None:
     top_text = match["top"]
     money = money or bool(_MONEY_WORD.match(text, match.end()))
-    if " " in top_text and top_text.count(" ") == 1 and not decimal_commas and not money:
-        # "3 250 ml": three bottles of 250 ml, or 3,250 ml?
-        if re.match(r"\s+[^\W\d]|-", text[match.end() : match.end() + 3]):
-            return None
+    grouped = top_text.count(" ") == 1 and not decimal_commas and not money
+    # "3 250 ml": three bottles of 250 ml, or 3,250 ml?
+    if grouped and re.match(r"\s+[^\W\d]|-", text[match.end() : match.end() + 3]):
+        return None
     if decimal_commas and re.fullmatch(r"[1-9][0-9]{0,2}[.,][0-9]{3}", top_text):
         top = Fraction(re.sub(r"[.,]", "", top_text)) if money else None
     else:

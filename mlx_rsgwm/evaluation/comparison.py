@@ -22,11 +22,9 @@ from mlx_rsgwm.evaluation.records import ItemRecord, by_item, by_seed
 MODES: tuple[Mode, ...] = ("drafter", "draft_verify")
 FLAGS: dict[str, Callable[[ItemRecord, Mode], bool]] = {
     "accuracy": lambda record, mode: final(record, mode).correct,
-    "hallucination_rate": lambda record, mode: (
-        final(record, mode).status == "answer" and not final(record, mode).correct
-    ),
-    "refusal_rate": lambda record, mode: final(record, mode).status == "refusal",
-    "truncated_rate": lambda record, mode: final(record, mode).status == "truncated",
+    "wrong_rate": lambda record, mode: final(record, mode).status == "answer" and not final(record, mode).correct,
+    "no_answer_rate": lambda record, mode: final(record, mode).status == "no_answer",
+    "cut_off_rate": lambda record, mode: final(record, mode).status == "cut_off",
     "accept_rate": lambda record, mode: mode == "draft_verify" and record.accepted,
 }
 

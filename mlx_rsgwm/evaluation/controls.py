@@ -180,9 +180,9 @@ def _system_row(
     right = [draft.correct for draft in finals]
     shares = {
         "accuracy": right,
-        "hallucination_rate": [draft.status == "answer" and not draft.correct for draft in finals],
-        "refusal_rate": [draft.status == "refusal" for draft in finals],
-        "truncated_rate": [draft.status == "truncated" for draft in finals],
+        "wrong_rate": [draft.status == "answer" and not draft.correct for draft in finals],
+        "no_answer_rate": [draft.status == "no_answer" for draft in finals],
+        "cut_off_rate": [draft.status == "cut_off" for draft in finals],
     }
     row: dict[str, Any] = {"name": system.name, "note": system.note}
     for name, flags in shares.items():
@@ -239,7 +239,7 @@ def _far_drop(systems: Sequence[System], seed: int) -> dict[str, Any] | None:
 def control_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """The table of all systems, first row its head."""
     rows = [[
-        "system", "accuracy", "per seed", "false accepts", "accepts", "refusals", "truncated",
+        "system", "accuracy", "per seed", "false accepts", "accepts", "no answer", "cut off",
         "drafted", "verified", "ours minus it", "p (Holm)",
     ]]  # fmt: skip
     for row in summary["systems"]:
@@ -248,7 +248,7 @@ def control_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         rows.append([
             row["name"], _rate(row["accuracy"]), f"({seeds})",
             _rate(row["false_accept_rate"]), _rate(row["accept_rate"]),
-            f"{row['refusal_rate']['value']:.3f}", f"{row['truncated_rate']['value']:.3f}",
+            f"{row['no_answer_rate']['value']:.3f}", f"{row['cut_off_rate']['value']:.3f}",
             f"{row['tokens_drafted']:.1f}", f"{row['tokens_verified']:.1f}",
             "" if gap is None else f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]",
             "" if p_value is None else f"{p_value:.4f}",

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.svg import shortened
 
 
 def read_history(folder: Path) -> dict[str, Any]:
@@ -68,15 +69,16 @@ def plot_curves(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for number, history in enumerate(histories):
+        name = shortened(history["name"], 40)
         for shade, (role, (steps, losses)) in enumerate(history["train"].items()):
             color = f"C{(2 * number + shade) % 10}"
             axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
             window = max(1, len(losses) // 15)
-            label = f"{history['name']}, {role}, mean of {window} steps"
+            label = f"{name}, {role}, mean of {window} steps"
             axes.plot(steps, smoothed(losses, window), color=color, label=label)
         steps, losses = history["held_out"]
         if steps:
-            axes.plot(steps, losses, "o-", color="black", markersize=3, label=f"{history['name']}, held out")
+            axes.plot(steps, losses, "o-", color="black", markersize=3, label=f"{name}, held out")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per trained token")
     axes.set_ylim(bottom=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
+from mlx_rsgwm.evaluation.svg import shortened
 
 SWEPT = {"accuracy": "accuracy", "accept_rate": "accept rate", "false_accept_rate": "false accepts"}
 MODES = (("drafter", "drafter alone"), ("draft_verify", "draft–verify"))
@@ -50,7 +51,7 @@ def _families(axes: Any, summary: Mapping[str, Any]) -> None:
         above = [rate["high"] - rate["value"] for rate in rates]
         places = [index + (shift - 0.5) * 0.4 for index in range(len(tasks))]
         axes.bar(places, values, 0.4, yerr=[below, above], capsize=3, label=label)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
+    axes.set_xticks(range(len(tasks)), [shortened(task) for task in tasks], rotation=20, ha="right")
     axes.set(ylim=(0, 1), ylabel="accuracy", title="Families")
     axes.legend()
 

@@ -1,4 +1,4 @@
-r"""What of a generated text is the answer: no reasoning block, no turn after it, no question that the model asks itself.
+r"""What of a generated text is the answer: no reasoning block, no further turn, no question of its own.
 
 Also where a text says that something is its answer: a marker (``####``), a box, an ``<answer>`` tag, or words for it in
 the languages that people ask in.
@@ -36,7 +36,8 @@ _MARKER = re.compile(r"(?<!#)#{4,}")
 _ANSWER_TAG = re.compile(r"<answer>(.{0,2000}?)</answer>", re.IGNORECASE | re.DOTALL)
 _SAID = re.compile(
     r"(?<!/)\banswers?\b(?:\s+(?:to|of|for)\s+(?:the\s+)?(?:question|problem|part|exercise)\s*\(?\w{0,4}\)?)?[^.:=\n\d]{0,50}?"
-    r"(?:\b(?:is|are)\b(?! to\b)|\b(?:would|will|must|should) be\b|\bequals\b|(?<!answers)(?<!answers )[:=]|\s[-–—](?=\s))"
+    r"(?:\b(?:is|are)\b(?!\s(?:to|based|found|obtained|calculated|derived|determined|given by)\b)|"
+    r"\b(?:would|will|must|should) be\b|\bequals\b|(?<!answers)(?<!answers )[:=]|\s[-–—](?=\s))"
     r"|\b(?:final|end)\s+result\b[^.:=\n\d]{0,20}?(?:\bis\b|\bequals\b|[:=])"
     r"|\b(?:Antwort(?:\s+(?:ist|lautet|wäre))?|Lösung\s+(?:ist|lautet)|réponse(?:\s+(?:finale|correcte))?(?:\s+est)?|"
     r"respuesta(?:\s+(?:final|correcta))?(?:\s+es)?|risposta(?:\s+(?:finale|corretta|giusta))?(?:\s+è)?|"
@@ -63,7 +64,7 @@ class Statement:
 
 
 def without_reasoning(text: str) -> str:
-    """``text`` without its reasoning blocks; an unclosed one goes on to the end, an unopened one starts at the start."""
+    """``text`` without its reasoning blocks; an unclosed one ends with it, an unopened one begins with it."""
     channels = list(_CHANNEL.finditer(text))
     if channels:
         final = [match for match in channels if match[1] == "final"]
@@ -140,7 +141,7 @@ def marked_lines(text: str) -> list[str]:
 
 
 def statements(text: str, finished: bool = True) -> list[Statement]:
-    r"""Every box, tag and phrase that gives an answer, in order. A last box that is empty or never closes has no text."""
+    r"""Every box, tag and phrase that gives an answer, in order. A last box that is empty or open holds none."""
     stated = [
         Statement(boxes.start, boxes.contents[-1], "box", boxes.contents, boxes.end)
         for boxes in find_boxes(text, finished)

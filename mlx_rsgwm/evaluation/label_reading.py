@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 
 from mlx_rsgwm.data.digits import fold
 from mlx_rsgwm.evaluation.final_text import marked_lines, statements
@@ -25,7 +26,8 @@ _DENIED_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
-    r"[)\]\"'”.]*\s*(?:[^\W\d][\w'’]*\s+){0,2}?(?:is|are|was|were|can|could|would be|seems)\s*(?:n['’]t|not|wrong|incorrect|false|out\b)|"
+    r"[)\]\"'”.]*\s*(?:[^\W\d][\w'’]*\s+){0,2}?(?:is|are|was|were|can|could|would be|seems)\s*"
+    r"(?:n['’]t|not|wrong|incorrect|false|out\b)|"
     r"[)\]\"'”.]*\s*(?:cannot|doesn['’]t|does not|don['’]t|do not)\b|[^.\n?]{0,30}\?\s*(?:no|nope|wrong)\b",
     re.IGNORECASE,
 )
@@ -37,8 +39,8 @@ _AFTER_LETTER = re.compile(
     r"[ \t]+(?:because|since|as|is|was|for|due|\(|with|based|would|seems|and|or|but|,)\b", re.IGNORECASE
 )
 _CHOOSE = re.compile(
-    r"\b(?:pick|choose|chose|select|go with|going with|opt for|it['’]s|it is|must be|should be|would be|option|choice|so|hence|"
-    r"therefore|thus|left with)\s+(?:option\s+|choice\s+|answer\s+)?$",
+    r"\b(?:pick|choose|chose|select|go with|going with|opt for|it['’]s|it is|must be|should be|would be|option|choice|"
+    r"so|hence|therefore|thus|left with)\s+(?:option\s+|choice\s+|answer\s+)?$",
     re.IGNORECASE,
 )
 
@@ -59,7 +61,8 @@ _BOTH = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
-    r"(?:\bnot|n['’]t|\bnever|\bhardly|\buntrue)(?:\s+(?:be|entirely|really|actually|at all|necessarily|quite))?\s+[\"'“*]*$",
+    r"(?:\bnot|n['’]t|\bnever|\bhardly|\buntrue)"
+    r"(?:\s+(?:be|entirely|really|actually|at all|necessarily|quite))?\s+[\"'“*]*$",
     re.IGNORECASE,
 )
 _DETERMINER = re.compile(r"\s+(?:[a-z]|one\b|[A-Z][a-z])")
@@ -136,7 +139,7 @@ def _denied_at(text: str, letter: str) -> bool:
 
 
 def _scope_letter(scope: str, options: Mapping[str, str]) -> Reading:
-    """The letter of a stated answer: the one it begins with, else the only one that is not denied, else by its words."""
+    """The letter of a stated answer: the one it begins with, else the only one not denied, else by its words."""
     said = next(iter(sentences(scope)), "")
     leading = _LEADING_LETTER.match(said)
     if leading is not None:
@@ -193,7 +196,7 @@ def _mentioned(text: str, options: Mapping[str, str], stated: bool = False) -> R
             or not text[last.end() :].strip(" .!*\"')\n")
         ):
             return Reading(last["letter"], stated=stated or bool(last["open"]))
-    for before, after in zip(kept, kept[1:], strict=False):
+    for before, after in pairwise(kept):
         if (
             _BESIDE.fullmatch(text[before.end() : after.start()])
             and before["letter"] != after["letter"]

@@ -27,17 +27,18 @@ Mode = Literal["drafter", "draft_verify"]
 class Table:
     """The eight rows of Table 1, and what the paper leaves out. None marks what does not apply or was not measured.
 
-    ``refusal_rate`` and ``truncated_rate`` are the two classes of texts without an answer. ``false_accept_rate`` counts
-    every accepted wrong answer over the accepted ones; ``far_halluc`` leaves those without an answer out of the
-    numerator (SPEC 6.1). Latency is end to end, over the ``timed_items`` that were run one by one; ``items_per_minute``
-    is by the wall clock when that was given, else 60000 / latency. Tokens are means per item: written by the drafter,
-    read by the verifier (prompts included). ``energy_j`` is the mean per timed item, where the platform tells.
+    Every draft is right, wrong (an answer that is not the gold: the paper's hallucination), without an answer, or cut
+    off before one, and the four shares sum to one. ``false_accept_rate`` counts every accepted draft that is not right
+    over the accepted ones; ``accepted_wrong_rate`` leaves those without an answer out of the numerator. Latency is end
+    to end, over the ``timed_items`` that were run one by one; ``items_per_minute`` is by the wall clock when that was
+    given, else 60000 / latency. Tokens are means per item: written by the drafter, read by the verifier (prompts
+    included). ``energy_j`` is the mean per timed item, where the platform tells.
     """
 
     mode: Mode
     n: int
     accuracy: Rate
-    hallucination_rate: Rate
+    wrong_rate: Rate
     accept_rate: Rate | None
     accepted_and_correct: Rate | None
     false_accept_rate: Rate | None
@@ -45,9 +46,9 @@ class Table:
     average_latency_ms: float | None
     items_per_minute: float | None
     timed_items: int
-    refusal_rate: Rate
-    truncated_rate: Rate
-    far_halluc: Rate | None
+    no_answer_rate: Rate
+    cut_off_rate: Rate
+    accepted_wrong_rate: Rate | None
     median_latency_ms: float | None = None
     p95_latency_ms: float | None = None
     tokens_drafted: float = 0.0
@@ -98,7 +99,7 @@ def table(
         mode=mode,
         n=n,
         accuracy=share(sum(draft.correct for draft in finals), n),
-        hallucination_rate=share(sum(draft.value is not None and not draft.correct for draft in finals), n),
+        wrong_rate=share(sum(draft.value is not None and not draft.correct for draft in finals), n),
         accept_rate=None if alone else wilson(len(accepted), n),
         accepted_and_correct=None if alone else wilson(len(accepted) - len(wrong), n),
         false_accept_rate=None if alone else wilson(len(wrong), len(accepted)),
@@ -106,9 +107,9 @@ def table(
         average_latency_ms=latency,
         items_per_minute=60 * n / seconds if seconds else None,
         timed_items=len(timed),
-        refusal_rate=share(sum(draft.status == "refusal" for draft in finals), n),
-        truncated_rate=share(sum(draft.status == "truncated" for draft in finals), n),
-        far_halluc=None if alone else wilson(sum(draft.value is not None for draft in wrong), len(accepted)),
+        no_answer_rate=share(sum(draft.status == "no_answer" for draft in finals), n),
+        cut_off_rate=share(sum(draft.status == "cut_off" for draft in finals), n),
+        accepted_wrong_rate=None if alone else wilson(sum(draft.value is not None for draft in wrong), len(accepted)),
         median_latency_ms=float(np.median(timed)) if timed else None,
         p95_latency_ms=float(np.quantile(timed, 0.95)) if timed else None,
         tokens_drafted=sum(record.first.tokens if alone else record.drafted_tokens for record in records) / n,
@@ -121,8 +122,8 @@ def table(
 
 def identity_problems(
     accuracy: float,
-    hallucination: float,
-    refusal: float,
+    wrong: float,
+    missing: float,
     accept_rate: float | None = None,
     accepted_and_correct: float | None = None,
     false_accept_rate: float | None = None,
@@ -131,11 +132,11 @@ def identity_problems(
 ) -> list[str]:
     """Which identities of SPEC 6 the figures break, with their values; rounding errors below 1e-9 are ignored.
 
-    ``refusal`` is the share of all texts without an answer, truncated ones included.
+    ``missing`` is the share of all texts without an answer, those cut off before one included.
     """
     tiny, problems = 1e-9, []
-    if abs(accuracy + hallucination + refusal - 1) > tiny:
-        problems.append(f"accuracy {accuracy} + hallucination {hallucination} + refusal {refusal} is not 1")
+    if abs(accuracy + wrong + missing - 1) > tiny:
+        problems.append(f"accuracy {accuracy} + wrong {wrong} + no answer or cut off {missing} is not 1")
     if accept_rate is not None and accepted_and_correct is not None:
         if accepted_and_correct > min(accept_rate, accuracy) + tiny:
             problems.append(
@@ -159,8 +160,8 @@ def check_identities(found: Table, max_attempts: int | None = None) -> None:
     """Raise AssertionError with the values when the rows of a table contradict each other (SPEC 6, Asserts)."""
     problems = identity_problems(
         found.accuracy.value,
-        found.hallucination_rate.value,
-        found.refusal_rate.value + found.truncated_rate.value,
+        found.wrong_rate.value,
+        found.no_answer_rate.value + found.cut_off_rate.value,
         _value(found.accept_rate),
         _value(found.accepted_and_correct),
         _value(found.false_accept_rate),
@@ -209,7 +210,7 @@ def pass_at_k(records: Sequence[ItemRecord], k: int, seed: int = 0) -> Rate | No
 
 
 def majority_index(drafts: Sequence[Draft]) -> int:
-    """Index of the first draft with the commonest answer; refusals do not vote, ties go to the earliest."""
+    """Index of the first draft with the commonest answer; drafts without one do not vote, ties go to the earliest."""
     votes = Counter(canonical(draft.value) for draft in drafts if draft.value is not None)
     if not votes:
         return 0
@@ -250,7 +251,7 @@ def scored_drafts(
 def verifier_auroc(records: Sequence[ItemRecord], seed: int = 0) -> dict[str, dict[str, Rate | None]]:
     """For every score: how well it ranks right above wrong among ``all`` recorded drafts and among ``first`` ones.
 
-    Drafts of one item are resampled together. Refusals count as wrong drafts.
+    Drafts of one item are resampled together. Those without an answer count as not right.
     """
     found: dict[str, dict[str, Rate | None]] = {}
     for name in score_names(records):

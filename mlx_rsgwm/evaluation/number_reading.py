@@ -54,7 +54,8 @@ _EQUALS = re.compile(
 )
 _RENAMED = re.compile(r"\b(?:(?:which|that) (?:is|equals|makes|means|rounds|comes)|i\.e\.|rounds? (?:up |down )?to)\b")
 _DENIED_BEFORE = re.compile(
-    r"(?:\bnot|n['’]t|\bcannot|\bnever|\brather than|\binstead of|\bother than|\bnicht|\bpas|\bno es|\bnon è|\bstatt|≠|不是)"
+    r"(?:\bnot|n['’]t|\bcannot|\bnever|\bneither|\bnor|\brather than|\binstead of|\bother than|"
+    r"\bnicht|\bpas|\bno es|\bnon è|\bstatt|≠|不是)"
     r"(?:\s+(?:be|equal to|equal|just|only|simply|the|really|exactly))*\s*[$€£]?$",
     re.IGNORECASE,
 )
@@ -81,11 +82,13 @@ _OPEN_PHRASE = re.compile(
 )
 _NEW_SUBJECT = re.compile(
     r"(?:\s+[^\W\d][\w'’-]*){0,3},?\s+(?:and|or|while|but|und|oder|et|ou|y|e|o|и)\s+"
-    r"(?:(?!So |Then )[A-Z][\w'’-]*\s+|(?:he|she|they|the \w+|another|about|also)\s+)?(?:has|have|had|got|gets|is|are|was|were|needs?|eats?)?\s*[$€£]?",
+    r"(?:(?!So |Then )[A-Z][\w'’-]*\s+|(?:he|she|they|the \w+|another|about|also)\s+)?"
+    r"(?:has|have|had|got|gets|is|are|was|were|needs?|eats?)?\s*[$€£]?",
 )
 _CORRECTION = re.compile(
-    r"\b(?:wait|actually|oops|sorry|correction|scratch that|hold on|no,|nope|i made (?:a|an) (?:mistake|error)|i was wrong|"
-    r"my mistake|that(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)|i mean|or rather)\b[,:;.\s-]*",
+    r"\b(?:wait|actually|oops|sorry|correction|scratch that|hold on|no,|nope|i made (?:a|an) (?:mistake|error)|"
+    r"i was wrong|my mistake|that(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)|"
+    r"i mean|or rather)\b[,:;.\s-]{0,8}",
     re.IGNORECASE,
 )
 _REVOKED = re.compile(
@@ -96,14 +99,15 @@ _CONFIRMED = re.compile(
     re.IGNORECASE,
 )
 _CHATTER = re.compile(
-    r"\W*(?:\(|note\b|notes\b|n\.b\.|prices?\b|hope\b|i hope\b|let me know|feel free|would you|do you|please|ask me|source|"
-    r"disclaimer|copyright|\*\s*note)",
+    r"\W*(?:\(|note\b|notes\b|n\.b\.|prices?\b|hope\b|i hope\b|let me know|feel free|would you|do you|please|ask me|"
+    r"source|disclaimer|copyright|\*\s*note)",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]*]*\s+(?=[\"'(*\\$\[]*[A-Z0-9\u0080-\uffff])|\n+")
 _ABBREVIATION = re.compile(
     r"\b(?:approx|no|vs|mr|mrs|ms|dr|st|e\.g|i\.e|ca|bzw|mio|mrd|oz|lb|lbs|ft|hr|hrs|min|sq)\.$", re.IGNORECASE
 )
+_HEDGE = re.compile(r"\b(?:might be|may be|could be|[Mm]aybe|[Pp]erhaps|[Pp]ossibly)\b(?![^=]*=)")
 _NAMED_LINE = re.compile(r"\W*([^\W\d][\w'’ ]{0,40}?)\s*(?:[-–:=])\s*[$€£]?-?[0-9][\d.,]*\W*(?:[^\W\d]+\W*){0,2}$")
 _TOTAL = re.compile(r"total|sum|answer|result|left|profit|cost|altogether|ans|gesamt|suma", re.IGNORECASE)
 _PARENTHESIS = re.compile(r"\([^()\n]{0,200}\)")
@@ -161,9 +165,8 @@ def _first(text: str, commas: bool) -> Reading:
     number, others = numbers[0], numbers[1:]
     before = sentence[: number.start]
     words = len(re.findall(r"[^\W\d]{2,}", before))
-    if _OPEN_PHRASE.search(before) or words > 4 or (words and any("=" in part for part in parts[1:])):
-        # It tells how the answer comes about, and ends with it.
-        return replace(last_number(text, commas), stated=True)
+    if _OPEN_PHRASE.search(before) or words > 4 or (words and "=" in text[number.end :]):
+        return last_number(text, commas)  # it tells how the answer comes about, and ends with it
     end = _equation_end(sentence, number)
     if end is not None:
         right = [other for other in quantities(sentence, commas) if other.end > end]
@@ -226,7 +229,7 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
             return NOTHING
         reading = _concluded(sentence, pieces[index - 1] if index else "", commas)
         if reading is not NOTHING:
-            return reading
+            return AMBIGUOUS if _hedged(sentence, pieces[index - 1] if index else "") else reading
     for sentence in reversed(pieces):
         words = [
             number
@@ -238,6 +241,11 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
     return NOTHING
 
 
+def _hedged(sentence: str, before: str) -> bool:
+    """Whether two sentences in a row each offer a number as a possibility."""
+    return all(_HEDGE.search(part) and re.search(r"[0-9]", part) for part in (sentence, before))
+
+
 def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     """What one sentence, not marked as an answer, comes to."""
     variable = re.search(r"(?:^|[\s=])([-–]?[$€£]?[0-9][0-9.,/]*)\s*=\s*[A-Za-z]\W*$", sentence)
@@ -245,6 +253,9 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         return replace(_first(variable[1], commas), stated=False)
     equals = list(_EQUALS.finditer(sentence))
     right = [number for number in quantities(sentence, commas) if equals and number.end > equals[-1].end()]
+    left = [number for number in quantities(sentence, commas) if right and number.end <= equals[-1].start()]
+    if left and left[-1].value != right[0].value and _TWO_VALUES.fullmatch(sentence[left[-1].end : right[0].start]):
+        return AMBIGUOUS  # "x = 5 or x = -5"
     if right and not _OPERATOR.match(sentence, right[0].end) and _CORRECTION.search(sentence, right[0].end) is None:
         renamed = _RENAMED.search(sentence, right[0].end) and len(right) > 1
         return _reading(right[-1] if renamed else _unscaled(sentence, right[0]), stated=False)

@@ -33,7 +33,7 @@ svg .g { stroke: #e3e3e3; } svg .d { stroke: #888; stroke-dasharray: 3 3; }
 .filters input { min-width: 14rem; } .filters label { display: flex; gap: .3rem; align-items: center; }
 details.item { border-bottom: 1px solid var(--line); padding: .25rem 0; }
 summary { cursor: pointer; } .mark { display: inline-block; min-width: 5.6rem; font-weight: 600; }
-.right { color: #2e7d4f; } .wrong { color: #b3261e; } .refusal, .truncated { color: #8a6d00; }
+.right { color: #2e7d4f; } .wrong { color: #b3261e; } .no_answer, .cut_off { color: #8a6d00; }
 .meta { color: #7a7a7a; font-size: .85rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .5rem; margin: .3rem 0;
   border-radius: 4px; font-size: .85rem; }
@@ -47,7 +47,7 @@ const PAGE = 50;
 let shown = PAGE;
 const by = id => document.getElementById(id);
 const returned = item => item.abstain && !item.accepted ?
-  {correct: false, status: 'refusal', value: null} : item.drafts[item.chosen];
+  {correct: false, status: 'no_answer', value: null} : item.drafts[item.chosen];
 const verdict = draft => draft.correct ? 'right' : draft.status === 'answer' ? 'wrong' : draft.status;
 const element = (name, text, kind) => {
   const made = document.createElement(name);
@@ -92,8 +92,8 @@ function matches(item) {
   const words = by('words').value.trim().toLowerCase();
   const last = verdict(returned(item)), first = verdict(item.drafts[0]);
   const wanted = {
-    any: true, right: last === 'right', wrong: last === 'wrong', refusal: last === 'refusal',
-    truncated: last === 'truncated', gained: last === 'right' && first !== 'right',
+    any: true, right: last === 'right', wrong: last === 'wrong', no_answer: last === 'no_answer',
+    cut_off: last === 'cut_off', gained: last === 'right' && first !== 'right',
     lost: last !== 'right' && first === 'right',
     missed: last !== 'right' && item.drafts.some(draft => draft.correct)
   }[by('verdict').value];
@@ -126,7 +126,7 @@ FILTERS = """
 <div class="filters">
 <input id="words" type="search" placeholder="words in question or draft" aria-label="words">
 <label>verdict <select id="verdict"><option value="any">any</option><option value="right">right</option>
-<option value="wrong">wrong</option><option value="refusal">refusal</option><option value="truncated">truncated</option>
+<option value="wrong">wrong</option><option value="no_answer">no answer</option><option value="cut_off">cut off</option>
 <option value="gained">right, first draft not</option><option value="lost">not right, first draft was</option>
 <option value="missed">not right, some draft was</option></select></label>
 <label>accepted <select id="accepted"><option value="any">any</option><option value="accepted">accepted</option>

@@ -15,6 +15,8 @@ from mlx_rsgwm.json_lines import read_json_lines
 from mlx_rsgwm.pipeline.decisions import decide
 from mlx_rsgwm.settings import build
 
+FORMER_STATUSES = {"refusal": "no_answer", "truncated": "cut_off"}  # in files written before they were renamed
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -24,12 +26,15 @@ class Reading:
     status: str
     correct: bool
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", FORMER_STATUSES.get(self.status, self.status))
+
 
 @dataclass(frozen=True)
 class Draft:
     """One generated answer.
 
-    ``value`` is None without an answer, ``status`` then says why (``refusal``, ``truncated``); ``finished`` is False
+    ``value`` is None without an answer, ``status`` then says why (``no_answer``, ``cut_off``); ``finished`` is False
     when the token limit cut the text. ``scores`` holds every verifier score that was computed, in [0, 1], ``verified``
     how many tokens the verifier read for each; ``readings`` what other extractors found. ``tokens`` counts the draft's
     own tokens, ``latency_ms`` is the time to draft it.
@@ -47,11 +52,12 @@ class Draft:
     verified: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "status", FORMER_STATUSES.get(self.status, self.status))
         if not self.status:
-            missing = "refusal" if self.finished else "truncated"
+            missing = "no_answer" if self.finished else "cut_off"
             object.__setattr__(self, "status", "answer" if self.value is not None else missing)
         if self.correct and self.value is None:
-            raise RsgwmError("draft: a refusal (value None) cannot be correct")
+            raise RsgwmError("draft: one without an answer (value None) cannot be correct")
         if self.status not in STATUSES or (self.status == "answer") != (self.value is not None):
             raise RsgwmError(f"draft: status {self.status!r} does not fit the value {self.value!r}")
         if not all(0 <= score <= 1 for score in self.scores.values()):
@@ -65,7 +71,7 @@ class ItemRecord:
     ``drafts`` may hold more drafts than the loop used: the oracle needs all K of them, the loop the first
     ``attempts``. ``chosen`` is the index of the returned draft; ``latency_ms`` and ``energy_j`` are end to end,
     verification and retries included, or None when not measured. With ``abstain`` a draft that was not accepted is not
-    given as an answer, which counts as a refusal.
+    given as an answer: then there is none.
     """
 
     id: str
@@ -104,11 +110,11 @@ class ItemRecord:
 
     @property
     def returned(self) -> Draft:
-        """What draft–verify returned; an empty refusal where it abstained."""
+        """What draft–verify returned; an empty draft without an answer where it abstained."""
         draft = self.drafts[self.chosen]
         if not self.abstain or self.accepted:
             return draft
-        return replace(draft, text="", value=None, correct=False, status="refusal", readings={})
+        return replace(draft, text="", value=None, correct=False, status="no_answer", readings={})
 
     @property
     def drafted_tokens(self) -> int:

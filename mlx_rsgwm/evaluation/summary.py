@@ -16,7 +16,7 @@ from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, read_with
 from mlx_rsgwm.evaluation.verifier_quality import verifier_quality
 
 FORMAT = "mlx-rsgwm/report"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 THRESHOLDS = tuple(step / 20 for step in range(21))
 MODES: tuple[metrics.Mode, ...] = ("drafter", "draft_verify")
 
@@ -116,7 +116,7 @@ def _readings(records: Sequence[ItemRecord]) -> dict[str, Any]:
         found[name] = {
             mode: {
                 key: plain(getattr(metrics.table(read, mode), key))
-                for key in ("accuracy", "hallucination_rate", "refusal_rate", "truncated_rate")
+                for key in ("accuracy", "wrong_rate", "no_answer_rate", "cut_off_rate")
             }
             for mode in MODES
         }
@@ -124,8 +124,8 @@ def _readings(records: Sequence[ItemRecord]) -> dict[str, Any]:
 
 
 SEED_ROWS = (
-    "accuracy", "hallucination_rate", "refusal_rate", "truncated_rate", "accept_rate", "accepted_and_correct",
-    "false_accept_rate", "far_halluc", "average_attempts", "tokens_drafted", "tokens_verified",
+    "accuracy", "wrong_rate", "no_answer_rate", "cut_off_rate", "accept_rate", "accepted_and_correct",
+    "false_accept_rate", "accepted_wrong_rate", "average_attempts", "tokens_drafted", "tokens_verified",
 )  # fmt: skip
 
 

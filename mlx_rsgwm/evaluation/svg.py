@@ -53,8 +53,10 @@ def chart(
         (xlim[0] + (xlim[1] - xlim[0]) * step / 4, _short(xlim[0] + (xlim[1] - xlim[0]) * step / 4))
         for step in range(5)
     ]
+    room = max(4, 60 // max(len(ticks), 1))  # signs that fit under one of them
     parts += [
-        f'<text x="{x(at):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{escape(str(name))}</text>'
+        f'<text x="{x(at):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'
+        f"<title>{escape(name)}</title>{escape(shortened(name, room))}</text>"
         for at, name in ticks
     ]
     parts.append(f'<text x="{LEFT + wide / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(xlabel)}</text>')
@@ -90,8 +92,17 @@ def chart(
     for number, one in enumerate(series if len(series) > 1 else ()):
         color, down = COLORS[number % len(COLORS)], TOP + 8 + 13 * number
         parts.append(f'<rect x="{LEFT + 6}" y="{down - 7}" width="9" height="9" fill="{color}" opacity=".9"/>')
-        parts.append(f'<text x="{LEFT + 19}" y="{down + 1}" class="l">{escape(one.label)}</text>')
+        parts.append(f'<text x="{LEFT + 19}" y="{down + 1}" class="l">{escape(shortened(one.label, 40))}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def shortened(name: str, limit: int = 28) -> str:
+    """A name on one line with at most ``limit`` signs: of a longer one the beginning and the end."""
+    line = " ".join(name.split())
+    if len(line) <= limit:
+        return line
+    tail = (limit - 1) // 2
+    return f"{line[: limit - 1 - tail]}…{line[-tail:]}"
 
 
 def _interval(at: float, interval: Sequence[float], y: Callable[[float], float], color: str) -> list[str]:

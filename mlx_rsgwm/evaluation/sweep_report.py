@@ -19,6 +19,7 @@ from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.intervals import mcnemar, wilson
 from mlx_rsgwm.evaluation.paired import holm
 from mlx_rsgwm.evaluation.report import show
+from mlx_rsgwm.evaluation.svg import shortened
 from mlx_rsgwm.evaluation.sweep import Measured, Outcome
 from mlx_rsgwm.evaluation.sweep_meter import JUDGED_BY
 from mlx_rsgwm.progress import SILENT, Progress
@@ -434,7 +435,7 @@ def plot(summary: Mapping[str, Any], path: Path, title: str = "") -> None:
                     colour if merge else "0.5",
                     "s" if shift > 0 else "^",
                 )
-    drafting.set_yticks(range(len(rows)), [_label(row, summary) for row in rows], fontsize=8)
+    drafting.set_yticks(range(len(rows)), [shortened(_label(row, summary), 60) for row in rows], fontsize=8)
     drafting.set(xlabel=f"draft accuracy, greedy, n = {sum(summary['tasks'].values())}", title=title or "Drafting")
     judging.set(xlabel=f"AUROC on {summary['answers']['all']} labelled answers", title="Judging")
     judging.axvline(0.5, color="0.8", linewidth=1)

@@ -146,7 +146,8 @@ def quality(scores: Sequence[float], correct: Sequence[bool], groups: Sequence[s
 
 
 def verifier_quality(records: Sequence[ItemRecord], seed: int = 0) -> dict[str, dict[str, Quality]]:
-    """For every score: its quality on ``all`` recorded drafts and on the ``first`` ones. Refusals are wrong drafts."""
+    """For every score: its quality on ``all`` recorded drafts and on the ``first`` ones. Without an answer a draft is
+    not right."""
     return {
         name: {
             label: quality(*scored_drafts(records, name, count), seed=seed)

@@ -44,7 +44,7 @@ def test_eval_has_the_eight_rows(line, tiny_base):
     )  # fmt: skip
     assert found.exit_code == 0, found.stderr
     result = json.loads(found.stdout.splitlines()[-1])
-    for name in ("accuracy", "hallucination_rate", "accept_rate", "accepted_and_correct"):
+    for name in ("accuracy", "wrong_rate", "accept_rate", "accepted_and_correct"):
         assert set(result[name]) == {"value", "low", "high", "n"}
     assert "false_accept_rate" in result
     assert 1 <= result["average_attempts"] <= 2

@@ -129,7 +129,7 @@ def test_abstaining_is_a_refusal():
     question = Question("a", "gsm8k", "q", "", "4")
     drafts = (judge(question, Drafted(1, "#### 4", (1,), True), {"yesno": 0.2}),)
     record = ItemRecord("a", "gsm8k", "q", "4", drafts, "yesno", 0.5, False, 1, 0, abstain=True)
-    assert record.returned.status == "refusal"
+    assert record.returned.status == "no_answer"
     assert record.first.correct
     assert replace(record, abstain=False).returned.correct
 

@@ -51,13 +51,13 @@ def test_draft_verify_rows(records):
     found = metrics.table(records, "draft_verify", max_attempts=3)
     # returned: a right, b wrong, c right, d silent, e silent, f right (fallback); accepted: a b c e
     assert found.accuracy.value == pytest.approx(3 / 6)
-    assert found.hallucination_rate.value == pytest.approx(1 / 6)
-    assert found.refusal_rate.value == pytest.approx(1 / 6)
-    assert found.truncated_rate.value == pytest.approx(1 / 6)
+    assert found.wrong_rate.value == pytest.approx(1 / 6)
+    assert found.no_answer_rate.value == pytest.approx(1 / 6)
+    assert found.cut_off_rate.value == pytest.approx(1 / 6)
     assert found.accept_rate.value == pytest.approx(4 / 6)
     assert found.accepted_and_correct.value == pytest.approx(2 / 6)
     assert (found.false_accept_rate.value, found.false_accept_rate.n) == (0.5, 4)
-    assert found.far_halluc.value == 0.25
+    assert found.accepted_wrong_rate.value == 0.25
     assert found.average_attempts == pytest.approx((1 + 1 + 2 + 3 + 1 + 3) / 6)
     assert found.average_latency_ms == pytest.approx(350)
     assert found.items_per_minute == pytest.approx(60000 / 350)
@@ -67,8 +67,8 @@ def test_draft_verify_rows(records):
 def test_drafter_rows(records):
     found = metrics.table(records, "drafter")
     assert found.accuracy.value == pytest.approx(1 / 6)
-    assert found.refusal_rate.value == pytest.approx(1 / 6)
-    assert found.truncated_rate.value == pytest.approx(1 / 6)
+    assert found.no_answer_rate.value == pytest.approx(1 / 6)
+    assert found.cut_off_rate.value == pytest.approx(1 / 6)
     assert found.average_latency_ms == pytest.approx(35)
     assert (found.accept_rate, found.false_accept_rate, found.average_attempts) == (None, None, None)
     assert set(found.to_dict()["accuracy"]) == {"value", "low", "high", "n"}
@@ -78,7 +78,7 @@ def test_drafter_rows(records):
 def test_nothing_accepted_and_nothing_timed():
     rows = [record("a", [draft(*WRONG, 0.1), draft(*WRONG, 0.2), draft(*RIGHT, 0.3)])]
     found = metrics.table(rows, "draft_verify", max_attempts=3)
-    assert (found.accept_rate.value, found.false_accept_rate, found.far_halluc) == (0, None, None)
+    assert (found.accept_rate.value, found.false_accept_rate, found.accepted_wrong_rate) == (0, None, None)
     assert (found.average_latency_ms, found.items_per_minute) == (None, None)
     assert found.accuracy.value == 1
     with pytest.raises(RsgwmError, match="no item records"):
@@ -170,5 +170,5 @@ def test_records_round_trip_and_check_themselves(records):
         replace(records[0], chosen=2)
     with pytest.raises(RsgwmError, match="not accepted with yesno"):
         replace(records[0], accepted=False)
-    with pytest.raises(RsgwmError, match="refusal"):
+    with pytest.raises(RsgwmError, match="no_answer"):
         Draft("", None, True)

@@ -28,7 +28,7 @@ def records(count=130):
         for _ in range(3):
             right = rng.random() < 0.5
             value = "4" if right else rng.choice(["5", None])
-            readings = {"strict": Reading(value, "answer" if value else "refusal", right)}
+            readings = {"strict": Reading(value, "answer" if value else "no_answer", right)}
             score = min(1.0, 0.4 * rng.random() + 0.5 * right)
             drafts.append(Draft(f"2 + 2 = {value}\n{EVIL}", value, right, {"yesno": score}, 7, readings=readings))
         task = ("change", "groups")[index % 2]
