@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+MOST = 100  # boxes that are looked at, from the end
 LONGEST = 4000  # characters in a box; beyond that a brace is missing
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
@@ -42,7 +43,7 @@ def find_boxes(text: str, finished: bool = True) -> Iterator[Boxes]:
     """The boxes of a text in order. ``finished`` False: it was cut, and a box that never closes is left out."""
     contents: list[str] = []
     start = end = 0
-    for match in _BOX.finditer(text):
+    for match in list(_BOX.finditer(text))[-MOST:]:
         content, after = _content(text, match.end())
         if content is None and not finished:
             continue

@@ -45,6 +45,10 @@ def is_correct(value: str | None, gold: str) -> bool:
         return ours == theirs and bool(ours)
     if parse_number(value) is not None and parse_number(gold) is not None:
         return False
+    if "," in value + gold and "." in value + gold:  # "3,5" and "3.5"; two numbers in a list are no decimal
+        left, right = parse_number(value, decimal_comma=True), parse_number(gold, decimal_comma=True)
+        if left is not None and left == right:
+            return True
     return bool(_LOOKS_MATHEMATICAL.search(gold) and _LOOKS_MATHEMATICAL.search(value)) and same_mathematics(
         value, gold
     )

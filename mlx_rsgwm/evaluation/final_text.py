@@ -27,6 +27,10 @@ _DRESS = re.compile(
     r"</?(?:b|i|u|p|strong|em|br|span|div|center|sub)\b[^<>]{0,40}>|<<[^<>\n]*>>|~~[^~\n]{1,80}~~|`+|(?<![0-9*])\*\*"
     r"|\*\*(?![0-9*])"
 )
+# A model that got stuck: no answer is a word of 600 signs, and every later pattern may take its time over those.
+_RUNAWAY = re.compile(r"[!-~]{600,}")
+_GAPS = re.compile(r"[ \t]{100,}|\n{20,}")
+MOST = 40  # places that are looked at from the end of a text
 _ANOTHER_QUESTION = re.compile(
     r"\n[ \t#*]*(?:Q[ \t]*\d*[ \t]*:|(?:Question|Problem|Exercise)(?:[ \t]*\d+)?[ \t]*[:.])", re.IGNORECASE
 )
@@ -92,7 +96,8 @@ def final_text(text: str) -> tuple[str, bool]:
     More was written where the text goes on to another turn or question, or got stuck in empty markers: then that part
     is complete, even if the text as a whole was cut.
     """
-    text = without_reasoning(text)
+    text = _RUNAWAY.sub(" \ufffd ", without_reasoning(text))
+    text = _GAPS.sub(lambda match: "\n\n" if "\n" in match[0] else " ", text)
     complete = False
     for match in _END_OF_TURN.finditer(text):
         if text[: match.start()].strip():
@@ -132,8 +137,8 @@ def _stuck_from(text: str) -> int | None:
 def marked_lines(text: str) -> list[str]:
     """What follows each ``####`` (four or more) on its line, or on the next one where nothing does."""
     lines = []
-    for match in _MARKER.finditer(text):
-        line, _, after = text[match.end() : match.end() + 4000].partition("\n")
+    for match in list(_MARKER.finditer(text))[-MOST:]:
+        line, _, after = text[match.end() : match.end() + 1000].partition("\n")
         if not line.strip() or line.strip().lower().endswith("answer:"):  # and the answer stands below
             line = after.lstrip("\n").split("\n", 1)[0]
         lines.append("" if _MARKER.match(line.strip()) else line.strip())
@@ -149,18 +154,18 @@ def statements(text: str, finished: bool = True) -> list[Statement]:
     stated += [
         Statement(match.start(), match[1].strip(), "tag", end=match.end()) for match in _ANSWER_TAG.finditer(text)
     ]
-    subjects = [match for match in _IS_THE_ANSWER.finditer(text) if re.search(r"[0-9]", match[0])]
+    subjects = [match for match in list(_IS_THE_ANSWER.finditer(text))[-MOST:] if re.search(r"[0-9]", match[0])]
     stated += [Statement(match.start(), match[0], "subject", end=match.end()) for match in subjects]
     for pattern in (_SAID, _HEADING):
-        for match in pattern.finditer(text):
+        for match in list(pattern.finditer(text))[-MOST:]:
             if not any(subject.start() <= match.start() < subject.end() for subject in subjects[-20:]):
                 stated.append(Statement(match.start(), _line_after(text, match.end()), "said", end=match.end()))
-    return sorted(stated, key=lambda statement: statement.start)
+    return sorted(stated, key=lambda statement: statement.start)[-MOST:]
 
 
 def _line_after(text: str, position: int) -> str:
     """The rest of the line, or the next line that has words where that one holds nothing but dress."""
-    for line in text[position : position + 4000].split("\n")[:4]:
+    for line in text[position : position + 1000].split("\n")[:4]:
         if line.strip(" \t*_:=$[](){}\\`\"'"):
             return line
     return ""

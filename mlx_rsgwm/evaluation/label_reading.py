@@ -13,6 +13,8 @@ from mlx_rsgwm.data.digits import fold
 from mlx_rsgwm.evaluation.final_text import marked_lines, statements
 from mlx_rsgwm.evaluation.number_reading import AMBIGUOUS, NOTHING, Reading, sentences
 
+LONGEST = 4000  # characters at the end of a text in which a label is looked for that nothing states
+
 _QUOTES = r"\s*\"'“”‘’(\[{$*:\\`"
 _LEADING_LETTER = re.compile(
     rf"[{_QUOTES}]*(?:(?:option|choice|letter|answer|is|la|le|el|die|der|opción|lettre|letra)\s+[{_QUOTES}]*){{0,3}}"
@@ -126,7 +128,7 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
     comma = re.match(r"[\s*(\"']*([A-J])\s?[,–—-]\s(?![A-J]\b)", text)
     if comma:
         return Reading(comma[1])
-    return _mentioned(text, options)
+    return _mentioned(text[-LONGEST:], options)
 
 
 def _unbox(text: str) -> str:
@@ -284,7 +286,7 @@ def _verdict_at(text: str, match: re.Match[str]) -> Reading:
 
 
 def _last_verdict(text: str) -> Reading:
-    plain = _BOTH.sub(lambda match: " " * len(match[0]), text)
+    plain = _BOTH.sub(lambda match: " " * len(match[0]), text[-LONGEST:])
     result = NOTHING
     for match in _VERDICT.finditer(plain):
         reading = _verdict_at(plain, match)

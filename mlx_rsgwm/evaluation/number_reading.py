@@ -25,6 +25,8 @@ class Reading:
     end: int = 0  # where the number ends in the text that was read; for texts that were cut off
 
 
+MOST, LONGEST = 40, 1000  # sentences looked at from the end of a text, and characters of one
+
 NOTHING, AMBIGUOUS = Reading(), Reading(ambiguous=True)
 
 _AND = r"(?:and|or|und|oder|et|ou|y|e|o|и|или|to|bis|through|plus|versus|vs)"
@@ -157,6 +159,7 @@ def _reading(number: Quantity, stated: bool = True) -> Reading:
 
 def _first(text: str, commas: bool) -> Reading:
     """The number a statement gives: the first one, or the right end of the equation that it begins."""
+    text = text[:LONGEST]
     parts = sentences(text)
     sentence = parts[0] if parts else ""
     numbers = candidates(sentence, commas, words=True)
@@ -219,8 +222,8 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
     """The number that a text ends with, as far as its last sentence with one leaves no choice."""
     commas = writes_decimal_commas(text) if decimal_commas is None else decimal_commas
     pieces = sentences(text)
-    for index in range(len(pieces) - 1, -1, -1):
-        sentence = pieces[index]
+    for index in range(len(pieces) - 1, max(-1, len(pieces) - 1 - MOST), -1):
+        sentence = pieces[index][-LONGEST:]
         if not re.search(r"[0-9]", sentence) or (_CHATTER.match(sentence) and index):
             continue
         if sentence.rstrip(" \"'*)").endswith("?"):
@@ -230,7 +233,7 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
         reading = _concluded(sentence, pieces[index - 1] if index else "", commas)
         if reading is not NOTHING:
             return AMBIGUOUS if _hedged(sentence, pieces[index - 1] if index else "") else reading
-    for sentence in reversed(pieces):
+    for sentence in (piece[-LONGEST:] for piece in pieces[: -MOST - 1 : -1]):
         words = [
             number
             for number in candidates(sentence, commas, words=True)
@@ -257,6 +260,8 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     if left and left[-1].value != right[0].value and _TWO_VALUES.fullmatch(sentence[left[-1].end : right[0].start]):
         return AMBIGUOUS  # "x = 5 or x = -5"
     if right and not _OPERATOR.match(sentence, right[0].end) and _CORRECTION.search(sentence, right[0].end) is None:
+        if not _only(sentence, right[0], right[1:]):
+            return AMBIGUOUS
         renamed = _RENAMED.search(sentence, right[0].end) and len(right) > 1
         return _reading(right[-1] if renamed else _unscaled(sentence, right[0]), stated=False)
     outside = _PARENTHESIS.sub(
@@ -276,7 +281,7 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         return AMBIGUOUS  # "Ann - 2" under "Ben - 3": a list of values, none of them the answer
     if len(numbers) > 1:
         gap = sentence[numbers[-2].end : numbers[-1].start]
-        if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or _COMPOUND.fullmatch(gap)):
+        if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or _COMPOUND.fullmatch(gap) or not gap.strip(" ,;")):
             return AMBIGUOUS
     return _reading(numbers[-1], stated=False)
 

@@ -3,6 +3,7 @@
 import builtins
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -122,3 +123,25 @@ def test_bad_items_file_names_the_line(tmp_path):
     path.write_text('{"id": 1}\n')
     with pytest.raises(RsgwmError, match="line 1: not an item record"):
         report.read_items(path)
+
+
+@pytest.mark.parametrize("task", ["costs in $ and $x_$", r"$\frac{$", "a" * 300, "two\nlines", "名前", "a|b<c>&d"])
+def test_any_task_name_can_be_drawn_and_tabled(tmp_path, task):
+    records = [replace(record, task=task) for record in make_records(6)]
+    report.write_report(tmp_path / "report", records, 3)
+    assert (tmp_path / "report" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert max(map(len, report.render_table(report.summarise(records, 3)).split("\n\n")[1].split("\n"))) < 160
+
+
+def test_drafts_that_were_cut_off_are_told_as_such():
+    cut = Draft("so 3 +", None, False, {"yesno": 0.1}, 4, finished=False)
+    records = [ItemRecord(f"i{index}", "t", "q", "1", (cut,), "yesno", 0.5, False, 1, 0) for index in range(4)]
+    text = report.render_table(report.summarise(records, 1))
+    shown = {line[:38].strip(): line[38:].split()[0] for line in text.split("\n")[3:8]}
+    assert [shown[name] for name in ("Accuracy", "No answer", "Cut off")] == ["0.000", "0.000", "1.000"]
+    assert metrics.table(records, "drafter").wrong_rate.value == 0
+
+
+def test_records_of_earlier_versions_are_read():
+    old = Draft("x", None, False, status="refusal"), Draft("x", None, False, status="truncated")
+    assert [draft.status for draft in old] == ["no_answer", "cut_off"]
