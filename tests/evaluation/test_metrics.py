@@ -170,5 +170,5 @@ def test_records_round_trip_and_check_themselves(records):
         replace(records[0], chosen=2)
     with pytest.raises(RsgwmError, match="not accepted with yesno"):
         replace(records[0], accepted=False)
-    with pytest.raises(RsgwmError, match="no_answer"):
+    with pytest.raises(RsgwmError, match="without an answer"):
         Draft("", None, True)
