@@ -205,7 +205,7 @@ def summarise(names: Sequence[str], mlx: Sequence[Times], torch: Sequence[Times]
 def bench_adapter(base: Base, config: LatencyConfig, dtype: str) -> Adapter:
     """The adapter to time, in the base's dtype."""
     adapter = Adapter.load(config.adapter) if config.adapter else random_adapter(base, config.rank, config.seed)
-    if adapter.base_fingerprint and adapter.base_fingerprint != base.fingerprint:
+    if adapter.base_problem(base.name, base.fingerprint):
         raise AdapterError(f"{adapter.where} was not trained on {config.base}: the weights differ")
     return in_dtype(adapter, base, dtype)
 

@@ -119,9 +119,9 @@ def fuse(
     require_empty(out)
     adapter = Adapter.load(adapter_folder)
     path = resolve_base(base_name, progress)
-    if adapter.base_fingerprint and adapter.base_fingerprint != fingerprint_of(path):
-        name = (adapter.manifest.get("base") or {}).get("name")
-        raise AdapterError(f"{adapter.where} was trained on {name}, not on {base_name}: the weights differ")
+    problem = adapter.base_problem(base_name, fingerprint_of(path))
+    if problem:
+        raise AdapterError(problem)
     model, config = _adapted_model(path, adapter, base_name)
     layers = dict(_adapted_layers(model))
     found = []

@@ -89,9 +89,9 @@ def check_parity(
         weights_sha256 = open_peft(folder).sha256()
         with exact_float32() as mlx_device:
             base = load_base(base_name, dtype=dtype, progress=progress)
-            if adapter.base_fingerprint and adapter.base_fingerprint != base.fingerprint:
-                trained = (adapter.manifest.get("base") or {}).get("name")
-                raise AdapterError(f"{adapter.where} was trained on {trained}, not on {base_name}: the weights differ")
+            problem = adapter.base_problem(base_name, base.fingerprint)
+            if problem:
+                raise AdapterError(problem)
             ids = [list(map(int, one)) for one in token_ids or probe_ids(base, TEXTS)]
             ours = trace_mlx(base, adapter, ids, continuation)
             path, fingerprint = base.path, base.fingerprint

@@ -626,12 +626,10 @@ def _without(config: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
 
 
 def _require_same_base(adapter: Adapter, base: Mapping[str, Any] | None) -> None:
-    ours, given = adapter.base_fingerprint, (base or {}).get("fingerprint")
-    if ours and given and ours != given:
-        name = (adapter.manifest.get("base") or {}).get("name")
-        raise AdapterError(
-            f"{adapter.where} was trained on {name} ({ours[:12]}), not on {(base or {}).get('name')} ({given[:12]})"
-        )
+    given = (base or {}).get("fingerprint")
+    problem = adapter.base_problem(str((base or {}).get("name")), given) if given else ""
+    if problem:
+        raise AdapterError(problem)
 
 
 def gate_up_of(modules: Iterable[str]) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import AdapterError, raise_problems
+from mlx_rsgwm.model_folder import base_difference
 from mlx_rsgwm.spec import LoraSpec
 
 FORMAT = "mlx-rsgwm/adapter"
@@ -72,6 +73,21 @@ class Adapter:
     def base_fingerprint(self) -> str | None:
         """Fingerprint of the base it was trained on, or None for an adapter that someone else wrote."""
         return (self.manifest.get("base") or {}).get("fingerprint")
+
+    def base_problem(self, name: str, fingerprint: str) -> str:
+        """Why the base called ``name`` is not the recorded one; empty where it is, or where none is recorded."""
+        recorded = self.base_fingerprint
+        template = self.manifest.get("template")
+        chat = not isinstance(template, dict) or template.get("chat") is not False
+        difference = "" if recorded is None else base_difference(recorded, fingerprint, chat)
+        if not difference or recorded is None:
+            return ""
+        made_for = (self.manifest.get("base") or {}).get("name", "another base")
+        if difference != "weights":
+            return f"{self.where} was made for {made_for} with another {difference} than {name} has now"
+        return (
+            f"{self.where} was made for {made_for} (fingerprint {recorded[:12]}), not for {name} ({fingerprint[:12]})"
+        )
 
     @property
     def template_hash(self) -> str | None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.foreign_quantisation import refuse_foreign_quantisation
+from mlx_rsgwm.tokenizer_hash import chat_template_hash, tokenizer_hash
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 SAMPLE_BYTES = 4096
@@ -102,7 +103,26 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def fingerprint_of(path: Path) -> str:
-    """Hex SHA-256 that identifies a base model whatever its folder is called and however it is sharded.
+    """What identifies a base model, whatever its folder is called and however it is sharded.
+
+    Three parts with dashes between: :func:`weights_fingerprint`, 64 hex digits, and 16 each of the hashes of tokenizer
+    and chat template (none of the last where there is none). Before there were such parts the first stood alone.
+    """
+    return f"{weights_fingerprint(path)}-{tokenizer_hash(path)[:16]}-{chat_template_hash(path)[:16]}"
+
+
+def base_difference(recorded: str, present: str, chat: bool = True) -> str:
+    """In what two fingerprints differ: weights, tokenizer, or chat template; empty where they are of one base.
+
+    Parts that one of them has not are not compared, and the chat template only where it is used (``chat``).
+    """
+    names = ("weights", "tokenizer", "chat template") if chat else ("weights", "tokenizer")
+    parts = zip(names, recorded.split("-"), present.split("-"), strict=False)
+    return next((name for name, one, other in parts if one != other), "")
+
+
+def weights_fingerprint(path: Path) -> str:
+    """Hex SHA-256 of a base model's architecture and weights.
 
     It covers the config's architecture fields and of every tensor its name, dtype, shape and the first, middle and
     last 4 KiB, so it takes a fraction of a second and a difference elsewhere in a large tensor goes unseen.

@@ -248,13 +248,9 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 def check_made_for(adapter: Adapter, name: str, fingerprint: str) -> None:
     """Raise when ``adapter`` records another base than the one called ``name``, by fingerprint; no weight is needed."""
-    recorded = adapter.base_fingerprint
-    if recorded is not None and recorded != fingerprint:
-        trained_on = (adapter.manifest.get("base") or {}).get("name", "another base")
-        raise AdapterError(
-            f"{adapter.where} was made for {trained_on} (fingerprint {recorded[:12]}), not for "
-            f"{name} ({fingerprint[:12]}); pass the base it was made for"
-        )
+    problem = adapter.base_problem(name, fingerprint)
+    if problem:
+        raise AdapterError(f"{problem}; pass the base it was made for")
 
 
 def check_fit(base: Base, adapter: Adapter) -> None:

@@ -263,7 +263,7 @@ def test_fingerprint_ignores_name_sharding_and_metadata(tiny, tmp_path):
         files.write_safetensors(path, {name: arrays[name] for name in part}, {"format": "pt"})
     edit_config(moved, _name_or_path="x", transformers_version="9", pad_token_id=2, torch_dtype="float16", head_dim=16)
     assert fingerprint_of(moved) == fingerprint_of(tiny)
-    assert len(fingerprint_of(tiny)) == 64
+    assert [len(part) for part in fingerprint_of(tiny).split("-")] == [64, 16, 16]
 
 
 def test_fingerprint_sees_each_difference(tiny):
@@ -435,3 +435,55 @@ def test_the_real_alias_agrees_with_transformers(tmp_path, monkeypatch):
     assert np.abs(np.array(base.model(mx.array([ids]))) - expected).max() < 1e-3
     prompt = base.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert prompt.endswith("<|im_start|>user\nhi<|im_end|>\n")
+
+
+# What a fingerprint says of tokenizer and chat template
+
+
+def test_fingerprint_sees_tokenizer_and_chat_template(tiny):
+    from mlx_rsgwm.model_folder import base_difference, weights_fingerprint
+
+    original = fingerprint_of(tiny)
+    template = (tiny / "chat_template.jinja").read_text()
+    (tiny / "chat_template.jinja").write_text(template + " ")
+    assert base_difference(original, fingerprint_of(tiny)) == "chat template"
+    assert base_difference(original, fingerprint_of(tiny), chat=False) == ""
+    (tiny / "chat_template.jinja").unlink()
+    settings = files.read_json_object(tiny / "tokenizer_config.json")
+    files.write_json(tiny / "tokenizer_config.json", {**settings, "chat_template": template})
+    assert fingerprint_of(tiny) == original  # the same template in its older place
+    files.write_json(tiny / "tokenizer_config.json", {**settings, "chat_template": template, "eos_token": "<s>"})
+    assert base_difference(original, fingerprint_of(tiny)) == "tokenizer"
+    files.write_json(tiny / "tokenizer_config.json", {**settings, "chat_template": template})
+    text = (tiny / "tokenizer.json").read_text()
+    for change in (
+        lambda value: value["model"]["vocab"].update({"a": 96, "zzz": value["model"]["vocab"]["a"]}),
+        lambda value: value.update(normalizer={"type": "Lowercase"}),
+    ):
+        value = json.loads(text)
+        change(value)
+        (tiny / "tokenizer.json").write_text(json.dumps(value))
+        assert base_difference(original, fingerprint_of(tiny)) == "tokenizer"
+    (tiny / "tokenizer.json").write_text(json.dumps(json.loads(text)))  # only spelled otherwise
+    assert fingerprint_of(tiny) == original
+    assert base_difference(weights_fingerprint(tiny), original) == ""  # as records were before
+    assert base_difference("0" * 64, original) == "weights"
+
+
+def test_an_adapter_of_a_former_record_still_fits(base, make_adapter):
+    from mlx_rsgwm.errors import AdapterError
+    from mlx_rsgwm.slots import check_made_for
+
+    adapter = make_adapter(0)
+    check_made_for(adapter, "base", base.fingerprint)
+    weights, tokenizer, chat = base.fingerprint.split("-")
+    for recorded in (weights, f"{weights}-{tokenizer}-{'0' * 16}"):  # the second: its template does not use the chat's
+        adapter.manifest["base"] = {**base.describe(), "fingerprint": recorded}
+        check_made_for(adapter, "base", base.fingerprint)
+    adapter.manifest["base"]["fingerprint"] = f"{weights}-{'0' * 16}-{chat}"
+    with pytest.raises(AdapterError, match="with another tokenizer than base has now; pass the base"):
+        check_made_for(adapter, "base", base.fingerprint)
+    adapter.manifest["base"]["fingerprint"] = f"{weights}-{tokenizer}-{'0' * 16}"
+    adapter.manifest["template"]["chat"] = True
+    with pytest.raises(AdapterError, match="another chat template"):
+        check_made_for(adapter, "base", base.fingerprint)

@@ -25,6 +25,7 @@ FOUNDATIONS = {
     "foreign_quantisation",
     "rope",
     "tokenizer",
+    "tokenizer_hash",
     "base",
     "slots",
     "logits",

@@ -22,6 +22,7 @@ from mlx_rsgwm.adapter import IMPORTANCE_FILE, INIT_FILE, WEIGHTS_FILE, Adapter,
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.files import read_safetensors, sha256_file, sha256_json
 from mlx_rsgwm.merging.module import Factors
+from mlx_rsgwm.model_folder import base_difference
 
 Arrays = dict[str, mx.array]
 
@@ -270,7 +271,8 @@ class Pool:
 def _misfits(sources: Sequence[Source]) -> list[str]:
     first, problems = sources[0], []
     for other in sources[1:]:
-        if other.base_fingerprint and first.base_fingerprint and other.base_fingerprint != first.base_fingerprint:
+        both = other.base_fingerprint and first.base_fingerprint
+        if both and base_difference(other.base_fingerprint, first.base_fingerprint, chat=False):
             problems.append(f"{other.label} was made for another base than {first.label}")
         for name, (rows, _, columns) in other.shapes.items():
             expected = first.shapes.get(name, (rows, 0, columns))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import Base, load_base, resolve_base
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.model_folder import fingerprint_of
+from mlx_rsgwm.model_folder import base_difference, fingerprint_of
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.slots import check_made_for
 
@@ -31,10 +31,10 @@ def find_base(adapters: Sequence[Adapter], given: str | None, progress: Progress
         RsgwmError: adapters of several bases, a base that is not the recorded one (its fingerprint differs), or none
             to be found.
     """
-    made_for = {one.base_fingerprint: f"{one.where} for {_base_name(one)} ({_brief(one)})" for one in adapters}
-    made_for.pop(None, None)
-    if len(made_for) > 1:
-        raise RsgwmError(f"adapters of different bases cannot be used together: {', '.join(made_for.values())}")
+    made_for = [one for one in adapters if one.base_fingerprint is not None]
+    if any(_other_base(made_for[0], one) for one in made_for[1:]):
+        told = ", ".join(f"{one.where} for {_base_name(one)} ({_brief(one)})" for one in made_for)
+        raise RsgwmError(f"adapters of different bases cannot be used together: {told}")
     recorded = [name for one in adapters if (name := _base_name(one))]
     name = given or next(iter(recorded), None)
     if name is None:
@@ -54,6 +54,12 @@ def find_base(adapters: Sequence[Adapter], given: str | None, progress: Progress
     return name
 
 
+def _other_base(one: Adapter, other: Adapter) -> str:
+    """In what the bases of two adapters differ; empty where they do not, or where one does not say."""
+    recorded = one.base_fingerprint, other.base_fingerprint
+    return base_difference(recorded[0], recorded[1], chat=False) if recorded[0] and recorded[1] else ""
+
+
 def pair_problems(drafter: Adapter, verifier: Adapter) -> list[str]:
     """Why these two cannot be the pair that is asked for; empty where nothing speaks against it."""
     roles = {"drafter": merge_role(drafter), "verifier": merge_role(verifier)}
@@ -65,7 +71,7 @@ def pair_problems(drafter: Adapter, verifier: Adapter) -> list[str]:
         for name, wanted in ROLES.items()
         if roles[name] in ROLES.values() and roles[name] != wanted
     ]
-    if drafter.base_fingerprint and verifier.base_fingerprint and drafter.base_fingerprint != verifier.base_fingerprint:
+    if _other_base(drafter, verifier):
         problems.append(
             f"{drafter.where} was made for {_base_name(drafter)} ({_brief(drafter)}) and {verifier.where} for "
             f"{_base_name(verifier)} ({_brief(verifier)})"

@@ -101,12 +101,9 @@ def fitting_modules(base: Base, adapter: Adapter) -> dict[str, nn.Module]:
         AdapterError: it was made for another base, or a layer is missing or of another shape; everything is named.
     """
     adapter.require_factors_only("be read here")
-    fingerprint = adapter.base_fingerprint
-    if fingerprint is not None and fingerprint != base.fingerprint:
-        raise AdapterError(
-            f"{adapter.where} was made for another base (fingerprint {fingerprint[:12]}), not for "
-            f"{base.name} ({base.fingerprint[:12]}); pass the base it was made for"
-        )
+    problem = adapter.base_problem(base.name, base.fingerprint)
+    if problem:
+        raise AdapterError(f"{problem}; pass the base it was made for")
     known = dict(base.model.named_modules())
     found: dict[str, nn.Module] = {}
     problems = []

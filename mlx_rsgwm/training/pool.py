@@ -11,6 +11,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE, is_complete
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.model_folder import base_difference
 from mlx_rsgwm.processes import ALONE, Processes
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.training.checkpoints import Saving, differing
@@ -115,11 +116,13 @@ def _check_finished(folder: Path, base: Base, member: Member, config: TrainConfi
     manifest = files.read_json_object(folder / MANIFEST_FILE)
     before = {
         "config": manifest.get("config"),
-        "base": (manifest.get("base") or {}).get("fingerprint"),
         "data": (manifest.get("data") or {}).get("hash"),
     }
-    now = {"config": config.describe(), "base": base.fingerprint, "data": member.data.hash}
+    now = {"config": config.describe(), "data": member.data.hash}
     differences = differing(before, now)
+    other_base = base_difference((manifest.get("base") or {}).get("fingerprint") or "", base.fingerprint)
+    if other_base:
+        differences = [f"base: another {other_base}", *differences]
     if differences:
         raise RsgwmError(
             f"{folder} holds an adapter of another pool ({'; '.join(differences[:4])}); "

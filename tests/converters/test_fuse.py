@@ -266,7 +266,7 @@ def test_bad_input_is_one_line(bases, tmp_path, options, expected):
 
 def test_an_adapter_of_another_base_is_refused(bases, tmp_path):
     adapter = make(tmp_path / "adapter", base=bases / "float32")
-    with pytest.raises(AdapterError, match="the weights differ"):
+    with pytest.raises(AdapterError, match=r"was made for .* not for"):
         fuse(adapter, str(bases / "4bit"), tmp_path / "out")
 
 

@@ -269,7 +269,7 @@ def test_an_adapter_of_another_base_is_refused(base_folder, tmp_path, make_torch
     manifest = {"base": load_base(str(base_folder)).describe()}
     folder = make_adapter(manifest=manifest).save(tmp_path / "adapter")
     other = make_torch_llama(tmp_path / "other", 1, LAYERS, VOCABULARY)
-    with pytest.raises(AdapterError, match="the weights differ"):
+    with pytest.raises(AdapterError, match=r"was made for .* not for"):
         check_parity(folder, str(other), device="cpu", token_ids=IDS)
 
 
