@@ -84,6 +84,8 @@ def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     temporary = temporary_for(path)
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)  # a "$" in the name of a task or an adapter is a dollar, not mathematics
     try:
         with matplotlib.rc_context({"text.parse_math": False}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing")

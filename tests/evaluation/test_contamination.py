@@ -38,3 +38,20 @@ def test_the_embedded_families_never_repeat_a_question_word_for_word():
     counts = contamination(generate("change", 60, 42, "test"), train)
     assert counts["exact"] == 0
     assert counts["numbers"] > 0  # their making: the same words around other numbers
+
+
+def test_words_of_any_script_and_signs_of_arithmetic():
+    from mlx_rsgwm.evaluation.contamination import words
+
+    different = [
+        ("What is 3 + 4?", "What is 3 - 4?"),
+        ("Сколько у Анны 5 яблок?", "Кто купил 5 груш?"),
+        ("太郎は5個のりんごを持っています", "花子は5冊の本を読みました"),
+        ("كم تفاحة مع 5 أولاد", "متى وصل 5 رجال"),
+        ("Find f(x) = x^2", "Find f(x) = x/2"),
+    ]
+    for one, other in different:
+        assert words(one) != words(other)
+    same = [("What's 1,080?", "WHAT’S 1080"), ("well-known", "well known"), ("１２ 個", "12個"), ("5 − 3", "5-3")]
+    for one, other in same:
+        assert words(one) == words(other)

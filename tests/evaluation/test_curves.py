@@ -45,3 +45,17 @@ def test_adapters_without_history_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"kind": "merged"}')
     with pytest.raises(RsgwmError, match="its kind is merged"):
         read_history(tmp_path)
+
+
+def test_a_dollar_in_a_name_is_no_mathematics(tmp_path):
+    from matplotlib.figure import Figure
+
+    from mlx_rsgwm.files import write_figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.bar([0, 1], [1, 2], label="$x^$")
+    axes.set_xticks([0, 1], ["a$b^{$", "$\\nosuch$"])
+    axes.legend()
+    write_figure(tmp_path / "x.png", figure)
+    assert (tmp_path / "x.png").stat().st_size > 1000
