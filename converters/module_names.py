@@ -68,6 +68,7 @@ ONE_EXPERT = re.compile(
 MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 SWITCH = re.compile(r"(?P<block>.+)\.(?P<switch>switch_mlp|experts)\.(?P<projection>gate_proj|up_proj|down_proj)")
 BLOCK_MLP = re.compile(r"(layers\.\d+)\.mlp(\.|$)")
+BLOCK_SPARSE_MOE = re.compile(r"(layers\.\d+)\.block_sparse_moe(\.|$)")
 KEEPS_BLOCK_SPARSE = ("mixtral", "phimoe", "minimax", "minimax_m2")  # in mlx-lm, where transformers 5 says mlp
 PLAIN_EXPERTS = ("afmoe", "dots1")  # mlx-lm calls the stacked layers experts, not switch_mlp
 ROUTER = re.compile(r".+\.(?:mlp|block_sparse_moe|feed_forward)\.(?:gate|router)")
@@ -131,6 +132,8 @@ def mlx_by_rule(module: str, model_type: str | None) -> str:
 
 def transformers_by_rule(module: str, model_type: str | None) -> str:
     """transformers' name for a module of mlx-lm where no base says otherwise; experts are not its business."""
+    if model_type is None or model_type in KEEPS_BLOCK_SPARSE:
+        module = BLOCK_SPARSE_MOE.sub(r"\1.mlp\2", module)
     for ours, theirs, types in sorted(ROOTS, key=lambda root: -len(root[0])):
         if module.startswith(ours) and (not types or model_type in types):
             return theirs + module[len(ours) :]
