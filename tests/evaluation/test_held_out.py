@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 
 from mlx_rsgwm.data.families import generate
+from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation import harness
 from mlx_rsgwm.evaluation.harness import calibrate, collect, evaluate, label_drafts
 from mlx_rsgwm.evaluation.held_out import identity
-from mlx_rsgwm.pipeline.calibration import Calibration, area_under_roc, save_calibration
+from mlx_rsgwm.evaluation.records import Draft
+from mlx_rsgwm.pipeline.calibration import Calibration, NothingToTellApart, area_under_roc, save_calibration
 from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.sampling import Sampling
 from mlx_rsgwm.pipeline.scores import Combination, Scorer
@@ -65,18 +68,34 @@ def test_identity_follows_the_weights(pipeline, make_adapter, tmp_path):
     assert {name for name, value in found[2].items() if found[3][name] != value} == {"verifier"}
 
 
-def test_a_calibration_where_all_drafts_are_wrong(pipeline):
-    found = calibrate(pipeline, QUESTIONS, seed=1)
-    assert (found.items, found.drafts, found.correct) == (6, 12, 0)
-    assert found.auroc == {"yesno": None, "mean_logprob": None, "combined": None}
-    assert 0 <= found.perturbed_auroc["mean_logprob"] <= 1
-    assert found.threshold == 1.0
-    assert found.made_for == identity(pipeline)
+@pytest.fixture
+def half_right(monkeypatch):
+    """A tiny random model answers nothing right; let every draft with an even number of letters count as right."""
+
+    def judge(question, draft, scores, *more):
+        return Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)
+
+    monkeypatch.setattr(harness, "judge", judge)
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_drafts_that_are_all_right_or_all_wrong_calibrate_nothing(pipeline, monkeypatch, right):
+    monkeypatch.setattr(harness, "judge", lambda question, draft, *more: Draft(draft.text, "1", right))
+    with pytest.raises(NothingToTellApart, match=f"{'all' if right else 'none'} of 12 drafts of 6 questions are right"):
+        calibrate(pipeline, QUESTIONS, seed=1)
     with pytest.raises(RsgwmError, match="no held-out questions"):
         calibrate(pipeline, [], seed=1)
 
 
-def test_perturbed_pairs_are_scored_right_against_wrong(pipeline):
+def test_a_calibration_says_what_it_was_made_of(pipeline, half_right):
+    made = calibrate(pipeline, QUESTIONS, seed=1, file_questions=["another"])
+    assert (made.items, made.drafts) == (6, 12)
+    assert made.made_for == identity(pipeline)
+    texts = [question.question for question in QUESTIONS]
+    assert RowRecord.from_description(made.row_hashes, "") == RowRecord.of(texts, ["another"])
+
+
+def test_perturbed_pairs_are_scored_right_against_wrong(pipeline, half_right):
     items = collect(pipeline, QUESTIONS, seed=1)
     found = calibrate(pipeline, QUESTIONS, seed=1)
     values = [signals.mean_logprob for item in items for signals in item.pair]
