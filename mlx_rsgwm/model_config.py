@@ -65,6 +65,7 @@ NEARLY = {
     "gemma": "the exact GELU where this model has its tanh form",
     "gpt_bigcode": "another form of GELU",
     "gpt_neox": "another form of GELU",
+    "starcoder2": "another form of GELU",
     "gemma3_text": "with a scale of the embedding rounded to bfloat16",
     "nemotron_h": "the state space layers by another form of the same sum",
 }
@@ -153,14 +154,20 @@ def supplied_fields(config: Mapping[str, Any], meant: Any) -> dict[str, Any]:
             and value is not None
             and not key.endswith("_config")
         }
-        for key in ("rope_scaling", "sliding_window_pattern"):
-            if key in known and key not in config and key not in supplied:
-                supplied |= {key: None} if known[key].default is inspect.Parameter.empty else {}
+        supplied |= _required(known, {**config, **supplied}, meant)
     if wrapped:
         inner = {} if meant is None else _text_defaults(meant.get_text_config())
         given = {key: value for key, value in text.items() if value is not None or key not in inner}
         supplied["text_config"] = {**inner, **given, **_older_rope_fields(text)}
     return supplied
+
+
+def _required(known: Mapping[str, Any], given: Mapping[str, Any], meant: Any) -> dict[str, Any]:
+    """Fields without which mlx-lm builds no model, by transformers' other names for them; null where that is right."""
+    usual = {"rope_scaling": None, "sliding_window_pattern": None, "partial_rotary_factor": 1.0}
+    missing = [key for key, field in known.items() if field.default is inspect.Parameter.empty and key not in given]
+    found = {key: getattr(meant, key, usual.get(key)) for key in missing}
+    return {key: value for key, value in found.items() if value is not None or key in usual}
 
 
 def config_for_mlx_lm(config: Mapping[str, Any]) -> dict[str, Any]:

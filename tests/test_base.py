@@ -169,6 +169,9 @@ def test_rope_parameters_of_transformers_5_are_heeded(tiny, tmp_path):
         ("no-such-model", ["'no-such-model'", "Hub id", "smollm2-135m"]),
         ("./missing/folder/deep", ["does not exist"]),
         ("missing.gguf", ["missing.gguf does not exist"]),
+        ("~nosuchuser/model", ["no user nosuchuser"]),
+        ("x" * 5000, ["no name of a file"]),
+        ("a\0b", ["no name of a file"]),
         ("nobody/no-such-model", ["nobody/no-such-model", "Hugging Face Hub", "local folder"]),
     ],
 )

@@ -101,6 +101,8 @@ SUPPLIED = [
     # required by mlx-lm, not written by transformers 5
     ("gpt_neox", {"intermediate_size": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 3e4,
                                                                  "partial_rotary_factor": 0.5}}),
+    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1,
+                   "mlp_only_layers": [0], "norm_topk_prob": True}),
     ("glm4_moe", {**ROUTED, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}),
     ("cohere2", {"tie_word_embeddings": True, "sliding_window": 5,
                  "layer_types": ["sliding_attention", "full_attention"]}),
