@@ -104,7 +104,7 @@ def save_model(name: str, folder: Path) -> None:
 
 def rename_arrays(file: Path, prefix: str) -> None:
     """Drop a prefix of every name, and the tied head, as the published file of an older model has them."""
-    arrays = mx.load(str(file))
+    arrays: Any = mx.load(str(file))
     kept = {name.removeprefix(prefix): value for name, value in arrays.items() if not name.startswith("lm_head")}
     mx.save_safetensors(str(file), kept, {"format": "pt"})
 

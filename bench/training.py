@@ -166,8 +166,9 @@ class TorchSide:
     def _train(self, plan: Sequence[Sequence[int]]) -> None:
         import torch
 
-        self.model.train()
-        optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+        model: Any = self.model
+        model.train()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
         for indices in plan:
             chosen = [self.rows[index] for index in indices]
             longest = max(len(row.tokens) for row in chosen)
@@ -177,7 +178,7 @@ class TorchSide:
                 labels[position, row.prompt_length : len(row.tokens)] = row.tokens[row.prompt_length :]
             mask = torch.tensor(ids != 0).to(self.device)
             inputs = {"attention_mask": mask, "labels": torch.tensor(labels).to(self.device), "use_cache": False}
-            loss = self.model(torch.tensor(ids).to(self.device), **inputs).loss
+            loss = model(torch.tensor(ids).to(self.device), **inputs).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

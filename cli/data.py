@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -64,7 +65,9 @@ def build(
     if draft_rows < 0 or verify_rows < 0 or draft_rows + verify_rows == 0:
         raise RsgwmError("--draft-rows and --verify-rows must not be negative, and not both 0")
     template = find_template(template_name)
-    rows, of_files, splits = [], [], {}
+    rows: list[Any] = []
+    of_files: list[Any] = []
+    splits: dict[str, Any] = {}
     for task in tasks:
         own = is_question_file(task)
         wanted = None if own else max(draft_rows, 2 * verify_rows, 1)

@@ -78,7 +78,7 @@ def pipeline_options(command: F) -> F:
     decorated: Any = with_pair
     for option in reversed(PIPELINE_OPTIONS):
         decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]
+    return decorated
 
 
 def settle_pair(drafter: Path | None, verifier: Path | None) -> tuple[Path, Path]:

@@ -87,7 +87,7 @@ def train(
     saving = saving_options(target, asked.run, running)
     memory = memory_options(running)
     mask = mask_prompt if mask_prompt is not None else bool(asked.run.get("mask_prompt", False))
-    reading = {
+    reading: dict[str, Any] = {
         "mask_prompt": mask,
         "all_turns": (all_turns or asked.run.get("all_turns", False)) and mask_prompt is not False,
         "features": asked.run.get("features"),

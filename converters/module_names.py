@@ -266,7 +266,7 @@ def checkpoint_shapes(parameters: Mapping[str, tuple[int, ...]], model_type: str
 
     Names of its own are undone, convolutions have torch's order of axes, experts are apart.
     """
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, shape in parameters.items():
         module, _, leaf = name.rpartition(".")
         theirs = f"{transformers_by_rule(module, model_type)}.{leaf}"

@@ -293,7 +293,7 @@ def _probe(layers: dict[str, Any], name: str, module: str, probe: Probe, device:
         else:
             x = x.long() if is_embedding(module) else x.to(layer.get_base_layer().weight.dtype)
             added = layer(x) - layer.base_layer(x)
-            pair = getattr(layer.lora_B, "default", None)
+            pair: Any = getattr(layer.lora_B, "default", None)
             if getattr(pair, "bias", None) is not None:  # MLX has it in the layer's own bias
                 added = added - layer.scaling["default"] * pair.bias
     return Probe(probe.inputs, added.float().cpu().numpy(), probe.size)

@@ -409,11 +409,11 @@ def _take_copies(groups: Groups, base: BaseLayers) -> dict[str, mx.array]:
             places[name] = ours[0]
     present = base.read_arrays(set(places.values()))
     copies = {}
-    for name, ours in places.items():
-        value, link = groups.whole[name], base.names.link(ours)
-        if link is not None and sorted(value.shape) == sorted(base.parameters.get(ours, ())):
+    for name, place in places.items():
+        value, link = groups.whole[name], base.names.link(place)
+        if link is not None and sorted(value.shape) == sorted(base.parameters.get(place, ())):
             value = link.apply(value)
-        if ours in present and value.shape == present[ours].shape and _same_values(value, present[ours]):
+        if place in present and value.shape == present[place].shape and _same_values(value, present[place]):
             copies[name] = groups.whole.pop(name)
     return copies
 

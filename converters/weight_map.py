@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -166,7 +167,7 @@ class WeightMap:
 
     def _untouched(self, name: str, run: str, value: float) -> bool:
         """Whether what came out is the marker as it went in: still a view of one number, and of that number."""
-        array = self._array(run, name)
+        array: Any = self._array(run, name)
         mx.eval(array)
         seen = np.asarray(memoryview(array))
         viewed = all(stride == 0 for stride, size in zip(seen.strides, seen.shape, strict=True) if size > 1)

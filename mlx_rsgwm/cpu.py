@@ -182,7 +182,8 @@ def _gated_vjp(
 
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, elementwise."""
-    product: mx.array = _gated_and_share(gate, up)[0]
+    both: Any = _gated_and_share(gate, up)
+    product: mx.array = both[0]
     return product
 
 

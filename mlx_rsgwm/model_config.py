@@ -137,7 +137,7 @@ def _plain_floats(value: Any) -> Any:
 
 def supplied_fields(config: Mapping[str, Any], meant: Any) -> dict[str, Any]:
     """Fields to hand to mlx-lm beyond those of config.json, which stay as they are."""
-    text = config.get("text_config")
+    text: Any = config.get("text_config")
     wrapped = isinstance(text, dict)
     supplied = _older_rope_fields(config)
     known = _fields_of(config)

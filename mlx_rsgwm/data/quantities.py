@@ -197,20 +197,22 @@ def _power(base: Fraction, exponent: int) -> Fraction | None:
 
 def _scaled(text: str, quantity: Quantity, money: bool) -> Quantity:
     """The quantity with what follows it: "and a half", "million", "dollars and 50 cents"."""
-    if quantity.value is None:
+    value = quantity.value
+    if value is None:
         return quantity
     part = _AND_PART.match(text, quantity.end)
-    if part is not None and quantity.value.denominator == 1:
-        value = quantity.value + _PART_VALUES[part[1].lower()]
+    if part is not None and value.denominator == 1:
+        value = value + _PART_VALUES[part[1].lower()]
         quantity = replace(quantity, value=value, end=part.end(), fraction=value.denominator % 3 == 0)
     scale = scale_after(text, quantity.end, money)
     if scale is not None:
-        quantity = replace(quantity, value=quantity.value * scale[0], end=scale[1], plain=quantity.value)
+        quantity = replace(quantity, value=value * scale[0], end=scale[1], plain=value)
+        value = value * scale[0]
     cents = _CENTS.match(text, quantity.end)
     if cents is not None and (
         money or re.match(r"\s?(?:dollar|euro|pound|buck)", text[quantity.end : quantity.end + 8])
     ):
-        quantity = replace(quantity, value=quantity.value + Fraction(int(cents[1]), 100), end=cents.end())
+        quantity = replace(quantity, value=value + Fraction(int(cents[1]), 100), end=cents.end())
     return quantity
 
 
