@@ -131,10 +131,10 @@ class TorchSide:
         from transformers import AutoModelForCausalLM
 
         self.device = "mps" if torch.backends.mps.is_available() else "cpu"
-        plain = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
+        plain: Any = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
         names = [key.rpartition(".")[2] for key in KEYS]
         settings = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=names)
-        self.model = get_peft_model(plain, settings).to(self.device)
+        self.model: Any = get_peft_model(plain, settings).to(self.device)
         self.plan = plan_epoch(rows, BATCH_SIZE, seed=0, epoch=0)
         self.rows = rows
         self.facts = {"searched": self._search()}

@@ -57,8 +57,9 @@ def test_every_disagreement_is_listed():
     assert found["g2", "flexible-extract"]["theirs"] == "12"
     assert found["g2", "flexible-extract"]["ours"] == "7"
     assert not found["g2", "flexible-extract"]["theirs_correct"]
-    # Its strict pattern takes no word between marker and number, and neither does ours.
-    assert ("g3", "strict-match") not in found
+    # Its strict pattern takes no word between marker and number; a reader does.
+    assert found["g3", "strict-match"]["ours"] == "4"
+    assert not found["g3", "strict-match"]["theirs_correct"]
     assert ("g0", "flexible-extract") not in found
 
 
