@@ -306,7 +306,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "json": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
     },
     "gpt2": {
-        "config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+        "config": {"n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 128},
         "json": {"n_ctx": 128},
         "strip": "transformer.",
     },
