@@ -133,8 +133,8 @@ class TorchSide:
         tried = []
         make((self.setting,))()  # the first call allocates
         for setting in self._settings(work):
-            times = make((setting, setting))()
-            tried.append({**setting, "ms": [round(value, 1) for value in times]})
+            times = [round(value, 2) for value in make((setting, setting))()]
+            tried.append({**setting, "ms": times})
             best = [
                 min(pair, key=lambda entry: entry[0])
                 for pair in zip(best or [(float("inf"), setting)] * len(times),
