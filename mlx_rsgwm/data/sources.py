@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_rsgwm.data.boxes import find_boxes
+from mlx_rsgwm.data.boxes import Boxes, find_boxes
 from mlx_rsgwm.data.numbers import LITERAL, parse_number, plain_number, write_number
 from mlx_rsgwm.data.question_files import read_question_rows
 from mlx_rsgwm.errors import RsgwmError, raise_problems
@@ -221,22 +221,31 @@ def _parse_own(row: Row) -> Parsed:
 def marked_answer(answer: str) -> tuple[str, str] | None:
     r"""``(rationale, gold)`` of an answer that marks its final part, gold as it is written; None where nothing does.
 
-    A mark is a last line ``#### gold`` (a ``####`` above other lines is a heading), a last line "The answer is gold.",
-    or ``\boxed{gold}``.
+    A mark is a last line ``#### gold`` (a ``####`` above other lines is a heading; at the end of a line of words it
+    marks a number only), a last line "The answer is gold.", or ``\boxed{gold}`` in mathematics or at the end; boxes
+    that stand beside each other give one gold together. A box or ``####`` that a sentence only speaks of is none.
     """
-    marks = list(re.finditer(r"#{4,}", answer))
-    if marks:
-        gold = answer[marks[-1].end() :].strip()
-        if "\n" not in gold:
-            return re.sub(r"<<[^<>\n]*>>", "", answer[: marks[-1].start()]).strip(), gold
-    span = last_boxed(answer)
-    if span is not None:
-        gold = answer[slice(*span)].strip()
-        around = answer[: span[0] - 1] + answer[span[1] + 1 :]
-        bare = re.fullmatch(r"[\s$.]*\\(?:boxed|fbox)[\s$.]*", around)
-        return ("" if bare else answer), gold
+    line = re.search(r"(^[ \t]*)?#{4,}(?!.*#{4})\s*([^\n]*)\Z", answer.rstrip(), re.MULTILINE)
+    if line is not None and (line[1] is not None or _is_short_number(line[2])):
+        return re.sub(r"<<[^<>\n]*>>", "", answer[: line.start()]).strip(), line[2].strip()
+    boxes = list(find_boxes(answer))
+    if boxes and boxes[-1].answer and _marks(answer, boxes[-1]):
+        bare = re.fullmatch(r"[\s$.]*", answer[: boxes[-1].start] + answer[boxes[-1].end :])
+        return ("" if bare else answer), boxes[-1].answer
     stated = _STATED.fullmatch(answer.rpartition("\n")[2].strip())
     return (answer, stated[1]) if stated else None
+
+
+def _is_short_number(text: str) -> bool:
+    return re.search(r"\d", text) is not None and len(text.split()) <= 3
+
+
+def _marks(answer: str, box: Boxes) -> bool:
+    """Whether a box gives the answer: it stands in mathematics, or at most two words (a unit) follow it."""
+    before = answer[: box.start].replace("$$", "$").replace(r"\$", "")
+    opened = max(before.rfind(mark) for mark in (r"\[", r"\(", r"\begin{"))
+    closed = max(before.rfind(mark) for mark in (r"\]", r"\)", r"\end{"))
+    return before.count("$") % 2 == 1 or opened > closed or len(re.findall(r"[^\W_]+", answer[box.end :])) <= 2
 
 
 _STATED = re.compile(

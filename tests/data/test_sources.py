@@ -351,3 +351,27 @@ def test_last_boxed_nested():
     text = r"\boxed{1} and \boxed{\frac{a}{\{b\}}} and \boxed{open"
     start, end = sources.last_boxed(text)
     assert text[start:end] == r"\frac{a}{\{b\}}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (r"\boxed{1} or \boxed{-1}", ("", "1, -1")),
+        ("Write #### before a heading.", None),
+        (r"Use \boxed{x} to frame the result", None),
+        (r"It costs \$3, so \boxed{x} is a frame for things", None),
+        ("#### heading\ntext", None),
+        ("a\n#### 42", ("a", "42")),
+        ("x = 3 #### 42", ("x = 3", "42")),
+        ("5 #### 6 #### 7", ("5 #### 6", "7")),
+        ("<<1+1=2>>so\n#### COVID-19", ("so", "COVID-19")),
+        ("a\n####", ("a", "")),
+        (r"$\boxed{\$5}$", ("", r"\$5")),
+        (r"so $\boxed{12}$ dollars for the book.", (r"so $\boxed{12}$ dollars for the book.", "12")),
+        (r"\[\boxed{(1,2)}\] which we also got above", (r"\[\boxed{(1,2)}\] which we also got above", "(1,2)")),
+        ("The answer is 42.", ("The answer is 42.", "42")),
+        ("COVID-19", None),
+    ],
+)
+def test_only_a_mark_that_gives_the_answer_is_a_mark(answer, expected):
+    assert sources.marked_answer(answer) == expected
