@@ -60,7 +60,7 @@ class Run:
         self.out = out
         self.progress = progress
         self.template = find_template(recipe.template)
-        self.stages = Stages(out)
+        self.stages = Stages(out, progress)
         self._base: Base | None = None
         self._fingerprint = ""
 
@@ -162,6 +162,7 @@ class Run:
                 (*corpora, *pair),
                 (out / "report",),
                 self._evaluate,
+                resumed=(JOURNAL_FILE,),
             ),
             Stage(
                 "export",

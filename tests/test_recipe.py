@@ -111,6 +111,7 @@ def contents(out):
         and path.suffix in (".safetensors", ".jsonl", ".json")
         and path.name not in ("summary.json", "manifest.json", "report.json")
         and path.parent.name != "stages"
+        and ".former" not in path.parts
     }
 
 

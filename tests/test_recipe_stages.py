@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from mlx_rsgwm.files import sha256_json
-from mlx_rsgwm.recipes.stages import FOLDER, Stage, Stages
+from mlx_rsgwm.recipes.stages import FOLDER, FORMER, Stage, Stages
 
 NAMES = ["data", "train", "merge", "evaluate"]
 
@@ -54,7 +54,7 @@ def contents(out):
     return {
         path.relative_to(out).as_posix(): path.read_text()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.parent.name != FOLDER
+        if path.is_file() and path.parent.name != FOLDER and FORMER not in path.parts
     }
 
 
@@ -85,7 +85,7 @@ def test_any_history_ends_in_the_same_files(tmp_path, seed):
         settings = {name: rng.choice([1, 1, 2]) for name in NAMES}
         with suppress(Killed):
             run(out, settings, rng.randrange(25))
-        files = sorted(path for path in out.rglob("*") if path.is_file() and path.parent.name != FOLDER)
+        files = [out / name for name in contents(out)]
         for file in rng.sample(files, k=min(len(files), rng.randrange(3))):
             file.unlink() if rng.random() < 0.5 else file.write_text(rng.choice(["", "{}", "edited"]))
     run(out, settings)
@@ -121,3 +121,65 @@ def test_files_of_others_are_left_alone(tmp_path):
     run(out, {**settings, "data": 2})
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert (out / "data" / "notes.txt").read_text() == "mine"
+
+
+def former(out):
+    return {
+        path.relative_to(out / FORMER).as_posix(): path.read_text()
+        for path in sorted((out / FORMER).rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_what_a_finished_stage_wrote_goes_only_once_it_is_done_again(tmp_path):
+    settings = dict.fromkeys(NAMES, 1)
+    run(tmp_path, settings)
+    written = contents(tmp_path)
+    (tmp_path / "train" / "0.txt").unlink()
+    (tmp_path / "train" / "1.txt").write_text("edited")
+    (tmp_path / "merge" / "1.txt").write_text("edited too")
+    with suppress(Killed):
+        run(tmp_path, settings, 2)  # within train
+    assert former(tmp_path) == {"train/train/1.txt": "edited"}
+    with suppress(Killed):
+        run(tmp_path, {**settings, "merge": 2}, 5)  # within merge
+    assert former(tmp_path) == {
+        "train/train/1.txt": "edited",
+        "merge/merge/0.txt": written["merge/0.txt"],
+        "merge/merge/1.txt": "edited too",
+    }
+    run(tmp_path, settings)
+    assert contents(tmp_path) == written
+    assert former(tmp_path) == {"train/train/1.txt": "edited", "merge/merge/1.txt": "edited too"}
+    (tmp_path / "train" / "1.txt").write_text("edited again")
+    run(tmp_path, settings)
+    assert former(tmp_path)["train/train/1.txt.1"] == "edited again"
+
+
+def test_what_a_stage_goes_on_from_stays_where_it_is_intact(tmp_path):
+    seen = []
+
+    def work():
+        journal = tmp_path / "report" / "items.jsonl"
+        seen.append(journal.read_text() if journal.is_file() else None)
+        journal.parent.mkdir(exist_ok=True)
+        if seen[-1] != "items":
+            journal.write_text("items")
+        (tmp_path / "report" / "report.html").write_text("page")
+
+    def evaluate(value):
+        stage = Stage("evaluate", {"value": value}, (), (tmp_path / "report",), work, resumed=("items.jsonl",))
+        stages = Stages(tmp_path)
+        stages.run(stage)
+        return stages.executed
+
+    page = tmp_path / "report" / "report.html"
+    assert evaluate(1) == ["evaluate"]
+    page.write_text("edited")
+    assert evaluate(1) == ["evaluate"]
+    assert page.read_text() == "page"
+    assert evaluate(1) == []
+    (tmp_path / "report" / "items.jsonl").write_text("edited")
+    evaluate(1)
+    evaluate(2)
+    assert seen == [None, "items", None, None]

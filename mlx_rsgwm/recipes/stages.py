@@ -3,7 +3,8 @@ when it is not.
 
 A record names the hash of the stage's settings and inputs and of every file that it wrote. Before the work starts, one
 takes its place that says what is under way: a stage that was killed is never done, and what it wrote for other settings
-is removed. A stage whose files were edited or deleted is done again.
+is removed. A stage whose files were edited or deleted is done again. What a finished stage had written is moved to a
+hidden folder until the stage is done again; what somebody has edited since stays there.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from typing import Any
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.training.grams import GRAMS_FILE
 
 FOLDER = "stages"
+FORMER = ".former"  # below the run's folder: a folder for each stage
 
 
 @dataclass(frozen=True)
 class Stage:
     """A piece of work. ``settings`` are JSON; ``inputs`` and ``outputs`` are files and folders below the run's.
 
-    ``apart`` are names of files in these folders that are of no account, for they belong to another stage.
+    ``apart`` are names of files in these folders that are of no account, for they belong to another stage. ``resumed``
+    are names of outputs that the work checks and goes on from: intact, they stay when others were edited or deleted.
     """
 
     name: str
@@ -36,13 +40,14 @@ class Stage:
     outputs: tuple[Path, ...]
     work: Callable[[], None]
     apart: tuple[str, ...] = ()
+    resumed: tuple[str, ...] = ()
 
 
 class Stages:
     """The records of a run in the folder ``out``. ``executed`` are the names of the stages that this run did."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, progress: Progress = SILENT) -> None:
+        self.out, self.progress = out, progress
         self.executed: list[str] = []
         self.seconds: dict[str, float] = {}
 
@@ -61,9 +66,9 @@ class Stages:
         record = self._record(stage)
         if not self.is_done(stage):
             key = self._key(stage)
-            before = self._cleared(stage, record, key)
+            before, former = self._cleared(stage, record, key)
             files.make_folder(self.out / FOLDER)
-            files.write_json(self._path(stage), {"key": key, "before": before})
+            files.write_json(self._path(stage), {"key": key, "before": before, "former": former})
             started = time.monotonic()
             stage.work()
             seconds = round(time.monotonic() - started, 3)
@@ -71,24 +76,54 @@ class Stages:
             outputs = {name: _digest(self.out / name) for name in written}
             record = {"key": key, "seconds": seconds, "outputs": outputs}
             files.write_json(self._path(stage), record)
+            self._remove(former)
             self.executed.append(stage.name)
         assert record is not None
         self.seconds[stage.name] = record["seconds"]
 
-    def _cleared(self, stage: Stage, record: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
-        """Remove what the stage wrote before, done or killed; returns the files that were there without it, stamped.
+    def _cleared(self, stage: Stage, record: Mapping[str, Any] | None, key: str) -> tuple[dict[str, Any], list[str]]:
+        """Clear away what the stage wrote before, done or killed.
 
         What was half written with the same settings and inputs stays, for the work to go on from.
+
+        Returns:
+            The files that were there without it, stamped; those that are to be removed once the work is done.
         """
         record = record or {}
         outputs, before = record.get("outputs"), record.get("before")
+        former = [name for name in record.get("former") or [] if isinstance(name, str)]
         if isinstance(outputs, dict):
-            self._remove(outputs)
-        elif isinstance(before, dict):
+            stays = stage.resumed if record.get("key") == key else ()
+            former += self._set_aside(stage, outputs, stays)
+            return {name: stamp for name, stamp in self._stamps(stage).items() if name not in outputs}, former
+        if isinstance(before, dict):
             if record.get("key") == key:
-                return before
+                return before, former
             self._remove(name for name, stamp in self._stamps(stage).items() if stamp != before.get(name))
-        return self._stamps(stage)
+        return self._stamps(stage), former
+
+    def _set_aside(self, stage: Stage, outputs: Mapping[str, str], stays: Sequence[str]) -> list[str]:
+        """Move a finished stage's files out of the way; returns where those went that nobody has edited."""
+        unedited = []
+        for name, digest in outputs.items():
+            file = self._own(name)
+            if file is None:
+                continue
+            edited = _digest(file) != digest
+            if not edited and file.name in stays:
+                continue
+            place = _free_name(self.out / FORMER / stage.name / name)
+            files.make_folder(place.parent)
+            file.rename(place)
+            self._remove_empty(file)
+            if edited:
+                self.progress.message(
+                    f"{file} was changed after {stage.name} had written it; {stage.name} is done again, "
+                    f"and the changed file is now {place}"
+                )
+            else:
+                unedited.append(place.relative_to(self.out).as_posix())
+        return unedited
 
     def _path(self, stage: Stage) -> Path:
         return self.out / FOLDER / f"{stage.name}.json"
@@ -128,15 +163,33 @@ class Stages:
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
-            file = self.out / name
-            if ".." in file.parts or Path(name).is_absolute() or not file.is_file():
-                continue
-            file.unlink()
-            with suppress(OSError):  # the folders that this leaves empty
-                for folder in file.parents:
-                    if folder == self.out:
-                        break
-                    folder.rmdir()
+            file = self._own(name)
+            if file is not None:
+                file.unlink()
+                self._remove_empty(file)
+
+    def _own(self, name: str) -> Path | None:
+        """The file ``name`` of the run's folder; None where there is none, and for names that lead out of it."""
+        file = self.out / name
+        return None if ".." in file.parts or Path(name).is_absolute() or not file.is_file() else file
+
+    def _remove_empty(self, file: Path) -> None:
+        """Remove the folders that ``file`` leaves empty."""
+        with suppress(OSError):
+            for folder in file.parents:
+                if folder == self.out:
+                    break
+                folder.rmdir()
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or with a number after its name where something is there already."""
+    numbered = path
+    number = 1
+    while numbered.exists():
+        numbered = path.with_name(f"{path.name}.{number}")
+        number += 1
+    return numbered
 
 
 def _digest(file: Path) -> str:
