@@ -96,6 +96,8 @@ def calibrate(
     overlap = check_overlap(questions, seen, allow_overlap, "calibration")
     if overlap.headline():
         console.progress.message(overlap.headline())
+    if overlap.unknown():
+        console.progress.message(overlap.unknown())
     pipeline = load_pipeline(console, options, config, None)
     found = fit_calibration(
         pipeline, questions, console.seed, batch_rows, console.progress,

@@ -58,10 +58,8 @@ def controls(
     Example: rsgwm controls runs/demo --out runs/controls
     """
     from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.data.row_hashes import RowRecord
-    from mlx_rsgwm.data.tasks import questions_for
     from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
+    from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, union
     from mlx_rsgwm.evaluation.control_study import ControlPlan, corpora, run_controls
     from mlx_rsgwm.evaluation.controls import control_notes, control_rows
     from mlx_rsgwm.evaluation.report import aligned
@@ -77,9 +75,9 @@ def controls(
     trained = list(corpora(run))
     seed = console.seed
     seen = rows_seen({name: run / name for name in ("drafter", "verifier")})
-    held_out = [q for task in trained for q in questions_for(task, "calibration", calibration_items, seed, folder)]
-    check_overlap(held_out, {name: seen[name] for name in ("drafter", "verifier")}, allow_overlap, "calibration")
-    seen["calibration here"] = RowRecord.of(question.question for question in held_out)
+    trainings = {name: seen[name] for name in ("drafter", "verifier")}
+    held_out, record = draw_calibration(trained, calibration_items, seed, folder, trainings, allow_overlap)
+    seen["calibration here"] = record
     slices = [read_slice(Slice(task, limit, how, seed, folder=folder), union(seen)) for task in tasks or trained]
     asked = [question for questions, _ in slices for question in questions]
     overlap = check_overlap(asked, seen, allow_overlap, "test")

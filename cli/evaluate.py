@@ -13,6 +13,7 @@ from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
 if TYPE_CHECKING:
     import re
 
+    from mlx_rsgwm.data.sources import Question
     from mlx_rsgwm.pipeline.calibration import Calibration
     from mlx_rsgwm.pipeline.loop import DraftVerify
 
@@ -69,13 +70,12 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from mlx_rsgwm.data.row_hashes import RowRecord
-    from mlx_rsgwm.data.tasks import Selection, select_questions
     from mlx_rsgwm.errors import RsgwmError
     from mlx_rsgwm.evaluation.answers import REFUSAL
     from mlx_rsgwm.evaluation.contamination import (
         check_overlap,
         contamination,
+        draw_calibration,
         rows_seen,
         training_questions,
         union,
@@ -103,13 +103,14 @@ def evaluate(
     processes.wait()  # whoever locks the folder clears half-written files out of it
     progress = console.progress if processes.writes else SILENT
     adapters = rows_seen({"drafter": loop["drafter"], "verifier": loop["verifier"]})
-    held_out: list[Selection] = []
+    held_out: list[Question] = []
     if loop["score"] == "auto" and load_calibration(loop["verifier"]) is None:
         count = max(4, 24 // len(tasks))
-        held_out = [select_questions(task, "calibration", count, console.seed, folder) for task in tasks]
-        texts = [question.question for chosen in held_out for question in chosen.questions]
-        of_files = [text for chosen in held_out for text in chosen.file_questions]
-        adapters["calibration here"] = RowRecord.of(texts, of_files)
+        held_out, record = draw_calibration(
+            tasks, count, console.seed, folder, adapters, allow_overlap, only_known_files=True
+        )
+        if held_out:
+            adapters["calibration here"] = record
     seen = union(adapters)
     slices = [read_slice(Slice(task, limit, how, console.seed, split, folder, revision), seen) for task in tasks]
     for _, told in slices:
@@ -119,13 +120,14 @@ def evaluate(
     overlap = check_overlap(questions, adapters, allow_overlap, "test")
     if overlap.headline():
         progress.message(overlap.headline())
+    if overlap.unknown():
+        progress.message(overlap.unknown())
     checked = contamination(questions, training_questions(train_data)) if train_data else None
 
     def calibrate_here(pipeline: DraftVerify) -> Calibration:
-        asked = [question for chosen in held_out for question in chosen.questions]
-        return calibrate(pipeline, asked, console.seed, batch_rows, progress)
+        return calibrate(pipeline, held_out, console.seed, batch_rows, progress)
 
-    pipeline = build_pipeline(console, loop, calibrate_here)
+    pipeline = build_pipeline(console, loop, calibrate_here if held_out else None)
     seeds = tuple(range(console.seed, console.seed + sampling_seeds))
     about = describe_run(
         pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern

@@ -184,9 +184,11 @@ class Run:
         data, section = self.recipe.data, self.recipe.evaluate
         seen = {f"data/{folder_name(task)}": load_corpus(self._corpus(task)).record() for task in data.tasks}
         if data.calibration_items:
-            questions = _questions(self._selections(data.tasks, "calibration", data.calibration_items))
+            chosen = self._selections(data.tasks, "calibration", data.calibration_items)
+            questions = _questions(chosen)
             check_overlap(questions, seen, section.allow_overlap, "calibration")
-            seen["calibration"] = RowRecord.of(question.question for question in questions)
+            in_files = [text for selection in chosen for text in selection.file_questions]
+            seen["calibration"] = RowRecord.of((question.question for question in questions), in_files)
         tests = self._selections(section.tasks or data.tasks, "test", section.items, union(seen))
         check_overlap(_questions(tests), seen, section.allow_overlap, "test")
 

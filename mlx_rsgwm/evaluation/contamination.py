@@ -22,8 +22,10 @@ from typing import Any
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE
 from mlx_rsgwm.data.corpus import load_corpus
-from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of, row_hash
-from mlx_rsgwm.data.sources import Question
+from mlx_rsgwm.data.question_files import is_question_file
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of, row_hash, share_of
+from mlx_rsgwm.data.sources import Question, load_jsonl
+from mlx_rsgwm.data.tasks import select_questions
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.pipeline.calibration import FILE as CALIBRATION_FILE
 
@@ -121,6 +123,15 @@ class Overlap:
     examples: tuple[str, ...]
     not_recorded: tuple[str, ...]
 
+    def unknown(self) -> str:
+        """One line on adapters of which nothing is known; empty where there are none."""
+        if not self.not_recorded:
+            return ""
+        return (
+            f"What {', '.join(self.not_recorded)} was trained on is not recorded, so that nobody can tell whether "
+            "these items are new to it."
+        )
+
     def headline(self) -> str:
         """What must stand above a result; empty where nothing overlaps."""
         if not self.items:
@@ -147,6 +158,39 @@ def rows_seen(folders: Mapping[str, Path]) -> dict[str, RowRecord]:
 def union(seen: Mapping[str, RowRecord]) -> RowRecord:
     """Everything that any of them has seen."""
     return reduce(or_, seen.values(), RowRecord())
+
+
+def draw_calibration(
+    tasks: Sequence[str],
+    count: int,
+    seed: int,
+    folder: Path | None,
+    seen: Mapping[str, RowRecord],
+    allow: bool,
+    only_known_files: bool = False,
+) -> tuple[list[Question], RowRecord]:
+    """``count`` calibration questions of each task, and their record, to be told from the test's.
+
+    ``only_known_files``: of files of one's own only those that the adapters know by all their rows and that have a
+    calibration share; any other was given as a test and stays one.
+
+    Raises:
+        RsgwmError: questions that were trained on, unless ``allow``; whatever choosing raises.
+    """
+    known = union(seen).in_files
+    questions: list[Question] = []
+    in_files: list[str] = []
+    for task in tasks:
+        if only_known_files and is_question_file(task):
+            texts = [question.question for question in load_jsonl(Path(task))]
+            shares = {share_of(text) for text in texts}
+            if "calibration" not in shares or any(row_hash(text) not in known for text in texts):
+                continue
+        chosen = select_questions(task, "calibration", count, seed, folder)
+        questions += chosen.questions
+        in_files += chosen.file_questions
+    check_overlap(questions, seen, allow, "calibration")
+    return questions, RowRecord.of((question.question for question in questions), in_files)
 
 
 def check_overlap(questions: Sequence[Question], seen: Mapping[str, RowRecord], allow: bool, doing: str) -> Overlap:

@@ -126,3 +126,33 @@ def test_text_answers_get_verify_rows(tmp_path):
     built, told = invoke("data", "build", "--task", single, "--split", "all", "--out", tmp_path / "d")
     assert built["counts"]["one"] == {"draft": 1, "verify": 0}
     assert "0 verify rows instead of 100: no wrong answer can be made" in told
+
+
+def test_a_test_file_is_never_calibrated_on(trained, tiny_base, tmp_path):
+    """Without a calibration, a file that the adapters do not know is asked whole, however few rows it has."""
+    other = write(
+        tmp_path / "other.jsonl", [{"question": f"How much is {n} less 1?", "answer": n - 1} for n in range(5)]
+    )
+    result, told = invoke(
+        "eval", "--base", tiny_base, "--drafter", trained / "draft", "--verifier", trained / "verify", "--task", other,
+        "--max-tokens", 4, "--attempts", 2, "--timed", 0,
+    )  # fmt: skip
+    assert result["metadata"]["tasks"][0]["split"] == "all"
+    assert result["metadata"]["tasks"][0]["items"] == 5
+    assert "not calibrated: its score is mean_logprob" in told
+
+
+def test_calibrating_within_eval_is_checked_like_any(trained):
+    """Of a file that the adapters know the calibration share is taken, and what was trained on is refused."""
+    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_seen
+
+    mine = str(trained / "mine.jsonl")
+    seen = rows_seen({"drafter": trained / "draft"})
+    questions, record = draw_calibration([mine], 24, 0, None, seen, False, only_known_files=True)
+    assert questions
+    assert len(record.in_files) == 60
+    assert not record.used & seen["drafter"].used
+    with pytest.raises(RsgwmError, match="calibration questions were trained or calibrated on"):
+        draw_calibration([mine], 24, 0, None, {"drafter": record}, False)
+    assert draw_calibration([mine], 24, 0, None, {}, False, only_known_files=True)[0] == []
