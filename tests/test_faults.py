@@ -100,8 +100,9 @@ def commands(work, base, out):
         ),
         "run": (
             ["run", work / "recipe.yaml", "--out", out],
+            # no calibration: a random base gets every draft wrong, and none can be fitted on that
             ["drafter/adapters.safetensors", "verifier/adapters.safetensors", "report/items.jsonl",
-             "verifier/calibration.json", "export/drafter-peft/adapter_model.safetensors"],
+             "export/drafter-peft/adapter_model.safetensors"],
         ),
     }  # fmt: skip
 
@@ -135,7 +136,7 @@ def test_a_disk_that_fills_up(work, tiny_base, tmp_path, kind):
     assert not (out / WHOLE[0]).exists()
     assert not list(out.rglob("*.tmp*"))
     assert run(*command).exit_code == 0
-    assert all((out / name).is_file() for name in wanted)
+    assert not [name for name in wanted if not (out / name).is_file()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
