@@ -119,7 +119,7 @@ def fuse(
     require_empty(out)
     adapter = Adapter.load(adapter_folder)
     path = resolve_base(base_name, progress)
-    problem = adapter.base_problem(base_name, fingerprint_of(path))
+    problem = adapter.base_problem(base_name, fingerprint_of(path), weights_only=True)
     if problem:
         raise AdapterError(problem)
     model, config = _adapted_model(path, adapter, base_name)

@@ -89,7 +89,7 @@ def check_parity(
         weights_sha256 = open_peft(folder).sha256()
         with exact_float32() as mlx_device:
             base = load_base(base_name, dtype=dtype, progress=progress)
-            problem = adapter.base_problem(base_name, base.fingerprint)
+            problem = adapter.base_problem(base_name, base.fingerprint, weights_only=True)
             if problem:
                 raise AdapterError(problem)
             ids = [list(map(int, one)) for one in token_ids or probe_ids(base, TEXTS)]

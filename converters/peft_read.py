@@ -627,7 +627,7 @@ def _without(config: Mapping[str, Any], left_out: list[str]) -> dict[str, Any]:
 
 def _require_same_base(adapter: Adapter, base: Mapping[str, Any] | None) -> None:
     given = (base or {}).get("fingerprint")
-    problem = adapter.base_problem(str((base or {}).get("name")), given) if given else ""
+    problem = adapter.base_problem(str((base or {}).get("name")), given, weights_only=True) if given else ""
     if problem:
         raise AdapterError(problem)
 

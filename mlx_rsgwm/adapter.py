@@ -74,11 +74,16 @@ class Adapter:
         """Fingerprint of the base it was trained on, or None for an adapter that someone else wrote."""
         return (self.manifest.get("base") or {}).get("fingerprint")
 
-    def base_problem(self, name: str, fingerprint: str) -> str:
-        """Why the base called ``name`` is not the recorded one; empty where it is, or where none is recorded."""
+    def base_problem(self, name: str, fingerprint: str, weights_only: bool = False) -> str:
+        """Why the base called ``name`` is not the recorded one; empty where it is, or where none is recorded.
+
+        The chat template counts where the adapter was trained with it, and not for what only reads weights
+        (``weights_only``: fusing, converting, comparing logits).
+        """
         recorded = self.base_fingerprint
         template = self.manifest.get("template")
-        chat = not isinstance(template, dict) or template.get("chat") is not False
+        ours = self.manifest.get("kind") in ("trained", "merged")  # of others, nobody knows what they were trained with
+        chat = not weights_only and (template.get("chat") is not False if isinstance(template, dict) else ours)
         difference = "" if recorded is None else base_difference(recorded, fingerprint, chat)
         if not difference or recorded is None:
             return ""

@@ -120,7 +120,8 @@ def _check_finished(folder: Path, base: Base, member: Member, config: TrainConfi
     }
     now = {"config": config.describe(), "data": member.data.hash}
     differences = differing(before, now)
-    other_base = base_difference((manifest.get("base") or {}).get("fingerprint") or "", base.fingerprint)
+    chat = (manifest.get("template") or {}).get("chat") is not False
+    other_base = base_difference((manifest.get("base") or {}).get("fingerprint") or "", base.fingerprint, chat)
     if other_base:
         differences = [f"base: another {other_base}", *differences]
     if differences:
