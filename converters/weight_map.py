@@ -83,13 +83,17 @@ class Link:
         return (moved + mx.array(self.offset)).astype(value.dtype) if self.shifted else moved
 
     def undo(self, value: mx.array) -> mx.array:
-        """The reverse of :meth:`apply`."""
+        """The reverse of :meth:`apply`: in the dtype of ``value`` where that holds it exactly, else in float32."""
+        source = value.astype(mx.float32)
         if self.shifted:
-            value = (value - mx.array(self.offset)).astype(value.dtype)
+            source = source - mx.array(self.offset)
         if self.scaled:
             scale = mx.array(self.scale)
-            scale = scale.reshape(-1, *[1] * (value.ndim - 1)) if scale.ndim else scale
-            value = (value / scale).astype(value.dtype)
+            source = source / (scale.reshape(-1, *[1] * (value.ndim - 1)) if scale.ndim else scale)
+        # (w + 1) in bfloat16 has no w in bfloat16 where w + 1 is small: rounding it would be another parameter.
+        narrow = source.astype(value.dtype)
+        exact = not self.shifted or bool(mx.array_equal(narrow.astype(mx.float32), source).item())
+        value = narrow if exact else source
         order = tuple(int(axis) for axis in np.argsort(self.axes or ()))
         return value if order == tuple(range(value.ndim)) else value.transpose(order)
 
@@ -152,11 +156,33 @@ class WeightMap:
         link = replace(known, source=moved(known.source), parts=parts)
         if not all(source in self._shapes for source in link.sources):
             return None
-        # A factor of every layer's own would show here; stacks of experts are too large to look at each.
-        alike = self._runs["zero"][name].size > LARGE or all(
-            np.array_equal(self._values(run, name), self._values(run, pattern)) for run in ("zero", "one")
-        )
-        return link if alike else None
+        return link if self._carried(name, pattern, link) else None
+
+    def _carried(self, name: str, pattern: str, link: Link) -> bool:
+        """Whether the markers of ``name`` say ``link``, too: a factor, an order or a source of every layer's own shows.
+
+        The numbers of the arrays, scaled and shifted, show all but the order within an array; where there are more
+        than ``LARGE`` elements, as in stacks of experts, only they are looked at.
+        """
+        size = self._runs["zero"][name].size
+        if not np.allclose(self._values("number", name), self._numbered(link), rtol=EXACT, atol=EXACT):
+            return False
+        runs = ["zero", "one", *(str(axis) for axis in range(3))] if size <= LARGE else []
+        return all(np.array_equal(self._values(run, name), self._values(run, pattern)) for run in runs)
+
+    def _numbered(self, link: Link) -> np.ndarray:
+        """What ``link`` makes of arrays that hold their own numbers, of one column."""
+        if link.axes is not None:
+            numbers = np.full([1] * len(link.axes), self._numbers[link.source], np.float32)
+            scale = np.reshape(link.scale, (-1, *[1] * (len(link.axes) - 1)))
+        else:
+            blocks = [
+                np.concatenate([np.full(len(part.rows), self._numbers[part.source], np.float32) for part in rows])
+                for rows in link.parts
+            ]
+            numbers = np.stack(blocks)[..., None] if len(blocks) > 1 else blocks[0][:, None]
+            scale = link.scale[..., None] if isinstance(link.scale, np.ndarray) else np.asarray(link.scale)
+        return np.asarray(numbers * scale + link.offset)
 
     # --- markers ------------------------------------------------------------------------------------------------
 

@@ -120,3 +120,53 @@ def test_a_number_that_is_no_layer_is_looked_at_by_itself():
     shapes = {f"layers.{i}.experts.{j}.weight": (4, 4) for i in range(3) for j in range(3)}
     found = WeightMap(lambda arrays: {name: 3 * value.T for name, value in arrays.items()}, shapes)
     assert all(found.link(name).source == name for name in shapes)
+
+
+PER_LAYER = {
+    "factor": lambda layer, value: (3 if layer < 3 else 4) * value.T,
+    "source": lambda layer, value: 3 * value.T,
+    "order": lambda layer, value: 3 * (value.T if layer < 3 else value),
+    "offset": lambda layer, value: 3 * value.T + (layer == 3),
+}
+
+
+# The order within a stack that is too large to look at is taken from its first layer (docs/formats.md).
+@pytest.mark.parametrize(("name", "large"), [(n, big) for n in PER_LAYER for big in (0, 1) if (n, big) != ("order", 1)])
+def test_a_layer_that_is_treated_otherwise_is_not_taken_for_its_neighbour(name, large, monkeypatch):
+    """Squares; then stacks of experts, too large to look at each element of."""
+    monkeypatch.setattr("mlx_rsgwm.converters.weight_map.LARGE", 8 if large else 1 << 26)
+    shapes = {f"layers.{i}.{expert}.weight": (4, 4) for i in range(4) for expert in ("a", "b")}
+    rng = np.random.default_rng(3)
+    arrays = {key: mx.array(rng.standard_normal(shape).astype(np.float32)) for key, shape in shapes.items()}
+
+    def sanitize(values):
+        made = {}
+        for layer in range(4):
+            pair = [PER_LAYER[name](layer, values[f"layers.{layer}.{expert}.weight"]) for expert in ("a", "b")]
+            swapped = name == "source" and layer == 3
+            made[f"layers.{layer}.both"] = mx.stack(pair[::-1] if swapped else pair)
+        return made
+
+    found, expected = WeightMap(sanitize, shapes), sanitize(arrays)
+    for parameter, value in expected.items():
+        link = found.link(parameter)
+        if link is None:
+            continue  # refused by name
+        blocks = []
+        for (part,) in link.parts:
+            source = np.array(arrays[part.source])
+            blocks.append((source.T if part.transposed else source)[part.rows])
+        scale = np.reshape(link.scale, (-1, *np.shape(link.scale)[1:], 1)) if np.ndim(link.scale) else link.scale
+        np.testing.assert_allclose(np.stack(blocks) * scale, np.array(value), rtol=1e-6)
+    assert sum(found.link(parameter) is not None for parameter in expected) >= 3
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_shifted_parameter_goes_back_without_being_rounded(dtype):
+    link = WeightMap(changed("layers.0.norm.weight", lambda value: value + 1.0), SHAPES).link("layers.0.norm.weight")
+    value = mx.array([0.003, 1.0, 1.25, 0.5, -0.001, 3.0]).astype(dtype)
+    back = link.undo(value)
+    assert mx.array_equal((back.astype(mx.float32) + 1).astype(dtype), value)
+    assert back.dtype == mx.float32
+    exact = link.undo(mx.array([1.0, 1.25, 0.5, 1.5, 2.0, 0.75]).astype(dtype))
+    assert exact.dtype == dtype
