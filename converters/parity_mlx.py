@@ -201,7 +201,7 @@ def exact_float32() -> Iterator[str]:
     """Run MLX where float32 products are float32, and yield that device's name.
 
     On M5 and on CUDA, MLX multiplies float32 matrices with 10-bit mantissas unless ``MLX_ENABLE_TF32=0`` was set
-    before its first product (mlx issue 3860). Where that is too late, the CPU does the comparison.
+    before its first product (ml-explore/mlx#3860). Where that is too late, the CPU does the comparison.
     """
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     device = mx.default_device()

@@ -1,4 +1,4 @@
-"""Verify rows from drafts that adapters wrote themselves: the mistakes a verifier will meet (SPEC 9).
+"""Verify rows from drafts that adapters wrote themselves: the mistakes a verifier will meet.
 
 Perturbed gold answers err in one number or operation; a drafter errs in its own ways, and a verifier that knows only
 the former need not see the latter. Both rows of a pair, one right and one wrong, have the same question, so that

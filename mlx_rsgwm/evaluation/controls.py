@@ -1,4 +1,4 @@
-"""What draft–verify must beat: other ways to spend the same tokens, other verifiers, other adapters (issue 6.5).
+"""What draft–verify must beat: other ways to spend the same tokens, other verifiers, other adapters.
 
 All ways of choosing among drafts see the same drafts of the merged drafter. Each becomes a list of records "as that
 loop would have left them", so that one set of metrics, tests and tokens applies to all. Equal budget means: a control

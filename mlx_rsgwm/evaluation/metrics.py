@@ -130,7 +130,7 @@ def identity_problems(
     average_attempts: float | None = None,
     max_attempts: int | None = None,
 ) -> list[str]:
-    """Which identities of SPEC 6 the figures break, with their values; rounding errors below 1e-9 are ignored.
+    """Which identities of the paper's metrics the figures break, with values; errors below 1e-9 are ignored.
 
     ``missing`` is the share of all texts without an answer, those cut off before one included.
     """
@@ -157,7 +157,7 @@ def identity_problems(
 
 
 def check_identities(found: Table, max_attempts: int | None = None) -> None:
-    """Raise AssertionError with the values when the rows of a table contradict each other (SPEC 6, Asserts)."""
+    """Raise AssertionError with the values when the rows of a table contradict each other."""
     problems = identity_problems(
         found.accuracy.value,
         found.wrong_rate.value,

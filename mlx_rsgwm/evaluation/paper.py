@@ -1,4 +1,4 @@
-"""The paper's three tables as printed (SPEC 8), and the arithmetic that they violate (SPEC 6)."""
+"""The paper's three tables as printed, and the arithmetic that they violate."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def linear(module: Module) -> Factors:
     """Weighted mean of the products, or with ``space`` factor of the factors.
 
     Mean factors are not the mean of the products: for adapters that do not share their initialisation the difference
-    is large (SPEC 6.13).
+    is large.
     """
     if module.parameters["space"] == "product":
         return combination(weighted_mean)(module)
@@ -58,7 +58,7 @@ def linear(module: Module) -> Factors:
 
 
 def weighted_mean(module: Module) -> mx.array:
-    """c_t = w_t / Σ w: the mean of the products, which PEFT's factor-space ``linear`` is not (SPEC 5)."""
+    """c_t = w_t / Σ w: the mean of the products, which PEFT's factor-space ``linear`` is not."""
     return shares(module.weights)
 
 
@@ -86,7 +86,7 @@ def survey_norms(pool: Pool, parameters: Mapping[str, Any]) -> mx.array:
 
 
 def norm_equalised(module: Module) -> mx.array:
-    """Unequal adapters made equal, by one of two definitions (SPEC 1.4).
+    """Unequal adapters made equal, by one of two definitions.
 
     ``definition`` global: c_t ∝ w_t / F_t with F_t the adapter's norm over all modules, Σ c = 1 (Study 16: for two,
     F_b / (F_a + F_b)); geometric: every module's update is scaled to the module's geometric-mean norm, then averaged.

@@ -14,7 +14,7 @@ def elementwise(merge: Callable[..., mx.array]) -> Callable[[Module], Factors | 
     """The method that runs ``merge(deltas, weights, key, **parameters)`` in the space that ``space`` names.
 
     In product space the updates are formed one by one and the dense result is for the caller to truncate. In factor
-    space the masks and signs of A are chosen apart from those of B (SPEC 5: not the same as on the products).
+    space the masks and signs of A are chosen apart from those of B (not the same as on the products).
     ``lambda`` multiplies the merged update once.
     """
 

@@ -69,13 +69,13 @@ class FisherMean:
 
 
 def fisher(module: Module) -> Factors | mx.array:
-    """Σ λ_t F_t θ_t / Σ λ_t F_t with F = s², the recorded importance squared (SPEC 5; fusion_bench ``fisher_merging``).
+    """Σ λ_t F_t θ_t / Σ λ_t F_t with F = s², the recorded importance squared (fusion_bench ``fisher_merging``).
 
-    Parameters: ``space`` product (entries of ΔW; F from the factors' moments, SPEC 6.13) | factor (entries of A and of
+    Parameters: ``space`` product (entries of ΔW; F from the factors' moments) | factor (entries of A and of
     B); ``normalise`` l2 | none: with l2 an adapter's weights are divided by their L2 norm over all its modules, so that
     none wins by a steeper loss; ``minimum`` is added to every F; ``floor`` relative | absolute: whether ``minimum``
     is in units of the adapter's root mean square F, or as it is. fusion_bench's is absolute 1e-6, made for gradients
-    of whole models; an adapter's F is of that size itself (SPEC 9: 2e-8 for A, 1e-6 for B), and the result
+    of whole models; an adapter's F is of that size itself (measured: 2e-8 for A, 1e-6 for B), and the result
     then little but the mean. ``weights`` are the λ.
 
     Raises:

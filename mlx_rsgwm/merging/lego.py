@@ -19,7 +19,7 @@ TINY = 1e-30
 def lego(module: Module) -> Factors:
     """k rank-one units, each the centroid of a cluster of the pool's, as long as its members are on average.
 
-    The paper's "dual reweighting" is not in print where we could read it; these are SPEC 5's: a centroid is brought to
+    The paper's "dual reweighting" is not in print where we could read it; these are ours: a centroid is brought to
     the mean norm of its members, and the whole product is multiplied by √(R / k), k the number of clusters.
 
     Parameters: ``clusters`` (0: the largest rank in the pool); ``output``, what R is: sum (Σ r_t, so that unrelated

@@ -1,4 +1,4 @@
-"""The steps of role-specific gradient-weighted merging: quantiles, masks, importances on one scale (SPEC 8)."""
+"""The steps of role-specific gradient-weighted merging: quantiles, masks, importances on one scale."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.regmean import regmean
 from mlx_rsgwm.merging.rsgwm import rsgwm, survey
 
-# The drafter keeps the top 70 % of a task's parameters, the verifier the top 50 % (SPEC 8).
+# The drafter keeps the top 70 % of a task's parameters, the verifier the top 50 %.
 ROLE_TAU: Mapping[str, float] = MappingProxyType({"draft": 0.30, "verify": 0.50})
 
 
@@ -108,7 +108,7 @@ LAMBDA = Parameter(1.0, "factor on the merged update", 0, open_low=True)
 _RSGWM = Method(
     rsgwm,
     "importance-weighted mean of what each adapter's top parameters changed, for a role",
-    "RS-GWM, equations 1 and 2; SPEC 6 and 8",
+    "RS-GWM, equations 1 and 2; docs/merging.md",
     {
         "space": spaces("factor", "product"),
         "tau": Parameter(None, "quantile of the mask; 0.30 to draft, 0.50 to verify", 0, 1, True, True),
@@ -176,7 +176,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "paper-literal": Method(
             rsgwm,
             "Algorithm 1 as printed: one signal for all roles, one quantile over all parameters, nothing normalised",
-            "RS-GWM, Algorithm 1; SPEC 6.10–6.14 on what it leaves open",
+            "RS-GWM, Algorithm 1; docs/merging.md on what it leaves open",
             _RSGWM.with_defaults(signal="shared", scope="global", reference="zero", normalise="none"),
             survey,
             needs=("importance",),
@@ -199,7 +199,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "norm_equalised": Method(
             combine.combination(combine.norm_equalised),
             "weighted mean of adapters brought to equal norm",
-            "SPEC 1.4",
+            "gradience, merge/recommend.py and plan.py",
             {
                 "definition": Parameter(
                     "global", "equal norms over the adapter, or in every module", choices=("global", "geometric")
@@ -286,7 +286,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "lego": Method(
             lego,
             "cluster the rank-one units of all adapters; a cluster is a unit of the result",
-            "Zhao et al., 2025 (arXiv 2409.16167); scaling as in SPEC 5",
+            "Zhao et al., 2025 (arXiv 2409.16167); scaling: the docstring",
             {
                 "clusters": Parameter(0, "number of units; 0 for the highest rank of the pool", 0, whole=True),
                 "output": Parameter(

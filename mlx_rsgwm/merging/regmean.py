@@ -14,7 +14,8 @@ RAISES = 5  # of the ridge, tenfold each, before a Gram matrix is given up
 
 
 def regmean(module: Module) -> Factors:
-    """ΔW = (Σ w_t G_t)⁻¹ Σ w_t G_t ΔW_t, the least-squares solution for Σ w_t ‖X_t ΔW − X_t ΔW_t‖² (SPEC 5).
+    """ΔW = (Σ w_t G_t)⁻¹ Σ w_t G_t ΔW_t, the least-squares solution for Σ w_t ‖X_t ΔW − X_t ΔW_t‖²
+    (Jin et al., 2023, arXiv 2212.09849).
 
     G_t = X_tᵀX_t / n of the module's inputs under adapter t (``rsgwm grams collect``). As ΔW_t = a_t b_t, only the a_t
     are solved for, and the result is exact at rank Σ r_t.

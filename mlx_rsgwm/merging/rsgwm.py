@@ -1,4 +1,4 @@
-"""Role-Specific Gradient-Weighted Merging, in factor space and in product space (SPEC 6 and 8)."""
+"""Role-Specific Gradient-Weighted Merging, in factor space and in product space."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _product_importances(pool: Pool, index: int, signal: str) -> Iterator[mx.arr
 
 
 def product_importance(factors: Factors, importance: tuple[mx.array, mx.array], scale: float) -> mx.array:
-    """S = √((s_A²)(B²) + (A²)(s_B²)), (in, out): what the factors' moments say of ΔW's entries (SPEC 6.13)."""
+    """S = √((s_A²)(B²) + (A²)(s_B²)), (in, out): what the factors' moments say of ΔW's entries."""
     s_a, s_b = importance
     b = factors.b / scale
     return mx.sqrt(mx.square(s_a) @ mx.square(b) + mx.square(factors.a) @ mx.square(s_b))
@@ -115,7 +115,7 @@ def rsgwm(module: Module) -> Factors | mx.array:
     product space tensor is module and factor is global); ``normalise`` mean | norm | none | rank, how importances of
     different tasks come to one scale: norm divides by the mean and by the norm of the adapter's update, so that no
     adapter wins an entry by being large; ``reference`` init | zero, in factor space: with init an entry of A that every
-    mask drops falls back to the shared initialisation, which keeps the product alive (SPEC 6.14); ``epsilon``.
+    mask drops falls back to the shared initialisation, which keeps the product alive; ``epsilon``.
     ``weights`` multiply the importances.
 
     Raises:

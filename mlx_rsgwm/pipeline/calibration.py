@@ -1,4 +1,4 @@
-"""What a verifier's scores are worth: which to use, what its values mean, where the threshold is (SPEC 6.7, 9).
+"""What a verifier's scores are worth: which to use, what its values mean, where the threshold is.
 
 Stored beside the verifier as ``calibration.json``; ``pipeline/fitting.py`` makes it.
 """

@@ -17,7 +17,7 @@ MODES = ("adaptive", "parallel", "sequential")
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Settings of the loop. ``attempts`` counts all drafts of a question, the first included (SPEC 6.6).
+    """Settings of the loop. ``attempts`` counts all drafts of a question, the first included.
 
     ``abstain``: when no draft is accepted the answer has no text, instead of the best-scored draft's.
     """

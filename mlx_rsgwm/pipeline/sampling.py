@@ -20,7 +20,7 @@ CANDIDATES = 128
 
 @dataclass(frozen=True)
 class Sampling:
-    """Decoding settings. Temperature 0 is greedy; the paper drafts at 0.7 with top-p 0.9 (SPEC 8)."""
+    """Decoding settings. Temperature 0 is greedy; the paper drafts at 0.7 with top-p 0.9."""
 
     temperature: float = 0.7
     top_p: float = 0.9

@@ -39,7 +39,7 @@ class Signals:
 
     @property
     def mean_logprob(self) -> float | None:
-        """exp(mean token log-probability), in [0, 1]: the literal reading of the paper's score (SPEC 6.7)."""
+        """exp(mean token log-probability), in [0, 1]: the literal reading of the paper's score."""
         return None if self.mean is None else math.exp(self.mean)
 
 

@@ -1,4 +1,4 @@
-"""Settings of one training run; the defaults are the paper's (SPEC 8) where it states them."""
+"""Settings of one training run; the defaults are the paper's where it states them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TrainConfig:
 
     ``keys`` are module names inside a block, or ``all-linear`` for every linear layer there. ``num_layers`` counts
     blocks from the last, -1 for all. ``init_seed`` seeds lora_a alone and is shared by a pool: factor-space merging is
-    only meaningful for adapters that started from the same A (SPEC 6.13). ``seed`` seeds dropout and the order of the
+    only meaningful for adapters that started from the same A. ``seed`` seeds dropout and the order of the
     data.
 
     One step takes ``accumulate`` batches of ``batch_size`` rows, weighted by their trained tokens, so that it equals a

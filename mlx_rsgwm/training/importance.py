@@ -1,6 +1,6 @@
 """How hard the optimiser pulled on every parameter: the moment that Adam keeps, kept for each role as well.
 
-s = sqrt(v / (1 - beta2^t)) with v the exponential moving average of squared gradients (SPEC 6.12, 8). The gradients are
+s = sqrt(v / (1 - beta2^t)) with v the exponential moving average of squared gradients. The gradients are
 those of the loss, before clipping and weight decay. Steps of a role update only ``all`` and that role's moments, so
 ``draft`` and ``verify`` are what Adam would hold had it seen those batches alone.
 """

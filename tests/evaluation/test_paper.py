@@ -1,4 +1,4 @@
-"""The paper's printed rows, and every violated identity that SPEC 6 lists."""
+"""The paper's printed rows, and every identity that they violate."""
 
 from mlx_rsgwm.evaluation.paper import TABLES, arithmetic_problems, footnotes
 from mlx_rsgwm.evaluation.tables import ROWS

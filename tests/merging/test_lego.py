@@ -62,7 +62,7 @@ def lloyd(points, seeds, iterations, aligned):
 
 
 def assembled(factors, weights, members, output):
-    """SPEC 5's LoRA-LEGO, given who is with whom."""
+    """LoRA-LEGO, given who is with whom."""
     units, inputs = [], factors[0].a.shape[0]
     for one, weight in zip(factors, weights, strict=True):
         for a, b in zip(wide(one.a).T, weight * wide(one.b), strict=True):

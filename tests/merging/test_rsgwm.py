@@ -34,7 +34,7 @@ def scaled(s, everything, how, adapter):
 
 
 def algorithm_one(adapters, options):
-    """Algorithm 1 of the paper with the readings of SPEC 6, entry by entry in float64, on the factors."""
+    """Algorithm 1 of the paper with our readings of what it leaves open, entry by entry in float64, on the factors."""
     read = resolved(options)
     names = list(adapters[0].weights)
     scopes = {
