@@ -160,14 +160,19 @@ def build_pipeline(
     """
     from dataclasses import replace
 
-    from mlx_rsgwm.pipeline.calibration import NothingToTellApart, load_calibration
+    from mlx_rsgwm.pipeline.calibration import (
+        UNCALIBRATED_SCORE,
+        UNCALIBRATED_THRESHOLD,
+        NothingToTellApart,
+        load_calibration,
+    )
     from mlx_rsgwm.pipeline.decisions import LoopConfig
 
     score, threshold = options["score"], _threshold(options["threshold"])
-    provisional = "mean_logprob" if score == "auto" else score
+    provisional = UNCALIBRATED_SCORE if score == "auto" else score
     config = LoopConfig(
         attempts=options["attempts"],
-        threshold=0.7 if threshold is None else threshold,
+        threshold=UNCALIBRATED_THRESHOLD if threshold is None else threshold,
         score=provisional,
         sampling=sampling_of(console, options),
         mode=options["mode"],
@@ -183,12 +188,12 @@ def build_pipeline(
         except NothingToTellApart as error:
             console.progress.message(f"warning: {error}")
     if score == "auto":
-        score = calibration.score if calibration else "mean_logprob"
+        score = calibration.score if calibration else UNCALIBRATED_SCORE
         if calibration is None:
-            console.progress.message("the verifier is not calibrated: its score is mean_logprob")
+            console.progress.message(f"the verifier is not calibrated: its score is {UNCALIBRATED_SCORE}")
     if threshold is None:
         matching = calibration is not None and calibration.score == score
-        threshold = calibration.threshold if calibration is not None and matching else 0.7
+        threshold = calibration.threshold if calibration is not None and matching else UNCALIBRATED_THRESHOLD
     pipeline.config = replace(config, threshold=threshold, score=score)
     return pipeline
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from mlx_rsgwm.data.boxes import find_boxes
 from mlx_rsgwm.data.equations import (
     OPERATIONS,
     Equation,
@@ -33,7 +34,7 @@ from mlx_rsgwm.data.equations import (
     value_of,
 )
 from mlx_rsgwm.data.numbers import LITERAL, decimals_needed, parse_number, read_literal, unfrac, write_number
-from mlx_rsgwm.data.sources import Question, last_boxed
+from mlx_rsgwm.data.sources import Question
 
 _UNIT = r"(?:\s?/?\s?[A-Za-z][A-Za-z'’]*(?![A-Za-z'’])){0,4}"
 # A number in running text: not part of a word, an index, a time or an ordinal.
@@ -106,10 +107,8 @@ def make_wrong(question: Question, rng: random.Random) -> Wrong | None:
         others = [letter for letter in (letters or list("ABCDE")) if letter != gold]
         if not others:
             return None
-        wrong, span = rng.choice(others), last_boxed(question.rationale)
-        boxed = span is not None and question.rationale[span[0] : span[1]].strip() == gold
-        rationale = _put(question.rationale, span, wrong) if span and boxed else question.rationale
-        return Wrong(rationale, wrong, "label")
+        wrong = rng.choice(others)
+        return Wrong(_put_boxed(question.rationale, gold, wrong) or question.rationale, wrong, "label")
     value = parse_number(gold)
     if value is not None:
         computed = _perturb_computation(question.rationale, gold, value, rng)
@@ -118,8 +117,12 @@ def make_wrong(question: Question, rng: random.Random) -> Wrong | None:
     return _perturb_answer(question.rationale, gold, rng)
 
 
-def _put(text: str, span: tuple[int, int], new: str) -> str:
-    return text[: span[0]] + new + text[span[1] :]
+def _put_boxed(rationale: str, gold: str, wrong: str) -> str:
+    """The rationale with ``wrong`` in its last box, or in the boxes that gave ``gold`` together; empty without any."""
+    boxes = list(find_boxes(rationale))
+    if not boxes or boxes[-1].answer != gold:
+        return ""
+    return rf"{rationale[: boxes[-1].start]}\boxed{{{wrong}}}{rationale[boxes[-1].end :]}"
 
 
 def _cased(text: str, like: str) -> str:
@@ -320,9 +323,8 @@ def _perturb_answer(rationale: str, gold: str, rng: random.Random) -> Wrong | No
     old_value, new_value = parse_number(gold), parse_number(wrong)
     if old_value is not None and old_value == new_value:
         return None
-    span = last_boxed(rationale)
-    if span is not None and rationale[span[0] : span[1]].strip() == gold:
-        return Wrong(_put(rationale, span, wrong), wrong, "answer")
+    if boxed := _put_boxed(rationale, gold, wrong):
+        return Wrong(boxed, wrong, "answer")
     last = rationale.rfind("\n") + 1
     mentions = [
         found for found in _MENTION.finditer(rationale, last) if read_literal(found[0]) == abs(old_value or Fraction(0))

@@ -74,22 +74,6 @@ class Source:
     evaluation_split: str = "test"
 
 
-def last_boxed(text: str) -> tuple[int, int] | None:
-    r"""Start and end of what the last complete ``\boxed{…}`` or ``\fbox{…}`` holds, nested braces included."""
-    openings = {found.end() - 1 for found in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)}
-    open_braces: list[int] = []
-    last: tuple[int, int] | None = None
-    # An escaped brace is a printed one (a set), not grammar.
-    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        if found[0] == "{" or found.end() - 1 in openings:
-            open_braces.append(found.end() - 1)
-        elif found[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start in openings and (last is None or start + 1 > last[0]):
-                last = (start + 1, found.start())
-    return last
-
-
 def split_marked(answer: str) -> tuple[str, str] | None:
     """``(rationale, gold)`` of a GSM8K-style answer, calculator notes stripped; None without a ``####`` line."""
     marks = list(re.finditer(r"#{4,}", answer))

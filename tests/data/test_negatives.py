@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_rsgwm.data.boxes import find_boxes
 from mlx_rsgwm.data.equations import evaluate, find_equations, scan_equations
 from mlx_rsgwm.data.negatives import make_wrong, perturb
 from mlx_rsgwm.data.numbers import parse_number, write_number
@@ -202,3 +203,11 @@ def test_other_sources(task):
 def test_written_numbers_read_back():
     for value in (Fraction(1, 3), Fraction(7, 4), Fraction(-5), Fraction(123456, 100)):
         assert parse_number(write_number(value)) == value
+
+
+def test_boxes_that_give_one_gold_together_are_changed_together():
+    rationale = r"So $x = \boxed{1}$ or $x = \boxed{-1}$."
+    for seed in range(8):
+        found = perturb(ask(rationale, "1, -1"), random.Random(seed))
+        assert found.gold != "1, -1"
+        assert [boxes.answer for boxes in find_boxes(found.rationale)] == [found.gold]

@@ -347,12 +347,6 @@ def test_numbers_keep_their_style():
     assert parse_number("--3") is None
 
 
-def test_last_boxed_nested():
-    text = r"\boxed{1} and \boxed{\frac{a}{\{b\}}} and \boxed{open"
-    start, end = sources.last_boxed(text)
-    assert text[start:end] == r"\frac{a}{\{b\}}"
-
-
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
