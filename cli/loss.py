@@ -38,6 +38,8 @@ def loss(
     Example: rsgwm loss corpus/change --adapter adapters/change
     """
     from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.data.batching import row_notes
+    from mlx_rsgwm.data.row_hashes import record_of
     from mlx_rsgwm.data.sets import load_data
     from mlx_rsgwm.pipeline.pairing import load_base_for
     from mlx_rsgwm.slots import AdapterSlots
@@ -48,9 +50,16 @@ def loss(
     base = load_base_for(list(loaded.values()), base_name, console.progress)
     found, dropped = examples.token_rows(base.tokenizer, max_tokens, "drop")
     chosen = found[:rows] if rows else found
+    for note in row_notes(chosen):
+        console.progress.message(f"{data}: {note}")
     slots = AdapterSlots(base)
     for name, adapter in loaded.items():
         slots.load(name, adapter)
+    asked = examples.record().used
+    trained_on = {
+        name: len(asked & record_of(adapter.manifest, name).used) / max(len(asked), 1)
+        for name, adapter in loaded.items()
+    }
     results: dict[str, Any] = {}
     with console.progress.task("loss", 1 + len(loaded)) as advance:
         for name in ("base", *loaded):
@@ -59,7 +68,10 @@ def loss(
             advance(1, name)
     for name, values in results.items():
         told = ", ".join(f"{role} {value:.4f}" for role, value in values.items())
+        if trained_on.get(name):
+            console.line(f"NOT NEW: {name} was trained on {trained_on[name]:.0%} of the questions of {data}")
         console.line(
             f"{name}: {told} nats per completion token, {len(chosen)} rows{f' ({dropped} too long)' * bool(dropped)}"
         )
-    console.result({"rows": len(chosen), "loss": results})
+    counts = {"rows": len(chosen), "rows_too_long": dropped}
+    console.result({**counts, "loss": results, "trained_on": trained_on})

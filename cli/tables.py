@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--sampling-seeds", type=int, help="Default: 1 (--seed) for Table 1, seeds 0, 1, 2 for 2 and 3.")
 @click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
+@click.option("--allow-overlap", is_flag=True, help="Ask what was trained on, too; it stands above the table.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/tables"), show_default=True)
 @common_options
 def tables(
@@ -43,6 +44,7 @@ def tables(
     sampling_seeds: int | None,
     timed: int,
     batch_rows: int,
+    allow_overlap: bool,
     out: Path,
 ) -> None:
     """Measure the paper's Table NUMBER (1, 2 or 3) at any base and size, and show where its own arithmetic fails.
@@ -54,8 +56,11 @@ def tables(
       rsgwm tables 1 --set data.folder=../data
       rsgwm tables 2 --recipe demo --limit 20 --out runs/small-tables
     """
+    from dataclasses import asdict
+
     from mlx_rsgwm.base import load_base
     from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
     from mlx_rsgwm.evaluation.paper import TITLES
     from mlx_rsgwm.evaluation.report import aligned, markdown_table
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
@@ -75,22 +80,31 @@ def tables(
     asked = tasks or default.evaluate.tasks or default.data.tasks
     count = limit or (100 if table == 1 else 20)
     per_task = max(1, count // len(asked)) if limit is None else count
-    questions = [q for task in asked for q in read_slice(Slice(task, per_task, seed=default.seed, folder=folder))[0]]
+    slices = [Slice(task, per_task, seed=default.seed, folder=folder) for task in asked]
+    for wanted in slices:  # what cannot be asked is told before hours of training
+        read_slice(wanted)
     for name, recipe in recipes.items():
         console.progress.message(f"{name}: {' '.join(readings[name]) or 'the recipe as it is'}")
         run_recipe(recipe, out / _folder(name), console.progress)
+    runs = {name: out / _folder(name) for name in recipes}
+    roles = {f"{name}: {role}": run / role for name, run in runs.items() for role in ("drafter", "verifier")}
+    seen = rows_seen(roles)
+    questions = [question for wanted in slices for question in read_slice(wanted, union(seen))[0]]
+    overlap = check_overlap(questions, seen, allow_overlap or default.evaluate.allow_overlap, "test")
     first = console.seed if table == 1 else 0
     seeds = tuple(range(first, first + (sampling_seeds or (1 if table == 1 else 3))))
     measured = {
         name: _setting(recipe, out / _folder(name), seeds, timed, batch_rows) for name, recipe in recipes.items()
     }
-    runs = {name: out / _folder(name) for name in recipes}
     base = load_base(default.base, progress=console.progress)
     items = out / f"table-{table}"
-    found = measure(table, base, runs, questions, measured, items, console.progress)
+    headline = [line for line in (overlap.headline(), overlap.unknown()) if line]
+    told = {**asdict(overlap), "headline": overlap.headline()}
+    found = measure(table, base, runs, questions, measured, items, console.progress, told)
     rows, notes = table_rows(found), table_notes(found)
-    write_text(items / f"table-{table}.md", "\n\n".join([f"# {TITLES[table]}", markdown_table(rows), *notes]) + "\n")
-    console.line(TITLES[table])
+    page = [f"# {TITLES[table]}", *headline, markdown_table(rows), *notes]
+    write_text(items / f"table-{table}.md", "\n\n".join(page) + "\n")
+    console.line("\n".join([*headline, TITLES[table]]))
     console.line(aligned(rows))
     console.line("\n".join(notes))
     console.result(found)

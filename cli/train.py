@@ -144,6 +144,7 @@ def summarise(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "held_out_loss": manifest["held_out_loss"],
         "held_out_rows": manifest.get("held_out_rows"),
         "test_loss": manifest.get("test_loss"),
+        "test_rows": manifest.get("test_rows"),
         "memory": manifest["memory"],
     }
 
@@ -166,6 +167,9 @@ def render(summary: Mapping[str, Any], max_tokens: int) -> str:
         lines.append(
             f"held-out rows above {max_tokens} tokens: {held['rows_too_long']} left out, {held['rows_cut']} cut"
         )
+    for name, counts in (("held-out", summary["held_out_rows"]), ("test", summary["test_rows"])):
+        if counts and counts.get("also_trained"):
+            lines.append(f"NOT NEW: {counts['also_trained']} of {counts['rows']} {name} rows were trained on, too")
     for role, value in summary["held_out_loss"]["after"].items():
         before = summary["held_out_loss"]["before"][role]
         lines.append(f"held-out {role} loss: {before:.3f} → {value:.3f} nats per token")

@@ -47,7 +47,7 @@ from mlx_rsgwm.recipes.schema import Recipe, folder_name, load_recipe, shipped_r
 from mlx_rsgwm.recipes.stages import Stage, Stages
 from mlx_rsgwm.slots import AdapterSlots
 from mlx_rsgwm.training.checkpoints import Saving
-from mlx_rsgwm.training.loop import finish, train
+from mlx_rsgwm.training.loop import check_fit, finish, train
 
 __all__ = ["Recipe", "Run", "load_recipe", "run_recipe", "shipped_recipes"]
 
@@ -84,6 +84,8 @@ class Run:
         files.make_folder(self.out)
         self._fingerprint = fingerprint_of(resolve_base(self.recipe.base, self.progress))
         plan = self._plan()
+        if not all(self.stages.is_done(stage) for stage in plan if stage.name.startswith("train-")):
+            check_fit(self.base.model, self.recipe.train)
         for stage in plan:
             if stage.name.startswith("train-") and not self.stages.is_done(stage):
                 self._draw_questions()

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from reprlib import repr as brief
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -104,6 +104,13 @@ def _unfold(values: Any, where: str) -> None:
             waiting += [*value, *value.values()] if isinstance(value, Mapping) else value
 
 
+def _is_bool_for_number(hint: Any, value: Any) -> bool:
+    """Whether a truth value stands where a field takes numbers; pydantic would make 1 or 0 of it."""
+    kinds = {hint, *get_args(hint)}
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return bool(kinds & {int, float}) and bool not in kinds and any(isinstance(entry, bool) for entry in values)
+
+
 @cache
 def _checker(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
@@ -118,6 +125,8 @@ def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
             near = get_close_matches(str(name), known, n=1)
             advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             problems.append(f"unknown key {prefix + str(name)!r}, {advice}")
+        elif _is_bool_for_number(hints[name], value):
+            problems.append(f"{prefix}{name}: expected a number, found {brief(value)}")
         elif is_dataclass(hints[name]) and isinstance(value, Mapping):
             problems += _unknown(hints[name], value, f"{prefix}{name}.")
     return problems

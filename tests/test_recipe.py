@@ -211,12 +211,23 @@ def test_shipped_recipes_are_valid():
         (["evaluate.tasks=[none.jsonl]"], "none.jsonl does not exist"),
         (["export.tolerance=0"], "tolerance must be above 0"),
         (["base="], "base"),
+        (["train.rank=true"], r"train\.rank: expected a number, found True"),
+        (["data.rows=yes"], r"data\.rows: expected a number, found True"),
+        (["loop.threshold=on"], r"loop\.threshold: expected a number, found True"),
+        (["merge.weights=[1, true]"], r"merge\.weights: expected a number"),
     ],
 )
 def test_bad_settings_are_one_line(recipe_file, settings, message):
     with pytest.raises(RsgwmError, match=message) as caught:
         load_recipe(recipe_file(), settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("setting", "message"), [("train.rank=999", "rank 999"), ("train.keys=[q_prok]", "q_prok")])
+def test_a_config_that_the_base_does_not_take_is_told_before_the_first_stage(recipe_file, tmp_path, setting, message):
+    with pytest.raises(RsgwmError, match=message):
+        run_recipe(load_recipe(recipe_file(), [setting]), tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()
 
 
 def test_missing_recipes(tmp_path):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_rsgwm.progress import Progress
+
 ROLES = ("draft", "verify")
 
 
@@ -49,6 +51,14 @@ def row_notes(rows: Sequence[TokenRow]) -> list[str]:
         f"{note} ({len(at)} of {len(rows)} rows: {file} line{'s' * (len(at) > 1)} {_ranges(at)})"
         for (note, file), at in lines.items()
     ]
+
+
+def tell_rows(rows: Sequence[TokenRow], dropped: int, max_tokens: int, progress: Progress) -> None:
+    """Say what is odd about the rows of one pass over data, and how many rows the pass leaves out."""
+    for note in row_notes(rows):
+        progress.message(note)
+    if dropped:
+        progress.message(f"{dropped} of {len(rows) + dropped} rows have more than {max_tokens} tokens and are left out")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

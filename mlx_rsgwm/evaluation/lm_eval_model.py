@@ -88,7 +88,10 @@ def loglikelihood(pipeline: DraftVerify, context: str, continuation: str) -> tup
     whole = list(tokenizer.encode(context + continuation))
     start = len(tokenizer.encode(context)) if context else 0
     if start == 0:
-        whole, start = [tokenizer.eos_token_id, *whole], 1
+        begin = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        if begin is None:
+            raise RsgwmError("the base's tokenizer has no end-of-text token to put before a text without a context")
+        whole, start = [begin, *whole], 1
     if start >= len(whole):
         return 0.0, True
     hidden, head = pipeline.parts

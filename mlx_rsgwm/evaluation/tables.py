@@ -102,6 +102,7 @@ def measure(
     settings: Mapping[str, Setting],
     out: Path,
     progress: Progress = SILENT,
+    overlap: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every row of one table; items go to ``out``, and a run that was cut off goes on there.
 
@@ -112,6 +113,7 @@ def measure(
         questions: the fixed slice, the same for all rows.
         settings: by variant; a row's threshold goes before its own.
         out: folder for journals, items and ``table-N.json``.
+        overlap: which of the questions the variants were trained or calibrated on, for the result.
     """
     if table not in ROWS:
         raise RsgwmError(f"the paper's tables are 1, 2 and 3, found {table}")
@@ -127,6 +129,7 @@ def measure(
         "rows": measured,
         "footnotes": footnotes(table),
         "base": base.describe(),
+        **({"overlap": dict(overlap)} if overlap is not None else {}),
     }
     files.write_json(out / f"table-{table}.json", found)
     return found

@@ -92,8 +92,10 @@ class DraftVerify:
                 self.warnings.append(found)
         self.tokenizer = slots.base.tokenizer
         self.parts = split_head(slots.model)
-        own = {*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id}
+        own = {*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id} - {None}
         self.end_ids = frozenset(own) | template.stop_ids(self.tokenizer)
+        if not self.end_ids:
+            self.warnings.append("the base's tokenizer has no end-of-text token: every draft runs to --max-tokens")
         self.verdict_ids = verdict_ids(self.verify_template, self.tokenizer)
         if calibration == "stored":
             folder = slots.adapter(verifier).path if verifier is not None else None
@@ -397,7 +399,7 @@ class DraftVerify:
     ) -> list[Signals]:
         """What the verifier says of (question, draft) pairs, all scores' parts in one forward pass."""
         # A draft that ended by itself also chose to end; one that was cut off did not.
-        end = (self.tokenizer.eos_token_id,)
+        end = () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
         asked, tokenizer = self.verify_template, self.tokenizer
         readings = [
             make_reading(

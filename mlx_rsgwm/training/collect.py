@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_rsgwm.adapter import IMPORTANCE_FILE, SIGNALS, Adapter, LoraSpec, put_beside
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.cpu import lazily
-from mlx_rsgwm.data.batching import Batch, make_batch, plan_epoch
+from mlx_rsgwm.data.batching import Batch, make_batch, plan_epoch, tell_rows
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.progress import SILENT, Progress
@@ -46,7 +46,8 @@ def collect_importance(
         RsgwmError: the data gives no rows, or a gradient that is not finite (names the rows).
     """
     modules = fitting_modules(base, adapter)
-    rows, _ = data.token_rows(base.tokenizer, max_tokens, "drop")
+    rows, dropped = data.token_rows(base.tokenizer, max_tokens, "drop")
+    tell_rows(rows, dropped, max_tokens, progress)
     plan = plan_epoch(rows, batch_size, seed=0, epoch=0)
     spec = LoraSpec(
         adapter.spec.rank,

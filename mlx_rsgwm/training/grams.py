@@ -20,7 +20,7 @@ from mlx.utils import tree_unflatten
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, put_beside
 from mlx_rsgwm.base import Base
-from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch
+from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch, tell_rows
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.progress import SILENT, Progress
@@ -95,7 +95,9 @@ def collect_grams(
         RsgwmError: the data gives no rows; the matrices do not fit into memory; a value that is not finite.
     """
     modules = fitting_modules(base, adapter)
-    chosen = _chosen(data.token_rows(base.tokenizer, max_tokens, "drop")[0], rows, seed)
+    fitting, dropped = data.token_rows(base.tokenizer, max_tokens, "drop")
+    tell_rows(fitting, dropped, max_tokens, progress)
+    chosen = _chosen(fitting, rows, seed)
     _check_memory(adapter)
     plan = plan_epoch(chosen, batch_size, seed=0, epoch=0)
     weights = {name: value.astype(mx.float32) for name, value in adapter.weights.items()}

@@ -97,6 +97,13 @@ def train(
             f"{label}: {held_dropped} held-out rows of {len(held_rows) + held_dropped} left out, {held_cut} cut: "
             f"they have more than {config.max_tokens} tokens"
         )
+    trained = {row.tokens for row in rows}
+    held_trained, test_trained = (sum(row.tokens in trained for row in chosen) for chosen in (held_rows, test_rows))
+    for name, shared, chosen in (("held-out", held_trained, held_rows), ("test", test_trained, test_rows)):
+        if shared:
+            progress.message(
+                f"{label}: {shared} of {len(chosen)} {name} rows are trained on, too; their loss says nothing of others"
+            )
     if config.validate_every and not held_rows:
         raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
     plan = plan_steps(rows, config.step_rows, config.seed, config.epochs, config.steps)
@@ -143,13 +150,25 @@ def train(
         },
         "memory": {**memory_now(), "estimate": need.total},
         "held_out_loss": {"before": run.before, "after": after},
-        **({"held_out_rows": _counts(held_rows, held_dropped)} if held_out else {}),
-        **({"test_loss": tested, "test_rows": _counts(test_rows, test_dropped)} if test else {}),
+        **({"held_out_rows": _counts(held_rows, held_dropped, held_trained)} if held_out else {}),
+        **({"test_loss": tested, "test_rows": _counts(test_rows, test_dropped, test_trained)} if test else {}),
         "validation": [[score.step, score.loss, score.by_role] for score in run.scores],
         "kept_step": run.kept_step,
         "history": [[step.step, step.role, round(step.loss, 6), step.trained_tokens] for step in run.history],
     }
     return Adapter(config.spec(), weights, arrays, importance.metadata(), {} if warm_start else init, manifest)
+
+
+def check_fit(model: Any, config: TrainConfig) -> None:
+    """Find out before any data is read whether ``config`` names layers that the model has, and a rank that they take.
+
+    Raises:
+        RsgwmError: keys that match nothing, a rank above a layer's dimensions.
+    """
+    if config.keys == ALL_LINEAR:
+        config = replace(config, keys=linear_keys(model))
+    with lora_layers(model, config.spec(), config.init_seed):
+        pass
 
 
 def _identity(
@@ -185,8 +204,9 @@ def _provenance(
     }
 
 
-def _counts(rows: Sequence[TokenRow], dropped: int) -> dict[str, int]:
-    return {"rows": len(rows), "rows_too_long": dropped, "rows_cut": sum(row.cut for row in rows)}
+def _counts(rows: Sequence[TokenRow], dropped: int, also_trained: int = 0) -> dict[str, int]:
+    counts = {"rows": len(rows), "rows_too_long": dropped, "rows_cut": sum(row.cut for row in rows)}
+    return {**counts, "also_trained": also_trained} if also_trained else counts
 
 
 def _estimate(base: Base, rows: Sequence[TokenRow], config: TrainConfig, processes: Processes) -> MemoryEstimate:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from mlx_rsgwm import files
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.pipeline.loop import DraftVerify
 
@@ -112,6 +113,9 @@ def test_tables(recipe, tmp_path):
     assert "GWM-DV-V2, paper" in found.stderr
     assert "0.0575" in found.stderr
     assert "0.0575" in (tmp_path / "t" / "table-1" / "table-1.md").read_text()
+    written = files.read_json_object(tmp_path / "t" / "table-1" / "table-1.json")
+    assert written["overlap"]["items"] == 0
+    assert written["overlap"]["asked"] == 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The training commands on the tiny base: YAML, mlx-lm's data, resume after a signal, pools, importance, processes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,74 @@ def test_importance_for_an_adapter_of_others(tiny_base, corpora, tmp_path):
     again = invoke(*collect)
     assert again.exit_code == 2
     assert "already has importance (collected after training" in again.stderr
+
+
+def test_passes_over_data_tell_the_rows_that_they_leave_out(tiny_base, corpora, tmp_path):
+    result(
+        invoke("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
+    )
+    rows = [{"text": "One short row."}, {"text": "A row that is longer than any row may be here. " * 9}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for command in (("importance", "collect", "--replace"), ("grams", "collect")):
+        found = invoke(*command[:2], tmp_path / "a", *command[2:], "--data", tmp_path / "rows.jsonl", "--base",
+                       tiny_base, "--max-tokens", 64)  # fmt: skip
+        assert found.exit_code == 0, found.output
+        assert "1 of 2 rows have more than 64 tokens and are left out" in found.stderr
+
+
+@pytest.mark.parametrize("repeated", [3, 1, 0])
+def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path, repeated):
+    rows = [{"prompt": f"What is {n} + 1?", "completion": f"It is {n + 1}."} for n in range(11)]
+    chats = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in rows[8 - repeated : 11 - repeated]
+    ]
+    for name, part in (("train", rows[:8]), ("other", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    found = invoke("train", "--base", tiny_base, "--data", tmp_path / "train.jsonl", "--held-out",
+                   tmp_path / "other.jsonl", *SMALL, "--out", tmp_path / "a", "--json")  # fmt: skip
+    told = f"NOT NEW: {repeated} of 3 held-out rows were trained on, too"
+    assert result(found)["held_out_rows"].get("also_trained", 0) == repeated
+    assert (told in found.stderr) == bool(repeated)
+
+
+def test_held_out_rows_under_another_path_are_the_training_rows(tiny_base, tmp_path):
+    rows = [{"prompt": f"¿Cuánto es {n} + 1?", "completion": f"{n + 1}"} for n in range(4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    backwards = [dict(reversed(row.items())) for row in reversed(rows[1:])]
+    (tmp_path / "held.json").write_text(json.dumps(backwards, ensure_ascii=False, indent=1))
+    found = invoke("train", "--base", tiny_base, "--data", tmp_path / "train.jsonl", "--held-out",
+                   tmp_path / "held.json", "--out", tmp_path / "a")  # fmt: skip
+    assert found.exit_code == 2
+    assert "held-out rows and training rows are the same" in found.stderr
+
+
+def without_end(tiny_base, folder):
+    """The tiny base with neither an end-of-text token in its tokenizer nor one in its config."""
+    shutil.copytree(tiny_base, folder)
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text())
+            ends = ("eos_token", "eos_token_id", "pad_token", "pad_token_id")
+            (folder / name).write_text(json.dumps({key: value for key, value in values.items() if key not in ends}))
+    return folder
+
+
+def test_a_base_without_an_end_of_text(tiny_base, corpora, tmp_path):
+    base = without_end(tiny_base, tmp_path / "base")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Some plain text."}) + "\n")
+    for name, source in (("corpus", corpora / "change"), ("text", tmp_path / "text.jsonl")):
+        found = invoke("train", "--base", base, "--data", source, *SMALL, "--out", tmp_path / name)
+        assert found.exit_code == (2 if name == "corpus" else 0), found.output
+        assert "no end-of-text token" in found.stderr
+    result(
+        invoke("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
+    )
+    (tmp_path / "a" / "manifest.json").unlink()  # an adapter that does not record its base
+    asked = invoke("ask", "How many?", "--base", base, "--drafter", tmp_path / "a", "--verifier", tmp_path / "a",
+                   "--template", "plain", "--attempts", 1, "--max-tokens", 4, "--json")  # fmt: skip
+    assert result(asked)["attempts"] == 1
+    assert "no end-of-text token: every draft runs to --max-tokens" in asked.stderr
 
 
 @pytest.mark.parametrize(
