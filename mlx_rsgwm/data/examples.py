@@ -152,7 +152,7 @@ def load_examples(
     if not rows:
         raise RsgwmError(f"{path} holds no rows")
     if found == "text" and (mask_prompt or all_turns):
-        raise RsgwmError(f"{path} holds plain text, which has no prompt to mask; leave mask_prompt off")
+        raise RsgwmError(f"{path} holds plain text, which has no prompt to mask; pass --no-mask-prompt")
     digest = files.sha256_file(path)
     return Examples(path, found, tuple(rows), mask_prompt or all_turns, digest, tuple(numbers), None, all_turns)
 

@@ -137,7 +137,7 @@ def test_passes_over_data_tell_the_rows_that_they_leave_out(tiny_base, corpora, 
     result(
         invoke("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
     )
-    rows = [{"text": "One short row."}, {"text": "A row that is longer than any row may be here. " * 9}]
+    rows = [{"prompt": "One?", "completion": text} for text in ("Two.", "Longer than any row may be here. " * 9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for command in (("importance", "collect", "--replace"), ("grams", "collect")):
         found = invoke(*command[:2], tmp_path / "a", *command[2:], "--data", tmp_path / "rows.jsonl", "--base",
