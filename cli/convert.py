@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 VERIFY = "Read the result back: the same updates from both folders, the same bits there and back."
 
+strict_option = click.option(
+    "--strict", is_flag=True, help="Refuse what PEFT only warns of: selected modules without arrays."
+)
+language_only_option = click.option(
+    "--language-only", is_flag=True, help="Leave out what was trained of a tower for images or sound."
+)
+
 
 @click.group()
 def convert() -> None:
@@ -60,8 +67,8 @@ def convert_to_peft(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="Base model: Hub id, folder, .gguf file or smollm2-135m.")
 @click.option("--verify", is_flag=True, help=VERIFY)
-@click.option("--strict", is_flag=True, help="Refuse what PEFT only warns of: selected modules without arrays.")
-@click.option("--language-only", is_flag=True, help="Leave out what was trained of a tower for images or sound.")
+@strict_option
+@language_only_option
 @common_options
 def convert_from_peft(
     console: Console, folder: Path, out: Path, base: str, verify: bool, strict: bool, language_only: bool

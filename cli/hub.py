@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.convert import language_only_option, strict_option
 
 
 @click.command()
@@ -78,14 +79,39 @@ def push(
 @click.option("--base", help="Base model; default: the one the adapter names.")
 @click.option("--revision", help="Branch, tag or commit; default: main.")
 @click.option("--peft", "keep_peft", is_flag=True, help="Keep PEFT's layout instead of converting it.")
+@strict_option
+@language_only_option
 @common_options
-def pull(console: Console, repo: str, out: Path, base: str | None, revision: str | None, keep_peft: bool) -> None:
+def pull(
+    console: Console,
+    repo: str,
+    out: Path,
+    base: str | None,
+    revision: str | None,
+    keep_peft: bool,
+    strict: bool,
+    language_only: bool,
+) -> None:
     """Fetch the adapter REPO (owner/name), PEFT's or mlx-lm's, from the Hub to the new folder OUT, as mlx-lm loads it.
 
     Example: rsgwm pull me/drafter drafter --base smollm2-135m
     """
     from mlx_rsgwm.converters import hub
+    from mlx_rsgwm.converters.peft_read import Reading
+    from mlx_rsgwm.errors import RsgwmError
 
-    found = hub.pull(repo, out, base=base, revision=revision, keep_peft=keep_peft, progress=console.progress)
+    if keep_peft and (strict or language_only):
+        raise RsgwmError("--peft keeps the adapter as it is; leave out --strict and --language-only")
+    found = hub.pull(
+        repo,
+        out,
+        base=base,
+        revision=revision,
+        keep_peft=keep_peft,
+        reading=Reading(strict=strict, language_only=language_only),
+        progress=console.progress,
+    )
     console.line(f"{out}: {repo} for {found['base'] or 'a base it does not name'}, {found['layout']} layout")
+    for note in found.get("notes", ()):
+        console.line(f"note: {note}")
     console.result(found)

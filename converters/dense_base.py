@@ -10,12 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_rsgwm import files
 from mlx_rsgwm.base import DTYPES
+from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.module_names import KEEPS_BLOCK_SPARSE, MIXTRAL, SWITCH, Names
 from mlx_rsgwm.converters.stream import write_arrays
+from mlx_rsgwm.converters.weight_map import describe_link
+from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_config import open_model
 from mlx_rsgwm.model_folder import read_config
 
@@ -34,10 +38,11 @@ def dense_base(path: Path, out: Path) -> Path:
     if not config.get("quantization") and not config.get("quantization_config"):
         return path
     model, _, _ = open_model(path)
+    known = read_base_layers(str(path), path).names
     arrays = {
         name: value.astype(mx.float32)
-        for module_name, value in dense_parameters(model).items()
-        for name, value in _transformers_arrays(module_name, value, config["model_type"]).items()
+        for parameter, changed in dense_parameters(model).items()
+        for name, value in _transformers_arrays(parameter, changed, config["model_type"], known).items()
     }
     files.make_folder(out)
     for pattern in SIDE_FILES:
@@ -90,12 +95,16 @@ def dequantised(layer: Any) -> mx.array:
     return dense.astype(mx.float32)
 
 
-def _transformers_arrays(name: str, value: mx.array, model_type: str) -> dict[str, mx.array]:
-    """An array under transformers' name; stacked experts one by one, as published models have them."""
+def _transformers_arrays(name: str, value: mx.array, model_type: str, known: Names) -> dict[str, mx.array]:
+    """An array under transformers' name, as it was before mlx-lm's ``sanitize``; stacked experts one by one."""
     module, _, leaf = name.rpartition(".")
-    names = Names(model_type)
+    names, link = Names(model_type), known.link(name)
     if not (one := SWITCH.fullmatch(module)):
-        return {names.transformers_parameter(name): value}
+        if link is not None and link.axes is None:
+            raise RsgwmError(f"{describe_link(name, link)}, which is not undone; give the dense base")
+        return {names.transformers_parameter(name): value if link is None else link.undo(value.astype(mx.float32))}
+    if link is not None and link.scaled:
+        value = value / mx.array(link.scale).reshape(*np.shape(link.scale), *[1] * (value.ndim - np.ndim(link.scale)))
     block, projection = names.experts_block(module.rpartition(".")[0]), one["projection"]
     if model_type in KEEPS_BLOCK_SPARSE:
         projection = next(old for old, ours in MIXTRAL.items() if ours == projection)

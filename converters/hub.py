@@ -23,6 +23,8 @@ from mlx_rsgwm.converters.bulk import is_mlx, is_peft
 from mlx_rsgwm.converters.certificate import read_certificate
 from mlx_rsgwm.converters.model_card import model_card
 from mlx_rsgwm.converters.peft import check_peft, convert_from_peft, require_empty, to_peft
+from mlx_rsgwm.converters.peft_folder import is_of_wrapped_model, open_peft
+from mlx_rsgwm.converters.peft_read import Reading
 from mlx_rsgwm.converters.peft_sidecar import CERTIFICATE_FILE, PEFT_CONFIG_FILE, SIDECAR_FOLDER
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.progress import SILENT, Progress
@@ -104,6 +106,7 @@ def _fill(
         mlx_folder=MLX_FOLDER if with_mlx else None,
         certificate=proof,
         report=metrics,
+        wrapped=is_of_wrapped_model(open_peft(out).arrays()[0]),
     )
     files.write_text(out / CARD_FILE, card)
 
@@ -132,11 +135,12 @@ def pull(
     base: str | None = None,
     revision: str | None = None,
     keep_peft: bool = False,
+    reading: Reading | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Fetch an adapter and write it to the new folder ``out``: as mlx-lm loads it, or PEFT's files as they are.
 
-    A repository of mlx-lm's own layout is checked and copied.
+    A repository of mlx-lm's own layout is checked and copied. ``reading`` says how PEFT's is read.
 
     A revision that was fetched before is taken from the Hub's cache when there is no network.
 
@@ -157,7 +161,7 @@ def pull(
     if not isinstance(named, str) or not named:
         raise RsgwmError(f"{repo} does not say which base model it is for; give --base")
     layers = read_base_layers(named, resolve_base(named, progress))
-    converted = convert_from_peft(folder, layers, out)
+    converted = convert_from_peft(folder, layers, out, reading)
     return {
         "out": str(out),
         "repo": repo,

@@ -31,6 +31,7 @@ def model_card(
     mlx_folder: str | None,
     certificate: Mapping[str, Any] | None,
     report: Mapping[str, Any] | None,
+    wrapped: bool = False,
 ) -> str:
     """The Markdown of README.md with the Hub's front matter.
 
@@ -43,6 +44,7 @@ def model_card(
         mlx_folder: where in the repository mlx-lm's layout is, or None.
         certificate: of ``rsgwm parity``, or None.
         report: an evaluation's ``report.json``, or None.
+        wrapped: whether it belongs to the model of text and images, not to its language model alone.
     """
     head = {
         "base_model": base,
@@ -60,7 +62,7 @@ def model_card(
         *_origin(manifest),
         *_metrics(report),
         *_proof(certificate),
-        _usage(repo, base, (manifest.get("base") or {}).get("model_type"), mlx_folder),
+        _usage(repo, base, wrapped or (manifest.get("base") or {}).get("model_type") in IMAGE_TEXT, mlx_folder),
         f"## Licence\n\n{licence}. The base model has its own.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -123,8 +125,8 @@ def _proof(certificate: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def _usage(repo: str, base: str, model_type: str | None, mlx_folder: str | None) -> str:
-    loader = "AutoModelForImageTextToText" if model_type in IMAGE_TEXT else "AutoModelForCausalLM"
+def _usage(repo: str, base: str, wrapped: bool, mlx_folder: str | None) -> str:
+    loader = "AutoModelForImageTextToText" if wrapped else "AutoModelForCausalLM"
     torch = (
         "```python\n"
         "from peft import PeftModel\n"

@@ -29,7 +29,7 @@ from mlx_rsgwm.converters.parity_mlx import exact_float32, probe_ids, trace_mlx
 from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trace, perplexity
 from mlx_rsgwm.converters.parity_verdict import NOISE, compare, compare_continuations, first_difference
 from mlx_rsgwm.converters.peft import to_peft
-from mlx_rsgwm.converters.peft_folder import open_peft
+from mlx_rsgwm.converters.peft_folder import is_of_wrapped_model, open_peft
 from mlx_rsgwm.converters.peft_names import is_embedding, is_other_tower
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.progress import SILENT, Progress
@@ -181,12 +181,15 @@ def torch_device(name: str) -> str:
     return name
 
 
-def load_torch_base(path: Path, device: str, dtype: str, attention: str = "eager") -> Any:
-    """The base in ``path`` as transformers loads it, in evaluation mode; nothing is fetched or executed."""
+def load_torch_base(path: Path, device: str, dtype: str, attention: str = "eager", wrapped: bool = False) -> Any:
+    """The base in ``path`` as transformers loads it, in evaluation mode; nothing is fetched or executed.
+
+    ``wrapped``: as the model of text and images, where its language model could be loaded alone.
+    """
     torch = import_torch()
     with _quiet_transformers():
         try:
-            model: Any = _torch_class(path).from_pretrained(
+            model: Any = _torch_class(path, wrapped).from_pretrained(
                 str(path),
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
@@ -199,12 +202,13 @@ def load_torch_base(path: Path, device: str, dtype: str, attention: str = "eager
     return model.to(device).eval()
 
 
-def _torch_class(path: Path) -> Any:
+def _torch_class(path: Path, wrapped: bool) -> Any:
     """The class that loads a base: a causal language model's, where transformers has one for it, else its own."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+    classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    for auto in reversed(classes) if wrapped else classes:
         if type(config) in auto._model_mapping:
             return auto
     own = getattr(transformers, str((config.architectures or [""])[0]), None)
@@ -239,7 +243,11 @@ def _trace_torch(
     names: dict[str, str],
     continuation: int,
 ) -> Trace:
-    model = load_torch_base(base_path, device, dtype)
+    wrapped = is_of_wrapped_model(open_peft(peft_folder).arrays()[0])
+    model = load_torch_base(base_path, device, dtype, wrapped=wrapped)
+    if wrapped:
+        present = {name for name, _ in model.named_modules()}
+        names = {module: full_name(name, present) for module, name in names.items()}
     blocks = _block_states(model, device, token_ids[0][:TRACED_TOKENS])
     bare = _torch_forward(model, device, token_ids)
     adapted_model = apply_peft(model, peft_folder, widen=dtype == "float32")
@@ -258,6 +266,12 @@ def _trace_torch(
         {name: probe for name, probe in seen.items() if probe is not None},
         continuations,
     )
+
+
+def full_name(name: str, present: set[str]) -> str:
+    """The name in a model of text and images of what is called ``name`` in its language model."""
+    inside = name.replace("model.", "model.language_model.", 1)
+    return inside if ".language_model." not in name and inside in present else name
 
 
 def _find(layers: dict[str, Any], name: str, module: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,3 +171,8 @@ def _shape_problems(module: str, pair: Mapping[str, mx.array], config: Mapping[s
         if value.ndim != 2 or 0 in value.shape or (rank is not None and value.shape[axis] != rank):
             problems.append(f"{module}.{leaf} has shape {value.shape}, which does not have rank {rank}")
     return problems
+
+
+def is_of_wrapped_model(arrays: Iterable[str]) -> bool:
+    """Whether a PEFT file's arrays belong to a model of text and images, not to its language model alone."""
+    return any(".language_model." in name for name in arrays)

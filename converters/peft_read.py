@@ -18,7 +18,14 @@ from mlx_rsgwm.converters.peft_derived import derive_parameters
 from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
 from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
 from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, is_other_tower, key_of, layer_of, model_order
-from mlx_rsgwm.converters.peft_sidecar import Sidecar, read_sidecar, restore
+from mlx_rsgwm.converters.peft_sidecar import (
+    ROW_HASHES,
+    SIDECAR_FOLDER,
+    Sidecar,
+    read_sidecar,
+    restore,
+    rows_of_changed,
+)
 from mlx_rsgwm.converters.peft_uniform import (
     NAMES,
     Folding,
@@ -125,6 +132,11 @@ def read_peft(
         _require_same_base(adapter, described)
     if not adapter.manifest:
         adapter.manifest = _manifest(folder, adapter, metadata, layout, described, reading.left_out)
+    if sidecar is None and (rows := rows_of_changed(folder.path, folder.path.name)) is not None:
+        adapter.manifest[ROW_HASHES] = rows
+        reading.notes.append(
+            f"changed since {SIDECAR_FOLDER}/ was written: of what is kept there only the hashes of training rows count"
+        )
     raise_problems(str(folder.path), adapter.shape_problems(), AdapterError)
     return adapter
 

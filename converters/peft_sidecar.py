@@ -21,6 +21,7 @@ PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 CERTIFICATE_FILE = "parity.json"
 SIDECAR_FOLDER = "mlx_rsgwm"
 SIDECAR_FORMAT = "mlx-rsgwm/peft-sidecar"
+ROW_HASHES = "row_hashes"  # data.row_hashes.KEY
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,23 @@ def read_sidecar(folder: Path, config: Mapping[str, Any], weights_sha256: Callab
     raise_problems(str(path), problems, AdapterError)
     joined = manifest.get("joined") or {}
     return Sidecar(path, manifest, {block: tuple(names) for block, names in joined.items()})
+
+
+def rows_of_changed(folder: Path, name: str) -> dict[str, Any] | None:
+    """Hashes of the training rows that a sidecar which no longer counts records; None where it records none.
+
+    Trained further in torch, an adapter has still seen these; ``name`` is said to have seen unknown ones besides.
+    """
+    path = folder / SIDECAR_FOLDER / MANIFEST_FILE
+    manifest = files.read_json_object(path).get("adapter") if path.is_file() else None
+    if not isinstance(manifest, Mapping):
+        return None
+    data = manifest.get("data")
+    rows = manifest.get(ROW_HASHES) or (data.get(ROW_HASHES) if isinstance(data, Mapping) else None)
+    if not isinstance(rows, Mapping):
+        return None
+    unknown = rows.get("unknown")
+    return {**rows, "unknown": [*(unknown if isinstance(unknown, list) else []), name]}
 
 
 def restore(adapter: Adapter, sidecar: Sidecar) -> Adapter:

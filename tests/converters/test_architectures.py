@@ -12,8 +12,10 @@ import pytest
 from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.bulk import from_peft_verified, to_peft_verified
+from mlx_rsgwm.converters.dense_base import dense_base
 from mlx_rsgwm.converters.fuse import fuse
 from mlx_rsgwm.converters.module_names import NEEDS_BASE, RENAMED, REWRITTEN_TYPES, TEXT_ONLY, transformers_parameter
+from mlx_rsgwm.converters.parity import check_parity
 from mlx_rsgwm.converters.peft import convert_from_peft, convert_to_peft
 from mlx_rsgwm.converters.verify import require_equal
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError
@@ -209,6 +211,33 @@ def test_a_base_that_mlx_lm_saved_is_scaled_too(base_of, tmp_path):
     convert_from_peft(tmp_path / "peft", read_base_layers("b", tmp_path / "mlx"), tmp_path / "ours")
     found = sweep.mlx_logits(base_of("falcon_h1"), tmp_path / "ours")
     assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "mixtral"])
+def test_a_quantised_base_is_unpacked_as_it_was_before_mlx_lm_changed_it(name, base_of, tmp_path):
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    model, config = load_model(base_of(name), model_config={"rope_theta": 1e11} if name == "falcon_h1" else None)
+    model, config = quantize_model(model, config, 32, 8)
+    save_model(tmp_path / "mlx", model)
+    save_config(config, tmp_path / "mlx" / "config.json")
+    for file in base_of(name).glob("tokenizer*"):
+        (tmp_path / "mlx" / file.name).write_bytes(file.read_bytes())
+    dense = dense_base(tmp_path / "mlx", tmp_path / "dense")
+    ids = torch.tensor([sweep.IDS])
+    with torch.no_grad():
+        expected = sweep.load_torch_base(dense, "cpu", "float32")(ids).logits[0].numpy()
+    assert np.abs(sweep.mlx_logits(tmp_path / "mlx") - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_parity_of_an_adapter_of_the_whole_model_of_text_and_images(base_of, tmp_path):
+    base = base_of("qwen3_5")  # the text model alone is what AutoModelForCausalLM loads of it
+    whole = sweep.load_torch_base(base, "cpu", "float32", wrapped=True)
+    sweep.random_peft(whole, tmp_path / "peft", target_modules=r".*language_model\.layers\.1\..*q_proj")
+    convert_from_peft(tmp_path / "peft", read_base_layers(str(base), base), tmp_path / "ours")
+    result = check_parity(tmp_path / "ours", str(base), device="cpu", token_ids=[sweep.IDS], continuation=2)
+    assert result["passed"], result["failures"]
+    assert result["layers_compared"] > 0
 
 
 def test_fuse_transposes_a_saved_conv1d(base_of, tmp_path):

@@ -13,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 
 from mlx_rsgwm.adapter import Adapter
+from mlx_rsgwm.cli.main import rsgwm as rsgwm_command
 from mlx_rsgwm.converters.certificate import sign
 from mlx_rsgwm.converters.hub import redacted, stage, without_paths
 from mlx_rsgwm.converters.peft import from_peft, to_peft
@@ -235,6 +237,35 @@ def test_a_repository_of_mlx_lm_is_fetched_as_it_is(hub, rsgwm, folder, tmp_path
     kept = rsgwm("pull", REPO, tmp_path / "kept", "--peft")
     assert kept.returncode == 2
     assert "has mlx-lm's layout, not PEFT's" in kept.stderr
+
+
+def test_pull_reads_as_from_peft_does(monkeypatch, folder, tiny_base, tmp_path):
+    to_peft(Adapter.load(folder), "b", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    (tmp_path / "peft" / "adapter_config.json").write_text(
+        json.dumps({**config, "target_modules": [*config["target_modules"], "down_proj", "qkv"]})
+    )
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tower = {f"base_model.model.visual.blocks.0.attn.qkv.lora_{side}.weight": mx.ones((4, 4)) for side in "AB"}
+    monkeypatch.setattr("mlx_rsgwm.converters.hub._fetched", lambda *_: tmp_path / "peft")
+
+    def pull(out, *options):
+        return CliRunner().invoke(
+            rsgwm_command, ["pull", REPO, str(tmp_path / out), "--base", str(tiny_base), *options]
+        )
+
+    told = pull("told")
+    assert told.exit_code == 0, told.output
+    assert "note: selected, but without arrays, so left as in the base: " in told.output
+    assert "mlp.down_proj" in told.output
+    refused = pull("refused", "--strict")
+    assert (refused.exit_code, (tmp_path / "refused").exists()) == (2, False)
+    mx.save_safetensors(str(path), mx.load(str(path)) | tower)
+    assert "--language-only converts the language model's part" in pull("refused").output
+    assert pull("language", "--language-only").exit_code == 0
+    contrary = pull("refused", "--peft", "--strict")
+    assert contrary.exit_code == 2
+    assert "--peft keeps the adapter as it is" in str(contrary.exception) + contrary.output
 
 
 def test_a_dry_run_sends_nothing_and_shows_everything(hub, rsgwm, folder):

@@ -17,6 +17,7 @@ from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import load_base
 from mlx_rsgwm.converters.peft import from_peft, from_peft_on, to_peft
 from mlx_rsgwm.converters.peft_config import alpha_for, config_problems, pattern_problem, scale_of, selects
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 
 torch = pytest.importorskip("torch")
@@ -272,6 +273,18 @@ def test_the_sidecar_is_ignored_once_peft_changed_its_files(tmp_path):
     assert again.spec.scale == 10.0
     assert again.importance == {}
     assert again.manifest["kind"] == "converted"
+
+
+@pytest.mark.parametrize("place", ["manifest", "data"])
+def test_rows_of_an_adapter_trained_further_in_torch_still_count(tmp_path, place):
+    rows = RowRecord.of(["what is 1 + 1?", "what is 2 + 2?"])
+    described = {KEY: rows.describe()} if place == "manifest" else {"data": {KEY: rows.describe()}}
+    to_peft(make_adapter(manifest={"kind": "trained", **described}), "b", tmp_path / "peft")
+    assert record_of(from_peft(tmp_path / "peft").manifest, "peft") == rows
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 40}))
+    again = record_of(from_peft(tmp_path / "peft").manifest, "peft")
+    assert (again.used, again.unknown) == (rows.used, ("peft",))
 
 
 def test_a_damaged_sidecar_is_an_error(tmp_path):
