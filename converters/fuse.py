@@ -12,7 +12,7 @@ import io
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype, with_dtype
 from mlx_rsgwm.converters.parity_mlx import apply_adapter, probe_ids, replace_parameters
 from mlx_rsgwm.converters.peft import require_empty
 from mlx_rsgwm.converters.peft_names import model_order
+from mlx_rsgwm.converters.untied_base import adapts_head, has_own_head, untied_base
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.model_config import open_model
 from mlx_rsgwm.model_folder import TOKENIZER_FILES, fingerprint_of
@@ -73,10 +74,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Survival:
-    """Of one module's ΔW: ``share`` survives along it; ``error``: what comes instead and beside it, in its size.
-
-    ``norm`` is ‖ΔW‖.
-    """
+    """Of one module's ΔW, of size ``norm``: ``share`` survives along it, ``error`` comes instead and beside it."""
 
     module: str
     share: float
@@ -122,6 +120,26 @@ def fuse(
     problem = adapter.base_problem(base_name, fingerprint_of(path), weights_only=True)
     if problem:
         raise AdapterError(problem)
+    with ExitStack() as stack:
+        loaded_name = base_name
+        if adapts_head(adapter) and not has_own_head(dict(open_model(path)[0].named_modules())):
+            path = stack.enter_context(untied_base(path))
+            loaded_name = str(path)
+        return _fuse(adapter, path, loaded_name, base_name, out, target, min_share, force, progress)
+
+
+def _fuse(
+    adapter: Adapter,
+    path: Path,
+    loaded_name: str,
+    base_name: str,
+    out: Path,
+    target: str,
+    min_share: float,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """:func:`fuse` with the base in the folder ``path``, which ``load_base`` finds as ``loaded_name``."""
     model, config = _adapted_model(path, adapter, base_name)
     layers = dict(_adapted_layers(model))
     found = []
@@ -145,7 +163,7 @@ def fuse(
         result = {
             "out": str(out),
             "base": base_name,
-            "adapter": str(adapter_folder),
+            "adapter": str(adapter.path),
             "format": target,
             "modules": len(found),
             "replaced": len(adapter.full),
@@ -153,7 +171,7 @@ def fuse(
             "error": total.error,
             "worst": [vars(one) for one in _worst(found)],
             "min_share": min_share,
-            **_compare_logits(adapter, base_name, work, target, progress),
+            **_compare_logits(adapter, loaded_name, work, target, progress),
             "versions": versions(),
         }
         if not all(math.isfinite(float(str(result[key]))) for key in ("logit_share", "logit_error", "max_abs_logit")):
@@ -347,11 +365,10 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
         bare = _logits(base)
         bits = FORMATS[target]
         packed = bare
-        if adapter.weights or adapter.full:
-            if adapter.full:
-                replace_parameters(base.model, adapter)
-            if adapter.weights:
-                apply_adapter(base.model, adapter, base_name)
+        if adapter.full:
+            replace_parameters(base.model, adapter)
+        if adapter.weights:
+            apply_adapter(base.model, adapter, base_name)
         adapted = _logits(base)
         del base
         advance(1, "base and adapter")

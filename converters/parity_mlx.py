@@ -18,6 +18,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trace
+from mlx_rsgwm.converters.untied_base import adapts_head, has_own_head
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 
 
@@ -34,6 +35,11 @@ def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
     from mlx_lm.tuner.utils import load_adapters
 
     assert adapter.path is not None
+    if adapts_head(adapter) and not has_own_head(dict(model.named_modules())):
+        raise AdapterError(
+            f"{adapter.where} has a head apart from the embedding, which {name} ties; "
+            "make an untied model of it first (rsgwm fuse)"
+        )
     try:
         if adapter.full:
             replace_parameters(model, adapter)

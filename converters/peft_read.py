@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlx_rsgwm.converters.peft_config import config_notes, config_problems, is_h
 from mlx_rsgwm.converters.peft_derived import derive_parameters
 from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
 from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
+from mlx_rsgwm.converters.peft_heads import head_problems, head_trained_apart, hold_head
 from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, is_other_tower, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft_sidecar import (
     ROW_HASHES,
@@ -33,9 +35,9 @@ from mlx_rsgwm.converters.peft_uniform import (
     choose_folding,
     common_scale,
     fold,
-    same_bits,
     widen_rank,
 )
+from mlx_rsgwm.converters.untied_base import untied_layers
 from mlx_rsgwm.converters.weight_map import Link, describe_link
 from mlx_rsgwm.errors import AdapterError, raise_problems
 
@@ -47,6 +49,7 @@ class Layout:
     ``names``: transformers' names where they are not the ones we would write. ``experts``: ``each`` or ``stacked``.
     ``folded``: modules whose scale went into lora_b. ``tied``: one embedding pair stands for embedding and head.
     ``derived``: replaced parameters, by our names, that PEFT's file has not (see ``peft_derived``).
+    ``untied``: the base ties embedding and head, and the adapter has them apart.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -54,6 +57,7 @@ class Layout:
     folded: dict[str, Folding] = field(default_factory=dict)
     tied: bool = False
     derived: list[str] = field(default_factory=list)
+    untied: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value}
@@ -62,7 +66,7 @@ class Layout:
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
         folded = {name: Folding(**one) for name, one in (value.get("folded") or {}).items()}
         names, derived = dict(value.get("names") or {}), list(value.get("derived") or [])
-        return cls(names, value.get("experts"), folded, bool(value.get("tied")), derived)
+        return cls(names, value.get("experts"), folded, bool(value.get("tied")), derived, bool(value.get("untied")))
 
 
 @dataclass
@@ -105,21 +109,48 @@ def read_peft(
         raise_problems(str(folder.path), problems + found, AdapterError)
     sidecar = read_sidecar(folder.path, config, folder.sha256)
     layout = Layout()
+    copies: dict[str, mx.array] = {}
     if base is not None:
         found += _other_towers(groups, base, reading)
+        copies = _take_copies(groups, base)
+    with ExitStack() as stack:
+        if base is not None and base.tied and head_trained_apart(groups, config):
+            layout.untied = True
+            if groups.tokens:
+                found.append("trained token rows beside a head apart from the embedding have no counterpart")
+            base = stack.enter_context(untied_layers(base))
+            hold_head(groups, base, layout)
+        return _read_groups(folder, groups, found, copies, sidecar, layout, base, described, reading, metadata)
+
+
+def _read_groups(
+    folder: PeftFolder,
+    groups: Groups,
+    found: list[str],
+    copies: dict[str, mx.array],
+    sidecar: Sidecar | None,
+    layout: Layout,
+    base: BaseLayers | None,
+    described: Mapping[str, Any] | None,
+    reading: Reading,
+    metadata: Mapping[str, str],
+) -> Adapter:
+    """The adapter that sorted arrays make, on a base that has a head of its own where they need one."""
+    config = folder.config
     names = base.names if base is not None else Names((described or {}).get("model_type"))
     updates, wrong = build_updates(groups, config, sidecar, layout, names)
     found += wrong + _depth_problems(updates, groups, described)
-    copies: dict[str, mx.array] = {}
-    if base is not None:
-        copies = _take_copies(groups, base)
-    found += _head_problems(updates, groups, layout, base)
+    found += head_problems(updates, groups, layout, base)
     beside: dict[str, mx.array] = {}
     found += derive_parameters(groups, config, base, beside, layout.derived)
     if base is not None:
         found += _fit_problems(updates, groups, base)
         found += _missing_problems(updates, config, base, reading)
     reading.notes += config_notes(config)
+    if layout.untied:
+        reading.notes.append(
+            "its head is apart from the embedding, which the base ties; rsgwm fuse makes an untied model"
+        )
     if not updates and not groups.whole and not found:
         found.append("holds no LoRA arrays")
     raise_problems(str(folder.path), list(dict.fromkeys(found)), AdapterError)
@@ -361,42 +392,6 @@ def _gathered(
         return [], wrong
     name = f"{switch}.{projection}"
     return [Update(name, ordered[0], a, b, None, ranks.pop(), scales.pop())], []
-
-
-def _head_problems(updates: list[Update], groups: Groups, layout: Layout, base: BaseLayers | None) -> list[str]:
-    """Embedding and head: apart in PEFT, one in mlx-lm where the base ties them. Equal adapters become one."""
-    embedding = next((update for update in updates if is_embedding(update.module)), None)
-    head = next((update for update in updates if update.module.rpartition(".")[2] == "lm_head"), None)
-    whole = {name.rpartition(".")[0] for name in groups.whole if name.endswith(".weight")}
-    whole_embedding = next((name for name in whole if is_embedding(name)), None)
-    whole_head = next((name for name in whole if name.rpartition(".")[2] == "lm_head"), None)
-    if embedding is None and head is None and whole_embedding is None and whole_head is None:
-        return []
-    if base is None:
-        return ["an adapted embedding or head means something else on a tied base; give the base model"]
-    if not base.tied:
-        return []
-    if embedding is not None and head is not None and _same_update(embedding, head):
-        updates.remove(head)
-        layout.tied = True
-        return []
-    if whole_embedding and whole_head and embedding is None and head is None:
-        one, other = f"{whole_embedding}.weight", f"{whole_head}.weight"
-        if same_bits(groups.whole[one], groups.whole[other]):
-            del groups.whole[other]
-            layout.tied = True
-            return []
-    names = [update.source for update in (embedding, head) if update] + [n for n in (whole_embedding, whole_head) if n]
-    return [
-        f"{' and '.join(names)}: the base's head is its embedding, which mlx-lm adapts as one and PEFT apart; "
-        "only equal adapters of both can be converted"
-    ]
-
-
-def _same_update(embedding: Update, head: Update) -> bool:
-    """Whether the head's update is the embedding's, with factors swapped as its matrix is used the other way."""
-    same_scale = embedding.scale == head.scale
-    return same_scale and same_bits(embedding.a, head.b.T) and same_bits(embedding.b, head.a.T)
 
 
 def _depth_problems(updates: Iterable[Update], groups: Groups, described: Mapping[str, Any] | None) -> list[str]:

@@ -264,7 +264,8 @@ def check_fit(base: Base, adapter: Adapter) -> None:
             layer = layer.linear
         embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
         if layer is None:
-            problems.append(f"the model has no module {module}")
+            tied = " (its head is its embedding; rsgwm fuse makes an untied model)" if "lm_head" in module else ""
+            problems.append(f"the model has no module {module}{tied}")
         elif not embedding and not isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
             problems.append(f"{module} is a {type(layer).__name__}, neither a linear layer nor an embedding")
         elif embedding and f"{module}.m" in adapter.weights:

@@ -1,0 +1,80 @@
+"""Embedding and head of a PEFT adapter on a base that ties them: equal ones become one, others stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlx_rsgwm.converters.base_layers import BaseLayers
+from mlx_rsgwm.converters.peft_config import is_head, scale_of
+from mlx_rsgwm.converters.peft_folder import Groups
+from mlx_rsgwm.converters.peft_names import is_embedding
+from mlx_rsgwm.converters.peft_uniform import Update, same_bits
+from mlx_rsgwm.converters.untied_base import has_own_head
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.converters.peft_read import Layout
+
+
+def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: BaseLayers | None) -> list[str]:
+    """Embedding and head: apart in PEFT, one in mlx-lm where the base ties them. Equal adapters become one."""
+    embedding = next((update for update in updates if is_embedding(update.module)), None)
+    head = next((update for update in updates if update.module.rpartition(".")[2] == "lm_head"), None)
+    whole = {name.rpartition(".")[0] for name in groups.whole if name.endswith(".weight")}
+    whole_embedding = next((name for name in whole if is_embedding(name)), None)
+    whole_head = next((name for name in whole if name.rpartition(".")[2] == "lm_head"), None)
+    if embedding is None and head is None and whole_embedding is None and whole_head is None:
+        return []
+    if base is None:
+        return ["an adapted embedding or head means something else on a tied base; give the base model"]
+    if not base.tied:
+        return []
+    if embedding is not None and head is not None and _same_update(embedding, head):
+        updates.remove(head)
+        layout.tied = True
+        return []
+    if whole_embedding and whole_head and embedding is None and head is None:
+        one, other = f"{whole_embedding}.weight", f"{whole_head}.weight"
+        if same_bits(groups.whole[one], groups.whole[other]):
+            del groups.whole[other]
+            layout.tied = True
+            return []
+    names = [update.source for update in (embedding, head) if update] + [n for n in (whole_embedding, whole_head) if n]
+    return [
+        f"{' and '.join(names)}: the base's head is its embedding, which mlx-lm adapts as one and PEFT apart; "
+        "only equal adapters of both can be converted"
+    ]
+
+
+def head_trained_apart(groups: Groups, config: Mapping[str, Any]) -> bool:
+    """Whether head and embedding of a tied base are not the same any more once the adapter is in them."""
+    if config.get("ensure_weight_tying"):
+        return False
+    pairs = {module: pair for module, pair in groups.pairs.items() if is_head(module)}
+    whole = {name: value for name, value in groups.whole.items() if is_head(name.removesuffix(".weight"))}
+    embeddings = [name for name in groups.whole if is_embedding(name.removesuffix(".weight"))]
+    if not (pairs or whole or groups.embeddings or embeddings):
+        return False
+    if len(pairs) == len(groups.embeddings) == 1 and not whole and not embeddings:
+        (head, one), (embedding, other) = next(iter(pairs.items())), next(iter(groups.embeddings.items()))
+        same = same_bits(one["a"], other["b"].T) and same_bits(one["b"], other["a"].T)
+        return not same or scale_of(config, head) != scale_of(config, embedding)
+    if len(whole) == len(embeddings) == 1 and not pairs and not groups.embeddings:
+        return not same_bits(groups.whole[embeddings[0]], next(iter(whole.values())))
+    return True
+
+
+def hold_head(groups: Groups, base: BaseLayers, layout: Layout) -> None:
+    """Where the embedding alone was trained, hold the head as it was: loaders that would tie the two refuse it then."""
+    if any(map(is_head, (*groups.pairs, *(name.removesuffix(".weight") for name in groups.whole)))):
+        return
+    ours = next(f"{module}.weight" for module in base.layers if has_own_head([module]))
+    link, value = base.names.link(ours), base.read_arrays({ours})[ours]
+    groups.whole[base.names.transformers_parameter(ours)] = value if link is None else link.undo(value)
+    layout.derived.append(ours)
+
+
+def _same_update(embedding: Update, head: Update) -> bool:
+    """Whether the head's update is the embedding's, with factors swapped as its matrix is used the other way."""
+    same_scale = embedding.scale == head.scale
+    return same_scale and same_bits(embedding.a, head.b.T) and same_bits(embedding.b, head.a.T)

@@ -1,0 +1,188 @@
+"""Heads trained apart from the embedding that they share in the base: fuse writes an untied model, torch's logits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from mlx_rsgwm.base import load_base
+from mlx_rsgwm.cli.main import rsgwm
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+IDS = [1, 5, 9, 2, 33, 60, 41, 8, 55, 3, 17]
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 320,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+}
+TRAINED = {
+    "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "embedding saved, LoRA on the head": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory, byte_level):
+    made = {}
+
+    def folder(kind, **extra):
+        if kind not in made:
+            torch.manual_seed(5)
+            config = getattr(transformers, f"{kind}Config")(**{**SIZES, **extra})
+            made[kind] = tmp_path_factory.mktemp("bases") / kind
+            getattr(transformers, f"{kind}ForCausalLM")(config).float().save_pretrained(made[kind])
+            byte_level(made[kind])
+        return made[kind]
+
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([IDS])).logits[0].float().numpy()
+
+
+def torch_base(folder):
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
+
+
+def make(base, folder, **settings):
+    """A random PEFT adapter; torch's logits with it, as PEFT loads it again from the file."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(torch_base(base), peft.LoraConfig(**options))
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                start = 0.0 if "lora_" in name else parameter.data
+                parameter.data = start + 0.2 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(str(folder))
+        return logits(peft.PeftModel.from_pretrained(torch_base(base), str(folder)))
+
+
+def run(*arguments):
+    return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
+
+
+def largest(one, other):
+    return float(np.abs(one - other).max())
+
+
+def mlx_logits(folder):
+    return np.array(load_base(str(folder), "float32").model(mx.array([IDS]))[0])
+
+
+CASES = [("Llama", name) for name in TRAINED] + [(kind, "head saved") for kind in ("Qwen2", "Qwen3", "Gemma2")]
+CASES += [("Gemma3", "LoRA on the head"), ("Qwen3", "LoRA on the embedding")]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_head_apart_becomes_an_untied_model(kind, name, bases, tmp_path):
+    extra = {"sliding_window": 32, "query_pre_attn_scalar": 8} if kind.startswith("Gemma") else {}
+    base = bases(kind, **extra) if kind != "Gemma3" else gemma3(bases, tmp_path)
+    expected = make(base, tmp_path / "peft", **TRAINED[name])
+    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base)
+    if kind == "Gemma2":  # its class in mlx-lm has no head at all
+        assert converted.exit_code == 2
+        assert "gemma2" in converted.stderr
+        assert "head" in converted.stderr
+        assert not (tmp_path / "mlx").exists()
+        return
+    assert converted.exit_code == 0, converted.output
+    assert "untied" in converted.output
+    fused = run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", base, "--quiet")
+    assert fused.exit_code == 0, fused.output
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["tie_word_embeddings"] is False
+    # mlx-lm rounds Gemma 3's embedding scale to bfloat16: its bare base is that far from torch already.
+    bound = 1e-4 if kind != "Gemma3" else 2 * largest(mlx_logits(base), logits(torch_base(base)))
+    assert bound < 5e-3
+    assert largest(mlx_logits(tmp_path / "fused"), expected) < bound
+    assert largest(logits(torch_base(tmp_path / "fused")), expected) < 1e-4
+    assert largest(mlx_logits(base), expected) > 0.1
+    back = run("convert", "to-peft", tmp_path / "mlx", tmp_path / "back", "--base", base)
+    assert back.exit_code == 0, back.output
+    before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("peft", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def gemma3(bases, tmp_path):
+    torch.manual_seed(5)
+    config = transformers.Gemma3TextConfig(
+        **{**SIZES, "num_hidden_layers": 7, "sliding_window": 32, "query_pre_attn_scalar": 8}
+    )
+    transformers.Gemma3ForCausalLM(config).float().save_pretrained(tmp_path / "base")
+    for file in bases("Llama").iterdir():
+        if file.name.startswith(("tokenizer", "special")):
+            shutil.copyfile(file, tmp_path / "base" / file.name)
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("name", ["LoRA on the head", "LoRA on the embedding", "head saved"])
+def test_commands_that_keep_the_base_tied_refuse_it_by_name(name, bases, tmp_path):
+    make(bases("Llama"), tmp_path / "peft", **TRAINED[name])
+    assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", bases("Llama")).exit_code == 0
+    for command in (
+        ("parity", tmp_path / "mlx", "--base", bases("Llama")),
+        (
+            "ask",
+            "2+2",
+            "--base",
+            bases("Llama"),
+            "--drafter",
+            tmp_path / "mlx",
+            "--verifier",
+            tmp_path / "mlx",
+            "--template",
+            "plain",
+        ),
+    ):
+        result = run(*command)
+        assert result.exit_code == 2, (command, result.output)
+        assert "rsgwm fuse" in result.stderr, (command, result.stderr)
+
+
+def test_a_quantised_tied_base_gets_a_dense_head(bases, tmp_path):
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    base = bases("Llama")
+    model, config = load_model(base)
+    model, config = quantize_model(model, config, 32, 8)
+    quantised = shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    save_model(quantised, model)
+    save_config(config, quantised / "config.json")
+    make(base, tmp_path / "peft", **TRAINED["head saved"])
+    assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", quantised).exit_code == 0
+    fused = run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", quantised, "--quiet", "--force")
+    assert fused.exit_code == 0, fused.output
+    head = mx.load(str(tmp_path / "fused" / "model.safetensors"))["lm_head.weight"]
+    saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert np.array_equal(np.array(head.astype(mx.float32)), saved.numpy())
