@@ -49,7 +49,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     except ValidationError as error:
         for found in error.errors():
             name = ".".join(str(part) for part in found["loc"])
-            problems.append(f"{name}: {found['msg'].lower()}, found {brief(found['input'])}")
+            message = found["msg"].lower().replace("a valid tuple", "a list")
+            problems.append(f"{name}: {message}, found {brief(found['input'])}")
     raise_problems(where, problems)
     raise AssertionError("unreachable: a ValidationError always has errors")
 

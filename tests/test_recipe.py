@@ -211,6 +211,7 @@ def test_shipped_recipes_are_valid():
         (["evaluate.tasks=[none.jsonl]"], "none.jsonl does not exist"),
         (["export.tolerance=0"], "tolerance must be above 0"),
         (["base="], "base"),
+        (["train.keys=q_proj"], r"train\.keys: input should be a list, found 'q_proj'"),
         (["train.rank=true"], r"train\.rank: expected a number, found True"),
         (["data.rows=yes"], r"data\.rows: expected a number, found True"),
         (["loop.threshold=on"], r"loop\.threshold: expected a number, found True"),
