@@ -23,12 +23,15 @@ OPENBLAS = $(filter %/libopenblas.so.0,$(BLAS))
 BLIS = $(filter %/libblis.so.4,$(BLAS))
 # Debian 12's OpenBLAS takes Intel processors newer than itself for one of 2004, five times slower: name the kernels
 # that the processor's flags allow, unless the caller did.
-CORETYPE = $(shell test -n "$$OPENBLAS_CORETYPE" || grep -qsw avx512f /proc/cpuinfo && echo SKYLAKEX || \
-	{ grep -qsw avx2 /proc/cpuinfo && echo HASWELL; })
+CORETYPE = $(shell if test -n "$$OPENBLAS_CORETYPE"; then echo "$$OPENBLAS_CORETYPE"; \
+	elif grep -qsw avx512f /proc/cpuinfo; then echo SKYLAKEX; elif grep -qsw avx2 /proc/cpuinfo; then echo HASWELL; fi)
 SPACE := $(subst ,, )
-RUN = $(if $(OPENBLAS),$(if $(CORETYPE),OPENBLAS_CORETYPE="$${OPENBLAS_CORETYPE:-$(CORETYPE)}") \
+RUN = $(if $(OPENBLAS),$(if $(CORETYPE),OPENBLAS_CORETYPE="$(CORETYPE)") \
 	$(if $(BLIS),BLIS_NUM_THREADS="$${BLIS_NUM_THREADS:-$$(nproc)}") \
 	LD_PRELOAD="$(subst $(SPACE),:,$(strip $(BLIS) $(OPENBLAS)))$${LD_PRELOAD:+:$$LD_PRELOAD}")
+
+# Two test files at a time, each with one thread: the matrices of tests are too small for two.
+RUN_TESTS = $(RUN) OPENBLAS_NUM_THREADS=1 BLIS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
 SOURCES := $(shell find mlx_rsgwm converters cli bench -name "*.py" -o -name "*.yaml" -o -name py.typed)
 
@@ -42,7 +45,7 @@ demo: $(VENV)/.demo openblas  ## set up everything, then data, pool, merge, eval
 	$(RUN) $(BIN)/rsgwm demo --out runs/demo
 
 test: $(VENV)/.test openblas  ## set up everything and run the tests
-	RSGWM_ALL_PEERS=1 $(RUN) $(BIN)/python -m pytest -m "not slow"
+	RSGWM_ALL_PEERS=1 $(RUN_TESTS) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(VENV)/.test openblas  ## run the long proofs
 	$(RUN) $(BIN)/python -m pytest -m slow
