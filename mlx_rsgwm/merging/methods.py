@@ -108,7 +108,7 @@ LAMBDA = Parameter(1.0, "factor on the merged update", 0, open_low=True)
 _RSGWM = Method(
     rsgwm,
     "importance-weighted mean of what each adapter's top parameters changed, for a role",
-    "RS-GWM, equations 1 and 2; docs/merging.md",
+    "RS-GWM, equations 1 and 2; docs/methods.md",
     {
         "space": spaces("factor", "product"),
         "tau": Parameter(None, "quantile of the mask; 0.30 to draft, 0.50 to verify", 0, 1, True, True),
@@ -176,7 +176,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "paper-literal": Method(
             rsgwm,
             "Algorithm 1 as printed: one signal for all roles, one quantile over all parameters, nothing normalised",
-            "RS-GWM, Algorithm 1; docs/merging.md on what it leaves open",
+            "RS-GWM, Algorithm 1; docs/methods.md on what it leaves open",
             _RSGWM.with_defaults(signal="shared", scope="global", reference="zero", normalise="none"),
             survey,
             needs=("importance",),
