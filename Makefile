@@ -16,9 +16,9 @@ export PYTHONDONTWRITEBYTECODE :=
 # MLX's Linux wheel links a reference BLAS, forty times slower than OpenBLAS. BLIS goes before it where it is installed:
 # its products with few rows (decoding) take a quarter of the time; OpenBLAS keeps LAPACK. The paths are looked up when
 # a recipe starts, since `openblas` may just have installed them; there are none on macOS, and nothing is preloaded.
-BLAS_PACKAGES := libopenblas0-pthread libblis4-pthread
+BLAS_PACKAGES := libopenblas0-pthread libblis4-openmp
 LIBRARIES = /usr/lib/$$(uname -m)-linux-gnu
-BLAS = $(shell ls $(LIBRARIES)/blis-pthread/libblis.so.4 $(LIBRARIES)/openblas-pthread/libopenblas.so.0 2>/dev/null)
+BLAS = $(shell ls $(LIBRARIES)/blis-openmp/libblis.so.4 $(LIBRARIES)/openblas-pthread/libopenblas.so.0 2>/dev/null)
 OPENBLAS = $(filter %/libopenblas.so.0,$(BLAS))
 BLIS = $(filter %/libblis.so.4,$(BLAS))
 # Debian 12's OpenBLAS takes Intel processors newer than itself for one of 2004, five times slower: name the kernels

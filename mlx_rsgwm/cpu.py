@@ -78,8 +78,13 @@ def _exp_vjp(primals: mx.array, cotangents: mx.array, outputs: mx.array) -> mx.a
 
 
 @cache
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return ThreadPoolExecutor(max(1, _cores() - 1))  # the caller is one more
 
 
 def _by_rows(work: Callable[..., Any], *arrays: mx.array) -> mx.array:
@@ -88,16 +93,17 @@ def _by_rows(work: Callable[..., Any], *arrays: mx.array) -> mx.array:
     views = [np.array(array, copy=False).reshape(-1, width) for array in arrays]
     out = np.empty(views[0].shape, np.float32)
     step = max(1, BLOCK // max(1, width))
-    starts = range(0, len(out), step)
+    share = max(step if len(out) <= step else 1, -(-len(out) // _cores()))
 
-    def block(start: int) -> None:
-        rows = slice(start, start + step)
-        work(*(view[rows] for view in views), out[rows])
+    def part(first: int) -> None:
+        for start in range(first, min(first + share, len(out)), step):
+            rows = slice(start, min(start + step, first + share))
+            work(*(view[rows] for view in views), out[rows])
 
-    if len(starts) == 1:
-        block(0)
-    else:
-        list(_threads().map(block, starts))
+    others = [_threads().submit(part, first) for first in range(share, len(out), share)]
+    part(0)
+    for other in others:
+        other.result()
     return mx.array(out).reshape(arrays[0].shape)
 
 
@@ -155,20 +161,22 @@ def largest(values: mx.array, count: int) -> mx.array:
     return mx.array(np.argpartition(np.array(values, copy=False), place, axis=-1)[..., place:].astype(np.uint32))
 
 
-def _sigmoid_block(values: np.ndarray, out: np.ndarray) -> None:
-    """1 / (1 + exp(-x)); where the exponential overflows to infinity the quotient is 0, as it should be."""
-    np.negative(values, out=out)
+def _gated_block(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
+    """gate / (1 + exp(-gate)) · up; where the exponential overflows to infinity the quotient is 0, as it should be."""
+    np.negative(gate, out=out)
     with np.errstate(over="ignore"):
         np.exp(out, out=out)
     out += 1
-    np.reciprocal(out, out=out)
+    np.divide(gate, out, out=out)
+    out *= up
 
 
 @mx.custom_function
 def _gated_and_share(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     """silu(gate) · up, and the sigmoid of ``gate``, which the gradient takes up instead of computing it again."""
-    share = _by_rows(_sigmoid_block, gate) if _in_numpy(gate) else 1 / (1 + mx.power(math.e, -gate))
-    return gate * up * share, share
+    share = 1 / (1 + mx.power(math.e, -gate))
+    # In NumPy the product needs no share, and MLX computes it only where a gradient asks for it.
+    return (_by_rows(_gated_block, gate, up) if _in_numpy(gate) else gate * up * share), share
 
 
 @_gated_and_share.vjp

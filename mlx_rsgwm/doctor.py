@@ -237,11 +237,11 @@ def blas_fix() -> str:
     if sys.platform != "linux":
         return "close other programs and try again"
     folder = Path(f"/usr/lib/{platform.machine()}-linux-gnu")
-    library, blis = folder / "openblas-pthread/libopenblas.so.0", folder / "blis-pthread/libblis.so.4"
+    library, blis = folder / "openblas-pthread/libopenblas.so.0", folder / "blis-openmp/libblis.so.4"
     if not library.exists():
         threads = f"BLIS_NUM_THREADS={os.cpu_count()}"
         preload = f"export {threads} LD_PRELOAD={blis}:{library}"
-        return f"apt-get install libopenblas0-pthread libblis4-pthread; {preload}; then rsgwm doctor once more"
+        return f"apt-get install libopenblas0-pthread libblis4-openmp; {preload}; then rsgwm doctor once more"
     preload = f"export LD_PRELOAD={library}"
     if blis.exists():  # quicker in products of few rows, which decoding consists of
         preload = f"export BLIS_NUM_THREADS={os.cpu_count()} LD_PRELOAD={blis}:{library}"

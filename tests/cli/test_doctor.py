@@ -124,14 +124,14 @@ def test_the_fix_of_a_slow_blas_is_the_whole_fix(monkeypatch, installed, core):
     fix = doctor.blas_fix()
     preload = next(word for word in fix.replace(";", " ").split() if word.startswith("LD_PRELOAD=")).partition("=")[2]
     blis, library = preload.split(":")
-    assert blis.endswith("-linux-gnu/blis-pthread/libblis.so.4")
+    assert blis.endswith("-linux-gnu/blis-openmp/libblis.so.4")
     assert library.endswith("-linux-gnu/openblas-pthread/libopenblas.so.0")
     export = f"export BLIS_NUM_THREADS={os.cpu_count()} LD_PRELOAD={preload}"
     if installed:
         assert asked == [library]
         assert fix == export + (" OPENBLAS_CORETYPE=HASWELL" if core else "")
     else:
-        assert fix == f"apt-get install libopenblas0-pthread libblis4-pthread; {export}; then rsgwm doctor once more"
+        assert fix == f"apt-get install libopenblas0-pthread libblis4-openmp; {export}; then rsgwm doctor once more"
 
 
 def test_blis_on_one_core_is_told(machine, monkeypatch):
