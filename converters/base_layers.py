@@ -23,6 +23,7 @@ from mlx_rsgwm.converters.module_names import (
     checkpoint_shapes,
     transformers_parameter,
 )
+from mlx_rsgwm.converters.peft_config import is_head
 from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_config import config_for_mlx_lm, open_model
@@ -122,7 +123,7 @@ def read_base_layers(name: str, path: Path) -> BaseLayers:
         description=describe_base(name, fingerprint_of(path), files.read_json_object(path / "config.json")),
         layers=layers,
         parameters=parameters,
-        tied=embedded and not any(one.rpartition(".")[2] in ("lm_head", "embed_out", "output") for one in layers),
+        tied=embedded and not any(map(is_head, layers)),
         weights=weights,
         bare=bare,
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
@@ -26,13 +25,15 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import DTYPES, Base, load_base, resolve_base
 from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype, with_dtype
+from mlx_rsgwm.converters.model_files import write_model
 from mlx_rsgwm.converters.parity_mlx import apply_adapter, probe_ids, replace_parameters
 from mlx_rsgwm.converters.peft import require_empty
 from mlx_rsgwm.converters.peft_names import model_order
+from mlx_rsgwm.converters.resized_vocabulary import make_room, rows_of, tokenizer_of
 from mlx_rsgwm.converters.untied_base import adapts_head, has_own_head, untied_base
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.model_config import open_model
-from mlx_rsgwm.model_folder import TOKENIZER_FILES, fingerprint_of
+from mlx_rsgwm.model_folder import fingerprint_of
 from mlx_rsgwm.progress import SILENT, Progress
 
 GROUP_SIZE = 64
@@ -141,6 +142,7 @@ def _fuse(
 ) -> dict[str, Any]:
     """:func:`fuse` with the base in the folder ``path``, which ``load_base`` finds as ``loaded_name``."""
     model, config = _adapted_model(path, adapter, base_name)
+    tokenizer = tokenizer_of(adapter, path)
     layers = dict(_adapted_layers(model))
     found = []
     with progress.task("measuring", len(layers)) as advance:
@@ -157,7 +159,7 @@ def _fuse(
     config = _fused(model, config, layers, target)
     files.require_space(out, sum(value.nbytes for _, value in _parameters(model)) + 2**24)
     with files.new_folder(out) as work:
-        _write(model, config, path, work)
+        write_model(model, config, path, tokenizer, work)
         del model, layers
         mx.clear_cache()
         result = {
@@ -194,6 +196,7 @@ def _fuse(
 def _adapted_model(path: Path, adapter: Adapter, base_name: str) -> tuple[Any, dict[str, Any]]:
     model: Any
     model, config, _ = open_model(path)
+    config = make_room(model, config, adapter)
     if adapter.full:
         replace_parameters(model, adapter)
     if adapter.weights:
@@ -340,21 +343,6 @@ def _parameters(model: Any) -> list[tuple[str, mx.array]]:
     return list(flat)
 
 
-def _write(model: Any, config: dict[str, Any], source: Path, out: Path) -> None:
-    """Write the model into the folder ``out``, with the other files that its base has."""
-    from mlx_lm.utils import save_config, save_model
-
-    try:
-        save_model(out, model)
-    except RuntimeError as error:
-        raise RsgwmError(f"cannot write {out}: {error}") from error
-    for pattern in ("*.json", "*.jinja", *TOKENIZER_FILES, "*.txt"):
-        for file in source.glob(pattern):
-            if not (out / file.name).exists() and file.name != "config.json":
-                shutil.copyfile(file, out / file.name)
-    save_config(config, out / "config.json")
-
-
 # --- the written model ------------------------------------------------------------------------------------------
 
 
@@ -362,25 +350,31 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
     """How much of the adapter's effect on float32 logits the written model has, and how far it is from it."""
     with progress.task("comparing logits", 3) as advance:
         base = load_base(base_name, "float32", progress)
-        bare = _logits(base)
+        ids = probe_ids(base, TEXTS)
+        if rows := rows_of(adapter.manifest):  # of a smaller vocabulary only what both have is compared
+            ids = [[one for one in text if one < rows] for text in ids]
+        bare = _logits(base, ids)
         bits = FORMATS[target]
         packed = bare
+        make_room(base.model, base.config, adapter)
         if adapter.full:
             replace_parameters(base.model, adapter)
         if adapter.weights:
             apply_adapter(base.model, adapter, base_name)
-        adapted = _logits(base)
+        adapted = _logits(base, ids)
         del base
         advance(1, "base and adapter")
         if isinstance(bits, int):
             again = load_base(base_name, "float32", progress)
             if not again.config.get("quantization"):
                 _quantised(again.model, dict(again.config), bits)
-                packed = _logits(again)
+                packed = _logits(again, ids)
             del again
         advance(1, "the base in the target format")
-        fused = _logits(load_base(str(out), "float32"))
+        fused = _logits(load_base(str(out), "float32"), ids)
         advance(1, "the fused model")
+    columns = min(bare.shape[-1], fused.shape[-1])
+    bare, packed, adapted, fused = (one[:, :columns] for one in (bare, packed, adapted, fused))
     effect, found = adapted - bare, fused - packed
     square = float((effect * effect).sum())
     return {
@@ -390,9 +384,8 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
     }
 
 
-def _logits(base: Base) -> np.ndarray:
+def _logits(base: Base, ids: list[list[int]]) -> np.ndarray:
     model: Any = base.model
-    ids = probe_ids(base, TEXTS)
-    found = [np.array(model(mx.array([one]))[0].astype(mx.float32)).astype(np.float64) for one in ids]
+    found = [np.array(model(mx.array([one]))[0].astype(mx.float32)).astype(np.float64) for one in ids if one]
     mx.clear_cache()
     return np.concatenate(found)

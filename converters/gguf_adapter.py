@@ -22,6 +22,7 @@ from mlx_rsgwm.converters.gguf_names import architecture_of, heads_of, permute_r
 from mlx_rsgwm.converters.peft_names import is_embedding, model_order
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.model_folder import read_config
+from mlx_rsgwm.slots import untied_hint
 
 FLOATS = {"f32": np.float32, "f16": np.float16}
 
@@ -98,7 +99,7 @@ def _tensor_names(adapter: Adapter, base: BaseLayers, config: dict[str, Any]) ->
         layer = base.layers.get(module)
         name = name_of(module)
         if layer is None:
-            problems.append(f"the base has no {module}")
+            problems.append(f"the base has no {module}{untied_hint(module)}")
         elif name is None:
             problems.append(f"{module} has no tensor in llama.cpp")
         elif is_embedding(module) and base.tied:

@@ -21,6 +21,9 @@ from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trac
 from mlx_rsgwm.converters.untied_base import adapts_head, has_own_head
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 
+# Of another number of rows, or of a packed layer.
+FUSE = " (rsgwm fuse makes a model of base and adapter)"
+
 
 def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
     """Put a saved adapter into mlx-lm's model by mlx-lm's own ``load_adapters``; the model is in evaluation mode after.
@@ -71,7 +74,7 @@ def replace_parameters(model: nn.Module, adapter: Adapter) -> None:
     flat: Any = tree_flatten(model.parameters())
     present = dict(flat)
     wrong = [name for name, value in adapter.full.items() if getattr(present.get(name), "shape", None) != value.shape]
-    raise_problems(adapter.where, [f"the base has no {name} of its shape" for name in wrong], AdapterError)
+    raise_problems(adapter.where, [f"the base has no {name} of its shape{FUSE}" for name in wrong], AdapterError)
     model.load_weights(
         [(name, value.astype(present[name].dtype)) for name, value in adapter.full.items()], strict=False
     )

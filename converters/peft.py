@@ -10,6 +10,7 @@ with.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +27,7 @@ from mlx_rsgwm.converters.peft_folder import open_peft
 from mlx_rsgwm.converters.peft_read import Reading, early_problems, read_peft
 from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, write_sidecar
 from mlx_rsgwm.converters.peft_write import peft_arrays, peft_form, unconvertible
+from mlx_rsgwm.converters.resized_vocabulary import rows_of, tokenizer_files
 from mlx_rsgwm.converters.stream import save_adapter, write_arrays
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.progress import SILENT, Progress
@@ -105,6 +107,9 @@ def _write(
         digest = write_arrays(work / PEFT_WEIGHTS_FILE, arrays, metadata or {"format": "pt"})
         check()
         write_sidecar(adapter, config, work, digest, form.joined)
+        if adapter.path is not None and rows_of(adapter.manifest):
+            for file in tokenizer_files(adapter.path):
+                shutil.copyfile(file, work / file.name)
         files.write_json(work / PEFT_CONFIG_FILE, config)
     return out
 
@@ -152,7 +157,7 @@ def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Readin
         names = ", ".join(list(adapter.full)[:3]) + (" …" if len(adapter.full) > 3 else "")
         reading.notes.append(f"it replaces parameters of the base ({names}), which only rsgwm fuse can apply")
     found = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
-    save_adapter(adapter, out)
+    save_adapter(adapter, out, tokenizer_files(folder) if rows_of(adapter.manifest) else ())
     return found
 
 

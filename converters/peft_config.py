@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mlx_rsgwm.slots import HEADS
+
 # PEFT fields that may have any value here, because the arrays and the scale already say what they did.
 HARMLESS = {
     "auto_mapping",
@@ -309,4 +311,4 @@ def saves_whole(config: Mapping[str, Any], module: str) -> bool:
 
 
 def is_head(module: str) -> bool:
-    return module.rpartition(".")[2] in ("lm_head", "embed_out", "output")
+    return module.rpartition(".")[2] in HEADS

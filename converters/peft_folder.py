@@ -12,15 +12,16 @@ import mlx.core as mx
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import WEIGHTS_FILE
 from mlx_rsgwm.converters.peft_config import rank_of, saves_whole
-from mlx_rsgwm.converters.peft_names import explain_name, is_embedding, parse_name
+from mlx_rsgwm.converters.peft_names import PREFIX, explain_name, is_embedding, parse_name
 from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
-from mlx_rsgwm.converters.peft_uniform import NAMES
+from mlx_rsgwm.converters.peft_uniform import NAMES, same_bits
 from mlx_rsgwm.errors import AdapterError, raise_problems
 
 INDEX_FILE = f"{PEFT_WEIGHTS_FILE}.index.json"
 CONFIG_BYTES = 1 << 24
 PAIR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING_PAIR = ("lora_embedding_A", "lora_embedding_B")
+SAVED_AGAIN, UNTRAINED = ".modules_to_save.weight", ".original_module.weight"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Groups:
     ``tokens``: trained rows of embeddings. ``lora_biases``: biases that lora_B has.
     ``pairs``: a and b of linear layers and of stacked experts, 2-D as PEFT has them. ``embeddings``: the same for
     embeddings. ``magnitudes``: DoRA's. ``whole``: trained parameters of the base by full name. ``copies``: unchanged
-    weights of the base, which PEFT saves with an adapted embedding or head.
+    weights of the base, which PEFT saves with an adapted embedding or head. ``beside``: what PEFT writes besides a
+    saved module's weight when the vocabulary was resized, by name: the same again, and the untrained.
     """
 
     pairs: dict[str, dict[str, mx.array]] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class Groups:
     copies: dict[str, mx.array] = field(default_factory=dict)
     tokens: dict[str, mx.array] = field(default_factory=dict)
     lora_biases: dict[str, mx.array] = field(default_factory=dict)
+    beside: dict[str, mx.array] = field(default_factory=dict)
 
 
 def open_peft(folder: Path) -> PeftFolder:
@@ -114,6 +117,11 @@ def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], soun
     groups = Groups()
     problems = []
     for name, value in arrays.items():
+        if weight := _written_beside(name, arrays):
+            if name.endswith(SAVED_AGAIN) and not same_bits(value, arrays[weight]):
+                problems.append(f"{name} is not {weight}, which it repeats in PEFT's files")
+            groups.beside[name.removeprefix(PREFIX)] = value
+            continue
         parsed = parse_name(name)
         if parsed is None:
             problems.append(f"unknown array {name}{explain_name(name)}")
@@ -153,6 +161,13 @@ def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], soun
         if value.ndim != 1
     ]
     return groups, problems
+
+
+def _written_beside(name: str, arrays: Mapping[str, mx.array]) -> str | None:
+    """The weight that the array ``name`` repeats, or had before training; None for arrays of other kinds."""
+    ending = next((one for one in (SAVED_AGAIN, UNTRAINED) if name.endswith(one)), None)
+    weight = f"{name.removesuffix(ending)}.weight" if ending else ""
+    return weight if weight in arrays and name.startswith(PREFIX) else None
 
 
 def _is_outer(module: str) -> bool:

@@ -64,14 +64,27 @@ def head_trained_apart(groups: Groups, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def hold_head(groups: Groups, base: BaseLayers, layout: Layout) -> None:
-    """Where the embedding alone was trained, hold the head as it was: loaders that would tie the two refuse it then."""
+def hold_other(groups: Groups, base: BaseLayers, layout: Layout) -> None:
+    """Where embedding or head alone was trained, hold the head as it was: loaders that would tie them refuse it then.
+
+    PEFT loads the weight below LoRA into the matrix that both share in the base; where it was resized, both have it.
+    """
+    head = next(f"{module}.weight" for module in base.layers if has_own_head([module]))
+    embedding = next(f"{module}.weight" for module in base.layers if is_embedding(module))
+    names = {ours: base.names.transformers_parameter(ours) for ours in (embedding, head)}
+    modules = {ours: name.removesuffix(".weight") for ours, name in names.items()}
+    for ours, other in ((head, embedding), (embedding, head)):
+        if modules[ours] in groups.copies or names[ours] in groups.whole:
+            continue
+        below = groups.copies.get(modules[other])
+        if below is not None and below.shape[0] != base.layers[other.removesuffix(".weight")].shape[0]:
+            groups.whole[names[ours]] = below
+            layout.derived.append(ours)
     if any(map(is_head, (*groups.pairs, *(name.removesuffix(".weight") for name in groups.whole)))):
         return
-    ours = next(f"{module}.weight" for module in base.layers if has_own_head([module]))
-    link, value = base.names.link(ours), base.read_arrays({ours})[ours]
-    groups.whole[base.names.transformers_parameter(ours)] = value if link is None else link.undo(value)
-    layout.derived.append(ours)
+    link, value = base.names.link(head), base.read_arrays({head})[head]
+    groups.whole[names[head]] = value if link is None else link.undo(value)
+    layout.derived.append(head)
 
 
 def _same_update(embedding: Update, head: Update) -> bool:

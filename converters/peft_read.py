@@ -18,7 +18,7 @@ from mlx_rsgwm.converters.peft_config import config_notes, config_problems, is_h
 from mlx_rsgwm.converters.peft_derived import derive_parameters
 from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
 from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
-from mlx_rsgwm.converters.peft_heads import head_problems, head_trained_apart, hold_head
+from mlx_rsgwm.converters.peft_heads import head_problems, head_trained_apart, hold_other
 from mlx_rsgwm.converters.peft_names import SAVED, is_embedding, is_other_tower, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft_sidecar import (
     ROW_HASHES,
@@ -37,6 +37,7 @@ from mlx_rsgwm.converters.peft_uniform import (
     fold,
     widen_rank,
 )
+from mlx_rsgwm.converters.resized_vocabulary import resized_layers
 from mlx_rsgwm.converters.untied_base import untied_layers
 from mlx_rsgwm.converters.weight_map import Link, describe_link
 from mlx_rsgwm.errors import AdapterError, raise_problems
@@ -49,7 +50,8 @@ class Layout:
     ``names``: transformers' names where they are not the ones we would write. ``experts``: ``each`` or ``stacked``.
     ``folded``: modules whose scale went into lora_b. ``tied``: one embedding pair stands for embedding and head.
     ``derived``: replaced parameters, by our names, that PEFT's file has not (see ``peft_derived``).
-    ``untied``: the base ties embedding and head, and the adapter has them apart.
+    ``untied``: the base ties embedding and head, and the adapter has them apart. ``rows``: those of embedding and head,
+    where the vocabulary was resized.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class Layout:
     tied: bool = False
     derived: list[str] = field(default_factory=list)
     untied: bool = False
+    rows: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value}
@@ -66,7 +69,8 @@ class Layout:
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
         folded = {name: Folding(**one) for name, one in (value.get("folded") or {}).items()}
         names, derived = dict(value.get("names") or {}), list(value.get("derived") or [])
-        return cls(names, value.get("experts"), folded, bool(value.get("tied")), derived, bool(value.get("untied")))
+        untied, rows = bool(value.get("untied")), int(value.get("rows") or 0)
+        return cls(names, value.get("experts"), folded, bool(value.get("tied")), derived, untied, rows)
 
 
 @dataclass
@@ -119,7 +123,11 @@ def read_peft(
             if groups.tokens:
                 found.append("trained token rows beside a head apart from the embedding have no counterpart")
             base = stack.enter_context(untied_layers(base))
-            hold_head(groups, base, layout)
+            hold_other(groups, base, layout)
+        if base is not None:
+            before = set(groups.whole)
+            base, layout.rows = resized_layers(base, groups, found)
+            layout.derived += [base.names.mlx_parameters(name)[0] for name in groups.whole if name not in before]
         return _read_groups(folder, groups, found, copies, sidecar, layout, base, described, reading, metadata)
 
 
@@ -151,13 +159,17 @@ def _read_groups(
         reading.notes.append(
             "its head is apart from the embedding, which the base ties; rsgwm fuse makes an untied model"
         )
+    if layout.rows:
+        reading.notes.append(
+            f"its vocabulary has {layout.rows} rows, not the base's; rsgwm fuse makes a model with its tokenizer"
+        )
     if not updates and not groups.whole and not found:
         found.append("holds no LoRA arrays")
     raise_problems(str(folder.path), list(dict.fromkeys(found)), AdapterError)
     if copies:
         reading.notes.append(f"saved with the base's own values, no change: {', '.join(copies)}")
     adapter = _assemble(folder, updates, groups, layout, sidecar, described, names)
-    adapter.kept |= {f"{name}{SAVED}": value for name, value in copies.items()} | beside
+    adapter.kept |= {f"{name}{SAVED}": value for name, value in {**copies, **groups.beside}.items()} | beside
     if sidecar is not None:
         adapter = restore(adapter, sidecar)
         _require_same_base(adapter, described)
@@ -456,14 +468,20 @@ def _fit_problems(updates: Iterable[Update], groups: Groups, base: BaseLayers) -
         if len(places) > 1 or (link is not None and link.axes is None):
             problems.append(f"{name}: {describe_link(' and '.join(places), link)}, so it cannot be replaced")
             continue
-        if link is not None and sorted(value.shape) == sorted(base.parameters.get(ours, ())):
-            value = link.apply(value)
         if ours not in base.parameters:
             problems.append(f"the base has no {ours}")
-        elif f"{ours.removesuffix('.weight')}.scales" in base.parameters:
+            continue
+        packed = f"{ours.removesuffix('.weight')}.scales" in base.parameters
+        layer = base.layers.get(ours.rpartition(".")[0])
+        if packed and (layer is None or layer.kind == "experts"):
             problems.append(f"{ours} is quantised in the base and cannot be replaced")
-        elif tuple(value.shape) != base.parameters[ours]:
-            problems.append(f"{ours} is {base.parameters[ours]} in the base, {tuple(value.shape)} in the adapter")
+            continue
+        # A packed layer is replaced by a dense one.
+        expected = layer.shape if packed and layer is not None else base.parameters[ours]
+        if link is not None and sorted(value.shape) == sorted(expected):
+            value = link.apply(value)
+        if tuple(value.shape) != expected:
+            problems.append(f"{ours} is {expected} in the base, {tuple(value.shape)} in the adapter")
     return problems
 
 

@@ -33,6 +33,7 @@ from mlx_rsgwm.converters.peft_uniform import (
     same_bits,
     unfold,
 )
+from mlx_rsgwm.converters.untied_base import adapts_head, untied_layers
 from mlx_rsgwm.converters.weight_map import describe_link
 from mlx_rsgwm.errors import AdapterError, raise_problems
 
@@ -99,12 +100,17 @@ def peft_form(adapter: Adapter, probe: Callable[[], Arrays], base: Callable[[boo
         layout = Layout.from_json(source["layout"])
         if source.get("modules") == len(adapter.modules()) and _unchanged(adapter, config, layout, probe()):
             return PeftForm(config, layout, Names(model_type), tied=layout.tied)
-    embedded = any(map(is_embedding, adapter.modules()))
+    embedded = any(map(is_embedding, [*adapter.modules(), *(name.rpartition(".")[0] for name in adapter.full)]))
     layers = base(embedded or model_type in NEEDS_BASE)
-    names = layers.names if layers is not None else Names(model_type)
+    tied = embedded and layers is not None and layers.tied
+    if layers is not None and layers.tied and adapts_head(adapter):  # PEFT has the two apart, too
+        tied = False
+        with untied_layers(layers) as untied:
+            names = untied.names
+    else:
+        names = layers.names if layers is not None else Names(model_type)
     raise_problems(adapter.where, _plain_problems(adapter, names), AdapterError)
     joined = gate_up_of(module for module in adapter.modules() if SWITCH.fullmatch(module))
-    tied = embedded and layers is not None and layers.tied
     return PeftForm(_plain_config(adapter, joined, tied, names), None, names, joined, tied)
 
 
@@ -128,8 +134,13 @@ def _plain_problems(adapter: Adapter, names: Names) -> list[str]:
             )
         if f"{module}.m" in adapter.weights and needs_parameter(names.transformers_module(module), names.model_type):
             problems.append(f"{module}: PEFT reaches this layer as a parameter only, where it has no DoRA")
+    adapted = set(adapter.modules())
     for name in adapter.full:
         link = names.link(name)
+        if name.endswith(".weight") and name.rpartition(".")[0] in adapted:
+            problems.append(
+                f"{name} is replaced and adapted at once, which PEFT has no form for; rsgwm fuse applies both"
+            )
         if names.weights is not None and (link is None or link.axes is None):
             problems.append(f"{describe_link(name, link)}, so it cannot be replaced there")
     return list(dict.fromkeys(problems))
@@ -168,7 +179,7 @@ def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
             arrays[f"{name}.lora_magnitude_vector"] = magnitude
     for switch, pairs in blocks.items():
         arrays |= _expert_arrays(switch, pairs, form)
-    arrays |= _whole_arrays(adapter, names, layout, modules)
+    arrays |= _whole_arrays(adapter, names, layout, modules, form.tied)
     if layout is not None:
         arrays |= _copies(adapter.kept, {_source_name(module, names, layout) for module in modules})
     copies = [name for name in adapter.kept if name.endswith(".weight")] if layout is not None else []
@@ -272,7 +283,7 @@ def _copies(kept: Mapping[str, mx.array], adapted: set[str]) -> Arrays:
     return arrays
 
 
-def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules: list[str]) -> Arrays:
+def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules: list[str], tied: bool) -> Arrays:
     """Trained parameters of the base: a bias sits in the layer that LoRA wraps, the rest where the base has it."""
     arrays = {}
     for name in list(adapter.full):
@@ -289,7 +300,7 @@ def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules
         elif link is not None:
             value = link.undo(value)
         arrays[f"{PREFIX}{theirs}{wrapped}.{leaf}"] = value
-        if layout is not None and layout.tied and is_embedding(module):
+        if tied and is_embedding(module):
             arrays[f"{PREFIX}lm_head.{leaf}"] = value
     return arrays
 
@@ -321,6 +332,8 @@ def _plain_config(adapter: Adapter, joined: Mapping[str, list[str]], tied: bool,
             parameters.append(f"{name}.down_proj")
     whole = [name.rpartition(".") for name in adapter.full]
     saved = [names.transformers_module(module) for module, _, leaf in whole if leaf == "weight"]
+    if tied and any(map(is_embedding, saved)):
+        saved.append("lm_head")
     biases = any(leaf == "bias" and names.transformers_module(module) not in saved for module, _, leaf in whole)
     return {
         "peft_type": "LORA",

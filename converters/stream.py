@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -132,8 +133,10 @@ def _bytes(bits: mx.array) -> memoryview:
     return memoryview(flat).cast("B") if flat.size else memoryview(b"")
 
 
-def save_adapter(adapter: Adapter, out: Path) -> None:
+def save_adapter(adapter: Adapter, out: Path, others: Sequence[Path] = ()) -> None:
     """``Adapter.save`` for an adapter whose weights are lazy, one array in memory at a time; they are consumed.
+
+    ``others``: files that are copied beside them.
 
     Raises:
         AdapterError: wrong names or shapes, values that are not finite; nothing is left behind then.
@@ -148,6 +151,9 @@ def save_adapter(adapter: Adapter, out: Path) -> None:
         adapter.full.clear()
         digest = write_arrays(work / WEIGHTS_FILE, arrays, {"format": "mlx"})
         written = adapter.write_beside(work)
+        for file in others:
+            shutil.copyfile(file, work / file.name)
+            written.append(file.name)
         hashes = {WEIGHTS_FILE: digest, **{name: files.sha256_file(work / name) for name in written}}
         manifest = {**adapter.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
         files.write_json(work / MANIFEST_FILE, manifest)

@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_rsgwm import files
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.foreign_quantisation import refuse_foreign_quantisation
+from mlx_rsgwm.foreign_quantisation import quantisation_settings, refuse_foreign_quantisation
 from mlx_rsgwm.tokenizer_hash import chat_template_hash, tokenizer_hash
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 SAMPLE_BYTES = 4096
+FOREIGN_FIELDS = ("quant_method", "bits", "group_size", "format", "version")  # of AWQ, GPTQ, compressed-tensors, …
 # The fields of config.json that change what a model computes. Names, versions, training settings and token ids are
 # left out, for tools rewrite them when they save a model again.
 ARCHITECTURE_FIELDS = (
@@ -153,6 +154,7 @@ def describe_folder(path: Path) -> dict[str, Any]:
     """Facts about a base model's folder, from its headers alone: nothing is loaded."""
     config = read_config(path)
     quantization = config.get("quantization")
+    foreign = quantisation_settings(config)
     entries = {name: entry for file in weight_files(path) for name, entry, _ in _tensor_entries(file)}
     return {
         "folder": str(path),
@@ -163,7 +165,7 @@ def describe_folder(path: Path) -> dict[str, Any]:
         "quantization": (
             {key: quantization[key] for key in ("bits", "group_size", "mode") if key in quantization}
             if isinstance(quantization, dict)
-            else None
+            else {key: foreign[key] for key in FOREIGN_FIELDS if key in foreign} or None
         ),
         "chat_template": _has_chat_template(path),
         "bytes_on_disk": sum(file.stat().st_size for file in path.iterdir() if file.is_file()),

@@ -20,6 +20,7 @@ from mlx_rsgwm.base import Base
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+HEADS = ("lm_head", "embed_out", "output")
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,12 @@ def unwrap(model: Any) -> None:
         model.update_modules(tree_unflatten([(name, module.linear) for name, module in wrapped]))
 
 
+def untied_hint(module: str) -> str:
+    """What to do, in brackets, where the ``module`` that a model has not is an output head."""
+    is_head = module.rpartition(".")[2] in HEADS
+    return " (its head is its embedding; rsgwm fuse makes an untied model of base and adapter)" if is_head else ""
+
+
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """``(in, out)`` of a dense or quantised linear layer; of an embedding, (dims, entries)."""
     rows, columns = layer.weight.shape
@@ -264,8 +271,7 @@ def check_fit(base: Base, adapter: Adapter) -> None:
             layer = layer.linear
         embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
         if layer is None:
-            tied = " (its head is its embedding; rsgwm fuse makes an untied model)" if "lm_head" in module else ""
-            problems.append(f"the model has no module {module}{tied}")
+            problems.append(f"the model has no module {module}{untied_hint(module)}")
         elif not embedding and not isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
             problems.append(f"{module} is a {type(layer).__name__}, neither a linear layer nor an embedding")
         elif embedding and f"{module}.m" in adapter.weights:

@@ -146,6 +146,18 @@ def test_quantised_folder_keeps_its_packed_weights(tmp_path):
     assert facts["parameters"] == sum(value.size for _, value in tree_flatten(tiny_model().parameters()))
 
 
+def test_quantisations_of_other_tools_are_named(tiny, tmp_path):
+    arrays, _ = files.read_safetensors(tiny / "model.safetensors")
+    for settings in (
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    ):
+        folder = write_folder(tmp_path / settings["quant_method"], {**CONFIG, "quantization_config": settings}, arrays)
+        assert describe_folder(folder)["quantization"] == settings
+    assert describe_folder(tiny)["quantization"] is None
+
+
 def test_rope_parameters_of_transformers_5_are_heeded(tiny, tmp_path):
     """mlx-lm's Llama ignores them and would rotate with theta 10000."""
     ids = mx.array([list(range(3, 30))])

@@ -221,4 +221,5 @@ def _manifest(
             **({"diagnosis": found} if found else {}),
         },
         "versions": versions(),
+        **({"untied": True} if any(source.untied for source in pool.sources) else {}),
     }

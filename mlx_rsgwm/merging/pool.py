@@ -28,6 +28,7 @@ Arrays = dict[str, mx.array]
 
 # Files are hashed beside the work. One thread hashes about 1 GB a second, twice what a merge reads on two cores.
 HASHING_THREADS = 2
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Source:
         if adapter.spec.fine_tune_type != "lora":
             problems.append(f"it is a {adapter.spec.fine_tune_type} adapter; only lora adapters can be merged")
         if adapter.full:
-            problems.append(f"it replaces whole parameters of the base ({next(iter(adapter.full))}, …)")
+            first = next(iter(adapter.full))
+            problems.append(f"it replaces whole parameters of the base ({first}, …), which only rsgwm fuse applies")
         for module, a, b in adapter.factors():
             if a.ndim != 2:
                 problems.append(f"{module} is a layer of experts, {a.shape}; those cannot be merged yet")
@@ -118,6 +120,12 @@ class Source:
     @property
     def base_fingerprint(self) -> str:
         return (self.manifest.get("base") or {}).get("fingerprint") or ""
+
+    @property
+    def untied(self) -> bool:
+        """Whether its head is apart from the embedding on a base that ties them."""
+        layout = (self.manifest.get("source") or {}).get("layout") or {}
+        return bool(self.manifest.get("untied") or layout.get("untied"))
 
     @property
     def template_hash(self) -> str:
@@ -286,6 +294,14 @@ def _misfits(sources: Sequence[Source]) -> list[str]:
                 f"{other.label} and {first.label} have no module in common "
                 f"({next(iter(other.shapes))} against {next(iter(first.shapes))})"
             )
+    if apart := next((source.label for source in sources if source.untied), None):
+        # Their embedding's update is the head's as well, of which a merge with a head of its own would know nothing.
+        problems += [
+            f"{source.label} adapts the embedding that its base has as head, and {apart} has a head apart from it: "
+            "make models of them (rsgwm fuse)"
+            for source in sources
+            if not source.untied and any(name.rpartition(".")[2] in EMBEDDINGS for name in source.shapes)
+        ]
     return problems
 
 

@@ -21,7 +21,7 @@ from mlx_rsgwm.data.batching import Batch, make_batch, plan_epoch, tell_rows
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.progress import SILENT, Progress
-from mlx_rsgwm.slots import linear_shape
+from mlx_rsgwm.slots import linear_shape, untied_hint
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.loop import TrainingData
 from mlx_rsgwm.training.losses import batch_loss
@@ -111,7 +111,7 @@ def fitting_modules(base: Base, adapter: Adapter) -> dict[str, nn.Module]:
     for name, a, b in adapter.factors():
         module = known.get(name)
         if not isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-            problems.append(f"the model has no linear layer {name}")
+            problems.append(f"the model has no linear layer {name}{untied_hint(name) if module is None else ''}")
         elif (a.shape[0], b.shape[1]) != linear_shape(module):
             inputs, outputs = linear_shape(module)
             problems.append(f"{name}: adapter is {a.shape[0]}→{b.shape[1]}, the model's layer {inputs}→{outputs}")

@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, WEIGHTS_FILE, LoraSpec
 from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.slots import untied_hint
 from mlx_rsgwm.training.layers import trainable
 
 
@@ -55,9 +56,12 @@ class WarmStart:
         """
         places = trainable(model)
         problems = []
+        present = dict(model.named_modules())
         for name, value in self.arrays.items():
+            module = name.rpartition(".")[0]
             if name not in places:
-                problems.append(f"{name} belongs to no layer that this run trains")
+                hint = "" if module in present else untied_hint(module)
+                problems.append(f"{name} belongs to no layer that this run trains{hint}")
             elif value.shape != places[name].shape:
                 problems.append(f"{name} has the shape {value.shape}, the layer {places[name].shape}")
         if self.scale is not None and abs(self.scale - scale) > 1e-6 * abs(scale):
