@@ -84,7 +84,8 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
     manifest = files.read_json_object(adapter / MANIFEST_FILE) if (adapter / MANIFEST_FILE).is_file() else {}
     source = manifest.get("source") or {}
     for name in (source.get("layout") or {}).get("derived") or ():  # of base and PEFT's arrays together: for parity
-        our_rest.pop(name, None)
+        if name not in their_rest:  # in a plain form PEFT's file has them
+            our_rest.pop(name, None)
     for module in source.get("left_out") or ():  # --language-only says so when it converts
         theirs.pop(names.mlx_module(module), None)
         their_rest = {name: one for name, one in their_rest.items() if name.rpartition(".")[0] != module}
