@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +12,7 @@ from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.row_hashes import RowRecord, folded, record_of
 from mlx_rsgwm.evaluation import harness
 from mlx_rsgwm.evaluation.records import Draft, read_items
+from mlx_rsgwm.pipeline.calibration import FILE as CALIBRATION_FILE
 from mlx_rsgwm.pipeline.calibration import load_calibration
 
 ROWS = [{"question": f"What is {n} plus 3?", "answer": f"{n} + 3 = {n + 3}\n#### {n + 3}"} for n in range(60)]
@@ -133,8 +135,10 @@ def test_a_test_file_is_never_calibrated_on(trained, tiny_base, tmp_path):
     other = write(
         tmp_path / "other.jsonl", [{"question": f"How much is {n} less 1?", "answer": n - 1} for n in range(5)]
     )
+    shutil.copytree(trained / "verify", tmp_path / "verify")
+    (tmp_path / "verify" / CALIBRATION_FILE).unlink(missing_ok=True)
     result, told = invoke(
-        "eval", "--base", tiny_base, "--drafter", trained / "draft", "--verifier", trained / "verify", "--task", other,
+        "eval", "--base", tiny_base, "--drafter", trained / "draft", "--verifier", tmp_path / "verify", "--task", other,
         "--max-tokens", 4, "--attempts", 2, "--timed", 0,
     )  # fmt: skip
     assert result["metadata"]["tasks"][0]["split"] == "all"
