@@ -189,7 +189,7 @@ def test_held_out_rows_are_cut_as_training_rows_are(base, config, tmp_path):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write("train.jsonl", [10, 12])
-    write("valid.jsonl", [10, 200, 300])
+    write("valid.jsonl", [9, 200, 300])
     data, held = load_data(tmp_path, None, True)
     for long_rows, counts, told in (("cut", (3, 0, 2), "0 held-out rows of 3 left out, 2 cut"),
                                     ("drop", (1, 2, 0), "2 held-out rows of 3 left out, 0 cut")):  # fmt: skip
