@@ -172,26 +172,44 @@ def _gated_block(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
 
 
 @mx.custom_function
+def _gated_in_numpy(gate: mx.array, up: mx.array) -> mx.array:
+    return _by_rows(_gated_block, gate, up)
+
+
+@_gated_in_numpy.vjp
+def _gated_in_numpy_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array]:
+    gate, up = primals
+    return _gated_gradients(gate, up, 1 / (1 + mx.power(math.e, -gate)), cotangent)
+
+
+@mx.custom_function
 def _gated_and_share(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
-    """silu(gate) · up, and the sigmoid of ``gate``, which the gradient takes up instead of computing it again."""
+    """silu(gate) · up, and the sigmoid of ``gate``, which the gradient takes up instead of computing it again.
+
+    Both are evaluated together, so this is for where gradients are taken.
+    """
     share = 1 / (1 + mx.power(math.e, -gate))
-    # In NumPy the product needs no share, and MLX computes it only where a gradient asks for it.
-    return (_by_rows(_gated_block, gate, up) if _in_numpy(gate) else gate * up * share), share
+    return gate * up * share, share
 
 
 @_gated_and_share.vjp
 def _gated_vjp(
     primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
 ) -> tuple[mx.array, mx.array]:
-    (gate, up), cotangent, share = primals, cotangents[0], outputs[1]
+    return _gated_gradients(*primals, outputs[1], cotangents[0])
+
+
+def _gated_gradients(gate: mx.array, up: mx.array, share: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
     silu = gate * share
     return cotangent * up * (share + silu * (1 - share)), cotangent * silu
 
 
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, elementwise."""
-    both: Any = _gated_and_share(gate, up)
-    product: mx.array = both[0]
+    made: Any = _gated_in_numpy(gate, up) if _in_numpy(gate) else _gated_and_share(gate, up)[0]
+    product: mx.array = made
     return product
 
 

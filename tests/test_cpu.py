@@ -175,3 +175,16 @@ def test_the_largest_are_found(count):
     values = mx.random.normal((3, 63))
     best = mx.sort(mx.take_along_axis(values, cpu.largest(values, count), axis=-1), axis=-1)
     assert mx.array_equal(best, mx.sort(values, axis=-1)[:, 63 - count :]).item()
+
+
+def test_what_no_gradient_asks_for_is_not_computed():
+    """In NumPy the product comes without its sigmoid: one array more in memory, not two."""
+    if not cpu.applies():
+        pytest.skip("MLX computes on Metal here")
+    gate, up = mx.random.normal((512, 2048)), mx.random.normal((512, 2048))
+    mx.eval(gate, up)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(cpu.gated(gate, up))
+    assert mx.get_peak_memory() - before < 1.5 * gate.nbytes
