@@ -7,22 +7,41 @@ from __future__ import annotations
 
 import re
 import threading
+import unicodedata
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from mlx_rsgwm.data.digits import fold_digits
 from mlx_rsgwm.data.numbers import parse_number, unfrac
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.answer_forms import Amount, read_amount, written
 
 SECONDS = 5  # for math-verify to parse or compare; beyond that the answers count as different
 _LOOKS_MATHEMATICAL = re.compile(r"[\\^_=+*/<>(){}\[\]|]|\d")
 
 
 def canonical(value: str) -> str:
-    """One spelling for equal answers: the exact value of a number, else folded text without spaces and LaTeX dress."""
+    """One spelling for equal answers: the exact value of a number, its unit if it has one, else folded text.
+
+    Mathematics is written without spaces and LaTeX dress; words keep their spaces.
+    """
     number = parse_number(value)
     if number is not None:
-        return f"{number.numerator}/{number.denominator}"
-    text = unfrac(value.replace("−", "-"))
+        return _exact(number)
+    amount = read_amount(value)
+    if amount is not None and amount.value is not None:
+        return f"{_exact(amount.value)} {amount.unit}".strip(" °")
+    text = written(value)
+    return _canonical_mathematics(value) if text is None else text
+
+
+def _exact(number: Fraction) -> str:
+    return f"{number.numerator}/{number.denominator}"
+
+
+def _canonical_mathematics(value: str) -> str:
+    text = unfrac(unicodedata.normalize("NFKC", fold_digits(value)).replace("−", "-"))
     text = re.sub(r"\\(?:left|right|displaystyle|[!,;: ])", "", text)
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "", text)
@@ -33,12 +52,12 @@ def canonical(value: str) -> str:
     text = text.strip("\"'“”‘’").rstrip(".").casefold()
     text = re.sub(r"^\(([a-j])\)$", r"\1", text)  # the letter of an option
     number = parse_number(text)
-    return text if number is None else f"{number.numerator}/{number.denominator}"
+    return text if number is None else _exact(number)
 
 
 def is_correct(value: str | None, gold: str) -> bool:
     """True when ``value`` means the same as ``gold``."""
-    if value is None:
+    if value is None or _differ_in_form(value, gold):
         return False
     ours, theirs = canonical(value), canonical(gold)
     if ours == theirs or not ours or not theirs:
@@ -49,9 +68,59 @@ def is_correct(value: str | None, gold: str) -> bool:
         left, right = parse_number(value, decimal_comma=True), parse_number(gold, decimal_comma=True)
         if left is not None and left == right:
             return True
-    return bool(_LOOKS_MATHEMATICAL.search(gold) and _LOOKS_MATHEMATICAL.search(value)) and same_mathematics(
-        value, gold
-    )
+    amounts = read_amount(value), read_amount(gold)
+    if any(amount is not None and amount.value is not None for amount in amounts):
+        return _same_amount(value, gold, *amounts)
+    if written(value) is not None or written(gold) is not None:
+        return False
+    return _could_be_mathematics(value, gold) and same_mathematics(value, gold)
+
+
+def _could_be_mathematics(value: str, gold: str) -> bool:
+    return bool(_LOOKS_MATHEMATICAL.search(gold) and _LOOKS_MATHEMATICAL.search(value))
+
+
+def _same_amount(value: str, gold: str, ours: Amount | None, theirs: Amount | None) -> bool:
+    """Whether amounts are equal; one side may leave the unit out, but not a word that multiplies ("5 million")."""
+    if ours is not None and theirs is not None and ours.value is not None and theirs.value is not None:
+        return ours.value == theirs.value and ("" in (ours.unit, theirs.unit) or ours.unit == theirs.unit)
+    other = value if theirs is not None and theirs.value is not None else gold
+    amount = theirs if theirs is not None and theirs.value is not None else ours
+    assert amount is not None
+    number = parse_number(other)
+    if number is not None:
+        return number == amount.value
+    return written(other) is None and _could_be_mathematics(value, gold) and same_mathematics(value, gold)
+
+
+def _differ_in_form(value: str, gold: str) -> bool:
+    """Whether two answers name different variables, units or currencies, or one is a point and the other a list."""
+    variables = [re.match(r"\s*\$?\s*([a-zA-Z])\s*=(?!.*=)", text) for text in (value, gold)]
+    if variables[0] and variables[1] and variables[0][1].casefold() != variables[1][1].casefold():
+        return True
+    ours, theirs = read_amount(value), read_amount(gold)
+    if (
+        ours
+        and theirs
+        and ours.unit
+        and theirs.unit
+        and ours.unit != theirs.unit
+        and "°" not in (ours.unit, theirs.unit)
+    ):
+        return True
+    brackets = [_bracket(value), _bracket(gold)]
+    return "?" not in brackets and "(" in brackets and brackets[0] != brackets[1]
+
+
+def _bracket(text: str) -> str:
+    """The bracket around a list of values: ``(`` of a point or an open interval, ``{`` of a set, empty without one."""
+    bare = re.sub(r"\\(?:left|right)|[\s$\\]", "", text)
+    if "," not in bare or "=" in bare or re.search(r"cup|begin|text|[0-9],[0-9]{3}(?![0-9])", bare):
+        return "?"
+    enclosed = re.fullmatch(r"([(\[{])[^()\[\]{}]*[)\]}]", bare)
+    if enclosed is not None:
+        return enclosed[1]
+    return "" if re.fullmatch(r"[-0-9.,/]+", bare) else "?"
 
 
 @lru_cache(maxsize=4096)

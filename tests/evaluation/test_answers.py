@@ -258,3 +258,39 @@ def test_choice_by_the_words_of_an_option():
 def test_mathematics_is_compared_by_math_verify(value, gold, equal):
     pytest.importorskip("math_verify")
     assert is_correct(value, gold) is equal
+
+
+@pytest.mark.parametrize(
+    ("value", "gold"),
+    [
+        ("3.11.40", "3.11.4"), ("192.168.0.1", "192.168.0.10"), ("0.10.0", "0.1.0"), ("v3.10", "v3.1"),
+        ("Python 3.1", "Python 3.10"), ("Apollo 1", "Apollo 11"), ("2024-05-01", "2024-05-02"), ("-19", "COVID-19"),
+        ("10 g", "10 kg"), ("5 cm", "5 m"), ("3 km", "3 miles"), ("3 hours", "3 minutes"), ("20 °C", "20 °F"),
+        ("5 MW", "5 mW"), ("5 Gb", "5 GB"), ("10 m/s", "10 km/h"), ("5 cm^2", "5 cm^3"), ("3 apples", "3 oranges"),
+        ("5 square meters", "5 meters"), (r"18\pi\text{ cm}", r"18\pi\text{ m}"), ("5 ft 3 in", "5 ft 4 in"),
+        ("3:45 am", "3:45 pm"), ("12 pm", "12 am"), ("3:45", "3:45 pm"), ("12:30", "12"),
+        ("{1,4}", "(1, 4)"), ("1, 4", "(1, 4)"), ("[1,4]", "(1,4)"), ("2/3", "2:3"), ("x=5", "y=5"),
+        ("$5 million", "5"), ("5 million", "5 billion"), ("€5", "$5"), ("25%", "$25"),
+        ("ice cream", "icecream"), ("therapist", "the rapist"), ("C+", "C++"),
+    ],
+)  # fmt: skip
+def test_another_version_unit_time_or_word_is_wrong(value, gold):
+    pytest.importorskip("math_verify")
+    assert not is_correct(value, gold)
+    assert not is_correct(gold, value)
+
+
+@pytest.mark.parametrize(
+    ("value", "gold"),
+    [
+        ("10", "10 kg"), ("10 kg", "10"), ("5 KG", "5 kg"), ("10 kilograms", "10 kg"), ("3 hrs", "3 hours"),
+        ("20 degrees Celsius", "20 °C"), ("3:45 p.m.", "3:45 pm"), ("5,000,000", "$5 million"), ("£1.2m", "£1,200,000"),
+        ("25 percent", "25%"), ("$3.50", "3.50 dollars"), ("5 MB", "5 megabytes"), (r"5\text{ cm}^2", "5 cm^2"),
+        (r"18\pi", r"18\pi\text{ square inches}"), ("2 : 3", "2:3"), (r"\{1,4\}", "{4, 1}"), ("1,4", r"\{1,4\}"),
+        ("x=-3 or x=3", "x=3 or x=-3"), ("cafe\u0301", "caf\u00e9"), ("apollo  11", "Apollo 11"), ("3.11.4", "3.11.4"),
+    ],
+)  # fmt: skip
+def test_the_same_amount_or_text_in_another_spelling_is_right(value, gold):
+    pytest.importorskip("math_verify")
+    assert is_correct(value, gold)
+    assert is_correct(gold, value)
