@@ -41,9 +41,9 @@ class Question:
     def answer(self) -> str:
         """The full gold answer in GSM8K style: the rationale, then a line ``#### gold``.
 
-        A gold answer of several lines stands without the mark, which marks one line.
+        A gold answer of several lines stands below the mark, so that the reader of texts knows where it begins.
         """
-        final = self.gold if "\n" in self.gold else f"#### {self.gold}"
+        final = f"####\n{self.gold}" if "\n" in self.gold else f"#### {self.gold}"
         return f"{self.rationale}\n{final}" if self.rationale else final
 
 

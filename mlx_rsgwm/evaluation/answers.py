@@ -26,7 +26,16 @@ from mlx_rsgwm.evaluation.equality import parse_mathematics
 from mlx_rsgwm.evaluation.final_text import final_text, marked_lines, statements
 from mlx_rsgwm.evaluation.label_reading import options_of as options_of
 from mlx_rsgwm.evaluation.label_reading import read_choice, read_verdict
-from mlx_rsgwm.evaluation.number_reading import AMBIGUOUS, NOTHING, Reading, marked_number, sentences, stated_number
+from mlx_rsgwm.evaluation.number_reading import (
+    AMBIGUOUS,
+    NOTHING,
+    Reading,
+    last_number,
+    marked_number,
+    sentences,
+    stated_number,
+    taken_back,
+)
 
 Status = Literal["answer", "no_answer", "cut_off"]
 STATUSES: tuple[Status, ...] = ("answer", "no_answer", "cut_off")
@@ -93,6 +102,11 @@ def _math(text: str, options: Mapping[str, str], finished: bool) -> Reading:
         value = line
     elif said:
         value = _expression(said[-1].text)
+        instead = taken_back(scope, said[-1])
+        if instead is not None:
+            return AMBIGUOUS if re.search(r"[$\\^]", instead) else last_number(instead)
+        if not value:
+            return AMBIGUOUS
     elif len(text) < 2000 and _BARE.fullmatch(text.strip()):
         value = text.rpartition("=")[2]
     else:
@@ -109,16 +123,26 @@ def _bare_content(box: str) -> str:
 
 def _expression(text: str) -> str:
     r"""The mathematics in a stated answer: what stands between ``$`` or ``\(``, else the text up to its full stop."""
-    inside = re.search(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
+    # A dollar sign that opens mathematics touches it, and the closing one is before no digit ("$10 - $3" is money).
+    inside = re.search(r"\$([^$\s](?:[^$]*[^$\s])?)\$(?!\d)|\$\s([^$]+)\s\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
     if inside:
-        return inside[1] or inside[2] or inside[3]
+        return next(filter(None, inside.groups()))
+    sentence = re.split(r"\.(?:\s|$)", text.strip(" *"), maxsplit=1)[0].strip()
+    if re.search(r"\$\s?\d.*=", sentence):
+        return sentence.rpartition("=")[2].strip()
+    if re.match(r"[-\d./]+,\s(?:and\s)?[-\d]", sentence):  # a list of values is the answer as a whole
+        return sentence if re.fullmatch(r"[-\d./]+(?:,\s(?:and\s)?[-\d./]+)+", sentence) else ""
     return re.split(r"\.(?:\s|$)|,\s", text.strip(" *"), maxsplit=1)[0].strip()
 
 
 def _text(text: str, options: Mapping[str, str], finished: bool) -> Reading:
+    below = re.search(r"(?m)^[ \t]*#{4,}[ \t]*\n(?P<lines>(?:(?!.*#{4}).*\n?)+)\Z", text[-20_000:])
+    if below is not None and below["lines"].strip():  # a mark on a line of its own: all that follows is the answer
+        return Reading(below["lines"].strip()) if "\n" in below["lines"].strip() else _words(below["lines"])
     line = marked_line(text)
     if line is not None:
-        return _words(line)
+        boxes = list(find_boxes(line, finished))
+        return _words(boxes[-1].answer if boxes else line)
     for place in reversed(statements(text, finished)):
         if place.kind != "subject" and place.text.strip(" *.:"):
             said = place.text if place.kind != "said" else next(iter(sentences(place.text)), "")
@@ -129,7 +153,7 @@ def _text(text: str, options: Mapping[str, str], finished: bool) -> Reading:
 
 
 def _words(text: str) -> Reading:
-    value = plain_number(text.strip(" *\t"))
+    value = plain_number(re.sub(r"^[\s*:=]+(?=[^\s:=])", "", text).strip(" *\t\n"))
     return Reading(value) if value else NOTHING
 
 

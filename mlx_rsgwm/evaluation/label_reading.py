@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from mlx_rsgwm.data.digits import fold
-from mlx_rsgwm.evaluation.final_text import marked_lines, statements
-from mlx_rsgwm.evaluation.number_reading import AMBIGUOUS, NOTHING, Reading, sentences
+from mlx_rsgwm.evaluation.final_text import Statement, marked_lines, statements
+from mlx_rsgwm.evaluation.number_reading import AMBIGUOUS, NOTHING, Reading, sentences, taken_back
 
 LONGEST = 4000  # characters at the end of a text in which a label is looked for that nothing states
 
@@ -72,6 +72,17 @@ _VERDICT_BEFORE = re.compile(
     r"(?:\b(?:is|be|say|says|answer|but|so|therefore|thus|hence|then|definitely|probably|clearly|simply|wait|actually)\b|[:=,>\n]|^)\W*$",
     re.IGNORECASE,
 )
+_INTERRUPTED = re.compile(
+    r"[,;.…–—-]\s*(?:no,?\s+)?(?:wait|oops|scratch that|hold on|i mean|or rather)\b", re.IGNORECASE
+)
+# "Vitamin A", "Plan B": the letter belongs to a name.
+_NAME_BEFORE = re.compile(
+    r"(?:\b(?:vitamins?|plan|hepatitis|type|group|team|grade|class|section|room|model|phase|train|company|machine|"
+    r"city|town|product|drug|store|influenza|schedule|exhibit|appendix|figure|vertex|blood type)|"
+    r"\b(?!(?:Option|Choice|Answer|Letter|Correct|So|Hence|Therefore|Thus|Choose|Pick|Select|Probably|Definitely|Maybe|Is|"
+    r"It|Ans|Antwort|Respuesta|Only|And|Or|Not|Both|Final|Either|Neither|Also|But|Because|Since|While)\b)"
+    r"[A-Z][a-z]+)[ \t]+$",
+)
 _CORRECTION = re.compile(
     r"(?:\bwait\b|\bactually\b|\bsorry\b|\bcorrection\b|\boops\b|\.\.\.|…)[,:;.\s]*", re.IGNORECASE
 )
@@ -103,7 +114,8 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
             return AMBIGUOUS
         reading = _scope_letter(fold(_unbox(place.text)), options)
         if reading is not NOTHING:
-            return reading
+            instead = _instead(text, place)
+            return reading if instead is None else _decided(_mentioned(instead, options, stated=True))
     text = fold(text)
     named = list(
         re.finditer(
@@ -111,6 +123,7 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
             text,
         )
     )
+    named = [match for match in named if not _NAME_BEFORE.search(text[max(0, match.start() - 24) : match.start()])]
     if named:
         return Reading(named[-1][1])
     opening = re.findall(r"(?m)^[ \t*(\[\"']*([A-J])(?:[).:\]]|[ \t]*\**[ \t]*$)", text)
@@ -129,6 +142,18 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
     if comma:
         return Reading(comma[1])
     return _mentioned(text[-LONGEST:], options)
+
+
+def _instead(text: str, place: Statement) -> str | None:
+    """What a text gives in place of a label that it takes back, in the same sentence or a later one."""
+    within = _INTERRUPTED.search(next(iter(sentences(fold(place.text))), ""))
+    if within is not None and place.kind == "said":
+        return fold(place.text)[within.end() :]
+    return taken_back(text, place)
+
+
+def _decided(reading: Reading) -> Reading:
+    return AMBIGUOUS if reading.value is None else Reading(reading.value, stated=False)
 
 
 def _unbox(text: str) -> str:
@@ -179,7 +204,7 @@ def _mentioned(text: str, options: Mapping[str, str], stated: bool = False) -> R
             and not _AFTER_LETTER.match(text, match.end())
         ):
             continue  # an article or a pronoun
-        if bare and match["letter"] == "I":
+        if bare and (match["letter"] == "I" or _NAME_BEFORE.search(text[max(0, match.start() - 24) : match.start()])):
             continue
         standing.append(match)
     denied = [_denied(text, match.start(), match.end()) for match in standing]
@@ -250,7 +275,8 @@ def read_verdict(text: str, finished: bool = True) -> Reading:
         scope = next(iter(sentences(fold(_unbox(place.text)))), "")
         reading = _scope_verdict(scope, at_start=place.kind != "said")
         if reading is not NOTHING:
-            return reading
+            instead = _instead(text, place)
+            return reading if instead is None else _decided(_last_verdict(instead))
     text = fold(text)
     leading = _LEADING_VERDICT.match(text)
     if leading is not None and not _BOTH.match(text[leading.start(1) :]):

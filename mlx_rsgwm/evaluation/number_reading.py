@@ -353,11 +353,17 @@ def _whole(box: str, commas: bool) -> Reading:
 
 def _after_correction(text: str, place: Statement, reading: Reading, commas: bool) -> Reading:
     """The reading, unless the text takes it back afterwards: then what it says instead, or nothing."""
+    tail = taken_back(text, place)
+    if tail is None or _CONFIRMED.search(tail):
+        return reading
+    instead = last_number(tail, commas)
+    return AMBIGUOUS if instead.value is None else replace(instead, stated=False)
+
+
+def taken_back(text: str, place: Statement) -> str | None:
+    """What a text says after it takes an answer back ("Wait, that is wrong; …"), or None where it stands by it."""
     tail = fold(text[place.end :])
     if place.kind == "said":
         tail = "\n".join(sentences(tail)[1:])
     cue = _CORRECTION.search(tail)
-    if cue is None or not _REVOKED.search(tail, cue.start()) or _CONFIRMED.search(tail, cue.end()):
-        return reading
-    instead = last_number(tail[cue.end() :], commas)
-    return AMBIGUOUS if instead.value is None else replace(instead, stated=False)
+    return tail[cue.end() :] if cue is not None and _REVOKED.search(tail, cue.start()) else None

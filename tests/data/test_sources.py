@@ -235,7 +235,7 @@ def test_golds_are_what_the_rows_say(tmp_path, suffix):
     assert [question.gold for question in questions] == list(GOLDS)
     assert [question.id for question in questions] == [row["id"] for row in rows]
     drafted = make_rows(questions, len(questions), 0, 0)
-    assert [row.answer.removeprefix("#### ") for row in drafted] == list(GOLDS)
+    assert [row.answer.removeprefix("####").strip() for row in drafted] == list(GOLDS)
 
 
 def write_file(path, rows):

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_rsgwm.data.numbers import parse_number
+from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.evaluation.answers import EXTRACTORS, extract, is_correct
 
 FILES = {"readings": 0.97, "readings_reported": 0.97, "readings_last": 0.97}
@@ -187,3 +188,36 @@ def test_long_drafts_are_read_in_linear_time(piece):
         start = time.process_time()
         extract(text, kind, question="A. bank\nB. library")
         assert time.process_time() - start < 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "allowed"),
+    [
+        ("choice", "The answer is A. Wait, no: B.", {"B", None}),
+        ("choice", "The answer is (A). Sorry, that is wrong. B is correct.", {"B", None}),
+        ("choice", "The answer is A, no wait, C.", {"C", None}),
+        ("choice", "The answer is A. It is not B because that is false.", {"A"}),
+        ("choice", "Vitamin A", {None}),
+        ("choice", "Plan B is best.", {None}),
+        ("yesno", "The answer is no. Wait, actually yes.", {"yes", None}),
+        ("yesno", "The answer is yes. Oops, I made a mistake, it is no.", {"no", None}),
+        ("yesno", "The answer is no, because that is wrong.", {"no"}),
+        ("math", "The answer is 10. No, that is wrong; it is 11.", {"11", None}),
+        ("math", "The answer is $10$. Wait, it is $x+1$.", {None}),
+        ("math", "The answer is $10 - $3 = $7.", {"7", None}),
+        ("math", "The answer is 3, 4.", {"3, 4", None}),
+        ("math", "The answer is $x + 1$.", {"x + 1"}),
+        ("text", "#### \\boxed{Paris}", {"Paris"}),
+        ("text", "The answer is: Paris", {"Paris"}),
+        ("text", "####\nRoses are red,\nviolets are blue.", {"Roses are red,\nviolets are blue."}),
+    ],
+)
+def test_what_is_taken_back_is_no_answer(kind, text, allowed):
+    assert extract(text, kind).value in allowed
+
+
+@pytest.mark.parametrize("gold", ["Roses are red,\nviolets are blue.", "def f(x):\n    return x\n\nf(1)", "one line"])
+@pytest.mark.parametrize("rationale", ["", "First this.\nThen that."])
+def test_a_perfect_drafter_of_text_is_right(gold, rationale):
+    answer = Question("q", "t", "Q?", rationale, gold).answer
+    assert is_correct(extract(answer, "text").value, gold)
