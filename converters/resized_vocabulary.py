@@ -91,7 +91,7 @@ def make_room(model: Any, config: dict[str, Any], adapter: Adapter) -> dict[str,
     made: list[tuple[str, Any]] = []
     for name, value in adapter.full.items():
         module, _, leaf = name.rpartition(".")
-        layer = modules.get(module)
+        layer: Any = modules.get(module)
         packed = isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding))
         if leaf != "weight" or value.ndim != 2 or not (packed or isinstance(layer, (nn.Linear, nn.Embedding))):
             continue

@@ -25,7 +25,7 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -208,8 +208,8 @@ def _gated_gradients(gate: mx.array, up: mx.array, share: mx.array, cotangent: m
 
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, elementwise."""
-    made: Any = _gated_in_numpy(gate, up) if _in_numpy(gate) else _gated_and_share(gate, up)[0]
-    product: mx.array = made
+    alone, with_share = cast("Callable[..., mx.array]", _gated_in_numpy), cast("Callable[..., Any]", _gated_and_share)
+    product: mx.array = alone(gate, up) if _in_numpy(gate) else with_share(gate, up)[0]
     return product
 
 

@@ -90,8 +90,9 @@ def _model_mentions(config: Mapping[str, Any], ending: str) -> bool:
 
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        kind = MODEL_REMAPPING.get(part.get("model_type"), part.get("model_type"))
-        spec = find_spec(f"mlx_lm.models.{kind}") if isinstance(kind, str) and kind.isidentifier() else None
+        named = str(part.get("model_type") or "")
+        kind = MODEL_REMAPPING.get(named, named)
+        spec = find_spec(f"mlx_lm.models.{kind}") if kind.isidentifier() else None
         if spec is not None and spec.origin is not None and ending in Path(spec.origin).read_text():
             return True
     return False
