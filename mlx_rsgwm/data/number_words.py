@@ -76,7 +76,7 @@ NUMBER_WORDS = re.compile(
 def scale_after(text: str, position: int, money: bool) -> tuple[int, int] | None:
     """What stands after digits and multiplies them, as (factor, end of the word): "million", "dozen", "k".
 
-    ``money``: whether a currency stood before; only then a glued capital M or B is a million or a billion.
+    ``money``: whether a currency stood before; only then a glued M, m or capital B is a million or a billion.
     """
     match = _SCALE.match(text, position)
     if match is None:
@@ -86,7 +86,7 @@ def scale_after(text: str, position: int, money: bool) -> tuple[int, int] | None
     if match["kilo"]:
         return 10**3, match.end()
     if match["letter"]:
-        factor = {"M": 10**6, "B": 10**9}.get(match["letter"])
+        factor = {"M": 10**6, "m": 10**6, "B": 10**9}.get(match["letter"])
         return (factor, match.end()) if money and factor else None
     return _AFTER_DIGITS[match["word"].lower()], match.end()
 

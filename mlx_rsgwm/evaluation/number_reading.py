@@ -51,6 +51,13 @@ _TWO_OPERANDS = re.compile(
     r"(?<![-+*×÷/x.,0-9])\s?[$€£]?([0-9][0-9.,]*)\s*[kK]?(?:\s+[a-zA-Z]+){0,3}\s*([-–+*×x÷/])\s*[$€£]?([0-9][0-9.,]*)"
     r"(?:\s+[a-zA-Z]+){0,5}\s*=\s*[$€£]?\s*$"
 )
+_SHARE = re.compile(r"\s?(?:%|percent)?\s+of\s+[$€£]?[0-9]", re.IGNORECASE)
+_COMPARED = re.compile(
+    r"(?:,?\s*(?:which|that|this|and that) (?:is|was|are)\s+|,\s*(?=[$€£]?[0-9]))?[$€£]?[0-9][\d.,]*\s+(?:[^\W\d]+\s+)?"
+    r"(?:fewer|less|more|greater|higher|lower|older|younger|longer|shorter|bigger|smaller)\b[^.;,=\d]{0,30}?"
+    r"\bthan\s+(?:[^\W\d]+\s+)?[$€£]?[0-9][\d.,]*[^\d=]*$",
+    re.IGNORECASE,
+)
 _EQUALS = re.compile(
     r"(?:=|≈|\bequals\b|\bis equal to\b)\s*\(?(?:about|approximately|roughly)?\s*[$€£¥₹]?\s*(?=[-+–]?[$€£¥₹]?\.?[0-9])"
 )
@@ -176,6 +183,9 @@ def _first(text: str, commas: bool) -> Reading:
         if not right or not _only(sentence, right[0], right[1:]):
             return AMBIGUOUS
         return _reading(_unscaled(sentence, right[0]))
+    if _SHARE.match(sentence, number.end):  # "25% of 80, which is 20"
+        result = last_number(text, commas) if _RENAMED.search(sentence, number.end) else NOTHING
+        return AMBIGUOUS if result.value is None else result
     if re.search(r"\b(?:between|from|either|both)\s+[$€£]?$", before, re.IGNORECASE):
         return AMBIGUOUS
     correction = _CORRECTION.search(sentence, number.end)
@@ -221,6 +231,8 @@ def _only(sentence: str, number: Quantity, others: Sequence[Quantity]) -> bool:
 def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
     """The number that a text ends with, as far as its last sentence with one leaves no choice."""
     commas = writes_decimal_commas(text) if decimal_commas is None else decimal_commas
+    if re.fullmatch(r"\W*[0-9]+!\W*", text):
+        return AMBIGUOUS  # a factorial, or joy
     pieces = sentences(text)
     for index in range(len(pieces) - 1, max(-1, len(pieces) - 1 - MOST), -1):
         sentence = pieces[index][-LONGEST:]
@@ -268,6 +280,11 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         lambda match: " " * len(match[0]) if re.search("[A-Za-z]", match[0]) else match[0], sentence
     )
     numbers = candidates(outside, commas) or candidates(sentence, commas)
+    compared = _COMPARED.search(sentence)
+    if compared is not None and numbers and numbers[-1].end > compared.start():  # neither is the difference the answer
+        numbers = [number for number in numbers if number.end <= compared.start()]
+        if not numbers:
+            return AMBIGUOUS
     reason = _REASON.search(sentence, numbers[0].end) if numbers else None
     if reason is not None:
         numbers = [number for number in numbers if number.end <= reason.start()] or numbers

@@ -221,3 +221,26 @@ def test_what_is_taken_back_is_no_answer(kind, text, allowed):
 def test_a_perfect_drafter_of_text_is_right(gold, rationale):
     answer = Question("q", "t", "Q?", rationale, gold).answer
     assert is_correct(extract(answer, "text").value, gold)
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("The answer is 25% of 80, which is 20.", {"20", None}),
+        ("The answer is 25% of 80.", {None}),
+        ("The answer is 25%.", {"25"}),
+        ("She has 7 left, which is 2 fewer than 9.", {"7"}),
+        ("It is 7, 2 less than 9.", {"7", None}),
+        ("She has 2 fewer than 9.", {None}),
+        ("He has 5 more than 9 apples, so he has 14.", {"14"}),
+        ("£1.2m", {"1200000"}),
+        ("It costs $3M.", {"3000000"}),
+        ("The answer is 5 m.", {"5"}),
+        ("0b101", {None}),
+        ("The answer is 0xFF.", {None}),
+        ("5±1", {None}),
+        ("5!", {None}),
+    ],
+)
+def test_shares_differences_and_other_notations(text, allowed):
+    assert extract(text, "flexible").value in allowed
