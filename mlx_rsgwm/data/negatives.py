@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from mlx_rsgwm.data.boxes import find_boxes
+from mlx_rsgwm.data.boxes import Boxes, find_boxes
 from mlx_rsgwm.data.equations import (
     OPERATIONS,
     Equation,
@@ -70,7 +70,8 @@ def borrow(question: Question, others: Sequence[Question], rng: random.Random) -
 
     For text answers, which hold nothing that could be changed. Of like kind: the same task, both or neither a number,
     and of these the ten that are nearest in length, so that length does not give the verdict away. An answer that
-    contains the right one, or is contained in it, may be right as well and is not taken.
+    contains the right one, or is contained in it, may be right as well and is not taken. Answers of the gold's form
+    (words, digits, mathematics) are preferred to others.
     """
     gold = _bare(question.gold)
     number = parse_number(question.gold) is not None
@@ -84,11 +85,22 @@ def borrow(question: Question, others: Sequence[Question], rng: random.Random) -
     wrong = sorted(
         (text for text in known if text not in gold and gold not in text), key=lambda text: abs(len(text) - len(gold))
     )
+    wrong = [text for text in wrong if _form(known[text]) == _form(question.gold)] or wrong
     if not wrong:
         return None
     taken = known[rng.choice(wrong[:10])]
-    rationale = re.sub(rf"(?<!\w){re.escape(question.gold)}(?!\w)", lambda _: taken, question.rationale)
+    boxed = _put_boxed(question.rationale, question.gold, taken)
+    if boxed is None:
+        return None
+    rationale = re.sub(rf"(?<!\w){re.escape(question.gold)}(?!\w)", lambda _: taken, boxed)
     return replace(question, rationale=rationale, gold=taken)
+
+
+def _form(text: str) -> tuple[bool, bool, bool, bool]:
+    """What a reader sees of an answer's form at a glance: mathematics, digits, words, several lines."""
+    mathematics = re.search(r"[\\^_={}<>]", text) is not None
+    words = not mathematics and re.search(r"[^\W\d_]", text) is not None
+    return mathematics, any(sign.isdigit() for sign in text), words, "\n" in text
 
 
 def _bare(text: str) -> str:
@@ -108,7 +120,8 @@ def make_wrong(question: Question, rng: random.Random) -> Wrong | None:
         if not others:
             return None
         wrong = rng.choice(others)
-        return Wrong(_put_boxed(question.rationale, gold, wrong) or question.rationale, wrong, "label")
+        labelled = _put_boxed(question.rationale, gold, wrong)
+        return None if labelled is None else Wrong(labelled, wrong, "label")
     value = parse_number(gold)
     if value is not None:
         computed = _perturb_computation(question.rationale, gold, value, rng)
@@ -117,12 +130,43 @@ def make_wrong(question: Question, rng: random.Random) -> Wrong | None:
     return _perturb_answer(question.rationale, gold, rng)
 
 
-def _put_boxed(rationale: str, gold: str, wrong: str) -> str:
-    """The rationale with ``wrong`` in its last box, or in the boxes that gave ``gold`` together; empty without any."""
-    boxes = list(find_boxes(rationale))
-    if not boxes or boxes[-1].answer != gold:
-        return ""
-    return rf"{rationale[: boxes[-1].start]}\boxed{{{wrong}}}{rationale[boxes[-1].end :]}"
+def _put_boxed(rationale: str, gold: str, wrong: str) -> str | None:
+    """The rationale with ``wrong`` in place of all boxes that give ``gold``, by themselves or with those beside them.
+
+    Unchanged where it has no box; None where it has some and none of them gives ``gold``, so that what it concludes
+    cannot be changed.
+    """
+    groups = list(find_boxes(rationale))
+    giving = [group for group in groups if _unwrapped(group.answer) == _unwrapped(gold)]
+    spans = [(group.start, group.end) for group in giving]
+    if groups and not spans:  # boxes apart from each other that give the gold one after the other
+        together = ", ".join(dict.fromkeys(content for group in groups for content in group.contents))
+        if _unwrapped(together) != _unwrapped(gold):
+            return None
+        return _put_parts(rationale, groups, wrong)
+    for start, end in reversed(spans):
+        rationale = rf"{rationale[:start]}\boxed{{{wrong}}}{rationale[end:]}"
+    return rationale
+
+
+def _put_parts(rationale: str, groups: Sequence[Boxes], wrong: str) -> str | None:
+    """The parts of ``wrong`` in the boxes that gave one part of the gold each; None where they do not match up."""
+    parts = wrong.split(", ")
+    if len(parts) != len(groups):
+        return None
+    for group, part in reversed(list(zip(groups, parts, strict=True))):
+        rationale = rf"{rationale[: group.start]}\boxed{{{part}}}{rationale[group.end :]}"
+    return rationale
+
+
+def _unwrapped(answer: str) -> str:
+    r"""An answer without ``\text{…}``, brackets of a letter, units and spaces, a number by its value."""
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|textrm)\s*\{([^{}]*)\}", r" \1 ", answer)
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|textrm)\s*\{([^{}]*)\}", r" \1 ", text).strip(" $.")
+    text = re.sub(r"^\(\s*([A-Za-z])\s*\)$", r"\1", text)
+    bare = re.sub(rf"^([-−]?\s?[$€£]?{LITERAL})\s*[^\W\d].*$", r"\1", text)
+    number = parse_number(bare)
+    return str(number) if number is not None else re.sub(r"[\s$]|\\[!,;: ]", "", text).casefold()
 
 
 def _cased(text: str, like: str) -> str:
@@ -323,7 +367,10 @@ def _perturb_answer(rationale: str, gold: str, rng: random.Random) -> Wrong | No
     old_value, new_value = parse_number(gold), parse_number(wrong)
     if old_value is not None and old_value == new_value:
         return None
-    if boxed := _put_boxed(rationale, gold, wrong):
+    boxed = _put_boxed(rationale, gold, wrong)
+    if boxed is None:
+        return None
+    if boxed != rationale:
         return Wrong(boxed, wrong, "answer")
     last = rationale.rfind("\n") + 1
     mentions = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlx_rsgwm.data.boxes import find_boxes
 from mlx_rsgwm.data.equations import evaluate, find_equations, scan_equations
-from mlx_rsgwm.data.negatives import make_wrong, perturb
+from mlx_rsgwm.data.negatives import borrow, make_wrong, perturb
 from mlx_rsgwm.data.numbers import parse_number, write_number
 from mlx_rsgwm.data.sources import Question, load_questions
 
@@ -211,3 +211,39 @@ def test_boxes_that_give_one_gold_together_are_changed_together():
         found = perturb(ask(rationale, "1, -1"), random.Random(seed))
         assert found.gold != "1, -1"
         assert [boxes.answer for boxes in find_boxes(found.rationale)] == [found.gold]
+
+
+@pytest.mark.parametrize(
+    ("rationale", "gold"),
+    [
+        (r"So \boxed{\text{B}}.", "B"),
+        (r"So \boxed{(\text{B})} it is.", "B"),
+        (r"So \boxed{1} and thus in sum \boxed{2}.", "1, 2"),
+        (r"First \boxed{x+7} holds.\n Checking, it is \boxed{x+7} again.", "x+7"),
+        (r"It is \boxed{12\text{ cm}}.", "12"),
+        (r"So \boxed{B}. Yes, \boxed{\textbf{B}}.", "B"),
+        (r"Then $\boxed{\text{Paris}}$.", "Paris"),
+    ],
+)
+def test_no_box_goes_on_giving_the_gold(rationale, gold):
+    others = [Question(f"o{name}", "t", "Q?", "", name) for name in ("Rome", "Oslo", r"\sqrt{2}")]
+    question = ask(rationale, gold)
+    for seed in range(8):
+        rng = random.Random(seed)
+        found = perturb(question, rng) or borrow(question, others, rng)
+        assert found is not None
+        assert found.gold != gold
+        assert all(gold not in box.answer for box in find_boxes(found.rationale))
+        given = [box.answer for box in find_boxes(found.rationale)]
+        assert found.gold in (", ".join(given), given[-1])
+
+
+def test_boxes_that_cannot_be_changed_give_no_row():
+    question = ask(r"So \boxed{17} it is.", r"\sqrt{3}")
+    assert all(perturb(question, random.Random(seed)) is None for seed in range(8))
+
+
+@pytest.mark.parametrize(("gold", "wrong"), [("True", "Maybe"), ("Apollo 11", "Route 66"), (r"\pi", r"\sqrt{e}")])
+def test_a_borrowed_answer_has_the_form_of_the_gold(gold, wrong):
+    others = [Question(f"o{name}", "t", "Q?", "", name) for name in ("Maybe", "Route 66", r"\sqrt{e}")]
+    assert {borrow(ask("", gold), others, random.Random(seed)).gold for seed in range(8)} == {wrong}
