@@ -170,3 +170,24 @@ def test_a_shifted_parameter_goes_back_without_being_rounded(dtype):
     assert back.dtype == mx.float32
     exact = link.undo(mx.array([1.0, 1.25, 0.5, 1.5, 2.0, 0.75]).astype(dtype))
     assert exact.dtype == dtype
+
+
+@pytest.mark.parametrize("limit", [8, 1 << 26])
+def test_markers_of_computed_stacks_do_not_stay_in_memory(limit, monkeypatch):
+    monkeypatch.setattr("mlx_rsgwm.converters.weight_map.LARGE", limit)
+    shapes = {f"layers.{i}.experts.{j}.up.weight": (256, 128) for i in range(12) for j in range(2)}
+
+    def sanitize(arrays):
+        experts = {i: [arrays[f"layers.{i}.experts.{j}.up.weight"] for j in range(2)] for i in range(12)}
+        return {f"layers.{i}.switch.up.weight": mx.stack(pair) for i, pair in experts.items()}
+
+    found = WeightMap(sanitize, shapes)
+    names = found.names()
+    assert found.link(names[0]) is not None
+    before = mx.get_active_memory()
+    for name in names:
+        link = found.link(name)
+        assert [part.source for (part,) in link.parts] == [
+            name.replace("switch", f"experts.{expert}") for expert in range(2)
+        ]
+    assert mx.get_active_memory() - before < 256 * 128 * 2 * 4  # less than one stack
