@@ -103,7 +103,9 @@ def _tensor_names(adapter: Adapter, base: BaseLayers, config: dict[str, Any]) ->
         elif name is None:
             problems.append(f"{module} has no tensor in llama.cpp")
         elif is_embedding(module) and base.tied:
-            problems.append(f"{module} is the head too in this base, which llama.cpp adapts apart")
+            problems.append(
+                f"{module} is the head too in this base, which llama.cpp adapts apart; make a model of it (rsgwm fuse)"
+            )
         else:
             names[module] = f"{name}.weight"
     raise_problems(f"{adapter.where} has no GGUF form", problems, AdapterError)

@@ -112,6 +112,15 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / shard for shard in shards)
 
 
+def _saved_otherwise(name: str, config: Mapping[str, Any]) -> str:
+    """What is wrong with a parameter of a saved module that is neither a weight nor a bias; empty for other arrays."""
+    saved = next((module for module in config.get("modules_to_save") or () if f".{module}." in name), None)
+    if saved is None or not name.startswith(PREFIX) or ".lora_" in name:
+        return ""
+    leaf = name.rpartition(".")[2]
+    return f"{name}: {leaf} of the saved module {saved} (modules_to_save): only weights and biases are converted"
+
+
 def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], sound: bool) -> tuple[Groups, list[str]]:
     """Sort arrays by what they are, and say what is wrong with them; ``sound``: the configuration's numbers hold."""
     groups = Groups()
@@ -124,7 +133,7 @@ def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], soun
             continue
         parsed = parse_name(name)
         if parsed is None:
-            problems.append(f"unknown array {name}{explain_name(name)}")
+            problems.append(_saved_otherwise(name, config) or f"unknown array {name}{explain_name(name)}")
             continue
         module, leaf = parsed
         if value.dtype not in NAMES:

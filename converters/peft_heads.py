@@ -41,8 +41,8 @@ def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: B
             return []
     names = [update.source for update in (embedding, head) if update] + [n for n in (whole_embedding, whole_head) if n]
     return [
-        f"{' and '.join(names)}: the base's head is its embedding, which mlx-lm adapts as one and PEFT apart; "
-        "only equal adapters of both can be converted"
+        f"{' and '.join(names)}: ensure_weight_tying says that embedding and head are one, but their arrays are not "
+        "equal; remove ensure_weight_tying to convert them apart"
     ]
 
 

@@ -22,6 +22,7 @@ from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.foreign_quantisation import quantisation_settings, refuse_foreign_quantisation
 from mlx_rsgwm.model_folder import first_line, read_config
 from mlx_rsgwm.rope import correct_rotations
+from mlx_rsgwm.stored_head import refuse_other_head
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 # Fields that change what is computed. Where a model of mlx-lm does not read one, transformers' default is built in.
@@ -92,7 +93,9 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any], list[str]]:
         told = first_line(error) if not str(error).startswith(("Received ", "Missing ")) else _names(error)
         method = quantisation_settings(written).get("quant_method")
         packed = f" (its weights are quantised by {method})" if method else ""
+        told += _remedy(written, error)
         raise RsgwmError(f"{path} cannot be loaded by mlx-lm{packed}: {told}") from error
+    refuse_other_head(path, (name for name, _ in model.named_modules()))
     notes: list[str] = []
     if meant is not None:
         notes = _check(path, model, meant.get_text_config())
@@ -104,6 +107,16 @@ def _names(error: Exception) -> str:
     lines = [line.strip().rstrip(".,") for line in str(error).splitlines() if line.strip()]
     more = f", and {len(lines) - 4} more" if len(lines) > 4 else ""
     return f"{lines[0]} {', '.join(lines[1:4])}{more}"
+
+
+def _remedy(config: Mapping[str, Any], error: Exception) -> str:
+    """What to do about names of arrays that mlx-lm's class does not take off a prefix of."""
+    if config["model_type"] != "gpt2" or "transformer." not in str(error):
+        return ""
+    return (
+        "; mlx-lm reads GPT-2 only without the prefix transformer. in the names of its arrays: in transformers, "
+        "model.transformer.save_pretrained(FOLDER) writes them so"
+    )
 
 
 # --- what transformers reads in the file --------------------------------------------------------------------------
@@ -163,11 +176,14 @@ def supplied_fields(config: Mapping[str, Any], meant: Any) -> dict[str, Any]:
 
 
 def _required(known: Mapping[str, Any], given: Mapping[str, Any], meant: Any) -> dict[str, Any]:
-    """Fields without which mlx-lm builds no model, by transformers' other names for them; null where that is right."""
+    """Fields without which mlx-lm builds no model, by transformers' names or as it derives them; else null."""
     usual = {"rope_scaling": None, "sliding_window_pattern": None, "partial_rotary_factor": 1.0}
     missing = [key for key, field in known.items() if field.default is inspect.Parameter.empty and key not in given]
-    found = {key: getattr(meant, key, usual.get(key)) for key in missing}
-    return {key: value for key, value in found.items() if value is not None or key in usual}
+    values = {key: getattr(meant, key, usual.get(key)) for key in missing}
+    hidden, heads = (getattr(meant, key, None) for key in ("hidden_size", "num_attention_heads"))
+    derived = {"head_dim": hidden // heads if hidden and heads else None, "num_key_value_heads": heads}
+    values = {key: derived.get(key) if value is None else value for key, value in values.items()}
+    return {key: value for key, value in values.items() if value is not None or key in usual}
 
 
 def config_for_mlx_lm(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def weights_fingerprint(path: Path) -> str:
     tensors = {}
     for file in weight_files(path):
         with open(file, "rb") as data:
-            for name, entry, start in _tensor_entries(file):
+            for name, entry, start in tensor_entries(file):
                 begin, end = entry["data_offsets"]
                 digest = hashlib.sha256()
                 for offset in _sample_offsets(end - begin):
@@ -155,7 +155,7 @@ def describe_folder(path: Path) -> dict[str, Any]:
     config = read_config(path)
     quantization = config.get("quantization")
     foreign = quantisation_settings(config)
-    entries = {name: entry for file in weight_files(path) for name, entry, _ in _tensor_entries(file)}
+    entries = {name: entry for file in weight_files(path) for name, entry, _ in tensor_entries(file)}
     return {
         "folder": str(path),
         "fingerprint": fingerprint_of(path),
@@ -181,7 +181,7 @@ def _known_to_mlx_lm(model_type: str) -> bool:
     return known.isidentifier() and find_spec(f"mlx_lm.models.{known}") is not None
 
 
-def _tensor_entries(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
+def tensor_entries(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
     """``(name, header entry, start of the data section)`` of every tensor of a file that was validated before."""
     try:
         with safe_open(str(file), framework="np"), open(file, "rb") as data:

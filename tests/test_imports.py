@@ -23,6 +23,7 @@ FOUNDATIONS = {
     "model_folder",
     "model_config",
     "foreign_quantisation",
+    "stored_head",
     "rope",
     "tokenizer",
     "tokenizer_hash",

@@ -187,6 +187,49 @@ def test_settings_that_mlx_lm_passes_over_are_refused(tmp_path, kind, fields, wo
     assert "config.json" in str(caught.value)
 
 
+def test_a_head_dim_that_transformers_derives_is_supplied(tmp_path):
+    kinds = ["full_attention", "full_attention"]
+
+    def without(config):
+        config.pop("head_dim", None)
+        return config
+
+    expected = save(tmp_path, "exaone4", rename=without, sliding_window=None, layer_types=kinds)
+    assert "head_dim" not in read_config(tmp_path)
+    assert error_of(tmp_path, expected)[0] < 1e-4
+
+
+def test_gpt2_as_save_pretrained_writes_it_is_refused_with_a_remedy_that_helps(tmp_path):
+    import transformers
+
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+    expected = save(tmp_path, "gpt2", **sizes, tie_word_embeddings=True)
+    with pytest.raises(RsgwmError, match=r"model\.transformer\.save_pretrained"):
+        open_model(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.transformer.save_pretrained(tmp_path / "inner")
+    assert error_of(tmp_path / "inner", expected)[0] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("change", ["equal", "one value", "dtype"])
+def test_a_stored_head_must_be_the_embedding_that_the_config_ties_it_to(tmp_path, kind, change):
+    expected = save(tmp_path, kind, tie_word_embeddings=True)
+    file = str(tmp_path / "model.safetensors")
+    arrays = mx.load(file)
+    head = arrays["model.embed_tokens.weight"] + 0
+    if change == "one value":
+        head[-1, -1] += 1
+    arrays["lm_head.weight"] = head.astype(mx.float16) if change == "dtype" else head
+    mx.save_safetensors(file, arrays, {"format": "pt"})
+    if change == "equal":
+        error, notes = error_of(tmp_path, expected)
+        assert error < (5e-4 if notes else 1e-4)
+        return
+    with pytest.raises(RsgwmError, match=r"lm_head\.weight in the checkpoint differs from model\.embed_tokens"):
+        open_model(tmp_path)
+
+
 def test_a_window_that_is_not_applied_is_told(tmp_path):
     save(tmp_path, "mistral", sliding_window=5)
     assert "window of 5 tokens" in " ".join(open_model(tmp_path)[2])
