@@ -42,7 +42,7 @@ def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: B
     names = [update.source for update in (embedding, head) if update] + [n for n in (whole_embedding, whole_head) if n]
     return [
         f"{' and '.join(names)}: ensure_weight_tying says that embedding and head are one, but their arrays are not "
-        "equal; remove ensure_weight_tying to convert them apart"
+        "equal, so which is meant is not known (without ensure_weight_tying they are converted apart)"
     ]
 
 
