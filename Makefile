@@ -54,7 +54,7 @@ faults: $(VENV)/.test openblas  ## kill -9 at fifty moments, then thousands of m
 	$(RUN) $(BIN)/python -m pytest -m slow tests/test_faults.py tests/malformed
 
 coverage: $(VENV)/.test openblas  ## run the tests and say which lines they reach; below 90 % fails
-	$(RUN) $(BIN)/python -m coverage run -m pytest -m "not slow"
+	RSGWM_ALL_PEERS=1 $(RUN_TESTS) $(BIN)/python -m coverage run -m pytest -m "not slow"
 	$(BIN)/python -m coverage report --skip-covered
 
 lint: $(VENV)/.test $(VENV)/.wheel  ## ruff, and mypy against an installed copy

@@ -82,7 +82,8 @@ class Adapter:
         """
         recorded = self.base_fingerprint
         template = self.manifest.get("template")
-        ours = self.manifest.get("kind") in ("trained", "merged")  # of others, nobody knows what they were trained with
+        # Of other kinds nobody knows what they were trained with.
+        ours = self.manifest.get("kind") in ("trained", "checkpoint", "merged")
         chat = not weights_only and (template.get("chat") is not False if isinstance(template, dict) else ours)
         difference = "" if recorded is None else base_difference(recorded, fingerprint, chat)
         if not difference or recorded is None:

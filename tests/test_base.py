@@ -504,7 +504,8 @@ def test_an_adapter_of_a_former_record_still_fits(base, make_adapter):
         check_made_for(adapter, "base", base.fingerprint)
     assert not adapter.base_problem("base", base.fingerprint, weights_only=True)  # fusing and converting read none
     del adapter.manifest["template"]  # rows of messages, rendered by the base's own template
-    adapter.manifest["kind"] = "trained"
-    assert "another chat template" in adapter.base_problem("base", base.fingerprint)
+    for kind in ("trained", "checkpoint", "merged"):
+        adapter.manifest["kind"] = kind
+        assert "another chat template" in adapter.base_problem("base", base.fingerprint)
     adapter.manifest["kind"] = "converted"
     assert not adapter.base_problem("base", base.fingerprint)

@@ -9,6 +9,9 @@ hidden folder until the stage is done again; what somebody has edited since stay
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -114,7 +117,7 @@ class Stages:
                 continue
             place = _free_name(self.out / FORMER / stage.name / name)
             files.make_folder(place.parent)
-            file.rename(place)
+            _move(file, place)
             self._remove_empty(file)
             if edited:
                 self.progress.message(
@@ -190,6 +193,19 @@ def _free_name(path: Path) -> Path:
         numbered = path.with_name(f"{path.name}.{number}")
         number += 1
     return numbered
+
+
+def _move(file: Path, place: Path) -> None:
+    """Rename; to another file system, copy and remove once the copy is on disk."""
+    try:
+        file.rename(place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copy2(file, place)
+        with open(place, "rb+") as copy:
+            os.fsync(copy.fileno())
+        file.unlink()
 
 
 def _digest(file: Path) -> str:
