@@ -19,7 +19,8 @@ def test_moved_across_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "rename", rename)
     stages._move(file, place)
-    assert place.read_bytes() == b"weights" and not file.exists()
+    assert place.read_bytes() == b"weights"
+    assert not file.exists()
 
 
 def test_other_errors_of_a_move_are_raised(tmp_path: Path) -> None:
