@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from mlx_rsgwm.progress import SILENT, Advance, Progress
+from mlx_rsgwm.progress import Advance, Progress
 
 DEFAULT_SEED = 42  # the paper's
 
@@ -55,10 +55,18 @@ class Console:
 
     @cached_property
     def progress(self) -> Progress:
-        """Bars on a terminal, plain lines elsewhere, nothing with ``--quiet``."""
+        """Bars on a terminal, plain lines elsewhere, warnings alone with ``--quiet``."""
         if self.quiet:
-            return SILENT
+            return WarningsOnly()
         return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+class WarningsOnly(Progress):
+    """Says nothing but what the result is worth."""
+
+    def warning(self, text: str) -> None:
+        """Print one line on standard error."""
+        click.echo(text, err=True)
 
 
 class BarProgress(Progress):

@@ -56,9 +56,10 @@ def loss(
     for name, adapter in loaded.items():
         slots.load(name, adapter)
     asked = examples.record().used
-    trained_on = {
-        name: len(asked & record_of(adapter.manifest, name).used) / max(len(asked), 1)
-        for name, adapter in loaded.items()
+    records = {name: record_of(adapter.manifest, name) for name, adapter in loaded.items()}
+    trained_on = {  # null: nothing was met, but not everything that it was trained on is recorded
+        name: (len(asked & record.used) / max(len(asked), 1)) or (None if record.unknown else 0.0)
+        for name, record in records.items()
     }
     results: dict[str, Any] = {}
     with console.progress.task("loss", 1 + len(loaded)) as advance:
@@ -68,8 +69,11 @@ def loss(
             advance(1, name)
     for name, values in results.items():
         told = ", ".join(f"{role} {value:.4f}" for role, value in values.items())
-        if trained_on.get(name):
-            console.line(f"NOT NEW: {name} was trained on {trained_on[name]:.0%} of the questions of {data}")
+        if share := trained_on.get(name):
+            told_share = f"{share:.0%}" if share >= 0.01 else "less than 1%"
+            console.line(f"NOT NEW: {name} was trained on {told_share} of the questions of {data}")
+        if name in records and records[name].unknown:
+            console.line(f"not recorded: what {', '.join(records[name].unknown)} was trained on")
         console.line(
             f"{name}: {told} nats per completion token, {len(chosen)} rows{f' ({dropped} too long)' * bool(dropped)}"
         )

@@ -111,7 +111,7 @@ def load_base(name: str, dtype: str = "auto", progress: Progress = SILENT) -> Ba
 
     tokenizer, more = load_tokenizer_of(path, config, model)
     for note in (*notes, *more):
-        progress.message(f"{name}: {note}")
+        progress.warning(f"{name}: {note}")
     try:
         model.set_dtype(chosen)
         mx.eval(model.parameters())

@@ -17,6 +17,10 @@ class Progress:
     def message(self, text: str) -> None:
         """One line of news."""
 
+    def warning(self, text: str) -> None:
+        """One line on what the result is worth, which the command line prints with ``--quiet``, too."""
+        self.message(text)
+
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
         """A piece of work of ``total`` units; the yielded function takes units done and a short note."""

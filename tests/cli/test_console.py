@@ -13,8 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mlx_rsgwm.cli.console import DEFAULT_SEED, BarProgress, Console, LineProgress, common_options
-from mlx_rsgwm.progress import SILENT
+from mlx_rsgwm.cli.console import DEFAULT_SEED, BarProgress, Console, LineProgress, WarningsOnly, common_options
 
 
 def run(body, *arguments):
@@ -106,8 +105,8 @@ def test_plain_progress_in_large_steps():
 def test_quiet_shows_no_progress():
     seen = []
     assert run(work(50), "--quiet").stderr == ""
-    run(lambda console: seen.append(console.progress), "--quiet")
-    assert seen == [SILENT]
+    run(lambda console: seen.append(type(console.progress)), "--quiet")
+    assert seen == [WarningsOnly]
 
 
 def test_one_console_has_one_progress():
@@ -151,3 +150,15 @@ def test_bars_close_after_an_error():
         raise RuntimeError
     with bars.task("again", 1) as advance:
         advance(1, "")
+
+
+def test_quiet_keeps_what_the_result_is_worth(capsys):
+    """A base that mlx-lm runs otherwise than transformers says so with --quiet, too."""
+    progress = Console(quiet=True).progress
+    progress.message("loading")
+    progress.warning("base: mlx-lm does not apply this model's window of 4 tokens")
+    with progress.task("work", 3) as advance:
+        advance(3, "")
+    assert capsys.readouterr().err == "base: mlx-lm does not apply this model's window of 4 tokens\n"
+    Console().progress.warning("told")
+    assert "told\n" in capsys.readouterr().err
