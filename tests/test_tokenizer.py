@@ -13,6 +13,7 @@ from mlx_rsgwm.base import load_base
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.progress import Progress
 
 ROWS = 320  # of the tiny base's embedding
 
@@ -55,7 +56,7 @@ def test_an_added_token_without_a_row_is_told_and_its_use_refused(folder):
         edit(folder, "tokenizer.json", added(f"<t{index}>", index))
     notes = []
 
-    class Told:
+    class Told(Progress):
         def message(self, text):
             notes.append(text)
 
