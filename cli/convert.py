@@ -84,7 +84,7 @@ def convert_from_peft(
     from mlx_rsgwm.converters import peft
     from mlx_rsgwm.converters.base_layers import read_base_layers
     from mlx_rsgwm.converters.bulk import adapter_folders, from_peft_verified, is_peft
-    from mlx_rsgwm.converters.peft_read import Reading
+    from mlx_rsgwm.converters.peft_layout import Reading
 
     if is_peft(folder) or not adapter_folders(folder, is_peft):
         peft.require_empty(out)

@@ -97,7 +97,7 @@ def pull(
     Example: rsgwm pull me/drafter drafter --base smollm2-135m
     """
     from mlx_rsgwm.converters import hub
-    from mlx_rsgwm.converters.peft_read import Reading
+    from mlx_rsgwm.converters.peft_layout import Reading
     from mlx_rsgwm.errors import RsgwmError
 
     if keep_peft and (strict or language_only):

@@ -15,8 +15,8 @@ from mlx_rsgwm.base import resolve_base
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
 from mlx_rsgwm.converters.peft import Converted, convert_from_peft, convert_to_peft, require_empty
 from mlx_rsgwm.converters.peft_folder import INDEX_FILE, PeftFolder, open_peft
+from mlx_rsgwm.converters.peft_layout import Reading
 from mlx_rsgwm.converters.peft_names import parse_name
-from mlx_rsgwm.converters.peft_read import Reading
 from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from mlx_rsgwm.converters.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.verify import require_equal

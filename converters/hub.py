@@ -24,7 +24,7 @@ from mlx_rsgwm.converters.certificate import read_certificate
 from mlx_rsgwm.converters.model_card import model_card
 from mlx_rsgwm.converters.peft import check_peft, convert_from_peft, require_empty, to_peft
 from mlx_rsgwm.converters.peft_folder import is_of_wrapped_model, open_peft
-from mlx_rsgwm.converters.peft_read import Reading
+from mlx_rsgwm.converters.peft_layout import Reading
 from mlx_rsgwm.converters.peft_sidecar import CERTIFICATE_FILE, PEFT_CONFIG_FILE, SIDECAR_FOLDER
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.progress import SILENT, Progress

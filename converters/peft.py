@@ -24,7 +24,8 @@ from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.base import ALIASES, resolve_base
 from mlx_rsgwm.converters.base_layers import BaseLayers, local_base_layers, read_base_layers
 from mlx_rsgwm.converters.peft_folder import open_peft
-from mlx_rsgwm.converters.peft_read import Reading, early_problems, read_peft
+from mlx_rsgwm.converters.peft_layout import Reading
+from mlx_rsgwm.converters.peft_read import early_problems, read_peft
 from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, write_sidecar
 from mlx_rsgwm.converters.peft_write import peft_arrays, peft_form, unconvertible
 from mlx_rsgwm.converters.resized_vocabulary import rows_of, tokenizer_files

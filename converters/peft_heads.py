@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.peft_config import is_head, scale_of
 from mlx_rsgwm.converters.peft_folder import Groups
+from mlx_rsgwm.converters.peft_layout import Layout
 from mlx_rsgwm.converters.peft_names import is_embedding
 from mlx_rsgwm.converters.peft_uniform import Update, same_bits
 from mlx_rsgwm.converters.untied_base import has_own_head
-
-if TYPE_CHECKING:
-    from mlx_rsgwm.converters.peft_read import Layout
 
 
 def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: BaseLayers | None) -> list[str]:
