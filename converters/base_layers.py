@@ -23,11 +23,11 @@ from mlx_rsgwm.converters.module_names import (
     checkpoint_shapes,
     transformers_parameter,
 )
-from mlx_rsgwm.converters.peft_config import is_head
 from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_config import config_for_mlx_lm, open_model
 from mlx_rsgwm.model_folder import first_line, read_config, weight_files
+from mlx_rsgwm.token_layers import is_head
 
 Kind = Literal["linear", "embedding", "experts"]
 

@@ -30,11 +30,12 @@ from mlx_rsgwm.converters.parity_mlx import apply_adapter, probe_ids, replace_pa
 from mlx_rsgwm.converters.peft import require_empty
 from mlx_rsgwm.converters.peft_names import model_order
 from mlx_rsgwm.converters.resized_vocabulary import make_room, rows_of, tokenizer_of
-from mlx_rsgwm.converters.untied_base import adapts_head, has_own_head, untied_base
+from mlx_rsgwm.converters.untied_base import adapts_head, untied_base
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.model_config import open_model
 from mlx_rsgwm.model_folder import fingerprint_of
 from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.token_layers import has_head
 
 GROUP_SIZE = 64
 # What a fused model's weights are: as the base has them, a float type, or mlx-lm's affine quantisation.
@@ -123,7 +124,7 @@ def fuse(
         raise AdapterError(problem)
     with ExitStack() as stack:
         loaded_name = base_name
-        if adapts_head(adapter) and not has_own_head(dict(open_model(path)[0].named_modules())):
+        if adapts_head(adapter) and not has_head(dict(open_model(path)[0].named_modules())):
             path = stack.enter_context(untied_base(path))
             loaded_name = str(path)
         return _fuse(adapter, path, loaded_name, base_name, out, target, min_share, force, progress)

@@ -19,10 +19,11 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.gguf_names import architecture_of, heads_of, permute_rows, tensor_namer
-from mlx_rsgwm.converters.peft_names import is_embedding, model_order
+from mlx_rsgwm.converters.peft_names import model_order
 from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.model_folder import read_config
 from mlx_rsgwm.slots import untied_hint
+from mlx_rsgwm.token_layers import is_embedding
 
 FLOATS = {"f32": np.float32, "f16": np.float16}
 

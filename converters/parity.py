@@ -30,9 +30,10 @@ from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trac
 from mlx_rsgwm.converters.parity_verdict import NOISE, compare, compare_continuations, first_difference
 from mlx_rsgwm.converters.peft import to_peft
 from mlx_rsgwm.converters.peft_folder import is_of_wrapped_model, open_peft
-from mlx_rsgwm.converters.peft_names import is_embedding, is_other_tower
+from mlx_rsgwm.converters.peft_names import is_other_tower
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.token_layers import is_embedding
 
 TEXTS = (
     "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?",

@@ -18,8 +18,9 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.converters.parity_trace import TRACED_TOKENS, Logits, Probe, Trace
-from mlx_rsgwm.converters.untied_base import adapts_head, has_own_head
+from mlx_rsgwm.converters.untied_base import adapts_head
 from mlx_rsgwm.errors import AdapterError, RsgwmError
+from mlx_rsgwm.token_layers import has_head
 
 # Of another number of rows, or of a packed layer.
 FUSE = " (rsgwm fuse makes a model of base and adapter)"
@@ -38,7 +39,7 @@ def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
     from mlx_lm.tuner.utils import load_adapters
 
     assert adapter.path is not None
-    if adapts_head(adapter) and not has_own_head(dict(model.named_modules())):
+    if adapts_head(adapter) and not has_head(dict(model.named_modules())):
         raise AdapterError(
             f"{adapter.where} has a head apart from the embedding, which {name} ties; "
             "make an untied model of it first (rsgwm fuse)"

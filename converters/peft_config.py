@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mlx_rsgwm.slots import HEADS
+from mlx_rsgwm.token_layers import is_head
 
 # PEFT fields that may have any value here, because the arrays and the scale already say what they did.
 HARMLESS = {
@@ -308,7 +308,3 @@ def saves_whole(config: Mapping[str, Any], module: str) -> bool:
     parts = module.split(".")
     ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(one.endswith(saved) for saved in config.get("modules_to_save") or () for one in ancestors)
-
-
-def is_head(module: str) -> bool:
-    return module.rpartition(".")[2] in HEADS

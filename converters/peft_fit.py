@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.module_names import needs_parameter
-from mlx_rsgwm.converters.peft_config import is_head, selects
+from mlx_rsgwm.converters.peft_config import selects
 from mlx_rsgwm.converters.peft_folder import Groups
 from mlx_rsgwm.converters.peft_layout import Reading
 from mlx_rsgwm.converters.peft_names import is_other_tower, layer_of
@@ -17,6 +17,7 @@ from mlx_rsgwm.converters.peft_uniform import (
     Update,
 )
 from mlx_rsgwm.converters.weight_map import describe_link
+from mlx_rsgwm.token_layers import is_head
 
 
 def other_towers(groups: Groups, base: BaseLayers, reading: Reading) -> list[str]:

@@ -12,10 +12,11 @@ import mlx.core as mx
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import WEIGHTS_FILE
 from mlx_rsgwm.converters.peft_config import rank_of, saves_whole
-from mlx_rsgwm.converters.peft_names import PREFIX, explain_name, is_embedding, parse_name
+from mlx_rsgwm.converters.peft_names import PREFIX, explain_name, parse_name
 from mlx_rsgwm.converters.peft_sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from mlx_rsgwm.converters.peft_uniform import NAMES, same_bits
 from mlx_rsgwm.errors import AdapterError, raise_problems
+from mlx_rsgwm.token_layers import is_embedding
 
 INDEX_FILE = f"{PEFT_WEIGHTS_FILE}.index.json"
 CONFIG_BYTES = 1 << 24

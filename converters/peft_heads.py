@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_rsgwm.converters.base_layers import BaseLayers
-from mlx_rsgwm.converters.peft_config import is_head, scale_of
+from mlx_rsgwm.converters.peft_config import scale_of
 from mlx_rsgwm.converters.peft_folder import Groups
 from mlx_rsgwm.converters.peft_layout import Layout
-from mlx_rsgwm.converters.peft_names import is_embedding
 from mlx_rsgwm.converters.peft_uniform import Update, same_bits
-from mlx_rsgwm.converters.untied_base import has_own_head
+from mlx_rsgwm.token_layers import is_embedding, is_head
 
 
 def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: BaseLayers | None) -> list[str]:
@@ -67,7 +66,7 @@ def hold_other(groups: Groups, base: BaseLayers, layout: Layout) -> None:
 
     PEFT loads the weight below LoRA into the matrix that both share in the base; where it was resized, both have it.
     """
-    head = next(f"{module}.weight" for module in base.layers if has_own_head([module]))
+    head = next(f"{module}.weight" for module in base.layers if is_head(module))
     embedding = next(f"{module}.weight" for module in base.layers if is_embedding(module))
     names = {ours: base.names.transformers_parameter(ours) for ours in (embedding, head)}
     modules = {ours: name.removesuffix(".weight") for ours, name in names.items()}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from mlx_rsgwm.token_layers import is_embedding
+
 PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
 LORA_BIAS = "lora_B.bias"
 SAVED = ".saved"  # ends the name of an array that is kept because PEFT's file holds it with the base's own values
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
 OTHER_TOWERS = re.compile(
     r"(?:^|\.)(?:\w*(?:vision|visual|image|audio|projector|multi_?modal)\w*|connector|aligner|merger|mm_\w+)(?:\.|$)"
 )
@@ -95,13 +96,9 @@ def model_order(module: str) -> tuple[int, int, str]:
     layer = layer_of(module)
     if layer is not None:
         return 1, layer, key_of(module)
-    return (0 if module.rpartition(".")[2] in EMBEDDINGS else 2), 0, module
+    return (0 if is_embedding(module) else 2), 0, module
 
 
 def is_other_tower(module: str) -> bool:
     """Whether a module of a model of images or sound is outside of its language model, by the names they go by."""
     return OTHER_TOWERS.search(module) is not None
-
-
-def is_embedding(module: str) -> bool:
-    return module.rpartition(".")[2] in EMBEDDINGS

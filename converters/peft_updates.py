@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, SWITCH, Names
-from mlx_rsgwm.converters.peft_config import is_head, rank_of, scale_of, selects
+from mlx_rsgwm.converters.peft_config import rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, parameter_names, split_experts, split_gate_up
 from mlx_rsgwm.converters.peft_folder import Groups
 from mlx_rsgwm.converters.peft_layout import Layout
-from mlx_rsgwm.converters.peft_names import is_embedding, model_order
+from mlx_rsgwm.converters.peft_names import model_order
 from mlx_rsgwm.converters.peft_sidecar import (
     Sidecar,
 )
@@ -21,6 +21,7 @@ from mlx_rsgwm.converters.peft_uniform import (
     Update,
 )
 from mlx_rsgwm.converters.weight_map import Link, describe_link
+from mlx_rsgwm.token_layers import is_embedding, is_head
 
 
 def build_updates(

@@ -23,7 +23,7 @@ from mlx_rsgwm.converters.module_names import (
 from mlx_rsgwm.converters.peft_config import alpha_for, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft_experts import GATE_UP, join_gate_up, stack_experts
 from mlx_rsgwm.converters.peft_layout import Layout
-from mlx_rsgwm.converters.peft_names import PREFIX, SAVED, is_embedding, key_of, layer_of, model_order
+from mlx_rsgwm.converters.peft_names import PREFIX, SAVED, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft_uniform import (
     NAMES,
     common_scale,
@@ -37,6 +37,7 @@ from mlx_rsgwm.converters.peft_updates import default_source, expert_problems, g
 from mlx_rsgwm.converters.untied_base import adapts_head, untied_layers
 from mlx_rsgwm.converters.weight_map import describe_link
 from mlx_rsgwm.errors import AdapterError, raise_problems
+from mlx_rsgwm.token_layers import is_embedding
 
 Arrays = dict[str, mx.array]
 

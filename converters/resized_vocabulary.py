@@ -20,12 +20,11 @@ from mlx.utils import tree_unflatten
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.converters.base_layers import BaseLayers
-from mlx_rsgwm.converters.peft_config import is_head
 from mlx_rsgwm.converters.peft_folder import Groups
-from mlx_rsgwm.converters.peft_names import is_embedding
 from mlx_rsgwm.errors import AdapterError, RsgwmError
 from mlx_rsgwm.model_config import open_model
 from mlx_rsgwm.model_folder import TOKENIZER_FILES, first_line
+from mlx_rsgwm.token_layers import is_embedding, is_head
 
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 TEMPLATE_FILE = "chat_template.jinja"

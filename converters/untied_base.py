@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,25 +21,18 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
 from mlx_rsgwm.converters.dense_base import dequantised
-from mlx_rsgwm.converters.module_names import HEADS
-from mlx_rsgwm.converters.peft_names import is_embedding
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_config import open_model
 from mlx_rsgwm.model_folder import weight_files
+from mlx_rsgwm.token_layers import has_head, is_embedding
 
 HEAD_FILE = "model-untied-head.safetensors"
-HEAD_LEAVES = tuple(head.rstrip(".") for head in HEADS)
-
-
-def has_own_head(modules: Iterable[str]) -> bool:
-    """Whether an output head is among mlx-lm's ``modules``."""
-    return any(module.rpartition(".")[2] in HEAD_LEAVES for module in modules)
 
 
 def adapts_head(adapter: Adapter) -> bool:
     """Whether an adapter updates or replaces an output head; a full fine-tune is a model of its own."""
     touched = [*adapter.modules(), *(name.rpartition(".")[0] for name in adapter.full)]
-    return not adapter.spec.is_full and has_own_head(touched)
+    return not adapter.spec.is_full and has_head(touched)
 
 
 @contextmanager
@@ -112,5 +105,5 @@ def _require_head(path: Path, folder: Path) -> None:
         raise RsgwmError(
             f"{path}: mlx-lm's {model_type} cannot have a head apart from its embedding: {reason}"
         ) from error
-    if not has_own_head(name for name, _ in model.named_modules()):
+    if not has_head(name for name, _ in model.named_modules()):
         raise RsgwmError(f"{path}: mlx-lm's {model_type} has no head apart from its embedding, so it cannot be untied")

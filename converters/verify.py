@@ -19,10 +19,11 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import CONFIG_FILE, KEPT_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from mlx_rsgwm.converters.module_names import MIXTRAL, ONE_EXPERT, Names
 from mlx_rsgwm.converters.peft_folder import PeftFolder, open_peft
-from mlx_rsgwm.converters.peft_names import PREFIX, SAVED, is_embedding, model_order, parse_name
+from mlx_rsgwm.converters.peft_names import PREFIX, SAVED, model_order, parse_name
 from mlx_rsgwm.converters.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.weight_map import Link
 from mlx_rsgwm.errors import CheckFailed
+from mlx_rsgwm.token_layers import is_embedding
 
 # float64 sums of products of stored values; a scale folded into float32 errs by 6e-8 a term.
 TOLERANCE = 1e-6

@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.token_layers import is_head
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-HEADS = ("lm_head", "embed_out", "output")
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,9 @@ def unwrap(model: Any) -> None:
 
 def untied_hint(module: str) -> str:
     """What to do, in brackets, where the ``module`` that a model has not is an output head."""
-    is_head = module.rpartition(".")[2] in HEADS
-    return " (its head is its embedding; rsgwm fuse makes an untied model of base and adapter)" if is_head else ""
+    return (
+        " (its head is its embedding; rsgwm fuse makes an untied model of base and adapter)" if is_head(module) else ""
+    )
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:

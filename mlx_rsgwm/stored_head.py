@@ -13,11 +13,11 @@ from typing import Any
 
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_folder import tensor_entries, weight_files
+from mlx_rsgwm.token_layers import HEADS, has_head
 
 PREFIX = r"(?:(?:model|language_model|transformer|gpt_neox|backbone)\.)*"
-HEAD = re.compile(PREFIX + r"(?:lm_head|embed_out|output)\.weight")
+HEAD = re.compile(PREFIX + r"(?:" + "|".join(HEADS) + r")\.weight")
 EMBEDDING = re.compile(PREFIX + r"(?:embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings)\.weight")
-HEAD_LEAVES = ("lm_head", "embed_out", "output")
 PIECE = 1 << 22
 Stored = tuple[Path, Mapping[str, Any], int]  # file, header entry, start of its data
 
@@ -28,7 +28,7 @@ def refuse_other_head(path: Path, modules: Iterable[str]) -> None:
     Raises:
         RsgwmError: head and embedding in the checkpoint in ``path`` differ.
     """
-    if any(module.rpartition(".")[2] in HEAD_LEAVES for module in modules):
+    if has_head(modules):
         return
     arrays = {name: (file, entry, start) for file in weight_files(path) for name, entry, start in tensor_entries(file)}
     heads = [name for name in arrays if HEAD.fullmatch(name)]

@@ -24,6 +24,7 @@ FOUNDATIONS = {
     "model_config",
     "foreign_quantisation",
     "stored_head",
+    "token_layers",
     "rope",
     "tokenizer",
     "tokenizer_hash",

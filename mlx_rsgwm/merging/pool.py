@@ -23,12 +23,12 @@ from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.files import read_safetensors, sha256_file, sha256_json
 from mlx_rsgwm.merging.module import Factors
 from mlx_rsgwm.model_folder import base_difference
+from mlx_rsgwm.token_layers import is_embedding
 
 Arrays = dict[str, mx.array]
 
 # Files are hashed beside the work. One thread hashes about 1 GB a second, twice what a merge reads on two cores.
 HASHING_THREADS = 2
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _misfits(sources: Sequence[Source]) -> list[str]:
             f"{source.label} adapts the embedding that its base has as head, and {apart} has a head apart from it: "
             "make models of them (rsgwm fuse)"
             for source in sources
-            if not source.untied and any(name.rpartition(".")[2] in EMBEDDINGS for name in source.shapes)
+            if not source.untied and any(map(is_embedding, source.shapes))
         ]
     return problems
 
