@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 
 from mlx_rsgwm.files import sha256_json
+from mlx_rsgwm.recipes import stages
 from mlx_rsgwm.recipes.stages import FOLDER, FORMER, Stage, Stages
 
 NAMES = ["data", "train", "merge", "evaluate"]
@@ -40,14 +41,14 @@ def run(out, settings, writes=10**6):
 
         return do
 
-    stages, source = Stages(out), None
+    records, source = Stages(out), None
     for name in NAMES:
         folder = out / name
         inputs = (source,) if source else ()
-        stages.run(Stage(name, {"value": settings[name]}, inputs, (folder,), work(name, folder, source)))
+        records.run(Stage(name, {"value": settings[name]}, inputs, (folder,), work(name, folder, source)))
         source = folder
         spend()
-    return stages.executed
+    return records.executed
 
 
 def contents(out):
@@ -154,6 +155,37 @@ def test_what_a_finished_stage_wrote_goes_only_once_it_is_done_again(tmp_path):
     (tmp_path / "train" / "1.txt").write_text("edited again")
     run(tmp_path, settings)
     assert former(tmp_path)["train/train/1.txt.1"] == "edited again"
+
+
+@pytest.mark.parametrize("moment", ["before a move", "within the moves", "before the removal", "within the removal"])
+def test_no_former_file_outlives_a_run_that_was_killed_around_it(tmp_path, monkeypatch, moment):
+    settings = dict.fromkeys(NAMES, 1)
+    run(tmp_path, settings)
+    changed = {**settings, "merge": 2}
+    calls = []
+    target, name = (
+        (stages, "_move") if "move" in moment and "removal" not in moment else (stages.Stages, "_remove_empty")
+    )
+    real = getattr(target, name)
+
+    def killing(*arguments):
+        calls.append(arguments)
+        # merge's two files are moved, and thereby two folders looked at, before two are removed
+        if len(calls) == {"before a move": 1, "within the moves": 2, "within the removal": 3}.get(moment):
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(target, name, killing)
+    if moment == "before the removal":
+        monkeypatch.setattr(stages.Stages, "_remove", lambda *arguments: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(tmp_path, changed)
+    monkeypatch.undo()
+    run(tmp_path, changed)
+    assert former(tmp_path) == {}
+    fresh = tmp_path.with_name("fresh")
+    run(fresh, changed)
+    assert contents(tmp_path) == contents(fresh)
 
 
 def test_what_a_stage_goes_on_from_stays_where_it_is_intact(tmp_path):

@@ -77,11 +77,13 @@ class Stages:
             seconds = round(time.monotonic() - started, 3)
             written = [name for name, stamp in self._stamps(stage).items() if stamp != before.get(name)]
             outputs = {name: _digest(self.out / name) for name in written}
-            record = {"key": key, "seconds": seconds, "outputs": outputs}
+            record = {"key": key, "seconds": seconds, "outputs": outputs, "former": former}
             files.write_json(self._path(stage), record)
-            self._remove(former)
             self.executed.append(stage.name)
         assert record is not None
+        if record.get("former"):  # also what a run that was killed here left behind
+            self._remove(name for name in record["former"] if isinstance(name, str))
+            files.write_json(self._path(stage), {**record, "former": []})
         self.seconds[stage.name] = record["seconds"]
 
     def _cleared(self, stage: Stage, record: Mapping[str, Any] | None, key: str) -> tuple[dict[str, Any], list[str]]:
@@ -97,7 +99,7 @@ class Stages:
         former = [name for name in record.get("former") or [] if isinstance(name, str)]
         if isinstance(outputs, dict):
             stays = stage.resumed if record.get("key") == key else ()
-            former += self._set_aside(stage, outputs, stays)
+            former = self._set_aside(stage, {**record, "former": former}, stays)
             return {name: stamp for name, stamp in self._stamps(stage).items() if name not in outputs}, former
         if isinstance(before, dict):
             if record.get("key") == key:
@@ -105,28 +107,34 @@ class Stages:
             self._remove(name for name, stamp in self._stamps(stage).items() if stamp != before.get(name))
         return self._stamps(stage), former
 
-    def _set_aside(self, stage: Stage, outputs: Mapping[str, str], stays: Sequence[str]) -> list[str]:
-        """Move a finished stage's files out of the way; returns where those went that nobody has edited."""
-        unedited = []
-        for name, digest in outputs.items():
+    def _set_aside(self, stage: Stage, record: Mapping[str, Any], stays: Sequence[str]) -> list[str]:
+        """Move a finished stage's files out of the way; returns where those went that nobody has edited.
+
+        The record lists these places before the first file is moved, so that none is forgotten whenever this is killed.
+        """
+        places, edited = {}, set()
+        for name, digest in record["outputs"].items():
             file = self._own(name)
             if file is None:
                 continue
-            edited = _digest(file) != digest
-            if not edited and file.name in stays:
+            if _digest(file) != digest:
+                edited.add(name)
+            elif file.name in stays:
                 continue
-            place = _free_name(self.out / FORMER / stage.name / name)
+            places[name] = _free_name(self.out / FORMER / stage.name / name)
+        unedited = [place.relative_to(self.out).as_posix() for name, place in places.items() if name not in edited]
+        former = list(dict.fromkeys([*record["former"], *unedited]))
+        files.write_json(self._path(stage), {**record, "former": former})
+        for name, place in places.items():
             files.make_folder(place.parent)
-            _move(file, place)
-            self._remove_empty(file)
-            if edited:
+            _move(self.out / name, place)
+            self._remove_empty(self.out / name)
+            if name in edited:
                 self.progress.message(
-                    f"{file} was changed after {stage.name} had written it; {stage.name} is done again, "
+                    f"{self.out / name} was changed after {stage.name} had written it; {stage.name} is done again, "
                     f"and the changed file is now {place}"
                 )
-            else:
-                unedited.append(place.relative_to(self.out).as_posix())
-        return unedited
+        return former
 
     def _path(self, stage: Stage) -> Path:
         return self.out / FOLDER / f"{stage.name}.json"
