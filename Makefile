@@ -14,7 +14,7 @@ SYSTEM := $(shell uname -s)
 export PYTHONDONTWRITEBYTECODE :=
 
 # MLX's Linux wheel links a reference BLAS, forty times slower than OpenBLAS. BLIS goes before it where it is installed:
-# its products with few rows (decoding) take a quarter of the time; OpenBLAS keeps LAPACK. The paths are looked up when
+# its products with few rows (decoding) take less time; OpenBLAS keeps LAPACK. The paths are looked up when
 # a recipe starts, since `openblas` may just have installed them; there are none on macOS, and nothing is preloaded.
 BLAS_PACKAGES := libopenblas0-pthread libblis4-openmp
 LIBRARIES = /usr/lib/$$(uname -m)-linux-gnu

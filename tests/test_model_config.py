@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.base import load_base
+from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_config import open_model
 from mlx_rsgwm.model_folder import read_config
@@ -18,21 +19,7 @@ from mlx_rsgwm.rope import KINDS, rotation_meant
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(2, 90, 24)]
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+SIZES = {**TINY, "vocab_size": 96, "tie_word_embeddings": False}
 VISION = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "num_attention_heads": 4}
 VISION |= {"image_size": 28, "patch_size": 14}
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}

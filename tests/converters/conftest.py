@@ -51,3 +51,22 @@ def model_of():
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_random_peft():
+    """Maker of a saved PEFT model whose trainable parameters are random: LoRA's anew, others moved."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+
+    def save(model, folder, settings, **options):
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kept = 0.0 if "lora_" in name and "bias" not in name else parameter.data
+                parameter.data = kept + 0.2 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(str(folder), **options)
+        return model
+
+    return save

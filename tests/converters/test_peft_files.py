@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import load_base
+from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.slots import AdapterSlots
 
@@ -23,20 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 IDS = [1, 5, 9, 2, 33, 60, 41, 8, 55, 3, 17]
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+SIZES = {**TINY, "vocab_size": 320}
 UNTIED = {"tie_word_embeddings": False}
 GEMMA = {"sliding_window": 32, "query_pre_attn_scalar": 8}
 FAMILIES = {
@@ -83,22 +71,26 @@ def torch_logits(model):
         return model.eval()(input_ids=torch.tensor([IDS])).logits[0].float().numpy()
 
 
-def make(base, folder, save=None, resize=0, **settings):
-    """A random PEFT adapter of ``base``, and torch's logits with it."""
-    model = torch_base(base)
-    if resize:
-        model.resize_token_embeddings(resize, mean_resizing=False)
-    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(model, peft.LoraConfig(**options))
-        generator = torch.Generator().manual_seed(3)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                kept = 0.0 if "lora_" in name and "bias" not in name else parameter.data
-                parameter.data = kept + 0.2 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(str(folder), **(save or {}))
-    return torch_logits(model)
+@pytest.fixture
+def make(save_random_peft):
+    def make(base, folder, save=None, resize=0, **settings):
+        """A random PEFT adapter of ``base``, and torch's logits with it."""
+        model = torch_base(base)
+        if resize:
+            model.resize_token_embeddings(resize, mean_resizing=False)
+        options = {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "v_proj"],
+            "task_type": "CAUSAL_LM",
+            **settings,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = save_random_peft(model, folder, options, **(save or {}))
+        return torch_logits(model)
+
+    return make
 
 
 def edit(folder, **changes):
@@ -150,7 +142,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("tool", FOREIGN)
-def test_keys_that_peft_ignores_are_told_and_ignored(tool, bases, tmp_path):
+def test_keys_that_peft_ignores_are_told_and_ignored(make, tool, bases, tmp_path):
     expected = make(bases("llama"), tmp_path / "adapter")
     edit(tmp_path / "adapter", **FOREIGN[tool])
     if tool == "torchtune":  # writes five fields and no more
@@ -167,7 +159,7 @@ def test_keys_that_peft_ignores_are_told_and_ignored(tool, bases, tmp_path):
     assert largest(mlx_logits(bases("llama"), out), expected) < 1e-4
 
 
-def test_a_long_regular_expression_that_lists_modules(bases, tmp_path):
+def test_a_long_regular_expression_that_lists_modules(make, bases, tmp_path):
     """ms-swift and VLM trainers write one alternative a module; Unsloth nests groups with lazy gaps."""
     names = [f"model.layers.{layer}.self_attn.{key}_proj" for layer in range(120) for key in "qkvo"]
     swift = "^(" + "|".join(name.replace(".", r"\.") for name in names) + ")$"
@@ -190,7 +182,7 @@ def test_a_long_regular_expression_that_lists_modules(bases, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_a_selected_module_without_arrays_stays_as_it_is(family, bases, tmp_path):
+def test_a_selected_module_without_arrays_stays_as_it_is(make, family, bases, tmp_path):
     folder = tmp_path / "adapter"
     make(bases(family), folder)
     arrays = load_file(folder / "adapter_model.safetensors")
@@ -215,7 +207,7 @@ def test_a_selected_module_without_arrays_stays_as_it_is(family, bases, tmp_path
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "llama-tied", "gemma2"])
-def test_saved_copies_of_the_base_are_no_change(family, dtype, bases, tmp_path):
+def test_saved_copies_of_the_base_are_no_change(make, family, dtype, bases, tmp_path):
     """save_embedding_layers, or modules_to_save that were never trained; in the base's type or a wider one."""
     base, folder = bases(family), tmp_path / "adapter"
     expected = make(base, folder, save={"save_embedding_layers": True})
@@ -239,7 +231,7 @@ def test_saved_copies_of_the_base_are_no_change(family, dtype, bases, tmp_path):
         assert largest(np.array(loaded.model(mx.array([IDS]))[0]), expected) < 1e-4
 
 
-def test_what_was_trained_of_the_saved_modules_still_counts(bases, tmp_path):
+def test_what_was_trained_of_the_saved_modules_still_counts(make, bases, tmp_path):
     base, folder = bases("llama"), tmp_path / "adapter"
     make(base, folder, modules_to_save=["lm_head", "embed_tokens"])
     arrays = load_file(folder / "adapter_model.safetensors")
@@ -276,7 +268,7 @@ def vision_model(folder):
     )
 
 
-def test_parity_loads_a_wrapped_base_by_its_own_class(mistral3, tmp_path, monkeypatch):
+def test_parity_loads_a_wrapped_base_by_its_own_class(make, mistral3, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setattr(sys.modules[__name__], "torch_base", vision_model)
@@ -294,7 +286,7 @@ def test_parity_loads_a_wrapped_base_by_its_own_class(mistral3, tmp_path, monkey
     assert own.exit_code == 0, own.output
 
 
-def test_the_language_part_of_an_adapter_that_also_trains_the_tower(mistral3, tmp_path, monkeypatch):
+def test_the_language_part_of_an_adapter_that_also_trains_the_tower(make, mistral3, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setattr(sys.modules[__name__], "torch_base", vision_model)
@@ -373,7 +365,7 @@ HELD = {
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_trained_token_rows_and_biases_of_lora_b(name, bases, tmp_path):
+def test_trained_token_rows_and_biases_of_lora_b(make, name, bases, tmp_path):
     family, settings = HELD[name]
     base, folder = bases(family), tmp_path / "adapter"
     expected = make(base, folder, **settings)
@@ -388,7 +380,7 @@ def test_trained_token_rows_and_biases_of_lora_b(name, bases, tmp_path):
         assert parity.exit_code == 0, parity.output
 
 
-def test_what_the_base_cannot_hold_is_refused_by_name(bases, tmp_path):
+def test_what_the_base_cannot_hold_is_refused_by_name(make, bases, tmp_path):
     make(bases("llama"), tmp_path / "bias", lora_bias=True)
     result, _ = convert(tmp_path / "bias", bases("llama"))
     assert result.exit_code == 2

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import load_base
+from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.errors import AdapterError
 from mlx_rsgwm.slots import AdapterSlots
@@ -25,18 +26,13 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 ROWS = 320
 SIZES = {
-    "hidden_size": 32,
+    **TINY,
     "num_hidden_layers": 1,
     "intermediate_size": 32,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
     "vocab_size": ROWS,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
 }
 BOTH = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
 # name: (tied base, tokens added, rows after, PEFT's settings)
@@ -88,24 +84,22 @@ def mlx_logits(folder, ids):
     return np.array(load_base(str(folder), "float32").model(mx.array([ids]))[0])
 
 
-def make(base, folder, rows, added, ids, **settings):
-    """A random PEFT adapter on a resized base, with its tokenizer; torch's logits with it, loaded from the files."""
-    options = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(torch_base(base, rows), peft.LoraConfig(**options))
-        generator = torch.Generator().manual_seed(3)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                start = 0.0 if "lora_" in name else parameter.data
-                parameter.data = start + 0.2 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(str(folder))
-        if added:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(base))
-            tokenizer.add_tokens([f"<|added {index}|>" for index in range(ROWS - len(tokenizer) + added)])
-            tokenizer.eos_token = "<|added 0|>"
-            tokenizer.save_pretrained(str(folder))
-        return logits(peft.PeftModel.from_pretrained(torch_base(base, rows), str(folder)), ids)
+@pytest.fixture
+def make(save_random_peft):
+    def make(base, folder, rows, added, ids, **settings):
+        """A random PEFT adapter on a resized base, with its tokenizer; torch's logits with what was saved."""
+        options = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save_random_peft(torch_base(base, rows), folder, options)
+            if added:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(str(base))
+                tokenizer.add_tokens([f"<|added {index}|>" for index in range(ROWS - len(tokenizer) + added)])
+                tokenizer.eos_token = "<|added 0|>"
+                tokenizer.save_pretrained(str(folder))
+            return logits(peft.PeftModel.from_pretrained(torch_base(base, rows), str(folder)), ids)
+
+    return make
 
 
 def run(*arguments):
@@ -117,7 +111,7 @@ def largest(one, other):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_resized_vocabulary_is_kept(name, bases, tmp_path):
+def test_a_resized_vocabulary_is_kept(make, name, bases, tmp_path):
     tied, added, rows, settings = CASES[name]
     base = bases(tied)
     ids = [1, 5, 9, 2, 33, 60, 41, 8, 255, 3, 17, min(rows, ROWS + added) - 1]
@@ -147,7 +141,7 @@ def test_a_resized_vocabulary_is_kept(name, bases, tmp_path):
     assert (tmp_path / "back" / "tokenizer.json").is_file() == (tmp_path / "peft" / "tokenizer.json").is_file()
 
 
-def test_without_the_added_tokens_nothing_is_fused(bases, tmp_path):
+def test_without_the_added_tokens_nothing_is_fused(make, bases, tmp_path):
     base = bases(False)
     make(base, tmp_path / "peft", 323, 0, [1], target_modules=["q_proj"])
     shutil.copytree(tmp_path / "peft", tmp_path / "old")
@@ -167,7 +161,7 @@ def test_without_the_added_tokens_nothing_is_fused(bases, tmp_path):
     assert "rsgwm fuse" in parity.stderr
 
 
-def test_a_head_that_was_not_saved_is_asked_for(bases, tmp_path):
+def test_a_head_that_was_not_saved_is_asked_for(make, bases, tmp_path):
     base = bases(False)
     make(base, tmp_path / "peft", 323, 0, [1], target_modules=["q_proj"])
     file = tmp_path / "peft" / "adapter_model.safetensors"
@@ -181,7 +175,7 @@ def test_a_head_that_was_not_saved_is_asked_for(bases, tmp_path):
 
 
 @pytest.mark.parametrize(("tied", "rows"), [(True, ROWS), (False, ROWS), (False, 323)])
-def test_an_embedding_saved_on_a_packed_base_is_dense_in_the_model(tied, rows, bases, tmp_path):
+def test_an_embedding_saved_on_a_packed_base_is_dense_in_the_model(make, tied, rows, bases, tmp_path):
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     base = bases(tied)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.base import load_base
+from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.gguf_adapter import to_gguf
@@ -28,21 +29,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 IDS = [1, 5, 9, 2, 33, 60, 41, 8, 55, 3, 17]
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "tie_word_embeddings": True,
-}
+SIZES = {**TINY, "vocab_size": 320, "tie_word_embeddings": True}
 TRAINED = {
     "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "head saved": {"modules_to_save": ["lm_head"]},
@@ -80,19 +67,17 @@ def torch_base(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
 
 
-def make(base, folder, **settings):
-    """A random PEFT adapter; torch's logits with it, as PEFT loads it again from the file."""
-    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **settings}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(torch_base(base), peft.LoraConfig(**options))
-        generator = torch.Generator().manual_seed(3)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                start = 0.0 if "lora_" in name else parameter.data
-                parameter.data = start + 0.2 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(str(folder))
-        return logits(peft.PeftModel.from_pretrained(torch_base(base), str(folder)))
+@pytest.fixture
+def make(save_random_peft):
+    def make(base, folder, **settings):
+        """A random PEFT adapter; torch's logits with it, as PEFT loads it again from the file."""
+        options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **settings}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save_random_peft(torch_base(base), folder, options)
+            return logits(peft.PeftModel.from_pretrained(torch_base(base), str(folder)))
+
+    return make
 
 
 def run(*arguments):
@@ -112,7 +97,7 @@ CASES += [("Gemma3", "LoRA on the head")]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_head_apart_becomes_an_untied_model(kind, name, bases, tmp_path):
+def test_a_head_apart_becomes_an_untied_model(make, kind, name, bases, tmp_path):
     extra = {"sliding_window": 32, "query_pre_attn_scalar": 8} if kind.startswith("Gemma") else {}
     base = bases(kind, **extra) if kind != "Gemma3" else gemma3(bases, tmp_path)
     expected = make(base, tmp_path / "peft", **TRAINED[name])
@@ -154,7 +139,7 @@ def gemma3(bases, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["LoRA on the head", "LoRA on the embedding", "head saved"])
-def test_commands_that_keep_the_base_tied_refuse_it_by_name(name, bases, tmp_path):
+def test_commands_that_keep_the_base_tied_refuse_it_by_name(make, name, bases, tmp_path):
     make(bases("Llama"), tmp_path / "peft", **TRAINED[name])
     assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", bases("Llama")).exit_code == 0
     for command in (
@@ -178,7 +163,7 @@ def test_commands_that_keep_the_base_tied_refuse_it_by_name(name, bases, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["LoRA on both", "embedding saved, LoRA on the head", "embedding saved"])
-def test_changed_since_it_goes_back_with_its_head_apart(name, bases, tmp_path):
+def test_changed_since_it_goes_back_with_its_head_apart(make, name, bases, tmp_path):
     base = bases("Llama")
     make(base, tmp_path / "peft", **TRAINED[name])
     assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base).exit_code == 0
@@ -192,7 +177,7 @@ def test_changed_since_it_goes_back_with_its_head_apart(name, bases, tmp_path):
     assert largest(mlx_logits(tmp_path / "fused"), after) < 1e-4
 
 
-def test_a_replaced_embedding_goes_to_peft_as_embedding_and_head(bases, tmp_path):
+def test_a_replaced_embedding_goes_to_peft_as_embedding_and_head(make, bases, tmp_path):
     base = bases("Llama")
     make(base, tmp_path / "peft", target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base).exit_code == 0
@@ -205,7 +190,7 @@ def test_a_replaced_embedding_goes_to_peft_as_embedding_and_head(bases, tmp_path
     assert largest(mlx_logits(tmp_path / "fused"), after) < 1e-4
 
 
-def test_merges_keep_heads_apart_or_refuse_them(bases, tmp_path):
+def test_merges_keep_heads_apart_or_refuse_them(make, bases, tmp_path):
     base = bases("Llama")
     trained = {
         **{name: TRAINED[name] for name in ("LoRA on the head", "head saved", "LoRA on both")},
@@ -242,7 +227,7 @@ def tie_pairs(file):
     save_file(arrays, file, {"format": "pt"})
 
 
-def test_training_and_importance_name_fuse(bases, tmp_path):
+def test_training_and_importance_name_fuse(make, bases, tmp_path):
     make(bases("Llama"), tmp_path / "peft", **TRAINED["LoRA on the head"])
     assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", bases("Llama")).exit_code == 0
     base = load_base(str(bases("Llama")), "float32")
@@ -254,7 +239,7 @@ def test_training_and_importance_name_fuse(bases, tmp_path):
         to_gguf(Adapter.load(tmp_path / "mlx"), read_base_layers("base", base.path), tmp_path / "adapter.gguf")
 
 
-def test_a_quantised_tied_base_gets_a_dense_head(bases, tmp_path):
+def test_a_quantised_tied_base_gets_a_dense_head(make, bases, tmp_path):
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     base = bases("Llama")
