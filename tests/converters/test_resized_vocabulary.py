@@ -141,12 +141,16 @@ def test_a_resized_vocabulary_is_kept(make, name, bases, tmp_path):
     assert (tmp_path / "back" / "tokenizer.json").is_file() == (tmp_path / "peft" / "tokenizer.json").is_file()
 
 
-def test_without_the_added_tokens_nothing_is_fused(make, bases, tmp_path):
+def test_without_a_tokenizer_of_that_size_nothing_is_fused(make, bases, tmp_path):
     base = bases(False)
     make(base, tmp_path / "peft", 323, 0, [1], target_modules=["q_proj"])
     shutil.copytree(tmp_path / "peft", tmp_path / "old")
     transformers.AutoTokenizer.from_pretrained(str(base)).save_pretrained(str(tmp_path / "old"))
-    for name, text in (("peft", "no tokenizer.json"), ("old", "none of the added")):
+    shutil.copytree(tmp_path / "peft", tmp_path / "many")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(base))
+    tokenizer.add_tokens([f"<|added {index}|>" for index in range(ROWS - len(tokenizer) + 6)])
+    tokenizer.save_pretrained(str(tmp_path / "many"))
+    for name, text in (("peft", "no tokenizer.json"), ("old", "none of the added"), ("many", "has 326 tokens")):
         converted = run("convert", "from-peft", tmp_path / name, tmp_path / f"{name} mlx", "--base", base)
         assert converted.exit_code == 0, converted.output
         fused = run("fuse", tmp_path / f"{name} mlx", tmp_path / "fused", "--base", base)
