@@ -55,7 +55,7 @@ def target_modules(model: Any, spec: LoraSpec) -> dict[str, nn.Module]:
         known = [name for name, module in model.layers[-1].named_modules() if hasattr(module, "weight")]
         blocks = {id(module) for block in model.layers for module in block.modules()}
         known += [name for name, module in whole.items() if hasattr(module, "weight") and id(module) not in blocks]
-        raise RsgwmError(f"no layer has a module {', '.join(unmatched)}; there are {', '.join(sorted(known))}")
+        raise RsgwmError(f"no layer has a module {', '.join(unmatched)}; {_meant(unmatched, sorted(known))}")
     if spec.num_layers > len(model.layers):
         raise RsgwmError(f"num_layers is {spec.num_layers}, but the model has {len(model.layers)} layers")
     blocks = model.layers if spec.num_layers == -1 else model.layers[-spec.num_layers :]
@@ -73,6 +73,14 @@ def target_modules(model: Any, spec: LoraSpec) -> dict[str, nn.Module]:
             problems.append(f"rank {spec.rank} is above the dimensions of {name} ({inputs}→{outputs})")
     raise_problems("target keys", problems)
     return modules
+
+
+def _meant(keys: list[str], known: list[str]) -> str:
+    """Which layers keys that match none may mean: mlx-lm takes ``self_attn.q_proj``, PEFT ``q_proj``."""
+    full = {key: [name for name in known if name.endswith(f".{key}")] for key in keys}
+    if all(full.values()):
+        return f"write {', '.join(name for names in full.values() for name in names)}"
+    return f"there are {', '.join(known)}"
 
 
 def factor_shape(module: nn.Module) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
@@ -34,6 +35,18 @@ REFUSED = {
     "hf_dataset": "write the rows to train.jsonl and valid.jsonl in a folder and name it as data",
     "adapter_file": "name the adapter's folder as adapter_path",
     "use_dora": "write fine_tune_type: dora",
+}
+# Keys that people write and mlx_lm.lora ignores, with where it reads what they mean.
+ELSEWHERE = {
+    **dict.fromkeys(("rank", "lora_rank", "lora_r", "r"), "lora_parameters: {rank: …}"),
+    **dict.fromkeys(("alpha", "lora_alpha", "scale", "lora_scale"), "lora_parameters: {scale: …} (alpha / rank)"),
+    **dict.fromkeys(("dropout", "lora_dropout"), "lora_parameters: {dropout: …}"),
+    **dict.fromkeys(("keys", "lora_keys", "target_modules", "lora_target_modules"), "lora_parameters: {keys: […]}"),
+    **dict.fromkeys(("warmup", "warmup_steps", "warmup_iters"), "lr_schedule: {warmup: …}"),
+    **dict.fromkeys(("grad_accumulation", "gradient_accumulation_steps"), "grad_accumulation_steps"),
+    **dict.fromkeys(("epochs", "num_epochs"), "iters (epochs · rows / batch_size)"),
+    "weight_decay": "optimizer_config: {adamw: {weight_decay: …}}",
+    "max_tokens": "max_seq_length",
 }
 DEFAULTS = {
     "fine_tune_type": "lora", "optimizer": "adam", "batch_size": 4, "learning_rate": 1e-5, "iters": 1000,
@@ -131,7 +144,14 @@ class _Translation:
                 except RsgwmError as error:
                     self.problems.append(str(error))
             elif key not in REFUSED:
-                self.problems.append(f"{key} has no counterpart here")
+                self.problems.append(f"{key} is no key of mlx_lm.lora, which ignores it; {self._advice(key, table)}")
+
+    def _advice(self, key: str, known: Mapping[str, Any]) -> str:
+        """What to write instead of a key that mlx_lm.lora does not have."""
+        written = str(key).replace("-", "_")
+        near = get_close_matches(written, [*known, *NO_EFFECT], n=1, cutoff=0.8)
+        meant = ELSEWHERE.get(written) or (near[0] if near else None)
+        return f"write {meant}, or remove it" if meant else "remove it"
 
     def _put(self, target: dict[str, Any], name: str, key: str, value: Any) -> None:
         target[name] = value
@@ -236,7 +256,12 @@ class _Translation:
             self.problems.append("lora_parameters is not a mapping")
             return
         known = {"rank", "scale", "dropout", "keys", "alpha"}
-        self.problems += [f"lora_parameters.{name} has no counterpart here" for name in value if name not in known]
+        advice = "; the layers' names go into keys, their number into num_layers above"
+        self.problems += [
+            f"lora_parameters.{name} is no key of mlx_lm.lora, which ignores it{advice * ('layers' in str(name))}"
+            for name in value
+            if name not in known
+        ]
         numbers = {name: _number(value[name]) for name in ("rank", "scale", "dropout", "alpha") if name in value}
         wrong = [name for name, number in numbers.items() if not isinstance(number, float) or number != number]
         if wrong or numbers.get("rank", 8.0) % 1:
@@ -246,8 +271,10 @@ class _Translation:
             return
         rank = int(numbers.get("rank", 8))
         if "scale" not in numbers:
-            advice = f" = alpha / rank = {numbers['alpha'] / max(rank, 1):g}" if "alpha" in numbers else ""
-            self.problems.append(f"lora_parameters has no scale; give it{advice}")
+            of_alpha = f" (alpha / rank would be {numbers['alpha'] / max(rank, 1):g})" if "alpha" in numbers else ""
+            self.problems.append(
+                f"lora_parameters has no scale, without which mlx_lm.lora stops, too; give it{of_alpha}"
+            )
             return
         scale = numbers["scale"]
         self.file.config |= {"rank": rank, "alpha": rank * scale, "dropout": numbers.get("dropout", 0.0)}
@@ -273,6 +300,13 @@ class _Translation:
             return
         unknown = [str(name) for name in value if name not in ("name", "arguments", "warmup", "warmup_init")]
         arguments = value.get("arguments")
+        if arguments is None:
+            rate, steps = self.merged["learning_rate"], self.merged["iters"]
+            self.problems.append(
+                "lr_schedule has no arguments, without which mlx_lm.lora stops, too; those of cosine_decay are "
+                f"[first rate, steps, last rate], such as [{rate}, {steps}, 0.0]"
+            )
+            return
         numbers = [_number(item) for item in arguments] if isinstance(arguments, list) else []
         warmup, begin = (_number(value.get(name) or 0) for name in ("warmup", "warmup_init"))
         for wrong, what in (
