@@ -59,4 +59,6 @@ def fuse(
         "survive; "
         f"{result['logit_share']:.1%} of the effect on logits, which are off by at most {result['max_abs_logit']:.1e}"
     )
+    if reason := result.get("form_reason"):
+        console.line(f"for mlx-lm alone: transformers would not load these arrays as they are meant ({reason})")
     console.result(result)

@@ -142,7 +142,7 @@ def _weight_map(
     """
     from mlx_lm.utils import _get_classes
 
-    shapes, saved_by_mlx = _checkpoint(path)
+    shapes, saved_by_mlx = _shapes_of(path), saved_by_mlx_lm(path)
     model_type = str(config["model_type"])
     if saved_by_mlx:
         dense = {name: shape for name, shape in parameters.items() if not name.endswith((".scales", ".biases"))}
@@ -169,18 +169,30 @@ def _weight_map(
         return None, False
     prefix = PREFIXES.get(model_type, "model") + "."
     named = [transformers_parameter(name, model_type) for name in shapes if not name.startswith(HEADS)]
-    return weights, not saved_by_mlx and not any(name.startswith((prefix, "language_model.")) for name in named)
+    return weights, (not saved_by_mlx or model_type == "gpt2") and not any(
+        name.startswith((prefix, "language_model.")) for name in named
+    )
 
 
-def _checkpoint(path: Path) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """Names and shapes of a base's arrays from their headers, and whether mlx-lm wrote them."""
+def _shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a base's arrays from their headers."""
     shapes: dict[str, tuple[int, ...]] = {}
-    by_mlx = False
     for file in weight_files(path):
         with safe_open(str(file), framework="np") as arrays:
-            by_mlx = by_mlx or (arrays.metadata() or {}).get("format") == "mlx"
             shapes |= {name: tuple(arrays.get_slice(name).get_shape()) for name in arrays.keys()}  # noqa: SIM118
-    return shapes, by_mlx or any(name.endswith(".scales") for name in shapes)
+    return shapes
+
+
+def saved_by_mlx_lm(path: Path) -> bool:
+    """Whether mlx-lm wrote a base's arrays, so that they went through ``sanitize`` before."""
+    for file in weight_files(path):
+        with safe_open(str(file), framework="np") as arrays:
+            if (arrays.metadata() or {}).get("format") == "mlx" or any(
+                name.endswith(".scales")
+                for name in arrays.keys()  # noqa: SIM118
+            ):
+                return True
+    return False
 
 
 def _layer(module: nn.Module) -> Layer | None:

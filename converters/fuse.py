@@ -8,10 +8,9 @@ with those of base and adapter.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import DTYPES, Base, load_base, resolve_base
-from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype, with_dtype
+from mlx_rsgwm.converters.base_layers import read_base_layers
+from mlx_rsgwm.converters.checkpoint_form import checkpoint_arrays
+from mlx_rsgwm.converters.fused_layers import FORMATS, Stored, fuse_layers, fused_weight, quantise, stored_as
 from mlx_rsgwm.converters.model_files import write_model
 from mlx_rsgwm.converters.parity_mlx import apply_adapter, probe_ids, replace_parameters
 from mlx_rsgwm.converters.peft import require_empty
@@ -37,41 +38,11 @@ from mlx_rsgwm.model_folder import fingerprint_of
 from mlx_rsgwm.progress import SILENT, Progress
 from mlx_rsgwm.token_layers import has_head
 
-GROUP_SIZE = 64
-# What a fused model's weights are: as the base has them, a float type, or mlx-lm's affine quantisation.
-FORMATS: dict[str, int | str | None] = {
-    "keep": None,
-    **{name: name for name in DTYPES},
-    "8bit": 8,
-    "4bit": 4,
-    "3bit": 3,
-}
 MIN_SHARE = 0.9
 TEXTS = (
     "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?",
     "The capital of France is Paris, and the capital of Italy is",
 )
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How one weight is stored: in ``dtype``, or packed with scales of that dtype."""
-
-    dtype: mx.Dtype
-    bits: int | None = None
-    group_size: int = GROUP_SIZE
-    mode: str = "affine"
-
-    def round_trip(self, weight: mx.array) -> mx.array:
-        """The float32 values that a float32 ``weight`` becomes."""
-        if self.bits is None:
-            return weight.astype(self.dtype).astype(mx.float32)
-        packed, scales, *rest = mx.quantize(weight, self.group_size, self.bits, mode=self.mode)
-        biases = None
-        if rest:
-            scales, biases = (part.astype(self.dtype).astype(mx.float32) for part in (scales, rest[0]))
-        dense = mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode)
-        return dense.astype(mx.float32)
 
 
 @dataclass(frozen=True)
@@ -105,8 +76,9 @@ def fuse(
         force: write it whatever survives.
 
     Returns:
-        JSON: ``share`` and ``error`` over all modules, the ``worst`` ones, ``logit_share``, ``logit_error``,
-        ``max_abs_logit`` against base and adapter, and what was fused.
+        JSON: ``form``, whose names and layout the arrays have (``transformers`` or ``mlx-lm``), with ``form_reason``
+        where that is mlx-lm's though they are floats; ``share`` and ``error`` over all modules, the ``worst`` ones,
+        ``logit_share``, ``logit_error``, ``max_abs_logit`` against base and adapter, and what was fused.
 
     Raises:
         CheckFailed: less than ``min_share`` survives; nothing is written then, or kept.
@@ -148,7 +120,7 @@ def _fuse(
     found = []
     with progress.task("measuring", len(layers)) as advance:
         for name in sorted(layers, key=model_order):
-            found.append(_survival(name, layers[name], _stored(layers[name], target)))
+            found.append(_survival(name, layers[name], stored_as(layers[name], target)))
             advance(1, name)
     total = _total(found)
     if total.share < min_share and not force:
@@ -157,17 +129,20 @@ def _fuse(
             f"(least in {_worst(found)[0].module}, {_worst(found)[0].share:.0%}); "
             "choose another --format (float16), or --force"
         )
-    config = _fused(model, config, layers, target)
-    files.require_space(out, sum(value.nbytes for _, value in _parameters(model)) + 2**24)
+    fused, config, form = _fused_model(path, model, config, layers, adapter, target)
+    del model, layers
+    size = sum(value.nbytes for value in _arrays_of(fused))
+    files.require_space(out, size + 2**24)
     with files.new_folder(out) as work:
-        write_model(model, config, path, tokenizer, work)
-        del model, layers
+        write_model(fused, config, path, tokenizer, work)
+        del fused
         mx.clear_cache()
         result = {
             "out": str(out),
             "base": base_name,
             "adapter": str(adapter.path),
             "format": target,
+            **form,
             "modules": len(found),
             "replaced": len(adapter.full),
             "share": total.share,
@@ -215,39 +190,6 @@ def _adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _plain(layer: Any) -> Any:
-    """The base's layer inside an adapted one."""
-    return layer.embedding if hasattr(layer, "embedding") else layer.linear
-
-
-def fused_weight(layer: Any) -> tuple[mx.array, mx.array]:
-    """W and the weight that an adapted layer of mlx-lm computes with, both float32."""
-    plain = _plain(layer)
-    weight = dequantised(plain) if hasattr(plain, "scales") else plain.weight.astype(mx.float32)
-    a, b = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
-    update = b @ a if a.ndim == 3 else a @ b if hasattr(layer, "embedding") else b.T @ a.T
-    fused = weight + layer.scale * update
-    if "m" in layer:
-        norms = mx.sqrt(mx.sum(fused * fused, axis=1, keepdims=True))
-        fused = layer.m.astype(mx.float32)[:, None] / norms * fused
-    return weight, fused
-
-
-def _stored(layer: Any, target: str) -> Stored:
-    """How an adapted layer's weight is to be stored."""
-    plain, kind = _plain(layer), FORMATS[target]
-    packed = hasattr(plain, "scales")
-    # Scales of the newer modes are bytes; such a layer's floats are the model's others, which its bias shows or not.
-    dtype = plain.scales.dtype if packed else plain.weight.dtype
-    dtype = dtype if dtype in DTYPES.values() else mx.bfloat16
-    if isinstance(kind, str):
-        return Stored(DTYPES[kind])
-    if kind is None:
-        return Stored(dtype, plain.bits, plain.group_size, plain.mode) if packed else Stored(dtype)
-    columns = plain.scales.shape[-1] * plain.group_size if packed else plain.weight.shape[-1]
-    return Stored(dtype, kind) if columns % GROUP_SIZE == 0 else Stored(dtype)
-
-
 def _survival(name: str, layer: Any, stored: Stored) -> Survival:
     weight, fused = fused_weight(layer)
     update = fused - weight
@@ -277,71 +219,33 @@ def _worst(found: list[Survival]) -> list[Survival]:
     return sorted((one for one in found if one.norm), key=lambda one: one.share)[:5] or found[:1]
 
 
-# --- fusing -----------------------------------------------------------------------------------------------------
+# --- the fused model --------------------------------------------------------------------------------------------
 
 
-def _fused(model: Any, config: dict[str, Any], layers: dict[str, Any], target: str) -> dict[str, Any]:
-    """Put plain layers with the fused weights into ``model``, in the target format; returns its config."""
-    from mlx_lm.utils import dequantize_model
+def _fused_model(
+    path: Path, model: Any, config: dict[str, Any], layers: dict[str, Any], adapter: Adapter, target: str
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """The fused model, its config, and in which form it is, with the reason why not in transformers'.
 
+    In transformers' form it is a table of the checkpoint's arrays; in mlx-lm's, ``model`` with plain layers.
+    """
     kind = FORMATS[target]
-    replaced = []
-    for name, layer in layers.items():
-        _, weight = fused_weight(layer)
-        stored = _stored(layer, target)
-        replaced.append((name, _layer_like(_plain(layer), weight, stored if kind is None else None)))
-    model.update_modules(tree_unflatten(replaced))
-    if kind is None:
-        return config
-    dtype = usual_dtype(model)
-    model = dequantize_model(model)
-    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-    if isinstance(kind, str):
-        model.set_dtype(DTYPES[kind])
-        return with_dtype(config, kind)
-    config = _quantised(model, config, kind)
-    model.set_dtype(dtype)
-    return config
+    packed = bool(config.get("quantization") or config.get("quantization_config"))
+    if isinstance(kind, int) or (kind is None and packed):
+        return model, fuse_layers(model, config, layers, target), {"form": "mlx-lm"}
+    base = read_base_layers(str(path), path)
+    changed = {**adapter.full, **{f"{name}.weight": fused_weight(layer)[1] for name, layer in layers.items()}}
+    config = fuse_layers(model, config, layers, target)
+    try:
+        arrays = checkpoint_arrays(base, model, changed, adapter, DTYPES[kind] if kind else None)
+    except RsgwmError as error:
+        return model, config, {"form": "mlx-lm", "form_reason": str(error)}
+    return arrays, config, {"form": "transformers"}
 
 
-def _quantised(model: Any, config: dict[str, Any], bits: int) -> dict[str, Any]:
-    """Quantise every layer of ``model`` that can be, as mlx_lm.convert does; returns its config."""
-    from mlx_lm.utils import quantize_model
-
-    with redirect_stdout(io.StringIO()):  # it prints a line of its own
-        _, found = quantize_model(model, config, GROUP_SIZE, bits)
-    return dict(found)
-
-
-def _layer_like(plain: Any, weight: mx.array, stored: Stored | None) -> Any:
-    """A layer of ``plain``'s kind with another weight: stored as said, or float32 and dense for later."""
-    from mlx_lm.models.switch_layers import SwitchLinear
-
-    bias = "bias" in plain
-    made: Any
-    if weight.ndim == 3:
-        made = SwitchLinear(1, 1, 1, bias=bias)
-    elif isinstance(plain, (nn.Embedding, nn.QuantizedEmbedding)):
-        made = nn.Embedding(1, 1)
-    else:
-        made = nn.Linear(1, 1, bias=bias)
-    made.weight = weight
-    if bias:
-        made.bias = plain.bias
-    if stored is None:
-        return made
-    if stored.bits is None:
-        made.weight = weight.astype(stored.dtype)
-        return made
-    packed = made.to_quantized(group_size=stored.group_size, bits=stored.bits, mode=stored.mode)
-    if packed.biases is not None:
-        packed.scales, packed.biases = packed.scales.astype(stored.dtype), packed.biases.astype(stored.dtype)
-    return packed
-
-
-def _parameters(model: Any) -> list[tuple[str, mx.array]]:
-    flat: Any = tree_flatten(model.parameters())
-    return list(flat)
+def _arrays_of(fused: Any) -> list[mx.array]:
+    flat: Any = tree_flatten(fused.parameters() if isinstance(fused, nn.Module) else fused)
+    return [value for _, value in flat]
 
 
 # --- the written model ------------------------------------------------------------------------------------------
@@ -368,7 +272,7 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
         if isinstance(bits, int):
             again = load_base(base_name, "float32", progress)
             if not again.config.get("quantization"):
-                _quantised(again.model, dict(again.config), bits)
+                quantise(again.model, dict(again.config), bits)
                 packed = _logits(again, ids)
             del again
         advance(1, "the base in the target format")

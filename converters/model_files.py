@@ -6,28 +6,37 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
+
 from mlx_rsgwm import files
+from mlx_rsgwm.converters.checkpoint_form import save_checkpoint
 from mlx_rsgwm.converters.resized_vocabulary import end_of, tokenizer_files
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.model_folder import TOKENIZER_FILES
 
 GENERATION_FILE = "generation_config.json"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def write_model(model: Any, config: dict[str, Any], source: Path, tokenizer: list[Path], out: Path) -> None:
     """Write ``model`` into the folder ``out``, with the other files that its base in the folder ``source`` has.
 
+    ``model``: mlx-lm's, or a table of the arrays of a checkpoint as transformers saves it, which is consumed.
     ``tokenizer``: the files of a tokenizer of its own; none where it is the base's.
     """
     from mlx_lm.utils import save_config, save_model
 
-    try:
-        save_model(out, model)
-    except RuntimeError as error:
-        raise RsgwmError(f"cannot write {out}: {error}") from error
+    whole = not isinstance(model, nn.Module)  # which is a dictionary, too
+    if whole:
+        save_checkpoint(model, out)
+    else:
+        try:
+            save_model(out, model)
+        except RuntimeError as error:
+            raise RsgwmError(f"cannot write {out}: {error}") from error
     for file in tokenizer:
         shutil.copyfile(file, out / file.name)
-    left_out = {"config.json", *(file.name for file in tokenizer_files(source) if tokenizer)}
+    left_out = {"config.json", INDEX_FILE, *(file.name for file in tokenizer_files(source) if tokenizer)}
     for pattern in ("*.json", "*.jinja", *TOKENIZER_FILES, "*.txt"):
         for file in source.glob(pattern):
             if not (out / file.name).exists() and file.name not in left_out:
@@ -36,7 +45,8 @@ def write_model(model: Any, config: dict[str, Any], source: Path, tokenizer: lis
         config = _ending_with(config, end)
         if (out / GENERATION_FILE).is_file():  # mlx-lm and transformers take its ids before config.json's
             files.write_json(out / GENERATION_FILE, _ending_with(files.read_json_object(out / GENERATION_FILE), end))
-    save_config(config, out / "config.json")
+    # mlx-lm keeps no tower for images; a checkpoint has it still.
+    save_config(config, out / "config.json", keep_vision_config=whole)
 
 
 def _ending_with(config: dict[str, Any], end: int) -> dict[str, Any]:

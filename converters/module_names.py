@@ -49,6 +49,7 @@ PREFIXES = {
 # Models of text and images of which AutoModelForCausalLM loads the text model alone.
 TEXT_ONLY = ("qwen3_5", "qwen3_5_moe")
 HEADS = ("lm_head.", "embed_out.")
+CONV1D = (".c_attn", ".c_proj", ".c_fc")  # of GPT-2, whose checkpoints have these layers' weights transposed
 # (mlx-lm's prefix, the checkpoint's, the model types; empty: every), for bases that mlx-lm has saved.
 ROOTS = (
     ("language_model.model.", "model.language_model.", frozenset[str]()),
@@ -269,12 +270,18 @@ def checkpoint_shapes(parameters: Mapping[str, tuple[int, ...]], model_type: str
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in parameters.items():
         module, _, leaf = name.rpartition(".")
-        theirs = f"{transformers_by_rule(module, model_type)}.{leaf}"
+        keeps = model_type in KEEPS_BLOCK_SPARSE  # the checkpoint, too, has the older name
+        theirs = name if keeps else f"{transformers_by_rule(module, model_type)}.{leaf}"
         one = SWITCH.fullmatch(module)
         if one and len(shape) == 3:
-            block = theirs.rpartition(f".{one['switch']}.")[0]
+            block, projection = theirs.rpartition(f".{one['switch']}.")[0], one["projection"]
+            if keeps:
+                projection = next(old for old, ours in MIXTRAL.items() if ours == projection)
             for expert in range(shape[0]):
-                found[f"{block}.experts.{expert}.{one['projection']}.{leaf}"] = shape[1:]
+                found[f"{block}.experts.{expert}.{projection}.{leaf}"] = shape[1:]
+        elif model_type == "gpt2":  # mlx-lm reads it without the prefix of the model below the head
+            conv1d = len(shape) == 2 and module.endswith(CONV1D)
+            found[theirs.removeprefix("transformer.")] = shape[::-1] if conv1d else shape
         elif len(shape) == 3 and module.endswith(("conv1d", "conv")) and shape[2] == 1:
             found[theirs] = (shape[0], shape[2], shape[1])
         else:

@@ -271,7 +271,7 @@ def test_an_adapter_of_another_base_is_refused(bases, tmp_path):
 
 
 def test_a_fused_model_that_lost_the_effect_is_removed(bases, tmp_path, monkeypatch):
-    import mlx_rsgwm.converters.fuse as module
+    import mlx_rsgwm.converters.fused_layers as module
 
     adapter = make(tmp_path / "adapter")
     monkeypatch.setattr(module, "fused_weight", lambda layer: (layer.linear.weight, layer.linear.weight))
