@@ -154,16 +154,20 @@ def _content_span(render: Render, messages: Sequence[Message], number: int, text
         marker += "7"
     plain = {"role": messages[number].get("role"), "content": marker}
     following = messages[number + 1 :]
+    content = messages[number].get("content")
+    said = content.strip() if isinstance(content, str) else ""
     for changed in (plain, {**messages[number], "content": marker}):
         marked = _attempt(render, [*messages[:number], changed, *following])
         if marked is None or marker not in marked:
             continue
         before, _, after = marked.partition(marker)
         start = _shared(text, before)
-        behind = _shared(text[start:][::-1], after[::-1])
-        return start, len(text) - behind
-    content = messages[number].get("content")
-    said = content.strip() if isinstance(content, str) else ""
+        end = len(text) - _shared(text[start:][::-1], after[::-1])
+        if start == len(before) or set(messages[number]) > set(plain):  # thinking and tool calls belong to the answer
+            return start, end
+        # What precedes the answer is another at every rendering (the time of day) or depends on it (its length).
+        if said and text[:end].rstrip().endswith(said):
+            return text.rindex(said, 0, end), end
     if said and text.count(said) == 1:
         return text.index(said), text.index(said) + len(said)
     raise RsgwmError("the assistant's answer cannot be told from its prompt in what the chat template makes of it")

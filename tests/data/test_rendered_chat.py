@@ -154,6 +154,20 @@ def test_all_turns_are_found_without_offsets(base, tokenize, monkeypatch):
     assert tokenize(template, row, all_turns=True)[2] == expected[2]
 
 
+@pytest.mark.parametrize(
+    "changing", ["{{ strftime_now('%H:%M:%S.%f') }}", "{{ messages | map(attribute='content') | join | length }}"]
+)
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_is_written_before_an_answer_may_change_with_it_or_with_the_time(tokenize, changing, answer):
+    said = [("user", "It is?"), ("assistant", answer), ("user", answer), ("assistant", answer)]
+    expected = answer + "<|im_end|>\n"
+    assert tokenize(changing + CHATML, chat(*said))[1] == [expected]
+    assert tokenize(changing + CHATML, chat(*said), all_turns=True)[1] == [expected, expected]
+    if "<" not in answer and "4" not in answer:
+        within = CHATML.replace("{{ m.role }}", "{{ m.role }} {{ m.content | length }}")
+        assert tokenize(within, chat(*said))[1] == [expected]
+
+
 def test_a_template_without_a_generation_prompt_trains_its_header_and_says_so(tokenize):
     _, trained, row = tokenize(CHATML.partition("{% if add")[0], chat(("user", "A"), ("assistant", "B")))
     assert trained == ["<|im_start|>assistant\nB<|im_end|>\n"]
