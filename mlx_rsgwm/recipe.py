@@ -250,6 +250,7 @@ class Run:
         try:
             calibration = calibrate(
                 pipeline, _questions(chosen), self.recipe.seed, self.recipe.evaluate.batch_rows, self.progress,
+                score=self.recipe.loop.score,
                 file_questions=[text for selection in chosen for text in selection.file_questions],
             )  # fmt: skip
         except NothingToTellApart as error:

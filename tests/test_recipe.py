@@ -8,7 +8,9 @@ import yaml
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.report import read_items
+from mlx_rsgwm.pipeline.calibration import Calibration
 from mlx_rsgwm.recipe import load_recipe, run_recipe, shipped_recipes
+from mlx_rsgwm.recipes.schema import LoopSection
 
 
 @pytest.fixture
@@ -201,8 +203,18 @@ def test_shipped_recipes_are_valid():
         (["merge.method=tise"], "did you mean 'ties'"),
         (["merge.method=regmean"], "rsgwm grams"),
         (["merge.parameters={desnity: 1}"], "has no parameter 'desnity'"),
-        (["merge.weights=[1]"], "1 weights for 2 tasks"),
-        (["merge.weights=[1, -1]"], "must not sum to zero"),
+        (["merge.weights=[1]"], "1 weights for 2 adapters"),
+        (["merge.method=linear", "merge.weights=[0.1, -0.1000000001]"], "must not sum to zero"),
+        (["merge.method=task_arithmetic", "merge.weights=[0, 0]"], "every weight is zero"),
+        (["merge.method=task_arithmetic", "merge.weights=[1e40, 1]"], "weights must not be above 1e"),
+        (["merge.weights=[1, -0.5]"], "rsgwm averages: weights must not be negative"),
+        (["merge.parameters={signal: foo}"], "no signal foo is recorded; there are all, draft, verify"),
+        (["train.fine_tune_type=dora"], "only lora adapters can be merged"),
+        (["data.tasks=[change, Change.jsonl]"], "must differ in their file names"),
+        (["data.tasks=[caf\u00e9.jsonl, cafe\u0301.csv]"], "must differ in their file names"),
+        (["data.tasks=[change, .mine.jsonl]"], "must not begin with a dot"),
+        (["data.calibration_items=0", "loop.score=combined", "loop.threshold=0.5"], "calibration_items must be at"),
+        (["merge.method=linear", "merge.weights=[1, -1]"], "must not sum to zero"),
         (["merge.rank=0"], "rank must be at least 1"),
         (["evaluate.items=0"], "items must be at least 1"),
         (["evaluate.timed=-1"], "timed must be at least 0"),
@@ -229,6 +241,33 @@ def test_a_config_that_the_base_does_not_take_is_told_before_the_first_stage(rec
     with pytest.raises(RsgwmError, match=message):
         run_recipe(load_recipe(recipe_file(), [setting]), tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "settled"),
+    [("auto", "auto", ("yesno", 0.9)), ("yesno", "auto", ("yesno", 0.9)),
+     ("mean_logprob", "auto", ("mean_logprob", 0.7)),
+     ("auto", 0.2, ("yesno", 0.2)), ("mean_logprob", 0.2, ("mean_logprob", 0.2))],
+)  # fmt: skip
+def test_a_threshold_is_that_of_its_score(score, threshold, settled):
+    calibration = Calibration("yesno", 0.9, None, {}, {}, {}, {}, 4, 8, 4)
+    assert LoopSection(score=score, threshold=threshold).settled(calibration) == settled
+    uncalibrated = "mean_logprob" if score == "auto" else score, 0.7 if threshold == "auto" else threshold
+    assert LoopSection(score=score, threshold=threshold).settled(None) == uncalibrated
+
+
+def test_a_recipe_calibrates_the_score_that_it_names(recipe_file, tmp_path, monkeypatch):
+    asked = []
+
+    def calibrate(pipeline, questions, *arguments, score="auto", **options):
+        asked.append(score)
+        return Calibration(score, 0.25, None, {}, {}, {}, {}, 4, 8, 4)
+
+    monkeypatch.setattr("mlx_rsgwm.recipe.calibrate", calibrate)
+    settings = ["loop.score=yesno", "evaluate.items=1", "evaluate.timed=0", "loop.max_tokens=2", "export.peft=false"]
+    summary = run_recipe(load_recipe(recipe_file(), settings), tmp_path / "out")
+    assert asked == ["yesno"]
+    assert (summary["score"], summary["threshold"]) == ("yesno", 0.25)
 
 
 def test_missing_recipes(tmp_path):

@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.rsgwm import product_importance
@@ -77,12 +76,7 @@ def fisher(module: Module) -> Factors | mx.array:
     is in units of the adapter's root mean square F, or as it is. fusion_bench's is absolute 1e-6, made for gradients
     of whole models; an adapter's F is of that size itself (measured: 2e-8 for A, 1e-6 for B), and the result
     then little but the mean. ``weights`` are the λ.
-
-    Raises:
-        RsgwmError: a weight below 0.
     """
-    if min(module.weights) < 0:
-        raise RsgwmError(f"fisher averages: weights must not be negative, found {min(module.weights)}")
     parameters, found = module.parameters, module.survey
     assert isinstance(found, Survey)
     count = len(module.factors)

@@ -18,19 +18,17 @@ from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.lowrank import Truncated, truncate, truncate_dense
 from mlx_rsgwm.merging.measure import Batch, Measuring
-from mlx_rsgwm.merging.methods import Method, find_method, resolved, sums
+from mlx_rsgwm.merging.methods import Method, find_method, resolved, sums, weight_problems
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
-from mlx_rsgwm.merging.weights import brought_near_one, cancel
+from mlx_rsgwm.merging.weights import brought_near_one
 from mlx_rsgwm.progress import SILENT, Progress
 
 # Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries, and while
 # one such batch is computed the next is described.
 BATCH_ENTRIES = 1 << 23
 BATCH_FACTORS = 1 << 20
-# Coefficients beyond this overflow float32 in products with weights.
-LARGEST_WEIGHT = 1e30
 
 
 def merge(
@@ -51,7 +49,7 @@ def merge(
     method, parameters = find_method(options.method), resolved(options)
     if len(adapters) < 2:
         raise RsgwmError(f"a merge needs at least two adapters, found {len(adapters)}")
-    _check_weights(method, options, parameters, len(adapters))
+    raise_problems("merge options", weight_problems(options, len(adapters)))
     pool = Pool.open(adapters)
     _check_space(pool, options, parameters)
     signal = parameters["signal"] if "importance" in method.needs else None
@@ -162,19 +160,6 @@ def _padded(factors: Factors, rank: int) -> tuple[mx.array, mx.array]:
 def _usual_rank(method: Method, pool: Pool) -> int:
     ranks = [source.spec.rank for source in pool.sources]
     return sum(ranks) if method.rank == "sum" else max(ranks)
-
-
-def _check_weights(method: Method, options: MergeOptions, parameters: Mapping[str, Any], count: int) -> None:
-    as_sum = sums(method, parameters)
-    for weights in filter(None, (options.weights, *(override.weights for override in options.overrides))):
-        if len(weights) != count:
-            raise RsgwmError(f"{len(weights)} weights for {count} adapters; give one for each")
-        if not any(weights):
-            raise RsgwmError("merge options: every weight is zero, so nothing would be merged")
-        if cancel(weights) and not as_sum:
-            raise RsgwmError(f"merge options: weights must not sum to zero, {options.method} is a mean")
-        if (as_sum or method.scales) and max(map(abs, weights)) > LARGEST_WEIGHT:
-            raise RsgwmError(f"merge options: weights must not be above {LARGEST_WEIGHT:g} for {options.method}")
 
 
 def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any]) -> None:

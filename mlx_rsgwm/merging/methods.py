@@ -23,6 +23,7 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.regmean import regmean
 from mlx_rsgwm.merging.rsgwm import rsgwm, survey
+from mlx_rsgwm.merging.weights import LARGEST_WEIGHT, cancel
 
 # The drafter keeps the top 70 % of a task's parameters, the verifier the top 50 %.
 ROLE_TAU: Mapping[str, float] = MappingProxyType({"draft": 0.30, "verify": 0.50})
@@ -350,6 +351,25 @@ def sums(method: Method, parameters: Mapping[str, Any]) -> bool:
     if "lambda" in parameters and "normalise" in parameters:
         return bool(parameters["normalise"] == "none")
     return method.sums
+
+
+def weight_problems(options: MergeOptions, count: int) -> list[str]:
+    """What is wrong with the weights of ``options`` for ``count`` adapters, those of single modules included."""
+    method, name = find_method(options.method), options.method
+    as_sum = sums(method, resolved(options))
+    problems = []
+    for weights in filter(None, (options.weights, *(override.weights for override in options.overrides))):
+        if len(weights) != count:
+            problems.append(f"{len(weights)} weights for {count} adapters; give one for each")
+        elif not any(weights):
+            problems.append("every weight is zero, so nothing would be merged")
+        elif method.needs and min(weights) < 0:  # importance and squared errors are weighed, and those are not below 0
+            problems.append(f"{name} averages: weights must not be negative, found {min(weights)}")
+        elif cancel(weights) and not as_sum:
+            problems.append(f"weights must not sum to zero, {name} is a mean")
+        elif (as_sum or method.scales) and max(map(abs, weights)) > LARGEST_WEIGHT:
+            problems.append(f"weights must not be above {LARGEST_WEIGHT:g} for {name}")
+    return problems
 
 
 def _listed(choices: tuple[Any, ...]) -> str:

@@ -27,10 +27,8 @@ def regmean(module: Module) -> Factors:
     solution (fewer tokens than inputs) the ridge is raised tenfold until it suffices.
 
     Raises:
-        RsgwmError: a weight below 0; the Gram matrices are zero or not finite.
+        RsgwmError: the Gram matrices are zero or not finite.
     """
-    if min(module.weights) < 0:
-        raise RsgwmError(f"regmean weighs squared errors: weights must not be negative, found {min(module.weights)}")
     ridge = module.parameters["ridge"]
     for _ in range(RAISES):
         solved = _solve(module, ridge)

@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.merging.lowrank import cross
 from mlx_rsgwm.merging.masks import Histogram, MaskedMean, mean_of, quantile, ranks
 from mlx_rsgwm.merging.module import Factors, Module
@@ -117,12 +116,7 @@ def rsgwm(module: Module) -> Factors | mx.array:
     adapter wins an entry by being large; ``reference`` init | zero, in factor space: with init an entry of A that every
     mask drops falls back to the shared initialisation, which keeps the product alive; ``epsilon``.
     ``weights`` multiply the importances.
-
-    Raises:
-        RsgwmError: a weight below 0.
     """
-    if min(module.weights) < 0:
-        raise RsgwmError(f"rsgwm averages: weights must not be negative, found {min(module.weights)}")
     if module.parameters["space"] == "product":
         return _product(module)
     return _factors(module)

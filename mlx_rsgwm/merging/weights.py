@@ -11,6 +11,8 @@ import mlx.core as mx
 CANCELLING = 1e-6
 # Weights of a mean in these bounds are used as they are; others are first divided by the largest.
 ORDINARY = (1e-6, 1e6)
+# Coefficients beyond this overflow float32 in products with weights.
+LARGEST_WEIGHT = 1e30
 
 
 def cancel(weights: Sequence[float]) -> bool:

@@ -11,14 +11,16 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from mlx_rsgwm import files
+from mlx_rsgwm.adapter import SIGNALS
 from mlx_rsgwm.data.families import FAMILIES
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.sources import SOURCES
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.merging.methods import find_method, resolved
+from mlx_rsgwm.merging.methods import find_method, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.pipeline.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD, Calibration
 from mlx_rsgwm.pipeline.decisions import LoopConfig
@@ -48,8 +50,11 @@ class DataSection:
         problems = []
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             problems.append(f"tasks must name at least one task, each once, found {', '.join(self.tasks) or 'none'}")
-        elif len({folder_name(task) for task in self.tasks}) != len(self.tasks):
+        # Names that differ in case or in how an accent is written are one folder on a Mac.
+        elif len({normalize("NFC", folder_name(task)).casefold() for task in self.tasks}) != len(self.tasks):
             problems.append(f"tasks must differ in their file names, found {', '.join(self.tasks)}")
+        if hidden := [task for task in self.tasks if folder_name(task).startswith(".")]:
+            problems.append(f"file names of tasks must not begin with a dot, found {', '.join(hidden)}")
         if self.rows < 2 * len(self.tasks):
             problems.append(f"rows must be at least two per task, found {self.rows}")
         if not 0 <= self.verify_share < 1:
@@ -125,10 +130,7 @@ class MergeSection:
         problems = []
         if count < 2:
             problems.append(f"data.tasks names {count} task, and a merge needs at least two adapters")
-        if self.weights and len(self.weights) != count:
-            problems.append(f"merge.weights has {len(self.weights)} weights for {count} tasks; give one for each")
-        if self.weights and sum(self.weights) == 0 and not method.sums:
-            problems.append(f"merge.weights must not sum to zero, {self.method} is a mean")
+        problems += [f"merge: {problem}" for problem in weight_problems(self.options("draft"), count)]
         if self.method == "slerp" and count != 2:
             problems.append(
                 f"slerp merges exactly two adapters, and data.tasks names {count}; use multislerp or karcher"
@@ -139,6 +141,8 @@ class MergeSection:
                 "method, then rsgwm grams on the pool and rsgwm merge"
             )
         signals = {resolved(self.options(role)).get("signal") for role in ("draft", "verify")}
+        if unknown := sorted(signals - {None, *SIGNALS}):
+            problems.append(f"merge: no signal {', '.join(unknown)} is recorded; there are {', '.join(SIGNALS)}")
         if "importance" in method.needs:
             for signal, rows in (("draft", 0), ("verify", 1)):
                 without = [task for task in data.tasks if not data.budget(task)[rows]]
@@ -171,13 +175,14 @@ class LoopSection:
         self.config(SCORES[0], 0.5 if isinstance(self.threshold, str) else self.threshold, 0)
 
     def settled(self, calibration: Calibration | None) -> tuple[str, float]:
-        """Score and threshold, ``auto`` by the calibration, or as the paper has it where there is none."""
-        score = calibration.score if calibration else UNCALIBRATED_SCORE
-        threshold = calibration.threshold if calibration else UNCALIBRATED_THRESHOLD
-        return (
-            score if self.score == "auto" else self.score,
-            threshold if self.threshold == "auto" else float(self.threshold),
-        )
+        """Score and threshold, ``auto`` by a calibration of that score, else as the paper has it."""
+        score = self.score
+        if score == "auto":
+            score = calibration.score if calibration else UNCALIBRATED_SCORE
+        if self.threshold != "auto":
+            return score, float(self.threshold)
+        matching = calibration is not None and calibration.score == score
+        return score, calibration.threshold if calibration and matching else UNCALIBRATED_THRESHOLD
 
     def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
         return LoopConfig(
@@ -255,14 +260,18 @@ class Recipe:
         ]
         if self.train.validate_every:
             problems.append("train.validate_every needs held-out rows, which a recipe does not set aside; leave it out")
+        if self.train.fine_tune_type != "lora":
+            problems.append(f"train.fine_tune_type is {self.train.fine_tune_type}; only lora adapters can be merged")
         problems += self.merge.problems_with(self.data)
         problems += [
             f"evaluate.tasks: {problem}" for task in self.evaluate.tasks if (problem := self.data.problem_of(task))
         ]
         if not self.base.strip():
             problems.append("base must name a model")
-        if self.data.calibration_items == 0 and "auto" in (self.loop.score, self.loop.threshold):
-            problems.append("loop.score or loop.threshold is auto, so data.calibration_items must be at least 1")
+        if self.data.calibration_items == 0 and ({"auto", "combined"} & {self.loop.score, self.loop.threshold}):
+            problems.append(
+                "loop.score or loop.threshold is auto or combined, so data.calibration_items must be at least 1"
+            )
         raise_problems("recipe", problems)
 
 

@@ -127,9 +127,6 @@ def test_other_ranks_and_modules_in_product_space(make_adapter):
 
 
 def test_refusals(make_adapter):
-    pool = Pool.open([make_adapter(1), make_adapter(2)])
-    with pytest.raises(RsgwmError, match=r"weights must not be negative, found -1\.0"):
-        fisher(next(modules_of(pool, PARAMETERS, (1.0, -1.0))))
     bare = make_adapter(3)
     bare.importance = {}
     with pytest.raises(RsgwmError, match="needs importance for 'all'"):
