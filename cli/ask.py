@@ -10,6 +10,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
+from mlx_rsgwm.cli.paths import PATH
 
 if TYPE_CHECKING:
     from mlx_rsgwm.pipeline.loop import DraftVerify
@@ -22,7 +23,7 @@ Asked = tuple[str, str]  # id, question
 @click.option(
     "--file",
     "path",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Questions, one a line, or a .jsonl, .json, .csv or .tsv file with a question in every row; - for standard "
     "input.",
 )

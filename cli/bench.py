@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.group()
@@ -28,7 +29,7 @@ def bench() -> None:
 @click.option(
     "--device", default="auto", show_default=True, help="Torch's: auto (MPS, CUDA, else the CPU), mps, cuda or cpu."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write; table and plot go beside it.")
+@click.option("--out", type=PATH, help="JSON file to write; table and plot go beside it.")
 @common_options
 def bench_latency(
     console: Console,
@@ -80,8 +81,8 @@ def bench_latency(
 
 
 @bench.command("compare")
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
+@click.argument("before", type=PATH)
+@click.argument("after", type=PATH)
 @click.option("--anyway", is_flag=True, help="Compare results of different settings, too.")
 @common_options
 def bench_compare(console: Console, before: Path, after: Path, anyway: bool) -> None:

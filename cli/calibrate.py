@@ -9,6 +9,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.loop_options import load_pipeline, pipeline_options, sampling_of
+from mlx_rsgwm.cli.paths import PATH
 
 if TYPE_CHECKING:
     from mlx_rsgwm.pipeline.calibration import Calibration
@@ -25,12 +26,8 @@ if TYPE_CHECKING:
 )
 @click.option("--target-far", type=float, help="Promise that at most this share of what is accepted is wrong.")
 @click.option("--confidence", default=0.9, show_default=True, help="How sure the promise is.")
-@click.option(
-    "--drafts", "file", type=click.Path(path_type=Path), help="Keep the held-out drafts here, and use them if there."
-)
-@click.option(
-    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
-)
+@click.option("--drafts", "file", type=PATH, help="Keep the held-out drafts here, and use them if there.")
+@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
 @click.option("--split", help="Of a file: train, calibration, test or all.  [default: calibration]")
 @click.option("--allow-overlap", is_flag=True, help="Calibrate on what the adapters were trained on, too.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from mlx_rsgwm.cli.paths import PATH
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 OPTIONS = (
-    click.argument("adapter_folder", metavar="ADAPTER", type=click.Path(path_type=Path)),
+    click.argument("adapter_folder", metavar="ADAPTER", type=PATH),
     click.option(
         "--data",
         "folder",
-        type=click.Path(path_type=Path),
+        type=PATH,
         required=True,
         help="Corpus folder, folder with train.jsonl, or .jsonl file.",
     ),

@@ -161,6 +161,8 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
     def command(*arguments: Any, as_json: bool, quiet: bool, seed: int, **options: Any) -> None:
         source = click.get_current_context().get_parameter_source("seed")
         given = source not in (None, click.core.ParameterSource.DEFAULT)
+        if any(isinstance(options.get(name), str) and not options[name].strip() for name in ("base", "base_name")):
+            raise click.UsageError("--base is empty; leave it out, or name a model")
         function(Console(as_json, quiet, seed, given), *arguments, **options)
 
     return command

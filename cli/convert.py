@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 if TYPE_CHECKING:
     from mlx_rsgwm.converters.bulk import Outcome
@@ -30,11 +31,11 @@ def convert() -> None:
 
 
 @convert.command("to-peft")
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--base", help="Base model to name in the result; default: the one the adapter was trained on.")
 @click.option("--verify", is_flag=True, help=VERIFY)
-@click.option("--certificate", type=click.Path(path_type=Path), help="A file of `rsgwm parity` to put beside it.")
+@click.option("--certificate", type=PATH, help="A file of `rsgwm parity` to put beside it.")
 @common_options
 def convert_to_peft(
     console: Console, adapter: Path, out: Path, base: str | None, verify: bool, certificate: Path | None
@@ -63,8 +64,8 @@ def convert_to_peft(
 
 
 @convert.command("from-peft")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--base", required=True, help="Base model: Hub id, folder, .gguf file or smollm2-135m.")
 @click.option("--verify", is_flag=True, help=VERIFY)
 @strict_option
@@ -99,8 +100,8 @@ def convert_from_peft(
 
 
 @convert.command("from-mlx")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--scale", type=float, help="What multiplies B·A, where an old configuration can mean two values.")
 @common_options
 def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | None) -> None:
@@ -120,8 +121,8 @@ def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | N
 
 
 @convert.command("to-gguf")
-@click.argument("source", metavar="FOLDER", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", metavar="FOLDER", type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--base", help="An adapter's base model; default: the one it was trained on.")
 @click.option(
     "--dtype",
@@ -173,8 +174,8 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
 
 
 @convert.command("from-gguf")
-@click.argument("source", metavar="FILE", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("source", metavar="FILE", type=PATH)
+@click.argument("out", type=PATH)
 @click.option(
     "--quantised", is_flag=True, help="Keep matrices in Q4_0, Q4_1 and Q8_0 as they are: an MLX model, not torch's."
 )
@@ -196,8 +197,8 @@ def convert_from_gguf(console: Console, source: Path, out: Path, quantised: bool
 
 
 @convert.command("check")
-@click.argument("peft", type=click.Path(path_type=Path))
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("peft", type=PATH)
+@click.argument("adapter", type=PATH)
 @common_options
 def check(console: Console, peft: Path, adapter: Path) -> None:
     """Prove that a PEFT folder and an mlx-lm folder hold the same adapter, or name the first layer that differs.

@@ -9,6 +9,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.negatives import negatives
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.group()
@@ -24,15 +25,13 @@ def data() -> None:
 @click.option(
     "--verify-rows", default=100, show_default=True, help="Rows per task that teach to judge, half of them wrong."
 )
-@click.option(
-    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
-)
+@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
 @click.option(
     "--split", help="Split to take; default: train. Take another one for held-out rows; of a file also all of it: all."
 )
 @click.option("--offset", default=0, show_default=True, help="Questions to pass over first.")
 @click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template: plain or chat.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Corpus folder to write.")
+@click.option("--out", type=PATH, required=True, help="Corpus folder to write.")
 @common_options
 def build(
     console: Console,

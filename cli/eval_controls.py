@@ -7,14 +7,13 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--task", "tasks", multiple=True, help="What to ask; default: the run's own tasks.")
-@click.option(
-    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
-)
+@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
 @click.option("--limit", default=50, show_default=True, help="Items of each task.")
 @click.option("--allow-overlap", is_flag=True, help="Ask what adapters were trained on, too; the result says so.")
 @click.option("--slice", "how", default="first", show_default=True, help="first, or seeded: shuffled by --seed.")
@@ -29,7 +28,7 @@ from mlx_rsgwm.cli.console import Console, common_options
 @click.option(
     "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one that RUN's adapters record]"
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; run again, it goes on.")
+@click.option("--out", type=PATH, required=True, help="Folder to write; run again, it goes on.")
 @common_options
 def controls(
     console: Console,

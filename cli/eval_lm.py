@@ -9,13 +9,14 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command(name="lm-eval")
 @click.option("--task", "tasks", multiple=True, required=True, help="lm_eval task, or a .yaml of one; repeatable.")
 @click.option("--limit", type=int, help="Items of each task; default: all.")
 @click.option("--as", "role", default="pipeline", show_default=True, help="pipeline or drafter.")
-@click.option("--out", type=click.Path(path_type=Path), help="JSON file for lm_eval's results and samples.")
+@click.option("--out", type=PATH, help="JSON file for lm_eval's results and samples.")
 @loop_options
 @common_options
 def lm_eval(

@@ -9,6 +9,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
+from mlx_rsgwm.cli.paths import PATH
 
 if TYPE_CHECKING:
     import re
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
 @click.command(name="eval")
 @click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
-@click.option(
-    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
-)
+@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
 @click.option(
     "--split", help="Split of a data set; default: the one to report on. Of a file: train, calibration, test or all."
 )
@@ -31,12 +30,12 @@ if TYPE_CHECKING:
 @click.option("--slice", "how", default="first", show_default=True, help="first, or seeded: shuffled by --seed.")
 @click.option("--sampling-seeds", default=1, show_default=True, help="Passes over the items, from --seed upwards.")
 @click.option("--drafts", type=int, help="Drafts recorded per item, for pass@k and maj@k; default: the attempts.")
-@click.option("--train-data", type=click.Path(path_type=Path), multiple=True, help="Corpus to check the items against.")
+@click.option("--train-data", type=PATH, multiple=True, help="Corpus to check the items against.")
 @click.option("--allow-overlap", is_flag=True, help="Ask what was trained or calibrated on, too; the result says so.")
 @click.option("--refusal", "refusal", metavar="REGEX", help="Wording of a refusal, instead of the built-in one.")
 @click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
-@click.option("--out", type=click.Path(path_type=Path), help="Report folder to write; run again, it goes on.")
+@click.option("--out", type=PATH, help="Report folder to write; run again, it goes on.")
 @loop_options
 @common_options
 def evaluate(

@@ -7,14 +7,15 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 # mlx_rsgwm.converters.fuse.FORMATS, which is slow to import; a test holds them equal.
 FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
+@click.argument("out", type=PATH)
 @click.option("--base", help="Base model: Hub id, folder, .gguf file or smollm2-135m; default: the adapter's own.")
 @click.option(
     "--format",

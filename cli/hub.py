@@ -9,17 +9,18 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.convert import language_only_option, strict_option
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
 @click.argument("repo")
 @click.option("--base", help="The base's Hub id; default: the one the adapter was trained on.")
 @click.option("--public", is_flag=True, help="Make a new repository public; it is private otherwise.")
 @click.option("--licence", default="apache-2.0", show_default=True, help="The Hub's identifier of the licence.")
 @click.option("--mlx", "with_mlx", is_flag=True, help="Put mlx-lm's layout beside PEFT's, in the folder mlx/.")
-@click.option("--certificate", type=click.Path(path_type=Path), help="A file of `rsgwm parity`, to publish with it.")
-@click.option("--report", type=click.Path(path_type=Path), help="An evaluation's report.json, for the card's metrics.")
+@click.option("--certificate", type=PATH, help="A file of `rsgwm parity`, to publish with it.")
+@click.option("--report", type=PATH, help="An evaluation's report.json, for the card's metrics.")
 @click.option("--dry-run", is_flag=True, help="Show every file and the card, and send nothing.")
 @common_options
 def push(
@@ -75,7 +76,7 @@ def push(
 
 @click.command()
 @click.argument("repo")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option("--base", help="Base model; default: the one the adapter names.")
 @click.option("--revision", help="Branch, tag or commit; default: main.")
 @click.option("--peft", "keep_peft", is_flag=True, help="Keep PEFT's layout instead of converting it.")

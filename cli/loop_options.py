@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mlx_rsgwm.cli.console import Console
+from mlx_rsgwm.cli.paths import PATH
 
 if TYPE_CHECKING:
     from mlx_rsgwm.pipeline.calibration import Calibration
@@ -26,12 +27,10 @@ PIPELINE_OPTIONS = (
     click.option(
         "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one that the adapters record]"
     ),
-    click.option(
-        "--drafter", type=click.Path(path_type=Path), help=f"Adapter folder of the drafter.  [default: {DEMO}/drafter]"
-    ),
+    click.option("--drafter", type=PATH, help=f"Adapter folder of the drafter.  [default: {DEMO}/drafter]"),
     click.option(
         "--verifier",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help=f"Adapter folder of the verifier; give both or neither.  [default: {DEMO}/verifier]",
     ),
     click.option("--attempts", default=3, show_default=True, help="Drafts in all, the first included."),

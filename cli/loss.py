@@ -8,13 +8,12 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command()
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option(
-    "--adapter", "adapters", multiple=True, type=click.Path(path_type=Path), help="Adapter folder; repeat it."
-)
+@click.argument("data", type=PATH)
+@click.option("--adapter", "adapters", multiple=True, type=PATH, help="Adapter folder; repeat it.")
 @click.option(
     "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the adapters' own, else smollm2-135m]"
 )

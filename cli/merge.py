@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Adapter folder to write.")
+@click.argument("adapters", nargs=-1, type=PATH)
+@click.option("--out", type=PATH, help="Adapter folder to write.")
 @click.option("--method", default="rsgwm", show_default=True, help="Name of a method; --list shows all.")
 @click.option("--role", default="draft", show_default=True, help="draft, verify, or a role of your own.")
 @click.option("--tau", type=float, help="rsgwm: quantile of the mask, in (0, 1); default 0.30 draft, 0.50 verify.")

@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command(name="merge-sweep")
-@click.argument("pool", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("pool", nargs=-1, required=True, type=PATH)
 @click.option(
     "--methods",
     multiple=True,
@@ -22,9 +23,7 @@ from mlx_rsgwm.cli.console import Console, common_options
 @click.option(
     "--eval", "tasks", multiple=True, help="Family, data set or .jsonl file; repeat.  [default: the pool's tasks]"
 )
-@click.option(
-    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
-)
+@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
 @click.option("--split", help="Split of a data set; default: the one to report on.")
 @click.option("--allow-overlap", is_flag=True, help="Ask what adapters were trained on, too; the result says so.")
 @click.option("--items", default=24, show_default=True, help="Held-out items of each task.")
@@ -40,7 +39,7 @@ from mlx_rsgwm.cli.console import Console, common_options
 @click.option("--batch-rows", default=32, show_default=True, help="Rows drafted or scored at a time.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("runs/merge-sweep"),
     show_default=True,
     help="Folder of the sweep; run again to resume or to add merges.",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command()
@@ -15,7 +16,7 @@ from mlx_rsgwm.cli.console import Console, common_options
     "sources",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Adapter folder that drafts; repeat for several.",
 )
 @click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
@@ -43,11 +44,9 @@ from mlx_rsgwm.cli.console import Console, common_options
 @click.option("--top-p", default=0.9, show_default=True)
 @click.option("--max-tokens", default=256, show_default=True, help="Longest draft.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
-@click.option(
-    "--data", "folder", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub."
-)
+@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
 @click.option("--template", "template_name", help="plain or chat; default: the one the adapters were trained with.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Corpus folder to write.")
+@click.option("--out", type=PATH, required=True, help="Corpus folder to write.")
 @common_options
 def negatives(
     console: Console,

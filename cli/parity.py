@@ -7,14 +7,15 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 TOLERANCE = 1e-3
 
 
 @click.command()
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
 @click.option("--base", help="Base model: Hub id, folder, .gguf file or smollm2-135m; default: the adapter's own.")
-@click.option("--peft", type=click.Path(path_type=Path), help="Compare this PEFT folder; default: convert on the fly.")
+@click.option("--peft", type=PATH, help="Compare this PEFT folder; default: convert on the fly.")
 @click.option("--tolerance", default=TOLERANCE, show_default=True, help="Largest difference of two logits that passes.")
 @click.option(
     "--dtype",
@@ -23,7 +24,7 @@ TOLERANCE = 1e-3
     show_default=True,
     help="Of both sides; the default tolerance is for float32.",
 )
-@click.option("--certificate", type=click.Path(path_type=Path), help="Write the result to this JSON file.")
+@click.option("--certificate", type=PATH, help="Write the result to this JSON file.")
 @click.option(
     "--device", default="auto", show_default=True, help="Torch's: auto (MPS, CUDA, else the CPU), mps, cuda or cpu."
 )

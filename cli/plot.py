@@ -7,13 +7,12 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("curves.png"), show_default=True, help="PNG to write."
-)
+@click.argument("adapters", nargs=-1, required=True, type=PATH)
+@click.option("--out", type=PATH, default=Path("curves.png"), show_default=True, help="PNG to write.")
 @common_options
 def plot(console: Console, adapters: tuple[Path, ...], out: Path) -> None:
     """Draw train and held-out loss of ADAPTERS over their steps.

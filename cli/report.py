@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; default: RUN itself.")
+@click.argument("run", type=PATH)
+@click.option("--out", type=PATH, help="Folder to write; default: RUN itself.")
 @click.option(
     "--lm-eval", "against", is_flag=True, help="List the drafts that lm_eval's GSM8K filters judge otherwise."
 )
@@ -42,12 +43,12 @@ def report(console: Console, run: Path, out: Path | None, against: bool) -> None
 
 
 @click.command()
-@click.argument("run_a", type=click.Path(path_type=Path))
-@click.argument("run_b", type=click.Path(path_type=Path))
+@click.argument("run_a", type=PATH)
+@click.argument("run_b", type=PATH)
 @click.option(
     "--of", "modes", default="draft_verify", show_default=True, help="drafter, draft_verify, or A,B: one each."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Markdown file to write.")
+@click.option("--out", type=PATH, help="Markdown file to write.")
 @common_options
 def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | None) -> None:
     """Compare RUN_A and RUN_B on the items they share: exact McNemar, paired bootstrap, corrected for several tests.

@@ -9,12 +9,13 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 from mlx_rsgwm.errors import CheckFailed
 
 
 @click.command()
 @click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run; run again to resume.")
+@click.option("--out", type=PATH, required=True, help="Folder of the run; run again to resume.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting: --set train.epochs=3")
 @common_options
 def run(console: Console, recipe: str, out: Path, settings: tuple[str, ...]) -> None:
@@ -28,9 +29,7 @@ def run(console: Console, recipe: str, out: Path, settings: tuple[str, ...]) -> 
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder of the run."
-)
+@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True, help="Folder of the run.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the demo recipe.")
 @common_options
 def demo(console: Console, out: Path, settings: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 
 if TYPE_CHECKING:
     from mlx_rsgwm.evaluation.tables import Setting
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")
 @click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
 @click.option("--allow-overlap", is_flag=True, help="Ask what was trained on, too; it stands above the table.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/tables"), show_default=True)
+@click.option("--out", type=PATH, default=Path("runs/tables"), show_default=True)
 @common_options
 def tables(
     console: Console,

@@ -10,28 +10,25 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 from mlx_rsgwm.cli.train_options import memory_options, saving_options, train_config, train_options
 
 
 @click.command()
-@click.option(
-    "--config", "file", type=click.Path(path_type=Path), help="YAML of settings: ours, or one of mlx_lm.lora."
-)
+@click.option("--config", "file", type=PATH, help="YAML of settings: ours, or one of mlx_lm.lora.")
 @click.option("--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: smollm2-135m]")
 @click.option(
     "--data",
     "folder",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Corpus folder (rsgwm data build), folder with train.jsonl, or .jsonl file.",
 )
-@click.option(
-    "--held-out", type=click.Path(path_type=Path), help="As --data: scored, never trained.  [default: valid.jsonl]"
-)
+@click.option("--held-out", type=PATH, help="As --data: scored, never trained.  [default: valid.jsonl]")
 @click.option("--mask-prompt/--no-mask-prompt", default=None, help="Train completions only (corpora always do).")
 @click.option("--all-turns", is_flag=True, help="Mask prompts, and train every answer of a chat, not the last alone.")
 @click.option("--test", is_flag=True, help="Score test.jsonl, beside the training rows, at the end.")
-@click.option("--warm-start", type=click.Path(path_type=Path), help="Adapter folder or .safetensors to begin with.")
-@click.option("--out", type=click.Path(path_type=Path), help="Adapter folder to write.")
+@click.option("--warm-start", type=PATH, help="Adapter folder or .safetensors to begin with.")
+@click.option("--out", type=PATH, help="Adapter folder to write.")
 @train_options
 @common_options
 def train(

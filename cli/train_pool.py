@@ -9,21 +9,20 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.paths import PATH
 from mlx_rsgwm.cli.train_options import memory_options, saving_options, train_config, train_options
 
 
 @click.command(name="train-pool")
 @click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
-@click.option(
-    "--data", "folders", multiple=True, type=click.Path(path_type=Path), help="Corpus folder or rows; repeat."
-)
+@click.option("--data", "folders", multiple=True, type=PATH, help="Corpus folder or rows; repeat.")
 @click.option("--task", "tasks", multiple=True, help="Family, data set or .jsonl of questions to build from; repeat.")
 @click.option("--draft-rows", default=102, show_default=True, help="Rows of a --task that teach to answer.")
 @click.option("--verify-rows", default=100, show_default=True, help="Rows of a --task that teach to judge.")
-@click.option("--questions", type=click.Path(path_type=Path), help="Folder with <task>/<split>.jsonl; default: Hub.")
+@click.option("--questions", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
 @click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template of --task.")
 @click.option("--mask-prompt/--no-mask-prompt", default=True, show_default=True, help="Completions only (.jsonl).")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder that gets one folder per adapter.")
+@click.option("--out", type=PATH, required=True, help="Folder that gets one folder per adapter.")
 @train_options
 @common_options
 def train_pool(

@@ -131,9 +131,11 @@ def resolve_base(name: str, progress: Progress = SILENT) -> Path:
     Raises:
         RsgwmError: no such thing, no network, no room, a damaged or incomplete folder, pickle weights, custom code.
     """
+    if not name.strip():
+        raise RsgwmError("the base's name is empty; name a model")
     if name in ALIASES:
         return check_folder(_resolve_alias(name, progress))
-    path = _expanded(name)
+    path = files.expanded(name)
     if path.suffix == ".gguf":
         return check_folder(_converted(path, files.sha256_file(path) if path.is_file() else "", progress))
     if path.is_dir():
@@ -147,31 +149,11 @@ def resolve_base(name: str, progress: Progress = SILENT) -> Path:
     )
 
 
-def _expanded(name: str) -> Path:
-    """``name`` as a path, a leading ``~`` or ``~user`` replaced by the home folder.
-
-    Raises:
-        RsgwmError: there is no such user, or the name is longer than a file system takes.
-    """
-    try:
-        path = Path(name).expanduser()
-        path.lstat()
-    except RuntimeError:
-        user = name.split("/")[0].removeprefix("~")
-        raise RsgwmError(f"{name}: there is no user {user}; give the whole path") from None
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return path
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise RsgwmError(f"{name[:80]!r} is no name of a file or folder ({why})") from None
-    return path
-
-
 def cache_folder() -> Path:
     """Where fetched and converted bases live: ``$RSGWM_CACHE``, else the platform's place for caches."""
     chosen = os.environ.get("RSGWM_CACHE")
     if chosen:
-        return _expanded(chosen)
+        return files.expanded(chosen)
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "mlx-rsgwm"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-rsgwm"

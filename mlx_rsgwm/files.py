@@ -339,3 +339,23 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise RsgwmError(f"cannot create folder {path}: {error.strerror or error}") from error
     return path
+
+
+def expanded(name: str) -> Path:
+    """``name`` as a path, a leading ``~`` or ``~user`` replaced by the home folder.
+
+    Raises:
+        RsgwmError: there is no such user, or the name is longer than a file system takes.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.lstat()
+    except RuntimeError:
+        user = name.split("/")[0].removeprefix("~")
+        raise RsgwmError(f"{name}: there is no user {user}; give the whole path") from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise RsgwmError(f"{name[:80]!r} is no name of a file or folder ({why})") from None
+    return path

@@ -83,6 +83,9 @@ class LoraSpec:
         if not isinstance(parameters, Mapping):
             raise AdapterError(f"{where}: no lora_parameters; is this an mlx-lm LoRA adapter?")
         layers = config.get("num_layers", config.get("lora_layers", -1))
+        numbers = {"num_layers": layers, **{key: parameters.get(key, 0) for key in ("rank", "scale", "dropout")}}
+        wrong = [name for name, value in numbers.items() if not isinstance(value, (int, float, str))]
+        raise_problems(where, [f"{name} must be a number, found {numbers[name]!r}" for name in wrong], AdapterError)
         try:
             chosen = float(parameters["scale"]) if kind == "full" else _chosen_scale(config, where, scale)
             return cls(

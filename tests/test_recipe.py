@@ -196,7 +196,7 @@ def test_shipped_recipes_are_valid():
         (["data.tasks=[change, chnage]"], "unknown task 'chnage'"),
         (["data.tasks=[change, none.jsonl]"], "none.jsonl does not exist"),
         (["data.tasks=[change, gsm8k]", "data.folder=none"], "folder none does not exist"),
-        (["data.folder=~nosuchuser/x"], "user that does not exist"),
+        (["data.folder=~nosuchuser/x"], "there is no user nosuchuser"),
         (["data.calibration_items=0"], "calibration_items must be at least 1"),
         (["data.verify_share=0"], "no rows that teach to verify"),
         (["template=none"], "unknown template 'none'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -84,6 +85,16 @@ def test_an_alpha_of_an_old_version_is_asked_about(alpha):
 def test_a_wrong_configuration_is_one_line_with_its_file(wrong):
     with pytest.raises(AdapterError, match=r"^here\.json: [^\n]*$"):
         LoraSpec.from_config(wrong, "here.json")
+
+
+@pytest.mark.parametrize("name", ["rank", "scale", "dropout"])
+@pytest.mark.parametrize("value", [None, [8], {}])
+def test_what_is_no_number_is_told_by_name(name, value):
+    config = {"num_layers": 2, "lora_parameters": {**parameters(), name: value}}
+    with pytest.raises(AdapterError, match=rf"^a\.json: {name} must be a number, found {re.escape(repr(value))}$"):
+        LoraSpec.from_config(config, "a.json")
+    with pytest.raises(AdapterError, match=r"^a\.json: num_layers must be a number, found None$"):
+        LoraSpec.from_config({"num_layers": None, "lora_parameters": parameters()}, "a.json")
 
 
 def test_every_command_asks_and_from_mlx_answers(tiny_base, tmp_path):

@@ -203,17 +203,30 @@ def _readable_form(render: Render, messages: Sequence[Message]) -> tuple[list[Me
 
 def _forms(messages: Sequence[Message]) -> Iterator[tuple[list[Message], list[str]]]:
     yield list(messages), []
+    empty = ["a content of null is given to the chat template as an empty text"] if None in _contents(messages) else []
+    if empty:
+        messages = _emptied(messages)
+        yield messages, empty
     joined = [_joined(message) for message in messages]
     other = [_other_arguments(message) for message in joined]
     parts = "the parts of a content are joined, since the chat template takes text alone"
     arguments = "tool-call arguments are given to the chat template as the other of JSON text and object"
     if joined != list(messages):
-        yield joined, [parts]
+        yield joined, [*empty, parts]
     if other != joined:
         again = [_other_arguments(message) for message in messages]
-        yield again, [arguments]
+        yield again, [*empty, arguments]
         if joined != list(messages):
-            yield other, [parts, arguments]
+            yield other, [*empty, parts, arguments]
+
+
+def _contents(messages: Sequence[Message]) -> list[Any]:
+    return [message.get("content", "") for message in messages]
+
+
+def _emptied(messages: Sequence[Message]) -> list[Message]:
+    """The messages with an empty text for a content of null, which some templates cannot join to others."""
+    return [{**message, "content": ""} if message.get("content", "") is None else message for message in messages]
 
 
 def _joined(message: Message) -> Message:

@@ -69,7 +69,7 @@ class DataSection:
     @property
     def path(self) -> Path | None:
         """``folder`` with a leading ``~`` written out."""
-        return None if self.folder is None else expanded(self.folder, "recipe, data.folder")
+        return None if self.folder is None else files.expanded(self.folder)
 
     def problem_of(self, task: str) -> str | None:
         """Why there can be no questions of ``task``; None when there may be."""
@@ -322,11 +322,3 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
 def folder_name(task: str) -> str:
     """What a task's folders below the run's are called."""
     return Path(task).stem if is_question_file(task) else task
-
-
-def expanded(path: str, where: str) -> Path:
-    """``path`` with a leading ``~`` written out; a :class:`RsgwmError` when there is no such user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise RsgwmError(f"{where}: {path} is in the home of a user that does not exist") from None

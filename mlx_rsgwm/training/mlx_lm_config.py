@@ -29,6 +29,7 @@ FOREIGN = {
 }  # fmt: skip
 FEATURES = ("prompt", "completion", "chat", "text")
 TEXTS = {"base", "data", "held_out", "out", "report_to", "project", "warm_start"}
+PATHS = TEXTS - {"base", "report_to", "project"}
 RUN_KEYS = (*sorted(TEXTS), "save_every", "keep", "mask_prompt", "all_turns", "test")
 NO_EFFECT = {"steps_per_report", "val_batches", "test_batches", "clear_cache_threshold", "config", "wandb"}
 REFUSED = {
@@ -86,6 +87,7 @@ def read_training_file(path: Path) -> TrainingFile:
         run={key: value for key, value in values.items() if key in RUN_KEYS and value is not None},
     )
     raise_problems(f"config {path}", _run_problems(file.run))
+    _write_out(file.run)
     if not set(file.config) <= {field.name for field in fields(TrainConfig)}:
         TrainConfig.from_mapping(file.config)  # names what is unknown
         raise AssertionError("unreachable: unknown keys are refused")
@@ -101,6 +103,7 @@ def from_mlx_lm(values: Mapping[str, Any], where: str) -> TrainingFile:
     if not problems:
         problems += _run_problems(file.run)
     raise_problems(f"{where} (an mlx_lm.lora config)", problems)
+    _write_out(file.run)
     return file
 
 
@@ -374,6 +377,12 @@ def _run_problems(run: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             problems.append(f"{key} must be a whole number from {least}, found {brief(value)}")
     return sorted(problems)
+
+
+def _write_out(run: dict[str, Any]) -> None:
+    """Write out a leading ``~`` of paths, which no shell has seen; a base's is written out where it is looked for."""
+    for key in PATHS & set(run):
+        run[key] = str(files.expanded(run[key]))
 
 
 def _is_text(value: Any) -> bool:

@@ -252,12 +252,21 @@ LONG = "x" * 300
         ["run", f"{LONG}.yaml", "--out", "none"],
         ["merge", LONG, LONG, "--out", "none"],
         ["base", "info", "~nosuchuser/base"],
+        ["train", "--data", "tests", "--out", "~nosuchuser/out"],
+        ["merge", "~nosuchuser/a", "b", "--out", "none"],
+        ["train", "--data", "tests", "--out", ""],
+        ["train", "--data", "", "--out", "none"],
+        ["train", "--base", "", "--data", "tests", "--out", "none"],
+        ["ask", "q", "--base", " ", "--drafter", "tests", "--verifier", "tests"],
+        ["merge", "", "", "--out", "none"],
         ["base", "info", "a\0b"],
     ],
     ids=lambda arguments: " ".join(arguments[:2])[:30],
 )
 def test_names_that_no_file_can_have(run, arguments):
+    before = sorted(os.listdir())
     result = run(*arguments)
+    assert sorted(os.listdir()) == before
     assert result.exit_code == 2, result.output
     (line,) = [line for line in result.stderr.splitlines() if line]
     assert line.startswith("rsgwm: error:")

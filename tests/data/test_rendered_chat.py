@@ -275,6 +275,21 @@ def test_the_parts_of_a_content_are_text_or_refused(tokenize):
         tokenize(CHATML, chat(("user", image), ("assistant", "A cat.")))
 
 
+def test_a_content_of_null_is_no_text(tokenize):
+    """Of a tool call it is usual; transformers writes it as nothing, and some templates raise."""
+    note = "a content of null is given to the chat template as an empty text"
+    looked_at = CHATML.replace("{{ m.content }}", "{% if m.content is not none %}{{ m.content }}{% endif %}")
+    for template, notes in ((CHATML, ()), (CHATML.replace("{{ m.c", "{{ '' + m.c"), (note,)), (looked_at, ())):
+        prompt, trained, row = tokenize(template, chat(("user", None), ("assistant", "None of them.")))
+        assert prompt == "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+        assert trained == ["None of them.<|im_end|>\n"]
+        assert row.notes == notes
+    calls = calling("{{ c.function.arguments | tojson }}").replace("{{ m.content or '' }}", "{{ '' + m.content }}")
+    _, trained, row = tokenize(calls, called({"city": "Bern"}, None))
+    assert trained == ['<tool_call>weather {"city": "Bern"}</tool_call><|im_end|>\n']
+    assert row.notes == (note,)
+
+
 @pytest.mark.parametrize("role", ["user", "tool", "system", "gpt"])
 def test_a_row_that_ends_with_another_role_is_refused_when_prompts_are_masked(tokenize, role):
     row = chat(("user", "A"), ("assistant", "B"), (role, "C"))

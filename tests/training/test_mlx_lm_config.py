@@ -175,6 +175,16 @@ def test_names_stay_the_text_that_they_are_written_as(tmp_path, key, written):
     assert own.run["out"] == written.strip("'")
 
 
+def test_the_home_folder_is_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = read(tmp_path, "model: ~/m\ndata: ~/d\nadapter_path: ~/a\nresume_adapter_file: ~/w.safetensors")
+    home = {"data": f"{tmp_path}/d", "out": f"{tmp_path}/a", "warm_start": f"{tmp_path}/w.safetensors"}
+    assert {key: file.run[key] for key in home} == home
+    assert read(tmp_path, "base: b\nout: ~/a").run["out"] == f"{tmp_path}/a"
+    with pytest.raises(RsgwmError, match="there is no user nosuchuser"):
+        read(tmp_path, "model: m\nadapter_path: ~nosuchuser/a")
+
+
 def test_what_is_without_effect_is_told(tmp_path):
     file = read(
         tmp_path,
