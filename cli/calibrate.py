@@ -58,13 +58,9 @@ def calibrate(
 
     Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts held.jsonl
     """
-    from mlx_rsgwm.adapter import MANIFEST_FILE
-    from mlx_rsgwm.data.row_hashes import record_of
-    from mlx_rsgwm.data.tasks import select_questions
     from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.contamination import check_overlap
+    from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_trained_on
     from mlx_rsgwm.evaluation.harness import calibrate as fit_calibration
-    from mlx_rsgwm.files import read_json_object
     from mlx_rsgwm.pipeline.calibration import save_calibration
     from mlx_rsgwm.pipeline.decisions import LoopConfig
     from mlx_rsgwm.pipeline.guarantee import Target
@@ -80,32 +76,19 @@ def calibrate(
         raise RsgwmError(f"--method must be auto, none or one of {', '.join(METHODS)}, found {method!r}")
     target = None if target_far is None else Target(target_far, confidence)
     config = LoopConfig(options["attempts"], sampling=sampling_of(console, options))  # type: ignore[arg-type]
-    chosen = [select_questions(task, "calibration", items, console.seed, folder, split=split) for task in tasks]
-    for task, selection in zip(tasks, chosen, strict=True):
-        if selection.note(task):
-            console.progress.message(selection.note(task))
-    questions = [question for selection in chosen for question in selection.questions]
-    seen = {
-        role: record_of(read_json_object(Path(str(options[role])) / MANIFEST_FILE), role)
-        for role in ("drafter", "verifier")
-        if (Path(str(options[role])) / MANIFEST_FILE).is_file()
-    }
-    overlap = check_overlap(questions, seen, allow_overlap, "calibration")
-    if overlap.headline():
-        console.progress.message(overlap.headline())
-    if overlap.unknown():
-        console.progress.message(overlap.unknown())
+    folders = {role: Path(str(options[role])) for role in ("drafter", "verifier")}
+    drawn = draw_calibration(tasks, items, console.seed, folder, rows_trained_on(folders), allow_overlap, split=split)
+    for note in drawn.notes:
+        console.progress.message(note)
     pipeline = load_pipeline(console, options, config, None)
     found = fit_calibration(
-        pipeline, questions, console.seed, batch_rows, console.progress,
-        score=score, method=method, target=target, file=file,
-        file_questions=[text for selection in chosen for text in selection.file_questions],
+        pipeline, drawn.questions, console.seed, batch_rows, console.progress,
+        score=score, method=method, target=target, file=file, record=drawn.record,
     )  # fmt: skip
-    folder_of_verifier = Path(str(options["verifier"]))
-    save_calibration(folder_of_verifier, found)
+    save_calibration(folders["verifier"], found)
     console.line(render(found))
-    console.line(f"calibration: {folder_of_verifier}")
-    console.result({"out": str(folder_of_verifier), **found.to_dict(), "overlap": overlap.headline()})
+    console.line(f"calibration: {folders['verifier']}")
+    console.result({"out": str(folders["verifier"]), **found.to_dict(), "overlap": drawn.overlap.headline()})
 
 
 def render(found: Calibration) -> str:

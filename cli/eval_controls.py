@@ -58,7 +58,7 @@ def controls(
     """
     from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, union
+    from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, rows_trained_on, union
     from mlx_rsgwm.evaluation.control_study import ControlPlan, corpora, run_controls
     from mlx_rsgwm.evaluation.controls import control_notes, control_rows
     from mlx_rsgwm.evaluation.report import aligned
@@ -73,10 +73,10 @@ def controls(
     click.get_current_context().with_resource(exclusive(out))
     trained = list(corpora(run))
     seed = console.seed
-    seen = rows_seen({name: run / name for name in ("drafter", "verifier")})
-    trainings = {name: seen[name] for name in ("drafter", "verifier")}
-    held_out, record = draw_calibration(trained, calibration_items, seed, folder, trainings, allow_overlap)
-    seen["calibration here"] = record
+    pair = {name: run / name for name in ("drafter", "verifier")}
+    seen = rows_seen(pair)
+    drawn = draw_calibration(trained, calibration_items, seed, folder, rows_trained_on(pair), allow_overlap)
+    seen["calibration here"] = drawn.record
     slices = [read_slice(Slice(task, limit, how, seed, folder=folder), union(seen)) for task in tasks or trained]
     asked = [question for questions, _ in slices for question in questions]
     overlap = check_overlap(asked, seen, allow_overlap, "test")
@@ -84,7 +84,7 @@ def controls(
         run=run,
         out=out,
         questions=tuple(asked),
-        calibration=tuple(held_out),
+        calibration=drawn.questions,
         attempts=attempts,
         drafts=drafts,
         seeds=tuple(range(seed, seed + sampling_seeds)),
@@ -92,12 +92,12 @@ def controls(
         batch_rows=batch_rows,
         calibration_seed=seed,
     )
-    pair = [Adapter.load(run / name, lazy=True, hashes=False) for name in ("drafter", "verifier")]
-    for doubt in check_pair(*pair):
+    adapters = [Adapter.load(path, lazy=True, hashes=False) for path in pair.values()]
+    for doubt in check_pair(*adapters):
         console.warn(doubt)
-    summary = run_controls(load_base_for(pair, base_name, console.progress), plan, console.progress)
-    if overlap.headline():
-        console.line(overlap.headline())
+    summary = run_controls(load_base_for(adapters, base_name, console.progress), plan, console.progress)
+    for line in (*drawn.notes, *overlap.lines()):
+        console.line(line)
     console.line(aligned(control_rows(summary)))
     console.line("\n".join(control_notes(summary)))
     console.line(f"controls: {out}")

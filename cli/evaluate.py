@@ -13,6 +13,7 @@ from mlx_rsgwm.cli.paths import PATH
 
 if TYPE_CHECKING:
     import re
+    from collections.abc import Sequence
 
     from mlx_rsgwm.data.sources import Question
     from mlx_rsgwm.pipeline.calibration import Calibration
@@ -102,14 +103,13 @@ def evaluate(
     processes.wait()  # whoever locks the folder clears half-written files out of it
     progress = console.progress if processes.writes else SILENT
     adapters = rows_seen({"drafter": loop["drafter"], "verifier": loop["verifier"]})
-    held_out: list[Question] = []
+    held_out: Sequence[Question] = ()
     if loop["score"] == "auto" and load_calibration(loop["verifier"]) is None:
         count = max(4, 24 // len(tasks))
-        held_out, record = draw_calibration(
-            tasks, count, console.seed, folder, adapters, allow_overlap, only_known_files=True
-        )
+        drawn = draw_calibration(tasks, count, console.seed, folder, adapters, allow_overlap, only_known_files=True)
+        held_out = drawn.questions
         if held_out:
-            adapters["calibration here"] = record
+            adapters["calibration here"] = drawn.record
     seen = union(adapters)
     slices = [read_slice(Slice(task, limit, how, console.seed, split, folder, revision), seen) for task in tasks]
     for _, told in slices:
@@ -117,10 +117,8 @@ def evaluate(
             progress.message(told["note"])
     questions = with_own_ids(slices)
     overlap = check_overlap(questions, adapters, allow_overlap, "test")
-    if overlap.headline():
-        progress.message(overlap.headline())
-    if overlap.unknown():
-        progress.message(overlap.unknown())
+    for line in overlap.lines():
+        progress.message(line)
     checked = contamination(questions, training_questions(train_data)) if train_data else None
 
     def calibrate_here(pipeline: DraftVerify) -> Calibration:

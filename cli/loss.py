@@ -38,7 +38,7 @@ def loss(
     """
     from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.data.batching import row_notes
-    from mlx_rsgwm.data.row_hashes import record_of
+    from mlx_rsgwm.data.row_hashes import not_recorded, record_of
     from mlx_rsgwm.data.sets import load_data
     from mlx_rsgwm.pipeline.pairing import load_base_for
     from mlx_rsgwm.slots import AdapterSlots
@@ -54,11 +54,10 @@ def loss(
     slots = AdapterSlots(base)
     for name, adapter in loaded.items():
         slots.load(name, adapter)
-    asked = examples.record().used
     records = {name: record_of(adapter.manifest, name) for name, adapter in loaded.items()}
+    seen = {name: sum(record.has(row.keys) for row in chosen) for name, record in records.items()}
     trained_on = {  # null: nothing was met, but not everything that it was trained on is recorded
-        name: (len(asked & record.used) / max(len(asked), 1)) or (None if record.unknown else 0.0)
-        for name, record in records.items()
+        name: seen[name] / len(chosen) or (None if record.unknown else 0.0) for name, record in records.items()
     }
     results: dict[str, Any] = {}
     with console.progress.task("loss", 1 + len(loaded)) as advance:
@@ -68,11 +67,10 @@ def loss(
             advance(1, name)
     for name, values in results.items():
         told = ", ".join(f"{role} {value:.4f}" for role, value in values.items())
-        if share := trained_on.get(name):
-            told_share = f"{share:.0%}" if share >= 0.01 else "less than 1%"
-            console.line(f"NOT NEW: {name} was trained on {told_share} of the questions of {data}")
+        if seen.get(name):
+            console.line(f"NOT NEW: {name} was trained on what {seen[name]} of the {len(chosen)} rows ask")
         if name in records and records[name].unknown:
-            console.line(f"not recorded: what {', '.join(records[name].unknown)} was trained on")
+            console.line(not_recorded(records[name].unknown))
         console.line(
             f"{name}: {told} nats per completion token, {len(chosen)} rows{f' ({dropped} too long)' * bool(dropped)}"
         )

@@ -110,7 +110,7 @@ def merge_sweep(
     }
     questions = [question for selection in chosen.values() for question in selection.questions]
     overlap = check_overlap(questions, seen, allow_overlap, "test")
-    for line in (*(selection.note(task) for task, selection in chosen.items()), overlap.headline()):
+    for line in (*(selection.note(task) for task, selection in chosen.items()), *overlap.lines()):
         if line and processes.writes:
             console.progress.message(line)
     plan = Plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.paths import PATH
 
 if TYPE_CHECKING:
+    from mlx_rsgwm.data.row_hashes import RowRecord
+    from mlx_rsgwm.data.sources import Question
+    from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.evaluation.tables import Setting
     from mlx_rsgwm.recipe import Recipe
 
@@ -61,13 +65,14 @@ def tables(
 
     from mlx_rsgwm.base import load_base
     from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
+    from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen
     from mlx_rsgwm.evaluation.paper import TITLES
     from mlx_rsgwm.evaluation.report import aligned, markdown_table
-    from mlx_rsgwm.evaluation.slices import Slice, read_slice
+    from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.evaluation.tables import ROWS, measure, table_notes, table_rows
     from mlx_rsgwm.files import write_text
     from mlx_rsgwm.recipe import load_recipe, run_recipe
+    from mlx_rsgwm.recipes.questions import rows_ahead
 
     table = int(number)
     for name, value in (("--limit", limit), ("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
@@ -82,16 +87,18 @@ def tables(
     count = limit or (100 if table == 1 else 20)
     per_task = max(1, count // len(asked)) if limit is None else count
     slices = [Slice(task, per_task, seed=default.seed, folder=folder) for task in asked]
-    for wanted in slices:  # what cannot be asked is told before hours of training
-        read_slice(wanted)
+    allow = allow_overlap or default.evaluate.allow_overlap
+    # What cannot be asked, and what will have been trained on, is told before hours of training.
+    ahead = {f"{name}: {what}": rows for name, recipe in recipes.items() for what, rows in rows_ahead(recipe).items()}
+    check_overlap(_asked(slices, ahead), ahead, allow, "test")
     for name, recipe in recipes.items():
         console.progress.message(f"{name}: {' '.join(readings[name]) or 'the recipe as it is'}")
         run_recipe(recipe, out / _folder(name), console.progress)
     runs = {name: out / _folder(name) for name in recipes}
     roles = {f"{name}: {role}": run / role for name, run in runs.items() for role in ("drafter", "verifier")}
     seen = rows_seen(roles)
-    questions = [question for wanted in slices for question in read_slice(wanted, union(seen))[0]]
-    overlap = check_overlap(questions, seen, allow_overlap or default.evaluate.allow_overlap, "test")
+    questions = _asked(slices, seen)
+    overlap = check_overlap(questions, seen, allow, "test")
     first = console.seed if table == 1 else 0
     seeds = tuple(range(first, first + (sampling_seeds or (1 if table == 1 else 3))))
     measured = {
@@ -99,16 +106,22 @@ def tables(
     }
     base = load_base(default.base, progress=console.progress)
     items = out / f"table-{table}"
-    headline = [line for line in (overlap.headline(), overlap.unknown()) if line]
     told = {**asdict(overlap), "headline": overlap.headline()}
     found = measure(table, base, runs, questions, measured, items, console.progress, told)
     rows, notes = table_rows(found), table_notes(found)
-    page = [f"# {TITLES[table]}", *headline, markdown_table(rows), *notes]
+    page = [f"# {TITLES[table]}", *overlap.lines(), markdown_table(rows), *notes]
     write_text(items / f"table-{table}.md", "\n\n".join(page) + "\n")
-    console.line("\n".join([*headline, TITLES[table]]))
+    console.line("\n".join([*overlap.lines(), TITLES[table]]))
     console.line(aligned(rows))
     console.line("\n".join(notes))
     console.result(found)
+
+
+def _asked(slices: Sequence[Slice], seen: Mapping[str, RowRecord]) -> list[Question]:
+    from mlx_rsgwm.evaluation.contamination import union
+    from mlx_rsgwm.evaluation.slices import read_slice, with_own_ids
+
+    return with_own_ids([read_slice(wanted, union(seen)) for wanted in slices])
 
 
 def _readings(variants: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

@@ -166,7 +166,9 @@ def render(summary: Mapping[str, Any], max_tokens: int) -> str:
         )
     for name, counts in (("held-out", summary["held_out_rows"]), ("test", summary["test_rows"])):
         if counts and counts.get("also_trained"):
-            lines.append(f"NOT NEW: {counts['also_trained']} of {counts['rows']} {name} rows were trained on, too")
+            lines.append(
+                f"NOT NEW: {counts['also_trained']} of {counts['rows']} {name} rows ask what was trained on, too"
+            )
     for role, value in summary["held_out_loss"]["after"].items():
         before = summary["held_out_loss"]["before"][role]
         lines.append(f"held-out {role} loss: {before:.3f} → {value:.3f} nats per token")

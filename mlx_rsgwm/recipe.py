@@ -18,19 +18,16 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, is_complete
 from mlx_rsgwm.base import Base, load_base, resolve_base
 from mlx_rsgwm.converters.peft import to_peft
-from mlx_rsgwm.data.corpus import load_corpus, make_rows, save_corpus
+from mlx_rsgwm.data.corpus import load_corpus, save_corpus
 from mlx_rsgwm.data.question_files import is_question_file
-from mlx_rsgwm.data.row_hashes import RowRecord
-from mlx_rsgwm.data.sources import Question
-from mlx_rsgwm.data.tasks import Selection, select_questions
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.errors import CheckFailed, RsgwmError
 from mlx_rsgwm.evaluation.contamination import (
     check_overlap,
     contamination,
     rows_seen,
+    rows_trained_on,
     training_questions,
-    union,
 )
 from mlx_rsgwm.evaluation.harness import calibrate, describe_run, evaluate
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
@@ -43,6 +40,7 @@ from mlx_rsgwm.pipeline.calibration import NothingToTellApart, load_calibration,
 from mlx_rsgwm.pipeline.loop import DraftVerify
 from mlx_rsgwm.pipeline.verifying import SCORES
 from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
 from mlx_rsgwm.recipes.schema import Recipe, folder_name, load_recipe, shipped_recipes
 from mlx_rsgwm.recipes.stages import Stage, Stages
 from mlx_rsgwm.slots import AdapterSlots
@@ -85,10 +83,9 @@ class Run:
         self._fingerprint = fingerprint_of(resolve_base(self.recipe.base, self.progress))
         plan = self._plan()
         if not all(self.stages.is_done(stage) for stage in plan if stage.name.startswith("train-")):
+            check_questions(self.recipe)
             check_fit(self.base.model, self.recipe.train)
         for stage in plan:
-            if stage.name.startswith("train-") and not self.stages.is_done(stage):
-                self._draw_questions()
             self.stages.run(stage)
         return self._summary(time.monotonic() - started)
 
@@ -181,29 +178,11 @@ class Run:
         data = self.recipe.data
         return {task: {path.name: files.sha256_file(path) for path in data.files_of(task)} for task in tasks}
 
-    def _draw_questions(self) -> None:
-        """Find out before any training whether there are questions to calibrate and to evaluate on, and new ones."""
-        data, section = self.recipe.data, self.recipe.evaluate
-        seen = {f"data/{folder_name(task)}": load_corpus(self._corpus(task)).record() for task in data.tasks}
-        if data.calibration_items:
-            chosen = self._selections(data.tasks, "calibration", data.calibration_items)
-            questions = _questions(chosen)
-            check_overlap(questions, seen, section.allow_overlap, "calibration")
-            in_files = [text for selection in chosen for text in selection.file_questions]
-            seen["calibration"] = RowRecord.of((question.question for question in questions), in_files)
-        tests = self._selections(section.tasks or data.tasks, "test", section.items, union(seen))
-        check_overlap(_questions(tests), seen, section.allow_overlap, "test")
-
     def _data(self, task: str) -> None:
-        data, seed = self.recipe.data, self.recipe.seed
-        draft_rows, verify_rows = data.budget(task)
-        # Not every solution can be perturbed, so verify rows may need more questions than there are rows.
-        wanted = max(draft_rows, 2 * verify_rows)
-        chosen = select_questions(task, "train", wanted, seed, data.path)
+        rows, chosen = training_rows(self.recipe, task)
         if chosen.note(task):
             self.progress.message(chosen.note(task))
-        rows = make_rows(chosen.questions, draft_rows, verify_rows, seed)
-        about = {"seed": seed, "task": task, "split": chosen.split}
+        about = {"seed": self.recipe.seed, "task": task, "split": chosen.split}
         save_corpus(self._corpus(task), rows, self.template, about, chosen.file_questions)
 
     def _train(self, task: str) -> None:
@@ -219,7 +198,10 @@ class Run:
     def _merge(self) -> None:
         pool = [self._adapter(task) for task in self.recipe.data.tasks]
         for role, folder in (("draft", "drafter"), ("verify", "verifier")):
-            merge(pool, self.recipe.merge.options(role), self.progress).save(self.out / folder)
+            merged = merge(pool, self.recipe.merge.options(role), self.progress)
+            merged.save(self.out / folder)
+            for warning in merged.manifest["merge"]["warnings"]:
+                self.progress.message(f"warning: {folder}: {warning}")
         self.progress.message(f"merged {len(pool)} adapters into {self.out / 'drafter'} and {self.out / 'verifier'}")
 
     def _pipeline(self, score: str, threshold: float) -> DraftVerify:
@@ -232,26 +214,18 @@ class Run:
     def _roles(self) -> dict[str, Path]:
         return {role: self.out / role for role in ("drafter", "verifier")}
 
-    def _selections(
-        self, tasks: Sequence[str], purpose: str, count: int, seen: RowRecord | None = None
-    ) -> list[Selection]:
-        return [
-            select_questions(task, purpose, count, self.recipe.seed, self.recipe.data.path, seen=seen) for task in tasks
-        ]
-
     def _calibrate(self) -> None:
-        data = self.recipe.data
         (self.out / "verifier" / CALIBRATION_FILE).unlink(missing_ok=True)
-        if data.calibration_items == 0:
+        if self.recipe.data.calibration_items == 0:
             return
         pipeline = self._pipeline(SCORES[0], 0.5)
-        chosen = self._selections(data.tasks, "calibration", data.calibration_items)
-        check_overlap(_questions(chosen), rows_seen(self._roles()), self.recipe.evaluate.allow_overlap, "calibration")
+        drawn = draw_to_calibrate(self.recipe, rows_trained_on(self._roles()))
+        for note in drawn.notes:
+            self.progress.message(note)
         try:
             calibration = calibrate(
-                pipeline, _questions(chosen), self.recipe.seed, self.recipe.evaluate.batch_rows, self.progress,
-                score=self.recipe.loop.score,
-                file_questions=[text for selection in chosen for text in selection.file_questions],
+                pipeline, drawn.questions, self.recipe.seed, self.recipe.evaluate.batch_rows, self.progress,
+                score=self.recipe.loop.score, record=drawn.record,
             )  # fmt: skip
         except NothingToTellApart as error:
             self.progress.message(f"warning: not calibrated: {error}")
@@ -262,10 +236,9 @@ class Run:
         section = self.recipe.evaluate
         score, threshold = self.recipe.loop.settled(load_calibration(self.out / "verifier"))
         pipeline = self._pipeline(score, threshold)
-        tasks = section.tasks or self.recipe.data.tasks
         seen = rows_seen(self._roles())
-        chosen = self._selections(tasks, "test", section.items, union(seen))
-        questions = _questions(chosen)
+        chosen = draw_to_test(self.recipe, seen)
+        questions = asked(chosen)
         overlap = check_overlap(questions, seen, section.allow_overlap, "test")
         about = describe_run(pipeline, questions, section.batch_rows, timed=section.timed)
         journal = Journal(self.out / "report" / JOURNAL_FILE, about, replace=True)
@@ -286,7 +259,7 @@ class Run:
                     "items": len(selection.questions),
                     "note": selection.note(task),
                 }
-                for task, selection in zip(tasks, chosen, strict=True)
+                for task, selection in chosen.items()
             ],
             "overlap": {**asdict(overlap), "headline": overlap.headline()},
         }
@@ -355,10 +328,6 @@ class Run:
 
     def _adapter(self, task: str) -> Path:
         return self.out / "pool" / folder_name(task)
-
-
-def _questions(chosen: Sequence[Selection]) -> list[Question]:
-    return [question for selection in chosen for question in selection.questions]
 
 
 def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_rsgwm.data.row_hashes import RowKeys
 from mlx_rsgwm.progress import Progress
 
 ROLES = ("draft", "verify")
+NO_KEYS = RowKeys()
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class TokenRow:
 
     ``id`` names the row to people; ``cut`` says that its end was left out to fit. ``untrained`` are positions behind
     the prompt that are not trained: what others say between the assistant's turns. ``notes`` say what a chat template
-    left out of the row or what was changed for it.
+    left out of the row or what was changed for it. ``keys`` are what the row is recognised by elsewhere.
     """
 
     role: str
@@ -29,6 +31,7 @@ class TokenRow:
     cut: bool = False
     untrained: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    keys: RowKeys = NO_KEYS
 
     @property
     def trained_tokens(self) -> int:

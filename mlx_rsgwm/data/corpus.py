@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
-from mlx_rsgwm.data.batching import ROLES, TokenRow
+from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
 from mlx_rsgwm.data.negatives import borrow, perturb
-from mlx_rsgwm.data.row_hashes import KEY, RowRecord
+from mlx_rsgwm.data.row_hashes import KEY, RowKeys, RowRecord, contents_hash, row_keys
 from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError, raise_problems
@@ -85,6 +85,11 @@ class Corpus:
         if self.manifest.get(KEY):
             return RowRecord.from_description(self.manifest[KEY], MANIFEST_FILE)
         return RowRecord.of(row.question for row in self.rows)
+
+    def contents(self) -> frozenset[bytes]:
+        """Hashes of what the rows ask and answer, by which files of the same rows are recognised."""
+        verdicts = {None: "", True: "\ncorrect", False: "\nincorrect"}
+        return frozenset(contents_hash(row.question, row.answer + verdicts[row.correct]) for row in self.rows)
 
 
 def make_rows(
@@ -205,7 +210,8 @@ def tokenize(
         else:
             prompt = template.verify_prompt(tokenizer, row.question, row.answer)
             completion = [verdicts[row.correct]]
-        fitted = fit_row(row.role, prompt, completion, row.id, max_tokens, long_rows if row.correct is None else "drop")
+        cut = long_rows if row.correct is None else "drop"
+        fitted = fit_row(row.role, prompt, completion, row.id, max_tokens, cut, keys=row_keys(row.question))
         if fitted is None:
             dropped += 1
         else:
@@ -224,12 +230,13 @@ def fit_row(
     long_rows: str,
     untrained: Sequence[int] = (),
     notes: tuple[str, ...] = (),
+    keys: RowKeys = NO_KEYS,
 ) -> TokenRow | None:
     """The token row of a prompt and a completion, cut to ``max_tokens`` if ``long_rows`` says so; None if left out."""
     tokens = (*prompt, *completion)
     if len(tokens) <= max_tokens:
-        return TokenRow(role, tokens, len(prompt), name, untrained=tuple(untrained), notes=notes)
+        return TokenRow(role, tokens, len(prompt), name, untrained=tuple(untrained), notes=notes, keys=keys)
     if long_rows == "cut" and len(prompt) < max_tokens:
         within = tuple(position for position in untrained if position < max_tokens)
-        return TokenRow(role, tokens[:max_tokens], len(prompt), name, True, within, notes)
+        return TokenRow(role, tokens[:max_tokens], len(prompt), name, True, within, notes, keys)
     return None

@@ -6,18 +6,19 @@ tokenizer's chat template as in mlx-lm 0.32.2, so the token ids are the same. Al
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
-from mlx_rsgwm.data.batching import TokenRow
+from mlx_rsgwm.data.asked import said_by
+from mlx_rsgwm.data.batching import NO_KEYS, TokenRow
 from mlx_rsgwm.data.corpus import fit_row
 from mlx_rsgwm.data.rendered_chat import ChatRenderer
-from mlx_rsgwm.data.row_hashes import KEY, RowRecord
+from mlx_rsgwm.data.row_hashes import KEY, RowKeys, RowRecord, contents_hash, row_hash, row_keys
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.json_lines import read_json_rows
@@ -59,8 +60,12 @@ class Examples:
         }
 
     def record(self) -> RowRecord:
-        """What a question would be recognised by: every prompt or user's message, its lines, or a row's whole text."""
-        return RowRecord.of(text for row in self.rows for text in _asked(row))
+        """What the rows are recognised by: prompts, user's messages, whole texts, and parts that may be questions."""
+        return RowRecord.of_keys(map(_keys, self.rows))
+
+    def contents(self) -> frozenset[bytes]:
+        """Hashes of what the rows ask and answer, by which files of the same rows are recognised."""
+        return frozenset(map(_contents, self.rows))
 
     def token_rows(self, tokenizer: Tokenizer, max_tokens: int, long_rows: str) -> tuple[list[TokenRow], int]:
         """Token rows, and how many were left out because they exceed ``max_tokens`` (see ``corpus.tokenize``)."""
@@ -83,8 +88,9 @@ class Examples:
                 problems.append(f"{name} has nothing to train")
                 continue
             fitted = fit_row(
-                "draft", tokens[:prompt], tokens[prompt:], name, max_tokens, long_rows, untrained, tuple(notes)
-            )
+                "draft", tokens[:prompt], tokens[prompt:], name, max_tokens, long_rows, untrained, tuple(notes),
+                _keys(row),
+            )  # fmt: skip
             if fitted is None:
                 dropped += 1
             else:
@@ -179,21 +185,22 @@ def _renamed(row: Any, features: Mapping[str, str]) -> Any:
     return {**kept, **{name: row[feature] for name, feature in features.items() if feature in row}}
 
 
-def _asked(row: Mapping[str, Any]) -> Iterator[str]:
-    """Texts of a row that may be a question: whole, and line by line without a label such as ``Question:``."""
-    texts = [row.get("prompt"), row.get("text")]
-    texts += [message.get("content") for message in row.get("messages") or () if message.get("role") == "user"]
-    for text in texts:
-        for part in text if isinstance(text, list) else [text]:
-            whole = part.get("text") if isinstance(part, Mapping) else part
-            if isinstance(whole, str) and whole.strip():
-                yield whole
-                bare = (_LABEL.sub("", line) for line in whole.split("\n"))
-                yield from (line for line in bare if len(line) >= SHORTEST_QUESTION)
+def _keys(row: Mapping[str, Any]) -> RowKeys:
+    """What a row is recognised by: its prompt, all that the user says in its chat, or its whole text."""
+    if "messages" not in row:
+        return row_keys(row["prompt"] if "prompt" in row else row["text"])
+    turns = said_by(row["messages"], "user")
+    return row_keys("\n".join(turns), turns if len(turns) > 1 else ()) if turns else NO_KEYS
 
 
-_LABEL = re.compile(r"\s*(?:Q|Question|Problem|User|Input|###[^:\n]*):\s*", re.IGNORECASE)
-SHORTEST_QUESTION = 16  # characters of a line; shorter ones are headings
+def _contents(row: Mapping[str, Any]) -> bytes:
+    """What a row asks and answers, in any of the formats."""
+    if "messages" not in row:
+        return contents_hash(row["prompt"], row["completion"]) if "prompt" in row else row_hash(row["text"])
+    messages = row["messages"]
+    calls = [json.dumps(message["tool_calls"], sort_keys=True) for message in messages if message.get("tool_calls")]
+    question, answers = (said_by(messages, role) for role in ("user", "assistant"))
+    return contents_hash("\n".join(question), "\n".join([*answers, *calls]))
 
 
 def _format_of(row: Any) -> str:

@@ -1,8 +1,9 @@
-"""Rows by their content: which share of a file a row belongs to, and which rows an adapter has seen.
+"""Rows by their content: when two are the same, which share of a file a row belongs to, and what an adapter has seen.
 
 A row is known by its question, whatever its case, spacing and Unicode form, so that the same row is recognised in
-another order, file or format. What was trained or calibrated on travels as 48-bit hashes: from a corpus to its adapter,
-from adapters to their merge, and into a calibration.
+another order, file or format; ids and other fields do not count. Splits, held-out rows, calibration and evaluation all
+compare rows here. What was trained or calibrated on travels as 48-bit hashes: from a corpus to its adapter, from
+adapters to their merge, and into a calibration.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_rsgwm.data.asked import bare, parts
 from mlx_rsgwm.data.families import split_of
 from mlx_rsgwm.errors import RsgwmError
 
@@ -37,25 +39,62 @@ def share_of(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class RowKeys:
+    """What a row is recognised by: hashes of its ``whole`` question, and of ``parts`` of it that may be one.
+
+    Two rows are the same if the whole question of one is that of the other, or a part of it.
+    """
+
+    whole: frozenset[bytes] = frozenset()
+    parts: frozenset[bytes] = frozenset()
+
+
+def row_keys(question: str, turns: Sequence[str] = ()) -> RowKeys:
+    """The keys of a row by its question, or by all user ``turns`` of a chat, each of which is a part, too."""
+    whole = frozenset(map(row_hash, {question, bare(question)}))
+    more = (text for turn in turns or (question,) for text in (*((turn,) if turns else ()), *parts(turn)))
+    return RowKeys(whole, frozenset(map(row_hash, more)) - whole)
+
+
+def contents_hash(question: str, answer: str) -> bytes:
+    """What rows have in common that ask the same and are answered alike."""
+    return row_hash(f"{bare(question)}\n{answer}")
+
+
+@dataclass(frozen=True)
 class RowRecord:
     """Hashes of the rows that were ``used``, and of these and all others in the user's files they were taken from.
 
-    ``unknown`` names adapters that do not say what they were trained on.
+    ``parts``: of the used rows' questions (:class:`RowKeys`). ``unknown`` names adapters that do not say what they were
+    trained on.
     """
 
     used: frozenset[bytes] = frozenset()
     in_files: frozenset[bytes] = frozenset()
     unknown: tuple[str, ...] = field(default=())
+    parts: frozenset[bytes] = frozenset()
 
     @classmethod
     def of(cls, used: Iterable[str], in_files: Iterable[str] = ()) -> RowRecord:
-        """From the texts."""
-        hashes = frozenset(map(row_hash, used))
-        return cls(hashes, hashes | frozenset(map(row_hash, in_files)))
+        """From the texts of questions."""
+        return cls.of_keys(map(row_keys, used)) | cls(frozenset(), frozenset(map(row_hash, in_files)))
+
+    @classmethod
+    def of_keys(cls, rows: Iterable[RowKeys]) -> RowRecord:
+        """From the keys of the rows that were used."""
+        kept = list(rows)
+        used = frozenset().union(*(row.whole for row in kept))
+        return cls(used, used, parts=frozenset().union(*(row.parts for row in kept)))
+
+    def has(self, row: RowKeys) -> bool:
+        """Whether the row was used."""
+        return not (row.whole.isdisjoint(self.used) and row.whole.isdisjoint(self.parts)) or not (
+            row.parts.isdisjoint(self.used)
+        )
 
     def __or__(self, other: RowRecord) -> RowRecord:
         unknown = tuple(dict.fromkeys((*self.unknown, *other.unknown)))
-        return RowRecord(self.used | other.used, self.in_files | other.in_files, unknown)
+        return RowRecord(self.used | other.used, self.in_files | other.in_files, unknown, self.parts | other.parts)
 
     def describe(self) -> dict[str, Any]:
         """For a manifest: sorted hashes, each eight characters of base64, in one string."""
@@ -63,6 +102,7 @@ class RowRecord:
             "rows": len(self.used),
             "used": _packed(self.used),
             "not_used": _packed(self.in_files - self.used),
+            **({"parts": _packed(self.parts)} if self.parts else {}),
             **({"unknown": list(self.unknown)} if self.unknown else {}),
         }
 
@@ -76,7 +116,8 @@ class RowRecord:
         try:
             used = _unpacked(description["used"])
             unknown = tuple(str(name) for name in description.get("unknown", ()))
-            return cls(used, used | _unpacked(description["not_used"]), unknown)
+            in_files = used | _unpacked(description["not_used"])
+            return cls(used, in_files, unknown, _unpacked(description.get("parts", "")))
         except (TypeError, KeyError, ValueError, AttributeError):
             raise RsgwmError(f"{where}: {KEY} is damaged") from None
 
@@ -86,6 +127,14 @@ def record_of(manifest: Mapping[str, Any], name: str) -> RowRecord:
     data = manifest.get("data")
     description = manifest.get(KEY) or (data.get(KEY) if isinstance(data, Mapping) else None)
     return RowRecord.from_description(description, name) if description else RowRecord(unknown=(name,))
+
+
+def not_recorded(names: Sequence[str]) -> str:
+    """One line on adapters, and calibrations, of which nobody knows what they have seen."""
+    return (
+        f"What {', '.join(names)} was trained on is not recorded, so that nobody can tell whether these items are new "
+        "to it."
+    )
 
 
 def _packed(hashes: Iterable[bytes]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,16 +41,9 @@ def load_data(
         file = example_files(chosen)[0] if held_out else chosen
         held = load_examples(file, mask_prompt, all_turns, features)
     # A valid.jsonl that repeats train.jsonl is told by training: mlx-lm wants one, and people copy it.
-    if held_out is not None and _contents(held) <= _contents(data):
+    if held_out is not None and held.contents() <= data.contents():
         raise RsgwmError(f"held-out rows and training rows are the same: every row of {held_out} stands in {path}, too")
     return data, held
-
-
-def _contents(data: Corpus | Examples) -> set[str]:
-    """The rows as text, without what only names them."""
-    if isinstance(data, Corpus):
-        return {json.dumps([row.role, row.question, row.answer, row.correct]) for row in data.rows}
-    return {json.dumps(row, sort_keys=True) for row in data.rows}
 
 
 def load_test(

@@ -23,7 +23,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.question_files import is_question_file
-from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of, row_hash, share_of
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord, not_recorded, record_of, row_hash, row_keys, share_of
 from mlx_rsgwm.data.sources import Question, load_jsonl
 from mlx_rsgwm.data.tasks import select_questions
 from mlx_rsgwm.errors import RsgwmError
@@ -125,12 +125,11 @@ class Overlap:
 
     def unknown(self) -> str:
         """One line on adapters of which nothing is known; empty where there are none."""
-        if not self.not_recorded:
-            return ""
-        return (
-            f"What {', '.join(self.not_recorded)} was trained on is not recorded, so that nobody can tell whether "
-            "these items are new to it."
-        )
+        return not_recorded(self.not_recorded) if self.not_recorded else ""
+
+    def lines(self) -> tuple[str, ...]:
+        """All that must be told of it."""
+        return tuple(line for line in (self.headline(), self.unknown()) if line)
 
     def headline(self) -> str:
         """What must stand above a result; empty where nothing overlaps."""
@@ -140,18 +139,24 @@ class Overlap:
         return f"NOT A TEST: {self.items} of {self.asked} items were trained or calibrated on ({by})"
 
 
+def rows_trained_on(folders: Mapping[str, Path]) -> dict[str, RowRecord]:
+    """What each adapter folder was trained on, by role."""
+    described = {
+        role: files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
+        for role, folder in folders.items()
+    }
+    return {role: record_of(manifest, role) for role, manifest in described.items()}
+
+
 def rows_seen(folders: Mapping[str, Path]) -> dict[str, RowRecord]:
     """What each adapter folder was trained on, by role, and what its calibration was fitted on."""
-    seen = {}
+    seen = rows_trained_on(folders)
     for role, folder in folders.items():
-        manifest, calibration = (folder / name for name in (MANIFEST_FILE, CALIBRATION_FILE))
-        described = files.read_json_object(manifest) if manifest.is_file() else {}
-        seen[role] = record_of(described, role)
+        calibration = folder / CALIBRATION_FILE
         if calibration.is_file():
+            name = f"{role}'s calibration"
             fitted = files.read_json_object(calibration).get(KEY)
-            seen[f"{role}'s calibration"] = (
-                RowRecord.from_description(fitted, str(calibration)) if fitted else RowRecord()
-            )
+            seen[name] = RowRecord.from_description(fitted, str(calibration)) if fitted else RowRecord(unknown=(name,))
     return seen
 
 
@@ -160,37 +165,58 @@ def union(seen: Mapping[str, RowRecord]) -> RowRecord:
     return reduce(or_, seen.values(), RowRecord())
 
 
+@dataclass(frozen=True)
+class CalibrationDraw:
+    """Questions to calibrate on, the record of them for the calibration, their overlap, and ``notes`` to tell."""
+
+    questions: tuple[Question, ...]
+    record: RowRecord
+    overlap: Overlap
+    notes: tuple[str, ...]
+
+
 def draw_calibration(
     tasks: Sequence[str],
     count: int,
     seed: int,
     folder: Path | None,
-    seen: Mapping[str, RowRecord],
+    trained: Mapping[str, RowRecord],
     allow: bool,
+    *,
+    split: str | None = None,
     only_known_files: bool = False,
-) -> tuple[list[Question], RowRecord]:
-    """``count`` calibration questions of each task, and their record, to be told from the test's.
+) -> CalibrationDraw:
+    """``count`` calibration questions of each task, each question once; the one way to choose them.
 
-    ``only_known_files``: of files of one's own only those that the adapters know by all their rows and that have a
-    calibration share; any other was given as a test and stays one.
+    Args:
+        tasks, count, seed, folder, split: see :func:`~mlx_rsgwm.data.tasks.select_questions`.
+        trained: from :func:`rows_trained_on`.
+        allow: report questions that were trained on instead of refusing them.
+        only_known_files: of files of one's own only those that the adapters know by all their rows and that have a
+            calibration share; any other was given as a test and stays one.
 
     Raises:
         RsgwmError: questions that were trained on, unless ``allow``; whatever choosing raises.
     """
-    known = union(seen).in_files
-    questions: list[Question] = []
+    known = union(trained).in_files
+    questions: dict[bytes, Question] = {}
     in_files: list[str] = []
+    notes: list[str] = []
     for task in tasks:
         if only_known_files and is_question_file(task):
             texts = [question.question for question in load_jsonl(Path(task))]
             shares = {share_of(text) for text in texts}
             if "calibration" not in shares or any(row_hash(text) not in known for text in texts):
                 continue
-        chosen = select_questions(task, "calibration", count, seed, folder)
-        questions += chosen.questions
+        chosen = select_questions(task, "calibration", count, seed, folder, split=split)
+        for question in chosen.questions:
+            questions.setdefault(row_hash(question.question), question)
         in_files += chosen.file_questions
-    check_overlap(questions, seen, allow, "calibration")
-    return questions, RowRecord.of((question.question for question in questions), in_files)
+        notes += [note] if (note := chosen.note(task)) else []
+    drawn = tuple(questions.values())
+    overlap = check_overlap(drawn, trained, allow, "calibration")
+    notes += overlap.lines() if drawn else ()
+    return CalibrationDraw(drawn, RowRecord.of((row.question for row in drawn), in_files), overlap, tuple(notes))
 
 
 def check_overlap(questions: Sequence[Question], seen: Mapping[str, RowRecord], allow: bool, doing: str) -> Overlap:
@@ -205,10 +231,10 @@ def check_overlap(questions: Sequence[Question], seen: Mapping[str, RowRecord], 
     Raises:
         RsgwmError: an overlap that is not allowed; says how many rows and how to proceed.
     """
-    hashes = [row_hash(question.question) for question in questions]
-    by = {role: sum(value in record.used for value in hashes) for role, record in seen.items()}
+    keys = [row_keys(question.question) for question in questions]
+    by = {role: sum(map(record.has, keys)) for role, record in seen.items()}
     everything = union(seen)
-    shared = [question.id for question, value in zip(questions, hashes, strict=True) if value in everything.used]
+    shared = [question.id for question, own in zip(questions, keys, strict=True) if everything.has(own)]
     found = Overlap(
         len(shared),
         len(questions),

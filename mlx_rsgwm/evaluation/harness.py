@@ -282,11 +282,11 @@ def calibrate(
     method: str = "auto",
     target: Target | None = None,
     file: Path | None = None,
-    file_questions: Sequence[str] = (),
+    record: RowRecord | None = None,
 ) -> Calibration:
     """Fit a calibration on the drafter's own drafts of held-out questions; see :func:`collect` and :func:`fit`.
 
-    ``file_questions``: all questions of the user's own files that the held-out ones were taken from.
+    ``record``: the rows that the calibration says it was fitted on.  [default: the questions alone]
 
     Raises:
         NothingToTellApart: every draft is right, or every draft wrong.
@@ -310,7 +310,7 @@ def calibrate(
         made_for=identity(pipeline),
         seed=seed,
     )
-    record = RowRecord.of((question.question for question in questions), file_questions)
+    record = record or RowRecord.of(question.question for question in questions)
     calibration = replace(calibration, row_hashes=record.describe())
     progress.message(explain(calibration))
     return calibration

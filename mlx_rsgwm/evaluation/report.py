@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
+from mlx_rsgwm.data.row_hashes import not_recorded
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.figures import plot
 from mlx_rsgwm.evaluation.page import render_html
@@ -179,12 +180,9 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
             "The tables above are those of the first seed."
         )
     found += [told["note"] for told in summary["metadata"].get("tasks") or () if told.get("note")]
-    not_recorded = (summary.get("overlap") or {}).get("not_recorded")
-    if not_recorded:
-        found.append(
-            f"What {', '.join(not_recorded)} was trained on is not recorded, so that nobody can tell whether these "
-            "items are new to it."
-        )
+    unknown = (summary.get("overlap") or {}).get("not_recorded")
+    if unknown:
+        found.append(not_recorded(unknown))
     contamination = summary["metadata"].get("contamination")
     if contamination:
         found.append(

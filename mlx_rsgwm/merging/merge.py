@@ -73,11 +73,13 @@ def _merged(
     rows: dict[str, dict[str, Any]] = {}
     allowed: dict[str, Allowance] = {}
     objections: dict[str, Mapping[str, mx.array]] = {}
+    ranks: dict[str, int] = {}
     computing, batch = Batch(), Batch()
     with progress.task(f"merge by {options.method}", len(pool.modules)) as advance, Measuring(rows) as measuring:
         for module in _modules(pool, method, options, parameters):
             found = _compressed(method.merge(module), rank, module.key)
             a, b = _padded(found.factors, rank)
+            ranks[module.name] = min(found.factors.rank, a.shape[0], b.shape[1])
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
             batch.arrays += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], module.objections]
             if diagnosed:
@@ -100,7 +102,7 @@ def _merged(
     found_here = diagnosis(rows, labels, allowed, objections, options, method.remedy) if diagnosed else None
     if not diagnosed:
         refuse_objections(objections, options.method, method.remedy)
-    merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, found_here))
+    merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, ranks, found_here))
     # A diagnosis refuses what is not finite.
     raise_problems(f"{options.method} merge", merged.shape_problems() if diagnosed else merged.problems())
     return merged
@@ -157,6 +159,23 @@ def _padded(factors: Factors, rank: int) -> tuple[mx.array, mx.array]:
     return mx.pad(factors.a, [(0, 0), (0, missing)]), mx.pad(factors.b, [(0, missing), (0, 0)])
 
 
+def _rank_warning(options: MergeOptions, ranks: Mapping[str, int]) -> list[str]:
+    """One line where a rank was asked for that not every module's update can fill; ``ranks`` are what they have."""
+    low = {name: rank for name, rank in ranks.items() if rank < (options.rank or 0)}
+    if not low:
+        return []
+    highest, name = max(ranks.values()), min(low, key=lambda name: low[name])
+    if len(low) == len(ranks):
+        return [
+            f"rank {options.rank} adds nothing: no update here has more than rank {highest}, and the rest is zeros; "
+            f"--rank {highest} gives the same update"
+        ]
+    return [
+        f"rank {options.rank} is more than {len(low)} of {len(ranks)} updates have (e.g. {name}: {low[name]}); "
+        "the rest of those is zeros"
+    ]
+
+
 def _usual_rank(method: Method, pool: Pool) -> int:
     ranks = [source.spec.rank for source in pool.sources]
     return sum(ranks) if method.rank == "sum" else max(ranks)
@@ -182,7 +201,12 @@ def _key(seed: int, module: str) -> mx.array:
 
 
 def _manifest(
-    pool: Pool, options: MergeOptions, parameters: Mapping[str, Any], rank: int, found: dict[str, Any] | None
+    pool: Pool,
+    options: MergeOptions,
+    parameters: Mapping[str, Any],
+    rank: int,
+    ranks: Mapping[str, int],
+    found: dict[str, Any] | None,
 ) -> dict[str, Any]:
     first = pool.sources[0].manifest
     hashes = {source.template_hash for source in pool.sources}
@@ -202,7 +226,11 @@ def _manifest(
             "seed": options.seed,
             "largest": options.largest,
             "sources": [source.describe() for source in pool.sources],
-            "warnings": [*pool.warnings, *(warnings_of(found, options.weights) if found else ())],
+            "warnings": [
+                *pool.warnings,
+                *_rank_warning(options, ranks),
+                *(warnings_of(found, options.weights) if found else ()),
+            ],
             **({"diagnosis": found} if found else {}),
         },
         "versions": versions(),

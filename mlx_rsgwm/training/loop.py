@@ -21,6 +21,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter, versions
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.data.batching import TokenRow, plan_steps, row_notes
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.processes import ALONE, Processes
@@ -48,6 +49,8 @@ class TrainingData(Protocol):
     def hash(self) -> str: ...
 
     def token_rows(self, tokenizer: Tokenizer, max_tokens: int, long_rows: str) -> tuple[list[TokenRow], int]: ...
+
+    def record(self) -> RowRecord: ...
 
     def describe(self) -> dict[str, Any]: ...
 
@@ -97,12 +100,15 @@ def train(
             f"{label}: {held_dropped} held-out rows of {len(held_rows) + held_dropped} left out, {held_cut} cut: "
             f"they have more than {config.max_tokens} tokens"
         )
-    trained = {row.tokens for row in rows}
-    held_trained, test_trained = (sum(row.tokens in trained for row in chosen) for chosen in (held_rows, test_rows))
+    seen = RowRecord.of_keys(row.keys for row in rows)
+    if warm_start:
+        seen |= warm_start.record
+    held_trained, test_trained = (sum(seen.has(row.keys) for row in chosen) for chosen in (held_rows, test_rows))
     for name, shared, chosen in (("held-out", held_trained, held_rows), ("test", test_trained, test_rows)):
         if shared:
             progress.message(
-                f"{label}: {shared} of {len(chosen)} {name} rows are trained on, too; their loss says nothing of others"
+                f"{label}: {shared} of {len(chosen)} {name} rows ask what is trained on, too; "
+                "their loss says nothing of new questions"
             )
     if config.validate_every and not held_rows:
         raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
@@ -110,6 +116,8 @@ def train(
     started_from = {"warm_start": warm_start.describe()} if warm_start else {}
     identity = {**_identity(base, corpus, config, held_out, processes), **started_from}
     about = {**_provenance(base, corpus, config, rows, dropped), **started_from}
+    if warm_start:  # it has seen those rows, too
+        about[KEY] = (warm_start.record | corpus.record()).describe()
     started = time.monotonic()
     model: Any = base.model
     with ExitStack() as stack:

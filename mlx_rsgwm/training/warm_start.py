@@ -10,7 +10,8 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from mlx_rsgwm import files
-from mlx_rsgwm.adapter import CONFIG_FILE, WEIGHTS_FILE, LoraSpec
+from mlx_rsgwm.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
+from mlx_rsgwm.data.row_hashes import RowRecord, record_of
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.slots import untied_hint
 from mlx_rsgwm.training.layers import trainable
@@ -18,12 +19,16 @@ from mlx_rsgwm.training.layers import trainable
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Arrays by name, with the file that they come from, its hash, and the scale that its adapter applies them with."""
+    """Arrays by name, with the file that they come from, its hash, and the scale that its adapter applies them with.
+
+    ``record``: the rows that they were trained on.
+    """
 
     path: Path
     hash: str
     arrays: dict[str, mx.array] = field(repr=False)
     scale: float | None = None
+    record: RowRecord = field(default=RowRecord(), repr=False)
 
     @classmethod
     def load(cls, path: Path) -> WarmStart:
@@ -42,7 +47,10 @@ class WarmStart:
         raise_problems(str(file), [f"{name} has values that are not finite" for name in wrong])
         beside = file.with_name(CONFIG_FILE)
         scale = LoraSpec.from_config(files.read_json_object(beside), str(beside)).scale if beside.is_file() else None
-        return cls(file, files.sha256_file(file), arrays, scale)
+        manifest = file.with_name(MANIFEST_FILE)
+        described = files.read_json_object(manifest) if manifest.is_file() else {}
+        record = record_of(described, f"{path.name}, the weights started from,")
+        return cls(file, files.sha256_file(file), arrays, scale, record)
 
     def describe(self) -> dict[str, Any]:
         """For manifests and checkpoints."""

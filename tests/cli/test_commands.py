@@ -66,7 +66,7 @@ def test_loss_of_base_and_adapter(line, tiny_base):
     rows, _ = load_corpus(corpus).token_rows(base.tokenizer, 1024, "drop")
     assert result["rows"] == len(rows) == 16
     assert result["trained_on"] == {str(adapter): 1.0}
-    assert f"NOT NEW: {adapter} was trained on 100%" in found.stderr
+    assert f"NOT NEW: {adapter} was trained on what 16 of the 16 rows ask" in found.stderr
     expected = held_out_loss(base.model, rows, 8)
     for role in ("draft", "verify"):
         assert result["loss"]["base"][role] == pytest.approx(expected[role], rel=1e-5)

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from mlx_rsgwm import files
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.data.families import generate
 from mlx_rsgwm.pipeline.loop import DraftVerify
 
 
@@ -116,6 +117,22 @@ def test_tables(recipe, tmp_path):
     written = files.read_json_object(tmp_path / "t" / "table-1" / "table-1.json")
     assert written["overlap"]["items"] == 0
     assert written["overlap"]["asked"] == 4
+
+
+def test_tables_refuse_what_will_be_trained_on_before_training(recipe, tmp_path, monkeypatch):
+    from mlx_rsgwm import recipe as stages
+
+    monkeypatch.setattr(stages, "train", lambda *rest, **more: pytest.fail("trained"))
+    rows = [{"question": row.question.upper(), "answer": row.gold} for row in generate("change", 2, 42, "train")]
+    rows += [{"question": row.question, "answer": row.gold} for row in generate("change", 2, 42, "calibration")]
+    rows.append({"question": "Is this one new?", "answer": "yes"})
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = invoke("tables", 1, "--recipe", recipe, "--task", tmp_path / "own.jsonl", "--out", tmp_path / "t")
+    assert found.exit_code == 2
+    assert "4 of 5 test questions were trained or calibrated on (default: data/change 2, default: calibration 2)" in (
+        found.stderr
+    )
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize(

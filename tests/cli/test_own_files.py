@@ -153,10 +153,25 @@ def test_calibrating_within_eval_is_checked_like_any(trained):
 
     mine = str(trained / "mine.jsonl")
     seen = rows_seen({"drafter": trained / "draft"})
-    questions, record = draw_calibration([mine], 24, 0, None, seen, False, only_known_files=True)
-    assert questions
-    assert len(record.in_files) == 60
-    assert not record.used & seen["drafter"].used
+    drawn = draw_calibration([mine], 24, 0, None, seen, False, only_known_files=True)
+    assert len(drawn.record.in_files) == 60
+    assert len(drawn.questions) == len(drawn.record.used) > 0
+    assert not drawn.record.used & seen["drafter"].used
+    assert "from its calibration share" in drawn.notes[0]
     with pytest.raises(RsgwmError, match="calibration questions were trained or calibrated on"):
-        draw_calibration([mine], 24, 0, None, {"drafter": record}, False)
-    assert draw_calibration([mine], 24, 0, None, {}, False, only_known_files=True)[0] == []
+        draw_calibration([mine], 24, 0, None, {"drafter": drawn.record}, False)
+    allowed = draw_calibration([mine], 24, 0, None, {"drafter": drawn.record}, True)
+    assert allowed.notes[1] == allowed.overlap.headline() != ""
+    assert draw_calibration([mine], 24, 0, None, {}, False, only_known_files=True).questions == ()
+
+
+def test_a_row_given_twice_is_calibrated_on_once(tmp_path):
+    """The halves of a promise must not share rows: one fits, the other tests."""
+    from mlx_rsgwm.evaluation.contamination import draw_calibration
+
+    doubled = [{**row, "question": row["question"].upper()} for row in ROWS] + ROWS
+    once, twice = write(tmp_path / "once.jsonl", ROWS), write(tmp_path / "twice.jsonl", doubled)
+    alone = draw_calibration([str(once)], 60, 0, None, {}, False)
+    for tasks in ([str(twice)], [str(once), str(twice)]):
+        drawn = draw_calibration(tasks, 60, 0, None, {}, False)
+        assert (len(drawn.questions), drawn.record) == (len(alone.questions), alone.record)

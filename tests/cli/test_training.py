@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from mlx_rsgwm import files
 from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.data.row_hashes import record_of, row_keys
 
 RSGWM = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
 SMALL = ("--rank", 4, "--alpha", 8, "--batch-size", 4, "--learning-rate", 0.01, "--epochs", 1)
@@ -148,18 +149,35 @@ def test_passes_over_data_tell_the_rows_that_they_leave_out(tiny_base, corpora, 
 
 @pytest.mark.parametrize("repeated", [3, 1, 0])
 def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path, repeated):
+    """Rows of another format, spelling, id and answer: what they ask decides."""
     rows = [{"prompt": f"What is {n} + 1?", "completion": f"It is {n + 1}."} for n in range(11)]
     chats = [
-        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
-        for row in rows[8 - repeated : 11 - repeated]
-    ]
+        {"id": n, "messages": [{"role": "user", "content": f" {row['prompt'].upper()}"},
+                               {"role": "assistant", "content": f"{row['completion']} Sure."}]}
+        for n, row in enumerate(rows[8 - repeated : 11 - repeated])
+    ]  # fmt: skip
     for name, part in (("train", rows[:8]), ("other", chats)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     found = invoke("train", "--base", tiny_base, "--data", tmp_path / "train.jsonl", "--held-out",
                    tmp_path / "other.jsonl", *SMALL, "--out", tmp_path / "a", "--json")  # fmt: skip
-    told = f"NOT NEW: {repeated} of 3 held-out rows were trained on, too"
+    told = f"NOT NEW: {repeated} of 3 held-out rows ask what was trained on, too"
     assert result(found)["held_out_rows"].get("also_trained", 0) == repeated
     assert (told in found.stderr) == bool(repeated)
+    scored = result(invoke("loss", tmp_path / "other.jsonl", "--adapter", tmp_path / "a", "--rows", 2, "--json"))
+    assert scored["trained_on"][str(tmp_path / "a")] == min(repeated, 2) / 2
+    (tmp_path / "new.jsonl").write_text(json.dumps({"prompt": "Anything?", "completion": "No."}) + "\n")
+    again = invoke("train", "--base", tiny_base, "--data", tmp_path / "new.jsonl", "--held-out",
+                   tmp_path / "other.jsonl", "--warm-start", tmp_path / "a", *SMALL, "--out", tmp_path / "b",
+                   "--json")  # fmt: skip
+    # An adapter that starts from another has seen its rows, too.
+    assert result(again)["held_out_rows"].get("also_trained", 0) == repeated
+    record = record_of(json.loads((tmp_path / "b" / "manifest.json").read_text()), "b")
+    assert not record.unknown
+    assert [record.has(row_keys(text)) for text in ("What is 7 + 1?", "Anything?", "What is 10 + 1?")] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_held_out_rows_under_another_path_are_the_training_rows(tiny_base, tmp_path):

@@ -88,10 +88,10 @@ def test_drafts_that_are_all_right_or_all_wrong_calibrate_nothing(pipeline, monk
 
 
 def test_a_calibration_says_what_it_was_made_of(pipeline, half_right):
-    made = calibrate(pipeline, QUESTIONS, seed=1, file_questions=["another"])
+    texts = [question.question for question in QUESTIONS]
+    made = calibrate(pipeline, QUESTIONS, seed=1, record=RowRecord.of(texts, ["another"]))
     assert (made.items, made.drafts) == (6, 12)
     assert made.made_for == identity(pipeline)
-    texts = [question.question for question in QUESTIONS]
     assert RowRecord.from_description(made.row_hashes, "") == RowRecord.of(texts, ["another"])
 
 

@@ -215,6 +215,32 @@ def test_mixed_ranks_scales_and_modules_merge_in_product_space(make_adapter):
     assert any("differ in modules" in warning for warning in merged.manifest["merge"]["warnings"])
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "rsgwm"])
+def test_a_rank_that_the_updates_do_not_have_is_told(make_adapter, method):
+    adapters = [make_adapter(0), make_adapter(1)]
+    usual = merge(adapters, MergeOptions(method))
+    large = merge(adapters, MergeOptions(method, rank=500))
+    (told,) = set(large.manifest["merge"]["warnings"]) - set(usual.manifest["merge"]["warnings"])
+    assert told.startswith("rank 500 adds nothing: no update here has more than rank ")
+    enough = int(told.split("--rank ")[1].split()[0])
+    assert adapters[0].spec.rank <= enough < 500
+    same = merge(adapters, MergeOptions(method, rank=enough))
+    for module in same.modules():
+        np.testing.assert_allclose(product(same, module), product(large, module), rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(large.weights[f"{module}.lora_a"][:, enough:], 0)
+    below = merge(adapters, MergeOptions(method, rank=adapters[0].spec.rank)).manifest["merge"]["warnings"]
+    assert not any(warning.startswith("rank") for warning in below)
+
+
+def test_a_rank_that_some_updates_do_not_have_is_told(make_adapter):
+    first, second = make_adapter(0), make_adapter(1, rank=3, keys=("self_attn.q_proj",))
+    merged = merge([first, second], MergeOptions("linear", rank=first.spec.rank + 3))
+    (told,) = (warning for warning in merged.manifest["merge"]["warnings"] if warning.startswith("rank"))
+    only_first = [module for module in merged.modules() if module not in second.modules()]
+    assert told.startswith(f"rank {first.spec.rank + 3} is more than {len(only_first)} of {len(merged.modules())} ")
+    assert f": {first.spec.rank + 1})" in told or f": {first.spec.rank})" in told
+
+
 def test_an_override_changes_its_modules_only(make_adapter):
     adapters = [make_adapter(0), make_adapter(1)]
     plain = merge(adapters, MergeOptions("linear"))
