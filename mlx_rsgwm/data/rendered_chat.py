@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from mlx_rsgwm.data.template import Tokenizer
+from mlx_rsgwm.data.template import MARKER, Tokenizer
 from mlx_rsgwm.errors import RsgwmError
 
 Message = Mapping[str, Any]
-# Digits come through templates that trim, change the case, or cut at a tag.
-MARKER = "81529037464"
 THINKING = re.compile(r"(?s)(?:<think>)?(.*)</think>(.*)")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 

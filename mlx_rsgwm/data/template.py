@@ -27,6 +27,9 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
+MARKER = "81529037464"  # digits come through templates that trim, change the case, or cut at a tag
+
+
 @dataclass(frozen=True)
 class Template:
     """How a question becomes a drafting prompt, and a question with a candidate answer a verifying prompt.
@@ -124,14 +127,17 @@ class Template:
     def _encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
         if not self.chat:
             return list(tokenizer.encode(text, add_special_tokens=True))
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": text})
-        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        return list(
-            tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options
-            )
-        )
+        options: dict[str, Any] = {"add_generation_prompt": True}
+        if self.thinking is not None:
+            options["enable_thinking"] = self.thinking
+        # What a template does with a text may depend on it; whether it writes it at all does not.
+        if MARKER not in tokenizer.apply_chat_template(self._messages(MARKER), tokenize=False, **options):
+            raise RsgwmError("the base's chat template leaves out the question; use a template without chat")
+        return list(tokenizer.apply_chat_template(self._messages(text), tokenize=True, return_dict=False, **options))
+
+    def _messages(self, text: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": text}]
 
 
 # Wordings were compared by how much of a base model's next-token mass falls on the two verdicts: for SmolLM2-135M 0.38

@@ -43,13 +43,39 @@ def test_thinking_reaches_the_chat_template():
 
         def apply_chat_template(self, conversation, **options):
             self.options = options
-            return [1]
+            return [1] if options["tokenize"] else str(conversation)
 
     recorder = Recorder()
     TEMPLATES["chat"].draft_prompt(recorder, "q")
     assert "enable_thinking" not in recorder.options
     replace(TEMPLATES["chat"], thinking=False).draft_prompt(recorder, "q")
     assert recorder.options["enable_thinking"] is False
+
+
+WRITES = "{% for m in messages %}{{ m.role }}: {{ m.content CHANGED }}{% endfor %}"
+
+
+@pytest.mark.parametrize("change", ["", "| trim", "| upper", "| e", ".split('</think>')[-1]", "| tojson"])
+def test_a_chat_template_that_writes_the_question_is_used(base, change):
+    base.tokenizer.chat_template = WRITES.replace("CHANGED", change)
+    ids = TEMPLATES["chat"].draft_prompt(base.tokenizer, "How many?")
+    assert "many?" in base.tokenizer.decode(ids).casefold()
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["hello", "{{ bos_token or '' }}", "{{ 5 }}",
+     "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}",
+     "{% for m in messages %}{{ m.text }}{% endfor %}"],
+)  # fmt: skip
+def test_a_chat_template_that_leaves_out_the_question_is_refused(base, template):
+    base.tokenizer.chat_template = template
+    for made in (
+        lambda: TEMPLATES["chat"].draft_prompt(base.tokenizer, "How many?"),
+        lambda: replace(TEMPLATES["chat"], system="Be brief.").verify_prompt(base.tokenizer, "How many?", "4"),
+    ):
+        with pytest.raises(RsgwmError, match="chat template leaves out the question"):
+            made()
 
 
 def test_a_system_prompt_needs_a_chat_template():
