@@ -63,10 +63,11 @@ def train_pool(
     saving = saving_options(out, {}, running)
     processes = launched_processes()
     corpora = {folder.stem: folder for folder in folders}
-    if len(corpora) < len(folders):
-        raise RsgwmError("two --data folders have the same name; adapters are named after them")
+    names = [Path(source).stem for source in (*folders, *tasks)]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise RsgwmError(f"two --data or --task are called {double[0]}; adapters are named after them")
     if processes.writes:
-        _build(tasks, out, draft_rows, verify_rows, questions, template_name, console.seed)
+        _build(console, tasks, out, draft_rows, verify_rows, questions, template_name)
     processes.wait()
     corpora |= {Path(task).stem: out / "data" / Path(task).stem for task in tasks}
     members = [pool.Member(name, *load_data(folder, None, mask_prompt)) for name, folder in corpora.items()]
@@ -82,13 +83,13 @@ def train_pool(
 
 
 def _build(
+    console: Console,
     tasks: tuple[str, ...],
     out: Path,
     draft_rows: int,
     verify_rows: int,
     questions: Path | None,
     template_name: str,
-    seed: int,
 ) -> None:
     """Write the corpora of ``tasks`` below ``out``, where they are not already."""
     from mlx_rsgwm.data.corpus import make_rows, save_corpus
@@ -99,8 +100,10 @@ def _build(
     for task in tasks:
         own = is_question_file(task)
         wanted = None if own else max(draft_rows, 2 * verify_rows, 1)
-        chosen = select_questions(task, "train", wanted, seed, questions)
-        rows = make_rows(chosen.questions, draft_rows, verify_rows, seed, at_most=own)
-        provenance = {"seed": seed, "tasks": [task], "split": chosen.split}
+        chosen = select_questions(task, "train", wanted, console.seed, questions)
+        if chosen.note(task):
+            console.progress.message(chosen.note(task))
+        rows = make_rows(chosen.questions, draft_rows, verify_rows, console.seed, at_most=own)
+        provenance = {"seed": console.seed, "tasks": [task], "split": chosen.split}
         folder = out / "data" / Path(task).stem
         save_corpus(folder, rows, find_template(template_name), provenance, chosen.file_questions)

@@ -17,6 +17,7 @@ from mlx_rsgwm import files
 from mlx_rsgwm.data.asked import said_by
 from mlx_rsgwm.data.batching import NO_KEYS, TokenRow
 from mlx_rsgwm.data.corpus import fit_row
+from mlx_rsgwm.data.question_files import TABLE_SUFFIXES
 from mlx_rsgwm.data.rendered_chat import ChatRenderer
 from mlx_rsgwm.data.row_hashes import KEY, RowKeys, RowRecord, contents_hash, row_hash, row_keys
 from mlx_rsgwm.data.template import Template, Tokenizer
@@ -123,6 +124,9 @@ class Examples:
 Rendered = tuple[list[int], int, tuple[int, ...], tuple[str, ...]]
 
 
+_CORPUS = "a corpus is made of questions and answers with: rsgwm data build"
+
+
 def load_examples(
     path: Path, mask_prompt: bool, all_turns: bool = False, features: Mapping[str, str] | None = None
 ) -> Examples:
@@ -137,6 +141,8 @@ def load_examples(
     numbers: list[int] = []
     problems = []
     found = ""
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        raise RsgwmError(f"{path} is a table, and training rows are JSON lines; {_CORPUS} --task {path}")
     unit, read = read_json_rows(path)
     for number, row in read:
         if isinstance(row, ValueError):
@@ -154,6 +160,8 @@ def load_examples(
     if not found and problems:
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMATS.items())
         problems.append(f"the formats are {known}")
+        if all(isinstance(row.value, Mapping) and row.value.keys() >= {"question", "answer"} for row in read):
+            problems = [f"{path.name} has questions and answers, not training rows; {_CORPUS} --task {path}"]
     raise_problems(str(path), problems)
     if not rows:
         raise RsgwmError(f"{path} holds no rows")

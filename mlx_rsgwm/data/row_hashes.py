@@ -137,6 +137,11 @@ def not_recorded(names: Sequence[str]) -> str:
     )
 
 
+def repeated_items(repeated: int, asked: int) -> str:
+    """One line on items that are asked more than once: they make intervals narrower than they should be."""
+    return f"{repeated} of {asked} items ask what another item asks, and count each time"
+
+
 def _packed(hashes: Iterable[bytes]) -> str:
     return base64.b64encode(b"".join(sorted(hashes))).decode()
 

@@ -178,6 +178,8 @@ def _parse_own(row: Row) -> Parsed:
     The gold answer is what the row says: all of ``answer``, or what it marks. ``"answer_type": "number"`` asks for the
     last number of a sentence; ``"text"`` for all of ``answer``, marks and all.
     """
+    if "question" not in row:
+        raise ValueError(f"no question, it has {', '.join(str(name)[:20] for name in list(row)[:5]) or 'no field'}")
     question, answer = _text(row, "question"), row.get("answer")
     row_id, task, rationale, asked = (_optional(row, name) for name in ("id", "task", "rationale", "answer_type"))
     if asked not in ("", "text", "number"):

@@ -23,7 +23,16 @@ from mlx_rsgwm import files
 from mlx_rsgwm.adapter import MANIFEST_FILE
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.question_files import is_question_file
-from mlx_rsgwm.data.row_hashes import KEY, RowRecord, not_recorded, record_of, row_hash, row_keys, share_of
+from mlx_rsgwm.data.row_hashes import (
+    KEY,
+    RowRecord,
+    not_recorded,
+    record_of,
+    repeated_items,
+    row_hash,
+    row_keys,
+    share_of,
+)
 from mlx_rsgwm.data.sources import Question, load_jsonl
 from mlx_rsgwm.data.tasks import select_questions
 from mlx_rsgwm.errors import RsgwmError
@@ -114,7 +123,8 @@ def contamination(test: Sequence[Question], train: Mapping[str, str]) -> dict[st
 class Overlap:
     """Rows asked that were trained or calibrated on: ``items`` of ``asked``, ``by`` whom, and ``examples`` (ids).
 
-    ``not_recorded`` names adapters of which it is not known what they were trained on.
+    ``not_recorded`` names adapters of which it is not known what they were trained on. ``repeated`` items ask what an
+    item before them asks, and count as if they were others.
     """
 
     items: int
@@ -122,6 +132,7 @@ class Overlap:
     by: Mapping[str, int]
     examples: tuple[str, ...]
     not_recorded: tuple[str, ...]
+    repeated: int = 0
 
     def unknown(self) -> str:
         """One line on adapters of which nothing is known; empty where there are none."""
@@ -129,7 +140,8 @@ class Overlap:
 
     def lines(self) -> tuple[str, ...]:
         """All that must be told of it."""
-        return tuple(line for line in (self.headline(), self.unknown()) if line)
+        repeats = repeated_items(self.repeated, self.asked) if self.repeated else ""
+        return tuple(line for line in (self.headline(), self.unknown(), repeats) if line)
 
     def headline(self) -> str:
         """What must stand above a result; empty where nothing overlaps."""
@@ -241,6 +253,7 @@ def check_overlap(questions: Sequence[Question], seen: Mapping[str, RowRecord], 
         {role: count for role, count in by.items() if count},
         tuple(shared[:5]),
         everything.unknown,
+        len(questions) - len({row_hash(question.question) for question in questions}),
     )
     if shared and not allow:
         counts = ", ".join(f"{role} {count}" for role, count in found.by.items())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm import files
-from mlx_rsgwm.data.row_hashes import not_recorded
+from mlx_rsgwm.data.row_hashes import not_recorded, repeated_items
 from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.figures import plot
 from mlx_rsgwm.evaluation.page import render_html
@@ -183,6 +183,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     unknown = (summary.get("overlap") or {}).get("not_recorded")
     if unknown:
         found.append(not_recorded(unknown))
+    if repeated := (summary.get("overlap") or {}).get("repeated"):
+        found.append(f"{repeated_items(repeated, summary['overlap']['asked'])}.")
     contamination = summary["metadata"].get("contamination")
     if contamination:
         found.append(

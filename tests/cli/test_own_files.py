@@ -165,6 +165,23 @@ def test_calibrating_within_eval_is_checked_like_any(trained):
     assert draw_calibration([mine], 24, 0, None, {}, False, only_known_files=True).questions == ()
 
 
+def test_items_asked_twice_are_told(trained, tiny_base, tmp_path):
+    rows = [{"id": n, "question": f"Which is {'abcab'[n]}?", "answer": str(n)} for n in range(5)]
+    result, told = evaluate(trained, tiny_base, "--task", write(tmp_path / "x.jsonl", rows), "--out", tmp_path / "r")
+    line = "2 of 5 items ask what another item asks, and count each time"
+    assert line in told
+    assert f"{line}." in (tmp_path / "r" / "report.md").read_text()
+    assert (result["n"], result["overlap"]["repeated"]) == (5, 2)
+
+
+def test_two_files_of_one_name_are_no_pool(tmp_path):
+    (tmp_path / "a").mkdir()
+    files = [write(folder / "mine.jsonl", ROWS) for folder in (tmp_path, tmp_path / "a")]
+    error, _ = invoke("train-pool", "--task", files[0], "--task", files[1], "--out", tmp_path / "pool", code=2)
+    assert "two --data or --task are called mine" in error["error"]
+    assert not (tmp_path / "pool").exists()
+
+
 def test_a_row_given_twice_is_calibrated_on_once(tmp_path):
     """The halves of a promise must not share rows: one fits, the other tests."""
     from mlx_rsgwm.evaluation.contamination import draw_calibration

@@ -6,6 +6,7 @@ import pytest
 
 from mlx_rsgwm.data.examples import load_examples
 from mlx_rsgwm.data.sets import load_data
+from mlx_rsgwm.data.sources import load_jsonl
 from mlx_rsgwm.errors import RsgwmError
 
 ROWS = {
@@ -96,6 +97,23 @@ def test_bad_files(tmp_path, lines, mask, message):
     path.write_text(lines)
     with pytest.raises(RsgwmError, match=message):
         load_examples(path, mask)
+
+
+def test_questions_are_no_training_rows(tmp_path):
+    """A file of the other kind is named as that, and not line by line."""
+    rows = [{"question": f"What is {n}?", "answer": n, "id": n} for n in range(30)]
+    mine, table = write(tmp_path / "mine.jsonl", rows), tmp_path / "mine.CSV"
+    table.write_text("question,answer\nWhat?,1\n")
+    with pytest.raises(
+        RsgwmError, match=r"mine\.jsonl has questions and answers, not .* rsgwm data build --task"
+    ) as told:
+        load_examples(mine, False)
+    assert "line" not in str(told.value).removeprefix(str(tmp_path))
+    with pytest.raises(RsgwmError, match=r"mine\.CSV is a table, .* rsgwm data build --task"):
+        load_examples(table, False)
+    for kind, names in (("completions", "prompt, completion"), ("chat", "messages"), ("text", "text")):
+        with pytest.raises(RsgwmError, match=f"line 1: no question, it has {names}; line 2"):
+            load_jsonl(write(tmp_path / "rows.jsonl", ROWS[kind]))
 
 
 def test_a_row_without_an_answer_is_trained_whole_or_refused(base, tmp_path):
