@@ -10,18 +10,24 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-_QUESTION = r"(?:Q|Question|Problem|User|Human|Instruction|Input|Prompt|Query)"
-_ANSWER = r"(?:A|Answer|Solution|Assistant|Response|Output|Completion)"
-# Where a question or an answer begins: a label at the start of a line, a heading, or a marker of a chat template in
-# text that was rendered before, with the role's name behind some of them. The label of the answer may end a line.
+_LABEL = (
+    r"(?:Q|Question|Problem|User|Human|Instruction|Input|Prompt|Query"
+    r"|A|Answer|Solution|Assistant|Response|Output|Completion)"
+)
+# Where a question or an answer begins or ends. A label may stand at the start of a line, as a heading, or end the text.
 _BORDER = re.compile(
-    rf"^[ \t]*(?:{_QUESTION}|{_ANSWER})[ \t]*[:：]|^[ \t]*#+[ \t]*(?:{_QUESTION}|{_ANSWER})[ \t]*[:：]?[ \t]*$"
-    rf"|\s{_ANSWER}[ \t]*[:：]\s*\Z"
-    r"|(?:<\|[^<>|\n]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos)>)"
+    rf"^[ \t]*[*_]*{_LABEL}[ \t]*[*_]*[:：][*_]*|^[ \t]*\#+[ \t]*{_LABEL}[ \t]*[:：]?[ \t]*$"
+    rf"|\#\#+[ \t]*{_LABEL}[ \t]*[:：]|\s{_LABEL}[ \t]*[:：]\s*\Z"
+    r"|^[ \t]*(?:\#{2,}|-{3,}|={3,}|\*{3,}|`{3,}\w*|\"{3})[ \t]*$"  # a line that only separates
+    rf"|</?{_LABEL}>|\b(?-i:USER|HUMAN|SYSTEM|ASSISTANT):"
+    # Markers of a chat template in text that was rendered before, with the role's name behind some of them.
+    r"|(?:<[|｜][^<>\n]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos)>)"
     r"(?:(?:user|assistant|model|system)\b(?=\s|<))?",
     re.IGNORECASE | re.MULTILINE,
 )
-_LINE_LABEL = re.compile(r"\s*#*\s*[^\W\d_](?:[^\W_]|[ \t.-]){0,23}[:：]\s*")  # in any language
+# A number, or words in any language and a colon.
+_LINE_LABEL = re.compile(r"\s*(?:\(?\d{1,4}[.)]\s+|[#*_\s]*[^\W\d_](?:[^\W_]|[ \t.-]){0,23}[*_]*[:：][*_]*\s*)")
+_QUOTES = "\"'“”„«»「」`*_ \t\r\n"
 SHORTEST_LINE = 16  # characters of a line that neither has a label nor ends as a question; shorter ones are headings
 MOST_LINES = 64  # of a text; a longer one is a document, of which only what borders set off and what asks is taken
 
@@ -39,12 +45,12 @@ def parts(text: str) -> Iterator[str]:
         yield from segments
     lines = [line.strip() for segment in segments for line in segment.split("\n") if line.strip()]
     document = len(lines) > MOST_LINES
-    for line in lines:
-        label = _LINE_LABEL.match(line)
-        if label and label.end() < len(line) and not document:
-            yield line[label.end() :]
-        if len(lines) > 1 and (line[-1] in "?？؟" or (len(line) >= SHORTEST_LINE and not document)):
-            yield line
+    for part in dict.fromkeys((*segments, *(() if document else lines))):
+        plain = _LINE_LABEL.sub("", part, count=1) if _LINE_LABEL.match(part) else part
+        if (unquoted := plain.strip(_QUOTES)) and unquoted != part:
+            yield from dict.fromkeys((plain, unquoted))
+    if len(lines) > 1:
+        yield from (line for line in lines if line[-1] in "?？؟" or (len(line) >= SHORTEST_LINE and not document))
 
 
 def _segments(text: str) -> list[str]:

@@ -165,6 +165,21 @@ def test_calibrating_within_eval_is_checked_like_any(trained):
     assert draw_calibration([mine], 24, 0, None, {}, False, only_known_files=True).questions == ()
 
 
+def test_rows_trained_on_in_another_format_are_recognised(trained, tiny_base, tmp_path):
+    """Text that was rendered by hand, asked again as questions from a CSV file."""
+    form = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+    texts = [{"text": form.format(**row)} for row in ROWS[:4]]
+    invoke("train", "--base", tiny_base, "--data", write(tmp_path / "texts.jsonl", texts), "--rank", 2, "--steps", 1,
+           "--out", tmp_path / "a")  # fmt: skip
+    table = tmp_path / "asked.csv"
+    table.write_text("id,question,answer\n" + "".join(f"{n},{ROWS[n]['question']},1\n" for n in (59, 3, 9, 1)))
+    pair = ("--drafter", tmp_path / "a", "--verifier", tmp_path / "a", "--base", tiny_base, "--task", table)
+    for command in (("eval", "--template", "plain"), ("calibrate", "--split", "all", "--template", "plain")):
+        error, _ = invoke(*command, *pair, code=2)
+        assert "2 of 4 " in error["error"]
+        assert "(drafter 2, verifier 2), such as 3;" in error["error"]
+
+
 def test_items_asked_twice_are_told(trained, tiny_base, tmp_path):
     rows = [{"id": n, "question": f"Which is {'abcab'[n]}?", "answer": str(n)} for n in range(5)]
     result, told = evaluate(trained, tiny_base, "--task", write(tmp_path / "x.jsonl", rows), "--out", tmp_path / "r")

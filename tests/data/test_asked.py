@@ -38,10 +38,20 @@ def written(question, answer):
         "german": {"prompt": f"Frage: {question}\nAntwort:", "completion": answer},
         "alpaca": {"prompt": f"{below}{question}\n\n### Response:\n", "completion": answer},
         "instructed": {"prompt": f"Solve this step by step.\n\n{question}", "completion": answer},
+        "markdown": {"prompt": f"**Question:** {question}\n**Answer:**", "completion": answer},
+        "tagged": {"prompt": f"<question>\n{question}\n</question>", "completion": answer},
+        "separated": {"prompt": f"{question}\n\n###\n\n", "completion": answer},
+        "numbered": {"prompt": f"12. {question}", "completion": answer},
+        "quoted": {"prompt": f'Solve: "{question}"', "completion": answer},
+        "in a context": {"prompt": f"Context: a river.\n\nQuestion: {question}\n\nAnswer: ", "completion": answer},
         "text": {"text": f"Question: {question}\nAnswer: {answer}"},
         "chatml text": {"text": f"{marked}{answer}<|im_end|>\n"},
         "llama text": {"text": f"<s>[INST] {question} [/INST] {answer}</s>"},
         "header": {"text": f"<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>{answer}"},
+        "zephyr text": {"text": f"<|user|>\n{question}</s>\n<|assistant|>\n{answer}</s>"},
+        "deepseek text": {"text": f"<｜begin▁of▁sentence｜><｜User｜>{question}<｜Assistant｜>{answer}"},
+        "vicuna text": {"text": f"A chat with an assistant. USER: {question} ASSISTANT: {answer}</s>"},
+        "guanaco text": {"text": f"### Human: {question}### Assistant: {answer}"},
         "gemma text": {"text": f"<start_of_turn>user\n{question}<end_of_turn>\n<start_of_turn>model\n{answer}"},
     }  # fmt: skip
 
@@ -68,14 +78,23 @@ def test_a_question_is_recognised_in_every_format(tmp_path, question):
 
 
 def test_two_formats_of_one_row_are_one_row(tmp_path):
-    embedded = {"german", "alpaca", "instructed", "text", "chatml text", "llama text", "header", "gemma text"}
+    whole = {
+        "completions",
+        "with an id",
+        "spaced",
+        "chat",
+        "in parts",
+        "with a system prompt",
+        "labelled",
+        "on one line",
+    }
     keys = {}
     for name, row in written(QUESTION, ANSWER).items():
         record = examples_of(tmp_path, row).record()
         keys[name] = record
     for (first, one), (second, other) in itertools.combinations(keys.items(), 2):
-        if first in embedded and second in embedded:
-            continue  # either could be quoting the other; only whole questions decide
+        if not whole & {first, second}:
+            continue  # each may quote the other's question beside its own; a whole question decides
         assert one.used & (other.used | other.parts) or one.parts & other.used, (first, second)
 
 
