@@ -88,7 +88,9 @@ def calibrate(
     save_calibration(folders["verifier"], found)
     console.line(render(found))
     console.line(f"calibration: {folders['verifier']}")
-    console.result({"out": str(folders["verifier"]), **found.to_dict(), "overlap": drawn.overlap.headline()})
+    console.result(
+        {"out": str(folders["verifier"]), **found.to_dict(), "overlap": drawn.overlap.headline("NOT HELD OUT")}
+    )
 
 
 def render(found: Calibration) -> str:

@@ -96,7 +96,7 @@ def controls(
     for doubt in check_pair(*adapters):
         console.warn(doubt)
     summary = run_controls(load_base_for(adapters, base_name, console.progress), plan, console.progress)
-    for line in (*drawn.notes, *overlap.lines()):
+    for line in dict.fromkeys((*drawn.notes, *overlap.lines())):
         console.line(line)
     console.line(aligned(control_rows(summary)))
     console.line("\n".join(control_notes(summary)))

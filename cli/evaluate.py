@@ -104,10 +104,11 @@ def evaluate(
     progress = console.progress if processes.writes else SILENT
     adapters = rows_seen({"drafter": loop["drafter"], "verifier": loop["verifier"]})
     held_out: Sequence[Question] = ()
+    notes: tuple[str, ...] = ()
     if loop["score"] == "auto" and load_calibration(loop["verifier"]) is None:
         count = max(4, 24 // len(tasks))
         drawn = draw_calibration(tasks, count, console.seed, folder, adapters, allow_overlap, only_known_files=True)
-        held_out = drawn.questions
+        held_out, notes = drawn.questions, drawn.notes
         if held_out:
             adapters["calibration here"] = drawn.record
     seen = union(adapters)
@@ -117,7 +118,7 @@ def evaluate(
             progress.message(told["note"])
     questions = with_own_ids(slices)
     overlap = check_overlap(questions, adapters, allow_overlap, "test")
-    for line in overlap.lines():
+    for line in dict.fromkeys((*notes, *overlap.lines())):
         progress.message(line)
     checked = contamination(questions, training_questions(train_data)) if train_data else None
 

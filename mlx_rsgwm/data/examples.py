@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,12 @@ class Examples:
 
     def record(self) -> RowRecord:
         """What the rows are recognised by: prompts, user's messages, whole texts, and parts that may be questions."""
-        return RowRecord.of_keys(map(_keys, self.rows))
+        return RowRecord.of_keys(self.keys)
+
+    @cached_property
+    def keys(self) -> tuple[RowKeys, ...]:
+        """What each row is recognised by."""
+        return tuple(map(_keys, self.rows))
 
     def contents(self) -> frozenset[bytes]:
         """Hashes of what the rows ask and answer, by which files of the same rows are recognised."""
@@ -74,7 +79,7 @@ class Examples:
             raise RsgwmError(f"{self.path}: {self.format} rows need a chat template, and the base's tokenizer has none")
         render = self._text_row if self.format == "text" else partial(self._chat_row, ChatRenderer(tokenizer))
         rows, dropped, problems = [], 0, []
-        for number, row in zip(self.numbers, self.rows, strict=True):
+        for number, row, keys in zip(self.numbers, self.rows, self.keys, strict=True):
             name = f"{self.path.name}:{number}"
             try:
                 tokens, prompt, untrained, notes = render(tokenizer, row)
@@ -90,7 +95,7 @@ class Examples:
                 continue
             fitted = fit_row(
                 "draft", tokens[:prompt], tokens[prompt:], name, max_tokens, long_rows, untrained, tuple(notes),
-                _keys(row),
+                keys,
             )  # fmt: skip
             if fitted is None:
                 dropped += 1

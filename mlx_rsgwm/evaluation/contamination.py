@@ -143,12 +143,12 @@ class Overlap:
         repeats = repeated_items(self.repeated, self.asked) if self.repeated else ""
         return tuple(line for line in (self.headline(), self.unknown(), repeats) if line)
 
-    def headline(self) -> str:
+    def headline(self, what: str = "NOT A TEST") -> str:
         """What must stand above a result; empty where nothing overlaps."""
         if not self.items:
             return ""
         by = ", ".join(f"{name} {count}" for name, count in self.by.items())
-        return f"NOT A TEST: {self.items} of {self.asked} items were trained or calibrated on ({by})"
+        return f"{what}: {self.items} of {self.asked} items were trained or calibrated on ({by})"
 
 
 def rows_trained_on(folders: Mapping[str, Path]) -> dict[str, RowRecord]:
@@ -227,7 +227,7 @@ def draw_calibration(
         notes += [note] if (note := chosen.note(task)) else []
     drawn = tuple(questions.values())
     overlap = check_overlap(drawn, trained, allow, "calibration")
-    notes += overlap.lines() if drawn else ()
+    notes += [line for line in (overlap.headline("NOT HELD OUT"), overlap.unknown()) if line and drawn]
     return CalibrationDraw(drawn, RowRecord.of((row.question for row in drawn), in_files), overlap, tuple(notes))
 
 
