@@ -35,6 +35,20 @@ _UNITS |= {
     "degree celsius": "°c",
     "degree fahrenheit": "°f",
 }
+# Units of one quantity by exact factors. Metric and imperial stay apart: their conversions are rarely exact in a draft.
+_BASE_UNITS: dict[str, tuple[str, Fraction]] = {
+    unit: (base, Fraction(factor))
+    for base, factors in {
+        "mm": {"mm": 1, "cm": 10, "m": 10**3, "km": 10**6},
+        "in": {"in": 1, "ft": 12, "yd": 36, "mi": 63360},
+        "mg": {"mg": 1, "g": 10**3, "kg": 10**6, "t": 10**9},
+        "oz": {"oz": 1, "lb": 16},
+        "ml": {"ml": 1, "l": 10**3},
+        "ms": {"ms": 1, "s": 10**3, "min": 60_000, "h": 3_600_000, "d": 86_400_000, "wk": 604_800_000},
+        "¢": {"¢": 1, "$": 100},
+    }.items()
+    for unit, factor in factors.items()
+}
 _SYMBOL = (
     r"(?:[kKMGTdcmµnp]?(?:m|g|s|[lL]|W|Hz|Pa|V|A|J|N|B|b|bit|bps|Wh|cal|eV)|KM|KG|CM|hz|gb|mb|kb|tb|h|d|t|K|min|hrs?|sec|"
     r"mi|ft|in|yds?|lbs?|oz|mph|kmh|kph|rpm|ha|°\s?[CF]|°|%|[$€£¥₹¢])(?:\s?\^\s?\{?[23]\}?)?"
@@ -45,6 +59,7 @@ _UNIT = re.compile(
 )
 _PREFIXED = re.compile(r"M(?:[mgslLWVAJNBb]|Hz|Pa|Wh|eV|bps|bit)(?![a-zA-Z])")
 _AMOUNT = re.compile(r"[-+–]?\s*(?:[0-9][0-9.,_ /'’]*[0-9]|[0-9]|\.[0-9]+)")
+_POWER = re.compile(r"\s?\^\s?\{?([0-9]{1,2})\}?(?![0-9])")
 _MONEY = re.compile(r"(?:(?P<sign>[-–])\s?)?(?P<currency>(?:US|CA|AU|A|C)?\$|[€£¥₹])\s?")
 _LATEX_AMOUNT = re.compile(r"(?P<amount>.*(?:[0-9})]|\\pi))\s*\\(?:text|mbox|mathrm|textrm)\s*\{(?P<unit>[^{}]*)\}")
 _DRESS = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf|textit)\s*\{([^{}]*)\}")
@@ -104,6 +119,15 @@ def read_amount(text: str) -> Amount | None:
     number = parse_number(sign + match[0]) if match else None
     if match is None or number is None:
         return None
+    power = _POWER.match(rest, match.end())
+    if power is not None:  # "10² kg"
+        if number < 0 or len(match[0]) > 9:
+            return None
+        value, tail = number ** int(power[1]), rest[power.end() :].strip()
+        unit = _UNIT.fullmatch(tail)
+        if unit is None or (unit["symbol"] is None and len(tail) < 3):
+            return None
+        return Amount(value, "", unit_name(tail))
     scale = scale_after(rest, match.end(), money is not None)
     if scale is None and money:
         letter = re.match(r"\s?(m|k)(?![^\W_])", rest[match.end() :], re.IGNORECASE)
@@ -119,6 +143,16 @@ def read_amount(text: str) -> Amount | None:
     if unit["symbol"] is None and len(tail) < 3:
         return None
     return Amount(number, "", unit_name(tail))
+
+
+def convertible(unit: str, other: str) -> bool:
+    """Whether one unit is an exact multiple of the other (metres and centimetres, dollars and cents)."""
+    return unit in _BASE_UNITS and other in _BASE_UNITS and _BASE_UNITS[unit][0] == _BASE_UNITS[other][0]
+
+
+def in_base_unit(amount: Amount) -> Fraction | None:
+    """The value in the smallest unit of its kind; only for a unit that :func:`convertible` knows."""
+    return None if amount.value is None else amount.value * _BASE_UNITS[amount.unit][1]
 
 
 def plain_text(text: str) -> str:

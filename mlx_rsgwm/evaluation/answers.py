@@ -21,8 +21,8 @@ from mlx_rsgwm.data.boxes import find_boxes
 from mlx_rsgwm.data.number_words import could_become_scale
 from mlx_rsgwm.data.numbers import parse_number, plain_number
 from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.evaluation.equality import RUNAWAY, parse_mathematics
 from mlx_rsgwm.evaluation.equality import is_correct as is_correct
-from mlx_rsgwm.evaluation.equality import parse_mathematics
 from mlx_rsgwm.evaluation.final_text import final_text, marked_lines, statements
 from mlx_rsgwm.evaluation.label_reading import options_of as options_of
 from mlx_rsgwm.evaluation.label_reading import read_choice, read_verdict
@@ -110,6 +110,8 @@ def _math(text: str, options: Mapping[str, str], finished: bool) -> Reading:
     elif len(text) < 2000 and _BARE.fullmatch(text.strip()):
         value = text.rpartition("=")[2]
     else:
+        if RUNAWAY.search(text[-4000:]):
+            return NOTHING
         read = parse_mathematics(text[-4000:])
         return Reading(plain_number(str(read[-1])), stated=False) if read else NOTHING
     value = value.strip(" *`").rstrip(".").strip().strip("$").strip()

@@ -15,9 +15,11 @@ from typing import Any
 from mlx_rsgwm.data.digits import fold_digits
 from mlx_rsgwm.data.numbers import parse_number, unfrac
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.evaluation.answer_forms import Amount, read_amount, written
+from mlx_rsgwm.evaluation.answer_forms import Amount, convertible, in_base_unit, read_amount, written
 
 SECONDS = 5  # for math-verify to parse or compare; beyond that the answers count as different
+LONGEST = 2000  # characters of an answer that math-verify is asked about
+RUNAWAY = re.compile(r"(.{1,40}?)\1{19,}", re.DOTALL)  # a model that got stuck repeats itself
 _LOOKS_MATHEMATICAL = re.compile(r"[\\^_=+*/<>(){}\[\]|]|\d")
 
 
@@ -77,13 +79,17 @@ def is_correct(value: str | None, gold: str) -> bool:
 
 
 def _could_be_mathematics(value: str, gold: str) -> bool:
+    if len(value) > LONGEST or RUNAWAY.search(value):  # math-verify would use up its time limit on it
+        return False
     return bool(_LOOKS_MATHEMATICAL.search(gold) and _LOOKS_MATHEMATICAL.search(value))
 
 
 def _same_amount(value: str, gold: str, ours: Amount | None, theirs: Amount | None) -> bool:
     """Whether amounts are equal; one side may leave the unit out, but not a word that multiplies ("5 million")."""
     if ours is not None and theirs is not None and ours.value is not None and theirs.value is not None:
-        return ours.value == theirs.value and ("" in (ours.unit, theirs.unit) or ours.unit == theirs.unit)
+        if "" in (ours.unit, theirs.unit) or ours.unit == theirs.unit:
+            return ours.value == theirs.value
+        return convertible(ours.unit, theirs.unit) and in_base_unit(ours) == in_base_unit(theirs)
     other = value if theirs is not None and theirs.value is not None else gold
     amount = theirs if theirs is not None and theirs.value is not None else ours
     assert amount is not None
@@ -105,6 +111,7 @@ def _differ_in_form(value: str, gold: str) -> bool:
         and ours.unit
         and theirs.unit
         and ours.unit != theirs.unit
+        and not (None not in (ours.value, theirs.value) and convertible(ours.unit, theirs.unit))
         and "°" not in (ours.unit, theirs.unit)
     ):
         return True
@@ -150,6 +157,7 @@ def load_math_verify() -> Any:
 
 
 def _in_math_mode(text: str) -> str:
+    text = fold_digits(text)  # math-verify drops a superscript exponent: "10²" would be 10
     return text if "$" in text or "\\(" in text or "\\boxed" in text else f"${text}$"
 
 

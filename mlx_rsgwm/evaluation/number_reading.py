@@ -107,6 +107,7 @@ _CONFIRMED = re.compile(
     r"(?<!not )(?<!in)\b(?:correct|right|confirmed|consistent|checks out|matches|as expected|makes sense|yes)\b",
     re.IGNORECASE,
 )
+_WRONG = re.compile(r"\b(?:wrong|incorrect|mistake|error|not (?:right|correct))\b", re.IGNORECASE)
 _CHATTER = re.compile(
     r"\W*(?:\(|note\b|notes\b|n\.b\.|prices?\b|hope\b|i hope\b|let me know|feel free|would you|do you|please|ask me|"
     r"source|disclaimer|copyright|\*\s*note)",
@@ -371,9 +372,11 @@ def _whole(box: str, commas: bool) -> Reading:
 def _after_correction(text: str, place: Statement, reading: Reading, commas: bool) -> Reading:
     """The reading, unless the text takes it back afterwards: then what it says instead, or nothing."""
     tail = taken_back(text, place)
-    if tail is None or _CONFIRMED.search(tail):
+    if tail is None or (_CONFIRMED.search(tail) and not _WRONG.search(tail)):
         return reading
     instead = last_number(tail, commas)
+    if instead is NOTHING and _CONFIRMED.search(tail):
+        return reading  # "Was that wrong? No, it is correct."
     return AMBIGUOUS if instead.value is None else replace(instead, stated=False)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -294,3 +295,43 @@ def test_the_same_amount_or_text_in_another_spelling_is_right(value, gold):
     pytest.importorskip("math_verify")
     assert is_correct(value, gold)
     assert is_correct(gold, value)
+
+
+@pytest.mark.parametrize(
+    ("value", "gold", "equal"),
+    [
+        ("10² kg", "10 kg", False), ("10² kg", "100 kg", True), ("10^2 kg", "100", True), ("10²", "10", False),
+        ("10²", "100", True), ("5 m²", "5 m", False), ("x²", "x^2", True), ("2³ cm", "8 cm", True), ("2³", "2", False),
+        ("5 m", "500 cm", True), ("5 m", "5 km", False), ("5 m", "5 cm", False), ("5 km", "5000 metres", True),
+        ("2 hours", "120 minutes", True), ("2 hours", "2 minutes", False), ("90 s", "1.5 min", True),
+        ("$5", "500 cents", True), ("$5", "5 cents", False), ("1.5 kg", "1500 g", True), ("3 ft", "36 inches", True),
+        ("3 ft", "1 yard", True), ("1 mile", "1.6 km", False), ("5 m", "5 s", False), ("5 l", "5 kg", False),
+        ("€5", "500 cents", False), ("500 m²", "5 cm²", False), ("5", "500 cm", False),
+    ],
+)  # fmt: skip
+def test_exponents_and_units_are_part_of_an_amount(value, gold, equal):
+    pytest.importorskip("math_verify")
+    assert is_correct(value, gold) is equal
+    assert is_correct(gold, value) is equal
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 12. Wait, that is wrong; 11 is right.", "11"),
+        ("The answer is 12. Wait, that is incorrect. The right number is 11.", "11"),
+        ("The answer is 12. Oops, a mistake: 11 is correct.", "11"),
+        ("The answer is 12. Wait, was that wrong? No, it is correct.", "12"),
+        ("The answer is 12. Wait, let me check. Yes, that is right.", "12"),
+    ],
+)
+def test_a_correction_counts_in_any_word_order(text, answer):
+    assert extract(text, "flexible").value == answer
+
+
+def test_a_runaway_answer_costs_no_time_limit():
+    pytest.importorskip("math_verify")
+    start = time.process_time()
+    assert extract("It is " + "5 m " * 900, "math").value is None
+    assert not is_correct("5 m " * 400, "5 x")
+    assert time.process_time() - start < 2
