@@ -126,7 +126,10 @@ def _bare_content(box: str) -> str:
 def _expression(text: str) -> str:
     r"""The mathematics in a stated answer: what stands between ``$`` or ``\(``, else the text up to its full stop."""
     # A dollar sign that opens mathematics touches it, and the closing one is before no digit ("$10 - $3" is money).
-    inside = re.search(r"\$([^$\s](?:[^$]*[^$\s])?)\$(?!\d)|\$\s([^$]+)\s\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
+    inside = re.search(
+        r"(?<!\\)\$((?:\\\$|[^$\s])(?:(?:\\\$|[^$])*[^$\s])?)(?<!\\)\$(?!\d)|\$\s([^$]+)\s\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
+        text,
+    )
     if inside:
         return next(filter(None, inside.groups()))
     sentence = re.split(r"\.(?:\s|$)", text.strip(" *"), maxsplit=1)[0].strip()
@@ -134,7 +137,12 @@ def _expression(text: str) -> str:
         return sentence.rpartition("=")[2].strip()
     if re.match(r"[-\d./]+,\s(?:and\s)?[-\d]", sentence):  # a list of values is the answer as a whole
         return sentence if re.fullmatch(r"[-\d./]+(?:,\s(?:and\s)?[-\d./]+)+", sentence) else ""
-    return re.split(r"\.(?:\s|$)|,\s", text.strip(" *"), maxsplit=1)[0].strip()
+    text = text.strip(" *")
+    for match in re.finditer(r"\.(?:\s|$)|,\s", text):
+        before = text[: match.start()]
+        if match[0][0] == "." or len(re.findall(r"[(\[{]", before)) <= len(re.findall(r"[)\]}]", before)):
+            return before.strip()  # a comma inside brackets belongs to a point or an interval
+    return text
 
 
 def _text(text: str, options: Mapping[str, str], finished: bool) -> Reading:

@@ -335,3 +335,12 @@ def test_a_runaway_answer_costs_no_time_limit():
     assert extract("It is " + "5 m " * 900, "math").value is None
     assert not is_correct("5 m " * 400, "5 x")
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "gold", ["(-7, 3)", r"(-\infty, 2) \cup (3, \infty)", "[1, 4]", r"\left[\frac{1}{2}, \frac{4}{3}\right]", r"\$ 139"]
+)
+@pytest.mark.parametrize("form", [r"\boxed{%s}", "The answer is %s.", "The answer is $%s$.", "#### %s"])
+def test_a_gold_stated_in_any_form_equals_itself(gold, form):
+    pytest.importorskip("math_verify")
+    assert is_correct(extract(form % gold, "math").value, gold)
