@@ -63,6 +63,8 @@ def build(
 
     if draft_rows < 0 or verify_rows < 0 or draft_rows + verify_rows == 0:
         raise RsgwmError("--draft-rows and --verify-rows must not be negative, and not both 0")
+    if offset < 0:
+        raise RsgwmError(f"--offset must not be negative, found {offset}")
     template = find_template(template_name)
     rows: list[Any] = []
     of_files: list[Any] = []

@@ -94,6 +94,8 @@ def evaluate(
     for name, value in [*counts, ("--drafts", 1 if drafts is None else drafts)]:
         if value < 1:
             raise RsgwmError(f"{name} must be at least 1, found {value}")
+    if timed < 0:
+        raise RsgwmError(f"--timed must not be negative, found {timed}")
     wording = REFUSAL if refusal is None else _pattern(refusal)
     processes = launched_processes()
     if out is None and processes.size > 1:
@@ -132,7 +134,7 @@ def evaluate(
     )
     journal = Journal(out / FILE, about, shard=processes.rank) if out is not None else None
     records = run_items(
-        pipeline, questions, max(timed, 0), batch_rows, progress,
+        pipeline, questions, timed, batch_rows, progress,
         seeds=seeds, drafts=drafts, journal=journal, refusal=wording, processes=processes,
     )  # fmt: skip
     if not processes.writes:

@@ -221,6 +221,7 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
         (["data", "build", "--task", "nonesuch", "--out", "{tmp}/c"], "unknown task 'nonesuch'"),
         (["data", "build", "--task", "{tmp}/empty.jsonl", "--out", "{tmp}/c"], "empty"),
         (["data", "build", "--task", "change", "--draft-rows", "-1", "--out", "{tmp}/c"], "must not be negative"),
+        (["data", "build", "--task", "change", "--offset", "-1", "--out", "{tmp}/c"], "--offset must not be negative"),
         (["run", "demo", "--out", "{tmp}/r", "--set", "trian.x=1"], "did you mean 'train'"),
         (["ask", " ", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier"], "the question is empty"),
         (["ask", "q", "--drafter", "{tmp}/pickled", "--verifier", "{tmp}/verifier"], "is a pickle file"),
