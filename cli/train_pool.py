@@ -63,7 +63,7 @@ def train_pool(
     saving = saving_options(out, {}, running)
     processes = launched_processes()
     corpora = {folder.stem: folder for folder in folders}
-    names = [Path(source).stem for source in (*folders, *tasks)]
+    names = [path.stem for path in (*folders, *map(Path, tasks))]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise RsgwmError(f"two --data or --task are called {double[0]}; adapters are named after them")
     if processes.writes:
