@@ -307,6 +307,10 @@ def _misfits(sources: Sequence[Source]) -> list[str]:
 
 def _doubts(sources: Sequence[Source]) -> list[str]:
     doubts = []
+    folders = [source.folder.resolve() for source in sources if source.folder]
+    twice = list(dict.fromkeys(str(folder) for folder in folders if folders.count(folder) > 1))
+    if twice:
+        doubts.append(f"given more than once, and counted as often: {', '.join(twice)}")
     unknown = [source.label for source in sources if not source.base_fingerprint]
     if unknown:
         doubts.append(f"the base of {', '.join(unknown)} is not recorded: make sure that it is the same one")

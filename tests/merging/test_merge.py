@@ -366,3 +366,12 @@ def test_every_method_merges_two_and_is_repeatable(make_adapter, name):
     assert all(mx.array_equal(value, twice.weights[key]).item() for key, value in once.weights.items())
     assert find_method(name).summary
     assert find_method(name).source
+
+
+def test_an_adapter_that_is_given_twice_is_told(make_adapter, tmp_path):
+    folder = make_adapter(1).save(tmp_path / "one")
+    (tmp_path / "link").symlink_to(folder)
+    other = make_adapter(2).save(tmp_path / "two")
+    told = Pool.open([folder, tmp_path / "link", other]).warnings
+    assert told == (f"given more than once, and counted as often: {folder.resolve()}",)
+    assert Pool.open([folder, other]).warnings == ()
