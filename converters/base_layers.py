@@ -25,7 +25,7 @@ from mlx_rsgwm.converters.module_names import (
 )
 from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_config import config_for_mlx_lm, open_model
+from mlx_rsgwm.model_config import config_for_mlx_lm, model_classes, open_model
 from mlx_rsgwm.model_folder import first_line, read_config, weight_files
 from mlx_rsgwm.token_layers import is_head
 
@@ -140,8 +140,6 @@ def _weight_map(
     Raises:
         RsgwmError: ``sanitize`` cannot be followed, and no rule stands in for it.
     """
-    from mlx_lm.utils import _get_classes
-
     shapes, saved_by_mlx = _shapes_of(path), saved_by_mlx_lm(path)
     model_type = str(config["model_type"])
     if saved_by_mlx:
@@ -150,7 +148,7 @@ def _weight_map(
         shapes = checkpoint_shapes(dense, model_type)
     try:
         settings = {**config, **config_for_mlx_lm(config)}
-        model_class, arguments = _get_classes(settings)
+        model_class, arguments = model_classes(settings)
 
         def sanitize(arrays: dict[str, Any]) -> dict[str, Any]:
             model = model_class(arguments.from_dict(settings))  # a fresh one: some drop a tied head of their own here

@@ -37,6 +37,7 @@ COMPUTED = (
     *("scale_depth", "dim_model_base", "attention_chunk_size", "attn_temperature_tuning", "swiglu_limit"),
     *("use_bidirectional_attention",),
 )
+GPT2_PREFIX = "transformer."
 SAME_ACTIVATION = (
     {"silu", "swish"},
     {"gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"},
@@ -88,12 +89,12 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any], list[str]]:
     refuse_foreign_quantisation(path, written)
     meant = transformers_config(written)
     try:
-        model, config = load_model(path, lazy=True, model_config=supplied_fields(written, meant))
+        supplied = supplied_fields(written, meant)
+        model, config = load_model(path, lazy=True, model_config=supplied, get_model_classes=model_classes)
     except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
         told = first_line(error) if not str(error).startswith(("Received ", "Missing ")) else _names(error)
         method = quantisation_settings(written).get("quant_method")
         packed = f" (its weights are quantised by {method})" if method else ""
-        told += _remedy(written, error)
         raise RsgwmError(f"{path} cannot be loaded by mlx-lm{packed}: {told}") from error
     refuse_other_head(path, (name for name, _ in model.named_modules()))
     notes: list[str] = []
@@ -109,14 +110,26 @@ def _names(error: Exception) -> str:
     return f"{lines[0]} {', '.join(lines[1:4])}{more}"
 
 
-def _remedy(config: Mapping[str, Any], error: Exception) -> str:
-    """What to do about names of arrays that mlx-lm's class does not take off a prefix of."""
-    if config["model_type"] != "gpt2" or "transformer." not in str(error):
-        return ""
-    return (
-        "; mlx-lm reads GPT-2 only without the prefix transformer. in the names of its arrays: in transformers, "
-        "model.transformer.save_pretrained(FOLDER) writes them so"
-    )
+def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's classes of a model and its arguments; GPT-2's also for names as ``save_pretrained`` writes them."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments = _get_classes(config)
+    if config["model_type"] != "gpt2":
+        return model_class, arguments
+
+    class Prefixed(model_class):  # type: ignore[misc,valid-type]
+        """mlx-lm's reads the arrays of the model below the head alone, without their prefix."""
+
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            inner = {name.removeprefix(GPT2_PREFIX): value for name, value in weights.items()}
+            dropped = (".attn.bias", ".attn.masked_bias")  # masks; a head is compared with its embedding elsewhere
+            kept = {name: value for name, value in inner.items() if not name.endswith(dropped)}
+            if any(name.startswith(GPT2_PREFIX) for name in weights):
+                kept.pop("lm_head.weight", None)
+            return dict(super().sanitize(kept))
+
+    return Prefixed, arguments
 
 
 # --- what transformers reads in the file --------------------------------------------------------------------------

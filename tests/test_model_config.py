@@ -186,16 +186,37 @@ def test_a_head_dim_that_transformers_derives_is_supplied(tmp_path):
     assert error_of(tmp_path, expected)[0] < 1e-4
 
 
-def test_gpt2_as_save_pretrained_writes_it_is_refused_with_a_remedy_that_helps(tmp_path):
+@pytest.mark.parametrize("stored", ["with its prefix", "with prefix and head", "with masks", "without its prefix"])
+def test_gpt2_under_either_of_its_names(stored, tmp_path):
     import transformers
 
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-    expected = save(tmp_path, "gpt2", **sizes, tie_word_embeddings=True)
-    with pytest.raises(RsgwmError, match=r"model\.transformer\.save_pretrained"):
+    expected = save(tmp_path, "gpt2", n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=True)
+    file = str(tmp_path / "model.safetensors")
+    arrays = mx.load(file)
+    assert all(name.startswith("transformer.") for name in arrays)
+    if stored == "without its prefix":
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        model.transformer.save_pretrained(tmp_path / "inner")
+        assert error_of(tmp_path / "inner", expected)[0] < 1e-4
+        return
+    if stored == "with prefix and head":
+        arrays["lm_head.weight"] = arrays["transformer.wte.weight"]
+    if stored == "with masks":
+        arrays |= {
+            "transformer.h.1.attn.bias": mx.ones((1, 1, 8, 8)),
+            "transformer.h.1.attn.masked_bias": mx.array(-1e4),
+        }
+    mx.save_safetensors(file, arrays, {"format": "pt"})
+    assert error_of(tmp_path, expected)[0] < 1e-4
+
+
+def test_gpt2s_head_that_is_not_its_embedding_is_refused(tmp_path):
+    save(tmp_path, "gpt2", n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=True)
+    file = str(tmp_path / "model.safetensors")
+    arrays = mx.load(file)
+    mx.save_safetensors(file, {**arrays, "lm_head.weight": arrays["transformer.wte.weight"] + 1}, {"format": "pt"})
+    with pytest.raises(RsgwmError, match=r"lm_head\.weight in the checkpoint differs"):
         open_model(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    model.transformer.save_pretrained(tmp_path / "inner")
-    assert error_of(tmp_path / "inner", expected)[0] < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
