@@ -78,13 +78,14 @@ def _exp_vjp(primals: mx.array, cotangents: mx.array, outputs: mx.array) -> mx.a
 
 
 @cache
-def _cores() -> int:
+def cores() -> int:
+    """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, _cores() - 1))  # the caller is one more
+    return ThreadPoolExecutor(max(1, cores() - 1))  # the caller is one more
 
 
 def _by_rows(work: Callable[..., Any], *arrays: mx.array) -> mx.array:
@@ -93,7 +94,7 @@ def _by_rows(work: Callable[..., Any], *arrays: mx.array) -> mx.array:
     views = [np.array(array, copy=False).reshape(-1, width) for array in arrays]
     out = np.empty(views[0].shape, np.float32)
     step = max(1, BLOCK // max(1, width))
-    share = max(step if len(out) <= step else 1, -(-len(out) // _cores()))
+    share = max(step if len(out) <= step else 1, -(-len(out) // cores()))
 
     def part(first: int) -> None:
         for start in range(first, min(first + share, len(out)), step):

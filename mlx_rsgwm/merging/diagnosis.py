@@ -71,7 +71,7 @@ def diagnosis(
     allowances = {module: allowed[module].norm(_norms(row)) for module, row in plain.items()}
     modules = {module: _summary(row, allowances[module]) for module, row in plain.items()}
     _refuse_size(modules, allowances, options, remedy)
-    keys = ("square", "mean_square", "whole", "discarded")
+    keys = ("square", "mean_square", "discarded")
     overall: dict[str, Any] = {key: sum(row[key] for row in plain.values()) for key in keys}
     for key in ("squares", "dots"):
         overall[key] = [sum(column) for column in zip(*(row[key] for row in plain.values()), strict=True)]
@@ -112,6 +112,7 @@ def _norms(row: Mapping[str, Any]) -> list[float]:
 
 def _summary(row: Mapping[str, Any], allowance: float) -> dict[str, Any]:
     norm, norms = max(row["square"], 0.0) ** 0.5, _norms(row)
+    discarded = max(row["discarded"], 0.0)
     present = [one for one in norms if one]
     mean = sum(present) / len(present) if present else 0.0
     count = len(norms)
@@ -122,7 +123,7 @@ def _summary(row: Mapping[str, Any], allowance: float) -> dict[str, Any]:
         "growth": _ratio(norm, allowance),
         "cosines": [_cosine(dot, norm, one) for dot, one in zip(row["dots"], norms, strict=True)],
         "cosine_to_mean_product": _cosine(sum(row["dots"]) / count, norm, max(row["mean_square"], 0.0) ** 0.5),
-        "discarded": min(max(row["discarded"], 0.0) / row["whole"], 1.0) if row["whole"] > 0 else 0.0,
+        "discarded": discarded / (norm**2 + discarded) if discarded else 0.0,
         **{name.removeprefix("note/"): value for name, value in row.items() if name.startswith("note/")},
     }
 

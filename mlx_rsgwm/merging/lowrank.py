@@ -23,12 +23,11 @@ POWER_ITERATIONS = 3
 class Truncated:
     """An update at a given rank, and what that cost.
 
-    ``square``: ‖ΔW‖²_F before; ``discarded``: the part of it that is gone, ‖ΔW − ab‖²_F, a float32 scalar. ``exact``:
-    the truncation is the best there is of this rank (Eckart–Young), not a sketch's.
+    ``discarded``: ‖ΔW − ab‖²_F, a float32 scalar; ab is a projection, so ‖ΔW‖²_F is ‖ab‖²_F and this. ``exact``: the
+    truncation is the best there is of this rank (Eckart–Young), not a sketch's.
     """
 
     factors: Factors
-    square: mx.array
     discarded: mx.array
     exact: bool
 
@@ -66,14 +65,13 @@ def truncate(update: Factors, rank: int) -> Truncated:
     ``rank`` is handed back as it is.
     """
     if update.rank <= rank:
-        return Truncated(update, cross(update, update), mx.array(0.0), True)
+        return Truncated(update, mx.array(0.0), True)
     left, upper_left = mx.linalg.qr(update.a, stream=mx.cpu)
     right, upper_right = mx.linalg.qr(update.b.T, stream=mx.cpu)
     u, sigma, vt = svd(upper_left @ upper_right.T)
-    squares = mx.square(sigma)
     root = mx.sqrt(sigma[:rank])
     factors = Factors(left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ right.T)
-    return Truncated(factors, squares.sum(), squares[rank:].sum(), True)
+    return Truncated(factors, mx.square(sigma[rank:]).sum(), True)
 
 
 def truncate_dense(update: mx.array, rank: int, key: mx.array, exact: bool | None = None) -> Truncated:
@@ -82,21 +80,20 @@ def truncate_dense(update: mx.array, rank: int, key: mx.array, exact: bool | Non
 
     ``discarded`` is the error really made, ‖ΔW‖² − ‖ab‖² (a projection), so a sketch that missed something shows it.
     """
-    square = mx.square(update).sum()
     if exact is None:
         exact = min(update.shape) <= EXACT_SIDE
     if exact:
-        return _truncate_whole(update, rank, square)
+        return _truncate_whole(update, rank)
     width = min(rank + OVERSAMPLING, *update.shape)
     basis = _orthonormal(update @ mx.random.normal((update.shape[1], width), key=key))
     for _ in range(POWER_ITERATIONS):
         basis = _orthonormal(update @ _orthonormal(update.T @ basis))
     sketched = truncate(Factors(basis, basis.T @ update), rank)
     kept = cross(sketched.factors, sketched.factors)
-    return Truncated(sketched.factors, square, mx.maximum(square - kept, 0.0), False)
+    return Truncated(sketched.factors, mx.maximum(mx.square(update).sum() - kept, 0.0), False)
 
 
-def _truncate_whole(update: mx.array, rank: int, square: mx.array) -> Truncated:
+def _truncate_whole(update: mx.array, rank: int) -> Truncated:
     # QR first: MLX's SVD returns both orthogonal matrices whole, and the longer of them would be in × in.
     tall = update if update.shape[0] >= update.shape[1] else update.T
     basis, upper = mx.linalg.qr(tall, stream=mx.cpu)
@@ -104,7 +101,7 @@ def _truncate_whole(update: mx.array, rank: int, square: mx.array) -> Truncated:
     root = mx.sqrt(sigma[:rank])
     a, b = basis @ (u[:, :rank] * root), root[:, None] * vt[:rank]
     factors = Factors(a, b) if tall is update else Factors(b.T, a.T)
-    return Truncated(factors, square, mx.square(sigma[rank:]).sum(), True)
+    return Truncated(factors, mx.square(sigma[rank:]).sum(), True)
 
 
 def svd(matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -1,14 +1,14 @@
 """Inner products of a module's merged update with its sources, while its factors are in memory: what a diagnosis needs.
 
-Nothing dense is formed but where that is cheaper; products are float32. On Linux's CPU NumPy takes them, in a
-thread beside the merge: there MLX computes elementwise on one core, and thin products slowly.
+Nothing dense is formed but where that is cheaper; products are float32. On Linux's CPU NumPy takes them, in
+threads beside the merge: there MLX computes elementwise on one core, and thin products slowly.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.cpu import applies, one_blas_thread
+from mlx_rsgwm.cpu import applies, cores, one_blas_thread
 from mlx_rsgwm.merging.lowrank import Truncated, cross, owner_matrix, stack
 from mlx_rsgwm.merging.module import Factors, Module
 
@@ -24,7 +24,7 @@ from mlx_rsgwm.merging.module import Factors, Module
 STACKED_RANK = 128
 
 # Of one module: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the sources‖²,
-# ``whole`` and ``discarded`` (before truncation, and lost by it), and the method's notes under note/.
+# ``discarded`` (what truncation took from ``square``), and the method's notes under note/.
 Row = Mapping[str, Any]
 
 
@@ -82,9 +82,9 @@ class Batch:
     held: int = 0
 
     def diagnose(self, module: Module, merged: Truncated) -> dict[str, Any]:
-        """A :data:`Row`, of which :class:`Measuring` fills in the inner products where it takes them."""
+        """A :data:`Row`, of which :func:`measuring` fills in the inner products where it takes them."""
         row: dict[str, Any] = {f"note/{name}": value for name, value in module.notes.items()}
-        row |= {"whole": merged.square, "discarded": merged.discarded}
+        row["discarded"] = merged.discarded
         if measured_beside(module.factors, merged.factors):
             self.jobs.append((module.name, module.factors, merged.factors))
             self.arrays += [part for one in (*module.factors, merged.factors) for part in (one.a, one.b)]
@@ -94,42 +94,37 @@ class Batch:
         return row
 
 
-class Measuring:
-    """Inner products taken beside the merge, into the ``rows`` of a diagnosis; all are there when the block ends.
+@contextmanager
+def measuring(rows: Mapping[str, dict[str, Any]]) -> Iterator[Callable[[Sequence[Job]], None]]:
+    """What takes inner products beside the merge, from jobs whose arrays are evaluated; ``rows`` has them all when the
+    block ends.
 
-    A batch waits for the one before, so no more factors are held than those of two.
+    A batch waits for the one before, so no more factors are held than those of two. A thread a core takes every other
+    module: a product of 80 columns gains nothing from a second BLAS thread.
     """
+    running: list[Future[None]] = []
 
-    def __init__(self, rows: Mapping[str, dict[str, Any]]) -> None:
-        self._rows = rows
-        self._jobs: deque[Job] = deque()
-        self._worker = ThreadPoolExecutor(1)
-        self._running: Future[None] | None = None
+    def measure_share(jobs: Sequence[Job]) -> None:
+        for name, updates, merged in jobs:
+            rows[name].update(inner_products(updates, merged))
 
-    def __enter__(self) -> Measuring:
-        return self
+    def finish() -> None:
+        while running:
+            running.pop().result()
 
-    def start(self, jobs: Sequence[Job]) -> None:
-        """Measure, in turn, modules whose arrays are evaluated."""
-        self._finish()
-        self._jobs.extend(jobs)
-        self._running = self._worker.submit(self._measure)
+    workers = ThreadPoolExecutor(cores())
 
-    def _measure(self) -> None:
+    def start(jobs: Sequence[Job]) -> None:
+        finish()
+        shares = [jobs[first :: cores()] for first in range(cores())]
+        running.extend(workers.submit(measure_share, share) for share in shares if share)
+
+    try:
         with one_blas_thread():
-            while self._jobs:
-                name, updates, merged = self._jobs.popleft()
-                self._rows[name].update(inner_products(updates, merged))
-
-    def _finish(self) -> None:
-        if self._running is not None:
-            self._running.result()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        self._jobs.clear()
-        self._worker.shutdown()
+            yield start
+            finish()
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
 def _squares(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:

@@ -17,7 +17,7 @@ from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.errors import RsgwmError, raise_problems
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.lowrank import Truncated, truncate, truncate_dense
-from mlx_rsgwm.merging.measure import Batch, Measuring
+from mlx_rsgwm.merging.measure import Batch, measuring
 from mlx_rsgwm.merging.methods import Method, find_method, resolved, sums, weight_problems
 from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.options import MergeOptions
@@ -75,7 +75,7 @@ def _merged(
     objections: dict[str, Mapping[str, mx.array]] = {}
     ranks: dict[str, int] = {}
     computing, batch = Batch(), Batch()
-    with progress.task(f"merge by {options.method}", len(pool.modules)) as advance, Measuring(rows) as measuring:
+    with progress.task(f"merge by {options.method}", len(pool.modules)) as advance, measuring(rows) as measure_jobs:
         for module in _modules(pool, method, options, parameters):
             found = _compressed(method.merge(module), rank, module.key)
             a, b = _padded(found.factors, rank)
@@ -92,11 +92,11 @@ def _merged(
                 mx.async_eval(batch.arrays)
                 # A batch that is much larger than meant is one module's: two of those would be in memory.
                 mx.eval(computing.arrays, batch.arrays if batch.held >= 2 * BATCH_FACTORS else [])
-                measuring.start(computing.jobs)
+                measure_jobs(computing.jobs)
                 computing, batch = batch, Batch()
             advance(1, "")
         mx.eval(computing.arrays, batch.arrays)
-        measuring.start(computing.jobs + batch.jobs)
+        measure_jobs(computing.jobs + batch.jobs)
     labels = [source.label for source in pool.sources]
     # Why a method has no answer explains a result that is not finite; that an adapter is damaged explains either.
     found_here = diagnosis(rows, labels, allowed, objections, options, method.remedy) if diagnosed else None
