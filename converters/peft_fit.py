@@ -80,6 +80,29 @@ def take_copies(groups: Groups, base: BaseLayers) -> dict[str, mx.array]:
     return copies
 
 
+def take_other_weights(groups: Groups, base: BaseLayers, reading: Reading) -> None:
+    """Weights below LoRA that PEFT saved and that are not this base's: PEFT loads them, so they replace the base's.
+
+    Training in another float type rounds them, which is no change; nothing is known of a packed base's.
+    """
+    names = {module: f"{base.names.mlx_module(module)}.weight" for module in groups.copies}
+    present = base.read_arrays(set(names.values()))
+    for module, value in groups.copies.items():
+        ours = names[module]
+        old, link = present.get(ours), base.names.link(ours)
+        packed = f"{ours.removesuffix('.weight')}.scales" in base.parameters
+        if old is None or packed or (link is not None and not link.plain) or old.shape != value.shape:
+            continue
+        if f"{module}.weight" not in groups.whole and not _same_but_for_rounding(value, old):
+            groups.whole[f"{module}.weight"] = value
+            reading.notes.append(f"the weight below LoRA of {module} is not this base's, and replaces it")
+
+
+def _same_but_for_rounding(value: mx.array, old: mx.array) -> bool:
+    """Whether ``value`` is ``old``, or what is left of it in one of the types that models are trained in."""
+    return any(_same_values(value, old.astype(kind)) for kind in (old.dtype, value.dtype, mx.bfloat16, mx.float16))
+
+
 def _same_values(one: mx.array, other: mx.array) -> bool:
     """Whether two arrays hold the same numbers; widening to float32 is exact."""
     return bool(mx.array_equal(one.astype(mx.float32), other.astype(mx.float32)).item())

@@ -152,7 +152,11 @@ def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], soun
             groups.lora_biases[module] = value
         elif leaf == "base_weight" and _is_outer(module):
             groups.copies[module] = value
-        elif leaf in ("bias", "base_bias") and (config.get("bias", "none") != "none" or saves_whole(config, module)):
+        elif leaf in ("bias", "base_bias") and (
+            config.get("bias", "none") != "none"
+            or saves_whole(config, module)
+            or (leaf == "base_bias" and _is_outer(module))  # saved with the weight; PEFT loads it, whatever it holds
+        ):
             groups.whole[f"{module}.bias"] = value
         elif leaf == "weight" and (saves_whole(config, module) or _is_outer(module)):
             groups.whole[f"{module}.weight"] = value

@@ -14,7 +14,14 @@ from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.module_names import Names
 from mlx_rsgwm.converters.peft_config import config_notes, config_problems, scale_of
 from mlx_rsgwm.converters.peft_derived import derive_parameters
-from mlx_rsgwm.converters.peft_fit import depth_problems, fit_problems, missing_problems, other_towers, take_copies
+from mlx_rsgwm.converters.peft_fit import (
+    depth_problems,
+    fit_problems,
+    missing_problems,
+    other_towers,
+    take_copies,
+    take_other_weights,
+)
 from mlx_rsgwm.converters.peft_folder import Groups, PeftFolder, group_arrays
 from mlx_rsgwm.converters.peft_heads import head_problems, head_trained_apart, hold_other
 from mlx_rsgwm.converters.peft_layout import Layout, Reading
@@ -82,6 +89,8 @@ def read_peft(
         if base is not None:
             before = set(groups.whole)
             base, layout.rows = resized_layers(base, groups, found)
+            if not layout.rows:
+                take_other_weights(groups, base, reading)
             layout.derived += [base.names.mlx_parameters(name)[0] for name in groups.whole if name not in before]
         return _read_groups(folder, groups, found, copies, sidecar, layout, base, described, reading, metadata)
 

@@ -255,3 +255,75 @@ def test_a_quantised_tied_base_gets_a_dense_head(make, bases, tmp_path):
     head = mx.load(str(tmp_path / "fused" / "model.safetensors"))["lm_head.weight"]
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     assert np.array_equal(np.array(head.astype(mx.float32)), saved.numpy())
+
+
+@pytest.fixture
+def untied(tmp_path, byte_level):
+    def folder(kind):
+        torch.manual_seed(5)
+        config = getattr(transformers, f"{kind}Config")(**{**SIZES, "tie_word_embeddings": False})
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        model.save_pretrained(tmp_path / kind)
+        byte_level(tmp_path / kind)
+        return tmp_path / kind
+
+    return folder
+
+
+@pytest.mark.parametrize("trained", [["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_head_with_a_bias(make, untied, trained, changed, tmp_path):
+    """PEFT saves weight and bias of an adapted head, and loads what is saved."""
+    base = untied("Phi")
+    expected = make(base, tmp_path / "peft", target_modules=["q_proj", *trained])
+    if changed:
+        change(tmp_path / "peft", "lm_head.base_layer.bias", lambda bias: bias + torch.linspace(-1, 1, len(bias)))
+        expected = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "peft")))
+    converted_and_fused(base, expected, tmp_path)
+    assert bool(Adapter.load(tmp_path / "mlx").full) is changed
+
+
+def change(folder, name, function):
+    file = folder / "adapter_model.safetensors"
+    arrays = load_file(file)
+    name = f"base_model.model.{name}"
+    arrays[name] = function(arrays[name])
+    save_file(arrays, file, {"format": "pt"})
+
+
+def converted_and_fused(base, expected, tmp_path):
+    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base, "--verify")
+    assert converted.exit_code == 0, converted.output
+    fused = run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", base, "--quiet")
+    assert fused.exit_code == 0, fused.output
+    assert largest(mlx_logits(tmp_path / "fused"), expected) < 1e-4
+    assert largest(logits(torch_base(tmp_path / "fused")), expected) < 1e-4
+    back = run("convert", "to-peft", tmp_path / "mlx", tmp_path / "back", "--base", base)
+    assert back.exit_code == 0, back.output
+    before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("peft", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    return converted.output
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_a_weight_below_lora_that_is_not_the_bases(make, untied, name, tmp_path):
+    base = untied("Llama")
+    make(base, tmp_path / "peft", target_modules=["q_proj", name.rpartition(".")[2]])
+    change(
+        tmp_path / "peft", f"{name}.base_layer.weight", lambda weight: weight + torch.linspace(-1, 1, weight.shape[1])
+    )
+    expected = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "peft")))
+    assert "is not this base's" in converted_and_fused(base, expected, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_below_lora_that_was_only_rounded_is_no_change(make, untied, dtype, tmp_path):
+    base = untied("Llama")
+    make(base, tmp_path / "peft", target_modules=["q_proj", "lm_head"])
+    change(tmp_path / "peft", "lm_head.base_layer.weight", lambda weight: weight.to(dtype))
+    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base)
+    assert converted.exit_code == 0, converted.output
+    assert not Adapter.load(tmp_path / "mlx").full
