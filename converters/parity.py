@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,6 +104,7 @@ def check_parity(
         known = read_base_layers(base_name, path).names
         names = {module: torch_module(module, known) for module in ours.probes}
         theirs = _trace_torch(torch_path, folder, device, dtype, ids, ours.probes, names, continuation)
+        theirs = replace(theirs, probes=scaled_probes(theirs.probes, known))
         advance(1, "torch")
     verdict = compare(ours.logits, theirs.logits, len(adapter.modules()), tolerance)
     first = first_difference(ours, theirs, dtype, base_differs=verdict["base_max_abs_logit"] > tolerance)
@@ -139,6 +141,16 @@ def check_parity(
         "mlx_lm": _version("mlx-lm"),
     }
     return sign(result, adapter_folder, fingerprint)
+
+
+def scaled_probes(probes: dict[str, Probe], names: Names) -> dict[str, Probe]:
+    """What torch's layers add times the factors that mlx-lm puts into their weights, and torch beside the layers."""
+    scaled = {}
+    for module, probe in probes.items():
+        link = names.link(f"{module}.weight")
+        factor: Any = 1.0 if link is None or SWITCH.fullmatch(module) else link.scale
+        scaled[module] = replace(probe, added=(probe.added * factor).astype(np.float32))
+    return scaled
 
 
 def torch_module(module: str, names: Names) -> str:

@@ -240,6 +240,16 @@ def test_parity_of_an_adapter_of_the_whole_model_of_text_and_images(base_of, tmp
     assert result["layers_compared"] > 0
 
 
+@pytest.mark.parametrize("settings", [FALCON, {"target_modules": ["q_proj", "lm_head"]}])
+def test_parity_knows_the_factors_in_falcons_weights(settings, base_of, tmp_path):
+    base = base_of("falcon_h1")
+    make_peft(base, tmp_path / "peft", **settings)
+    convert_from_peft(tmp_path / "peft", read_base_layers(str(base), base), tmp_path / "ours")
+    result = check_parity(tmp_path / "ours", str(base), device="cpu", token_ids=[sweep.IDS], continuation=2)
+    assert result["passed"], result["failures"]
+    assert result["first_difference"] is None
+
+
 def test_fuse_transposes_a_saved_conv1d(base_of, tmp_path):
     settings = {"modules_to_save": ["attn.c_proj", "ln_f"], "fan_in_fan_out": True}
     expected = make_peft(base_of("gpt2"), tmp_path / "peft", target_modules=["c_attn"], **settings)
