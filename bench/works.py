@@ -21,6 +21,7 @@ from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.base import Base
 from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.logits import split_head
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.pipeline.decisions import LoopConfig
@@ -56,23 +57,22 @@ def timed_since(started: float) -> Times:
 
 
 def mlx_forward(model: nn.Module, prompt: Sequence[int], forced: Sequence[int]) -> Trial:
-    """One timed prefill and decode in MLX, as mlx-lm generates: prompt less its last token first, then steps."""
+    """One timed prefill and decode in MLX, as drafts are written: the whole prompt with logits of its last position."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    body, last = mx.array([prompt[:-1]]), mx.array([prompt[-1:]])
+    hidden, head = split_head(model)
+    whole = mx.array([prompt])
     tokens = [mx.array([[one]]) for one in forced]
-    mx.eval(body, last, tokens)
+    mx.eval(whole, tokens)
 
     def step(token: mx.array, cache: list[Any]) -> mx.array:
-        return mx.argmax(model(token, cache=cache)[:, -1], axis=-1)
+        return mx.argmax(head(hidden(token, cache=cache)[:, -1]), axis=-1)
 
     def trial() -> Times:
         cache = make_prompt_cache(model)
         mx.synchronize()
         started = time.perf_counter()
-        model(body, cache=cache)  # its logits are never asked for, so the head is not computed
-        mx.eval([one.state for one in cache])
-        mx.eval(step(last, cache))
+        mx.eval(step(whole, cache))
         filled = time.perf_counter()
         picked = []
         for token in tokens:
