@@ -74,7 +74,7 @@ def test_rows_hold_what_is_promised(result):
         for side in ("mlx_ms", "torch_ms"):
             low, high = row["iqr"][side]
             assert 0 < low <= row[side] <= high
-        assert row["ratio"] == pytest.approx(row["torch_ms"] / row["mlx_ms"], rel=0.01)
+        assert row["ratio"] == pytest.approx(row["torch_ms"] / row["mlx_ms"], rel=0.01, abs=6e-4)  # of three decimals
     machine = result["machine"]
     assert (machine["dtype"], machine["torch_device"]) == ("float32", "cpu")
     assert {"mlx", "mlx-lm", "torch", "peft", "transformers"} <= machine["versions"].keys()
