@@ -185,7 +185,7 @@ def test_held_out_rows_are_cut_as_training_rows_are(base, config, tmp_path):
             self.messages.append(text)
 
     def write(name, lengths):
-        rows = [{"prompt": "What?", "completion": "x" * length} for length in lengths]
+        rows = [{"prompt": f"What is {length}?", "completion": "x" * length} for length in lengths]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write("train.jsonl", [10, 12])
