@@ -31,14 +31,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.adapter import Adapter, LoraSpec
-from mlx_rsgwm.base import load_base
 from mlx_rsgwm.bench.architecture_configs import ARCHITECTURES, make_config
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
-from mlx_rsgwm.converters.parity import apply_peft, load_torch_base
-from mlx_rsgwm.converters.parity_mlx import apply_adapter
-from mlx_rsgwm.converters.peft import convert_from_peft, convert_to_peft
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.converters.parity.check import apply_peft, load_torch_base
+from mlx_rsgwm.converters.parity.mlx import apply_adapter
+from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+from mlx_rsgwm.models.base import load_base
 
 IDS = [1, 5, 9, 2, 33, 60, 41, 8, 55, 3, 17]
 TOLERANCE = 1e-4

@@ -25,8 +25,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.bench.architecture_configs import ARCHITECTURES, SIZES
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_config import open_model
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.config import open_model
 
 IDS = [int(i) for i in np.random.default_rng(0).integers(2, 120, 24)]
 # Sizes (their arrays follow), and fields that say nothing of what is computed.

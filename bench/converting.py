@@ -27,10 +27,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter, LoraSpec
 from mlx_rsgwm.converters.base_layers import BaseLayers, Layer
-from mlx_rsgwm.converters.peft import convert_from_peft, convert_to_peft
-from mlx_rsgwm.converters.peft_sidecar import SIDECAR_FOLDER
+from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
+from mlx_rsgwm.converters.peft.sidecar import SIDECAR_FOLDER
+from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec
 
 SHAPES = {
     "self_attn.q_proj": (2048, 2048),

@@ -1,4 +1,4 @@
-"""Why ``mlx_rsgwm/cpu.py`` exists: on Linux's CPU, the plain and the quicker way of the same thing, timed in turns.
+"""Why ``mlx_rsgwm/models/linux_cpu.py`` exists: plain and quicker ways of the same on Linux's CPU, timed in turns.
 
     python bench/cpu.py
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import ones_where, order_statistics
+from mlx_rsgwm.models.linux_cpu import ones_where, order_statistics
 
 ROWS = 11
 

@@ -29,17 +29,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_rsgwm.adapter import Adapter, LoraSpec
-from mlx_rsgwm.base import Base
 from mlx_rsgwm.bench.conditions import conditions
 from mlx_rsgwm.bench.outcome import save_outcome, table
 from mlx_rsgwm.bench.sides import side_process
 from mlx_rsgwm.bench.works import Times, Trial
-from mlx_rsgwm.converters.parity import import_torch, torch_device
+from mlx_rsgwm.converters.parity.check import import_torch, torch_device
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.machine import SLOW_GFLOPS, all_versions, blas_fix, examine_machine, matmul_gflops
+from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import TEMPLATES
-from mlx_rsgwm.doctor import SLOW_GFLOPS, all_versions, blas_fix, examine_machine, matmul_gflops
-from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
-from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+from mlx_rsgwm.models.base import Base
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

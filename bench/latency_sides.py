@@ -35,8 +35,8 @@ class MlxSide:
     """This project, with the libraries that the environment preloads for it."""
 
     def __init__(self, config: LatencyConfig, folder: Path) -> None:
-        from mlx_rsgwm.base import load_base
-        from mlx_rsgwm.converters.peft import to_peft
+        from mlx_rsgwm.converters.peft.convert import to_peft
+        from mlx_rsgwm.models.base import load_base
 
         self.config = config
         started = time.perf_counter()
@@ -81,7 +81,7 @@ class MlxSide:
         elif work == "loop":
             self._trial = works.mlx_loop(self.base, self.pool, self.question, ATTEMPTS, config.new_tokens)
         else:
-            from mlx_rsgwm.slots import unwrap
+            from mlx_rsgwm.models.slots import unwrap
 
             if work != "forward" and not self.adapted:
                 unwrap(model)
@@ -105,7 +105,7 @@ class TorchSide:
     """
 
     def __init__(self, config: LatencyConfig, device: str, mlx: dict[str, Any]) -> None:
-        from mlx_rsgwm.converters.parity import load_torch_base
+        from mlx_rsgwm.converters.parity.check import load_torch_base
 
         self.config, self.device, self.mlx = config, device, mlx
         started = time.perf_counter()
@@ -204,7 +204,7 @@ class TorchSide:
 
     def _adapt(self) -> None:
         if not self.adapted:
-            from mlx_rsgwm.converters.parity import apply_peft
+            from mlx_rsgwm.converters.parity.check import apply_peft
 
             self.model = apply_peft(self.model, self.peft[0], widen=False)
             self.adapted = True

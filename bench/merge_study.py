@@ -21,19 +21,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import MANIFEST_FILE, Adapter, is_complete
-from mlx_rsgwm.base import Base, load_base
-from mlx_rsgwm.cli.console import LineProgress
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import LineProgress
 from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, make_rows, save_corpus
-from mlx_rsgwm.data.families import NAMES, THINGS, generate, split_of
-from mlx_rsgwm.data.sources import Question, load_jsonl
+from mlx_rsgwm.data.questions import Question, load_jsonl
+from mlx_rsgwm.data.synthetic import NAMES, THINGS, generate, split_of
 from mlx_rsgwm.data.template import find_template
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.evaluation.sweep import Measured, Plan, Sweep
-from mlx_rsgwm.evaluation.sweep_meter import JUDGED_BY
-from mlx_rsgwm.evaluation.sweep_report import plot, render_table, write_sweep
-from mlx_rsgwm.evaluation.sweep_variants import parse_variants
+from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete
+from mlx_rsgwm.models.base import Base, load_base
+from mlx_rsgwm.studies.merge_sweep import Measured, Plan, Sweep
+from mlx_rsgwm.studies.sweep_meter import JUDGED_BY
+from mlx_rsgwm.studies.sweep_report import plot, render_table, write_sweep
+from mlx_rsgwm.studies.sweep_variants import parse_variants
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, save_grams

@@ -55,12 +55,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
 from mlx_rsgwm.bench.shapes import TINYLLAMA
-from mlx_rsgwm.converters.peft import to_peft
+from mlx_rsgwm.converters.peft.convert import to_peft
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 Shapes = Mapping[str, tuple[int, int]]  # module inside a block: (in, out)
 ATTENTION: Shapes = {
@@ -269,7 +270,7 @@ def forward_side(folders: Sequence[Path], method: str) -> Iterator[dict[str, Any
     """A forward pass of 512 tokens through a random float32 model of TinyLlama's shapes for every step."""
     from mlx_lm.models.llama import Model, ModelArgs
 
-    from mlx_rsgwm.cpu import quicken
+    from mlx_rsgwm.models.linux_cpu import quicken
 
     model = Model(ModelArgs.from_dict(TINYLLAMA))
     mx.eval(model.parameters())

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 
 FORMAT = "mlx-rsgwm/bench-latency"
 UNSTEADY = 0.10  # a quartile range above this share of the median

@@ -25,19 +25,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.adapter import Adapter, versions
-from mlx_rsgwm.base import load_base, resolve_base
 from mlx_rsgwm.bench.shapes import TINYLLAMA
-from mlx_rsgwm.data.families import FAMILIES
-from mlx_rsgwm.data.tasks import questions_for
+from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.data.select import questions_for
+from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import Template
-from mlx_rsgwm.pipeline.calibration import load_calibration
-from mlx_rsgwm.pipeline.decisions import Answer, Drafted, LoopConfig
-from mlx_rsgwm.pipeline.loop import DraftVerify
-from mlx_rsgwm.pipeline.prompts import GROWTH, prefill
-from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.pipeline.writing import Writer
-from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.inference.batched_decode import BatchedDecoder
+from mlx_rsgwm.inference.calibration import load_calibration
+from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.policy import Answer, Drafted, LoopConfig
+from mlx_rsgwm.inference.prefix_cache import GROWTH, prefill
+from mlx_rsgwm.inference.sampling import Sampling
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import load_base, resolve_base
+from mlx_rsgwm.models.slots import AdapterSlots
 
 MODES = ("sequential", "parallel", "adaptive")
 
@@ -65,9 +66,11 @@ def drafter_alone(pipeline: DraftVerify) -> Callable[[str], Any]:
         prompt = pipeline.template.draft_prompt(pipeline.tokenizer, question)
         with pipeline.slots.using("drafter"):
             prefilled = prefill(pipeline.slots.model, pipeline.parts[0], [prompt])
-            writer = Writer(pipeline.parts, prefilled, [question], [1], pipeline.end_ids, pipeline.config.sampling)
-            while not writer.ended:
-                writer.step([(0, 1)])
+            decoder = BatchedDecoder(
+                pipeline.parts, prefilled, [question], [1], pipeline.end_ids, pipeline.config.sampling
+            )
+            while not decoder.ended:
+                decoder.step([(0, 1)])
 
     return run
 
@@ -198,8 +201,8 @@ def tinyllama_slots() -> AdapterSlots:
     """Slots on a model of TinyLlama's shapes, whose weights are never evaluated, with two random adapters."""
     from mlx_lm.models.llama import Model, ModelArgs
 
-    from mlx_rsgwm.adapter import LoraSpec
-    from mlx_rsgwm.base import Base
+    from mlx_rsgwm.models.adapter import LoraSpec
+    from mlx_rsgwm.models.base import Base
 
     model = Model(ModelArgs.from_dict(TINYLLAMA))
     slots = AdapterSlots(Base("tinyllama", Path(), "", TINYLLAMA, model, None))  # type: ignore[arg-type]

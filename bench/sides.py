@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError
 
 # What is set for MLX's CPU back end (Makefile), and would change the library or the threads of anything else.
 FOR_MLX = (

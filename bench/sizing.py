@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_rsgwm.files import read_json_object
+from mlx_rsgwm.core.files import read_json_object
 from mlx_rsgwm.training.memory import estimate
 
 RANK, ROWS, LENGTH = 16, 4, 512

@@ -6,8 +6,8 @@ All sides train the same GSM8K rows (FOLDER/gsm8k/train.jsonl) once, prompt mask
 rank 16, alpha 32, q/k/v/o of every layer, dropout 0.05, Adam, batch size 4, float32, trial by trial in turns. Each
 side has a process of its own: torch with its own libraries, and the number of threads and kind of attention that were
 quickest in a short search; mlx_lm.lora as it ships, and once more with this project's ways around MLX's slow spots on
-the CPU (``mlx_rsgwm/cpu.py``). Speed is completion tokens (the trained ones, the same number on every side) over the
-wall-clock time of the training call.
+the CPU (``mlx_rsgwm/models/linux_cpu.py``). Speed is completion tokens (the trained ones, as many on every
+side) over the wall-clock time of the training call.
 
 The last line is JSON: ``ratio_vs_mlx_lm``, ``ratio_vs_mlx_lm_quickened``, ``ratio_vs_torch`` (above 1: this project is
 faster), ``importance_overhead`` (share of a step that keeping the importance takes) and ``padding_share`` (of all input
@@ -33,15 +33,15 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm.adapter import versions
-from mlx_rsgwm.base import load_base, resolve_base
 from mlx_rsgwm.bench.sides import SideProcess, loaded_blas, side_process
-from mlx_rsgwm.cpu import lazily, quicken
+from mlx_rsgwm.core.machine import examine_machine
+from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch
 from mlx_rsgwm.data.corpus import load_corpus, make_rows, save_corpus, tokenize
-from mlx_rsgwm.data.sources import load_questions
+from mlx_rsgwm.data.questions import load_questions
 from mlx_rsgwm.data.template import find_template
-from mlx_rsgwm.doctor import examine_machine
+from mlx_rsgwm.models.base import load_base, resolve_base
+from mlx_rsgwm.models.linux_cpu import lazily, quicken
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.importance import Importance
 from mlx_rsgwm.training.loop import train

@@ -26,28 +26,28 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter, is_complete
-from mlx_rsgwm.base import load_base
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import CheckFailed
 from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, save_corpus
-from mlx_rsgwm.data.drafted import LabelledDraft, make_mixed_rows
-from mlx_rsgwm.data.sources import Question
-from mlx_rsgwm.data.tasks import questions_for
+from mlx_rsgwm.data.hard_negatives import LabelledDraft, make_mixed_rows
+from mlx_rsgwm.data.questions import Question
+from mlx_rsgwm.data.select import questions_for
 from mlx_rsgwm.data.template import Template
-from mlx_rsgwm.errors import CheckFailed
-from mlx_rsgwm.evaluation.harness import judge, read_all
-from mlx_rsgwm.evaluation.intervals import auroc, wilson
+from mlx_rsgwm.evaluation.runner import judge, read_all
+from mlx_rsgwm.evaluation.stats.intervals import auroc, wilson
+from mlx_rsgwm.inference.calibration import calibration_error
+from mlx_rsgwm.inference.calibration_fit import Judged, fit
+from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.policy import Drafted, LoopConfig
+from mlx_rsgwm.inference.risk_control import Items, Target
+from mlx_rsgwm.inference.sampling import Sampling
+from mlx_rsgwm.inference.scores import Scorer
+from mlx_rsgwm.inference.verifier import SCORES, Signals
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.pipeline.calibration import calibration_error
-from mlx_rsgwm.pipeline.decisions import Drafted, LoopConfig
-from mlx_rsgwm.pipeline.fitting import Judged, fit
-from mlx_rsgwm.pipeline.guarantee import Items, Target
-from mlx_rsgwm.pipeline.loop import DraftVerify
-from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.pipeline.scores import Scorer
-from mlx_rsgwm.pipeline.verifying import SCORES, Signals
-from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.models.adapter import Adapter, is_complete
+from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish, train

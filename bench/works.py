@@ -17,21 +17,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_rsgwm.adapter import Adapter, LoraSpec
-from mlx_rsgwm.base import Base
+from mlx_rsgwm.core.distributed import ALONE
 from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.template import TEMPLATES
-from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.pipeline.decisions import LoopConfig
-from mlx_rsgwm.pipeline.loop import DraftVerify
-from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.processes import ALONE
-from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.slots import AdapterSlots
+from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.layers import lora_layers
-from mlx_rsgwm.training.run import Run
+from mlx_rsgwm.training.state import Run
 
 Times = tuple[float, ...]  # milliseconds
 Trial = Callable[[], Times]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.loop import build_pipeline, loop_options
+from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.pipeline.loop import DraftVerify
+    from mlx_rsgwm.inference.loop import DraftVerify
 
 Asked = tuple[str, str]  # id, question
 
@@ -40,7 +40,7 @@ def ask(console: Console, question: str | None, path: Path | None, batch_size: i
       rsgwm ask --file questions.txt --json
       rsgwm ask --abstain "…"
     """
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
 
     if (question is None) == (path is None):
         raise RsgwmError("give either a question or --file; a question of - reads it from standard input")
@@ -66,7 +66,7 @@ def chat(console: Console, **loop: Any) -> None:
 
     Example, after `rsgwm demo`: rsgwm chat
     """
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
 
     pipeline = build_pipeline(console, loop)
     console.line("Ask; an empty line ends.")
@@ -92,7 +92,7 @@ def chat(console: Console, **loop: Any) -> None:
 
 
 def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[str, Any]:
-    from mlx_rsgwm.pipeline.decisions import Answer, Drafted, Scored
+    from mlx_rsgwm.inference.policy import Answer, Drafted, Scored
 
     steps: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
@@ -145,9 +145,9 @@ def _row(pipeline: DraftVerify, answer: Any) -> dict[str, Any]:
 
 def _questions(path: Path) -> list[Asked]:
     """Ids (empty where there are none) and questions of a file."""
+    from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+    from mlx_rsgwm.core.files import read_text
     from mlx_rsgwm.data.question_files import is_question_file, read_question_rows
-    from mlx_rsgwm.errors import RsgwmError, raise_problems
-    from mlx_rsgwm.files import read_text
 
     if str(path) == "-" or not is_question_file(path.name):
         text = sys.stdin.read() if str(path) == "-" else read_text(path)

@@ -20,8 +20,8 @@ def base() -> None:
 @common_options
 def pull(console: Console, name: str) -> None:
     """Fetch and convert a base model, so that later commands need no network."""
-    from mlx_rsgwm.base import resolve_base
-    from mlx_rsgwm.model_folder import fingerprint_of
+    from mlx_rsgwm.models.base import resolve_base
+    from mlx_rsgwm.models.folder import fingerprint_of
 
     folder = resolve_base(name, console.progress)
     fingerprint = fingerprint_of(folder)
@@ -34,8 +34,8 @@ def pull(console: Console, name: str) -> None:
 @common_options
 def info(console: Console, name: str) -> None:
     """Say what a base model is (it is fetched first if need be)."""
-    from mlx_rsgwm.base import resolve_base
-    from mlx_rsgwm.model_folder import describe_folder
+    from mlx_rsgwm.models.base import resolve_base
+    from mlx_rsgwm.models.folder import describe_folder
 
     facts = {"name": name, **describe_folder(resolve_base(name, console.progress))}
     quantization = facts["quantization"]

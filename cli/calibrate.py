@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.loop_options import load_pipeline, pipeline_options, sampling_of
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.loop import load_pipeline, pipeline_options, sampling_of
+from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.pipeline.calibration import Calibration
+    from mlx_rsgwm.inference.calibration import Calibration
 
 
 @click.command()
@@ -58,14 +58,14 @@ def calibrate(
 
     Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts held.jsonl
     """
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_trained_on
-    from mlx_rsgwm.evaluation.harness import calibrate as fit_calibration
-    from mlx_rsgwm.pipeline.calibration import save_calibration
-    from mlx_rsgwm.pipeline.decisions import LoopConfig
-    from mlx_rsgwm.pipeline.guarantee import Target
-    from mlx_rsgwm.pipeline.scores import METHODS
-    from mlx_rsgwm.pipeline.verifying import SCORES
+    from mlx_rsgwm.evaluation.runner import calibrate as fit_calibration
+    from mlx_rsgwm.inference.calibration import save_calibration
+    from mlx_rsgwm.inference.policy import LoopConfig
+    from mlx_rsgwm.inference.risk_control import Target
+    from mlx_rsgwm.inference.scores import METHODS
+    from mlx_rsgwm.inference.verifier import SCORES
 
     for name, value in (("--items", items), ("--batch-rows", batch_rows)):
         if value < 1:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from mlx_rsgwm.progress import Advance, Progress
+from mlx_rsgwm.core.progress import Advance, LineProgress, Progress
 
 DEFAULT_SEED = 42  # the paper's
 
@@ -111,37 +111,6 @@ class BarProgress(Progress):
             self._open -= 1
             if self._open == 0:
                 self._bars.stop()
-
-
-class LineProgress(Progress):
-    """Prints plain lines on standard error: the first step of a task, one about every tenth of it, and the last."""
-
-    def message(self, text: str) -> None:
-        """Print one line."""
-        click.echo(text, err=True)
-
-    @contextmanager
-    def task(self, label: str, total: int) -> Iterator[Advance]:
-        """Report on ``total`` units of work; a task that ends early without an error says how far it came."""
-        started = time.monotonic()
-        done, shown, last_note = 0, -1, ""
-
-        def show() -> None:
-            nonlocal shown
-            shown = done
-            note = f", {last_note}" if last_note else ""
-            self.message(f"{label}: {done}/{total}{note}, {time.monotonic() - started:.0f} s")
-
-        def advance(units: int, note: str = "") -> None:
-            nonlocal done, last_note
-            done, last_note = done + units, note
-            tenths = 10 * done // max(total, 1)
-            if shown < 0 or done >= total > shown or tenths > 10 * shown // max(total, 1):
-                show()
-
-        yield advance
-        if shown != done:
-            show()
 
 
 def common_options(function: Callable[..., None]) -> Callable[..., None]:

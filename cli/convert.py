@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.converters.bulk import Outcome
-    from mlx_rsgwm.converters.peft import Converted
+    from mlx_rsgwm.converters.peft.bulk import Outcome
+    from mlx_rsgwm.converters.peft.convert import Converted
 
 VERIFY = "Read the result back: the same updates from both folders, the same bits there and back."
 
@@ -44,10 +44,10 @@ def convert_to_peft(
 
     Example: rsgwm convert to-peft runs/drafter drafter-peft --verify
     """
-    from mlx_rsgwm import files
-    from mlx_rsgwm.converters import peft
-    from mlx_rsgwm.converters.bulk import is_mlx, is_whole_peft, to_peft_verified
-    from mlx_rsgwm.converters.certificate import embed_certificate
+    from mlx_rsgwm.converters.parity.certificate import embed_certificate
+    from mlx_rsgwm.converters.peft import convert as peft
+    from mlx_rsgwm.converters.peft.bulk import is_mlx, is_whole_peft, to_peft_verified
+    from mlx_rsgwm.core import files
 
     def one(source: Path, target: Path) -> Converted:
         peft.require_empty(target)
@@ -80,12 +80,12 @@ def convert_from_peft(
 
     Example: rsgwm convert from-peft drafter-peft drafter --base smollm2-135m --verify
     """
-    from mlx_rsgwm.adapter import is_complete
-    from mlx_rsgwm.base import resolve_base
-    from mlx_rsgwm.converters import peft
     from mlx_rsgwm.converters.base_layers import read_base_layers
-    from mlx_rsgwm.converters.bulk import adapter_folders, from_peft_verified, is_peft
-    from mlx_rsgwm.converters.peft_layout import Reading
+    from mlx_rsgwm.converters.peft import convert as peft
+    from mlx_rsgwm.converters.peft.bulk import adapter_folders, from_peft_verified, is_peft
+    from mlx_rsgwm.converters.peft.layout import Reading
+    from mlx_rsgwm.models.adapter import is_complete
+    from mlx_rsgwm.models.base import resolve_base
 
     if is_peft(folder) or not adapter_folders(folder, is_peft):
         peft.require_empty(out)
@@ -111,9 +111,9 @@ def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | N
 
     Example: rsgwm convert from-mlx old-adapter adapter --scale 20
     """
-    from mlx_rsgwm.adapter import is_complete
-    from mlx_rsgwm.converters.bulk import is_mlx
-    from mlx_rsgwm.converters.mlx_config import convert_from_mlx as convert_one
+    from mlx_rsgwm.converters.mlx_lm import convert_from_mlx as convert_one
+    from mlx_rsgwm.converters.peft.bulk import is_mlx
+    from mlx_rsgwm.models.adapter import is_complete
 
     _run(
         console, folder, out, is_mlx, is_complete, lambda source, target: convert_one(source, target, scale), "adapter"
@@ -140,14 +140,14 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
     """
     from functools import cache
 
-    from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.base import resolve_base
     from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
-    from mlx_rsgwm.converters.bulk import is_mlx
-    from mlx_rsgwm.converters.gguf_adapter import to_gguf
-    from mlx_rsgwm.converters.gguf_model import is_model, model_to_gguf
-    from mlx_rsgwm.converters.peft import Converted
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.converters.gguf.adapter import to_gguf
+    from mlx_rsgwm.converters.gguf.write import is_model, model_to_gguf
+    from mlx_rsgwm.converters.peft.bulk import is_mlx
+    from mlx_rsgwm.converters.peft.convert import Converted
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.models.adapter import Adapter
+    from mlx_rsgwm.models.base import resolve_base
 
     if is_model(source) and not is_mlx(source):
         if base is not None:
@@ -188,8 +188,8 @@ def convert_from_gguf(console: Console, source: Path, out: Path, quantised: bool
 
     Example: rsgwm convert from-gguf model-Q4_0.gguf model --quantised
     """
-    from mlx_rsgwm.converters.gguf import convert_gguf
-    from mlx_rsgwm.model_folder import describe_folder
+    from mlx_rsgwm.converters.gguf.read import convert_gguf
+    from mlx_rsgwm.models.folder import describe_folder
 
     facts = describe_folder(convert_gguf(source, out, console.progress, quantised))
     console.line(f"{out}: {facts['architecture']}, {facts['bytes_on_disk'] / 1e6:,.0f} MB")
@@ -207,10 +207,10 @@ def check(console: Console, peft: Path, adapter: Path) -> None:
 
     Example: rsgwm convert check drafter-peft drafter
     """
-    from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.converters.base_layers import local_base_layers
     from mlx_rsgwm.converters.module_names import Names
-    from mlx_rsgwm.converters.verify import require_equal
+    from mlx_rsgwm.converters.peft.verify import require_equal
+    from mlx_rsgwm.models.adapter import Adapter
 
     manifest = Adapter.load(adapter, lazy=True).manifest
     described = manifest.get("base") or {}
@@ -235,7 +235,7 @@ def _run(
 
     ``about``: what the result of one says beyond its facts.
     """
-    from mlx_rsgwm.converters.bulk import adapter_folders, convert_all
+    from mlx_rsgwm.converters.peft.bulk import adapter_folders, convert_all
 
     if is_adapter(source) or not adapter_folders(source, is_adapter):
         found = one(source, out)
@@ -256,7 +256,7 @@ def _facts(found: Converted) -> dict[str, Any]:
 
 
 def _report(console: Console, outcomes: Sequence[Outcome]) -> None:
-    from mlx_rsgwm.errors import raise_problems
+    from mlx_rsgwm.core.errors import raise_problems
 
     for outcome in outcomes:
         if outcome.converted is not None:

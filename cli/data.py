@@ -9,7 +9,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.negatives import negatives
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.group()
@@ -55,11 +55,11 @@ def build(
       rsgwm data build --task gsm8k --data ../data --draft-rows 400 --verify-rows 0 --out corpus/gsm8k
       rsgwm data build --task my_questions.jsonl --out corpus/mine
     """
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.corpus import make_rows, save_corpus
     from mlx_rsgwm.data.question_files import is_question_file
-    from mlx_rsgwm.data.tasks import select_questions
+    from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.data.template import find_template
-    from mlx_rsgwm.errors import RsgwmError
 
     if draft_rows < 0 or verify_rows < 0 or draft_rows + verify_rows == 0:
         raise RsgwmError("--draft-rows and --verify-rows must not be negative, and not both 0")

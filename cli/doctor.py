@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.errors import CheckFailed
+from mlx_rsgwm.core.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.doctor import Diagnosis
+    from mlx_rsgwm.core.machine import Diagnosis
 
 
 @click.command()
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="Exit with 3 when there is something to fix.")
 def doctor(console: Console, check: bool) -> None:
     """Examine this machine: chip, memory, disk, versions, speed of a matrix product, and what to fix."""
-    from mlx_rsgwm.base import cache_folder
-    from mlx_rsgwm.doctor import diagnose
+    from mlx_rsgwm.core.machine import diagnose
+    from mlx_rsgwm.models.base import cache_folder
 
     diagnosis = diagnose(cache_folder())
     console.line(describe(diagnosis))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command()
@@ -56,16 +56,16 @@ def controls(
 
     Example: rsgwm controls runs/demo --out runs/controls
     """
-    from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.files import exclusive
     from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, rows_trained_on, union
-    from mlx_rsgwm.evaluation.control_study import ControlPlan, corpora, run_controls
-    from mlx_rsgwm.evaluation.controls import control_notes, control_rows
-    from mlx_rsgwm.evaluation.report import aligned
+    from mlx_rsgwm.evaluation.report.folder import aligned
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
-    from mlx_rsgwm.files import exclusive
-    from mlx_rsgwm.pipeline.pairing import check_pair, load_base_for
-    from mlx_rsgwm.pipeline.sampling import Sampling
+    from mlx_rsgwm.inference.pairing import check_pair, load_base_for
+    from mlx_rsgwm.inference.sampling import Sampling
+    from mlx_rsgwm.models.adapter import Adapter
+    from mlx_rsgwm.studies.control_study import ControlPlan, corpora, run_controls
+    from mlx_rsgwm.studies.controls import control_notes, control_rows
 
     for name, value in (("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
         if value < 1:

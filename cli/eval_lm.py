@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.loop import build_pipeline, loop_options
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command(name="lm-eval")
@@ -30,9 +30,9 @@ def lm_eval(
 
     import yaml
 
-    from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.lm_eval_model import drive, load_lm_eval
-    from mlx_rsgwm.files import write_json
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.files import write_json
+    from mlx_rsgwm.studies.lm_eval import drive, load_lm_eval
 
     load_lm_eval()
     if limit is not None and limit < 1:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.loop_options import build_pipeline, loop_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.loop import build_pipeline, loop_options
+from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
     import re
     from collections.abc import Sequence
 
-    from mlx_rsgwm.data.sources import Question
-    from mlx_rsgwm.pipeline.calibration import Calibration
-    from mlx_rsgwm.pipeline.loop import DraftVerify
+    from mlx_rsgwm.data.questions import Question
+    from mlx_rsgwm.inference.calibration import Calibration
+    from mlx_rsgwm.inference.loop import DraftVerify
 
 
 @click.command(name="eval")
@@ -70,7 +70,10 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.distributed import launched_processes
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.files import exclusive
+    from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.evaluation.answers import REFUSAL
     from mlx_rsgwm.evaluation.contamination import (
         check_overlap,
@@ -80,15 +83,12 @@ def evaluate(
         training_questions,
         union,
     )
-    from mlx_rsgwm.evaluation.harness import calibrate, describe_run
-    from mlx_rsgwm.evaluation.harness import evaluate as run_items
     from mlx_rsgwm.evaluation.journal import FILE, Journal
-    from mlx_rsgwm.evaluation.report import render_table, summarise, write_report
+    from mlx_rsgwm.evaluation.report.folder import render_table, summarise, write_report
+    from mlx_rsgwm.evaluation.runner import calibrate, describe_run
+    from mlx_rsgwm.evaluation.runner import evaluate as run_items
     from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
-    from mlx_rsgwm.files import exclusive
-    from mlx_rsgwm.pipeline.calibration import load_calibration
-    from mlx_rsgwm.processes import launched_processes
-    from mlx_rsgwm.progress import SILENT
+    from mlx_rsgwm.inference.calibration import load_calibration
 
     counts = [("--batch-rows", batch_rows), ("--sampling-seeds", sampling_seeds)]
     for name, value in [*counts, ("--drafts", 1 if drafts is None else drafts)]:
@@ -163,7 +163,7 @@ def evaluate(
 def _pattern(text: str) -> re.Pattern[str]:
     import re
 
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
 
     try:
         return re.compile(text, re.IGNORECASE)

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
-# mlx_rsgwm.converters.fuse.FORMATS, which is slow to import; a test holds them equal.
+# mlx_rsgwm.converters.fuse.fuse.FORMATS, which is slow to import; a test holds them equal.
 FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 
 
@@ -44,9 +44,9 @@ def fuse(
 
     Example: rsgwm fuse runs/drafter drafter-model --format float16
     """
-    from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.converters.fuse import fuse as fuse_adapter
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.converters.fuse.fuse import fuse as fuse_adapter
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.models.adapter import Adapter
 
     name = base or (Adapter.load(adapter, lazy=True).manifest.get("base") or {}).get("name")
     if not name:

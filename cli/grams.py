@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from mlx_rsgwm.cli.collect_options import collect_options
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.options.collect import collect_options
 
 
 @click.group()
@@ -37,10 +37,10 @@ def collect(
 
     Example: rsgwm grams collect adapters/change --data corpus/change --base smollm2-135m
     """
-    from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.data.sets import load_data
-    from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.pipeline.pairing import load_base_for
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.data.loading import load_data
+    from mlx_rsgwm.inference.pairing import load_base_for
+    from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, save_grams
 
     adapter = Adapter.load(adapter_folder)

@@ -9,7 +9,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.convert import language_only_option, strict_option
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command()
@@ -41,7 +41,7 @@ def push(
 
     Example: rsgwm push runs/drafter me/drafter --dry-run
     """
-    from mlx_rsgwm.converters import hub
+    from mlx_rsgwm.converters.hub import hub
 
     with tempfile.TemporaryDirectory(prefix="rsgwm-push-") as temporary:
         staged = hub.stage(
@@ -97,9 +97,9 @@ def pull(
 
     Example: rsgwm pull me/drafter drafter --base smollm2-135m
     """
-    from mlx_rsgwm.converters import hub
-    from mlx_rsgwm.converters.peft_layout import Reading
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.converters.hub import hub
+    from mlx_rsgwm.converters.peft.layout import Reading
+    from mlx_rsgwm.core.errors import RsgwmError
 
     if keep_peft and (strict or language_only):
         raise RsgwmError("--peft keeps the adapter as it is; leave out --strict and --language-only")

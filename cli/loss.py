@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command()
@@ -36,12 +36,12 @@ def loss(
 
     Example: rsgwm loss corpus/change --adapter adapters/change
     """
-    from mlx_rsgwm.adapter import Adapter
     from mlx_rsgwm.data.batching import row_notes
+    from mlx_rsgwm.data.loading import load_data
     from mlx_rsgwm.data.row_hashes import not_recorded, record_of
-    from mlx_rsgwm.data.sets import load_data
-    from mlx_rsgwm.pipeline.pairing import load_base_for
-    from mlx_rsgwm.slots import AdapterSlots
+    from mlx_rsgwm.inference.pairing import load_base_for
+    from mlx_rsgwm.models.adapter import Adapter
+    from mlx_rsgwm.models.slots import AdapterSlots
     from mlx_rsgwm.training.losses import held_out_loss
 
     loaded = {str(path): Adapter.load(path) for path in adapters}

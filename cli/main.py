@@ -24,7 +24,7 @@ import click
 
 from mlx_rsgwm import __version__
 from mlx_rsgwm.cli.startup import hide_torch
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError
 
 # Name: where the command is, and what `rsgwm --help` says of it without importing it.
 COMMANDS = {
@@ -201,7 +201,7 @@ def show_version(ctx: click.Context, parameter: click.Parameter, value: bool) ->
     """Print the version and those of the parts a report of a problem needs."""
     if not value or ctx.resilient_parsing:
         return
-    from mlx_rsgwm.doctor import all_versions
+    from mlx_rsgwm.core.machine import all_versions
 
     parts = ", ".join(f"{name} {version}" for name, version in all_versions().items() if name != "mlx-rsgwm")
     click.echo(f"rsgwm {__version__} ({parts})")

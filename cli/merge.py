@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command()
@@ -70,10 +70,10 @@ def merge(
     if list_methods:
         _list(console)
         return
-    from mlx_rsgwm.adapter import is_complete
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.merging.merge import merge as merge_adapters
     from mlx_rsgwm.merging.options import MergeOptions
+    from mlx_rsgwm.models.adapter import is_complete
 
     if not adapters:
         raise RsgwmError("no adapters given; name at least two adapter folders, or use --list")
@@ -144,7 +144,7 @@ def _list(console: Console) -> None:
 
 
 def _pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
 
     pairs = {}
     for text in texts:
@@ -165,7 +165,7 @@ def _value(text: str) -> Any:
 
 
 def _override(pattern: str, text: str) -> Any:
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.merging.options import Override
 
     pairs = _pairs(text.split(","), "--at")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command(name="merge-sweep")
@@ -77,18 +77,18 @@ def merge_sweep(
       rsgwm merge-sweep pool/* --eval change --eval held_out.jsonl --items 50 --with joint=joint --out runs/sweep
       mlx.launch -n 2 -- rsgwm merge-sweep pool/* --out runs/sweep
     """
-    from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.data.tasks import select_questions
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.distributed import launched_processes
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.files import exclusive
+    from mlx_rsgwm.core.progress import SILENT
+    from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
-    from mlx_rsgwm.evaluation.sweep import Plan, Sweep
-    from mlx_rsgwm.evaluation.sweep_report import render_table, write_sweep
-    from mlx_rsgwm.evaluation.sweep_variants import DEFAULT_METHODS, parse_variants
-    from mlx_rsgwm.files import exclusive
-    from mlx_rsgwm.pipeline.pairing import find_base
-    from mlx_rsgwm.processes import launched_processes
-    from mlx_rsgwm.progress import SILENT
+    from mlx_rsgwm.inference.pairing import find_base
+    from mlx_rsgwm.models.adapter import Adapter
+    from mlx_rsgwm.models.base import load_base
+    from mlx_rsgwm.studies.merge_sweep import Plan, Sweep
+    from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
+    from mlx_rsgwm.studies.sweep_variants import DEFAULT_METHODS, parse_variants
 
     for name, value in (
         ("--items", items),
@@ -141,10 +141,10 @@ def merge_sweep(
 
 def _known_tasks(pool: Sequence[Path], adapters: Sequence[Any]) -> list[str]:
     """The tasks that the pool's adapters say they were trained on."""
-    from mlx_rsgwm.data.families import FAMILIES
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.question_files import is_question_file
-    from mlx_rsgwm.data.sources import SOURCES
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.data.questions import SOURCES
+    from mlx_rsgwm.data.synthetic import FAMILIES
 
     tasks = [str(adapter.manifest.get("task") or path.name) for path, adapter in zip(pool, adapters, strict=True)]
     unknown = [task for task in tasks if not is_question_file(task) and task not in FAMILIES and task not in SOURCES]
@@ -154,8 +154,8 @@ def _known_tasks(pool: Sequence[Path], adapters: Sequence[Any]) -> list[str]:
 
 
 def _template(name: str | None, adapters: Sequence[Any]) -> Any:
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.template import Template, find_template
-    from mlx_rsgwm.errors import RsgwmError
 
     if name:
         return find_template(name)
@@ -166,7 +166,7 @@ def _template(name: str | None, adapters: Sequence[Any]) -> Any:
 
 
 def _extras(texts: Sequence[str]) -> dict[str, Path]:
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
 
     extras: dict[str, Path] = {}
     for text in texts:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command()
@@ -78,18 +78,18 @@ def negatives(
       rsgwm data negatives --from runs/demo/drafter --task change --task groups --offset 200 --out corpus/own
       rsgwm data negatives --from pool/change --task change --draft-rows 144 --verify-rows 160 --out corpus/change
     """
-    from mlx_rsgwm.adapter import Adapter
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.corpus import CorpusRow, save_corpus
-    from mlx_rsgwm.data.drafted import make_mixed_rows
-    from mlx_rsgwm.data.tasks import select_questions
+    from mlx_rsgwm.data.hard_negatives import make_mixed_rows
+    from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.data.template import Template, find_template
-    from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.harness import label_drafts
-    from mlx_rsgwm.pipeline.decisions import LoopConfig
-    from mlx_rsgwm.pipeline.loop import DraftVerify
-    from mlx_rsgwm.pipeline.pairing import load_base_for
-    from mlx_rsgwm.pipeline.sampling import Sampling
-    from mlx_rsgwm.slots import AdapterSlots
+    from mlx_rsgwm.evaluation.runner import label_drafts
+    from mlx_rsgwm.inference.loop import DraftVerify
+    from mlx_rsgwm.inference.pairing import load_base_for
+    from mlx_rsgwm.inference.policy import LoopConfig
+    from mlx_rsgwm.inference.sampling import Sampling
+    from mlx_rsgwm.models.adapter import Adapter
+    from mlx_rsgwm.models.slots import AdapterSlots
 
     if verify_rows < 2 or verify_rows % 2:
         raise RsgwmError(f"--verify-rows must be even and at least 2, for they come in pairs, found {verify_rows}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 TOLERANCE = 1e-3
 
@@ -46,10 +46,10 @@ def parity(
 
     Example: rsgwm parity runs/drafter --base smollm2-135m
     """
-    from mlx_rsgwm import files
-    from mlx_rsgwm.adapter import Adapter
-    from mlx_rsgwm.converters.parity import check_parity
-    from mlx_rsgwm.errors import CheckFailed, RsgwmError
+    from mlx_rsgwm.converters.parity.check import check_parity
+    from mlx_rsgwm.core import files
+    from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
+    from mlx_rsgwm.models.adapter import Adapter
 
     name = base or (Adapter.load(adapter).manifest.get("base") or {}).get("name")
     if not name:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command()
@@ -19,7 +19,7 @@ def plot(console: Console, adapters: tuple[Path, ...], out: Path) -> None:
 
     Example: rsgwm plot runs/demo/pool/* --out curves.png
     """
-    from mlx_rsgwm.evaluation.curves import plot_curves
+    from mlx_rsgwm.evaluation.report.curves import plot_curves
 
     histories = plot_curves(adapters, out)
     for history in histories:

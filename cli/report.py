@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 
 @click.command()
@@ -22,9 +22,9 @@ def report(console: Console, run: Path, out: Path | None, against: bool) -> None
 
     Example: rsgwm report runs/demo/report
     """
-    from mlx_rsgwm import files
-    from mlx_rsgwm.evaluation.lm_eval_model import disagreements
-    from mlx_rsgwm.evaluation.report import read_report, render_table, write_report
+    from mlx_rsgwm.core import files
+    from mlx_rsgwm.evaluation.report.folder import read_report, render_table, write_report
+    from mlx_rsgwm.studies.lm_eval import disagreements
 
     summary, records = read_report(run)
     written = write_report(
@@ -58,9 +58,9 @@ def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | 
       rsgwm compare runs/a runs/b
       rsgwm compare runs/demo/report runs/demo/report --of drafter,draft_verify
     """
-    from mlx_rsgwm import files
-    from mlx_rsgwm.evaluation.comparison import compare_runs, comparison_notes, comparison_rows
-    from mlx_rsgwm.evaluation.report import aligned, markdown_table, read_report
+    from mlx_rsgwm.core import files
+    from mlx_rsgwm.evaluation.report.comparison import compare_runs, comparison_notes, comparison_rows
+    from mlx_rsgwm.evaluation.report.folder import aligned, markdown_table, read_report
 
     first, second = (read_report(run)[1] for run in (run_a, run_b))
     found = compare_runs(first, second, modes, (str(run_a), str(run_b)), console.seed)

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
-from mlx_rsgwm.errors import CheckFailed
+from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.core.errors import CheckFailed
 
 
 @click.command()
@@ -41,7 +41,7 @@ def demo(console: Console, out: Path, settings: tuple[str, ...]) -> None:
 
 
 def _run(console: Console, source: str, out: Path, settings: tuple[str, ...]) -> None:
-    from mlx_rsgwm.recipe import load_recipe, run_recipe
+    from mlx_rsgwm.recipes.run import load_recipe, run_recipe
 
     if not any(setting.startswith("seed=") for setting in settings) and console.seed_given:
         settings = (*settings, f"seed={console.seed}", f"train.seed={console.seed}")
@@ -55,8 +55,8 @@ def _run(console: Console, source: str, out: Path, settings: tuple[str, ...]) ->
 
 def render(summary: Mapping[str, Any], out: Path) -> str:
     """The text a person reads at the end of a run."""
-    from mlx_rsgwm.evaluation.report import render_table
-    from mlx_rsgwm.files import read_json_object
+    from mlx_rsgwm.core.files import read_json_object
+    from mlx_rsgwm.evaluation.report.folder import render_table
 
     lines = [render_table(read_json_object(out / "report" / "report.json")), ""]
     calibration = summary["calibration"]

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
+    from mlx_rsgwm.data.questions import Question
     from mlx_rsgwm.data.row_hashes import RowRecord
-    from mlx_rsgwm.data.sources import Question
     from mlx_rsgwm.evaluation.slices import Slice
-    from mlx_rsgwm.evaluation.tables import Setting
-    from mlx_rsgwm.recipe import Recipe
+    from mlx_rsgwm.recipes.run import Recipe
+    from mlx_rsgwm.studies.paper_tables import Setting
 
 
 @click.command()
@@ -63,16 +63,16 @@ def tables(
     """
     from dataclasses import asdict
 
-    from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.files import write_text
     from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen
-    from mlx_rsgwm.evaluation.paper import TITLES
-    from mlx_rsgwm.evaluation.report import aligned, markdown_table
+    from mlx_rsgwm.evaluation.report.folder import aligned, markdown_table
     from mlx_rsgwm.evaluation.slices import Slice
-    from mlx_rsgwm.evaluation.tables import ROWS, measure, table_notes, table_rows
-    from mlx_rsgwm.files import write_text
-    from mlx_rsgwm.recipe import load_recipe, run_recipe
+    from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.recipes.questions import rows_ahead
+    from mlx_rsgwm.recipes.run import load_recipe, run_recipe
+    from mlx_rsgwm.studies.paper import TITLES
+    from mlx_rsgwm.studies.paper_tables import ROWS, measure, table_notes, table_rows
 
     table = int(number)
     for name, value in (("--limit", limit), ("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
@@ -125,8 +125,8 @@ def _asked(slices: Sequence[Slice], seen: Mapping[str, RowRecord]) -> list[Quest
 
 
 def _readings(variants: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.evaluation.tables import VARIANTS
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.studies.paper_tables import VARIANTS
 
     given: dict[str, tuple[str, ...]] = {}
     for text in variants:
@@ -143,8 +143,8 @@ def _folder(name: str) -> str:
 
 def _setting(recipe: Recipe, run: Path, seeds: tuple[int, ...], timed: int, batch_rows: int) -> Setting:
     """The recipe's loop, ``auto`` settled by the calibration that its run left."""
-    from mlx_rsgwm.evaluation.tables import Setting
-    from mlx_rsgwm.pipeline.calibration import load_calibration
+    from mlx_rsgwm.inference.calibration import load_calibration
+    from mlx_rsgwm.studies.paper_tables import Setting
 
     score, threshold = recipe.loop.settled(load_calibration(run / "verifier"))
     return Setting(recipe.loop.config(score, threshold, recipe.seed), seeds, timed, batch_rows)

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
-from mlx_rsgwm.cli.train_options import memory_options, saving_options, train_config, train_options
+from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
 
 
 @click.command()
@@ -55,15 +55,15 @@ def train(
       rsgwm train --config lora_config.yaml
       mlx.launch -n 2 -- rsgwm train --data corpus/change --out pool/change
     """
-    from mlx_rsgwm.adapter import is_complete
-    from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.data.sets import load_data, load_test
-    from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.processes import launched_processes
-    from mlx_rsgwm.progress import SILENT
+    from mlx_rsgwm.core.distributed import launched_processes
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.progress import SILENT
+    from mlx_rsgwm.data.loading import load_data, load_test
+    from mlx_rsgwm.models.adapter import is_complete
+    from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.training.loop import finish
     from mlx_rsgwm.training.loop import train as train_adapter
-    from mlx_rsgwm.training.mlx_lm_config import TrainingFile, read_training_file
+    from mlx_rsgwm.training.mlx_lm_yaml import TrainingFile, read_training_file
     from mlx_rsgwm.training.reporting import NO_REPORTS, open_reports
     from mlx_rsgwm.training.warm_start import WarmStart
 

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.paths import PATH
-from mlx_rsgwm.cli.train_options import memory_options, saving_options, train_config, train_options
+from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
 
 
 @click.command(name="train-pool")
@@ -50,11 +50,11 @@ def train_pool(
       rsgwm train-pool --data corpus/a --data corpus/b --epochs 1 --out pool --resume
       mlx.launch -n 2 -- rsgwm train-pool --data corpus/a --data corpus/b --out pool
     """
-    from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.data.sets import load_data
-    from mlx_rsgwm.errors import RsgwmError
-    from mlx_rsgwm.processes import launched_processes
-    from mlx_rsgwm.progress import SILENT
+    from mlx_rsgwm.core.distributed import launched_processes
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.progress import SILENT
+    from mlx_rsgwm.data.loading import load_data
+    from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.training import pool
 
     if not folders and not tasks:
@@ -94,7 +94,7 @@ def _build(
     """Write the corpora of ``tasks`` below ``out``, where they are not already."""
     from mlx_rsgwm.data.corpus import make_rows, save_corpus
     from mlx_rsgwm.data.question_files import is_question_file
-    from mlx_rsgwm.data.tasks import select_questions
+    from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.data.template import find_template
 
     for task in tasks:

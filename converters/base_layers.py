@@ -13,8 +13,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 
-from mlx_rsgwm import files
-from mlx_rsgwm.base import HUB_ID, HUB_PATTERNS, describe_base, fingerprint_of, resolve_base
 from mlx_rsgwm.converters.module_names import (
     HEADS,
     NEEDS_BASE,
@@ -24,10 +22,12 @@ from mlx_rsgwm.converters.module_names import (
     transformers_parameter,
 )
 from mlx_rsgwm.converters.weight_map import WeightMap
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_config import config_for_mlx_lm, model_classes, open_model
-from mlx_rsgwm.model_folder import first_line, read_config, weight_files
-from mlx_rsgwm.token_layers import is_head
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.base import HUB_ID, HUB_PATTERNS, describe_base, fingerprint_of, resolve_base
+from mlx_rsgwm.models.config import config_for_mlx_lm, model_classes, open_model
+from mlx_rsgwm.models.folder import first_line, read_config, weight_files
+from mlx_rsgwm.models.token_layers import is_head
 
 Kind = Literal["linear", "embedding", "experts"]
 

@@ -13,15 +13,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm import files
-from mlx_rsgwm.base import DTYPES
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.module_names import KEEPS_BLOCK_SPARSE, MIXTRAL, SWITCH, Names
 from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.converters.weight_map import describe_link
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_config import open_model
-from mlx_rsgwm.model_folder import read_config
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.base import DTYPES
+from mlx_rsgwm.models.config import open_model
+from mlx_rsgwm.models.folder import read_config
 
 SIDE_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 

@@ -17,14 +17,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.converters.base_layers import BaseLayers
-from mlx_rsgwm.converters.peft_folder import Groups
-from mlx_rsgwm.errors import AdapterError, RsgwmError
-from mlx_rsgwm.model_config import open_model
-from mlx_rsgwm.model_folder import TOKENIZER_FILES, first_line
-from mlx_rsgwm.token_layers import is_embedding, is_head
+from mlx_rsgwm.converters.peft.folder import Groups
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.config import open_model
+from mlx_rsgwm.models.folder import TOKENIZER_FILES, first_line
+from mlx_rsgwm.models.token_layers import is_embedding, is_head
 
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 TEMPLATE_FILE = "chat_template.jinja"
@@ -129,7 +129,7 @@ def tokenizer_of(adapter: Adapter, base: Path) -> list[Path]:
 
 
 def _rows_in(base: Path) -> int:
-    from mlx_rsgwm.tokenizer import embedding_rows  # imports mlx-lm, which takes seconds
+    from mlx_rsgwm.models.tokenizer import embedding_rows  # imports mlx-lm, which takes seconds
 
     rows = embedding_rows(open_model(base)[0])
     assert rows is not None

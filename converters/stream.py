@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import EXPONENT_BITS, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
-from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.models.adapter import EXPONENT_BITS, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
 
 DTYPE_NAMES = {
     mx.float32: "F32",

@@ -17,14 +17,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
 from mlx_rsgwm.converters.dense_base import dequantised
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.model_config import open_model
-from mlx_rsgwm.model_folder import weight_files
-from mlx_rsgwm.token_layers import has_head, is_embedding
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.config import open_model
+from mlx_rsgwm.models.folder import weight_files
+from mlx_rsgwm.models.token_layers import has_head, is_embedding
 
 HEAD_FILE = "model-untied-head.safetensors"
 

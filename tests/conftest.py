@@ -205,7 +205,7 @@ def tiny_base(tmp_path_factory):
 @pytest.fixture
 def base(tiny_base):
     """The tiny base, loaded."""
-    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.models.base import load_base
 
     return load_base(str(tiny_base), dtype="float32")
 
@@ -213,9 +213,9 @@ def base(tiny_base):
 @pytest.fixture
 def make_adapter(base):
     """A random adapter on the tiny base, with importance for every signal and a shared initialisation."""
-    from mlx_rsgwm.adapter import SIGNALS, Adapter, LoraSpec
     from mlx_rsgwm.data.template import TEMPLATES
-    from mlx_rsgwm.slots import linear_shape
+    from mlx_rsgwm.models.adapter import SIGNALS, Adapter, LoraSpec
+    from mlx_rsgwm.models.slots import linear_shape
     from mlx_rsgwm.training.layers import initial_factors
 
     linear = {
@@ -262,10 +262,10 @@ def data_folder():
 def make_loop(base, make_adapter):
     """Maker of draft–verify loops of two random adapters: ``make_loop(attempts, max_tokens)``."""
     from mlx_rsgwm.data.template import TEMPLATES
-    from mlx_rsgwm.pipeline.decisions import LoopConfig
-    from mlx_rsgwm.pipeline.loop import DraftVerify
-    from mlx_rsgwm.pipeline.sampling import Sampling
-    from mlx_rsgwm.slots import AdapterSlots
+    from mlx_rsgwm.inference.loop import DraftVerify
+    from mlx_rsgwm.inference.policy import LoopConfig
+    from mlx_rsgwm.inference.sampling import Sampling
+    from mlx_rsgwm.models.slots import AdapterSlots
 
     def make(attempts, max_tokens):
         slots = AdapterSlots(base)

@@ -135,10 +135,10 @@ QUICKER = {"train-pool": ["--steps", "8"], "calibrate": ["--items", "4"], "eval"
 
 def test_the_quick_start_runs(tiny_base, tmp_path, monkeypatch):
     """Every line, in order, in an empty folder; what ``smollm2-135m`` names is tiny, and so are the numbers."""
-    from mlx_rsgwm import base
-    from mlx_rsgwm.evaluation import harness
+    from mlx_rsgwm.evaluation import runner
+    from mlx_rsgwm.models import base
 
-    judge = harness.judge
+    judge = runner.judge
 
     def half_right(question, draft, *more):
         """The tiny model answers nothing right, and on that nothing can be calibrated."""
@@ -146,7 +146,7 @@ def test_the_quick_start_runs(tiny_base, tmp_path, monkeypatch):
         right = sum(draft.tokens) % 2 == 0
         return replace(judged, value=question.gold if right else None, status="", correct=right)
 
-    monkeypatch.setattr(harness, "judge", half_right)
+    monkeypatch.setattr(runner, "judge", half_right)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(base, "_resolve_alias", lambda name, progress: tiny_base)
     lines = [line.strip() for line in BLOCK.splitlines()]

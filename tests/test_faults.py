@@ -21,10 +21,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.adapter import Adapter
 
 PROGRAM = "import sys; from mlx_rsgwm.cli.main import main; sys.argv[0] = 'rsgwm'; main()"
 
@@ -43,10 +43,10 @@ def one_line(result):
 @pytest.fixture(scope="module")
 def work(tiny_base, tmp_path_factory):
     """Corpora, a pool of two adapters, its drafter and verifier, questions, a recipe."""
-    from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.corpus import make_rows, save_corpus
-    from mlx_rsgwm.data.tasks import questions_for
+    from mlx_rsgwm.data.select import questions_for
     from mlx_rsgwm.data.template import TEMPLATES
+    from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.training.config import TrainConfig
     from mlx_rsgwm.training.loop import train
 
@@ -223,7 +223,7 @@ def test_arrays_cut_off_before_they_are_used(work, tmp_path, monkeypatch):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mlx_rsgwm import files
+from mlx_rsgwm.core import files
 with files.exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

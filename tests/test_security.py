@@ -11,15 +11,15 @@ import mlx.core as mx
 import pytest
 import yaml
 
-from mlx_rsgwm import files
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.settings import Loader, read_yaml
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.config import Loader, read_yaml
+from mlx_rsgwm.core.errors import RsgwmError
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [file for top in ("mlx_rsgwm", "converters", "cli", "bench") for file in sorted((ROOT / top).rglob("*.py"))]
 RUNS_CODE = {"eval", "exec", "compile", "__import__"}
 NEVER_IMPORTED = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "requests", "urllib", "socket"}
-SETTINGS = ROOT / "mlx_rsgwm" / "settings.py"  # its loader is a safe one: the test below
+SETTINGS = ROOT / "mlx_rsgwm" / "core" / "config.py"  # its loader is a safe one: the test below
 UNSAFE = {("yaml", "load"), ("yaml", "unsafe_load"), ("yaml", "full_load"), ("torch", "load"), ("os", "system")}
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.data.row_hashes import RowKeys
-from mlx_rsgwm.progress import Progress
 
 ROLES = ("draft", "verify")
 NO_KEYS = RowKeys()

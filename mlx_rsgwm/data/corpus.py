@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
-from mlx_rsgwm.data.negatives import borrow, perturb
+from mlx_rsgwm.data.perturb import borrow, perturb
+from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import KEY, RowKeys, RowRecord, contents_hash, row_keys
-from mlx_rsgwm.data.sources import Question
 from mlx_rsgwm.data.template import Template, Tokenizer
-from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.json_lines import read_json_lines
 
 FORMAT = "mlx-rsgwm/corpus"
 ROWS_FILE = "rows.jsonl"

@@ -11,15 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from mlx_rsgwm.data.number_words import NUMBER_WORDS, read_words, scale_after
-from mlx_rsgwm.data.numbers import (
-    CURRENCY,
-    MAX_DIGITS,
-    NUMERAL,
-    POWER_OF_TEN,
-    power_of_ten,
-    read_numeral,
-    write_number,
-)
+from mlx_rsgwm.data.numbers import CURRENCY, MAX_DIGITS, NUMERAL, POWER_OF_TEN, power_of_ten, read_numeral, write_number
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.json_lines import NumberedRow, RowFile, read_json_rows
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.json_lines import NumberedRow, RowFile, read_json_rows
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (".csv", ".tsv")

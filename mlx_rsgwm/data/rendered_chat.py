@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.template import MARKER, Tokenizer
-from mlx_rsgwm.errors import RsgwmError
 
 Message = Mapping[str, Any]
 THINKING = re.compile(r"(?s)(?:<think>)?(.*)</think>(.*)")

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.asked import bare, parts
-from mlx_rsgwm.data.families import split_of
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.data.synthetic import split_of
 
 KEY = "row_hashes"  # in manifests
 BYTES = 6  # among a million rows two differ with probability 0.998; 8 characters a row in a manifest

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.files import sha256_json
-from mlx_rsgwm.settings import build
+from mlx_rsgwm.core.config import build
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.files import sha256_json
 
 
 class Tokenizer(Protocol):

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.boxes import find_boxes
 from mlx_rsgwm.data.number_words import could_become_scale
 from mlx_rsgwm.data.numbers import parse_number, plain_number
-from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.equality import RUNAWAY, parse_mathematics
 from mlx_rsgwm.evaluation.equality import is_correct as is_correct
 from mlx_rsgwm.evaluation.final_text import final_text, marked_lines, statements

@@ -19,10 +19,11 @@ from operator import or_
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import MANIFEST_FILE
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.question_files import is_question_file
+from mlx_rsgwm.data.questions import Question, load_jsonl
 from mlx_rsgwm.data.row_hashes import (
     KEY,
     RowRecord,
@@ -33,10 +34,9 @@ from mlx_rsgwm.data.row_hashes import (
     row_keys,
     share_of,
 )
-from mlx_rsgwm.data.sources import Question, load_jsonl
-from mlx_rsgwm.data.tasks import select_questions
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.pipeline.calibration import FILE as CALIBRATION_FILE
+from mlx_rsgwm.data.select import select_questions
+from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
+from mlx_rsgwm.models.adapter import MANIFEST_FILE
 
 SHARE = 0.7
 WORDS = 3
@@ -201,7 +201,7 @@ def draw_calibration(
     """``count`` calibration questions of each task, each question once; the one way to choose them.
 
     Args:
-        tasks, count, seed, folder, split: see :func:`~mlx_rsgwm.data.tasks.select_questions`.
+        tasks, count, seed, folder, split: see :func:`~mlx_rsgwm.data.select.select_questions`.
         trained: from :func:`rows_trained_on`.
         allow: report questions that were trained on instead of refusing them.
         only_known_files: of files of one's own only those that the adapters know by all their rows and that have a

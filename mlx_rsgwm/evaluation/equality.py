@@ -12,9 +12,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.digits import fold_digits
 from mlx_rsgwm.data.numbers import parse_number, unfrac
-from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.answer_forms import Amount, convertible, in_base_unit, read_amount, written
 
 SECONDS = 5  # for math-verify to parse or compare; beyond that the answers count as different

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation.records import ItemRecord
 
 FILE = "journal.jsonl"

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation.equality import canonical
-from mlx_rsgwm.evaluation.intervals import Rate, auroc, bootstrapped, share, wilson
-from mlx_rsgwm.evaluation.paired import PairedTest, mcnemar
 from mlx_rsgwm.evaluation.records import Draft, ItemRecord
 from mlx_rsgwm.evaluation.records import replay as replay
+from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc, bootstrapped, share, wilson
+from mlx_rsgwm.evaluation.stats.paired import PairedTest, mcnemar
 
 Mode = Literal["drafter", "draft_verify"]
 

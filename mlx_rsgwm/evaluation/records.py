@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.config import build
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.evaluation.answers import STATUSES
-from mlx_rsgwm.json_lines import read_json_lines
-from mlx_rsgwm.pipeline.decisions import decide
-from mlx_rsgwm.settings import build
+from mlx_rsgwm.inference.policy import decide
 
 FORMER_STATUSES = {"refusal": "no_answer", "truncated": "cut_off"}  # in files written before they were renamed
 

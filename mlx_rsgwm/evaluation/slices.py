@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.data.families import FAMILIES
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.question_files import is_question_file
+from mlx_rsgwm.data.questions import SOURCES, Question
 from mlx_rsgwm.data.row_hashes import RowRecord
-from mlx_rsgwm.data.sources import SOURCES, Question
-from mlx_rsgwm.data.tasks import select_questions
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.data.select import select_questions
+from mlx_rsgwm.data.synthetic import FAMILIES
 
 SLICES = ("first", "seeded")
 
@@ -45,7 +45,7 @@ class Slice:
 def read_slice(wanted: Slice, seen: RowRecord | None = None) -> tuple[list[Question], dict[str, Any]]:
     """The questions, and where they come from with a hash of their text and gold answers.
 
-    ``seen``: what the adapters were trained and calibrated on; see :func:`~mlx_rsgwm.data.tasks.select_questions`.
+    ``seen``: what the adapters were trained and calibrated on; see :func:`~mlx_rsgwm.data.select.select_questions`.
 
     Raises:
         RsgwmError: an unknown task, a missing file, split or revision, bad rows, missing gold answers, ids given twice.

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.evaluation.intervals import Rate, auroc, bootstrapped, wilson
 from mlx_rsgwm.evaluation.metrics import score_names, scored_drafts
 from mlx_rsgwm.evaluation.records import ItemRecord
+from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc, bootstrapped, wilson
 
 BINS = 10
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.merging.measure import Row
 from mlx_rsgwm.merging.options import MergeOptions
 

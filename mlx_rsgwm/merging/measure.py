@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.cpu import applies, cores, one_blas_thread
-from mlx_rsgwm.merging.lowrank import Truncated, cross, owner_matrix, stack
-from mlx_rsgwm.merging.module import Factors, Module
+from mlx_rsgwm.linalg.lowrank import Factors, Truncated, cross, owner_matrix, stack
+from mlx_rsgwm.merging.layer import Layer
+from mlx_rsgwm.models.linux_cpu import applies, cores, one_blas_thread
 
 # Updates are stacked for their inner products until their ranks reach this sum.
 STACKED_RANK = 128
@@ -81,7 +81,7 @@ class Batch:
     entries: int = 0
     held: int = 0
 
-    def diagnose(self, module: Module, merged: Truncated) -> dict[str, Any]:
+    def diagnose(self, module: Layer, merged: Truncated) -> dict[str, Any]:
         """A :data:`Row`, of which :func:`measuring` fills in the inner products where it takes them."""
         row: dict[str, Any] = {f"note/{name}": value for name, value in module.notes.items()}
         row["discarded"] = merged.discarded

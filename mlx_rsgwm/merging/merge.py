@@ -12,18 +12,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.adapter import Adapter, LoraSpec, versions
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.row_hashes import KEY, record_of
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.linalg.lowrank import Factors, Truncated, truncate, truncate_dense
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
-from mlx_rsgwm.merging.lowrank import Truncated, truncate, truncate_dense
+from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.measure import Batch, measuring
 from mlx_rsgwm.merging.methods import Method, find_method, resolved, sums, weight_problems
-from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.weights import brought_near_one
-from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 # Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries, and while
 # one such batch is computed the next is described.
@@ -108,7 +109,7 @@ def _merged(
     return merged
 
 
-def _allowance(method: Method, module: Module) -> Allowance:
+def _allowance(method: Method, module: Layer) -> Allowance:
     as_sum = sums(method, module.parameters) or method.scales
     return Allowance(module.weights, as_sum, module.parameters.get("lambda", 1.0))
 
@@ -123,7 +124,7 @@ def merged_spec(pool: Pool, rank: int) -> LoraSpec:
     return LoraSpec(rank, specs[0].scale, specs[0].dropout, keys, layers).covering(pool.modules, depth)
 
 
-def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Module]:
+def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Layer]:
     survey = method.survey(pool, parameters) if method.survey else None
     importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else repeat(())
     grams: Any = pool.grams() if "grams" in method.needs else repeat(())
@@ -134,7 +135,7 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
         own = resolved(options, override.parameters) if override else parameters
         weights = (override.weights if override else ()) or options.weights or (1.0,) * len(factors)
         start = initial.pop(f"{name}.lora_a", None)
-        yield Module(
+        yield Layer(
             name=name,
             factors=factors,
             scales=scales,

@@ -10,19 +10,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.merging import combinations as combine
-from mlx_rsgwm.merging import fisher, peft_modes, task_vectors
-from mlx_rsgwm.merging.elementwise import elementwise
-from mlx_rsgwm.merging.knots import MERGES as KNOTS_MERGES
-from mlx_rsgwm.merging.knots import knots
-from mlx_rsgwm.merging.lego import lego
-from mlx_rsgwm.merging.masks import NORMALISATIONS, SCOPES
-from mlx_rsgwm.merging.module import Factors, Module
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.merging.families import fisher, peft_compat, task_vectors
+from mlx_rsgwm.merging.families import linear as combine
+from mlx_rsgwm.merging.families.knots import MERGES as KNOTS_MERGES
+from mlx_rsgwm.merging.families.knots import knots
+from mlx_rsgwm.merging.families.lego import lego
+from mlx_rsgwm.merging.families.regmean import regmean
+from mlx_rsgwm.merging.families.rsgwm import rsgwm, survey
+from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
-from mlx_rsgwm.merging.regmean import regmean
-from mlx_rsgwm.merging.rsgwm import rsgwm, survey
+from mlx_rsgwm.merging.steps.elementwise import elementwise
+from mlx_rsgwm.merging.steps.masks import NORMALISATIONS, SCOPES
 from mlx_rsgwm.merging.weights import LARGEST_WEIGHT, cancel
 
 # The drafter keeps the top 70 % of a task's parameters, the verifier the top 50 %.
@@ -75,7 +76,7 @@ class Method:
     small or too large.
     """
 
-    merge: Callable[[Module], Factors | mx.array]
+    merge: Callable[[Layer], Factors | mx.array]
     summary: str
     source: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -158,10 +159,10 @@ def _peft(kind: str) -> Method:
         parameters["density"] = Parameter(0.5, "share of the entries that is kept", 0, 1)
     if "ties" in kind:
         parameters["majority_sign_method"] = Parameter(
-            "total", "sign of the sum, or of the majority", choices=peft_modes.MAJORITY_SIGN_METHODS
+            "total", "sign of the sum, or of the majority", choices=peft_compat.MAJORITY_SIGN_METHODS
         )
     return Method(
-        peft_modes.TYPES[kind],
+        peft_compat.TYPES[kind],
         f"what PEFT's add_weighted_adapter computes for {kind}, its mistakes included",
         f"PEFT 0.21.2 combination_type={kind}",
         parameters,
@@ -301,7 +302,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             scales=True,
         ),
-        **{f"peft:{kind}": _peft(kind) for kind in peft_modes.TYPES},
+        **{f"peft:{kind}": _peft(kind) for kind in peft_compat.TYPES},
     }
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 
 # Means stay below the norm of the largest source. RegMean with little data, which does not, came to 8 times it, DARE
 # at density .001 comes to 32, and what divides by rounding errors to 1e5 and more.

@@ -18,12 +18,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.adapter import IMPORTANCE_FILE, INIT_FILE, WEIGHTS_FILE, Adapter, LoraSpec, check_hashes, not_finite
-from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
-from mlx_rsgwm.files import read_safetensors, sha256_file, sha256_json
-from mlx_rsgwm.merging.module import Factors
-from mlx_rsgwm.model_folder import base_difference
-from mlx_rsgwm.token_layers import is_embedding
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.files import read_safetensors, sha256_file, sha256_json
+from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.models.adapter import (
+    IMPORTANCE_FILE,
+    INIT_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    LoraSpec,
+    check_hashes,
+    not_finite,
+)
+from mlx_rsgwm.models.folder import base_difference
+from mlx_rsgwm.models.token_layers import is_embedding
 
 Arrays = dict[str, mx.array]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mlx_rsgwm.data.corpus import CorpusRow, make_rows
+from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
-from mlx_rsgwm.data.sources import Question
-from mlx_rsgwm.data.tasks import Selection, select_questions
+from mlx_rsgwm.data.select import Selection, select_questions
 from mlx_rsgwm.evaluation.contamination import CalibrationDraw, check_overlap, draw_calibration, union
 from mlx_rsgwm.recipes.schema import Recipe, folder_name
 

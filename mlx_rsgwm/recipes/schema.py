@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import SIGNALS
-from mlx_rsgwm.data.families import FAMILIES
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.config import build, parse_yaml, read_yaml
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.data.question_files import is_question_file
-from mlx_rsgwm.data.sources import SOURCES
+from mlx_rsgwm.data.questions import SOURCES
+from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import find_template
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.inference.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD, Calibration
+from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.sampling import Sampling
+from mlx_rsgwm.inference.verifier import SCORES
 from mlx_rsgwm.merging.methods import find_method, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.pipeline.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD, Calibration
-from mlx_rsgwm.pipeline.decisions import LoopConfig
-from mlx_rsgwm.pipeline.sampling import Sampling
-from mlx_rsgwm.pipeline.verifying import SCORES
-from mlx_rsgwm.settings import build, parse_yaml, read_yaml
+from mlx_rsgwm.models.adapter import SIGNALS
 from mlx_rsgwm.training.config import TrainConfig
 
 LARGEST_SEED = 2**32 - 1

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import MANIFEST_FILE
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import MANIFEST_FILE
 from mlx_rsgwm.training.grams import GRAMS_FILE
 
 FOLDER = "stages"

@@ -25,10 +25,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import CONFIG_FILE, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
-from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.progress import Progress
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.models.adapter import CONFIG_FILE, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
 from mlx_rsgwm.training.snapshots import FOLDER as SNAPSHOTS
 
 FOLDER = "checkpoints"

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.optimizers as optimizers
 
-from mlx_rsgwm.adapter import LoraSpec
-from mlx_rsgwm.errors import raise_problems
-from mlx_rsgwm.settings import build
+from mlx_rsgwm.core.config import build
+from mlx_rsgwm.core.errors import raise_problems
+from mlx_rsgwm.models.adapter import LoraSpec
 from mlx_rsgwm.training.schedule import RateSchedule
 
 SCHEDULES = ("constant", "linear", "cosine")

@@ -17,14 +17,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, put_beside
-from mlx_rsgwm.base import Base
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch, tell_rows
-from mlx_rsgwm.errors import AdapterError, RsgwmError, raise_problems
-from mlx_rsgwm.logits import split_head
-from mlx_rsgwm.progress import SILENT, Progress
-from mlx_rsgwm.training.collect import fitting_modules
+from mlx_rsgwm.models.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, put_beside
+from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.training.estimate_importance import fitting_modules
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.loop import TrainingData
 from mlx_rsgwm.training.memory import device_limit
@@ -169,7 +169,7 @@ def save_grams(
 ) -> Path:
     """Put collected matrices beside an adapter's weights: ``grams.safetensors``, then the manifest.
 
-    See :func:`~mlx_rsgwm.adapter.put_beside`.
+    See :func:`~mlx_rsgwm.models.adapter.put_beside`.
     """
     folder = adapter.path
     assert folder is not None

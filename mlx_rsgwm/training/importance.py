@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from mlx_rsgwm.adapter import SIGNALS
+from mlx_rsgwm.models.adapter import SIGNALS
 
 
 class Importance:

@@ -16,10 +16,10 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
-from mlx_rsgwm.adapter import LoraSpec
-from mlx_rsgwm.cpu import Dropout, applies
-from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.slots import linear_shape
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.models.adapter import LoraSpec
+from mlx_rsgwm.models.linux_cpu import Dropout, applies
+from mlx_rsgwm.models.slots import linear_shape
 
 LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)

@@ -17,22 +17,23 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter, versions
-from mlx_rsgwm.base import Base
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.distributed import ALONE, Processes
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import TokenRow, plan_steps, row_notes
 from mlx_rsgwm.data.row_hashes import KEY, RowRecord
 from mlx_rsgwm.data.template import Template, Tokenizer
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.processes import ALONE, Processes
-from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.training.checkpoints import Saving, deferred_interrupts, prune, read_checkpoint
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
 from mlx_rsgwm.training.layers import expert_keys, linear_keys, lora_layers
 from mlx_rsgwm.training.losses import held_out_loss
 from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estimate, estimate, memory_line, memory_now
 from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
-from mlx_rsgwm.training.run import Run
+from mlx_rsgwm.training.state import Run
 from mlx_rsgwm.training.warm_start import WarmStart
 
 # Fewer steps than these hardly move an adapter: whoever sets no number of them is told.

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm.cpu import cross_entropy
 from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch, plan_epoch
-from mlx_rsgwm.logits import Head, Hidden, split_head
+from mlx_rsgwm.models.linux_cpu import cross_entropy
+from mlx_rsgwm.models.split import Head, Hidden, split_head
 
 
 def batch_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:

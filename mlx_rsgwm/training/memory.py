@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 
 MOMENTS = 5  # of the parameters' size: Adam's two, and the importance of all, draft and verify
 

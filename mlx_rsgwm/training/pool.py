@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import MANIFEST_FILE, is_complete
-from mlx_rsgwm.base import Base
-from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.model_folder import base_difference
-from mlx_rsgwm.processes import ALONE, Processes
-from mlx_rsgwm.progress import SILENT, Progress
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.distributed import ALONE, Processes
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import MANIFEST_FILE, is_complete
+from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.folder import base_difference
 from mlx_rsgwm.training.checkpoints import Saving, differing
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError
 
 SERVICES = ("wandb", "swanlab", "trackio")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mlx_rsgwm.errors import raise_problems
+from mlx_rsgwm.core.errors import raise_problems
 
 # Numbers that each of MLX's schedules takes: fewest and most.
 SCHEDULES = {"cosine_decay": (2, 3), "linear_schedule": (3, 3), "exponential_decay": (2, 2), "step_decay": (3, 3)}

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_rsgwm import files
+from mlx_rsgwm.core import files
 
 FOLDER = "snapshots"
 UPDATE_FILE = "update.safetensors"

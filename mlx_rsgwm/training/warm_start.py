@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.data.row_hashes import RowRecord, record_of
-from mlx_rsgwm.errors import RsgwmError, raise_problems
-from mlx_rsgwm.slots import untied_hint
+from mlx_rsgwm.models.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
+from mlx_rsgwm.models.slots import untied_hint
 from mlx_rsgwm.training.layers import trainable
 
 

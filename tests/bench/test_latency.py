@@ -12,13 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.adapter import Adapter, LoraSpec
-from mlx_rsgwm.base import load_base
 from mlx_rsgwm.bench import conditions, latency, outcome, sides, works
 from mlx_rsgwm.bench.latency import LatencyConfig, interleave, measure_latency, summarise, token_ids
-from mlx_rsgwm.converters import parity
-from mlx_rsgwm.converters.peft import to_peft
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.converters.parity import check
+from mlx_rsgwm.converters.peft.convert import to_peft
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+from mlx_rsgwm.models.base import load_base
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -131,10 +131,10 @@ def test_a_side_has_a_process_and_libraries_of_its_own(monkeypatch):
 def test_torch_drafts_alike_however_they_are_batched(base_folder, tmp_path, monkeypatch, batching):
     """Greedy drafts of every way of batching are the one draft of the plain loop."""
     base = load_base(str(base_folder), dtype="float32")
-    model = parity.load_torch_base(base.path, "cpu", "float32")
+    model = check.load_torch_base(base.path, "cpu", "float32")
     adapter = latency.random_adapter(base, 2, 0)
     to_peft(adapter, "b", tmp_path / "peft")
-    model = parity.apply_peft(model, tmp_path / "peft", widen=False)
+    model = check.apply_peft(model, tmp_path / "peft", widen=False)
     model.load_adapter(str(tmp_path / "peft"), adapter_name="other")
     drafts = []
     generate = type(model).generate
@@ -166,20 +166,20 @@ def test_both_sides_take_the_same_training_step(base_folder):
     """The losses of the second step agree, so forward, backward and Adam were the same work."""
     config = small(base_folder)
     base = load_base(config.base, dtype="float32")
-    theirs = parity.load_torch_base(base.path, "cpu", "float32")
+    theirs = check.load_torch_base(base.path, "cpu", "float32")
     rows = works.training_rows(320, 2, 8, 0)
     losses = {"mlx": [], "torch": []}
     spec = LoraSpec(2, 2.0, 0.0, ("self_attn.q_proj",), -1)
     with works.mlx_training(base, rows, spec, 3) as trial:
         run = next(cell.cell_contents for cell in trial.__closure__ if isinstance(cell.cell_contents, works.Run))
-        from mlx_rsgwm.converters.peft import to_peft
+        from mlx_rsgwm.converters.peft.convert import to_peft
         from mlx_rsgwm.training.layers import trainable
 
         to_peft(Adapter(spec, trainable(base.model)), "b", base.path / "peft")
         for _ in range(3):
             trial()
         losses["mlx"] = [step.loss for step in run.history]
-    theirs = parity.apply_peft(theirs, base.path / "peft", widen=False)
+    theirs = check.apply_peft(theirs, base.path / "peft", widen=False)
     forward = type(theirs).forward
 
     def watched(*arguments, **options):
@@ -210,7 +210,7 @@ def test_both_sides_see_the_same_tokens_and_fill_the_cache_alike(base_folder, mo
 
     real = transformers.DynamicCache
     monkeypatch.setattr(transformers, "DynamicCache", lambda: caches.setdefault("torch", real()))
-    model, parts = parity.load_torch_base(base.path, "cpu", "float32"), []
+    model, parts = check.load_torch_base(base.path, "cpu", "float32"), []
     works.torch_forward(model, "cpu", prompt, forced, parts.append)()
     assert parts == [0, 1]
 

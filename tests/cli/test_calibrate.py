@@ -7,10 +7,10 @@ from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.data.corpus import load_corpus
-from mlx_rsgwm.data.families import generate
-from mlx_rsgwm.evaluation import harness
+from mlx_rsgwm.data.synthetic import generate
+from mlx_rsgwm.evaluation import runner
 from mlx_rsgwm.evaluation.records import Draft
-from mlx_rsgwm.pipeline.calibration import FILE, load_calibration
+from mlx_rsgwm.inference.calibration import FILE, load_calibration
 
 
 def invoke(*arguments):
@@ -31,7 +31,7 @@ def half_right(monkeypatch):
     def judge(question, draft, scores, *more):
         return Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)
 
-    monkeypatch.setattr(harness, "judge", judge)
+    monkeypatch.setattr(runner, "judge", judge)
 
 
 def calibrate(folder, base, *more):
@@ -132,7 +132,7 @@ def test_negatives_makes_a_corpus(adapters, tiny_base):
 
 
 def test_negatives_says_when_there_are_not_enough_mistakes(adapters, tiny_base, monkeypatch):
-    monkeypatch.setattr(harness, "judge", lambda question, draft, *more: Draft(draft.text, "1", True))
+    monkeypatch.setattr(runner, "judge", lambda question, draft, *more: Draft(draft.text, "1", True))
     made = negatives(adapters, tiny_base)
     assert made.exit_code == 0, made.stderr
     assert "3 more were to have a wrong draft, but there are no more" in made.stdout

@@ -54,8 +54,8 @@ def test_eval_has_the_eight_rows(line, tiny_base):
 
 
 def test_loss_of_base_and_adapter(line, tiny_base):
-    from mlx_rsgwm.base import load_base
     from mlx_rsgwm.data.corpus import load_corpus
+    from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.training.losses import held_out_loss
 
     corpus, adapter = line / "corpus" / "change", line / "pool" / "change"

@@ -13,7 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mlx_rsgwm.cli.console import DEFAULT_SEED, BarProgress, Console, LineProgress, WarningsOnly, common_options
+from mlx_rsgwm.cli.console import DEFAULT_SEED, BarProgress, Console, WarningsOnly, common_options
+from mlx_rsgwm.core.progress import LineProgress
 
 
 def run(body, *arguments):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mlx_rsgwm import doctor
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.core import machine as doctor
 
 HEALTHY = doctor.Machine(
     system="Linux 6.1 x86_64",

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from mlx_rsgwm import files
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.data.families import generate
-from mlx_rsgwm.pipeline.loop import DraftVerify
+from mlx_rsgwm.core import files
+from mlx_rsgwm.data.synthetic import generate
+from mlx_rsgwm.inference.loop import DraftVerify
 
 
 def invoke(*arguments):
@@ -120,7 +120,7 @@ def test_tables(recipe, tmp_path):
 
 
 def test_tables_refuse_what_will_be_trained_on_before_training(recipe, tmp_path, monkeypatch):
-    from mlx_rsgwm import recipe as stages
+    from mlx_rsgwm.recipes import run as stages
 
     monkeypatch.setattr(stages, "train", lambda *rest, **more: pytest.fail("trained"))
     rows = [{"question": row.question.upper(), "answer": row.gold} for row in generate("change", 2, 42, "train")]

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from mlx_rsgwm import __version__
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.main import COMMANDS, asks_json, rsgwm, set_environment
-from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError
+from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
 
 ENTRY = "from mlx_rsgwm.cli.main import main; main()"
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.models.adapter import Adapter
 
 
 def run(*arguments):

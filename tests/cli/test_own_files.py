@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.row_hashes import RowRecord, folded, record_of
-from mlx_rsgwm.evaluation import harness
+from mlx_rsgwm.evaluation import runner
 from mlx_rsgwm.evaluation.records import Draft, read_items
-from mlx_rsgwm.pipeline.calibration import FILE as CALIBRATION_FILE
-from mlx_rsgwm.pipeline.calibration import load_calibration
+from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
+from mlx_rsgwm.inference.calibration import load_calibration
 
 ROWS = [{"question": f"What is {n} plus 3?", "answer": f"{n} + 3 = {n + 3}\n#### {n + 3}"} for n in range(60)]
 
@@ -55,7 +55,7 @@ def evaluate(folder, base, *more, code=0):
 
 def test_no_row_is_on_two_sides_of_the_whole_line(trained, tiny_base, tmp_path, monkeypatch):
     judge = lambda question, draft, scores, *more: Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)  # noqa: E731
-    monkeypatch.setattr(harness, "judge", judge)
+    monkeypatch.setattr(runner, "judge", judge)
     corpus = load_corpus(trained / "corpus")
     used = RowRecord.of(row.question for row in corpus.rows)
     for name in ("a", "draft", "verify"):
@@ -148,7 +148,7 @@ def test_a_test_file_is_never_calibrated_on(trained, tiny_base, tmp_path):
 
 def test_calibrating_within_eval_is_checked_like_any(trained):
     """Of a file that the adapters know the calibration share is taken, and what was trained on is refused."""
-    from mlx_rsgwm.errors import RsgwmError
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_seen
 
     mine = str(trained / "mine.jsonl")

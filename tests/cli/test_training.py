@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.core import files
 from mlx_rsgwm.data.row_hashes import record_of, row_keys
+from mlx_rsgwm.models.adapter import Adapter
 
 RSGWM = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
 SMALL = ("--rank", 4, "--alpha", 8, "--batch-size", 4, "--learning-rate", 0.01, "--epochs", 1)

@@ -9,16 +9,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.adapter import WEIGHTS_FILE, Adapter
 from mlx_rsgwm.converters.base_layers import read_base_layers
-from mlx_rsgwm.converters.bulk import from_peft_verified, to_peft_verified
 from mlx_rsgwm.converters.dense_base import dense_base
-from mlx_rsgwm.converters.fuse import fuse
+from mlx_rsgwm.converters.fuse.fuse import fuse
 from mlx_rsgwm.converters.module_names import NEEDS_BASE, RENAMED, REWRITTEN_TYPES, TEXT_ONLY, transformers_parameter
-from mlx_rsgwm.converters.parity import check_parity
-from mlx_rsgwm.converters.peft import convert_from_peft, convert_to_peft
-from mlx_rsgwm.converters.verify import require_equal
-from mlx_rsgwm.errors import AdapterError, CheckFailed, RsgwmError
+from mlx_rsgwm.converters.parity.check import check_parity
+from mlx_rsgwm.converters.peft.bulk import from_peft_verified, to_peft_verified
+from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
+from mlx_rsgwm.converters.peft.verify import require_equal
+from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
+from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")

@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.adapter import Adapter
 
 
 class Killed(BaseException):

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_rsgwm.adapter import Adapter, LoraSpec
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.converters.peft import check_peft, from_peft, to_peft
-from mlx_rsgwm.converters.verify import compare_folders
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.converters.peft.convert import check_peft, from_peft, to_peft
+from mlx_rsgwm.converters.peft.verify import compare_folders
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 WEIGHTS = "adapter_model.safetensors"

@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from mlx_rsgwm.adapter import Adapter
-from mlx_rsgwm.base import load_base
 from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.errors import AdapterError
-from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.core.errors import AdapterError
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.models.slots import AdapterSlots
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.converters.stream import write_arrays
-from mlx_rsgwm.errors import AdapterError
-from mlx_rsgwm.files import read_safetensors
+from mlx_rsgwm.core.errors import AdapterError
+from mlx_rsgwm.core.files import read_safetensors
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

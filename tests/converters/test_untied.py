@@ -13,14 +13,14 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from mlx_rsgwm.adapter import Adapter
-from mlx_rsgwm.base import load_base
 from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.converters.base_layers import read_base_layers
-from mlx_rsgwm.converters.gguf_adapter import to_gguf
-from mlx_rsgwm.errors import AdapterError, RsgwmError
-from mlx_rsgwm.training.collect import fitting_modules
+from mlx_rsgwm.converters.gguf.adapter import to_gguf
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.training.estimate_importance import fitting_modules
 from mlx_rsgwm.training.warm_start import WarmStart
 
 torch = pytest.importorskip("torch")

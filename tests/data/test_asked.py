@@ -5,13 +5,13 @@ import json
 
 import pytest
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.asked import bare, parts
 from mlx_rsgwm.data.corpus import CorpusRow, save_corpus
-from mlx_rsgwm.data.examples import load_examples
+from mlx_rsgwm.data.loading import load_data
+from mlx_rsgwm.data.mlx_lm_rows import load_examples
 from mlx_rsgwm.data.row_hashes import RowRecord, row_keys
-from mlx_rsgwm.data.sets import load_data
 from mlx_rsgwm.data.template import find_template
-from mlx_rsgwm.errors import RsgwmError
 
 QUESTION = "A train leaves at 3:15, and it takes 40 minutes. When does it arrive?"
 ANSWER = "It arrives at 3:55."

@@ -7,11 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch
 from mlx_rsgwm.data.corpus import load_corpus, make_rows, save_corpus, tokenize
-from mlx_rsgwm.data.families import FAMILIES, SPLITS, generate
+from mlx_rsgwm.data.synthetic import FAMILIES, SPLITS, generate
 from mlx_rsgwm.data.template import TEMPLATES, Template
-from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.answers import extract, is_correct
 
 

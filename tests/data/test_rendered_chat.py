@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.batching import TokenRow, row_notes
-from mlx_rsgwm.data.examples import load_examples
+from mlx_rsgwm.data.mlx_lm_rows import load_examples
 from mlx_rsgwm.data.template import TEMPLATES as SHIPPED
-from mlx_rsgwm.errors import RsgwmError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -150,7 +150,7 @@ def test_all_turns_are_found_without_offsets(base, tokenize, monkeypatch):
                 },
             )()
 
-    monkeypatch.setattr("mlx_rsgwm.data.examples.ChatRenderer", NoOffsets)
+    monkeypatch.setattr("mlx_rsgwm.data.mlx_lm_rows.ChatRenderer", NoOffsets)
     assert tokenize(template, row, all_turns=True)[2] == expected[2]
 
 

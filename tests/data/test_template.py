@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.template import TEMPLATES, Template
-from mlx_rsgwm.errors import RsgwmError
 
 PLAIN = TEMPLATES["plain"]
 # Recorded before stop and thinking existed: adapters made then still have to match.

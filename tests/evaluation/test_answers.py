@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.numbers import parse_number, write_number
-from mlx_rsgwm.errors import RsgwmError
 from mlx_rsgwm.evaluation.answers import EXTRACTORS, answer_kind, extract, is_correct
 
 CASES = [

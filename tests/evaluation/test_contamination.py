@@ -1,7 +1,7 @@
 """Leaks between training and test questions: found by kind, and only where they are."""
 
-from mlx_rsgwm.data.families import generate
-from mlx_rsgwm.data.sources import Question
+from mlx_rsgwm.data.questions import Question
+from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.evaluation.contamination import contamination, find_contamination
 
 TRAIN = {

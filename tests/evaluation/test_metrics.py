@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation import metrics
 from mlx_rsgwm.evaluation.metrics import Draft, ItemRecord
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlx_rsgwm.data.numbers import parse_number
-from mlx_rsgwm.data.sources import Question
+from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.evaluation.answers import EXTRACTORS, extract, is_correct
 
 FILES = {"readings": 0.97, "readings_reported": 0.97, "readings_last": 0.97}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation.slices import Slice, read_slice
 
 

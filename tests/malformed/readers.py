@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "converters")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "converters" / "gguf")]
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 from mutants import mutate  # noqa: E402
 
-from mlx_rsgwm import adapter as adapters  # noqa: E402
-from mlx_rsgwm import files  # noqa: E402
-from mlx_rsgwm.adapter import Adapter, LoraSpec  # noqa: E402
-from mlx_rsgwm.errors import RsgwmError  # noqa: E402
-from mlx_rsgwm.progress import SILENT  # noqa: E402
+from mlx_rsgwm.core import files  # noqa: E402
+from mlx_rsgwm.core.errors import RsgwmError  # noqa: E402
+from mlx_rsgwm.core.progress import SILENT  # noqa: E402
+from mlx_rsgwm.models import adapter as adapters  # noqa: E402
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec  # noqa: E402
 
 SECONDS = 5.0
 MEMORY = 6 << 30  # of addresses, most of them of libraries; a header that asks for more is to be refused before
@@ -150,7 +150,7 @@ def write_lines(file: str, rows: list[Any], folder: Path) -> None:
 
 
 def read_questions(task: str, folder: Path) -> None:
-    from mlx_rsgwm.data.sources import load_jsonl, load_questions
+    from mlx_rsgwm.data.questions import load_jsonl, load_questions
 
     if task == "mine":
         load_jsonl(folder / "mine" / "test.jsonl")
@@ -165,7 +165,7 @@ CHATS = [
 
 
 def read_examples(folder: Path) -> None:
-    from mlx_rsgwm.data.examples import load_examples
+    from mlx_rsgwm.data.mlx_lm_rows import load_examples
 
     load_examples(folder / "train.jsonl", mask_prompt=True).token_rows(tokenizer(), 512, "cut")
 
@@ -209,14 +209,14 @@ FOREIGN = {
 
 
 def read_recipe(folder: Path) -> None:
-    from mlx_rsgwm.recipe import load_recipe
+    from mlx_rsgwm.recipes.run import load_recipe
 
     load_recipe(str(folder / "recipe.yaml"))
 
 
 def read_training(folder: Path) -> None:
     from mlx_rsgwm.training.config import TrainConfig
-    from mlx_rsgwm.training.mlx_lm_config import read_training_file
+    from mlx_rsgwm.training.mlx_lm_yaml import read_training_file
 
     TrainConfig.from_mapping(read_training_file(folder / "train.yaml").config)
 
@@ -237,8 +237,8 @@ def make_items(folder: Path) -> None:
 
 def read_run(folder: Path) -> None:
     """What ``rsgwm report`` does, without drawing."""
-    from mlx_rsgwm.evaluation.report import read_report, render_markdown
-    from mlx_rsgwm.evaluation.summary import summarise
+    from mlx_rsgwm.evaluation.report.folder import read_report, render_markdown
+    from mlx_rsgwm.evaluation.report.summary import summarise
 
     found = read_report(folder)[1]
     render_markdown(summarise(found, 2))
@@ -279,7 +279,7 @@ def write_calibration(folder: Path) -> None:
 
 
 def read_calibration(folder: Path) -> None:
-    from mlx_rsgwm.pipeline.calibration import load_calibration
+    from mlx_rsgwm.inference.calibration import load_calibration
 
     load_calibration(folder)
 
@@ -289,7 +289,7 @@ HELD_ITEM = {"id": "1", "task": "t", "texts": ["#### 2"], "correct": [True], "si
 
 
 def read_held_out(folder: Path) -> None:
-    from mlx_rsgwm.evaluation.held_out import read_drafts
+    from mlx_rsgwm.evaluation.calibration_set import read_drafts
 
     read_drafts(folder / "drafts.jsonl", HELD, 1)
 
@@ -310,25 +310,25 @@ def make_sharded_base(folder: Path) -> None:
 
 
 def look_at_base(folder: Path) -> None:
-    from mlx_rsgwm.model_folder import check_folder, describe_folder
+    from mlx_rsgwm.models.folder import check_folder, describe_folder
 
     describe_folder(check_folder(folder))
 
 
 def load_whole_base(folder: Path) -> None:
-    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.models.base import load_base
 
     load_base(str(folder), "float32")
 
 
 def make_gguf(folder: Path) -> None:
-    import test_gguf
+    import test_read
 
-    test_gguf.write_gguf(folder / "model.gguf", test_gguf.weights())
+    test_read.write_gguf(folder / "model.gguf", test_read.weights())
 
 
 def read_gguf(folder: Path) -> None:
-    from mlx_rsgwm.converters.gguf_file import open_gguf
+    from mlx_rsgwm.converters.gguf.file import open_gguf
 
     found = open_gguf(folder / "model.gguf")
     unreadable = {text.split(" (")[0] for text in found.unreadable()}
@@ -338,20 +338,20 @@ def read_gguf(folder: Path) -> None:
 
 
 def convert_gguf(folder: Path) -> None:
-    from mlx_rsgwm.converters.gguf import convert_gguf as convert
+    from mlx_rsgwm.converters.gguf.read import convert_gguf as convert
 
     convert(folder / "model.gguf", folder / "out")
 
 
 def make_peft(folder: Path) -> None:
-    from mlx_rsgwm.converters.peft import to_peft
+    from mlx_rsgwm.converters.peft.convert import to_peft
 
     to_peft(lora(), "b", folder)
     shutil.rmtree(folder / "mlx_rsgwm")
 
 
 def read_peft(folder: Path) -> None:
-    from mlx_rsgwm.converters.peft import check_peft, from_peft
+    from mlx_rsgwm.converters.peft.convert import check_peft, from_peft
 
     check_peft(folder)
     from_peft(folder)

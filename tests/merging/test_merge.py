@@ -7,15 +7,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.adapter import Adapter
-from mlx_rsgwm.errors import AdapterError, RsgwmError
-from mlx_rsgwm.files import read_safetensors, write_safetensors
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError
+from mlx_rsgwm.core.files import read_safetensors, write_safetensors
+from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging import measure
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import METHODS, find_method, resolved
-from mlx_rsgwm.merging.module import Factors
 from mlx_rsgwm.merging.options import MergeOptions, Override
 from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.models.adapter import Adapter
 
 
 def product(adapter, module):
@@ -192,7 +192,7 @@ def test_weights_that_are_not_finite_are_named_whatever_the_method(make_adapter,
 def test_merged_folder_is_an_mlx_lm_adapter(make_adapter, tiny_base, tmp_path):
     from mlx_lm.tuner.utils import load_adapters
 
-    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.models.base import load_base
 
     merge([make_adapter(0), make_adapter(1)], MergeOptions()).save(tmp_path / "m")
     again = Adapter.load(tmp_path / "m")

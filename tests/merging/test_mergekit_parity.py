@@ -11,12 +11,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.adapter import Adapter, is_complete
-from mlx_rsgwm.merging import combinations as combine
-from mlx_rsgwm.merging.consensus import weighted_sum
-from mlx_rsgwm.merging.module import DenseUpdates, Factors, Module
-from mlx_rsgwm.merging.sparsify import keep_probabilities, magnitude_mask
-from mlx_rsgwm.merging.task_vectors import FAMILY, sce
+from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.merging.families import linear as combine
+from mlx_rsgwm.merging.families.task_vectors import FAMILY, sce
+from mlx_rsgwm.merging.layer import DenseUpdates, Layer
+from mlx_rsgwm.merging.steps.sign_election import weighted_sum
+from mlx_rsgwm.merging.steps.sparsify import keep_probabilities, magnitude_mask
+from mlx_rsgwm.models.adapter import Adapter, is_complete
 
 INSTALL = "pip install 'mergekit>=0.1.5'"
 KEY = mx.random.key(3)
@@ -172,7 +173,7 @@ def test_sce(mergekit, factors, select_topk):
 
 
 def combined(name, factors, weights, **parameters):
-    module = Module("m", factors, (1.0,) * len(factors), tuple(weights), KEY, parameters=parameters)
+    module = Layer("m", factors, (1.0,) * len(factors), tuple(weights), KEY, parameters=parameters)
     return combine.combination(getattr(combine, name))(module).dense()
 
 

@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.adapter import Adapter, LoraSpec
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import METHODS, sums
 from mlx_rsgwm.merging.options import LARGEST, MergeOptions
 from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (12, 10), "model.layers.1.self_attn.q_proj": (12, 10)}
 FIRST = next(iter(SHAPES))
@@ -295,7 +295,7 @@ def test_weights_that_cancel_in_floats_are_told_as_those_that_cancel(monkeypatch
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "sce", "breadcrumbs_ties"])
 def test_a_sum_that_is_only_rounding_elects_nobody(method, updates):
     """.1 u + .2 u - .3 u leaves 1e-8 u, whose sign would elect a side."""
-    from mlx_rsgwm.merging.consensus import elected_sum
+    from mlx_rsgwm.merging.steps.sign_election import elected_sum
 
     stacked = np.stack([dense(update)[FIRST] for update in updates]).astype(np.float32)
     weights = (0.1, 0.2, -0.3) if updates[1] is A else (0.1, 0.1, -0.3)

@@ -13,14 +13,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.adapter import Adapter, is_complete
-from mlx_rsgwm.converters.peft import from_peft, to_peft
-from mlx_rsgwm.merging.combinations import combination, weighted_mean
-from mlx_rsgwm.merging.lowrank import truncate, truncate_dense
+from mlx_rsgwm.converters.peft.convert import from_peft, to_peft
+from mlx_rsgwm.linalg.lowrank import Factors, truncate, truncate_dense
+from mlx_rsgwm.merging.families.linear import combination, weighted_mean
+from mlx_rsgwm.merging.families.peft_compat import MAJORITY_SIGN_METHODS, RULES, TYPES, keep_masks
+from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.merge import merge
-from mlx_rsgwm.merging.module import Factors, Module
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.merging.peft_modes import MAJORITY_SIGN_METHODS, RULES, TYPES, keep_masks
+from mlx_rsgwm.models.adapter import Adapter, is_complete
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -103,7 +103,7 @@ def module_of(name, layer, weights, parameters):
             scale = 1.0
             factors.append(Factors(mx.zeros((layer.in_features, 1)), mx.zeros((1, layer.out_features))))
         scales.append(scale)
-    return Module(name, tuple(factors), tuple(scales), tuple(weights), KEY, parameters=parameters)
+    return Layer(name, tuple(factors), tuple(scales), tuple(weights), KEY, parameters=parameters)
 
 
 def parameters_of(kind, density, method):

@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_rsgwm.data.corpus import make_rows, save_corpus
-from mlx_rsgwm.data.families import generate
+from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.training.config import TrainConfig
 

@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.progress import Progress
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, differing, read_checkpoint
 from mlx_rsgwm.training.loop import finish, train
 
@@ -260,7 +260,7 @@ def test_nothing_to_resume_starts_at_the_beginning(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from mlx_rsgwm.base import load_base
+from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig

@@ -8,12 +8,12 @@ import pytest
 from click.testing import CliRunner
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm import files
-from mlx_rsgwm.adapter import Adapter
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.data.batching import make_batch
 from mlx_rsgwm.data.corpus import tokenize
-from mlx_rsgwm.errors import AdapterError, RsgwmError
-from mlx_rsgwm.training.collect import collect_importance, save_importance
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.training.estimate_importance import collect_importance, save_importance
 from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, load_grams, real_positions, save_grams
 
 KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")

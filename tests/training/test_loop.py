@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm.adapter import Adapter
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.data.batching import make_batch, plan_epoch
 from mlx_rsgwm.data.corpus import tokenize
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.logits import split_head
-from mlx_rsgwm.progress import Progress
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at
 from mlx_rsgwm.training.layers import lora_layers
 from mlx_rsgwm.training.loop import train
@@ -110,8 +110,8 @@ def test_pool_shares_a_and_seeds_are_what_matters(base, corpus, config):
 def test_adapter_is_accepted_by_mlx_lm(base, corpus, tiny_base, tmp_path, config):
     from mlx_lm.tuner.utils import load_adapters
 
-    from mlx_rsgwm.base import load_base
-    from mlx_rsgwm.slots import AdapterSlots
+    from mlx_rsgwm.models.base import load_base
+    from mlx_rsgwm.models.slots import AdapterSlots
 
     train(base, corpus, config(num_layers=1, learning_rate=1e-2)).save(tmp_path / "a")
     adapter = Adapter.load(tmp_path / "a")
@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_names_its_step(base, corpus, config):
 
 def test_held_out_rows_are_cut_as_training_rows_are(base, config, tmp_path):
     """Rows of two messages, some longer than allowed: cut and told, or left out and told; all of them are counted."""
-    from mlx_rsgwm.data.sets import load_data
+    from mlx_rsgwm.data.loading import load_data
 
     class Told(Progress):
         def __init__(self):

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from mlx_rsgwm.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.training import memory
 from mlx_rsgwm.training.loop import train
 from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estimate, memory_line, memory_now
@@ -16,10 +16,10 @@ def test_estimate_is_near_the_peak(tmp_path, config, recompute):
 
     from mlx_lm.models.llama import Model, ModelArgs
 
+    from mlx_rsgwm.core.distributed import ALONE
     from mlx_rsgwm.data.batching import TokenRow
-    from mlx_rsgwm.processes import ALONE
     from mlx_rsgwm.training.layers import lora_layers
-    from mlx_rsgwm.training.run import Run
+    from mlx_rsgwm.training.state import Run
 
     values = {
         "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 384,

@@ -11,7 +11,7 @@ from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at, make_optimizer
 from mlx_rsgwm.training.layers import linear_keys, lora_layers, trainable
-from mlx_rsgwm.training.mlx_lm_config import DEFAULTS, read_training_file
+from mlx_rsgwm.training.mlx_lm_yaml import DEFAULTS, read_training_file
 
 YAMLS = {
     "documentation": """

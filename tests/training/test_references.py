@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rsgwm.data.batching import make_batch
 from mlx_rsgwm.data.corpus import tokenize
-from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.layers import lora_layers, trainable
 from mlx_rsgwm.training.losses import batch_loss
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm.adapter import Adapter
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.batching import make_batch, plan_steps
 from mlx_rsgwm.data.corpus import tokenize
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.logits import split_head
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at
 from mlx_rsgwm.training.layers import lora_layers, trainable
@@ -56,7 +56,7 @@ def quantised(tiny_base, folder, bits):
 def test_mlx_lm_loads_and_fuses_what_was_trained(base, corpus, config, tiny_base, tmp_path, kind, bits):
     from mlx_lm.tuner.utils import load_adapters
 
-    from mlx_rsgwm.base import load_base
+    from mlx_rsgwm.models.base import load_base
 
     folder = quantised(tiny_base, tmp_path / "q", bits) if bits else tiny_base
     base = load_base(str(folder), dtype="float32")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm.adapter import Adapter
-from mlx_rsgwm.base import load_base
-from mlx_rsgwm.data.examples import load_examples
-from mlx_rsgwm.errors import RsgwmError
-from mlx_rsgwm.slots import AdapterSlots
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.mlx_lm_rows import load_examples
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.training.layers import lora_layers, trainable
 from mlx_rsgwm.training.loop import train
 from mlx_rsgwm.training.losses import held_out_loss

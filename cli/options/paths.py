@@ -1,0 +1,28 @@
+"""Names of files and folders on the command line: written out where they begin with ``~``, never empty."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class FilePath(click.Path):
+    """A path as :func:`mlx_rsgwm.core.files.expanded` takes it.
+
+    ``--out "$FOLDER"`` with a variable that is not set would otherwise be the current folder.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from mlx_rsgwm.core.files import expanded
+
+        if isinstance(value, str) and not value.strip():
+            self.fail("is empty; name a file or folder", param, ctx)
+        return super().convert(expanded(value) if isinstance(value, str) and value != "-" else value, param, ctx)
+
+
+PATH = FilePath()

@@ -1,0 +1,1 @@
+"""A base with an adapter fused into its weights."""

@@ -1,0 +1,297 @@
+"""A base with an adapter worked into its weights, once it is known how much of the adapter the target format keeps.
+
+Rounding to a format with few bits can swallow a small update: a 4-bit weight moves by a step or not at all. So every
+adapted layer is measured first: the change that F makes of ΔW, with F the way to the target format and back, is
+F(W + ΔW) − F(W); the share that survives is its projection on ΔW. Afterwards the written model's logits are compared
+with those of base and adapter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_rsgwm.converters.base_layers import read_base_layers
+from mlx_rsgwm.converters.fuse.checkpoint_form import checkpoint_arrays
+from mlx_rsgwm.converters.fuse.layers import FORMATS, Stored, fuse_layers, fused_weight, quantise, stored_as
+from mlx_rsgwm.converters.fuse.model_files import write_model
+from mlx_rsgwm.converters.parity.mlx import apply_adapter, probe_ids, replace_parameters
+from mlx_rsgwm.converters.peft.convert import require_empty
+from mlx_rsgwm.converters.peft.names import model_order
+from mlx_rsgwm.converters.resized_vocabulary import make_room, rows_of, tokenizer_of
+from mlx_rsgwm.converters.untied_base import adapts_head, untied_base
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import DTYPES, Base, load_base, resolve_base
+from mlx_rsgwm.models.config import open_model
+from mlx_rsgwm.models.folder import fingerprint_of
+from mlx_rsgwm.models.token_layers import has_head
+
+MIN_SHARE = 0.9
+TEXTS = (
+    "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether?",
+    "The capital of France is Paris, and the capital of Italy is",
+)
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Of one module's ΔW, of size ``norm``: ``share`` survives along it, ``error`` comes instead and beside it."""
+
+    module: str
+    share: float
+    error: float
+    norm: float
+
+
+def fuse(
+    adapter_folder: Path,
+    base_name: str,
+    out: Path,
+    *,
+    target: str = "keep",
+    min_share: float = MIN_SHARE,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write the model that a base is with an adapter to the new folder ``out``.
+
+    Args:
+        adapter_folder: LoRA or DoRA on any layers, and replaced parameters.
+        base_name: as for ``load_base``.
+        out: a folder that does not exist yet, or an empty one.
+        target: one of :data:`FORMATS`.
+        min_share: the share of the adapter's update, and of its effect on logits, that must survive.
+        force: write it whatever survives.
+
+    Returns:
+        JSON: ``form``, whose names and layout the arrays have (``transformers`` or ``mlx-lm``), with ``form_reason``
+        where that is mlx-lm's though they are floats; ``share`` and ``error`` over all modules, the ``worst`` ones,
+        ``logit_share``, ``logit_error``, ``max_abs_logit`` against base and adapter, and what was fused.
+
+    Raises:
+        CheckFailed: less than ``min_share`` survives; nothing is written then, or kept.
+        RsgwmError: the adapter does not fit the base, ``out`` is not empty, no room.
+    """
+    if target not in FORMATS:
+        raise RsgwmError(f"fuse: format {target!r} is unknown; there are {', '.join(FORMATS)}")
+    if not 0 <= min_share <= 1:
+        raise RsgwmError(f"fuse: the share must be in [0, 1], found {min_share}")
+    require_empty(out)
+    adapter = Adapter.load(adapter_folder)
+    path = resolve_base(base_name, progress)
+    problem = adapter.base_problem(base_name, fingerprint_of(path), weights_only=True)
+    if problem:
+        raise AdapterError(problem)
+    with ExitStack() as stack:
+        loaded_name = base_name
+        if adapts_head(adapter) and not has_head(dict(open_model(path)[0].named_modules())):
+            path = stack.enter_context(untied_base(path))
+            loaded_name = str(path)
+        return _fuse(adapter, path, loaded_name, base_name, out, target, min_share, force, progress)
+
+
+def _fuse(
+    adapter: Adapter,
+    path: Path,
+    loaded_name: str,
+    base_name: str,
+    out: Path,
+    target: str,
+    min_share: float,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """:func:`fuse` with the base in the folder ``path``, which ``load_base`` finds as ``loaded_name``."""
+    model, config = _adapted_model(path, adapter, base_name)
+    tokenizer = tokenizer_of(adapter, path)
+    layers = dict(_adapted_layers(model))
+    found = []
+    with progress.task("measuring", len(layers)) as advance:
+        for name in sorted(layers, key=model_order):
+            found.append(_survival(name, layers[name], stored_as(layers[name], target)))
+            advance(1, name)
+    total = _total(found)
+    if total.share < min_share and not force:
+        raise CheckFailed(
+            f"only {total.share:.0%} of {adapter.where} survives in the format {target}, below {min_share:.0%} "
+            f"(least in {_worst(found)[0].module}, {_worst(found)[0].share:.0%}); "
+            "choose another --format (float16), or --force"
+        )
+    fused, config, form = _fused_model(path, model, config, layers, adapter, target)
+    del model, layers
+    size = sum(value.nbytes for value in _arrays_of(fused))
+    files.require_space(out, size + 2**24)
+    with files.new_folder(out) as work:
+        write_model(fused, config, path, tokenizer, work)
+        del fused
+        mx.clear_cache()
+        result = {
+            "out": str(out),
+            "base": base_name,
+            "adapter": str(adapter.path),
+            "format": target,
+            **form,
+            "modules": len(found),
+            "replaced": len(adapter.full),
+            "share": total.share,
+            "error": total.error,
+            "worst": [vars(one) for one in _worst(found)],
+            "min_share": min_share,
+            **_compare_logits(adapter, loaded_name, work, target, progress),
+            "versions": versions(),
+        }
+        if not all(math.isfinite(float(str(result[key]))) for key in ("logit_share", "logit_error", "max_abs_logit")):
+            raise RsgwmError(
+                f"the logits of {base_name} are not finite on texts of about a hundred characters, so nothing can be "
+                "compared; has it fewer positions, or values that are not finite?"
+            )
+        if abs(1 - float(str(result["logit_share"]))) > 1 - min_share and not force:
+            raise CheckFailed(
+                f"{result['logit_share']:.0%} of the adapter's effect on logits is in the fused model, "
+                f"outside {min_share:.0%} to {2 - min_share:.0%}; it was removed; choose another --format, or --force"
+            )
+        files.write_json(work / "fuse.json", result)
+    return result
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def _adapted_model(path: Path, adapter: Adapter, base_name: str) -> tuple[Any, dict[str, Any]]:
+    model: Any
+    model, config, _ = open_model(path)
+    config = make_room(model, config, adapter)
+    if adapter.full:
+        replace_parameters(model, adapter)
+    if adapter.weights:
+        apply_adapter(model, adapter, base_name)
+    names = {name for name, _ in _adapted_layers(model)}
+    missing = [module for module in adapter.modules() if module not in names]
+    raise_problems(adapter.where, [f"{name} was not applied by mlx-lm" for name in missing], AdapterError)
+    return model, config
+
+
+def _adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """mlx-lm's LoRA and DoRA layers whose update is not zero."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_a") and hasattr(module, "lora_b"):
+            yield name, module
+
+
+def _survival(name: str, layer: Any, stored: Stored) -> Survival:
+    weight, fused = fused_weight(layer)
+    update = fused - weight
+    survived = stored.round_trip(fused) - stored.round_trip(weight)
+    square = mx.sum(update * update)
+    along = mx.sum(survived * update)
+    beside = mx.sum(mx.square(survived - update))
+    mx.eval(square, along, beside)
+    size, dot, off = (float(one.tolist()) for one in (square, along, beside))  # type: ignore[arg-type]
+    if not size:
+        return Survival(name, 1.0, 0.0, 0.0)
+    return Survival(name, dot / size, (off / size) ** 0.5, size**0.5)
+
+
+def _total(found: list[Survival]) -> Survival:
+    """Over all modules, each by the square of its update's size."""
+    squares = [one.norm**2 for one in found]
+    whole = sum(squares)
+    if not whole:
+        return Survival("", 1.0, 0.0, 0.0)
+    share = sum(one.share * square for one, square in zip(found, squares, strict=True)) / whole
+    error = sum(one.error**2 * square for one, square in zip(found, squares, strict=True)) / whole
+    return Survival("", share, error**0.5, whole**0.5)
+
+
+def _worst(found: list[Survival]) -> list[Survival]:
+    return sorted((one for one in found if one.norm), key=lambda one: one.share)[:5] or found[:1]
+
+
+# --- the fused model --------------------------------------------------------------------------------------------
+
+
+def _fused_model(
+    path: Path, model: Any, config: dict[str, Any], layers: dict[str, Any], adapter: Adapter, target: str
+) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """The fused model, its config, and in which form it is, with the reason why not in transformers'.
+
+    In transformers' form it is a table of the checkpoint's arrays; in mlx-lm's, ``model`` with plain layers.
+    """
+    kind = FORMATS[target]
+    packed = bool(config.get("quantization") or config.get("quantization_config"))
+    if isinstance(kind, int) or (kind is None and packed):
+        return model, fuse_layers(model, config, layers, target), {"form": "mlx-lm"}
+    base = read_base_layers(str(path), path)
+    changed = {**adapter.full, **{f"{name}.weight": fused_weight(layer)[1] for name, layer in layers.items()}}
+    config = fuse_layers(model, config, layers, target)
+    try:
+        arrays = checkpoint_arrays(base, model, changed, adapter, DTYPES[kind] if kind else None)
+    except RsgwmError as error:
+        return model, config, {"form": "mlx-lm", "form_reason": str(error)}
+    return arrays, config, {"form": "transformers"}
+
+
+def _arrays_of(fused: Any) -> list[mx.array]:
+    flat: Any = tree_flatten(fused.parameters() if isinstance(fused, nn.Module) else fused)
+    return [value for _, value in flat]
+
+
+# --- the written model ------------------------------------------------------------------------------------------
+
+
+def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, progress: Progress) -> dict[str, float]:
+    """How much of the adapter's effect on float32 logits the written model has, and how far it is from it."""
+    with progress.task("comparing logits", 3) as advance:
+        base = load_base(base_name, "float32", progress)
+        ids = probe_ids(base, TEXTS)
+        if rows := rows_of(adapter.manifest):  # of a smaller vocabulary only what both have is compared
+            ids = [[one for one in text if one < rows] for text in ids]
+        bare = _logits(base, ids)
+        bits = FORMATS[target]
+        packed = bare
+        make_room(base.model, base.config, adapter)
+        if adapter.full:
+            replace_parameters(base.model, adapter)
+        if adapter.weights:
+            apply_adapter(base.model, adapter, base_name)
+        adapted = _logits(base, ids)
+        del base
+        advance(1, "base and adapter")
+        if isinstance(bits, int):
+            again = load_base(base_name, "float32", progress)
+            if not again.config.get("quantization"):
+                quantise(again.model, dict(again.config), bits)
+                packed = _logits(again, ids)
+            del again
+        advance(1, "the base in the target format")
+        fused = _logits(load_base(str(out), "float32"), ids)
+        advance(1, "the fused model")
+    columns = min(bare.shape[-1], fused.shape[-1])
+    bare, packed, adapted, fused = (one[:, :columns] for one in (bare, packed, adapted, fused))
+    effect, found = adapted - bare, fused - packed
+    square = float((effect * effect).sum())
+    return {
+        "logit_share": float((effect * found).sum()) / square if square else 1.0,
+        "logit_error": (float(np.square(found - effect).sum()) / square) ** 0.5 if square else 0.0,
+        "max_abs_logit": float(np.abs(fused - adapted).max()),
+    }
+
+
+def _logits(base: Base, ids: list[list[int]]) -> np.ndarray:
+    model: Any = base.model
+    found = [np.array(model(mx.array([one]))[0].astype(mx.float32)).astype(np.float64) for one in ids if one]
+    mx.clear_cache()
+    return np.concatenate(found)

@@ -1,0 +1,138 @@
+"""Adapted layers of mlx-lm as plain ones with the fused weights, in the float type or packing of the target."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype, with_dtype
+from mlx_rsgwm.models.base import DTYPES
+
+GROUP_SIZE = 64
+# What a fused model's weights are: as the base has them, a float type, or mlx-lm's affine quantisation.
+FORMATS: dict[str, int | str | None] = {
+    "keep": None,
+    **{name: name for name in DTYPES},
+    "8bit": 8,
+    "4bit": 4,
+    "3bit": 3,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one weight is stored: in ``dtype``, or packed with scales of that dtype."""
+
+    dtype: mx.Dtype
+    bits: int | None = None
+    group_size: int = GROUP_SIZE
+    mode: str = "affine"
+
+    def round_trip(self, weight: mx.array) -> mx.array:
+        """The float32 values that a float32 ``weight`` becomes."""
+        if self.bits is None:
+            return weight.astype(self.dtype).astype(mx.float32)
+        packed, scales, *rest = mx.quantize(weight, self.group_size, self.bits, mode=self.mode)
+        biases = None
+        if rest:
+            scales, biases = (part.astype(self.dtype).astype(mx.float32) for part in (scales, rest[0]))
+        dense = mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode)
+        return dense.astype(mx.float32)
+
+
+def plain_layer(layer: Any) -> Any:
+    """The base's layer inside an adapted one."""
+    return layer.embedding if hasattr(layer, "embedding") else layer.linear
+
+
+def fused_weight(layer: Any) -> tuple[mx.array, mx.array]:
+    """W and the weight that an adapted layer of mlx-lm computes with, both float32."""
+    plain = plain_layer(layer)
+    weight = dequantised(plain) if hasattr(plain, "scales") else plain.weight.astype(mx.float32)
+    a, b = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
+    update = b @ a if a.ndim == 3 else a @ b if hasattr(layer, "embedding") else b.T @ a.T
+    fused = weight + layer.scale * update
+    if "m" in layer:
+        norms = mx.sqrt(mx.sum(fused * fused, axis=1, keepdims=True))
+        fused = layer.m.astype(mx.float32)[:, None] / norms * fused
+    return weight, fused
+
+
+def stored_as(layer: Any, target: str) -> Stored:
+    """How an adapted layer's weight is to be stored."""
+    plain, kind = plain_layer(layer), FORMATS[target]
+    packed = hasattr(plain, "scales")
+    # Scales of the newer modes are bytes; such a layer's floats are the model's others, which its bias shows or not.
+    dtype = plain.scales.dtype if packed else plain.weight.dtype
+    dtype = dtype if dtype in DTYPES.values() else mx.bfloat16
+    if isinstance(kind, str):
+        return Stored(DTYPES[kind])
+    if kind is None:
+        return Stored(dtype, plain.bits, plain.group_size, plain.mode) if packed else Stored(dtype)
+    columns = plain.scales.shape[-1] * plain.group_size if packed else plain.weight.shape[-1]
+    return Stored(dtype, kind) if columns % GROUP_SIZE == 0 else Stored(dtype)
+
+
+def fuse_layers(model: Any, config: dict[str, Any], layers: dict[str, Any], target: str) -> dict[str, Any]:
+    """Put plain layers with the fused weights into ``model``, in the target format; returns its config."""
+    from mlx_lm.utils import dequantize_model
+
+    kind = FORMATS[target]
+    replaced = []
+    for name, layer in layers.items():
+        _, weight = fused_weight(layer)
+        stored = stored_as(layer, target)
+        replaced.append((name, _layer_like(plain_layer(layer), weight, stored if kind is None else None)))
+    model.update_modules(tree_unflatten(replaced))
+    if kind is None:
+        return config
+    dtype = usual_dtype(model)
+    model = dequantize_model(model)
+    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    if isinstance(kind, str):
+        model.set_dtype(DTYPES[kind])
+        return with_dtype(config, kind)
+    config = quantise(model, config, kind)
+    model.set_dtype(dtype)
+    return config
+
+
+def quantise(model: Any, config: dict[str, Any], bits: int) -> dict[str, Any]:
+    """Quantise every layer of ``model`` that can be, as mlx_lm.convert does; returns its config."""
+    from mlx_lm.utils import quantize_model
+
+    with redirect_stdout(io.StringIO()):  # it prints a line of its own
+        _, found = quantize_model(model, config, GROUP_SIZE, bits)
+    return dict(found)
+
+
+def _layer_like(plain: Any, weight: mx.array, stored: Stored | None) -> Any:
+    """A layer of ``plain``'s kind with another weight: stored as said, or float32 and dense for later."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    bias = "bias" in plain
+    made: Any
+    if weight.ndim == 3:
+        made = SwitchLinear(1, 1, 1, bias=bias)
+    elif isinstance(plain, (nn.Embedding, nn.QuantizedEmbedding)):
+        made = nn.Embedding(1, 1)
+    else:
+        made = nn.Linear(1, 1, bias=bias)
+    made.weight = weight
+    if bias:
+        made.bias = plain.bias
+    if stored is None:
+        return made
+    if stored.bits is None:
+        made.weight = weight.astype(stored.dtype)
+        return made
+    packed = made.to_quantized(group_size=stored.group_size, bits=stored.bits, mode=stored.mode)
+    if packed.biases is not None:
+        packed.scales, packed.biases = packed.scales.astype(stored.dtype), packed.biases.astype(stored.dtype)
+    return packed

@@ -1,0 +1,77 @@
+"""llama.cpp's names for the modules of mlx-lm's models, and the row order it wants of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mlx_rsgwm.converters.module_names import SWITCH
+from mlx_rsgwm.core.errors import RsgwmError
+
+# mlx-lm's model type: llama.cpp's architecture (gguf.MODEL_ARCH), and whether query and key rows are interleaved there.
+ARCHITECTURES: dict[str, tuple[str, bool]] = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "mixtral": ("llama", True),
+    "smollm3": ("smollm3", True),
+    "granite": ("granite", True),
+    "qwen2": ("qwen2", False),
+    "qwen2_moe": ("qwen2moe", False),
+    "qwen3": ("qwen3", False),
+    "qwen3_moe": ("qwen3moe", False),
+    "gemma": ("gemma", False),
+    "gemma2": ("gemma2", False),
+    "gemma3": ("gemma3", False),
+    "gemma3_text": ("gemma3", False),
+    "phi": ("phi2", False),
+    "phi3": ("phi3", False),
+}
+
+
+def architecture_of(model_type: str) -> tuple[str, bool]:
+    """llama.cpp's architecture for a model type, and whether its query and key rows are permuted.
+
+    Raises:
+        RsgwmError: no such architecture is known here.
+    """
+    if model_type not in ARCHITECTURES:
+        raise RsgwmError(f"{model_type} models have no GGUF form here, only {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
+
+
+def tensor_namer(model_type: str, layers: int) -> Any:
+    """A function from a module of mlx-lm to llama.cpp's tensor name without ``.weight``, or None where it has none."""
+    import gguf
+
+    architecture, _ = architecture_of(model_type)
+    kind = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(kind, layers)
+
+    def name_of(module: str) -> str | None:
+        theirs = module.removeprefix("language_model.")
+        if match := SWITCH.fullmatch(theirs):
+            theirs = f"{match['block']}.experts.{match['projection']}"
+            spare = f"{match['block'].replace('block_sparse_moe', 'mlp')}.experts.{match['projection']}"
+            return table.get_name(theirs) or table.get_name(spare)
+        return table.get_name(theirs)
+
+    return name_of
+
+
+def permute_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key projection in llama.cpp's order: the two halves of a head interleaved.
+
+    The reverse of ``gguf.unpermute``; ``permute`` in llama.cpp's convert_hf_to_gguf.py.
+    """
+    return rows.reshape(heads, 2, -1, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def heads_of(module: str, config: dict[str, Any]) -> int | None:
+    """The number of heads whose rows a module's outputs are, for query and key projections; else None."""
+    leaf = module.rpartition(".")[2]
+    if leaf == "q_proj":
+        return int(config["num_attention_heads"])
+    if leaf == "k_proj":
+        return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    return None

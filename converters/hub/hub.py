@@ -1,0 +1,255 @@
+"""Adapters to the Hugging Face Hub and back: PEFT's layout, which ``PeftModel.from_pretrained`` loads, and a card.
+
+What is published is first staged as a folder on disk, so that a dry run shows exactly what would go out. Names of
+local folders never do: a path in a manifest or certificate is cut to its last part.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm.converters.base_layers import read_base_layers
+from mlx_rsgwm.converters.hub.model_card import model_card
+from mlx_rsgwm.converters.parity.certificate import read_certificate
+from mlx_rsgwm.converters.peft.bulk import is_mlx, is_peft
+from mlx_rsgwm.converters.peft.convert import check_peft, convert_from_peft, require_empty, to_peft
+from mlx_rsgwm.converters.peft.folder import is_of_wrapped_model, open_peft
+from mlx_rsgwm.converters.peft.layout import Reading
+from mlx_rsgwm.converters.peft.sidecar import CERTIFICATE_FILE, PEFT_CONFIG_FILE, SIDECAR_FOLDER
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.base import ALIASES, HUB_ID, resolve_base
+
+MLX_FOLDER = "mlx"
+CARD_FILE = "README.md"
+PULLED = ["*.json", "*.safetensors", "*.md", "*/*.json", "*/*.safetensors"]  # no pickles, no code
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A repository as it would be: its folder, the base's Hub id, and (path, bytes) of every file."""
+
+    folder: Path
+    base: str
+    contents: tuple[tuple[str, int], ...]
+
+
+def stage(
+    adapter_folder: Path,
+    repo: str,
+    out: Path,
+    *,
+    base: str | None = None,
+    licence: str = "apache-2.0",
+    with_mlx: bool = False,
+    certificate: Path | None = None,
+    report: Path | None = None,
+) -> Staged:
+    """Write everything that goes into ``repo`` to the new folder ``out``.
+
+    Raises:
+        AdapterError: the adapter is damaged or has no PEFT form.
+        RsgwmError: no such repository name, a base that is not on the Hub, a certificate of another adapter.
+    """
+    if not HUB_ID.fullmatch(repo):
+        raise RsgwmError(f"{repo!r} is not a repository's name; give owner/name")
+    adapter = Adapter.load(adapter_folder)
+    hub_base = _hub_base(base or (adapter.manifest.get("base") or {}).get("name"), adapter_folder)
+    proof = read_certificate(certificate, adapter_folder) if certificate is not None else None
+    metrics = files.read_json_object(report) if report is not None else None
+    require_empty(out)
+    adapter.manifest = without_paths(adapter.manifest)
+    if adapter.manifest.get("base"):
+        adapter.manifest["base"] = {**adapter.manifest["base"], "name": hub_base}
+    with files.new_folder(out) as work:
+        _fill(work, adapter, adapter_folder, repo, hub_base, licence, with_mlx, proof, metrics)
+    contents = sorted((str(file.relative_to(out)), file.stat().st_size) for file in out.rglob("*") if file.is_file())
+    return Staged(out, hub_base, tuple(contents))
+
+
+def _fill(
+    out: Path,
+    adapter: Adapter,
+    adapter_folder: Path,
+    repo: str,
+    hub_base: str,
+    licence: str,
+    with_mlx: bool,
+    proof: Mapping[str, Any] | None,
+    metrics: Mapping[str, Any] | None,
+) -> None:
+    """Write a repository's files into the empty folder ``out``; the arguments are those of :func:`stage`, read."""
+    to_peft(adapter, hub_base, out)
+    if proof is not None:
+        proof = {**without_paths(proof), "base": hub_base, "adapter": repo}
+        files.write_json(out / SIDECAR_FOLDER / CERTIFICATE_FILE, proof)
+    if with_mlx:
+        mlx = files.make_folder(out / MLX_FOLDER)
+        shutil.copyfile(adapter_folder / WEIGHTS_FILE, mlx / WEIGHTS_FILE)
+        files.write_json(mlx / CONFIG_FILE, adapter.spec.to_config())  # mlx_lm.lora puts every path it was given there
+    config = files.read_json_object(out / PEFT_CONFIG_FILE)
+    card = model_card(
+        repo,
+        hub_base,
+        config,
+        adapter.manifest,
+        licence=licence,
+        mlx_folder=MLX_FOLDER if with_mlx else None,
+        certificate=proof,
+        report=metrics,
+        wrapped=is_of_wrapped_model(open_peft(out).arrays()[0]),
+    )
+    files.write_text(out / CARD_FILE, card)
+
+
+def push(staged: Staged, repo: str, *, private: bool = True, message: str = "Add adapter") -> str:
+    """Create ``repo`` unless it is there, upload everything staged in one commit, and return the commit's URL.
+
+    Raises:
+        RsgwmError: not logged in, not allowed, no network; the access token is never part of the message.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _readable(f"{repo} could not be written to the Hub"):
+        api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=str(staged.folder), commit_message=message, repo_type="model"
+        )
+    return str(commit.commit_url)
+
+
+def pull(
+    repo: str,
+    out: Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    keep_peft: bool = False,
+    reading: Reading | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Fetch an adapter and write it to the new folder ``out``: as mlx-lm loads it, or PEFT's files as they are.
+
+    A repository of mlx-lm's own layout is checked and copied. ``reading`` says how PEFT's is read.
+
+    A revision that was fetched before is taken from the Hub's cache when there is no network.
+
+    Raises:
+        RsgwmError: no such repository, no network and nothing cached; not an adapter; as ``convert_from_peft``.
+    """
+    if not HUB_ID.fullmatch(repo):
+        raise RsgwmError(f"{repo!r} is not a repository's name; give owner/name")
+    require_empty(out)
+    folder = _fetched(repo, revision, progress)
+    if is_mlx(folder) and not is_peft(folder):
+        return _kept_mlx(folder, repo, out, base, keep_peft)
+    check_peft(folder)
+    named = base or files.read_json_object(folder / PEFT_CONFIG_FILE).get("base_model_name_or_path")
+    if keep_peft:
+        _copy(folder, out)
+        return {"out": str(out), "repo": repo, "base": named, "layout": "peft"}
+    if not isinstance(named, str) or not named:
+        raise RsgwmError(f"{repo} does not say which base model it is for; give --base")
+    layers = read_base_layers(named, resolve_base(named, progress))
+    converted = convert_from_peft(folder, layers, out, reading)
+    return {
+        "out": str(out),
+        "repo": repo,
+        "base": named,
+        "layout": "mlx",
+        "rank": converted.spec.rank,
+        "scale": converted.spec.scale,
+        "modules": converted.modules,
+        "notes": list(converted.notes),
+    }
+
+
+def _kept_mlx(folder: Path, repo: str, out: Path, base: str | None, keep_peft: bool) -> dict[str, Any]:
+    if keep_peft:
+        raise RsgwmError(f"{repo} has mlx-lm's layout, not PEFT's; leave --peft out")
+    adapter = Adapter.load(folder)
+    _copy(folder, out)
+    named = base or (adapter.manifest.get("base") or {}).get("name")
+    return {
+        "out": str(out),
+        "repo": repo,
+        "base": named,
+        "layout": "mlx",
+        "rank": adapter.spec.rank,
+        "scale": adapter.spec.scale,
+        "modules": len(adapter.modules()),
+    }
+
+
+def _copy(folder: Path, out: Path) -> None:
+    with files.new_folder(out) as work:
+        shutil.copytree(folder, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
+
+def _fetched(repo: str, revision: str | None, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    progress.message(f"fetching {repo} from the Hugging Face Hub")
+    with _readable(f"{repo} could not be fetched from the Hub"):
+        try:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=PULLED))
+        except HfHubHTTPError:
+            raise
+        except OSError as error:  # no network: what was fetched before is as good
+            try:
+                return Path(snapshot_download(repo, revision=revision, allow_patterns=PULLED, local_files_only=True))
+            except OSError:
+                raise error from None
+
+
+def _hub_base(name: str | None, where: Path) -> str:
+    """The Hub id of a base; a local folder's name must not be published."""
+    if name in ALIASES:
+        return ALIASES[name].hub_id
+    if not name or not HUB_ID.fullmatch(name) or Path(name).exists():
+        raise RsgwmError(
+            f"{where} is for the base {name or '(unknown)'}, which is not on the Hub; give --base owner/name"
+        )
+    return name
+
+
+def without_paths(value: Any) -> Any:
+    """A JSON value with every text that is an absolute path cut to its last part."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_paths(one) for one in value]
+    if isinstance(value, str) and (value.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", value)):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Every failure of the Hub's client as one line, without the access token that some messages repeat."""
+    try:
+        yield
+    except RsgwmError:
+        raise
+    except Exception as error:  # HTTP, network and login errors of several libraries, all told by their first line
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RsgwmError(f"{what}: {redacted(lines[0] if lines else type(error).__name__)}") from None
+
+
+def redacted(text: str) -> str:
+    """``text`` without access tokens: the one in use, and whatever looks like one."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := os.environ.get(name):
+            text = text.replace(token, "(token)")
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "(token)", text)

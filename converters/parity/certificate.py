@@ -1,0 +1,46 @@
+"""The certificate of a parity check: which files it was made for, and a copy of it inside an exported PEFT folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm.converters.peft.sidecar import CERTIFICATE_FILE, SIDECAR_FOLDER
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.adapter import WEIGHTS_FILE
+
+CERTIFICATE_FORMAT = "mlx-rsgwm/parity"
+
+
+def sign(result: dict[str, Any], adapter_folder: Path, base_fingerprint: str) -> dict[str, Any]:
+    """A parity result with the SHA-256 of the weights and the base's fingerprint it holds for."""
+    return {
+        "format": CERTIFICATE_FORMAT,
+        "format_version": 1,
+        "adapter_sha256": files.sha256_file(adapter_folder / WEIGHTS_FILE),
+        "base_fingerprint": base_fingerprint,
+        **result,
+    }
+
+
+def read_certificate(path: Path, adapter_folder: Path) -> dict[str, Any]:
+    """A certificate, once it is known to be of the adapter in ``adapter_folder`` and to have passed.
+
+    Raises:
+        RsgwmError: it is none, is another adapter's, or says that the check failed.
+    """
+    found = files.read_json_object(path)
+    if found.get("format") != CERTIFICATE_FORMAT:
+        raise RsgwmError(f"{path} is no certificate of rsgwm parity")
+    if found.get("adapter_sha256") != files.sha256_file(adapter_folder / WEIGHTS_FILE):
+        raise RsgwmError(f"{path} is the certificate of another adapter than {adapter_folder}")
+    if found.get("passed") is not True:
+        raise RsgwmError(f"{path} says that the check failed; run rsgwm parity again once it is repaired")
+    return found
+
+
+def embed_certificate(path: Path, adapter_folder: Path, peft_folder: Path) -> None:
+    """Put the certificate of ``adapter_folder`` into the PEFT folder made from it."""
+    certificate = read_certificate(path, adapter_folder)
+    files.write_json(files.make_folder(peft_folder / SIDECAR_FOLDER) / CERTIFICATE_FILE, certificate)

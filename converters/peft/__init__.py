@@ -1,0 +1,1 @@
+"""LoRA adapters between this project's folders and PEFT's."""

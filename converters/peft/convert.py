@@ -1,0 +1,190 @@
+"""LoRA adapters between this project's folders and PEFT's, bit for bit in both directions.
+
+The two formats hold the same numbers: ``lora_A.weight`` (r, in) is ``lora_a`` (in, r) transposed, ``lora_B.weight``
+(out, r) is ``lora_b`` (r, out) transposed, and ``lora_alpha / r`` (``/ sqrt(r)`` for rsLoRA) is ``scale``; DoRA's
+``lora_magnitude_vector`` is ``m``. mlx-lm has one rank and one scale for all modules: ``peft_uniform`` says how PEFT's
+many become one. What PEFT has no place for (importance, initialisation, manifest, a scale that no alpha divides back
+to) travels in the folder ``mlx_rsgwm/`` beside PEFT's two files; it counts only while those are the ones it was written
+with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlx_rsgwm.converters.base_layers import BaseLayers, local_base_layers, read_base_layers
+from mlx_rsgwm.converters.peft.folder import open_peft
+from mlx_rsgwm.converters.peft.layout import Reading
+from mlx_rsgwm.converters.peft.read import early_problems, read_peft
+from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, write_sidecar
+from mlx_rsgwm.converters.peft.write import peft_arrays, peft_form, unconvertible
+from mlx_rsgwm.converters.resized_vocabulary import rows_of, tokenizer_files
+from mlx_rsgwm.converters.stream import save_adapter, write_arrays
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
+from mlx_rsgwm.models.base import ALIASES, resolve_base
+
+
+class Converted(NamedTuple):
+    """What a conversion wrote, and where."""
+
+    out: Path
+    base: str
+    spec: LoraSpec
+    modules: int
+    notes: tuple[str, ...] = ()
+
+
+def to_peft(adapter: Adapter, base_name: str, out: Path) -> Path:
+    """Write ``adapter`` as a PEFT folder that ``PeftModel.from_pretrained`` loads.
+
+    Arrays keep their dtype and bits, and are written one at a time. The folder gets its name once it is whole.
+    An adapter that came from PEFT and is unchanged since gets its own form back.
+
+    Args:
+        adapter: LoRA or DoRA on linear layers, LoRA on embeddings and experts. It is left as it was.
+        base_name: what ``base_model_name_or_path`` says (an alias as its Hub id, which PEFT can find).
+        out: a folder that does not exist yet, or an empty one.
+
+    Raises:
+        AdapterError: naming every reason why this adapter has no PEFT form.
+        RsgwmError: the folder is not empty or cannot be written; the base is not here to say whether an adapted
+            embedding is tied, or what mlx-lm made of its arrays.
+    """
+    copied = replace(adapter, weights=dict(adapter.weights), full=dict(adapter.full))
+    return _write(copied, lambda: dict(adapter.weights), base_name, out)
+
+
+def convert_to_peft(folder: Path, base_name: str | None, out: Path) -> Converted:
+    """:func:`to_peft` for an adapter folder of any size, one array in memory at a time.
+
+    ``base_name`` may be None where the adapter's manifest names its base.
+    """
+    require_empty(out)
+    adapter = Adapter.load(folder, lazy=True, hashes=False)
+    name = base_name or (adapter.manifest.get("base") or {}).get("name")
+    if not name:
+        raise RsgwmError(f"{folder} does not say which base model it is for; give --base")
+    found = Converted(out, name, adapter.spec, len(adapter.modules()))
+
+    def weights() -> dict[str, mx.array]:
+        return files.read_safetensors(folder / WEIGHTS_FILE, evaluate=False)[0]
+
+    with ThreadPoolExecutor(1) as checker:  # on another core, while the arrays are written
+        _write(adapter, weights, name, out, checker.submit(check_hashes, folder, adapter.manifest).result)
+    return found
+
+
+def _write(
+    adapter: Adapter,
+    probe: Callable[[], dict[str, mx.array]],
+    base_name: str,
+    out: Path,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write the PEFT folder; ``probe`` gives the adapter's weights once more, to look at before they are written.
+
+    ``check`` is called once the weights are written, and what it raises undoes them.
+    """
+    raise_problems(adapter.where, [*adapter.shape_problems(), *unconvertible(adapter)], AdapterError)
+    require_empty(out)
+    form = peft_form(adapter, probe, lambda required: _base_layers(base_name, required))
+    hub_name = ALIASES[base_name].hub_id if base_name in ALIASES else base_name
+    config = {**form.config, "base_model_name_or_path": hub_name}
+    groups = (adapter.weights, adapter.full, adapter.importance, adapter.init, adapter.kept)
+    files.require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    arrays = peft_arrays(adapter, form)
+    metadata = (adapter.manifest.get("source") or {}).get("metadata") if form.layout is not None else None
+    with files.new_folder(out) as work:
+        digest = write_arrays(work / PEFT_WEIGHTS_FILE, arrays, metadata or {"format": "pt"})
+        check()
+        write_sidecar(adapter, config, work, digest, form.joined)
+        if adapter.path is not None and rows_of(adapter.manifest):
+            for file in tokenizer_files(adapter.path):
+                shutil.copyfile(file, work / file.name)
+        files.write_json(work / PEFT_CONFIG_FILE, config)
+    return out
+
+
+def _base_layers(name: str, required: bool) -> BaseLayers | None:
+    return read_base_layers(name, resolve_base(name)) if required else local_base_layers(name)
+
+
+def from_peft(folder: Path, base: Mapping[str, Any] | None = None) -> Adapter:
+    """Read a PEFT folder as an :class:`Adapter` in memory (``Adapter.save`` writes it).
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors`` or its shards with their index.
+        base: ``Base.describe()`` of the base model, recorded in the manifest; with its ``num_layers`` the adapted
+            blocks are counted from the last, as mlx-lm does, and layer numbers are checked.
+
+    Raises:
+        AdapterError: one line with every reason: a missing, pickled or damaged file, a PEFT option without a
+            counterpart, wrong names, shapes, dtypes or values, layers the base does not have.
+    """
+    return _evaluated(read_peft(open_peft(Path(folder)), None, base))
+
+
+def from_peft_on(folder: Path, base_name: str, progress: Progress = SILENT) -> Adapter:
+    """:func:`from_peft` for a named base, with every module's name and shape checked against the base's.
+
+    The base is resolved (fetched if need be) only once the adapter itself is known to be sound; it is not loaded.
+    """
+    check_peft(folder)
+    return _evaluated(_read_on(folder, read_base_layers(base_name, resolve_base(base_name, progress))))
+
+
+def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Reading | None = None) -> Converted:
+    """Write the PEFT adapter in ``folder``, of any size, to ``out`` as mlx-lm loads it, one array at a time.
+
+    ``reading`` says how, and is told what to say afterwards.
+
+    Raises:
+        As :func:`from_peft_on`; ``out`` is not empty or cannot be written.
+    """
+    require_empty(out)
+    reading = reading or Reading()
+    adapter = _read_on(folder, base, reading)
+    if adapter.full:
+        names = ", ".join(list(adapter.full)[:3]) + (" …" if len(adapter.full) > 3 else "")
+        reading.notes.append(f"it replaces parameters of the base ({names}), which only rsgwm fuse can apply")
+    found = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
+    save_adapter(adapter, out, tokenizer_files(folder) if rows_of(adapter.manifest) else ())
+    return found
+
+
+def check_peft(folder: Path) -> None:
+    """Raise what is wrong with the PEFT adapter in ``folder`` whatever its base, so that none is fetched for it."""
+    raise_problems(str(folder), early_problems(open_peft(folder)), AdapterError)
+
+
+def _read_on(folder: Path, base: BaseLayers, reading: Reading | None = None) -> Adapter:
+    try:
+        return read_peft(open_peft(folder), base, base.description, reading)
+    except AdapterError as error:
+        reason = str(error).removeprefix(f"{folder}: ")
+        raise AdapterError(f"{folder} cannot be converted for {base.name}: {reason}") from None
+
+
+def require_empty(out: Path) -> None:
+    """Refuse an output folder that holds anything: a half-old, half-new adapter must never exist."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise RsgwmError(f"{out} exists and is not an empty folder; choose another one or remove it")
+
+
+def _evaluated(adapter: Adapter) -> Adapter:
+    try:
+        mx.eval(adapter.weights, adapter.full)
+    except RuntimeError as error:
+        raise AdapterError(f"{adapter.where} cannot be read: {error}") from error
+    raise_problems(adapter.where, adapter.problems(), AdapterError)
+    return adapter

@@ -1,0 +1,90 @@
+"""Embedding and head of a PEFT adapter on a base that ties them: equal ones become one, others stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_rsgwm.converters.base_layers import BaseLayers
+from mlx_rsgwm.converters.peft.config import scale_of
+from mlx_rsgwm.converters.peft.folder import Groups
+from mlx_rsgwm.converters.peft.layout import Layout
+from mlx_rsgwm.converters.peft.uniform import Update, same_bits
+from mlx_rsgwm.models.token_layers import is_embedding, is_head
+
+
+def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: BaseLayers | None) -> list[str]:
+    """Embedding and head: apart in PEFT, one in mlx-lm where the base ties them. Equal adapters become one."""
+    embedding = next((update for update in updates if is_embedding(update.module)), None)
+    head = next((update for update in updates if update.module.rpartition(".")[2] == "lm_head"), None)
+    whole = {name.rpartition(".")[0] for name in groups.whole if name.endswith(".weight")}
+    whole_embedding = next((name for name in whole if is_embedding(name)), None)
+    whole_head = next((name for name in whole if name.rpartition(".")[2] == "lm_head"), None)
+    if embedding is None and head is None and whole_embedding is None and whole_head is None:
+        return []
+    if base is None:
+        return ["an adapted embedding or head means something else on a tied base; give the base model"]
+    if not base.tied:
+        return []
+    if embedding is not None and head is not None and _same_update(embedding, head):
+        updates.remove(head)
+        layout.tied = True
+        return []
+    if whole_embedding and whole_head and embedding is None and head is None:
+        one, other = f"{whole_embedding}.weight", f"{whole_head}.weight"
+        if same_bits(groups.whole[one], groups.whole[other]):
+            del groups.whole[other]
+            layout.tied = True
+            return []
+    names = [update.source for update in (embedding, head) if update] + [n for n in (whole_embedding, whole_head) if n]
+    return [
+        f"{' and '.join(names)}: ensure_weight_tying says that embedding and head are one, but their arrays are not "
+        "equal, so which is meant is not known (without ensure_weight_tying they are converted apart)"
+    ]
+
+
+def head_trained_apart(groups: Groups, config: Mapping[str, Any]) -> bool:
+    """Whether head and embedding of a tied base are not the same any more once the adapter is in them."""
+    if config.get("ensure_weight_tying"):
+        return False
+    pairs = {module: pair for module, pair in groups.pairs.items() if is_head(module)}
+    whole = {name: value for name, value in groups.whole.items() if is_head(name.removesuffix(".weight"))}
+    embeddings = [name for name in groups.whole if is_embedding(name.removesuffix(".weight"))]
+    if not (pairs or whole or groups.embeddings or embeddings):
+        return False
+    if len(pairs) == len(groups.embeddings) == 1 and not whole and not embeddings:
+        (head, one), (embedding, other) = next(iter(pairs.items())), next(iter(groups.embeddings.items()))
+        same = same_bits(one["a"], other["b"].T) and same_bits(one["b"], other["a"].T)
+        return not same or scale_of(config, head) != scale_of(config, embedding)
+    if len(whole) == len(embeddings) == 1 and not pairs and not groups.embeddings:
+        return not same_bits(groups.whole[embeddings[0]], next(iter(whole.values())))
+    return True
+
+
+def hold_other(groups: Groups, base: BaseLayers, layout: Layout) -> None:
+    """Where embedding or head alone was trained, hold the head as it was: loaders that would tie them refuse it then.
+
+    PEFT loads the weight below LoRA into the matrix that both share in the base; where it was resized, both have it.
+    """
+    head = next(f"{module}.weight" for module in base.layers if is_head(module))
+    embedding = next(f"{module}.weight" for module in base.layers if is_embedding(module))
+    names = {ours: base.names.transformers_parameter(ours) for ours in (embedding, head)}
+    modules = {ours: name.removesuffix(".weight") for ours, name in names.items()}
+    for ours, other in ((head, embedding), (embedding, head)):
+        if modules[ours] in groups.copies or names[ours] in groups.whole:
+            continue
+        below = groups.copies.get(modules[other])
+        if below is not None and below.shape[0] != base.layers[other.removesuffix(".weight")].shape[0]:
+            groups.whole[names[ours]] = below
+            layout.derived.append(ours)
+    if any(map(is_head, (*groups.pairs, *(name.removesuffix(".weight") for name in groups.whole)))):
+        return
+    link, value = base.names.link(head), base.read_arrays({head})[head]
+    groups.whole[names[head]] = value if link is None else link.undo(value)
+    layout.derived.append(head)
+
+
+def _same_update(embedding: Update, head: Update) -> bool:
+    """Whether the head's update is the embedding's, with factors swapped as its matrix is used the other way."""
+    same_scale = embedding.scale == head.scale
+    return same_scale and same_bits(embedding.a, head.b.T) and same_bits(embedding.b, head.a.T)

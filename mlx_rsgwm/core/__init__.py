@@ -1,0 +1,1 @@
+"""Files, errors, settings, progress and the machine: what everything rests on and what knows nothing of models."""

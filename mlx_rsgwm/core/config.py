@@ -1,0 +1,133 @@
+"""From a mapping that a user wrote (YAML, JSON, ``--set``) to a checked dataclass, with errors that help."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from reprlib import repr as brief
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+
+T = TypeVar("T")
+
+MOST_VALUES = 100_000
+NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 that reads 1e-5 as a number, as mlx-lm does, and leaves dates the texts that they are written as."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
+STRICT = ConfigDict(extra="forbid")
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass ``cls`` from ``values``, nested dataclasses included.
+
+    Unknown keys are refused with the nearest known name, wrong types with the value found; all problems in one error.
+    """
+    if not isinstance(values, Mapping):
+        raise RsgwmError(f"{where}: expected keys and values, found {type(values).__name__}")
+    problems = _unknown(cls, values, "")
+    raise_problems(where, problems)
+    checked: Any = cls
+    try:
+        built: T = _checker(checked).validate_python(dict(values))
+        return built
+    except ValidationError as error:
+        for found in error.errors():
+            name = ".".join(str(part) for part in found["loc"])
+            message = found["msg"].lower().replace("a valid tuple", "a list")
+            problems.append(f"{name}: {message}, found {brief(found['input'])}")
+    raise_problems(where, problems)
+    raise AssertionError("unreachable: a ValidationError always has errors")
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds.
+
+    Raises:
+        RsgwmError: whatever :func:`parse_yaml` raises, or it is not a mapping.
+    """
+    values = parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise RsgwmError(f"{where}: expected keys and values at the top level")
+    return values
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        RsgwmError: it is not YAML, or has aliases that unfold to more than any settings have.
+    """
+    try:
+        values = yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is a date without such a day
+        raise RsgwmError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    _unfold(values, where)
+    return values
+
+
+def written_texts(text: str) -> dict[str, str]:
+    """The top-level values of a YAML mapping as they are written, of those that are no list, mapping or null: ``2024``
+    and ``0123`` may be meant as names."""
+    root = yaml.compose(text, Loader)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return {
+        key.value: value.value
+        for key, value in pairs
+        if isinstance(value, yaml.ScalarNode) and value.tag != "tag:yaml.org,2002:null"
+    }
+
+
+def _unfold(values: Any, where: str) -> None:
+    """Refuse what has more than ``MOST_VALUES`` values once aliases are written out, such as one that holds itself."""
+    waiting, seen = [values], 0
+    while waiting:
+        value = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise RsgwmError(f"{where} unfolds to more than {MOST_VALUES} values; write its aliases out")
+        if isinstance(value, (Mapping, list, tuple, set)):
+            waiting += [*value, *value.values()] if isinstance(value, Mapping) else value
+
+
+def _is_bool_for_number(hint: Any, value: Any) -> bool:
+    """Whether a truth value stands where a field takes numbers; pydantic would make 1 or 0 of it."""
+    kinds = {hint, *get_args(hint)}
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return bool(kinds & {int, float}) and bool not in kinds and any(isinstance(entry, bool) for entry in values)
+
+
+@cache
+def _checker(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
+    known = [field.name for field in fields(cls)]
+    hints = get_type_hints(cls)
+    problems = []
+    for name, value in values.items():
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            problems.append(f"unknown key {prefix + str(name)!r}, {advice}")
+        elif _is_bool_for_number(hints[name], value):
+            problems.append(f"{prefix}{name}: expected a number, found {brief(value)}")
+        elif is_dataclass(hints[name]) and isinstance(value, Mapping):
+            problems += _unknown(hints[name], value, f"{prefix}{name}.")
+    return problems

@@ -1,0 +1,64 @@
+"""How long work tells its caller where it is.
+
+Library code takes ``progress: Progress = SILENT`` and calls it; the command line passes one that draws bars, studies
+one that prints lines.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[int, str], None]
+
+
+class Progress:
+    """Says nothing; subclasses show what they are told."""
+
+    def message(self, text: str) -> None:
+        """One line of news."""
+
+    def warning(self, text: str) -> None:
+        """One line on what the result is worth, which the command line prints with ``--quiet``, too."""
+        self.message(text)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Advance]:
+        """A piece of work of ``total`` units; the yielded function takes units done and a short note."""
+        yield lambda units, note: None
+
+
+SILENT = Progress()
+
+
+class LineProgress(Progress):
+    """Prints plain lines on standard error: the first step of a task, one about every tenth of it, and the last."""
+
+    def message(self, text: str) -> None:
+        """Print one line."""
+        print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Advance]:
+        """Report on ``total`` units of work; a task that ends early without an error says how far it came."""
+        started = time.monotonic()
+        done, shown, last_note = 0, -1, ""
+
+        def show() -> None:
+            nonlocal shown
+            shown = done
+            note = f", {last_note}" if last_note else ""
+            self.message(f"{label}: {done}/{total}{note}, {time.monotonic() - started:.0f} s")
+
+        def advance(units: int, note: str = "") -> None:
+            nonlocal done, last_note
+            done, last_note = done + units, note
+            tenths = 10 * done // max(total, 1)
+            if shown < 0 or done >= total > shown or tenths > 10 * shown // max(total, 1):
+                show()
+
+        yield advance
+        if shown != done:
+            show()

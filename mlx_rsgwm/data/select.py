@@ -1,0 +1,121 @@
+"""These questions, for this purpose: an embedded family, a public data set, or a user's own file.
+
+Families and public data sets have splits of their own. A file that serves several purposes is split by the content of
+its rows (``row_hashes.share_of``): whatever the order, the number of files or duplicates, a row is on one side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.question_files import SUFFIXES, is_question_file
+from mlx_rsgwm.data.questions import SOURCES, Question, load_jsonl, load_questions, select
+from mlx_rsgwm.data.row_hashes import RowRecord, row_hash, share_of
+from mlx_rsgwm.data.synthetic import FAMILIES, SPLITS, generate
+
+EMBEDDED_LIMIT = 100
+WHOLE = "all"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Questions and how they were chosen.
+
+    ``split``: the data set's, or for a user's own file the share of its rows, or ``all``. ``file_questions`` are the
+    texts of all rows of that file, ``rows`` their number; empty and None for everything else.
+    """
+
+    questions: list[Question]
+    split: str
+    rows: int | None = None
+    file_questions: tuple[str, ...] = ()
+
+    def note(self, task: str) -> str:
+        """One line on what was taken of a user's own file; empty where all was, and for everything else."""
+        if self.rows is None or self.split == WHOLE:
+            return ""
+        return (
+            f"{task}: {len(self.questions)} of {self.rows} rows, from its {self.split} share "
+            f"(rows go by their content: train 6, calibration 2, test 2 in ten; --split {WHOLE} takes every row)"
+        )
+
+
+def questions_for(
+    task: str,
+    purpose: str,
+    limit: int | None,
+    seed: int,
+    data: Path | None = None,
+    offset: int = 0,
+    split: str | None = None,
+) -> list[Question]:
+    """The questions of :func:`select_questions` alone."""
+    return select_questions(task, purpose, limit, seed, data, offset, split).questions
+
+
+def select_questions(
+    task: str,
+    purpose: str,
+    limit: int | None,
+    seed: int,
+    data: Path | None = None,
+    offset: int = 0,
+    split: str | None = None,
+    *,
+    seen: RowRecord | None = None,
+    shuffled: bool = False,
+    revision: str | None = None,
+) -> Selection:
+    """Questions of a task for one ``purpose``: ``train``, ``calibration`` or ``test``.
+
+    Embedded families have these three splits and use ``seed``. Public data sets take ``train`` for the first two
+    (calibration questions from the end of it, training ones from its start, so that they do not meet) and their
+    evaluation split for ``test``. Of a user's own file training and calibration get their shares. A test gets the
+    whole file, unless the adapters have ``seen`` all of it (trained on, or left for another purpose): then it has
+    served before, and the test gets its share. ``split`` overrides the choice; for a file it is a purpose or ``all``.
+    ``shuffled`` orders files and data sets by ``seed``.
+
+    Raises:
+        RsgwmError: an unknown task or split, no rows for the purpose, whatever reading raises.
+    """
+    order = seed if shuffled else None
+    if is_question_file(task):
+        return _of_file(task, purpose, limit, offset, order, split, seen or RowRecord())
+    if task in FAMILIES:
+        wanted = generate(task, (limit or EMBEDDED_LIMIT) + offset, seed, split or purpose)
+        return Selection(wanted[offset:], split or purpose)
+    if task not in SOURCES:
+        raise RsgwmError(
+            f"unknown task {task!r}; known are {', '.join([*FAMILIES, *SOURCES])}, or a file: {', '.join(SUFFIXES)}"
+        )
+    if purpose == "test" or split is not None:
+        chosen = load_questions(task, split, data, limit=limit, offset=offset, seed=order, revision=revision)
+        return Selection(chosen, split or SOURCES[task].evaluation_split)
+    everything = load_questions(task, "train", data)
+    chosen = everything[::-1] if purpose == "calibration" else everything
+    return Selection(chosen[offset : None if limit is None else offset + limit], "train")
+
+
+def _of_file(
+    task: str, purpose: str, limit: int | None, offset: int, order: int | None, split: str | None, seen: RowRecord
+) -> Selection:
+    if split not in (None, WHOLE, *SPLITS):
+        raise RsgwmError(f"{task}: the split of a file is {', '.join(SPLITS)} or {WHOLE}, found {split!r}")
+    questions = load_jsonl(Path(task))
+    texts = tuple(question.question for question in questions)
+    share = split or (purpose if purpose != "test" else _share_for_test(texts, seen))
+    chosen = [question for question in questions if share in (WHOLE, share_of(question.question))]
+    if not chosen:
+        raise RsgwmError(
+            f"{task}: none of its {len(questions)} rows falls into its {share} share; give more rows, "
+            f"or --split {WHOLE} where the file serves nothing else"
+        )
+    return Selection(select(chosen, limit=limit, offset=offset, seed=order), share, len(questions), texts)
+
+
+def _share_for_test(texts: Sequence[str], seen: RowRecord) -> str:
+    """A file whose rows are all known, used or left for another purpose, has served before; any other is a test."""
+    return "test" if all(row_hash(text) in seen.in_files for text in texts) else WHOLE

@@ -1,0 +1,1 @@
+"""What people look at: summaries, pictures, the report folder and its page."""

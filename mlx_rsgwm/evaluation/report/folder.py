@@ -1,0 +1,278 @@
+"""The report folder of an evaluation: items.jsonl, report.html, report.md, plot.png, and report.json last.
+
+Everything shown (terminal, Markdown, page, plot) is drawn from the one object that ``summarise`` makes of the records,
+so no two places can disagree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.data.row_hashes import not_recorded, repeated_items
+from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
+from mlx_rsgwm.evaluation.report.html import render_html
+from mlx_rsgwm.evaluation.report.plots import plot
+from mlx_rsgwm.evaluation.report.summary import FORMAT, summarise
+from mlx_rsgwm.evaluation.report.svg import shortened
+
+REPORT_FILE = "report.json"
+MARKDOWN_FILE = "report.md"
+HTML_FILE = "report.html"
+ITEMS_FILE = "items.jsonl"
+PLOT_FILE = "plot.png"
+
+# The eight rows of the paper's Table 1, beside its wrong answers those that there are not, then ours.
+ROWS = {
+    "accuracy": "Accuracy",
+    "wrong_rate": "Wrong (the paper's hallucination rate)",
+    "no_answer_rate": "No answer",
+    "cut_off_rate": "Cut off",
+    "accept_rate": "Accept rate",
+    "accepted_and_correct": "Accepted and correct",
+    "false_accept_rate": "False-accept rate",
+    "average_attempts": "Average attempts",
+    "average_latency_ms": "Average latency, ms",
+    "items_per_minute": "Throughput, items/min",
+    "accepted_wrong_rate": "Accepted with a wrong answer",
+    "median_latency_ms": "Median latency, ms",
+    "p95_latency_ms": "95 % latency, ms",
+    "tokens_drafted": "Tokens drafted per item",
+    "tokens_verified": "Tokens verified per item",
+    "energy_j": "Energy per item, J",
+}
+TIMED = ("average_latency_ms", "items_per_minute", "median_latency_ms", "p95_latency_ms", "energy_j")
+
+Section = tuple[str, list[list[str]]]
+
+
+def show(value: Any, digits: int = 3) -> str:
+    """A cell: ``0.720 [0.625, 0.799]`` for a rate, a short number, or a dash for what does not apply."""
+    if value is None:
+        return "–"
+    if isinstance(value, Mapping):
+        return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def p_shown(value: float) -> str:
+    """``= 0.013`` or ``< 0.001``."""
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def sections(summary: Mapping[str, Any]) -> list[Section]:
+    """Titles and tables (first row is the head) shared by the terminal, the Markdown and the page."""
+    found = [
+        ("Draft–verify against the drafter alone", _main(summary)),
+        ("Families", _families(summary)),
+        ("Verifier", _scores(summary)),
+        ("Ceiling", _ceiling(summary)),
+    ]
+    if len(summary["readings"]) > 1:
+        found.append(("The same drafts by other extractors", _readings(summary)))
+    if len(summary["pass_at_k"]) > 1:
+        found.append(("Several drafts", _several(summary)))
+    if summary["seeds"]:
+        found.append((f"Sampling seeds {', '.join(map(str, summary['seeds']['seeds']))}", _seeds(summary["seeds"])))
+    return found
+
+
+def _main(summary: Mapping[str, Any]) -> list[list[str]]:
+    alone, checked = summary["drafter"], summary["draft_verify"]
+    rows = [["", "drafter alone", "n", "draft–verify", "n"]]
+    for name, label in ROWS.items():
+        counts = [row[name]["n"] if isinstance(row[name], Mapping) else None for row in (alone, checked)]
+        if name in TIMED:
+            counts = [row["timed_items"] if row[name] is not None else None for row in (alone, checked)]
+        shown = [str(count) if count is not None else "" for count in counts]
+        rows.append([label, show(alone[name]), shown[0], show(checked[name]), shown[1]])
+    return rows
+
+
+def _families(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["family", "drafter alone", "draft–verify", "n"]]
+    for task, rates in summary["by_task"].items():
+        rows.append([task, show(rates["drafter"]), show(rates["draft_verify"]), str(rates["drafter"]["n"])])
+    return rows
+
+
+def _scores(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["verifier score", "drafts", "n", "AUROC", "average precision", "Brier", "ECE", "AURC (best)"]]
+    for name, labels in summary["verifier"].items():
+        for label, found in labels.items():
+            used = f"{name} (used)" if name == summary["score"] else name
+            best = "–" if found["aurc_best"] is None else f"{found['aurc_best']:.3f}"
+            cells = [show(found[key]) for key in ("auroc", "average_precision", "brier", "ece")]
+            rows.append([used, label, str(found["n"]), *cells, f"{show(found['aurc'])} ({best})"])
+    return rows
+
+
+def _ceiling(summary: Mapping[str, Any]) -> list[list[str]]:
+    oracle, n, k = summary["oracle"], str(summary["n"]), summary["k"]
+    return [
+        ["ceiling", "accuracy", "n"],
+        [f"any of {k} drafts correct (oracle)", show(oracle["any_of_k"]), n],
+        [f"majority of {k}", show(oracle["majority_of_k"]), n],
+        ["share of the oracle gap closed", show(oracle["gap_closed"]), n],
+    ]
+
+
+def _readings(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["extractor", "of", "accuracy", "wrong", "no answer", "cut off"]]
+    for name, modes in summary["readings"].items():
+        for mode, label in (("drafter", "drafter alone"), ("draft_verify", "draft–verify")):
+            rows.append([name, label, *(show(rate) for rate in modes[mode].values())])
+    return rows
+
+
+def _several(summary: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["k", "pass@k", "maj@k", "n"]]
+    for count, rate in summary["pass_at_k"].items():
+        rows.append([count, show(rate), show(summary["majority_at_k"][count]), str(summary["n"])])
+    return rows
+
+
+def _seeds(seeds: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["", "drafter alone", "median", "draft–verify", "median"]]
+    for name, label in ROWS.items():
+        if name in seeds["drafter"]:
+            cells = []
+            for mode in ("drafter", "draft_verify"):
+                values = [f"{value:.3f}" if value is not None else "–" for value in seeds[mode][name]["values"]]
+                middle = seeds[mode][name]["median"]
+                cells += [f"({', '.join(values)})", "–" if middle is None else f"{middle:.3f}"]
+            rows.append([label, *cells])
+    shown = [show(seeds[mode]["accuracy_all_seeds"]) for mode in ("drafter", "draft_verify")]
+    rows.append(["Accuracy over all seeds", shown[0], "", shown[1], ""])
+    return rows
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """What must stand above everything else: that items were trained on. Empty otherwise."""
+    return str((summary.get("overlap") or {}).get("headline") or "")
+
+
+def notes(summary: Mapping[str, Any]) -> list[str]:
+    """What must be said beside the tables, the headline first."""
+    paired = summary["paired"]
+    found = [headline(summary)] if headline(summary) else []
+    found += [
+        f"{summary['n']} items, K = {summary['k']}, score {summary['score']}, threshold {summary['threshold']:g}; "
+        "brackets are 95 % intervals (Wilson for shares; bootstrap over items for the rest).",
+        f"Same items: only draft–verify right on {paired['only_second']}, only the drafter on {paired['only_first']}, "
+        f"difference {paired['difference']:+.3f}, exact McNemar p {p_shown(paired['p_value'])}.",
+    ]
+    smallest = paired.get("smallest_difference")
+    floor = f"no test shows fewer than {paired['fewest_discordant']} items, all in one system's favour"
+    shown = f"a difference of {smallest:.3f} would be shown with 80 % power, and " if smallest is not None else ""
+    found.append(f"What {summary['n']} items can show at 5 %: {shown}{floor}.")
+    if summary["seeds"]:
+        gap = summary["seeds"]["difference"]
+        found.append(
+            f"Over all sampling seeds (items as units): difference {gap['value']:+.3f} [{gap['low']:+.3f}, "
+            f"{gap['high']:+.3f}], permutation p {p_shown(gap['p_value'])}. "
+            "The tables above are those of the first seed."
+        )
+    found += [told["note"] for told in summary["metadata"].get("tasks") or () if told.get("note")]
+    unknown = (summary.get("overlap") or {}).get("not_recorded")
+    if unknown:
+        found.append(not_recorded(unknown))
+    if repeated := (summary.get("overlap") or {}).get("repeated"):
+        found.append(f"{repeated_items(repeated, summary['overlap']['asked'])}.")
+    contamination = summary["metadata"].get("contamination")
+    if contamination:
+        found.append(
+            f"Contamination: of {contamination['test']} test questions {contamination['exact']} stand in the "
+            f"{contamination['train']} training questions word for word, {contamination['numbers']} with other "
+            f"numbers, {contamination['near']} nearly."
+        )
+    return found
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table as plain text with a rule under its head; names that would fill a terminal's line are shortened."""
+    rows = [[shortened(cell, 48) if place == 0 else cell for place, cell in enumerate(row)] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    body = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join([body[0], "|" + "---|" * len(rows[0]), *body[1:]])
+
+
+def render_table(summary: Mapping[str, Any]) -> str:
+    """The report as plain text with aligned columns, for a terminal."""
+    blocks = [f"{title}\n{aligned(rows)}" for title, rows in sections(summary)]
+    above = [headline(summary)] if headline(summary) else []
+    return "\n\n".join([*above, *blocks, "\n".join(notes(summary)[len(above) :])])
+
+
+def render_markdown(summary: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = ["# Evaluation", "", *(f"{note}\n" for note in notes(summary))]
+    for title, rows in sections(summary):
+        lines += [f"## {title}", "", markdown_table(rows), ""]
+    lines += [f"![reliability, risk and coverage, thresholds, attempts, latency]({PLOT_FILE})", ""]
+    if summary["metadata"]:
+        shown = json.dumps(summary["metadata"], indent=2, ensure_ascii=False)
+        lines += ["## Where the numbers come from", "", "```json", shown, "```", ""]
+    return "\n".join(lines)
+
+
+def write_report(
+    folder: Path,
+    records: Sequence[ItemRecord],
+    k: int,
+    metadata: Mapping[str, Any] | None = None,
+    wall_seconds: Mapping[str, float] | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Write the report folder and return what report.json holds.
+
+    An old report.json is removed first and the new one written last, so a folder with one is whole. Without
+    matplotlib the plot is left out and ``progress`` is told.
+    """
+    folder = Path(folder)
+    summary = summarise(records, k, metadata, wall_seconds, seed)
+    files.make_folder(folder)
+    with suppress(FileNotFoundError):
+        (folder / REPORT_FILE).unlink()
+    write_items(folder / ITEMS_FILE, records)
+    files.write_text(folder / MARKDOWN_FILE, render_markdown(summary))
+    files.write_text(folder / HTML_FILE, render_html("Evaluation", sections(summary), notes(summary), summary, records))
+    names = [ITEMS_FILE, MARKDOWN_FILE, HTML_FILE]
+    try:
+        plot(summary, folder / PLOT_FILE)
+        names.append(PLOT_FILE)
+    except ImportError:
+        (folder / PLOT_FILE).unlink(missing_ok=True)
+        progress.message("no plot: matplotlib is not installed (pip install 'mlx-rsgwm[plots]')")
+    summary["files"] = {name: files.sha256_file(folder / name) for name in names}
+    files.write_json(folder / REPORT_FILE, summary)
+    return summary
+
+
+def read_report(folder: Path) -> tuple[dict[str, Any], list[ItemRecord]]:
+    """Summary and records of a finished report folder.
+
+    Raises:
+        RsgwmError: no finished report there, or items that are not those it was made from.
+    """
+    if not (folder / REPORT_FILE).is_file():
+        raise RsgwmError(f"{folder} holds no {REPORT_FILE}; give the --out folder of a finished rsgwm eval")
+    summary = files.read_json_object(folder / REPORT_FILE)
+    if summary.get("format") != FORMAT:
+        raise RsgwmError(f"{folder / REPORT_FILE}: format is {summary.get('format')!r}, not {FORMAT!r}")
+    if not isinstance(summary.get("k"), int) or not isinstance(summary.get("metadata"), dict):
+        raise RsgwmError(f"{folder / REPORT_FILE} has no k or no metadata; evaluate again")
+    return summary, read_items(folder / ITEMS_FILE)

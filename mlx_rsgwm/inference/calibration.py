@@ -1,0 +1,175 @@
+"""What a verifier's scores are worth: which to use, what its values mean, where the threshold is.
+
+Stored beside the verifier as ``calibration.json``; ``inference/calibration_fit.py`` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.config import build
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.inference.risk_control import RiskBound
+from mlx_rsgwm.inference.scores import Combination, Curve, Scorer
+from mlx_rsgwm.inference.verifier import SCORES
+
+FILE = "calibration.json"
+FORMAT = "mlx-rsgwm/calibration"
+FORMAT_VERSION = 1
+BINS = 10
+UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD = "mean_logprob", 0.7  # the paper's own reading
+
+
+class NothingToTellApart(RsgwmError):
+    """Drafts that are all right or all wrong: no score can be calibrated on them."""
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far the score is from the share of right drafts, before and after calibration, on items not fitted on.
+
+    ``ece``: expected calibration error over ten bins of equal width. ``brier``: mean squared distance.
+    """
+
+    ece_before: float
+    ece_after: float
+    brier_before: float
+    brier_after: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What held-out drafts said of a verifier.
+
+    ``score`` was picked (or named); ``threshold`` is a value of it: the best balanced accuracy on the drafts, or what
+    ``risk_bound`` holds for. ``combination`` makes the combined score, where there were drafts enough to fit it.
+    ``curves`` give the probability of being right for each score. ``auroc`` is per score, on the drafter's own drafts
+    (by cross-validation for what is fitted), None where one class is empty; ``perturbed_auroc`` on gold answers against
+    perturbed ones, an easier question. ``made_for`` is what the figures depend on: base, template, adapters, sampling,
+    attempts. ``row_hashes`` describes the questions (``data.row_hashes``), so that nothing is tested on them.
+    """
+
+    score: str
+    threshold: float
+    combination: Combination | None
+    curves: Mapping[str, Curve]
+    auroc: Mapping[str, float | None]
+    perturbed_auroc: Mapping[str, float | None]
+    reliability: Mapping[str, Reliability]
+    items: int
+    drafts: int
+    correct: int
+    made_for: Mapping[str, Any] = field(default_factory=dict)
+    promise: RiskBound | None = None
+    row_hashes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in (self.score, *self.curves):
+            if name not in SCORES:
+                problems.append(f"score must be one of {', '.join(SCORES)}, found {name!r}")
+        if self.score == "combined" and self.combination is None:
+            problems.append("the score is combined, but there is no combination")
+        if not 0 <= self.threshold <= 1:
+            problems.append(f"threshold must be in [0, 1], found {self.threshold}")
+        if self.promise is not None and self.promise.threshold != self.threshold:
+            problems.append(f"the promise is for {self.promise.threshold}, not for threshold {self.threshold}")
+        raise_problems("calibration", problems, RsgwmError)
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The scores that can be given."""
+        return tuple(name for name in SCORES if name != "combined" or self.combination is not None)
+
+    def scorer(self, name: str) -> Scorer:
+        """The scorer of a score by name."""
+        return Scorer(name, self.combination if name == "combined" else None)
+
+    def probability(self, name: str, value: float) -> float | None:
+        """The probability that a draft is right whose score ``name`` has this value; None if that was not fitted."""
+        curve = self.curves.get(name)
+        return None if curve is None else float(curve.probabilities([value])[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def require_both_classes(self, folder: Path) -> None:
+        """Raise when it was fitted on drafts that were all right or all wrong: it cannot tell one from the other."""
+        if self.correct in (0, self.drafts):
+            raise RsgwmError(
+                f"{folder / FILE} was fitted on {self.drafts} drafts of which {'all' if self.correct else 'none'} were "
+                "right, so its score and threshold say nothing; calibrate again with other questions (rsgwm "
+                "calibrate), or give --score and --threshold"
+            )
+
+    def differences(self, made_for: Mapping[str, Any]) -> list[str]:
+        """What is no longer as it was when this was measured, by name."""
+        return [name for name, value in self.made_for.items() if name in made_for and made_for[name] != value]
+
+
+def area_under_roc(scores: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float | None:
+    """AUROC as Mann–Whitney U over the number of pairs, ties counted half; None when all or none are correct."""
+    from scipy.stats import rankdata
+
+    positive = np.asarray(correct, dtype=bool)
+    count = int(positive.sum())
+    pairs = count * (len(positive) - count)
+    if not pairs:
+        return None
+    rank_sum = float(rankdata(scores)[positive].sum())
+    return (rank_sum - count * (count + 1) / 2) / pairs
+
+
+def best_threshold(scores: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float:
+    """The score at which accepting has the best balanced accuracy (Youden's index), the lowest of equals.
+
+    With only one class there is nothing to separate: everything is accepted when all are correct, else nothing is.
+    """
+    values, labels = np.asarray(scores, dtype=np.float64), np.asarray(correct, dtype=bool)
+    if labels.all() or not labels.any():
+        return 0.0 if labels.all() else 1.0
+    candidates = np.unique(values)
+    hits = [(values[labels] >= t).mean() - (values[~labels] >= t).mean() for t in candidates]
+    return float(candidates[int(np.argmax(hits))])
+
+
+def calibration_error(probabilities: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float:
+    """ECE: over ``BINS`` bins of equal width, |mean probability − share of right drafts|, weighted by their drafts."""
+    values, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    bins = np.minimum((values * BINS).astype(int), BINS - 1)
+    gaps = [abs((values[bins == one] - labels[bins == one]).sum()) for one in np.unique(bins)]
+    return float(sum(gaps) / len(values))
+
+
+def save_calibration(folder: Path, calibration: Calibration) -> None:
+    """Keep it beside the verifier it belongs to."""
+    files.write_json(folder / FILE, {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.to_dict()})
+
+
+def load_calibration(folder: Path) -> Calibration | None:
+    """What was kept beside a verifier, or None.
+
+    Raises:
+        RsgwmError: a file of another format or version, with unknown or missing fields, or values out of range.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    value = files.read_json_object(path)
+    if "format" not in value and "template_hash" in value:
+        # What the first demo runs wrote: two scores, nothing fitted.
+        del value["template_hash"]
+        first: dict[str, Any] = {"combination": None, "curves": {}, "reliability": {}, "items": 0}
+        value = {"format": FORMAT, "format_version": FORMAT_VERSION, **first, **value}
+    stated = (value.pop("format", None), value.pop("format_version", None))
+    if stated != (FORMAT, FORMAT_VERSION):
+        raise RsgwmError(
+            f"{path} is not a calibration of this version; calibrate the verifier again with: rsgwm calibrate"
+        )
+    return build(Calibration, value, str(path))

@@ -1,0 +1,208 @@
+"""Fitting a calibration to held-out drafts: scores compared, combined, mapped to probabilities, a threshold chosen.
+
+Drafts of one item depend on each other, so the item is the unit: what is said of a fit is always measured on items that
+it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.inference.calibration import Calibration, Reliability, area_under_roc, best_threshold, calibration_error
+from mlx_rsgwm.inference.risk_control import Items, RiskBound, Target, risk_bound
+from mlx_rsgwm.inference.scores import METHODS, Curve, Scorer, fit_combination, fit_curve, out_of_fold
+from mlx_rsgwm.inference.verifier import SCORES, Signals
+
+# Fewer right or wrong drafts than this, or fewer items, and nothing is fitted.
+LEAST_OF_A_CLASS, LEAST_ITEMS = 8, 5
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Drafts of some items in the order they were made: for each item what the verifier said and what gold says."""
+
+    signals: Sequence[Sequence[Signals]]
+    correct: Sequence[Sequence[bool]]
+
+    def __post_init__(self) -> None:
+        if [len(one) for one in self.signals] != [len(one) for one in self.correct]:
+            raise ValueError("signals and labels must have the same drafts")
+
+    def __len__(self) -> int:
+        return len(self.signals)
+
+    @property
+    def flat(self) -> tuple[list[Signals], np.ndarray, np.ndarray]:
+        """Signals, labels and the item of every draft."""
+        signals = [one for item in self.signals for one in item]
+        labels = np.array([one for item in self.correct for one in item], dtype=bool)
+        return signals, labels, np.repeat(np.arange(len(self)), [len(item) for item in self.signals])
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many drafts are right, and how many there are."""
+        _, labels, _ = self.flat
+        return int(labels.sum()), len(labels)
+
+    @property
+    def enough(self) -> bool:
+        """Whether anything can be fitted to these."""
+        right, count = self.counts
+        return min(right, count - right) >= LEAST_OF_A_CLASS and len(self) >= LEAST_ITEMS
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Judged:
+        """These items, in this order."""
+        return Judged([self.signals[index] for index in indices], [self.correct[index] for index in indices])
+
+    def scored(self, scorer: Scorer) -> Items:
+        """Scores and labels as (items, K) arrays; every item has the same number of drafts."""
+        signals, labels, _ = self.flat
+        shape = (len(self), -1) if len(self) else (0, 0)
+        return Items(scorer.values(signals).reshape(shape), labels.reshape(shape))
+
+
+def halves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two disjoint halves of ``count`` items, drawn by seed: one to fit on, one to test a threshold with."""
+    order = np.random.default_rng([seed, 1]).permutation(count)
+    return np.sort(order[: count // 2]), np.sort(order[count // 2 :])
+
+
+def fit(
+    drafts: Judged,
+    perturbed: Judged | None = None,
+    *,
+    score: str = "auto",
+    scores: Sequence[str] = SCORES,
+    method: str = "auto",
+    target: Target | None = None,
+    made_for: Mapping[str, Any] | None = None,
+    seed: int = 42,
+) -> Calibration:
+    """Compare the scores, fit what is to be fitted and choose a threshold.
+
+    Args:
+        drafts: the drafter's own drafts of held-out items.
+        perturbed: gold and perturbed answers; they decide only where the drafts are all right or all wrong.
+        score: one of ``SCORES``, or ``auto``: the greatest AUROC, on items not fitted on, among ``scores``.
+        scores: those to choose from.
+        method: one of ``METHODS``, ``none``, or ``auto``: the least log loss on items not fitted on.
+        target: a false-accept rate to promise; half of the items is then kept apart to test thresholds with.
+        made_for: see :class:`Calibration`.
+        seed: of the folds and halves.
+
+    Raises:
+        RsgwmError: an unknown name, or a fit asked for by name with too few drafts.
+        CheckFailed: no threshold can be promised.
+    """
+    if score not in ("auto", *SCORES):
+        raise RsgwmError(f"score must be auto or one of {', '.join(SCORES)}, found {score!r}")
+    if method not in ("auto", "none", *METHODS):
+        raise RsgwmError(f"method must be auto, none or one of {', '.join(METHODS)}, found {method!r}")
+    fitted_on, testing = drafts, None
+    if target is not None:
+        first, second = halves(len(drafts), seed)
+        fitted_on, testing = drafts.take(first), drafts.take(second)
+    if not fitted_on.enough and (score == "combined" or method in METHODS):
+        right, count = fitted_on.counts
+        raise RsgwmError(
+            f"fitting {'the combined score' if score == 'combined' else method} takes {LEAST_OF_A_CLASS} right and as "
+            f"many wrong drafts of at least {LEAST_ITEMS} items, found {right} right and {count - right} wrong of "
+            f"{len(fitted_on)} items; give more items"
+        )
+    _, labels, _ = fitted_on.flat
+    pairs, truth, _ = (perturbed or Judged((), ())).flat
+    found = {name: _fit_score(name, fitted_on, method, seed) for name in SCORES}
+    fitted = {name: one for name, one in found.items() if one is not None}
+    auroc = {name: area_under_roc(one.unseen, labels) if one else None for name, one in found.items()}
+    easier = {name: area_under_roc(one.scorer.values(pairs), truth) if one else None for name, one in found.items()}
+    if score == "auto":
+        score = max((one for one in fitted if one in scores), key=lambda name: _merit(auroc[name], easier[name]))
+    chosen = fitted[score]
+    held: RiskBound | None = None
+    if target is not None and testing is not None:
+        held = risk_bound(fitted_on.scored(chosen.scorer), testing.scored(chosen.scorer), target)
+    right, count = drafts.counts
+    return Calibration(
+        score=score,
+        threshold=best_threshold(chosen.unseen, labels) if held is None else held.threshold,
+        combination=fitted["combined"].scorer.combination if "combined" in fitted else None,
+        curves={name: one.curve for name, one in fitted.items() if one.curve is not None},
+        auroc=auroc,
+        perturbed_auroc=easier,
+        reliability={name: one.reliability for name, one in fitted.items() if one.reliability is not None},
+        items=len(drafts),
+        drafts=count,
+        correct=right,
+        made_for=dict(made_for or {}),
+        promise=held,
+    )
+
+
+def _merit(own: float | None, easier: float | None) -> float:
+    return next((found for found in (own, easier) if found is not None), 0.5)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A scorer, the drafts' scores by a fit that had not seen their item, and what the scores mean."""
+
+    scorer: Scorer
+    unseen: np.ndarray
+    curve: Curve | None = None
+    reliability: Reliability | None = None
+
+
+def _fit_score(name: str, drafts: Judged, method: str, seed: int) -> _Fitted | None:
+    """One score; None for the combined one where there is too little to fit it."""
+    signals, labels, items = drafts.flat
+    if name == "combined":
+        unseen = _combined_unseen(signals, labels, items, seed) if drafts.enough else None
+        if unseen is None:
+            return None
+        scorer, raw = Scorer(name, fit_combination(signals, labels)), unseen
+    else:
+        scorer = Scorer(name)
+        raw = scorer.values(signals)
+    methods = [] if method == "none" or not drafts.enough else [*METHODS] if method == "auto" else [method]
+    tried = {one: _calibrated_unseen(one, raw, labels, items, seed) for one in methods}
+    losses = {one: _log_loss(values, labels) for one, values in tried.items() if values is not None}
+    if not losses:
+        return _Fitted(scorer, raw)
+    best = min(losses, key=lambda one: losses[one])
+    calibrated = tried[best]
+    assert calibrated is not None
+    reliability = Reliability(
+        ece_before=calibration_error(raw, labels),
+        ece_after=calibration_error(calibrated, labels),
+        brier_before=float(((raw - labels) ** 2).mean()),
+        brier_after=float(((calibrated - labels) ** 2).mean()),
+    )
+    return _Fitted(scorer, raw, fit_curve(best, raw, labels), reliability)
+
+
+def _combined_unseen(signals: list[Signals], labels: np.ndarray, items: np.ndarray, seed: int) -> np.ndarray | None:
+    def fitted(train: np.ndarray) -> Any:
+        combination = fit_combination([signals[index] for index in train], labels[train])
+        return lambda test: combination.values([signals[index] for index in test])
+
+    return out_of_fold(items, labels, seed, fitted)
+
+
+def _calibrated_unseen(
+    method: str, raw: np.ndarray, labels: np.ndarray, items: np.ndarray, seed: int
+) -> np.ndarray | None:
+    def fitted(train: np.ndarray) -> Any:
+        curve = fit_curve(method, raw[train], labels[train])
+        return lambda test: curve.probabilities(raw[test])
+
+    return out_of_fold(items, labels, seed + 1, fitted)
+
+
+def _log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    clipped = np.clip(probabilities, 1e-6, 1 - 1e-6)
+    return float(-np.where(labels, np.log(clipped), np.log(1 - clipped)).mean())

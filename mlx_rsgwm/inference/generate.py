@@ -1,0 +1,106 @@
+"""Drafting: token ids in, completions out, many rows at once over one prefill of each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+
+from mlx_rsgwm.inference.sampling import Sampling, choose, choose_exact, uniforms
+from mlx_rsgwm.models.split import Parts
+
+PREFILL_STEP = 2048
+
+
+@dataclass(frozen=True)
+class DraftTokens:
+    """One draft: its token ids without the end-of-text token, and whether it ended by itself."""
+
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """One attempt at one question: the drafting prompt's ids and the name of its random stream."""
+
+    prompt: tuple[int, ...]
+    question: str
+    attempt: int
+
+
+def draft(
+    model: Any, parts: Parts, end_ids: frozenset[int], requests: Sequence[DraftRequest], sampling: Sampling
+) -> list[DraftTokens]:
+    """Draft all requests in one batch, with the adapter that is active on ``model``; ``parts`` is its ``split_head``.
+
+    Requests that share a prompt are prefilled once. Rows leave the batch when they end. Prompts are left-padded, which
+    changes nothing but float round-off (masked keys get weight zero).
+    """
+    if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
+        # Sliding-window and recurrent caches: one row at a time, through the model's own cache.
+        return [_decode(model, parts, end_ids, [request], sampling, batched=False)[0] for request in requests]
+    return _decode(model, parts, end_ids, requests, sampling, batched=True)
+
+
+def _decode(
+    model: Any,
+    parts: Parts,
+    end_ids: frozenset[int],
+    requests: Sequence[DraftRequest],
+    sampling: Sampling,
+    batched: bool,
+) -> list[DraftTokens]:
+    prompts = list(dict.fromkeys(request.prompt for request in requests))
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    hidden, head = parts
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    caches = make_prompt_cache(model)
+    if batched:
+        caches = [BatchKVCache(padding) for _ in caches]
+    ids = mx.array(np.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]))
+    for start in range(0, longest, PREFILL_STEP):
+        states = hidden(ids[:, start : start + PREFILL_STEP], cache=caches)
+        mx.eval([cache.state for cache in caches])
+    last = states[:, -1]
+    if batched and len(requests) != len(prompts):
+        rows = mx.array([row_of[request.prompt] for request in requests])
+        for cache in caches:
+            cache.filter(rows)
+        last = last[rows]
+    logits = head(last[:, None])[:, 0]
+
+    count = sampling.max_tokens
+    stream = np.stack([uniforms(sampling.seed, r.question, r.attempt, count) for r in requests])
+    written: list[list[int]] = [[] for _ in requests]
+    finished = [False] * len(requests)
+    rows_left = list(range(len(requests)))
+    for step in range(count):
+        uniform = mx.array(stream[rows_left, step])
+        tokens, certain = choose(logits, uniform, sampling.temperature, sampling.top_p)
+        mx.eval(tokens, certain)
+        if not mx.all(certain).item():
+            tokens = choose_exact(logits, uniform, sampling.temperature, sampling.top_p)
+        chosen: Any = tokens.tolist()
+        keep = []
+        for position, (row, token) in enumerate(zip(rows_left, chosen, strict=True)):
+            if token in end_ids:
+                finished[row] = True
+            else:
+                written[row].append(token)
+                keep.append(position)
+        if not keep or step == count - 1:
+            break
+        if len(keep) < len(rows_left):
+            rows_left = [rows_left[position] for position in keep]
+            indices = mx.array(keep)
+            tokens = tokens[indices]
+            for cache in caches:
+                cache.filter(indices)
+        logits = head(hidden(tokens[:, None], cache=caches))[:, 0]
+    return [DraftTokens(tuple(tokens), done) for tokens, done in zip(written, finished, strict=True)]

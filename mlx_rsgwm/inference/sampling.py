@@ -1,0 +1,102 @@
+"""Sampling with one uniform number a token, so that a draft depends on its own random stream and nothing else.
+
+Every attempt of an item draws from a stream named by (seed, question, attempt). Whether drafts are made one by one or
+many in a batch, in whatever order, the same uniforms meet the same probabilities.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.models.linux_cpu import exp, largest
+
+CANDIDATES = 128
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Decoding settings. Temperature 0 is greedy; the paper drafts at 0.7 with top-p 0.9."""
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_tokens: int = 256
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0 <= self.temperature < float("inf"):
+            problems.append(f"temperature must be 0 or more, found {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be in (0, 1], found {self.top_p}")
+        if self.max_tokens < 1:
+            problems.append(f"max_tokens must be at least 1, found {self.max_tokens}")
+        raise_problems("sampling", problems, RsgwmError)
+
+
+def uniforms(seed: int, question: str, attempt: int, count: int) -> np.ndarray:
+    """The first ``count`` numbers in [0, 1) of one attempt's stream, float32."""
+    digest = hashlib.sha256(f"{seed}/{attempt}/{question}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+    return generator.random(count, dtype=np.float32)
+
+
+def choose(
+    logits: mx.array, uniform: mx.array, temperature: float, top_p: float, rows: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Next tokens (n,) for logits (n, vocabulary) by inverse transform, and whether each is certain (n,).
+
+    With ``rows`` (n,), number i of ``uniform`` (n,) chooses from row ``rows[i]`` of the logits, of which there may be
+    fewer.
+
+    The nucleus is the smallest set of most probable tokens whose mass reaches ``top_p``. It is searched among the
+    ``CANDIDATES`` best, which spares sorting the vocabulary; a row whose candidates do not reach ``top_p`` comes back
+    uncertain and must go through :func:`choose_exact`.
+    """
+    if temperature == 0:
+        best = mx.argmax(logits, axis=-1)
+        return best if rows is None else best[rows], mx.ones(uniform.shape[0], dtype=mx.bool_)
+    plain = logits.astype(mx.float32)
+    best = largest(plain, min(CANDIDATES, plain.shape[-1]))
+    return _from_candidates(plain, best, uniform, temperature, top_p, rows)
+
+
+def choose_exact(
+    logits: mx.array, uniform: mx.array, temperature: float, top_p: float, rows: mx.array | None = None
+) -> mx.array:
+    """:func:`choose` over the whole vocabulary, for flat distributions."""
+    plain = logits.astype(mx.float32)
+    everything = mx.broadcast_to(mx.arange(plain.shape[-1]), plain.shape)
+    return _from_candidates(plain, everything, uniform, temperature, top_p, rows)[0]
+
+
+def _from_candidates(
+    logits: mx.array,
+    candidates: mx.array,
+    uniform: mx.array,
+    temperature: float,
+    top_p: float,
+    rows: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    values = mx.take_along_axis(logits, candidates, axis=-1)
+    # Ties are broken by token id, so that the order does not depend on how the candidates were found.
+    order = mx.argsort(candidates, axis=-1)
+    candidates, values = (mx.take_along_axis(x, order, axis=-1) for x in (candidates, values))
+    order = mx.argsort(-values, axis=-1)
+    candidates, values = (mx.take_along_axis(x, order, axis=-1) for x in (candidates, values))
+    highest, colder = mx.max(logits, axis=-1, keepdims=True), 1 / temperature
+    probabilities = exp((values - highest) * colder) / exp((logits - highest) * colder).sum(axis=-1, keepdims=True)
+    before = mx.cumsum(probabilities, axis=-1) - probabilities
+    kept = mx.where(before < top_p, probabilities, 0.0)
+    cumulative = mx.cumsum(kept, axis=-1)
+    if rows is not None:
+        candidates, kept, cumulative = candidates[rows], kept[rows], cumulative[rows]
+    mass = cumulative[:, -1:]
+    index = mx.sum(cumulative <= uniform[:, None] * mass, axis=-1)
+    index = mx.minimum(index, mx.sum(kept > 0, axis=-1) - 1)
+    certain = mass[:, 0] >= min(top_p, 1.0) - 1e-6 if candidates.shape[-1] < logits.shape[-1] else mass[:, 0] >= 0
+    return mx.take_along_axis(candidates, index[:, None], axis=-1)[:, 0], certain

@@ -1,0 +1,200 @@
+"""What the verifier says of a draft, from one batched forward pass that computes logits only where they are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rsgwm.data.template import Template, Tokenizer
+from mlx_rsgwm.inference.prefix_cache import LowerLayerCache, after_prompts, right_padded
+from mlx_rsgwm.models.linux_cpu import cross_entropy
+from mlx_rsgwm.models.split import Parts
+
+SCORES = ("yesno", "mean_logprob", "combined")
+
+EMPTY = -1000.0  # nats of a draft without a token, whose probability is taken as 0
+LENGTH_STEP = 8
+PICK_STEP = 8
+
+VerdictIds = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one reading of a draft gave; None for a part that was not asked for.
+
+    ``yesno``: P(yes) / (P(yes) + P(no)). ``mean`` and ``minimum``: of the draft's token log-probabilities, in nats,
+    ``EMPTY`` for a draft without any. ``tokens``: how many there are, the end-of-text token included if written.
+    """
+
+    yesno: float | None
+    mean: float | None
+    minimum: float | None
+    tokens: int
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """exp(mean token log-probability), in [0, 1]: the literal reading of the paper's score."""
+        return None if self.mean is None else math.exp(self.mean)
+
+
+def signals_of(logprobs: Sequence[float] | None, yesno: float | None) -> Signals:
+    """Signals of a draft from its token log-probabilities in nats and the share of yes; None: not asked for."""
+    if logprobs is None:
+        return Signals(yesno, None, None, 0)
+    if not logprobs:
+        return Signals(yesno, EMPTY, EMPTY, 0)
+    return Signals(yesno, sum(logprobs) / len(logprobs), min(logprobs), len(logprobs))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Token ids of one draft as the verifier reads it.
+
+    ``completion`` is to be predicted after ``prompt``, the drafter's; at the end of ``verdict_prompt`` stands yes or
+    no. Either ``completion`` or ``verdict_prompt`` is None when its part is not asked for.
+    """
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...] | None
+    verdict_prompt: tuple[int, ...] | None
+
+
+def make_reading(
+    template: Template,
+    tokenizer: Tokenizer,
+    question: str,
+    text: str,
+    completion: Sequence[int],
+    verdict: bool = True,
+    logprobs: bool = True,
+) -> Reading:
+    """What the verifier is to read of the draft ``text``, whose token ids are ``completion``, and of which parts."""
+    return Reading(
+        tuple(template.draft_prompt(tokenizer, question)),
+        tuple(completion) if logprobs else None,
+        tuple(template.verify_prompt(tokenizer, question, text.strip())) if verdict else None,
+    )
+
+
+def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
+    """Ids of the tokens that say yes and of those that say no.
+
+    The first token of the template's own verdict, and every spelling of the word that is one token: with a space before
+    it and without, as written, in lower case, capitalised and in capitals. Their probabilities are summed, so that a
+    model is not taken to doubt because it writes "yes" where the template has " Yes". A token that begins both is left
+    out of both.
+    """
+    own = template.verdict_ids(tokenizer)
+    found = []
+    for text, first in zip((template.yes, template.no), own, strict=True):
+        word = text.strip()
+        spellings = {
+            space + form for space in ("", " ") for form in (word, word.lower(), word.upper(), word.capitalize())
+        }
+        encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in sorted(spellings)]
+        found.append({first, *(ids[0] for ids in encoded if len(ids) == 1)})
+    yes, no = found
+    shared = (yes & no) - set(own)
+    return tuple(sorted(yes - shared - {own[1]})), tuple(sorted(no - shared - {own[0]}))
+
+
+def read(
+    parts: Parts,
+    readings: Sequence[Reading],
+    verdicts: VerdictIds,
+    lower_cache: LowerLayerCache | None = None,
+    caches: int | None = None,
+) -> list[Signals]:
+    """One forward pass over all readings; mean, minimum and number of token log-probabilities come together.
+
+    Where the verifying prompt begins with the drafting prompt and the draft, as that of a plain template does, both
+    parts are read in one row. Rows that ``lower_cache`` knows are not read from the start. With ``caches``, how many
+    plain key–value caches the model keeps, a prompt that several rows begin with is read once.
+    """
+    rows: list[tuple[int, ...]] = []
+    # How many of a row's tokens are the drafting prompt's, its last one left out; 0 where the row begins otherwise.
+    starts: list[int] = []
+    likelihood: list[tuple[int, int, int]] = []  # row, position, the token that stands next
+    verdict: list[tuple[int, int]] = []  # row, position
+    for reading in readings:
+        written = reading.completion or ()
+        joined = (*reading.prompt, *written)[:-1]
+        shares = reading.verdict_prompt is not None and reading.verdict_prompt[: len(joined)] == joined
+        if written:
+            if not shares:
+                rows.append(joined)
+                starts.append(len(reading.prompt) - 1)
+            row = len(rows) if shares else len(rows) - 1
+            likelihood += [(row, len(reading.prompt) - 1 + index, token) for index, token in enumerate(written)]
+        if reading.verdict_prompt is not None:
+            rows.append(reading.verdict_prompt)
+            begins = reading.verdict_prompt[: len(reading.prompt)] == reading.prompt
+            starts.append(len(reading.prompt) - 1 if begins else 0)
+            verdict.append((len(rows) - 1, len(reading.verdict_prompt) - 1))
+    common = starts if caches is not None and _worth_sharing(rows, starts) else None
+    logprobs, yes = (
+        _pass(parts, rows, likelihood, verdict, verdicts, lower_cache, common, caches or 0) if rows else ([], [])
+    )
+    signals, at, judged = [], 0, iter(yes)
+    for reading in readings:
+        own = None
+        if reading.completion is not None:
+            own = logprobs[at : at + len(reading.completion)]
+            at += len(reading.completion)
+        signals.append(signals_of(own, next(judged) if reading.verdict_prompt is not None else None))
+    return signals
+
+
+def _stepped(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def _worth_sharing(rows: Sequence[tuple[int, ...]], starts: Sequence[int]) -> bool:
+    """Whether, all rows beginning with a prompt, at least a quarter of the prompts are repetitions."""
+    if not rows or min(starts) < 1:
+        return False
+    return len({row[:start] for row, start in zip(rows, starts, strict=True)}) <= 0.75 * len(rows)
+
+
+def _pass(
+    parts: Parts,
+    rows: Sequence[tuple[int, ...]],
+    likelihood: Sequence[tuple[int, int, int]],
+    verdict: Sequence[tuple[int, int]],
+    verdicts: VerdictIds,
+    lower_cache: LowerLayerCache | None,
+    starts: Sequence[int] | None,
+    caches: int,
+) -> tuple[list[float], list[float]]:
+    """Log-probabilities (likelihood entries,) and shares of yes (verdict entries,) from one pass over ``rows``."""
+    hidden, head = parts
+    # A row by itself is not padded: what is known of its tokens can then be used up to the last.
+    longest = max(map(len, rows))
+    length = longest if len(rows) == 1 else _stepped(longest)
+    states, first = lower_cache(rows, length) if lower_cache is not None else None, [0] * len(rows)
+    if states is None and starts is not None:
+        states, first = after_prompts(hidden, caches, rows, starts, LENGTH_STEP), list(starts)
+    if states is None:
+        states = hidden(mx.array(right_padded(rows, length)))
+    width = states.shape[1]
+    places = [row * width + position - first[row] for row, position, *_ in [*likelihood, *verdict]]
+    # Few shapes, so that little is compiled.
+    picks = np.zeros(-(-len(places) // PICK_STEP) * PICK_STEP, dtype=np.int32)
+    picks[: len(places)] = places
+    logits = head(states.reshape(-1, states.shape[-1])[mx.array(picks)]).astype(mx.float32)
+    logprobs: Any = []
+    yes: Any = []
+    if likelihood:
+        targets = mx.array(np.array([token for _, _, token in likelihood], dtype=np.int32))
+        logprobs = (-cross_entropy(logits[: len(likelihood)], targets)).tolist()
+    if verdict:
+        said = logits[len(likelihood) : len(places)]
+        yes_mass, no_mass = (mx.logsumexp(said[:, mx.array(ids)], axis=-1) for ids in verdicts)
+        yes = mx.sigmoid(yes_mass - no_mass).tolist()
+    return logprobs, yes

@@ -1,0 +1,1 @@
+"""Low-rank algebra on arrays, without a model."""

@@ -1,0 +1,1 @@
+"""The merge methods, one family a module; ``merging.methods`` lists them all."""

@@ -1,0 +1,1 @@
+"""The steps that merge methods are composed of: arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""Base models and adapters: their folders, their checks, and how adapters sit on a base in memory."""

@@ -1,0 +1,370 @@
+"""The adapter folder: a LoRA spec with named arrays that mlx-lm loads unchanged, and what merging needs beside it.
+
+Layout and promises are in docs/formats.md. An :class:`Adapter` never knows a model; ``slots`` checks the fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import AdapterError, raise_problems
+from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.models.folder import base_difference
+from mlx_rsgwm.models.spec import LoraSpec
+
+FORMAT = "mlx-rsgwm/adapter"
+FORMAT_VERSION = 1
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapters.safetensors"
+IMPORTANCE_FILE = "importance.safetensors"
+INIT_FILE = "init.safetensors"
+KEPT_FILE = "kept.safetensors"
+MANIFEST_FILE = "manifest.json"
+UNFINISHED_FILE = ".unfinished"
+SIGNALS = ("all", "draft", "verify")
+FULL_LEAVES = ("weight", "bias")
+# Arrays whose values are checked in one evaluation.
+CHECKED_TOGETHER = 16
+# The exponent of what is not finite: all ones, in an unsigned integer of the type's width.
+EXPONENT_BITS = {
+    mx.float32: (mx.uint32, 0x7F800000),
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7F80),
+}
+
+
+@dataclass
+class Adapter:
+    """One LoRA adapter in memory.
+
+    ``weights``: ``{module}.lora_a`` (in, rank), ``{module}.lora_b`` (rank, out), for DoRA also ``{module}.m`` (out,).
+    ``importance``: float32 arrays of the weights' shapes under ``all/``, ``draft/``, ``verify/`` + weight name, or
+    empty. ``init``: lora_a at initialisation under the weights' names, or empty. ``manifest``: provenance.
+    Layers of experts have three axes: ``lora_a`` (experts, rank, in), ``lora_b`` (experts, out, rank).
+
+    ``full``: ``{module}.weight`` or ``.bias`` of the base that this adapter replaces, trained in another framework.
+    They are saved among the weights, so that mlx-lm, which cannot apply them, refuses the folder; ``rsgwm fuse``
+    applies them. ``kept``: arrays of another format that a conversion back needs and nothing else reads.
+    """
+
+    spec: LoraSpec
+    weights: dict[str, mx.array]
+    importance: dict[str, mx.array] = field(default_factory=dict)
+    importance_metadata: dict[str, str] = field(default_factory=dict)
+    init: dict[str, mx.array] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    full: dict[str, mx.array] = field(default_factory=dict)
+    kept: dict[str, mx.array] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return str(self.path) if self.path else "adapter"
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Fingerprint of the base it was trained on, or None for an adapter that someone else wrote."""
+        return (self.manifest.get("base") or {}).get("fingerprint")
+
+    def base_problem(self, name: str, fingerprint: str, weights_only: bool = False) -> str:
+        """Why the base called ``name`` is not the recorded one; empty where it is, or where none is recorded.
+
+        The chat template counts where the adapter was trained with it, and not for what only reads weights
+        (``weights_only``: fusing, converting, comparing logits).
+        """
+        recorded = self.base_fingerprint
+        template = self.manifest.get("template")
+        # Of other kinds nobody knows what they were trained with.
+        ours = self.manifest.get("kind") in ("trained", "checkpoint", "merged")
+        chat = not weights_only and (template.get("chat") is not False if isinstance(template, dict) else ours)
+        difference = "" if recorded is None else base_difference(recorded, fingerprint, chat)
+        if not difference or recorded is None:
+            return ""
+        made_for = (self.manifest.get("base") or {}).get("name", "another base")
+        if difference != "weights":
+            return f"{self.where} was made for {made_for} with another {difference} than {name} has now"
+        return (
+            f"{self.where} was made for {made_for} (fingerprint {recorded[:12]}), not for {name} ({fingerprint[:12]})"
+        )
+
+    @property
+    def template_hash(self) -> str | None:
+        return (self.manifest.get("template") or {}).get("hash")
+
+    def modules(self) -> list[str]:
+        """Names of the adapted modules, in the weights' order."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.weights))
+
+    def factors(self) -> Iterator[tuple[str, mx.array, mx.array]]:
+        """``(module, lora_a (in, r), lora_b (r, out))`` for every adapted module."""
+        for module in self.modules():
+            yield module, self.weights[f"{module}.lora_a"], self.weights[f"{module}.lora_b"]
+
+    def require_factors_only(self, purpose: str) -> None:
+        """Raise for an adapter that replaces whole parameters of the base, which only ``rsgwm fuse`` can apply."""
+        if self.full:
+            names = ", ".join(list(self.full)[:3]) + (" …" if len(self.full) > 3 else "")
+            raise AdapterError(
+                f"{self.where} replaces whole parameters of the base ({names}) and cannot {purpose}; "
+                "make a model of it first (rsgwm fuse)"
+            )
+
+    def importance_of(self, signal: str) -> dict[str, mx.array]:
+        """The importance arrays recorded for ``signal`` (all, draft or verify), under the weights' names."""
+        prefix = signal + "/"
+        return {name[len(prefix) :]: value for name, value in self.importance.items() if name.startswith(prefix)}
+
+    def problems(self) -> list[str]:
+        """Everything wrong inside the adapter itself: names, shapes, ranks, values that are not finite."""
+        found = self.shape_problems()
+        groups = (("", self.weights), ("", self.full), ("importance ", self.importance), ("init ", self.init))
+        for label, group in groups:
+            found += [f"{label}{name} has values that are not finite" for name in not_finite(group)]
+        return found
+
+    def shape_problems(self) -> list[str]:
+        """What is wrong with names, shapes and ranks; no value is read."""
+        found = []
+        for module in self.modules():
+            a, b = self.weights.get(f"{module}.lora_a"), self.weights.get(f"{module}.lora_b")
+            if a is None or b is None:
+                found.append(f"{module} has no lora_{'a' if a is None else 'b'}")
+            elif a.ndim == 2 and b.ndim == 2:
+                if a.shape[1] != self.spec.rank or b.shape[0] != self.spec.rank:
+                    found.append(f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}")
+            elif a.ndim == 3 and b.ndim == 3:
+                if a.shape[1] != self.spec.rank or b.shape[2] != self.spec.rank or a.shape[0] != b.shape[0]:
+                    found.append(f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}")
+            else:
+                found.append(f"{module}: lora_a has shape {a.shape} and lora_b {b.shape}")
+            if self.spec.fine_tune_type == "dora" and f"{module}.m" not in self.weights:
+                found.append(f"{module} has no magnitude m")
+        leaves = {"lora_a", "lora_b"} | ({"m"} if self.spec.fine_tune_type == "dora" else set())
+        found += [f"unknown array {name}" for name in self.weights if name.rpartition(".")[2] not in leaves]
+        if not self.spec.is_full:
+            found += [f"unknown array {name}" for name in self.full if name.rpartition(".")[2] not in FULL_LEAVES]
+        for group in (self.weights, self.importance, self.init):
+            kinds = {name: value.dtype for name, value in group.items()}
+            wrong = {name: kind for name, kind in kinds.items() if not mx.issubdtype(kind, mx.floating)}
+            found += [f"{name} has the type {str(kind).rpartition('.')[2]}" for name, kind in wrong.items()]
+        if not self.weights and not self.full:
+            found.append("holds no arrays")
+        for name, value in self.importance.items():
+            signal, _, parameter = name.partition("/")
+            weight = self.weights.get(parameter)
+            if not signal.isidentifier() or weight is None or weight.shape != value.shape:
+                found.append(f"importance {name} {value.shape} has no weight of its shape")
+        for name, value in self.init.items():
+            if name not in self.weights or self.weights[name].shape != value.shape:
+                found.append(f"init {name} {value.shape} has no weight of its shape")
+        return found
+
+    @classmethod
+    def load(cls, path: str | Path, lazy: bool = False, hashes: bool = True, scale: float | None = None) -> Adapter:
+        """Read and validate an adapter folder, ours or mlx-lm's; with ``lazy`` values are read and checked when used.
+
+        Without ``hashes`` the caller compares the files with the manifest, by :func:`check_hashes`. ``scale`` is for
+        an old mlx-lm configuration that allows two, see :meth:`LoraSpec.from_config`.
+
+        Raises:
+            AdapterError: naming every problem found: a missing folder or file, pickle weights, a damaged
+                safetensors file, a hash that differs from the manifest, wrong names, shapes or values.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise AdapterError(
+                f"adapter folder {folder} does not exist; `rsgwm demo` makes some, `rsgwm train` your own"
+            )
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise AdapterError(_explain_missing_weights(folder))
+        if (folder / UNFINISHED_FILE).is_file() and not is_complete(folder):
+            raise AdapterError(f"{folder} was not written to its end: its writer was stopped, or still runs")
+        manifest = _read_manifest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
+        before = _stamps(folder)
+        if hashes:
+            check_hashes(folder, manifest)
+        spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE), scale)
+        arrays, _ = files.read_safetensors(folder / WEIGHTS_FILE, evaluate=not lazy)
+        full = {name: value for name, value in arrays.items() if spec.is_full or name.rpartition(".")[2] in FULL_LEAVES}
+        weights = {name: value for name, value in arrays.items() if name not in full}
+        depth = (manifest.get("base") or {}).get("num_layers")
+        modules = list(dict.fromkeys(name.rpartition(".")[0] for name in weights))
+        spec = spec.covering(modules, depth if isinstance(depth, int) else None)
+        importance, metadata = _read_optional(folder / IMPORTANCE_FILE, lazy)
+        init, _ = _read_optional(folder / INIT_FILE, lazy)
+        kept, _ = _read_optional(folder / KEPT_FILE, lazy=True)
+        adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept)
+        raise_problems(str(folder), adapter.shape_problems() if lazy else adapter.problems(), AdapterError)
+        if _stamps(folder) != before:
+            raise AdapterError(f"{folder} was changed while it was read; try again once it is finished")
+        return adapter
+
+    def save(self, path: str | Path) -> Path:
+        """Write the folder: arrays and config by rename, manifest last, with the SHA-256 of every other file."""
+        raise_problems(self.where, self.problems(), AdapterError)
+        folder = Path(path)
+        groups = (self.weights, self.full, self.importance, self.init, self.kept)
+        files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+        with files.exclusive(folder):
+            files.write_text(folder / UNFINISHED_FILE, "This folder is being written, or its writer was stopped.\n")
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            files.write_safetensors(folder / WEIGHTS_FILE, {**self.weights, **self.full})
+            written = [WEIGHTS_FILE, *self.write_beside(folder)]
+            hashes = {name: files.sha256_file(folder / name) for name in written}
+            self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
+            files.write_json(folder / MANIFEST_FILE, self.manifest)
+            (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+        self.path = folder
+        return folder
+
+    def write_beside(self, folder: Path) -> list[str]:
+        """Write everything but weights and manifest into an existing folder; returns the names of the files."""
+        files.write_json(folder / CONFIG_FILE, self.spec.to_config())
+        written = [CONFIG_FILE]
+        for name, arrays, metadata in (
+            (IMPORTANCE_FILE, self.importance, self.importance_metadata),
+            (INIT_FILE, self.init, {}),
+            (KEPT_FILE, self.kept, {}),
+        ):
+            if arrays:
+                files.write_safetensors(folder / name, arrays, metadata)
+                written.append(name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        return written
+
+
+def put_beside(
+    adapter: Adapter,
+    name: str,
+    arrays: Mapping[str, mx.array],
+    metadata: Mapping[str, str],
+    base: Mapping[str, Any],
+    entries: Mapping[str, Any],
+) -> Path:
+    """Write a file of arrays, ``name``, into the folder of a saved adapter, then the manifest with ``entries``.
+
+    Weights and config are not touched. An adapter without a manifest gets one of kind ``imported`` with the description
+    of its ``base``. Killed in between,
+    the folder is what it was, at worst without the file's former version.
+    """
+    folder = adapter.path
+    assert folder is not None
+    recorded = adapter.manifest.get("files") or {}
+    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE)
+    kept = {other: digest for other, digest in recorded.items() if other != name} or {
+        other: files.sha256_file(folder / other) for other in known if other != name and (folder / other).is_file()
+    }
+    files.require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
+    with files.exclusive(folder):
+        if name in recorded:
+            files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": kept})
+        files.write_safetensors(folder / name, dict(arrays), dict(metadata))
+        adapter.manifest = {
+            "kind": "imported",
+            "base": base,
+            "versions": versions(),
+            **adapter.manifest,
+            **entries,
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "files": {**kept, name: files.sha256_file(folder / name)},
+        }
+        files.write_json(folder / MANIFEST_FILE, adapter.manifest)
+    return folder
+
+
+def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
+    """Names of the arrays with a value that is not finite.
+
+    With ``drop`` an array leaves the mapping once it is checked, so that lazy ones need the memory of a few of them.
+    """
+    found: list[str] = []
+    everything = list(arrays)
+    for start in range(0, len(everything), CHECKED_TOGETHER):
+        names = everything[start : start + CHECKED_TOGETHER]
+        bad: Any = mx.stack([_has_infinite(arrays[name]) for name in names]).tolist()
+        found += [name for name, one in zip(names, bad, strict=True) if one]
+        for name in names if drop else ():
+            del arrays[name]
+    return found
+
+
+def _has_infinite(array: mx.array) -> mx.array:
+    """Whether any value is infinite or not a number, a bool scalar; by the bits, for isfinite is slow on the CPU."""
+    if array.dtype not in EXPONENT_BITS or not array.size:
+        return mx.logical_not(mx.isfinite(array).all())
+    kind, ones = EXPONENT_BITS[array.dtype]
+    exponents = mx.array(ones, dtype=kind)
+    return (array.view(kind) & exponents).max() == exponents
+
+
+def is_complete(path: str | Path) -> bool:
+    """True when the folder holds a manifest, which is written last, and so everything else too."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when another process replaces or rewrites a file of the folder."""
+    found = {}
+    for name in (MANIFEST_FILE, CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE):
+        with suppress(OSError):
+            stat = (folder / name).stat()
+            found[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest whose parts that everything else relies on are of the right types."""
+    manifest = files.read_json_object(path)
+    if manifest and manifest.get("format") != FORMAT:
+        raise AdapterError(f"{path}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+    problems = []
+    for name, inner in (("files", None), ("base", "fingerprint"), ("template", "hash")):
+        part = manifest.get(name)
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            problems.append(f"{name} is not an object")
+        elif inner and not isinstance(part.get(inner, ""), (str, type(None))):
+            problems.append(f"{name}.{inner} is not text")
+    raise_problems(str(path), problems, AdapterError)
+    return manifest
+
+
+def _read_optional(path: Path, lazy: bool) -> tuple[dict[str, mx.array], dict[str, str]]:
+    return files.read_safetensors(path, evaluate=not lazy) if path.is_file() else ({}, {})
+
+
+def check_hashes(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise an :class:`AdapterError` that names every file of ``folder`` that is not the one its manifest describes."""
+    problems = []
+    for name, expected in (manifest.get("files") or {}).items():
+        if Path(name).name != name:
+            raise AdapterError(f"{folder / MANIFEST_FILE}: file name {name!r} points outside the folder")
+        if not (folder / name).is_file():
+            problems.append(f"{name} is in the manifest but not in the folder")
+        elif files.sha256_file(folder / name) != expected:
+            problems.append(f"{name} was changed or damaged after it was written (its SHA-256 differs)")
+    raise_problems(str(folder), problems, AdapterError)
+
+
+def _explain_missing_weights(folder: Path) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in files.PICKLE_SUFFIXES)
+    if pickles:
+        return f"{folder}: {pickles[0]} is a pickle file, which can run code when loaded; only .safetensors is read"
+    if (folder / "adapter_model.safetensors").is_file():
+        return f"{folder} is a PEFT adapter; convert it first: rsgwm convert from-peft {folder} OUT --base BASE"
+    if (folder / "adapters.npz").is_file():
+        return (
+            f"{folder} holds adapters.npz, as mlx-lm wrote it until 0.8; save its arrays as {WEIGHTS_FILE} "
+            "(mx.save_safetensors(..., mx.load(...)))"
+        )
+    return f"{folder} holds no {WEIGHTS_FILE}; it is not an mlx-lm adapter folder"

@@ -1,0 +1,320 @@
+"""Many named adapters on one resident base: switching changes one name, no weight moves.
+
+The wrapped layers compute what mlx-lm's ``LoRALinear`` computes, so outputs equal mlx-lm's own loading.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.token_layers import is_head
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What one adapter adds to one layer: a (in, r), b (r, out), scale; DoRA's ``gain``, see :func:`_gain`, (out,)."""
+
+    a: mx.array
+    b: mx.array
+    scale: float
+    gain: mx.array | None = None
+
+
+@dataclass
+class ActiveAdapter:
+    """Which adapter the wrapped layers apply. Shared by all layers of one model.
+
+    ``runs``: (name, first row, last row + 1) of a batch, name None for the bare base; None at the end for all
+    the rest. ``retired``: another :class:`AdapterSlots` has the model now, so selecting here would change nothing.
+    """
+
+    runs: tuple[tuple[str | None, int, int | None], ...] = ((None, 0, None),)
+    retired: bool = False
+
+    @property
+    def name(self) -> str | None:
+        """The adapter of all rows; None for the bare base, and where rows differ."""
+        return self.runs[0][0] if len(self.runs) == 1 else None
+
+
+class Slots(nn.Module):
+    """A layer with several low-rank updates, of which the active one is added, to each run of rows its own."""
+
+    def __init__(self, layer: nn.Module, active: ActiveAdapter) -> None:
+        super().__init__()
+        self.linear = layer
+        self.active = active
+        # The leading underscore keeps these out of parameters(): they belong to no checkpoint of the base.
+        self._factors: dict[str, LowRank] = {}
+
+    def _update(self, x: mx.array, y: mx.array, apply: Callable[[mx.array, mx.array, LowRank], mx.array]) -> mx.array:
+        runs = self.active.runs
+        if len(runs) == 1:
+            found = self._factors.get(runs[0][0] or "")
+            return y if found is None else apply(x, y, found)
+        parts = []
+        for name, start, stop in runs:
+            found = self._factors.get(name or "")
+            parts.append(y[start:stop] if found is None else apply(x[start:stop], y[start:stop], found))
+        return mx.concatenate(parts, axis=0)
+
+
+class SlotLinear(Slots):
+    """A linear layer, dense or quantised: y + scale · (x A) B; for DoRA, without the bias, gain ⊙ that."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._update(x, self.linear(x), self._apply)
+
+    def _apply(self, x: mx.array, y: mx.array, update: LowRank) -> mx.array:
+        added = (update.scale * ((x @ update.a) @ update.b)).astype(x.dtype)
+        if update.gain is None:
+            return y + added
+        bias = self.linear.bias if "bias" in self.linear else None
+        plain = (y if bias is None else y - bias) + added
+        scaled: mx.array = update.gain.astype(x.dtype) * plain
+        return scaled if bias is None else scaled + bias
+
+
+class SlotEmbedding(Slots):
+    """An embedding: rows of W + scale · A B, and the same matrix when it is used as the output head."""
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        def apply(ids: mx.array, y: mx.array, update: LowRank) -> mx.array:
+            return y + (update.scale * (update.a[ids] @ update.b)).astype(y.dtype)
+
+        return self._update(ids, self.linear(ids), apply)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits of states ``x`` (rows, …, dims)."""
+
+        def apply(x: mx.array, y: mx.array, update: LowRank) -> mx.array:
+            return y + (update.scale * ((x @ update.b.T) @ update.a.T)).astype(y.dtype)
+
+        return self._update(x, self.linear.as_linear(x), apply)
+
+
+class AdapterSlots:
+    """Named adapters on one base model. Loading wraps layers once; ``use`` selects in constant time.
+
+    A model has one set of slots: a new one takes the model over, and the former refuses any further use.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.model: Any = base.model
+        self._active = ActiveAdapter()
+        self._loaded: dict[str, Adapter] = {}
+        unwrap(self.model)
+
+    @property
+    def active(self) -> str | None:
+        return self._active.name
+
+    def names(self) -> list[str]:
+        return list(self._loaded)
+
+    def adapter(self, name: str) -> Adapter:
+        """The loaded adapter of that name."""
+        if name not in self._loaded:
+            raise RsgwmError(f"no adapter named {name!r} is loaded; there are: {', '.join(self._loaded) or 'none'}")
+        return self._loaded[name]
+
+    def use(self, name: str | None) -> None:
+        """Make one loaded adapter the active one, or none of them (the bare base)."""
+        self._require_model()
+        if name is not None:
+            self.adapter(name)
+        self._active.runs = ((name, 0, None),)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """``use`` for the length of a block; the former choice comes back even after an error."""
+        before = self._active.runs
+        self.use(name)
+        try:
+            yield
+        finally:
+            self._active.runs = before
+
+    @contextmanager
+    def using_rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """For the length of a block, row i of every batch goes through the adapter ``names[i]`` (None: the bare base).
+
+        Rows of one adapter next to each other are computed together.
+        """
+        self._require_model()
+        for name in set(names) - {None}:
+            self.adapter(str(name))
+        before = self._active.runs
+        starts = [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
+        self._active.runs = tuple(
+            (names[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(names)], strict=True)
+        )
+        try:
+            yield
+        finally:
+            self._active.runs = before
+
+    def load(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter into the slot ``name``, replacing what was there.
+
+        Raises:
+            AdapterError: when it was made for another base, names a module the model has not, has another shape, or
+                would change nothing at all (every product B·A is zero). The model is left as it was.
+        """
+        self._require_model()
+        check_fit(self.base, adapter)
+        wrapped = {}
+        for module, a, b in adapter.factors():
+            layer = _find_module(self.model, module)
+            if not isinstance(layer, Slots):
+                embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
+                layer = (SlotEmbedding if embedding else SlotLinear)(layer, self._active)
+                wrapped[module] = layer
+            magnitude = adapter.weights.get(f"{module}.m")
+            gain = None if magnitude is None else _gain(layer.linear, a, b, adapter.spec.scale, magnitude)
+            layer._factors[name] = LowRank(a, b, adapter.spec.scale, gain)
+        if wrapped:
+            self.model.update_modules(tree_unflatten(list(wrapped.items())))
+        if name in self._loaded:
+            for module in set(self._loaded[name].modules()) - set(adapter.modules()):
+                _find_module(self.model, module)._factors.pop(name, None)
+        self._loaded[name] = adapter
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; if it was active, the bare base is."""
+        for module in self.adapter(name).modules():
+            _find_module(self.model, module)._factors.pop(name, None)
+        del self._loaded[name]
+        if self._active.name == name:
+            self.use(None)
+
+    def _require_model(self) -> None:
+        if self._active.retired:
+            raise RuntimeError("these slots were replaced: another AdapterSlots was made for the same base")
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes that each adapter's arrays take; see :meth:`memory` for the base."""
+        return {name: sum(value.nbytes for value in adapter.weights.values()) for name, adapter in self._loaded.items()}
+
+    def first_changed(self, names: Iterable[str]) -> int:
+        """Index of the first transformer layer that any of these adapters changes; 0 when one changes what is before.
+
+        Below it the hidden states of a text are the same whichever of them is active.
+        """
+        lowest = len(self.model.layers)
+        for module in (module for name in names for module in self.adapter(name).modules()):
+            found = LAYER.match(module)
+            if found:
+                lowest = min(lowest, int(found[1]))
+            elif module != "lm_head":
+                return 0
+        return lowest
+
+    def memory(self) -> dict[str, Any]:
+        """``{"base": bytes, "adapters": {name: bytes}}``: what is resident."""
+        flat: Any = tree_flatten(self.model.parameters())
+        return {"base": sum(value.nbytes for _, value in flat), "adapters": self.nbytes()}
+
+
+def unwrap(model: Any) -> None:
+    """Put the plain layers back and retire the slots that wrapped them."""
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, Slots)]
+    for _, module in wrapped:
+        module.active.runs, module.active.retired = ((None, 0, None),), True
+    if wrapped:
+        model.update_modules(tree_unflatten([(name, module.linear) for name, module in wrapped]))
+
+
+def untied_hint(module: str) -> str:
+    """What to do, in brackets, where the ``module`` that a model has not is an output head."""
+    return (
+        " (its head is its embedding; rsgwm fuse makes an untied model of base and adapter)" if is_head(module) else ""
+    )
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """``(in, out)`` of a dense or quantised linear layer; of an embedding, (dims, entries)."""
+    rows, columns = layer.weight.shape
+    if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        columns = columns * 32 // layer.bits
+    return columns, rows
+
+
+def check_made_for(adapter: Adapter, name: str, fingerprint: str) -> None:
+    """Raise when ``adapter`` records another base than the one called ``name``, by fingerprint; no weight is needed."""
+    problem = adapter.base_problem(name, fingerprint)
+    if problem:
+        raise AdapterError(f"{problem}; pass the base it was made for")
+
+
+def check_fit(base: Base, adapter: Adapter) -> None:
+    """Raise one :class:`AdapterError` with everything that keeps ``adapter`` from applying to ``base``."""
+    adapter.require_factors_only("be put into a slot")
+    check_made_for(adapter, base.name, base.fingerprint)
+    problems = []
+    for module, a, b in adapter.factors():
+        layer = _find_module(base.model, module)
+        if isinstance(layer, Slots):
+            layer = layer.linear
+        embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
+        if layer is None:
+            problems.append(f"the model has no module {module}{untied_hint(module)}")
+        elif not embedding and not isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
+            problems.append(f"{module} is a {type(layer).__name__}, neither a linear layer nor an embedding")
+        elif embedding and f"{module}.m" in adapter.weights:
+            problems.append(f"{module} is an embedding; DoRA there is not supported")
+        elif a.ndim != 2:
+            problems.append(f"{module}: lora_a has shape {a.shape}; layers of experts cannot be put into a slot")
+        else:
+            expected = linear_shape(layer)[::-1] if embedding else linear_shape(layer)
+            if (a.shape[0], b.shape[1]) != expected:
+                problems.append(
+                    f"{module}: adapter is {a.shape[0]}→{b.shape[1]}, the model's layer {expected[0]}→{expected[1]}"
+                )
+    raise_problems(f"{adapter.where} does not fit {base.name}", problems, AdapterError)
+    norms = [mx.max(mx.abs(a)) * mx.max(mx.abs(b)) for _, a, b in adapter.factors()]
+    # A DoRA adapter may do all its work by the magnitudes.
+    if adapter.spec.fine_tune_type == "lora" and not mx.any(mx.stack(norms) > 0).item():
+        raise AdapterError(f"{adapter.where} would change nothing: every product B·A is zero")
+
+
+def _gain(layer: Any, a: mx.array, b: mx.array, scale: float, magnitude: mx.array) -> mx.array:
+    """m / ‖W + scale · BᵀAᵀ‖ by output unit, (out,) float32: what mlx-lm's DoRALinear computes anew at every call."""
+    weight = layer.weight
+    if isinstance(layer, nn.QuantizedLinear):
+        weight = mx.dequantize(
+            weight,
+            layer.scales,
+            getattr(layer, "biases", None),
+            group_size=layer.group_size,
+            bits=layer.bits,
+            mode=layer.mode,
+        )
+    adapted = weight.astype(mx.float32) + scale * (a.astype(mx.float32) @ b.astype(mx.float32)).T
+    gain = magnitude.astype(mx.float32) / mx.sqrt(mx.square(adapted).sum(axis=1))
+    mx.eval(gain)
+    return gain
+
+
+def _find_module(model: nn.Module, name: str) -> Any:
+    found: Any = model
+    for part in name.split("."):
+        try:
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            return None
+    return found

@@ -1,0 +1,338 @@
+"""A whole job as one YAML: data → pool → merge → calibrate → evaluate → export, in stages that resume.
+
+Run again, a stage is skipped when it was done with the same settings and inputs and its files are as it left them; a
+changed setting, base or file runs it and what follows it anew (:mod:`mlx_rsgwm.recipes.stages`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm.converters.peft.convert import to_peft
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.data.corpus import load_corpus, save_corpus
+from mlx_rsgwm.data.question_files import is_question_file
+from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.evaluation.contamination import (
+    check_overlap,
+    contamination,
+    rows_seen,
+    rows_trained_on,
+    training_questions,
+)
+from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
+from mlx_rsgwm.evaluation.journal import Journal
+from mlx_rsgwm.evaluation.report.folder import write_report
+from mlx_rsgwm.evaluation.runner import calibrate, describe_run, evaluate
+from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
+from mlx_rsgwm.inference.calibration import NothingToTellApart, load_calibration, save_calibration
+from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.verifier import SCORES
+from mlx_rsgwm.merging.merge import merge
+from mlx_rsgwm.models.adapter import Adapter, is_complete
+from mlx_rsgwm.models.base import Base, load_base, resolve_base
+from mlx_rsgwm.models.folder import fingerprint_of
+from mlx_rsgwm.models.slots import AdapterSlots
+from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
+from mlx_rsgwm.recipes.schema import Recipe, folder_name, load_recipe, shipped_recipes
+from mlx_rsgwm.recipes.stages import Stage, Stages
+from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.loop import check_fit, finish, train
+
+__all__ = ["Recipe", "Run", "load_recipe", "run_recipe", "shipped_recipes"]
+
+
+class Run:
+    """One recipe in one folder. The base is loaded only when a stage that needs it runs."""
+
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress = SILENT) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.progress = progress
+        self.template = find_template(recipe.template)
+        self.stages = Stages(out, progress)
+        self._base: Base | None = None
+        self._fingerprint = ""
+
+    @property
+    def base(self) -> Base:
+        if self._base is None:
+            self._base = load_base(self.recipe.base, progress=self.progress)
+        return self._base
+
+    @property
+    def peft_folders(self) -> dict[str, Path]:
+        return {role: self.out / "export" / f"{role}-peft" for role in ("drafter", "verifier")}
+
+    def execute(self) -> dict[str, Any]:
+        """Run every stage that is not up to date and return the summary that ``summary.json`` holds.
+
+        Raises:
+            CheckFailed: parity with torch was asked for and does not hold; everything is kept.
+        """
+        started = time.monotonic()
+        files.make_folder(self.out)
+        self._fingerprint = fingerprint_of(resolve_base(self.recipe.base, self.progress))
+        plan = self._plan()
+        if not all(self.stages.is_done(stage) for stage in plan if stage.name.startswith("train-")):
+            check_questions(self.recipe)
+            check_fit(self.base.model, self.recipe.train)
+        for stage in plan:
+            self.stages.run(stage)
+        return self._summary(time.monotonic() - started)
+
+    def _plan(self) -> list[Stage]:
+        """The stages in their order: all data before all training, so that too few questions are told at once."""
+        recipe, out = self.recipe, self.out
+        tasks = recipe.data.tasks
+        shared = {"base": self._fingerprint, "template": self.template.hash, "seed": recipe.seed}
+        asked = {
+            **shared,
+            "loop": asdict(recipe.loop),
+            "batch_rows": recipe.evaluate.batch_rows,
+            "folder": recipe.data.folder,
+        }
+        pair = (out / "drafter", out / "verifier")
+        calibration = pair[1] / CALIBRATION_FILE
+        corpora = tuple(self._corpus(task) for task in tasks)
+        tested = recipe.evaluate.tasks or tasks
+        return [
+            *(
+                Stage(
+                    f"data-{folder_name(task)}",
+                    {
+                        **shared,
+                        "task": task,
+                        "budget": recipe.data.budget(task),
+                        "folder": recipe.data.folder,
+                        "files": self._hashes([task]),
+                        **({"split": "by content"} if is_question_file(task) else {}),
+                    },
+                    (),
+                    (self._corpus(task),),
+                    partial(self._data, task),
+                )
+                for task in tasks
+            ),
+            *(
+                Stage(
+                    f"train-{folder_name(task)}",
+                    {**shared, "task": task, "config": recipe.train.describe()},
+                    (self._corpus(task),),
+                    (self._adapter(task),),
+                    partial(self._train, task),
+                )
+                for task in tasks
+            ),
+            Stage(
+                "merge",
+                {"tasks": tasks, **asdict(recipe.merge)},
+                tuple(self._adapter(task) for task in tasks),
+                pair,
+                self._merge,
+                (CALIBRATION_FILE,),
+            ),
+            Stage(
+                "calibrate",
+                {**asked, "tasks": tasks, "items": recipe.data.calibration_items, "files": self._hashes(tasks)},
+                pair,
+                (calibration,),
+                self._calibrate,
+                (CALIBRATION_FILE,),
+            ),
+            Stage(
+                "evaluate",
+                {
+                    **asked,
+                    "name": recipe.name,
+                    "tasks": tested,
+                    "trained": tasks,
+                    **asdict(recipe.evaluate),
+                    "files": self._hashes(tested),
+                },
+                (*corpora, *pair),
+                (out / "report",),
+                self._evaluate,
+                resumed=(JOURNAL_FILE,),
+            ),
+            Stage(
+                "export",
+                {**asdict(recipe.export), "base": recipe.base, "fingerprint": self._fingerprint},
+                pair,
+                (out / "export",),
+                self._export,
+                (CALIBRATION_FILE,),
+            ),
+        ]
+
+    def _hashes(self, tasks: Sequence[str]) -> dict[str, dict[str, str]]:
+        """The bytes of the files that questions of ``tasks`` may come from."""
+        data = self.recipe.data
+        return {task: {path.name: files.sha256_file(path) for path in data.files_of(task)} for task in tasks}
+
+    def _data(self, task: str) -> None:
+        rows, chosen = training_rows(self.recipe, task)
+        if chosen.note(task):
+            self.progress.message(chosen.note(task))
+        about = {"seed": self.recipe.seed, "task": task, "split": chosen.split}
+        save_corpus(self._corpus(task), rows, self.template, about, chosen.file_questions)
+
+    def _train(self, task: str) -> None:
+        corpus = load_corpus(self._corpus(task))
+        # Of another run only checkpoints can be here, of one that was killed; they are used if they are of this run.
+        saving = Saving(self._adapter(task), resume="replace")
+        adapter = train(
+            self.base, corpus, self.recipe.train, label=f"train {task}", progress=self.progress, saving=saving
+        )
+        adapter.manifest["task"] = task
+        finish(adapter, saving)
+
+    def _merge(self) -> None:
+        pool = [self._adapter(task) for task in self.recipe.data.tasks]
+        for role, folder in (("draft", "drafter"), ("verify", "verifier")):
+            merged = merge(pool, self.recipe.merge.options(role), self.progress)
+            merged.save(self.out / folder)
+            for warning in merged.manifest["merge"]["warnings"]:
+                self.progress.message(f"warning: {folder}: {warning}")
+        self.progress.message(f"merged {len(pool)} adapters into {self.out / 'drafter'} and {self.out / 'verifier'}")
+
+    def _pipeline(self, score: str, threshold: float) -> DraftVerify:
+        slots = AdapterSlots(self.base)
+        for name in ("drafter", "verifier"):
+            slots.load(name, Adapter.load(self.out / name))
+        config = self.recipe.loop.config(score, threshold, self.recipe.seed)
+        return DraftVerify(slots, self.template, "drafter", "verifier", config)
+
+    def _roles(self) -> dict[str, Path]:
+        return {role: self.out / role for role in ("drafter", "verifier")}
+
+    def _calibrate(self) -> None:
+        (self.out / "verifier" / CALIBRATION_FILE).unlink(missing_ok=True)
+        if self.recipe.data.calibration_items == 0:
+            return
+        pipeline = self._pipeline(SCORES[0], 0.5)
+        drawn = draw_to_calibrate(self.recipe, rows_trained_on(self._roles()))
+        for note in drawn.notes:
+            self.progress.message(note)
+        try:
+            calibration = calibrate(
+                pipeline, drawn.questions, self.recipe.seed, self.recipe.evaluate.batch_rows, self.progress,
+                score=self.recipe.loop.score, record=drawn.record,
+            )  # fmt: skip
+        except NothingToTellApart as error:
+            self.progress.message(f"warning: not calibrated: {error}")
+        else:
+            save_calibration(self.out / "verifier", calibration)
+
+    def _evaluate(self) -> None:
+        section = self.recipe.evaluate
+        score, threshold = self.recipe.loop.settled(load_calibration(self.out / "verifier"))
+        pipeline = self._pipeline(score, threshold)
+        seen = rows_seen(self._roles())
+        chosen = draw_to_test(self.recipe, seen)
+        questions = asked(chosen)
+        overlap = check_overlap(questions, seen, section.allow_overlap, "test")
+        about = describe_run(pipeline, questions, section.batch_rows, timed=section.timed)
+        journal = Journal(self.out / "report" / JOURNAL_FILE, about, replace=True)
+        records = evaluate(pipeline, questions, section.timed, section.batch_rows, self.progress, journal=journal)
+        calibration = load_calibration(self.out / "verifier")
+        trained_on = training_questions(self._corpus(task) for task in self.recipe.data.tasks)
+        metadata: dict[str, Any] = {
+            **about,
+            "recipe": self.recipe.name,
+            "base": self.base.describe(),
+            "seed": self.recipe.seed,
+            "calibration": calibration.to_dict() if calibration else None,
+            "contamination": contamination(questions, trained_on),
+            "tasks": [
+                {
+                    "task": task,
+                    "split": selection.split,
+                    "items": len(selection.questions),
+                    "note": selection.note(task),
+                }
+                for task, selection in chosen.items()
+            ],
+            "overlap": {**asdict(overlap), "headline": overlap.headline()},
+        }
+        write_report(
+            self.out / "report",
+            records,
+            pipeline.config.attempts,
+            metadata,
+            seed=self.recipe.seed,
+            progress=self.progress,
+        )
+
+    def _export(self) -> None:
+        section = self.recipe.export
+        for role, folder in self.peft_folders.items():
+            shutil.rmtree(folder, ignore_errors=True)
+            if section.peft:
+                to_peft(Adapter.load(self.out / role), self.recipe.base, folder)
+        (self.out / "export" / "parity.json").unlink(missing_ok=True)
+        if section.parity:
+            from mlx_rsgwm.converters.parity.check import check_parity
+
+            self._base = None
+            peft = self.peft_folders["drafter"] if section.peft else None
+            result = check_parity(
+                self.out / "drafter",
+                self.recipe.base,
+                peft_folder=peft,
+                tolerance=section.tolerance,
+                progress=self.progress,
+            )
+            files.make_folder(self.out / "export")
+            files.write_json(self.out / "export" / "parity.json", result)
+            if not result["passed"]:
+                raise CheckFailed(f"the drafter differs between MLX and torch: {'; '.join(result['failures'])}")
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        report = files.read_json_object(self.out / "report" / "report.json")
+        parity = self.out / "export" / "parity.json"
+        summary = {
+            "recipe": self.recipe.name,
+            "out": str(self.out),
+            "base": {"name": self.recipe.base, "fingerprint": self._fingerprint},
+            "drafter": report["drafter"],
+            "draft_verify": report["draft_verify"],
+            "verifier_auroc": report["verifier_auroc"][report["score"]]["all"],
+            "verifier": report["verifier_auroc"],
+            "calibration": report["metadata"].get("calibration"),
+            "oracle": report["oracle"],
+            "by_task": report["by_task"],
+            "score": report["score"],
+            "threshold": report["threshold"],
+            "parity": files.read_json_object(parity) if parity.is_file() else None,
+            "adapters": {name: str(self.out / name) for name in ("drafter", "verifier")},
+            "peft": {name: str(folder) for name, folder in self.peft_folders.items() if folder.is_dir()},
+            "report": str(self.out / "report"),
+            "executed": self.stages.executed,
+            "stage_seconds": self.stages.seconds,
+            "seconds": round(seconds, 3),
+        }
+        files.write_json(self.out / "summary.json", summary)
+        return summary
+
+    def _corpus(self, task: str) -> Path:
+        return self.out / "data" / folder_name(task)
+
+    def _adapter(self, task: str) -> Path:
+        return self.out / "pool" / folder_name(task)
+
+
+def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
+    """Run or resume a recipe in ``out``; returns the summary."""
+    if is_complete(out):
+        raise RsgwmError(f"{out} is an adapter folder; give a recipe a folder of its own")
+    with files.exclusive(out):
+        return Run(recipe, out, progress).execute()

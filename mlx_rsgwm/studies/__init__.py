@@ -1,0 +1,1 @@
+"""Studies that train, merge and evaluate at once: controls, merge sweeps, the paper's tables, lm-eval."""

@@ -1,0 +1,328 @@
+"""One pool merged in many ways, every way measured on the same held-out items.
+
+A candidate is a merge (two of them where a method knows roles: one to draft, one to verify), an adapter of the pool,
+any other adapter, or the bare base. Each drafts every item greedily, is scored on the gold completions, and scores one
+fixed set of labelled answers. What was measured is kept in one JSON file a candidate, under a hash of everything it
+depends on, so that a sweep that was cut off goes on, and a longer one measures only what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.distributed import ALONE, Processes
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.data.perturb import perturb
+from mlx_rsgwm.data.questions import Question
+from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.evaluation.runner import judge
+from mlx_rsgwm.inference.generate import DraftTokens
+from mlx_rsgwm.inference.policy import Drafted
+from mlx_rsgwm.inference.sampling import Sampling
+from mlx_rsgwm.merging.merge import merge
+from mlx_rsgwm.merging.methods import find_method, resolved
+from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.models.adapter import CONFIG_FILE, Adapter
+from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.slots import AdapterSlots
+from mlx_rsgwm.studies.sweep_meter import Labelled, Meter
+from mlx_rsgwm.studies.sweep_variants import ROLES, Variant
+from mlx_rsgwm.training.grams import GRAMS_FILE
+
+FORMAT_VERSION = 1
+ITEMS_FILE = "items.json"
+FOLDER = "measured"
+REFERENCE = Variant("linear")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared on what.
+
+    ``pool``: folders of the adapters to merge. ``variants``: the merges. ``extras``: other adapters by name, measured
+    beside them. ``questions``: held-out items of any tasks. ``judged``: how many of each task's questions get labelled
+    answers. ``max_tokens``: of a draft; None for twice the longest gold completion. ``seed``: of random merges, of the
+    perturbed answers and of the reference drafts. ``reference``: the merge whose drafts are among the labelled answers.
+    """
+
+    pool: tuple[Path, ...]
+    variants: tuple[Variant, ...]
+    questions: tuple[Question, ...]
+    template: Template
+    extras: Mapping[str, Path] = field(default_factory=dict)
+    judged: int = 1_000_000
+    max_tokens: int | None = None
+    weights: tuple[float, ...] = ()
+    rank: int | None = None
+    seed: int = 42
+    batch_rows: int = 32
+    reference: Variant = REFERENCE
+
+    def __post_init__(self) -> None:
+        problems = []
+        names = [folder.name for folder in self.pool] + list(self.extras)
+        if double := sorted({name for name in names if names.count(name) > 1}):
+            problems.append(f"adapters need names of their own, several are called {', '.join(double)}")
+        if not self.questions:
+            problems.append("there are no questions to evaluate on")
+        if self.judged < 1 or self.batch_rows < 1:
+            problems.append(f"judged and batch_rows must be at least 1, found {self.judged} and {self.batch_rows}")
+        raise_problems("merge sweep", problems)
+
+    def options(self, variant: Variant, role: str) -> MergeOptions:
+        """The merge of a variant for a role."""
+        return MergeOptions(variant.method, role, variant.parameters, self.weights, self.rank, self.seed)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in order."""
+        return list(dict.fromkeys(question.task for question in self.questions))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the comparison: a merge by ``variant``, or the adapter in ``folder``, or neither for the base."""
+
+    name: str
+    kind: str
+    variant: Variant | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one candidate did.
+
+    ``kind``: merge, adapter (of the pool), extra, base. ``task``: of an adapter of the pool, what it was trained on.
+    ``refused``: why the merge was not made; the rest is empty then. ``drafts``: per question the text and whether it is
+    right. ``gold``: per question nats and tokens of the gold completion by the drafter. ``scores``: per score one
+    number for every labelled answer. ``diagnosis``: per role the merge's overall one.
+    """
+
+    name: str
+    kind: str
+    task: str = ""
+    refused: str = ""
+    drafts: tuple[tuple[str, bool], ...] = ()
+    gold: tuple[tuple[float, int], ...] = ()
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    diagnosis: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Outcome:
+        """Read what ``asdict`` wrote."""
+        return cls(
+            **{
+                **value,
+                "drafts": tuple((str(text), bool(correct)) for text, correct in value["drafts"]),
+                "gold": tuple((float(nats), int(count)) for nats, count in value["gold"]),
+                "scores": {name: tuple(found) for name, found in value["scores"].items()},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A whole sweep: the questions, the labelled answers, and every candidate's outcome on them."""
+
+    questions: tuple[Question, ...]
+    answers: tuple[Labelled, ...]
+    outcomes: tuple[Outcome, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Sweep:
+    """One plan on one base in one folder."""
+
+    def __init__(
+        self, base: Base, plan: Plan, out: Path, progress: Progress = SILENT, processes: Processes = ALONE
+    ) -> None:
+        self.processes = processes
+        self.base = base
+        self.plan = plan
+        self.out = out
+        self.progress = progress
+        self.meter = Meter(AdapterSlots(base), plan.questions, plan.template, plan.max_tokens or 0, plan.batch_rows)
+        self._identities = {folder: identity(folder) for folder in (*plan.pool, *plan.extras.values())}
+        self._about = {
+            "format_version": FORMAT_VERSION,
+            "version": versions()["mlx-rsgwm"],
+            "base": base.fingerprint,
+            "template": plan.template.hash,
+            "questions": files.sha256_json([asdict(question) for question in plan.questions]),
+            "max_tokens": self.meter.max_tokens,
+            "seed": plan.seed,
+        }
+
+    def execute(self) -> Measured:
+        """Measure every candidate that was not measured before; of several processes each takes every size-th one.
+
+        Raises:
+            RsgwmError: adapters that cannot be loaded or were trained with another template or for another base. A
+                merge that its own rules refuse is an outcome, not an error.
+        """
+        files.make_folder(self.out / FOLDER)
+        if not self.processes.writes:
+            self.processes.wait()
+        answers = self.labelled_answers()
+        if self.processes.writes:
+            self.processes.wait()
+        digest = files.sha256_json([asdict(answer) for answer in answers])
+        candidates = self._candidates()
+        paths = []
+        with self.progress.task("merge sweep", len(candidates)) as advance:
+            for number, candidate in enumerate(candidates):
+                key = files.sha256_json([self._about, digest, self._depends_on(candidate)])
+                slug = re.sub(r"[^a-z0-9.]+", "-", candidate.name.lower())
+                paths.append(self.out / FOLDER / f"{slug}-{key[:16]}.json")
+                mine = number % self.processes.size == self.processes.rank
+                if mine and not paths[-1].is_file():
+                    files.write_json(paths[-1], asdict(self._outcome(candidate, answers)))
+                advance(1, candidate.name if mine else "")
+        self.processes.wait()
+        outcomes = tuple(Outcome.from_dict(files.read_json_object(path)) for path in paths)
+        return Measured(self.plan.questions, answers, outcomes, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """Where the numbers come from."""
+        plan = self.plan
+        return {
+            "base": self.base.describe(),
+            "template": plan.template.name,
+            "pool": [folder.name for folder in plan.pool],
+            "extras": list(plan.extras),
+            "tasks": {task: sum(question.task == task for question in plan.questions) for task in plan.tasks},
+            "max_tokens": self.meter.max_tokens,
+            "reference": plan.reference.label,
+            "weights": list(plan.weights),
+            "rank": plan.rank,
+            "seed": plan.seed,
+            "versions": versions(),
+        }
+
+    def labelled_answers(self) -> tuple[Labelled, ...]:
+        """Gold, perturbed gold, and a draft of the reference merge, for the first questions of every task.
+
+        Made once and kept, for every candidate must judge the same answers. Drafts are labelled by gold.
+        """
+        merges = [_plain(vars(self.plan.options(self.plan.reference, role))) for role in ROLES]
+        pool = [self._identities[folder] for folder in self.plan.pool]
+        key = files.sha256_json([self._about, pool, merges, self.plan.judged])
+        path = self.out / ITEMS_FILE
+        if path.is_file() and (found := files.read_json_object(path)).get("key") == key:
+            return tuple(Labelled(**{**row, "tokens": tuple(row["tokens"])}) for row in found["answers"])
+        reference = self.plan.options(self.plan.reference, "draft")
+        self.meter.load("drafter", merge(self.plan.pool, reference, self.progress))
+        chosen = self._first_of_each_task()
+        sampling = Sampling(0.7, 0.9, self.meter.max_tokens, self.plan.seed)
+        drafted = self.meter.written("drafter", {index: self.meter.prompts[index] for index in chosen}, sampling)
+        end = (self.meter.tokenizer.eos_token_id,)
+        rng = random.Random(f"sweep/{self.plan.seed}")
+        answers = []
+        for index in chosen:
+            question = self.plan.questions[index]
+            answers.append(Labelled(index, "gold", question.answer, self.meter.completions[index], True))
+            if negative := perturb(question, rng):
+                completion = tuple(self.plan.template.completion(self.meter.tokenizer, negative.answer))
+                answers.append(Labelled(index, "perturbed", negative.answer, completion, False))
+            draft = drafted[index]
+            text, correct = self._judged(index, draft)
+            answers.append(Labelled(index, "draft", text, draft.tokens + (end if draft.finished else ()), correct))
+        questions = [asdict(question) for question in self.plan.questions]
+        files.write_json(path, {"key": key, "questions": questions, "answers": [asdict(answer) for answer in answers]})
+        return tuple(answers)
+
+    def _first_of_each_task(self) -> list[int]:
+        chosen: dict[str, list[int]] = {}
+        for index, question in enumerate(self.plan.questions):
+            chosen.setdefault(question.task, []).append(index)
+        return [index for indices in chosen.values() for index in indices[: self.plan.judged]]
+
+    def _candidates(self) -> list[Candidate]:
+        plan = self.plan
+        adapters = [Candidate(folder.name, "adapter", folder=folder) for folder in plan.pool]
+        extras = [Candidate(name, "extra", folder=folder) for name, folder in plan.extras.items()]
+        merges = [Candidate(variant.label, "merge", variant) for variant in plan.variants]
+        return [Candidate("base", "base"), *adapters, *extras, *merges]
+
+    def _depends_on(self, candidate: Candidate) -> Any:
+        """What a candidate's outcome depends on beyond the plan's items and the labelled answers."""
+        if candidate.variant is not None:
+            options = [_plain({**vars(one), "parameters": resolved(one)}) for one in self._both(candidate.variant)]
+            sources = [self._identities[folder] for folder in self.plan.pool]
+            if "grams" in find_method(candidate.variant.method).needs:
+                grams = [folder / GRAMS_FILE for folder in self.plan.pool]
+                return [sources, options, [files.sha256_file(path) if path.is_file() else "" for path in grams]]
+            return [sources, options]
+        return [candidate.kind, self._identities[candidate.folder] if candidate.folder else None]
+
+    def _outcome(self, candidate: Candidate, answers: Sequence[Labelled]) -> Outcome:
+        if candidate.variant is not None:
+            return self._merge(candidate.variant, answers)
+        if candidate.folder is None:
+            return self._measure(Outcome(candidate.name, candidate.kind), None, None, answers)
+        adapter = Adapter.load(candidate.folder)
+        self.meter.load("drafter", adapter)
+        task = task_of(candidate.folder, adapter.manifest) if candidate.kind == "adapter" else ""
+        return self._measure(Outcome(candidate.name, candidate.kind, task), "drafter", "drafter", answers)
+
+    def _both(self, variant: Variant) -> list[MergeOptions]:
+        return [self.plan.options(variant, role) for role in ROLES]
+
+    def _merge(self, variant: Variant, answers: Sequence[Labelled]) -> Outcome:
+        draft, verify = self._both(variant)
+        same = resolved(draft) == resolved(verify)
+        diagnosis = {}
+        try:
+            for role, slot, options in (("draft", "drafter", draft), ("verify", "verifier", verify)):
+                if role == "verify" and same:
+                    continue
+                merged = merge(self.plan.pool, options)
+                self.meter.load(slot, merged)
+                diagnosis[role] = merged.manifest["merge"]["diagnosis"]["overall"]
+        except RsgwmError as error:
+            return Outcome(variant.label, "merge", refused=str(error))
+        outcome = Outcome(variant.label, "merge", diagnosis=diagnosis)
+        return self._measure(outcome, "drafter", "drafter" if same else "verifier", answers)
+
+    def _measure(
+        self, outcome: Outcome, drafter: str | None, verifier: str | None, answers: Sequence[Labelled]
+    ) -> Outcome:
+        """``outcome`` filled in, for the slots that draft and verify."""
+        drafts, nats = self.meter.drafts(drafter)
+        return replace(
+            outcome,
+            drafts=tuple(self._judged(index, found) for index, found in enumerate(drafts)),
+            gold=tuple((loss, len(tokens)) for loss, tokens in zip(nats, self.meter.completions, strict=True)),
+            scores=self.meter.scores(verifier, answers),
+        )
+
+    def _judged(self, index: int, found: DraftTokens) -> tuple[str, bool]:
+        """The text of a draft, and whether its answer is right."""
+        text = self.meter.tokenizer.decode(list(found.tokens))
+        draft = Drafted(1, text, found.tokens, found.finished)
+        return text, judge(self.plan.questions[index], draft, {}).correct
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """Hashes of the files of an adapter folder that merges read, but for the Gram matrices, which few need."""
+    names = [CONFIG_FILE, *sorted(path.name for path in folder.glob("*.safetensors") if path.name != GRAMS_FILE)]
+    return {name: files.sha256_file(folder / name) for name in names if (folder / name).is_file()}
+
+
+def task_of(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """What an adapter says it was trained on; its folder's name when it says nothing."""
+    return Path(str(manifest.get("task") or folder.name)).stem

@@ -1,0 +1,302 @@
+"""The steps of one run and its whole state: what a checkpoint holds and a continued run takes up again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_rsgwm.core.distributed import Processes
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch
+from mlx_rsgwm.models.linux_cpu import lazily
+from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.training.checkpoints import Checkpoint, Interruption, Saving, step_seed, write_checkpoint
+from mlx_rsgwm.training.config import TrainConfig, learning_rate_at, make_optimizer
+from mlx_rsgwm.training.history import Score, Step, mean_loss
+from mlx_rsgwm.training.importance import Importance
+from mlx_rsgwm.training.layers import recomputed_blocks, trainable
+from mlx_rsgwm.training.losses import batch_nats, held_out_nats
+from mlx_rsgwm.training.memory import memory_line, memory_now
+from mlx_rsgwm.training.reporting import Reports
+from mlx_rsgwm.training.snapshots import snapshot_steps, write_snapshot
+
+Arrays = dict[str, mx.array]
+
+
+class Run:
+    """One run on a model that already has its trainable layers."""
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[TokenRow],
+        plan: Sequence[list[int]],
+        held_rows: Sequence[TokenRow],
+        config: TrainConfig,
+        label: str,
+        processes: Processes,
+    ) -> None:
+        self.model, self.rows, self.plan, self.held_rows = model, rows, plan, held_rows
+        self.config, self.label, self.processes = config, label, processes
+        self.start = trainable(model)
+        self.optimizer = make_optimizer(config)
+        self.importance = Importance({name: value.shape for name, value in self.start.items()}, config.beta2)
+        self.history: list[Step] = []
+        self.scores: list[Score] = []
+        self.before: dict[str, float] = {}
+        self.padded = self.real = 0
+        self.seconds = 0.0
+        self.gradient_sum: Arrays = {}
+        self.best: tuple[Arrays, Importance] | None = None
+        self._saved_step = 0
+        self._blocks = 0
+        self._loss_and_gradients = self._differentiate()
+
+    @property
+    def done(self) -> int:
+        """Steps taken."""
+        return len(self.history)
+
+    @property
+    def best_score(self) -> Score | None:
+        return min(self.scores, key=lambda score: score.loss, default=None)
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights :meth:`result` gives."""
+        best = self.best_score
+        return best.step if self.config.select == "best" and best else self.done
+
+    def execute(
+        self,
+        progress: Progress,
+        saving: Saving | None,
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any],
+        reports: Reports,
+        interruption: Interruption,
+    ) -> None:
+        """Take the steps that are left, saving as ``saving`` says.
+
+        Raises:
+            RsgwmError: the loss or the weights are not finite; checkpoints written before stay.
+            KeyboardInterrupt: asked to end; the step was finished and, with ``saving``, saved.
+        """
+        started, earlier = time.monotonic(), self.seconds
+        saving = saving if self.processes.writes else None
+        snapshots = snapshot_steps(saving.snapshots, len(self.plan)) if saving else {}
+        last_snapshot = max(snapshots, default=0)
+
+        def save(scored: bool = True) -> None:
+            if saving is not None:
+                # For the averaging of checkpoints; a run that was asked to end does not wait for it.
+                held_out = self._held_out_now() if scored else None
+                self.seconds = earlier + time.monotonic() - started
+                kept = write_checkpoint(
+                    saving.folder, self.config.spec(), self.checkpoint(held_out), identity, about, saving.keep
+                )
+                progress.message(f"{self.label}: saved {kept}; {memory_line()}")
+
+        with progress.task(self.label, len(self.plan)) as advance, self._recomputing():
+            if self.done:
+                advance(self.done, "continued")
+            while self.done < len(self.plan) and not self._out_of_patience():
+                keep_sum = self.done < last_snapshot
+                step = self.step(keep_sum)
+                advance(1, f"{step.role} loss {step.loss:.3f}")
+                reports.log(step.step, self._numbers(step))
+                if step.step in snapshots and saving is not None:
+                    record = {"shares": snapshots[step.step], "loss": step.loss}
+                    write_snapshot(
+                        saving.folder, step.step, trainable(self.model), self.start, self.gradient_sum, record
+                    )
+                if step.step >= last_snapshot:
+                    self.gradient_sum = {}
+                if self.config.validate_every and step.step % self.config.validate_every == 0:
+                    score = self.validate()
+                    progress.message(f"{self.label}: step {score.step}, held-out loss {score.loss:.4f}")
+                    reports.log(step.step, {"held_out_loss": score.loss})
+                due = saving is not None and saving.every and step.step % saving.every == 0
+                if due or interruption.requested:
+                    save(scored=not interruption.requested)
+                if interruption.requested:
+                    raise KeyboardInterrupt
+            if self._saved_step != self.done:
+                save()
+        self.seconds = earlier
+
+    def step(self, keep_sum: bool) -> Step:
+        """One optimiser step over the plan's next rows."""
+        number = self.done
+        indices = self.plan[number]
+        mx.random.seed(step_seed(self.config.seed, number, self.processes.rank))
+        self._blocks = 0
+        self.model.train()
+        loss, gradients = self._gradients(indices)
+        role = self.rows[indices[0]].role
+        self.importance.update(role, gradients)
+        if keep_sum:
+            self.gradient_sum = {
+                name: self.gradient_sum[name] + value if self.gradient_sum else value
+                for name, value in gradients.items()
+            }
+        if self.config.clip:
+            gradients, _ = clip_grad_norm(gradients, self.config.clip)
+        self.optimizer.learning_rate = learning_rate_at(self.config, number, len(self.plan))
+        updated = self.optimizer.apply_gradients(gradients, trainable(self.model))
+        self.model.update(tree_unflatten(list(updated.items())))
+        mx.eval(loss, updated, self.optimizer.state, self.importance.moments, self.gradient_sum)
+        value: Any = loss.item()
+        if not math.isfinite(value):
+            named = [self.rows[index].id for index in indices]
+            shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+            raise RsgwmError(
+                f"{self.label}: the loss is {value} at step {number + 1} ({role} batch of rows {shown}); "
+                "lower the learning rate or look at these rows; checkpoints of earlier steps are kept"
+            )
+        trained = sum(self.rows[index].trained_tokens for index in indices)
+        self.history.append(Step(number + 1, role, value, trained))
+        self.real += sum(len(self.rows[index].tokens) - 1 for index in indices)
+        return self.history[-1]
+
+    def validate(self) -> Score:
+        """Score the held-out rows and remember the weights if they are the best so far."""
+        sums = held_out_nats(self.model, self.held_rows, self.config.batch_size)
+        total = sum(nats for nats, _ in sums.values()) / sum(count for _, count in sums.values())
+        best = self.best_score
+        score = Score(self.done, total, {role: nats / count for role, (nats, count) in sums.items()})
+        self.scores.append(score)
+        if self.config.select == "best" and (best is None or total < best.loss):
+            self.best = (trainable(self.model), self.importance.copy())
+        return score
+
+    def result(self) -> tuple[Arrays, Importance]:
+        """Weights and importance that the run leaves: the last, or those of the best score."""
+        return self.best if self.best else (trainable(self.model), self.importance)
+
+    def settle(self) -> None:
+        """Put the weights of :meth:`result` into the model."""
+        self.model.update(tree_unflatten(list(self.result()[0].items())))
+
+    def _held_out_now(self) -> float | None:
+        """The held-out loss of the present weights; None without held-out rows."""
+        if self.scores and self.scores[-1].step == self.done:
+            return self.scores[-1].loss
+        if not self.held_rows:
+            return None
+        sums = held_out_nats(self.model, self.held_rows, self.config.batch_size)
+        return sum(nats for nats, _ in sums.values()) / sum(count for _, count in sums.values())
+
+    def checkpoint(self, held_out: float | None) -> Checkpoint:
+        """The whole state at the end of the last step; ``held_out`` is for the record alone."""
+        arrays: Arrays = {f"optimizer/{name}": self.optimizer.state[name] for name in ("step", "learning_rate")}
+        for name in self.start:
+            arrays |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[name].items()}
+        arrays |= self.importance.state("moments/")
+        arrays |= {f"gradient_sum/{name}": value for name, value in self.gradient_sum.items()}
+        if self.best:
+            arrays |= {f"best/{name}": value for name, value in self.best[0].items()}
+            arrays |= self.best[1].state("best_moments/")
+        window = self.history[min(self._saved_step, max(self.done - 1, 0)) :]
+        record = {
+            "train_loss_window": mean_loss(window),
+            "window_steps": len(window),
+            "validation_loss": held_out,
+            "importance_steps": self.importance.steps,
+            "best_importance_steps": self.best[1].steps if self.best else None,
+            "before": self.before,
+            "scores": [asdict(score) for score in self.scores],
+            "padded": self.padded,
+            "real": self.real,
+            "seconds": self.seconds,
+            "history": [[step.step, step.role, step.loss, step.trained_tokens] for step in self.history],
+        }
+        self._saved_step = self.done
+        return Checkpoint(self.done, trainable(self.model), arrays, record)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the state that :meth:`checkpoint` gave."""
+        arrays, record = checkpoint.arrays, checkpoint.record
+        self.model.update(tree_unflatten(list(checkpoint.weights.items())))
+        state: dict[str, Any] = {name: arrays[f"optimizer/{name}"] for name in ("step", "learning_rate")}
+        for name in self.start:
+            prefix = f"optimizer/{name}/"
+            state[name] = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+        self.optimizer.state = state
+        self.importance.restore(arrays, "moments/", record["importance_steps"])
+        self.gradient_sum = {
+            name: arrays[f"gradient_sum/{name}"] for name in self.start if f"gradient_sum/{name}" in arrays
+        }
+        if record["best_importance_steps"]:
+            importance = self.importance.copy()
+            importance.restore(arrays, "best_moments/", record["best_importance_steps"])
+            self.best = ({name: arrays[f"best/{name}"] for name in self.start}, importance)
+        self.before = record["before"]
+        self.scores = [Score(**score) for score in record["scores"]]
+        self.padded, self.real, self.seconds = record["padded"], record["real"], record["seconds"]
+        self.history = [Step(*line) for line in record["history"]]
+        self._saved_step = checkpoint.step
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.importance.moments)
+
+    def _out_of_patience(self) -> bool:
+        best = self.best_score
+        if not self.config.patience or best is None:
+            return False
+        return sum(score.step > best.step for score in self.scores) >= self.config.patience
+
+    def _numbers(self, step: Step) -> dict[str, float]:
+        rate = learning_rate_at(self.config, step.step - 1, len(self.plan))
+        memory = {f"memory/{name}": float(value) for name, value in memory_now().items()}
+        return {f"loss/{step.role}": step.loss, "learning_rate": rate, "trained_tokens": step.trained_tokens, **memory}
+
+    def _differentiate(self) -> Any:
+        hidden, head = split_head(self.model)
+
+        def loss_of(_: Any, batch: Batch, total: int) -> mx.array:
+            return batch_nats(hidden, head, batch) / total
+
+        return nn.value_and_grad(self.model, loss_of)
+
+    def _gradients(self, indices: Sequence[int]) -> tuple[mx.array, Arrays]:
+        """Mean loss over the trained tokens of all ``indices`` and its gradient, in batches and over all processes."""
+        size = self.config.batch_size
+        total = sum(self.rows[index].trained_tokens for index in indices)
+        loss, gradients = mx.zeros(()), {name: mx.zeros(value.shape) for name, value in self.start.items()}
+        batches = [self.processes.share(indices[start : start + size]) for start in range(0, len(indices), size)]
+        batches = [batch for batch in batches if batch]
+        padded = 0
+        for position, chosen in enumerate(batches):
+            batch = make_batch([self.rows[index] for index in chosen])
+            padded += batch.padded_tokens
+            with lazily():
+                part, found = self._loss_and_gradients(self.model, batch, total)
+            flat = dict(tree_flatten(found))
+            if position == 0:
+                loss, gradients = part, {name: flat[name] for name in self.start}
+            else:
+                loss, gradients = loss + part, {name: value + flat[name] for name, value in gradients.items()}
+            if position + 1 < len(batches):
+                mx.eval(loss, gradients)  # or the activations of all batches would live at once
+        summed = self.processes.sum({**gradients, "/loss": loss, "/padded": mx.array(float(padded))})
+        everywhere: Any = summed["/padded"].item() if self.processes.size > 1 else padded
+        self.padded += int(everywhere)
+        return summed["/loss"], {name: summed[name] for name in self.start}
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        def next_seed() -> int:
+            self._blocks += 1
+            return step_seed(self.config.seed, self.done, self.processes.rank) ^ self._blocks
+
+        with recomputed_blocks(self.model, next_seed) if self.config.recompute else nullcontext():
+            yield

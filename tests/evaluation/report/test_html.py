@@ -1,0 +1,167 @@
+"""The report's page in headless Chromium, driven over its debugging pipe: filters work, nothing leaves the file."""
+
+import base64
+import itertools
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_rsgwm.evaluation import metrics
+from mlx_rsgwm.evaluation.records import Draft, ItemRecord, Reading
+from mlx_rsgwm.evaluation.report import folder as report
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
+EVIL = '</script><script>window.broken=1</script><img src="http://example.com/x.png" onerror="window.broken=1"><!--'
+
+
+def records(count=130):
+    rng = random.Random(3)
+    made = []
+    for index in range(count):
+        drafts = []
+        for _ in range(3):
+            right = rng.random() < 0.5
+            value = "4" if right else rng.choice(["5", None])
+            readings = {"strict": Reading(value, "answer" if value else "no_answer", right)}
+            score = min(1.0, 0.4 * rng.random() + 0.5 * right)
+            drafts.append(Draft(f"2 + 2 = {value}\n{EVIL}", value, right, {"yesno": score}, 7, readings=readings))
+        task = ("change", "groups")[index % 2]
+        row = ItemRecord(f"i{index}", task, f"Question {index}? {EVIL}", "4", tuple(drafts), "yesno", 2.0, False, 1, 0)
+        made.append(metrics.replay(row, 0.5, 3))
+    return made
+
+
+class Browser:
+    """Chromium's debugging pipe: commands in, answers and events out, each ended by a zero byte."""
+
+    def __init__(self, profile: Path) -> None:
+        out_read, self.out = os.pipe()
+        self.inp, in_write = os.pipe()
+        command = (
+            f'exec "{CHROMIUM}" --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe '
+            f'--no-first-run --user-data-dir="{profile}" --window-size=1200,1500 about:blank '
+            f"3<&{out_read} 4>&{in_write}"
+        )
+        # The tests' preloaded BLAS does not survive in Chromium's sandboxed processes.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(
+            ["bash", "-c", command], pass_fds=(out_read, in_write), env=environment, **quiet
+        )
+        os.close(out_read)
+        os.close(in_write)
+        self.numbers, self.buffer, self.events = itertools.count(1), b"", []
+
+    def call(self, method, session=None, **parameters):
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": parameters}
+        os.write(self.out, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
+        while True:
+            answer = self.read()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+            self.events.append(answer)
+
+    def read(self):
+        while b"\0" not in self.buffer:
+            data = os.read(self.inp, 1 << 16)
+            assert data, "chromium ended"
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(line)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.out)
+        os.close(self.inp)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here; install it with: apt-get install chromium")
+    found = Browser(tmp_path / "profile")
+    yield found
+    found.close()
+
+
+def test_page_in_chromium(browser, tmp_path):
+    rows = records()
+    folder = tmp_path / "report"
+    report.write_report(folder, rows, 3, {"note": EVIL})
+    target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+    session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    for domain in ("Page", "Runtime", "Log", "Network"):
+        browser.call(f"{domain}.enable", session)
+    browser.call("Page.navigate", session, url=(folder / "report.html").as_uri())
+
+    def evaluate(expression):
+        found = browser.call("Runtime.evaluate", session, expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    deadline = time.monotonic() + 60
+    while not evaluate("document.readyState === 'complete' && !!document.getElementById('count')?.textContent"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+    def choose(field, value):
+        evaluate(
+            f"{{const f = document.getElementById('{field}'); f.value = {json.dumps(value)};"
+            "f.dispatchEvent(new Event('input', {bubbles: true}));}"
+        )
+        return evaluate("document.getElementById('count').textContent")
+
+    wrong = [row for row in rows if row.returned.status == "answer" and not row.returned.correct]
+    assert evaluate("document.getElementById('count').textContent") == "130 of 130 items"
+    assert evaluate("document.querySelectorAll('details.item').length") == 50
+    evaluate("document.getElementById('more').click()")
+    assert evaluate("document.querySelectorAll('details.item').length") == 100
+    assert choose("verdict", "wrong") == f"{len(wrong)} of 130 items"
+    both = [row for row in wrong if row.accepted]
+    assert choose("accepted", "accepted") == f"{len(both)} of 130 items"
+    assert choose("accepted", "any") == f"{len(wrong)} of 130 items"
+    grouped = [row for row in wrong if row.task == "groups"]
+    assert choose("task", "groups") == f"{len(grouped)} of 130 items"
+    choose("task", "")
+    choose("verdict", "any")
+    assert choose("words", "question 77?") == "1 of 130 items"
+    evaluate("document.querySelector('details.item').open = true")
+    time.sleep(0.2)
+    assert evaluate("document.querySelectorAll('details.item pre').length") == 4
+    assert EVIL in evaluate("document.querySelector('details.item pre').textContent")
+    assert evaluate("window.broken === undefined")
+    assert evaluate("document.querySelectorAll('svg').length") == 6
+    assert evaluate("document.querySelectorAll('img').length") == 0
+    shot = browser.call("Page.captureScreenshot", session, format="png", captureBeyondViewport=True)
+    assert base64.b64decode(shot["data"]).startswith(b"\x89PNG")
+    if keep := os.environ.get("RSGWM_SCREENSHOTS"):
+        Path(keep).mkdir(parents=True, exist_ok=True)
+        (Path(keep) / "report.png").write_bytes(base64.b64decode(shot["data"]))
+    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert asked
+    assert all(url.startswith(("file://", "data:")) for url in asked)
+    said = [
+        e
+        for e in browser.events
+        if e["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    ]
+    assert said == []
+
+
+def test_page_without_a_browser(tmp_path):
+    report.write_report(tmp_path, records(8), 3)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert page.count("</script>") == 2  # ours, and no draft's
+    data = page.split('id="data">')[1].split("</script>")[0]
+    assert [row["id"] for row in json.loads(data)["items"]] == [f"i{index}" for index in range(8)]

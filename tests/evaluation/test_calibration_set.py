@@ -1,0 +1,144 @@
+"""Held-out drafts: collected once, kept, refused for anything else, and fitted on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.row_hashes import RowRecord
+from mlx_rsgwm.data.synthetic import generate
+from mlx_rsgwm.evaluation import runner
+from mlx_rsgwm.evaluation.calibration_set import identity
+from mlx_rsgwm.evaluation.records import Draft
+from mlx_rsgwm.evaluation.runner import calibrate, collect, evaluate, label_drafts
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, area_under_roc, save_calibration
+from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.sampling import Sampling
+from mlx_rsgwm.inference.scores import Combination, Scorer
+
+QUESTIONS = generate("change", 6, 7, "calibration")
+
+
+@pytest.fixture
+def pipeline(make_loop):
+    return make_loop(2, 6)
+
+
+def test_items_hold_the_drafts_with_what_the_verifier_says(pipeline):
+    items = collect(pipeline, QUESTIONS, seed=1, batch_rows=4)
+    drafted = pipeline.draft_many([question.question for question in QUESTIONS], 2)
+    for question, item, drafts in zip(QUESTIONS, items, drafted, strict=True):
+        assert item.id == question.id
+        assert item.texts == tuple(draft.text for draft in drafts)
+        for draft, said in zip(drafts, item.signals, strict=True):
+            alone = pipeline.signals([question.question], [draft])[0]
+            assert said.yesno == pytest.approx(alone.yesno, rel=1e-3)
+            assert said.mean == pytest.approx(alone.mean, rel=1e-3)
+            assert said.tokens == alone.tokens
+        gold = pipeline.signals([question.question], [pipeline.as_draft(question.answer)])[0]
+        assert item.pair[0].mean == pytest.approx(gold.mean, rel=1e-3)
+        assert item.pair[1].mean != item.pair[0].mean
+
+
+def test_a_file_spares_the_drafting_and_belongs_to_its_settings(pipeline, tmp_path, monkeypatch):
+    file = tmp_path / "kept" / "drafts.jsonl"
+    items = collect(pipeline, QUESTIONS, seed=1, file=file)
+    header = json.loads(file.read_text().splitlines()[0])
+    assert header["attempts"] == 2
+    monkeypatch.setattr(DraftVerify, "draft_many", lambda *_: pytest.fail("drafted again"))
+    assert collect(pipeline, QUESTIONS, seed=1, file=file) == items
+    with pytest.raises(RsgwmError, match="made with another questions;"):
+        collect(pipeline, QUESTIONS[:3], seed=1, file=file)
+    pipeline.config = replace(pipeline.config, attempts=3, sampling=Sampling(temperature=1.0, max_tokens=6))
+    with pytest.raises(RsgwmError, match="made with another attempts, temperature;"):
+        collect(pipeline, QUESTIONS, seed=1, file=file)
+    file.write_text("questions\n")
+    with pytest.raises(RsgwmError, match="not a file of held-out drafts"):
+        collect(pipeline, QUESTIONS, seed=1, file=file)
+
+
+def test_identity_follows_the_weights(pipeline, make_adapter, tmp_path):
+    found = {}
+    for seed in (2, 3):
+        adapter = make_adapter(seed)
+        adapter.save(tmp_path / str(seed))
+        pipeline.slots.load("verifier", adapter)
+        found[seed] = identity(pipeline)
+    assert {name for name, value in found[2].items() if found[3][name] != value} == {"verifier"}
+
+
+@pytest.fixture
+def half_right(monkeypatch):
+    """A tiny random model answers nothing right; let every draft with an even number of letters count as right."""
+
+    def judge(question, draft, scores, *more):
+        return Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)
+
+    monkeypatch.setattr(runner, "judge", judge)
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_drafts_that_are_all_right_or_all_wrong_calibrate_nothing(pipeline, monkeypatch, right):
+    monkeypatch.setattr(runner, "judge", lambda question, draft, *more: Draft(draft.text, "1", right))
+    with pytest.raises(NothingToTellApart, match=f"{'all' if right else 'none'} of 12 drafts of 6 questions are right"):
+        calibrate(pipeline, QUESTIONS, seed=1)
+    with pytest.raises(RsgwmError, match="no held-out questions"):
+        calibrate(pipeline, [], seed=1)
+
+
+def test_a_calibration_says_what_it_was_made_of(pipeline, half_right):
+    texts = [question.question for question in QUESTIONS]
+    made = calibrate(pipeline, QUESTIONS, seed=1, record=RowRecord.of(texts, ["another"]))
+    assert (made.items, made.drafts) == (6, 12)
+    assert made.made_for == identity(pipeline)
+    assert RowRecord.from_description(made.row_hashes, "") == RowRecord.of(texts, ["another"])
+
+
+def test_perturbed_pairs_are_scored_right_against_wrong(pipeline, half_right):
+    items = collect(pipeline, QUESTIONS, seed=1)
+    found = calibrate(pipeline, QUESTIONS, seed=1)
+    values = [signals.mean_logprob for item in items for signals in item.pair]
+    assert found.perturbed_auroc["mean_logprob"] == area_under_roc(values, [True, False] * len(items))
+
+
+def test_the_combined_score_comes_with_what_is_kept_beside_the_verifier(pipeline, make_adapter, tmp_path):
+    combination = Combination((0.0, -1.0, -4.0, 8.0), (1.0,) * 4, (0.5, 1.0, 0.2, 0.0), 0.3)
+    config = replace(pipeline.config, score="combined", threshold=0.4)
+    arguments = (pipeline.slots, pipeline.template, "drafter", "verifier", config)
+    with pytest.raises(RsgwmError, match="rsgwm calibrate"):
+        DraftVerify(*arguments)
+    verifier = make_adapter(2)
+    verifier.save(tmp_path)
+    pipeline.slots.load("verifier", verifier)
+    save_calibration(tmp_path, Calibration("combined", 0.4, combination, {}, {}, {}, {}, 6, 12, 0))
+    calibrated = DraftVerify(*arguments)
+    records = evaluate(calibrated, QUESTIONS, timed=0)
+    for record, item in zip(records, collect(pipeline, QUESTIONS, seed=1), strict=True):
+        for draft, signals in zip(record.drafts, item.signals, strict=True):
+            assert set(draft.scores) == {"yesno", "mean_logprob", "combined"}
+            assert draft.scores["mean_logprob"] == pytest.approx(signals.mean_logprob, rel=1e-3)
+            assert draft.scores["yesno"] == pytest.approx(signals.yesno, rel=1e-3)
+            assert draft.scores["combined"] == pytest.approx(Scorer("combined", combination).value(signals), rel=1e-3)
+        for mode in ("sequential", "parallel"):
+            calibrated.config = replace(config, mode=mode)
+            answer = calibrated.answer(record.question)
+            assert (answer.text, answer.attempts) == (record.returned.text, record.attempts)
+            assert answer.score == pytest.approx(record.returned.scores["combined"], rel=1e-3)
+    assert calibrated.answer_many([QUESTIONS[0].question])[0].text == records[0].returned.text
+    assert DraftVerify(*arguments[:4], pipeline.config, calibration=None).scores == ("yesno", "mean_logprob")
+
+
+def test_drafts_of_several_adapters_are_labelled_together(pipeline, base, make_adapter, monkeypatch):
+    pipeline.slots.load("other", make_adapter(5))
+    second = DraftVerify(pipeline.slots, pipeline.template, "other", None, pipeline.config)
+    found = label_drafts([pipeline, second], QUESTIONS, batch_rows=8)
+    assert [len(item) for item in found] == [4] * 6
+    expected = second.draft_many([question.question for question in QUESTIONS], 2)
+    assert [item[2].text for item in found] == [drafts[0].text for drafts in expected]
+    assert not any(draft.correct for item in found for draft in item)
+    gold = QUESTIONS[0]
+    monkeypatch.setattr(
+        DraftVerify, "draft_many", lambda *_: [[pipeline.as_draft(gold.answer)] for _ in range(len(QUESTIONS))]
+    )
+    assert label_drafts([pipeline], QUESTIONS)[0][0].correct

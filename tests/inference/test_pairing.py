@@ -1,0 +1,104 @@
+"""A drafter and a verifier are compared by manifest, and their base by fingerprint, before any weight is loaded."""
+
+import itertools
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.inference import pairing
+from mlx_rsgwm.inference.pairing import check_pair, find_base, pair_doubts, pair_problems
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+
+POOL = [{"name": "change", "manifest_sha256": "a1"}, {"name": "groups", "manifest_sha256": "a2"}]
+OTHER = [{"name": "change", "manifest_sha256": "b1"}, {"name": "groups", "manifest_sha256": "b2"}]
+
+
+def adapter(name, role=None, sources=POOL, fingerprint="f" * 64, base="base", **manifest):
+    made = {"base": {"name": base, "fingerprint": fingerprint}, **manifest} if fingerprint else {**manifest}
+    if role is not None:
+        made["merge"] = {"role": role, "sources": sources}
+    weights = {"model.layers.0.self_attn.q_proj.lora_a": mx.zeros((4, 2))}
+    return Adapter(LoraSpec(2, 1.0, 0.0, ("self_attn.q_proj",), -1), weights, manifest=made, path=Path(name))
+
+
+def test_a_pair_of_one_pool_is_passed_without_a_word():
+    assert check_pair(adapter("d", "draft"), adapter("v", "verify")) == []
+
+
+@pytest.mark.parametrize("roles", list(itertools.product(["draft", "verify", "own", None], repeat=2)))
+def test_every_pair_of_roles(roles):
+    """Only a role that contradicts its place is refused; what has no role or one of its own is the user's business."""
+    problems = pair_problems(adapter("d", roles[0]), adapter("v", roles[1]))
+    wrong = (roles[0] == "verify") + (roles[1] == "draft")
+    if wrong == 2:
+        assert problems == ["drafter and verifier are swapped: d was merged to verify, v to draft"]
+    else:
+        assert len(problems) == wrong
+        assert all("give another" in problem for problem in problems)
+
+
+def test_pools_bases_and_manifests_that_differ():
+    (doubt,) = pair_doubts(adapter("d", "draft"), adapter("v", "verify", OTHER))
+    assert "different pools" in doubt
+    (doubt,) = pair_doubts(adapter("d", "draft"), adapter("v"))
+    assert "v was not merged" in doubt
+    (doubt,) = pair_doubts(adapter("x", "draft"), adapter("x", "draft"))
+    assert "the same adapter" in doubt
+    with pytest.raises(RsgwmError, match=r"d was made for base .* and v for other"):
+        check_pair(adapter("d", "draft"), adapter("v", "verify", fingerprint="e" * 64, base="other"))
+    # An adapter of mlx-lm's own says nothing.
+    assert check_pair(adapter("d", fingerprint=None), adapter("v", "verify")) == []
+
+
+@pytest.mark.parametrize("merge", [None, [], "draft", {"role": 5, "sources": 7}, {"role": "draft", "sources": [1, {}]}])
+def test_manifests_that_are_not_ours_do_not_crash(merge):
+    strange = adapter("d", merge=merge)
+    assert pair_problems(strange, adapter("v", "verify")) == []
+
+
+@pytest.fixture
+def bases(tmp_path, monkeypatch):
+    """Bases as folders by name; nothing may be loaded."""
+    prints = {"base": "f" * 64, "moved": "f" * 64, "other": "e" * 64}
+
+    def resolve(name, progress):
+        if name not in prints:
+            raise RsgwmError(f"base {name!r} does not exist")
+        return name
+
+    monkeypatch.setattr(pairing, "resolve_base", resolve)
+    monkeypatch.setattr(pairing, "fingerprint_of", lambda name: prints[name])
+    monkeypatch.setattr(pairing, "load_base", lambda *arguments, **options: pytest.fail("weights were loaded"))
+
+
+def test_the_base_is_the_recorded_one(bases, monkeypatch):
+    pair = [adapter("d", "draft"), adapter("v", "verify")]
+    assert find_base(pair, None) == "base"
+    assert find_base(pair, "moved") == "moved"
+    with pytest.raises(RsgwmError, match=r"d was made for base \(fingerprint f{12}\), not for other \(e{12}\)"):
+        find_base(pair, "other")
+    with pytest.raises(RsgwmError, match="adapters of different bases"):
+        find_base([pair[0], adapter("v", fingerprint="e" * 64)], None)
+    with pytest.raises(RsgwmError, match="that d records cannot be had; say where it is with --base"):
+        find_base([adapter("d", base="gone")], None)
+    # A folder of the recorded name that holds another model by now.
+    with pytest.raises(RsgwmError, match="was made for other"):
+        find_base([adapter("d", base="other")], None)
+
+
+def test_without_a_record_the_choice_is_told(bases, monkeypatch):
+    from mlx_rsgwm.core.progress import Progress
+
+    told = []
+
+    class Listening(Progress):
+        def message(self, text):
+            told.append(text)
+
+    monkeypatch.setattr(pairing, "DEFAULT_BASE", "base")
+    assert find_base([adapter("d", fingerprint=None)], None, Listening()) == "base"
+    assert told == ["d does not say what its base is; taking base, --base names another"]
+    # Of two adapters the one that knows decides for both.
+    assert find_base([adapter("d", fingerprint=None), adapter("v", base="moved")], None) == "moved"

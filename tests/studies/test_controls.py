@@ -1,0 +1,102 @@
+"""Controls on records small enough to follow, and their budgets."""
+
+import json
+import random
+
+import pytest
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.evaluation.records import Draft, ItemRecord
+from mlx_rsgwm.studies.controls import LoopRule, control_notes, control_rows, summarise_controls, systems_on_drafts
+
+RULES = {
+    "verifier": LoopRule("good", 0.6),
+    "self": LoopRule("self:noise", 0.5),
+    "direct": LoopRule("direct:good", 0.9),
+}
+
+
+def records(items=60, seeds=(1, 2), drafts=6):
+    rng = random.Random(7)
+    found = []
+    for seed in seeds:
+        for index in range(items):
+            made = []
+            for _ in range(drafts):
+                right = rng.random() < 0.5
+                good = min(1.0, max(0.0, 0.35 + 0.3 * right + rng.uniform(-0.2, 0.2)))
+                scores = {"good": good, "self:noise": rng.random(), "direct:good": good}
+                made.append(Draft("t", "1" if right else rng.choice("23"), right, scores, 10, verified={"good": 30}))
+            found.append(ItemRecord(f"i{index}", "t", "q", "1", tuple(made), "good", 2.0, False, 1, 0, seed=seed))
+    return found
+
+
+@pytest.fixture(scope="module")
+def systems():
+    return {system.name: system for system in systems_on_drafts(records(), 3, RULES)}
+
+
+def test_every_control_is_there(systems):
+    assert list(systems) == [
+        "drafter once", "draft–verify", "drafter + self-verify", "directly trained verifier", "best of 3",
+        "majority of 3", "random accept", "majority, equal drafted tokens", "majority, equal drafted + verified tokens",
+    ]  # fmt: skip
+    assert "drafter + self-verify" not in {
+        system.name for system in systems_on_drafts(records(), 3, {"verifier": RULES["verifier"]})
+    }
+
+
+def spent(system, verified=0):
+    return sum(r.drafted_tokens + verified * r.verified_tokens for r in system.records)
+
+
+def test_equal_budgets_are_kept_and_used(systems):
+    ours = systems["draft–verify"]
+    for name, verified in (("majority, equal drafted tokens", 0), ("majority, equal drafted + verified tokens", 1)):
+        allowed, used = spent(ours, verified), spent(systems[name])
+        ceiling = sum(draft.tokens for record in ours.records for draft in record.drafts)
+        assert used <= allowed
+        assert used > 0.97 * min(allowed, ceiling)
+    assert len({record.attempts for record in systems["majority, equal drafted tokens"].records}) > 1
+
+
+def test_random_accept_has_the_rate_and_not_the_judgement(systems):
+    ours, lot = systems["draft–verify"].records, systems["random accept"].records
+    rate = [sum(r.accepted for r in rows) / sum(r.attempts for r in rows) for rows in (ours, lot)]
+    assert rate[0] == pytest.approx(rate[1], abs=0.08)
+    right = [sum(r.returned.correct for r in rows) / len(rows) for rows in (ours, lot)]
+    assert right[0] > right[1] + 0.1
+
+
+def test_best_of_k_takes_the_best_score(systems):
+    for record in systems["best of 3"].records:
+        scores = [draft.scores["good"] for draft in record.drafts[:3]]
+        assert record.chosen == scores.index(max(scores))
+        assert not record.accepted
+
+
+def test_summary_tests_every_system_against_ours(systems):
+    found = summarise_controls(list(systems.values()), 3)
+    rows = {row["name"]: row for row in found["systems"]}
+    assert rows["drafter once"]["tokens_drafted"] == 10
+    assert rows["majority of 3"]["tokens_verified"] == 0
+    assert rows["draft–verify"]["tokens_verified"] == 30 * rows["draft–verify"]["attempts"]
+    assert "p_value" not in rows["draft–verify"]
+    for name, row in rows.items():
+        if name != "draft–verify":
+            assert row["p_value"] <= row["p_value_holm"] <= 1
+            assert row["difference"]["n"] == 60
+    assert rows["drafter once"]["p_value_holm"] < 0.05
+    assert rows["draft–verify"]["accuracy"]["n"] == 120
+    width = rows["draft–verify"]["accuracy"]["high"] - rows["draft–verify"]["accuracy"]["low"]
+    assert width > 0.08
+    assert found["false_accepts_against_self"]["value"] < 0
+    assert len(found["gap_closed"]["values"]) == 2
+    text = json.dumps(found, allow_nan=False) + " ".join(control_notes(found))
+    assert "ceiling" in text
+    assert all(len(row) == len(control_rows(found)[0]) for row in control_rows(found))
+
+
+def test_too_few_drafts():
+    with pytest.raises(RsgwmError, match=r"needs 3 (recorded )?drafts"):
+        systems_on_drafts(records(4, (1,), 2), 3, {"verifier": LoopRule("good", 1.0)})
