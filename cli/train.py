@@ -45,9 +45,9 @@ def train(
     settings: Mapping[str, Any],
     running: Mapping[str, Any],
 ) -> None:
-    """Train one adapter and keep how hard the optimiser pulled on every parameter.
+    """Train one adapter and keep its importance, Adam's second moment of every parameter.
 
-    Ctrl-C and kill save first; the same command with --resume goes on to the same bits.
+    Ctrl-C and kill save first; the same command with --resume resumes; the final weights are bit-identical.
 
     \b
     Examples:

@@ -1,1 +1,1 @@
-"""LoRA training that remembers how hard the optimiser pulled on every parameter."""
+"""LoRA training that keeps Adam's second moment of every parameter, for each role as well: its importance."""

@@ -1,4 +1,4 @@
-"""How hard the optimiser pulled on every parameter: the moment that Adam keeps, kept for each role as well.
+"""Importance: Adam's second moment of every parameter (a proxy of the diagonal Fisher), kept for each role as well.
 
 s = sqrt(v / (1 - beta2^t)) with v the exponential moving average of squared gradients. The gradients are
 those of the loss, before clipping and weight decay. Steps of a role update only ``all`` and that role's moments, so

@@ -2,7 +2,7 @@
 
 Loss is taken on completion tokens only, logits are computed only at their positions, batches hold one role each and
 are bucketed by length, and the second moment of the gradients is kept as importance. With a :class:`Saving` the run can
-be stopped at any moment and goes on later to the same bits.
+be stopped at any moment; resumed later, its final weights are bit-identical.
 """
 
 from __future__ import annotations
