@@ -220,7 +220,7 @@ class DraftVerify:
                     drafts[index] = self._draft([DraftRequest(prompt, text, attempt) for attempt in numbers])
                     advance(1, "")
                 return [drafts[index] for index in range(len(questions))]
-            scheduler = self._crowd(questions, prompts, batch_rows, lambda: numbers)
+            scheduler = self._schedule(questions, prompts, batch_rows, lambda: numbers)
             while not scheduler.over:
                 self._write_on(scheduler)
                 for index in scheduler.under_way:
@@ -236,7 +236,7 @@ class DraftVerify:
         with self.slots.using(self.drafter):
             return scheduler.write()
 
-    def _crowd(
+    def _schedule(
         self,
         questions: Sequence[str],
         prompts: Sequence[tuple[int, ...]],
@@ -272,7 +272,7 @@ class DraftVerify:
                     answers[index] = self.answer(question)
                     advance(1, "")
                 return [answers[index] for index in range(len(questions))]
-            scheduler = self._crowd(questions, prompts, batch_rows, self._first_attempts)
+            scheduler = self._schedule(questions, prompts, batch_rows, self._first_attempts)
             cases: dict[int, _Case] = {}
             while not scheduler.over:
                 writing = self._write_on(scheduler)
