@@ -114,15 +114,15 @@ def _put_parts(arrays: dict[str, mx.array], link: Link, value: mx.array) -> None
             block = matrix[start : start + len(part.rows)]
             start += len(part.rows)
             source = mx.array(arrays[part.source].astype(mx.float32))
-            rows = mx.array(part.rows)
+            places = mx.array(part.rows)
             if part.expert is None and part.transposed:
-                source[:, rows] = block.T
+                source[:, places] = block.T
             elif part.expert is None:
-                source[rows] = block
+                source[places] = block
             elif part.transposed:
-                source[part.expert, :, rows] = block
+                source[part.expert, :, places] = block
             else:
-                source[part.expert, rows] = block
+                source[part.expert, places] = block
             arrays[part.source] = source
 
 

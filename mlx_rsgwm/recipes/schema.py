@@ -141,7 +141,7 @@ class MergeSection:
                 "method, then rsgwm grams on the pool and rsgwm merge"
             )
         signals = {resolved(self.options(role)).get("signal") for role in ("draft", "verify")}
-        if unknown := sorted(signals - {None, *SIGNALS}):
+        if unknown := sorted(str(signal) for signal in signals - {None, *SIGNALS}):
             problems.append(f"merge: no signal {', '.join(unknown)} is recorded; there are {', '.join(SIGNALS)}")
         if "importance" in method.needs:
             for signal, rows in (("draft", 0), ("verify", 1)):
