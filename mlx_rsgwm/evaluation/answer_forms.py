@@ -59,7 +59,7 @@ _UNIT = re.compile(
 )
 _PREFIXED = re.compile(r"M(?:[mgslLWVAJNBb]|Hz|Pa|Wh|eV|bps|bit)(?![a-zA-Z])")
 _AMOUNT = re.compile(r"[-+–]?\s*(?:[0-9][0-9.,_ /'’]*[0-9]|[0-9]|\.[0-9]+)")
-_POWER = re.compile(r"\s?\^\s?\{?\s?([-+–]?[0-9]{1,2})\s?\}?(?![0-9])")
+_POWER = re.compile(r"\s?\^\s?\{?([0-9]{1,2})\}?(?![0-9])")
 _MONEY = re.compile(r"(?:(?P<sign>[-–])\s?)?(?P<currency>(?:US|CA|AU|A|C)?\$|[€£¥₹])\s?")
 _LATEX_AMOUNT = re.compile(r"(?P<amount>.*(?:[0-9})]|\\pi))\s*\\(?:text|mbox|mathrm|textrm)\s*\{(?P<unit>[^{}]*)\}")
 _DRESS = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf|textit)\s*\{([^{}]*)\}")
@@ -121,9 +121,9 @@ def read_amount(text: str) -> Amount | None:
         return None
     power = _POWER.match(rest, match.end())
     if power is not None:  # "10² kg"
-        if number <= 0 or len(match[0]) > 9:
+        if number < 0 or len(match[0]) > 9:
             return None
-        value, tail = number ** int(power[1].replace("–", "-")), rest[power.end() :].strip()
+        value, tail = number ** int(power[1]), rest[power.end() :].strip()
         unit = _UNIT.fullmatch(tail)
         if unit is None or (unit["symbol"] is None and len(tail) < 3):
             return None

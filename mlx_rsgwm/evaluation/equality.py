@@ -158,7 +158,6 @@ def load_math_verify() -> Any:
 
 def _in_math_mode(text: str) -> str:
     text = fold_digits(text)  # math-verify drops a superscript exponent: "10²" would be 10
-    text = re.sub(r"\^([-+]\d+)", r"^{\1}", text)
     return text if "$" in text or "\\(" in text or "\\boxed" in text else f"${text}$"
 
 

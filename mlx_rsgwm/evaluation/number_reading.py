@@ -95,26 +95,19 @@ _NEW_SUBJECT = re.compile(
     r"(?:has|have|had|got|gets|is|are|was|were|needs?|eats?)?\s*[$€£]?",
 )
 _CORRECTION = re.compile(
-    r"\b(?:wait|actually|oops|sorry|correction|scratch that|hold on|h+m+|(?:on )?second thoughts?|no(?=[,:])|nope|"
-    r"moment|warte|falsch|attendez|en fait|espera|perd[oó]n|aspetta|i made (?:a|an) (?:mistake|error)|"
+    r"\b(?:wait|actually|oops|sorry|correction|scratch that|hold on|no,|nope|i made (?:a|an) (?:mistake|error)|"
     r"i was wrong|my mistake|that(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)|"
     r"i mean|or rather)\b[,:;.\s-]{0,8}",
     re.IGNORECASE,
 )
 _REVOKED = re.compile(
-    r"\b(?:wrong|incorrect|mistake|error|not right|not correct|forgot|scratch that|wait|oops|sorry|second thoughts?|"
-    r"falsch|nicht richtig|faux|incorrect[oae]|equivocad[oa]|sbagliato)\b|"
-    r"\bno[,:]\s?(?:it(?:['’]s| is)\s)?[-$€£]?[0-9]",
-    re.IGNORECASE,
+    r"\b(?:wrong|incorrect|mistake|error|not right|not correct|forgot|scratch that|wait|oops|sorry)\b", re.IGNORECASE
 )
 _CONFIRMED = re.compile(
     r"(?<!not )(?<!in)\b(?:correct|right|confirmed|consistent|checks out|matches|as expected|makes sense|yes)\b",
     re.IGNORECASE,
 )
-_WRONG = re.compile(
-    r"\b(?:wrong|incorrect[oae]?|mistake|error|not (?:right|correct)|falsch|faux|equivocad[oa]|sbagliato)\b",
-    re.IGNORECASE,
-)
+_WRONG = re.compile(r"\b(?:wrong|incorrect|mistake|error|not (?:right|correct))\b", re.IGNORECASE)
 _CHATTER = re.compile(
     r"\W*(?:\(|note\b|notes\b|n\.b\.|prices?\b|hope\b|i hope\b|let me know|feel free|would you|do you|please|ask me|"
     r"source|disclaimer|copyright|\*\s*note)",
