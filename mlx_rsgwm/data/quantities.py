@@ -50,7 +50,9 @@ _NUMBER = re.compile(
     rf"(?:{POWER_OF_TEN}|\s?/\s?(?P<bottom>{NUMERAL})(?![/]?[0-9])|(?:\^|\*\*)\{{?\s?(?P<power>[-+]?[0-9]{{1,3}})(?:\s?\}})?)?"
 )
 # A minus is a sign only where no number or word stands before it ("10-5" ends in 5) and no space after it.
-_SIGN = re.compile(rf"(?:(?<![\w)\]}}.%°])(?P<sign>[-+–]|±\s?)(?:{CURRENCY}\s?)?|{CURRENCY}\s?(?P<inner>-)?)$")
+_SIGN = re.compile(
+    rf"(?:(?:(?<![\w)\]}}.%°])|(?<=[是为為は等于於到约約]))(?P<sign>[-+–]|±\s?)(?:{CURRENCY}\s?)?|{CURRENCY}\s?(?P<inner>-)?)$"
+)
 _SIGN_WORD = re.compile(
     r"(?<![\w-])(?:negative|minus|moins|menos|meno|минус|माइनस|ऋण|السالب|سالب|负|マイナス)\s?(?:[$€£]\s?)?$",
     re.IGNORECASE,
@@ -113,8 +115,13 @@ def _merged(text: str, blocked: list[Quantity], decimal_commas: bool) -> Iterato
 
 def _is_range(text: str, match: re.Match[str]) -> bool:
     low, high = read_numeral(match[1], True), read_numeral(match[2], True)
-    before = text[max(0, match.start() - 3) : match.start()]
-    return low is not None and high is not None and low < high and not re.search(r"[-+*/×÷^=√_A-Za-z]\s?$", before)
+    before = text[max(0, match.start() - 4) : match.start()]
+    return (
+        low is not None
+        and high is not None
+        and low < high
+        and not re.search(r"[-+*/×÷^=√_]\s?$|(?<![A-Za-z'’])[A-Za-z]\s?$|[A-Za-z]$", before)
+    )
 
 
 def _range(match: re.Match[str]) -> Quantity:

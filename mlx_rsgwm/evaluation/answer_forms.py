@@ -59,7 +59,10 @@ _UNIT = re.compile(
 )
 _PREFIXED = re.compile(r"M(?:[mgslLWVAJNBb]|Hz|Pa|Wh|eV|bps|bit)(?![a-zA-Z])")
 _AMOUNT = re.compile(r"[-+–]?\s*(?:[0-9][0-9.,_ /'’]*[0-9]|[0-9]|\.[0-9]+)")
-_POWER = re.compile(r"\s?\^\s?\{?([0-9]{1,2})\}?(?![0-9])")
+_SCIENTIFIC = re.compile(
+    r"\s?[×*x·]\s?10\s?(?:\^|\*\*)\s?\{?\s?[-+]?[0-9]{1,3}\s?\}?(?![0-9])|[eE][-+]?[0-9]{1,3}(?![0-9])"
+)
+_POWER = re.compile(r"\s?(?:\^|\*\*)\s?\{?\s?([-+]?[0-9]{1,2})\s?\}?(?![0-9])")
 _MONEY = re.compile(r"(?:(?P<sign>[-–])\s?)?(?P<currency>(?:US|CA|AU|A|C)?\$|[€£¥₹])\s?")
 _LATEX_AMOUNT = re.compile(r"(?P<amount>.*(?:[0-9})]|\\pi))\s*\\(?:text|mbox|mathrm|textrm)\s*\{(?P<unit>[^{}]*)\}")
 _DRESS = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|mathbf|textit)\s*\{([^{}]*)\}")
@@ -110,6 +113,7 @@ def read_amount(text: str) -> Amount | None:
         unit = latex["unit"] + "".join(re.findall(r"(\^\{?[23]\}?)\s*\.?$", text.strip(" $.")))
         if _UNIT.fullmatch(latex["unit"].strip()):
             number = parse_number(latex["amount"])
+            number = read_power(latex["amount"]) if number is None else number
             return Amount(number, latex["amount"].strip(), unit_name(unit))
     text = plain_text(text)
     money = _MONEY.match(text)
@@ -119,13 +123,11 @@ def read_amount(text: str) -> Amount | None:
     number = parse_number(sign + match[0]) if match else None
     if match is None or number is None:
         return None
-    power = _POWER.match(rest, match.end())
-    if power is not None:  # "10² kg"
-        if number < 0 or len(match[0]) > 9:
-            return None
-        value, tail = number ** int(power[1]), rest[power.end() :].strip()
+    powered = _powered(rest, sign, match, number)
+    if powered is not None:
+        value, tail = powered[0], rest[powered[1] :].strip()
         unit = _UNIT.fullmatch(tail)
-        if unit is None or (unit["symbol"] is None and len(tail) < 3):
+        if value is None or unit is None or (unit["symbol"] is None and len(tail) < 3):
             return None
         return Amount(value, "", unit_name(tail))
     scale = scale_after(rest, match.end(), money is not None)
@@ -143,6 +145,28 @@ def read_amount(text: str) -> Amount | None:
     if unit["symbol"] is None and len(tail) < 3:
         return None
     return Amount(number, "", unit_name(tail))
+
+
+def _powered(text: str, sign: str, match: re.Match[str], number: Fraction) -> tuple[Fraction | None, int] | None:
+    """The value of a number with an exponent ("10⁻²", "5 × 10⁻²") and where it ends, or None without an exponent."""
+    scientific = _SCIENTIFIC.match(text, match.end())
+    if scientific is not None:
+        return parse_number(sign + match[0] + scientific[0].replace("·", "×")), scientific.end()
+    power = _POWER.match(text, match.end())
+    if power is None:
+        return None
+    exponent = int(power[1])
+    readable = number >= 0 and len(match[0]) <= 9 and (number != 0 or exponent >= 0)
+    return number**exponent if readable else None, power.end()
+
+
+def read_power(text: str) -> Fraction | None:
+    """The value of a text that is a number with an exponent and nothing else ("10⁻²")."""
+    text = plain_text(text)
+    match = _AMOUNT.match(text)
+    number = parse_number(match[0]) if match else None
+    powered = _powered(text, "", match, number) if match is not None and number is not None else None
+    return powered[0] if powered is not None and powered[1] == len(text) else None
 
 
 def convertible(unit: str, other: str) -> bool:

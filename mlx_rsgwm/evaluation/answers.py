@@ -19,18 +19,20 @@ from typing import Literal
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.boxes import find_boxes
+from mlx_rsgwm.data.digits import fold
 from mlx_rsgwm.data.number_words import could_become_scale
 from mlx_rsgwm.data.numbers import parse_number, plain_number
+from mlx_rsgwm.data.quantities import writes_decimal_commas
 from mlx_rsgwm.evaluation.equality import RUNAWAY, parse_mathematics
 from mlx_rsgwm.evaluation.equality import is_correct as is_correct
-from mlx_rsgwm.evaluation.final_text import final_text, marked_lines, statements
+from mlx_rsgwm.evaluation.final_text import Statement, final_text, marked_lines, statements
 from mlx_rsgwm.evaluation.label_reading import options_of as options_of
 from mlx_rsgwm.evaluation.label_reading import read_choice, read_verdict
 from mlx_rsgwm.evaluation.number_reading import (
     AMBIGUOUS,
     NOTHING,
     Reading,
-    last_number,
+    after_correction,
     marked_number,
     sentences,
     stated_number,
@@ -96,17 +98,16 @@ def _math(text: str, options: Mapping[str, str], finished: bool) -> Reading:
     said = [place for place in places if place.kind in ("said", "tag") and place.text.strip(" *$.\\[](")]
     if boxes:
         value = _bare_content(boxes[-1].answer)
-        if not value:
-            return AMBIGUOUS
+        instead = _instead(scope, Statement(0, "", "box", end=boxes[-1].end), value)
+        if instead is not None or not value:
+            return instead or AMBIGUOUS
     elif line is not None:
         value = line
     elif said:
         value = _expression(said[-1].text)
-        instead = taken_back(scope, said[-1])
-        if instead is not None:
-            return AMBIGUOUS if re.search(r"[$\\^]", instead) else last_number(instead)
-        if not value:
-            return AMBIGUOUS
+        instead = _instead(scope, said[-1], value)
+        if instead is not None or not value:
+            return instead or AMBIGUOUS
     elif len(text) < 2000 and _BARE.fullmatch(text.strip()):
         value = text.rpartition("=")[2]
     else:
@@ -116,6 +117,16 @@ def _math(text: str, options: Mapping[str, str], finished: bool) -> Reading:
         return Reading(plain_number(str(read[-1])), stated=False) if read else NOTHING
     value = value.strip(" *`").rstrip(".").strip().strip("$").strip()
     return Reading(plain_number(value)) if value else NOTHING
+
+
+def _instead(text: str, place: Statement, value: str) -> Reading | None:
+    """What a text gives in place of mathematics that it takes back: a number, or nothing that can be known."""
+    unchanged = Reading(plain_number(value.strip(" *`$.")))
+    reading = after_correction(text, place, unchanged, writes_decimal_commas(fold(text)))
+    if reading == unchanged:
+        return None
+    instead = taken_back(text, place, unchanged.value)
+    return AMBIGUOUS if instead is not None and re.search(r"[$\\^]", instead) else reading
 
 
 def _bare_content(box: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.digits import fold_digits
 from mlx_rsgwm.data.numbers import parse_number, unfrac
-from mlx_rsgwm.evaluation.answer_forms import Amount, convertible, in_base_unit, read_amount, written
+from mlx_rsgwm.evaluation.answer_forms import Amount, convertible, in_base_unit, read_amount, read_power, written
 
 SECONDS = 5  # for math-verify to parse or compare; beyond that the answers count as different
 LONGEST = 2000  # characters of an answer that math-verify is asked about
@@ -94,8 +94,11 @@ def _same_amount(value: str, gold: str, ours: Amount | None, theirs: Amount | No
     amount = theirs if theirs is not None and theirs.value is not None else ours
     assert amount is not None
     number = parse_number(other)
+    number = read_power(other) if number is None else number
     if number is not None:
         return number == amount.value
+    if re.search(r"\^|\*\*", fold_digits(other)):  # math-verify would leave out an exponent that belongs to no amount
+        return False
     return written(other) is None and _could_be_mathematics(value, gold) and same_mathematics(value, gold)
 
 

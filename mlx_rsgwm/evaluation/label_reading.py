@@ -114,7 +114,7 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
             return AMBIGUOUS
         reading = _scope_letter(fold(_unbox(place.text)), options)
         if reading is not NOTHING:
-            instead = _instead(text, place)
+            instead = _instead(text, place, reading.value)
             return reading if instead is None else _decided(_mentioned(instead, options, stated=True))
     text = fold(text)
     named = list(
@@ -144,12 +144,12 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
     return _mentioned(text[-LONGEST:], options)
 
 
-def _instead(text: str, place: Statement) -> str | None:
+def _instead(text: str, place: Statement, value: str | None = None) -> str | None:
     """What a text gives in place of a label that it takes back, in the same sentence or a later one."""
     within = _INTERRUPTED.search(next(iter(sentences(fold(place.text))), ""))
     if within is not None and place.kind == "said":
         return fold(place.text)[within.end() :]
-    return taken_back(text, place)
+    return taken_back(text, place, value)
 
 
 def _decided(reading: Reading) -> Reading:

@@ -14,6 +14,7 @@ from mlx_rsgwm.data.digits import fold
 from mlx_rsgwm.data.equations import evaluate
 from mlx_rsgwm.data.numbers import read_numeral
 from mlx_rsgwm.data.quantities import Quantity, quantities, word_quantities, writes_decimal_commas
+from mlx_rsgwm.evaluation.corrections import confirms, denies, find_correction
 from mlx_rsgwm.evaluation.final_text import Statement, marked_lines, statements
 
 
@@ -29,9 +30,9 @@ MOST, LONGEST = 40, 1000  # sentences looked at from the end of a text, and char
 
 NOTHING, AMBIGUOUS = Reading(), Reading(ambiguous=True)
 
-_AND = r"(?:and|or|und|oder|et|ou|y|e|o|и|или|to|bis|through|plus|versus|vs)"
+_AND = r"(?:and|or|und|oder|et|ou|y|e|o|и|или|eller|lub|veya|أو|या|to|bis|through|plus|versus|vs)"
 _TWO_VALUES = re.compile(
-    rf"(?:\s*[^\W\d][\w'’-]*|\s*[%°²³]){{0,3}}(?:\s*[,;&和]\s*(?:(?:and|or)\s+)?|\s+{_AND}\b\.?\s+(?:(?:about|also|another)\s+)?)"
+    rf"(?:\s*[^\W\d][\w'’-]*|\s*[%°²³]){{0,3}}(?:\s*(?:[,;&和或]|または|또는)\s*(?:(?:and|or)\s+)?|\s+{_AND}\b\.?\s+(?:(?:about|also|another)\s+)?)"
     r"(?:[a-zA-Z]\w{0,3}\s*=\s*)?[(\[$€£¥₹]*",
     re.IGNORECASE,
 )
@@ -94,20 +95,6 @@ _NEW_SUBJECT = re.compile(
     r"(?:(?!So |Then )[A-Z][\w'’-]*\s+|(?:he|she|they|the \w+|another|about|also)\s+)?"
     r"(?:has|have|had|got|gets|is|are|was|were|needs?|eats?)?\s*[$€£]?",
 )
-_CORRECTION = re.compile(
-    r"\b(?:wait|actually|oops|sorry|correction|scratch that|hold on|no,|nope|i made (?:a|an) (?:mistake|error)|"
-    r"i was wrong|my mistake|that(?:['’]s| is| was) (?:wrong|incorrect|not right|not correct)|"
-    r"i mean|or rather)\b[,:;.\s-]{0,8}",
-    re.IGNORECASE,
-)
-_REVOKED = re.compile(
-    r"\b(?:wrong|incorrect|mistake|error|not right|not correct|forgot|scratch that|wait|oops|sorry)\b", re.IGNORECASE
-)
-_CONFIRMED = re.compile(
-    r"(?<!not )(?<!in)\b(?:correct|right|confirmed|consistent|checks out|matches|as expected|makes sense|yes)\b",
-    re.IGNORECASE,
-)
-_WRONG = re.compile(r"\b(?:wrong|incorrect|mistake|error|not (?:right|correct))\b", re.IGNORECASE)
 _CHATTER = re.compile(
     r"\W*(?:\(|note\b|notes\b|n\.b\.|prices?\b|hope\b|i hope\b|let me know|feel free|would you|do you|please|ask me|"
     r"source|disclaimer|copyright|\*\s*note)",
@@ -189,9 +176,9 @@ def _first(text: str, commas: bool) -> Reading:
         return AMBIGUOUS if result.value is None else result
     if re.search(r"\b(?:between|from|either|both)\s+[$€£]?$", before, re.IGNORECASE):
         return AMBIGUOUS
-    correction = _CORRECTION.search(sentence, number.end)
-    if correction is not None and others and others[-1].start >= correction.start():
-        return _first(sentence[correction.end() :], commas)
+    correction = find_correction(sentence[number.end :], number.text if number.value is not None else None)
+    if correction is not None and quantities(correction.text, commas):
+        return _first(correction.number or correction.text, commas)
     return _reading(number) if _only(sentence, number, others) else AMBIGUOUS
 
 
@@ -272,7 +259,7 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     left = [number for number in quantities(sentence, commas) if right and number.end <= equals[-1].start()]
     if left and left[-1].value != right[0].value and _TWO_VALUES.fullmatch(sentence[left[-1].end : right[0].start]):
         return AMBIGUOUS  # "x = 5 or x = -5"
-    if right and not _OPERATOR.match(sentence, right[0].end) and _CORRECTION.search(sentence, right[0].end) is None:
+    if right and not _OPERATOR.match(sentence, right[0].end) and find_correction(sentence[right[0].end :]) is None:
         if not _only(sentence, right[0], right[1:]):
             return AMBIGUOUS
         renamed = _RENAMED.search(sentence, right[0].end) and len(right) > 1
@@ -339,9 +326,10 @@ def _unboxed(text: str) -> str:
 def stated_number(text: str, finished: bool = True) -> Reading:
     r"""The number after ``####``, in the last box, tag or statement that has one, or the one the text ends with."""
     marked = marked_number(text)
-    if marked is not NOTHING:
-        return marked
     commas = writes_decimal_commas(fold(text))
+    if marked is not NOTHING:
+        marker = Statement(0, "", "said", end=text.rfind("####") + 4)
+        return after_correction(text, marker, marked, commas)
     places = statements(text, finished)
     for index in range(len(places) - 1, -1, -1):
         place = places[index]
@@ -350,7 +338,7 @@ def stated_number(text: str, finished: bool = True) -> Reading:
             continue
         if reading.value is not None and place.kind != "box" and not place.text.strip():
             continue
-        return _after_correction(text, place, reading, commas)
+        return after_correction(text, place, reading, commas)
     return last_number(fold(text), commas)
 
 
@@ -369,21 +357,37 @@ def _whole(box: str, commas: bool) -> Reading:
     return AMBIGUOUS if reading is NOTHING else reading
 
 
-def _after_correction(text: str, place: Statement, reading: Reading, commas: bool) -> Reading:
+def after_correction(text: str, place: Statement, reading: Reading, commas: bool) -> Reading:
     """The reading, unless the text takes it back afterwards: then what it says instead, or nothing."""
-    tail = taken_back(text, place)
-    if tail is None or (_CONFIRMED.search(tail) and not _WRONG.search(tail)):
+    return _corrected(_following(text, place), reading, commas, MOST)
+
+
+def _corrected(tail: str, reading: Reading, commas: bool, most: int) -> Reading:
+    correction = find_correction(tail, reading.value)
+    if correction is None or not most:
         return reading
-    instead = last_number(tail, commas)
-    if instead is NOTHING and _CONFIRMED.search(tail):
+    if correction.number is not None:
+        return replace(_first(correction.number, commas), stated=False)
+    instead = _first(correction.text, commas) if correction.puts_forward else NOTHING
+    if instead is not NOTHING:  # which may be taken back in its turn
+        after = "\n".join(sentences(correction.text)[1:])
+        return _corrected(after, replace(instead, stated=False), commas, most - 1)
+    confirmed = confirms(correction.text)
+    if confirmed and not denies(correction.text):
+        return reading
+    instead = last_number(correction.text, commas)
+    if confirmed and instead is NOTHING:
         return reading  # "Was that wrong? No, it is correct."
     return AMBIGUOUS if instead.value is None else replace(instead, stated=False)
 
 
-def taken_back(text: str, place: Statement) -> str | None:
+def taken_back(text: str, place: Statement, value: str | None = None) -> str | None:
     """What a text says after it takes an answer back ("Wait, that is wrong; …"), or None where it stands by it."""
+    correction = find_correction(_following(text, place), value)
+    return None if correction is None else correction.text
+
+
+def _following(text: str, place: Statement) -> str:
+    """What comes after an answer; after one in words, from the next sentence on."""
     tail = fold(text[place.end :])
-    if place.kind == "said":
-        tail = "\n".join(sentences(tail)[1:])
-    cue = _CORRECTION.search(tail)
-    return tail[cue.end() :] if cue is not None and _REVOKED.search(tail, cue.start()) else None
+    return "\n".join(sentences(tail)[1:]) if place.kind == "said" else tail

@@ -307,6 +307,15 @@ def test_the_same_amount_or_text_in_another_spelling_is_right(value, gold):
         ("$5", "500 cents", True), ("$5", "5 cents", False), ("1.5 kg", "1500 g", True), ("3 ft", "36 inches", True),
         ("3 ft", "1 yard", True), ("1 mile", "1.6 km", False), ("5 m", "5 s", False), ("5 l", "5 kg", False),
         ("€5", "500 cents", False), ("500 m²", "5 cm²", False), ("5", "500 cm", False),
+        ("10⁻² kg", "10 kg", False), ("10⁻² kg", "100 kg", False), ("10⁻² kg", "0.01 kg", True),
+        ("10⁻² kg", "10", False),
+        ("10^{-2} kg", "10 g", True), ("10⁺² kg", "100 kg", True), ("10**-2 kg", "10 kg", False),
+        ("10⁻²", "0.01 kg", True),
+        ("2⁻¹ m", "50 cm", True), ("0⁻¹ kg", "0 kg", False), ("10^x kg", "10 kg", False), ("10⁻²⁰⁰ kg", "10 kg", False),
+        ("5 × 10⁻² kg", "0.05 kg", True), ("5 × 10⁻² kg", "5 kg", False), ("3·10⁻³ m", "3 mm", True),
+        ("1.5e-3 kg", "1.5 g", True), ("1.5e-3 kg", "1.5 kg", False), (r"10^{-2}\text{ kg}", "0.01 kg", True),
+        (r"10⁻² \text{ kg}", "10 kg", False), ("-10² kg", "10 kg", False), ("10⁻² xy", "10 xy", False),
+        ("10 m⁻¹", "10 m", False), ("10 s⁻¹", "10 s", False), ("10^{1.5} kg", "10 kg", False),
     ],
 )  # fmt: skip
 def test_exponents_and_units_are_part_of_an_amount(value, gold, equal):
@@ -327,6 +336,76 @@ def test_exponents_and_units_are_part_of_an_amount(value, gold, equal):
 )
 def test_a_correction_counts_in_any_word_order(text, answer):
     assert extract(text, "flexible").value == answer
+
+
+CORRECTED = [
+    ("flexible math", "\\boxed{12}. Hmm, 12 is wrong, 11 is correct.", "11"),
+    ("flexible math", "The answer is 12. On second thought, 11.", "11"),
+    ("flexible math", "The answer is 12. No: 11.", "11"),
+    ("flexible", "Die Antwort ist 12. Moment, das ist falsch; 11 ist richtig.", "11"),
+    ("flexible", "The answer is 12. 11 is correct, 12 is wrong.", "11"),
+    ("flexible", "The answer is 12. No, 18. That is 3 boxes of 6.", "18"),
+    ("flexible", "The answer is 12. No, 11. Hmm, no: 10.", "10"),
+    ("flexible", "The answer is 12? No, 11.", "11"),
+    ("flexible", "The answer is 12. It should be 11.", "11"),
+    ("flexible", "The answer is 12. That can't be right.", None),
+    ("flexible", "#### 12\nWait, that is wrong; it is 11.", "11"),
+    ("strict", "#### 12\nWait, that is wrong; it is 11.", "12"),  # the marker and nothing else
+    # it stands by its answer
+    ("flexible math", "The answer is 12. No, 30 would be too few.", "12"),
+    ("flexible math", "The answer is 12. No other value works.", "12"),
+    ("flexible", "The answer is 12. Wait until 5 pm to leave.", "12"),
+    ("flexible", "The answer is 12. Actually, 3 more would be needed for a party.", "12"),
+    ("flexible", "The answer is 12. If you think that is wrong, write to me at 5.", "12"),
+    ("flexible math", "The answer is 12. Let me double check: 3 * 4 = 12.", "12"),
+    ("flexible", "The answer is 12. Let me check: 20 - 8 = 12, and 12 + 8 = 20.", "12"),
+    ("flexible", "The answer is 12. I am sure that 12 is correct and 11 is wrong.", "12"),
+    ("flexible", "The answer is 12. 11 is wrong.", "12"),
+    ("flexible", "The answer is 12. EDIT: fixed a typo.", "12"),
+    ("choice", "The answer is C. C is wrong; B is right.", "B"),
+    ("choice", "The answer is C. No, a dog is no bank.", "C"),
+    ("yesno", "The answer is no. No, dogs cannot fly.", "no"),
+    ("yesno", "The answer is no. It is false that dogs fly.", "no"),
+    ("yesno", "The answer is yes. No, wait: no.", "no"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "answer"), [(kind, text, answer) for kinds, text, answer in CORRECTED for kind in kinds.split()]
+)
+def test_the_answer_that_is_taken_back_is_not_read(kind, text, answer):
+    pytest.importorskip("math_verify")
+    assert extract(text, kind).value == answer
+
+
+# Each language's own words for an answer, and for taking it back with a new value.
+GIVEN_AND_TAKEN_BACK = {
+    "The answer is {}.": [
+        "No, {}.", "No: {}.", "Nope. {}.", "On second thought, {}.", "Correction: {}.", "Make that {}.", "Hold on. {}.",
+        "Hmm... {}.", "Oops, {}.", "I meant {}.", "My mistake, it should be {}.", "That's wrong; it is {}.",
+        "I misread it. The correct value is {}.", "Let me recheck. It is {}.", "I take that back: {}.", "Rather, {}.",
+    ],
+    "\\boxed{{{}}}": ["No, {}.", "Hmm, that is not right; {} is right.", "Wait, it should be {}."],
+    "Die Antwort ist {}.": ["Nein, {}.", "Korrektur: {}.", "Das ist falsch, {} ist richtig.", "Das stimmt nicht: {}."],
+    "La réponse est {}.": ["Non, {}.", "Je me suis trompé, c'est {}.", "C'est faux : {}.", "Attendez, c'est {}."],
+    "La respuesta es {}.": ["No, {}.", "Perdón, son {}.", "Me equivoqué: son {}.", "Eso es incorrecto; es {}."],
+    "La risposta è {}.": ["No, {}.", "Anzi, {}.", "È sbagliato: {}.", "Ho sbagliato, è {}."],
+    "A resposta é {}.": ["Não, {}.", "Na verdade, é {}.", "Me enganei: é {}."],
+    "Het antwoord is {}.": ["Nee, {}.", "Wacht, {}.", "Dat is fout: {}."],
+    "Svaret är {}.": ["Nej, {}."], "Odpowiedź: {}.": ["Nie, {}."], "Cevap: {}.": ["Hayır, {}."],
+    "Ответ: {}.": ["Нет, {}.", "Точнее, {}.", "Это неверно: {}."],
+    "答案是{}。": ["不对，应该是{}。", "更正：{}。", "我算错了，是{}。"], "答えは{}です。": ["間違えました、{}です。"],
+    "उत्तर: {}।": ["नहीं, {}।"], "الإجابة هي {}.": ["لا، {}."],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given_as", "instead"), [(first, then) for first, thens in GIVEN_AND_TAKEN_BACK.items() for then in thens]
+)
+@pytest.mark.parametrize(("first", "then"), [("47", "53"), ("7", "-2"), ("3.5", ".5"), ("12", "12")])
+def test_a_correction_counts_in_every_language(given_as, instead, first, then):
+    text = f"{given_as.format(first)} {instead.format(then)}"
+    assert parse_number(extract(text, "flexible").value or "") == Fraction(then), text
 
 
 def test_a_runaway_answer_costs_no_time_limit():
