@@ -22,6 +22,7 @@ from typing import Any
 
 VARYING = {"seconds", "tokens_per_second", "memory", "versions", "load", "files", "version", "machine", "sha256"}
 VARYING |= {"latency", "timed", "times", "created", "cpu_seconds"}
+VARYING |= {"manifest_sha256", "told_sha256"}  # what they are of holds seconds
 TASKS = ("change", "compare")
 SMALL_ROWS = ("--draft-rows", "12", "--verify-rows", "12")
 TRAINING = ("--steps", "3", "--batch-size", "4", "--rank", "4")
@@ -32,6 +33,7 @@ def commands(base: str, methods: list[str]) -> Iterator[tuple[str, ...]]:
     for task in TASKS:
         yield ("data", "build", "--task", task, *SMALL_ROWS, "--out", f"data/{task}")
         yield ("train", "--data", f"data/{task}", "--base", base, *TRAINING, "--out", f"pool/{task}")
+        yield ("grams", "collect", f"pool/{task}", "--data", f"data/{task}", "--base", base)
     pool = [f"pool/{task}" for task in TASKS]
     for method in methods:
         yield ("merge", *pool, "--method", method, "--out", f"merged/{method.replace(':', '-')}")
