@@ -14,27 +14,22 @@ from mlx_rsgwm.data.numbers import parse_number
 
 _HESITATIONS = (
     r"wait(?!\s(?:until|till|for|times?|at|in|to|on)\b)|hmm+|hm|actually|i mean|i meant|hold on|hang on|on (?:second|"
-    r"further) thought|on reflection|"
-    r"(?:let me|i (?:should|need to|must)) (?:re-?(?:check|count|compute|calculate|consider|think|do|read|examine|"
-    r"evaluate)|"
-    r"double[- ]check|check|correct|fix)[^.:!?\n]{0,30}|"
-    r"um+|uh+|rather|i take (?:that|it) back|(?:it|that|this) (?:should|must|ought to) (?:have been|be)|moment|warte|"
-    r"eigentlich|vielmehr|attend(?:s|ez)|en fait|plutôt|pardon|espera|perdón|en realidad|mejor dicho|"
-    r"aspetta|anzi|in realtà|scusa|espere?|na verdade|aliás|desculpe?|wacht|eigenlijk|vänta|chwila|подожди(?:те)?|"
-    r"точнее|"
-    r"вернее|стоп"
+    r"further) thought|on reflection|(?:let me|i (?:should|need to|must)) (?:re-?(?:check|count|compute|calculate|"
+    r"consider|think|do|read|examine|evaluate)|double[- ]check|check|correct|fix)[^.:!?\n]{0,30}|um+|uh+|rather|"
+    r"i take (?:that|it) back|(?:it|that|this) (?:should|must|ought to) (?:have been|be)|moment|warte|eigentlich|"
+    r"vielmehr|attend(?:s|ez)|en fait|plutôt|pardon|espera|perdón|en realidad|mejor dicho|aspetta|anzi|in realtà|scusa|"
+    r"espere?|na verdade|aliás|desculpe?|wacht|eigenlijk|vänta|chwila|подожди(?:те)?|точнее|вернее|стоп"
 )
 _NAYS = r"no|nope|nein|non|nee|nej|нет|não|nie|hayır|لا|नहीं|いいえ|아니(?:요|다)?"
 _NOUNS = (
     r"correction|edit|korrektur|berichtigung|corrección|corrige|correzione|errata|correção|correctie|korekta|"
-    r"исправление|"
-    r"поправка|更正|訂正|정정"
+    r"исправление|поправка|更正|訂正|정정"
 )
 _WRONG_WORDS = (
     r"wrong|incorrect|mistaken|not (?:right|correct)|falsch|nicht (?:richtig|korrekt|wahr)|verkehrt|faux|fausse|"
     r"incorrecte?|erron[ée]e?|pas (?:correcte?|juste|bon(?:ne)?|vrai)|incorrect[oa]|falso|erróne[oa]|sbagliat[oa]|"
-    r"errat[oa]|"
-    r"errad[oa]|incorret[oa]|fout|onjuist|niet (?:juist|goed|correct)|fel|błędn[ea]|yanlış|неверно|неправильно|ошибка"
+    r"errat[oa]|errad[oa]|incorret[oa]|fout|onjuist|niet (?:juist|goed|correct)|fel|błędn[ea]|yanlış|неверно|"
+    r"неправильно|ошибка"
 )
 _IS = r"(?:is|was|['’]s|seems|looks|ist|war|est|était|es|era|è|é|está|estaba|to)"
 _RIGHT_WORDS = (
@@ -42,15 +37,13 @@ _RIGHT_WORDS = (
     r"goed|rätt|верно|правильно"
 )
 _DENIED = re.compile(
-    rf"\b(?:that|this|it|which|(?:the|my|this|that) (?:first |previous |last )?(?:answer|result|number|value)|das|"
-    rf"dies|es|"
-    rf"ce(?:la)?|ça|c['’]|eso|esto|questo|isso|dat|det|это)(?:\s|(?<=['’])|(?=['’]s)){_IS}\s+(?:all |completely |"
-    rf"quite )?"
-    rf"(?:{_WRONG_WORDS})\b"
+    rf"\b(?:that|this|it|which|(?:the|my|this|that) (?:first |previous |last )?(?:answer|result|number|value)|das|dies|"
+    rf"es|ce(?:la)?|ça|c['’]|eso|esto|questo|isso|dat|det|это)(?:\s|(?<=['’])|(?=['’]s)){_IS}\s+(?:all |completely |"
+    rf"quite )?(?:{_WRONG_WORDS})\b"
     rf"|(?:^|[.,;:!\n]\s*)(?:es|è|é|está|era|это)\s+(?:{_WRONG_WORDS})\b|(?:^|[.,;:!\n]\s*)(?:falsch|неверно|"
     rf"неправильно)\b"
-    r"|\b(?:that|this|it) (?:can(?:['’]t|not| not)|isn['’]t|is not|wasn['’]t|does(?:n['’]t| not) (?:look|seem)) "
-    r"(?:be |quite )?(?:right|correct|true)\b"
+    r"|\b(?:that|this|it) (?:can(?:['’]t|not| not)|isn['’]t|is not|wasn['’]t|does(?:n['’]t| not) (?:look|seem)) (?:be |"
+    r"quite )?(?:right|correct|true)\b"
     r"|\b(?:no es|non è|não é|não está|no está) (?:correct[oa]|corrett[oa]|corret[oa]|cert[oa]|giust[oa])\b"
     r"|\b(?:stimmt|klopt) (?:so )?(?:nicht|niet)\b"
     r"|\bI (?:have )?(?:was (?:wrong|mistaken)|ma(?:d|k)e an? (?:\w+ )?(?:mistake|error)|mis(?:read|counted|calculated|"
@@ -58,8 +51,8 @@ _DENIED = re.compile(
     r"|\b(?:habe|hab) mich (?:verrechnet|vertan|geirrt)|\bme suis trompée?\b|\bme (?:equivoqué|he equivocado|confundí)|"
     r"\b(?:ho|mi sono) sbagliato\b|\bme enganei\b|\berrei\b|\bheb me vergist\b|\bя ошиб\w+|\bэто не так\b|\bне так\b"
     r"|(?:不对|不對|不正确|算错|算錯|错了|錯了|間違え|間違い|違います|틀렸|잘못)"
-    r"|\b(?:actually|wait|hmm+),? I(?:['’]m| am) not (?:sure|certain)(?: (?:that |if |whether )?(?:this|that|it) is "
-    r"(?:right|correct))?"
+    r"|\b(?:actually|wait|hmm+),? I(?:['’]m| am) not (?:sure|certain)(?: (?:that |if |whether )?(?:this|that|"
+    r"it) is (?:right|correct))?"
     r"|\b(?:scratch that|or rather|make that|strike that)\b|\b(?:oops|sorry)\b",
     re.IGNORECASE,
 )
@@ -74,12 +67,10 @@ _REVOKING = re.compile(
     r"\b(?:wrong|incorrect|mistake|error|not right|not correct|not sure|forgot|wait)\b", re.IGNORECASE
 )
 _LINK = (
-    r"it|that|this|so|then|the|my|final|new|correct|right|answer|value|total|result|number|should|must|would|will|"
-    r"has|to|be|"
-    r"is|are|was|['’]s|i|get|got|mean|meant|rather|say|make|about|equals|actually|wait|no|sorry|es|ist|sind|sollte|das|"
-    r"richtig|antwort|die|c['’]est|ce|sont|la|le|réponse|son|es|serían?|respuesta|sono|è|risposta|é|são|resposta|het|"
-    r"antwoord|"
-    r"zijn|это|ответ|будет|det|är|svaret|perdón|sein|on"
+    r"it|that|this|so|then|the|my|final|new|correct|right|answer|value|total|result|number|should|must|would|will|has|"
+    r"to|be|is|are|was|['’]s|i|get|got|mean|meant|rather|say|make|about|equals|actually|wait|no|sorry|es|ist|sind|"
+    r"sollte|das|richtig|antwort|die|c['’]est|ce|sont|la|le|réponse|son|es|serían?|respuesta|sono|è|risposta|é|são|"
+    r"resposta|het|antwoord|zijn|это|ответ|будет|det|är|svaret|perdón|sein|on"
 )
 _PUT_FORWARD = re.compile(
     rf"(?:(?:{_LINK})\b[\s:,.]*|['’]s\s+|(?:应该是|应为|應該是|答案是|是|正解は)\s?){{0,7}}[\s(*$€£¥₹\"'“]*"
@@ -97,8 +88,7 @@ _CONDITIONAL = re.compile(r"\b(?:if|whether|unless|in case|wenn|falls|si|se|ес
 _VALUE = r"(?<![\w.,])(?:[-–]?[$€£]?\.?[0-9](?:[\d.,/]*\d)?|(?-i:\(?[A-J]\)?))"
 _VALUE_DENIED = re.compile(
     rf"(?P<is>{_VALUE})(?:\s[^\W\d]+)?\s(?:{_IS}|would be)\s(?:{_WRONG_WORDS}|too (?:many|much|few|little|high|low|"
-    rf"large|"
-    rf"small|big))\b|(?P<cannot>{_VALUE})\s(?:can(?:['’]t|not| not) be|isn['’]t)\s(?:{_RIGHT_WORDS})\b"
+    rf"large|small|big))\b|(?P<cannot>{_VALUE})\s(?:can(?:['’]t|not| not) be|isn['’]t)\s(?:{_RIGHT_WORDS})\b"
     rf"|\bnot\s(?P<no>{_VALUE})(?:\s[^\W\d]+)?(?=[,;:.]|\s(?:but|sondern)\b)",
     re.IGNORECASE,
 )
