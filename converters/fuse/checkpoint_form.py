@@ -9,7 +9,7 @@ changed ones take the way of ``sanitize`` back.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from mlx_rsgwm.converters.base_layers import BaseLayers, saved_by_mlx_lm
 from mlx_rsgwm.converters.dense_base import dense_parameters
 from mlx_rsgwm.converters.stream import write_arrays
-from mlx_rsgwm.converters.weight_map import Link, describe_link
+from mlx_rsgwm.converters.weight_map import Link, Part, describe_link
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
@@ -88,8 +88,7 @@ def _arrays_of_model(base: BaseLayers, model: Any) -> dict[str, mx.array]:
         if link.axes is not None:
             arrays[link.source] = link.undo(value)
             continue
-        matrices = [value] if value.ndim == 2 else [value[index] for index in range(value.shape[0])]
-        for parts, matrix in zip(link.parts, matrices, strict=True):
+        for parts, matrix in _matrices(link, value):
             if len(parts) > 1 or parts[0].expert is not None or not parts[0].is_all(matrix.shape[0]):
                 raise RsgwmError(describe_link(name, link))
             arrays[parts[0].source] = matrix.T if parts[0].transposed else matrix
@@ -107,8 +106,7 @@ def _put_parts(arrays: dict[str, mx.array], link: Link, value: mx.array) -> None
         source[:, int(rows[0]) : int(rows[-1]) + 1] = value
         arrays[link.source] = source
         return
-    matrices = [value] if value.ndim == 2 else [value[index] for index in range(value.shape[0])]
-    for parts, matrix in zip(link.parts, matrices, strict=True):
+    for parts, matrix in _matrices(link, value):
         start = 0
         for part in parts:
             block = matrix[start : start + len(part.rows)]
@@ -124,6 +122,12 @@ def _put_parts(arrays: dict[str, mx.array], link: Link, value: mx.array) -> None
             else:
                 source[part.expert, places] = block
             arrays[part.source] = source
+
+
+def _matrices(link: Link, value: mx.array) -> Iterator[tuple[Sequence[Part], mx.array]]:
+    """The parts that each expert's matrix is made of, and the matrix; without experts there is one."""
+    matrices = [value] if value.ndim == 2 else [value[index] for index in range(value.shape[0])]
+    return zip(link.parts, matrices, strict=True)
 
 
 def _is_slice_of_all(link: Link, arrays: Mapping[str, mx.array]) -> bool:
