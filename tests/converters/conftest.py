@@ -70,3 +70,37 @@ def save_random_peft():
         return model
 
     return save
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory):
+    """Base folders by architecture (those of ``bench/architectures.py``), made when asked for."""
+    from mlx_rsgwm.bench.architectures import save_model
+
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("bases") / name
+            save_model(name, made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_torch_model():
+    """Save a random float32 model of a transformers class (``Llama`` for ``LlamaForCausalLM``); its biases count."""
+    import torch
+    import transformers
+
+    def save(kind, settings, folder):
+        torch.manual_seed(5)
+        config = getattr(transformers, f"{kind}Config")(**settings)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
+
+    return save

@@ -43,20 +43,6 @@ STRANGEST = {
 }
 
 
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
-    """Base folders by architecture, made when asked for."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("bases") / name
-            sweep.save_model(name, made[name])
-        return made[name]
-
-    return folder
-
-
 @pytest.mark.parametrize("name", STRANGEST)
 def test_logits_are_those_of_torch_both_ways(name, tmp_path):
     found = sweep.sweep(name, tmp_path).findings

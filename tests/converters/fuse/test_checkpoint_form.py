@@ -29,19 +29,6 @@ TRAINED = {
 }
 
 
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("bases") / name
-            sweep.save_model(name, made[name])
-        return made[name]
-
-    return folder
-
-
 def make_adapter(base, folder, **settings):
     """A random adapter of PEFT's and ours; torch's logits with it."""
     expected = sweep.random_peft(sweep.load_torch_base(base, "cpu", "float32"), folder / "peft", **settings)

@@ -67,43 +67,40 @@ def test_all_chat_templates_survive(folder, tmp_path):
     assert AutoTokenizer.from_pretrained(back).chat_template == templates
 
 
-@pytest.mark.parametrize("share", [0.999, 0.7, 0.1])
-def test_a_file_that_was_cut_gets_no_name(folder, tmp_path, monkeypatch, share):
-    """A full disk: gguf's writer is told of it, or is not."""
+@pytest.fixture
+def cut_off(monkeypatch):
+    """Let a share of what gguf writes arrive: a full disk, of which its writer is told or not."""
     import gguf
 
-    close = gguf.GGUFWriter.close
+    def install(share):
+        close = gguf.GGUFWriter.close
 
-    def cut(writer):
-        paths = [file.name for file in writer.fout]
-        close(writer)
-        for path in paths:
-            with open(path, "r+b") as file:
-                file.truncate(int(share * file.seek(0, 2)))
+        def cut(writer):
+            paths = [file.name for file in writer.fout]
+            close(writer)
+            for path in paths:
+                with open(path, "r+b") as file:
+                    file.truncate(int(share * file.seek(0, 2)))
 
-    monkeypatch.setattr(gguf.GGUFWriter, "close", cut)
+        monkeypatch.setattr(gguf.GGUFWriter, "close", cut)
+
+    return install
+
+
+@pytest.mark.parametrize("share", [0.999, 0.7, 0.1])
+def test_a_file_that_was_cut_gets_no_name(folder, tmp_path, cut_off, share):
+    cut_off(share)
     with pytest.raises(RsgwmError):
         model_to_gguf(folder, tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("share", [0.999, 0.7, 0.1])
-def test_an_adapter_that_was_cut_gets_no_name(folder, tmp_path, make_adapter, monkeypatch, share):
-    import gguf
-
+def test_an_adapter_that_was_cut_gets_no_name(folder, tmp_path, make_adapter, cut_off, share):
     from mlx_rsgwm.converters.base_layers import read_base_layers
     from mlx_rsgwm.converters.gguf.adapter import to_gguf
 
-    close = gguf.GGUFWriter.close
-
-    def cut(writer):
-        paths = [file.name for file in writer.fout]
-        close(writer)
-        for path in paths:
-            with open(path, "r+b") as file:
-                file.truncate(int(share * file.seek(0, 2)))
-
-    monkeypatch.setattr(gguf.GGUFWriter, "close", cut)
+    cut_off(share)
     with pytest.raises(RsgwmError):
         to_gguf(make_adapter(0), read_base_layers("base", folder), tmp_path / "adapter.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

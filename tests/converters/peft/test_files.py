@@ -39,21 +39,15 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory, byte_level):
+def bases(tmp_path_factory, save_torch_model, byte_level):
     """Base folders by family, made when asked for."""
     made = {}
 
     def folder(family):
         if family not in made:
             kind, extra = FAMILIES[family]
-            torch.manual_seed(5)
-            config = getattr(transformers, f"{kind}Config")(**{**SIZES, **extra})
-            model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.2)
             made[family] = tmp_path_factory.mktemp("bases") / family
-            model.save_pretrained(made[family])
+            save_torch_model(kind, {**SIZES, **extra}, made[family])
             byte_level(made[family])
         return made[family]
 

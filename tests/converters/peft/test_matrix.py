@@ -120,21 +120,15 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, save_torch_model):
     """Base folders by family, made when asked for."""
     made = {}
 
     def folder(family):
         if family not in made:
             kind, extra = FAMILIES[family]
-            torch.manual_seed(5)
-            config = getattr(transformers, f"{kind}Config")(**{**SIZES, **extra})
-            model = getattr(transformers, f"{kind}ForCausalLM")(config).float()
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    torch.nn.init.normal_(parameter, std=0.2)
             made[family] = tmp_path_factory.mktemp("bases") / family
-            model.save_pretrained(made[family])
+            save_torch_model(kind, {**SIZES, **extra}, made[family])
             if "num_experts" in extra:  # transformers 5 saves it under another name than published models have
                 path = made[family] / "config.json"
                 path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": extra["num_experts"]}))
