@@ -53,7 +53,7 @@ def checkpoint_arrays(
         if link is None:
             raise RsgwmError(describe_link(name, link))
         if link.axes is None:
-            _put_parts(arrays, link, value)
+            put_parts(arrays, link, value)
         elif f"{name}.original" in adapter.kept and value is adapter.full.get(name):
             arrays[link.source] = adapter.kept[f"{name}.original"]
         else:
@@ -95,8 +95,11 @@ def _arrays_of_model(base: BaseLayers, model: Any) -> dict[str, mx.array]:
     return arrays
 
 
-def _put_parts(arrays: dict[str, mx.array], link: Link, value: mx.array) -> None:
-    """Put the rows of a parameter that mlx-lm split or stacked back into the arrays that they come from."""
+def put_parts(arrays: dict[str, mx.array], link: Link, value: mx.array) -> None:
+    """Put a parameter that mlx-lm split or stacked back into the ``arrays`` that its rows come from, as float32.
+
+    ``value``: (rows, columns), or (experts, rows, columns); ``link``: where it comes from, by ``parts``.
+    """
     value = value.astype(mx.float32)
     if link.scaled:
         value = value / mx.array(link.scale)[..., None]
