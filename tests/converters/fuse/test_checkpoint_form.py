@@ -25,6 +25,7 @@ TRAINED = {
     "mixtral": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
     "falcon_h1": {"target_modules": ["in_proj", "o_proj", "gate_proj"], "modules_to_save": ["lm_head"]},
     "qwen3_next": {"target_modules": ["q_proj"], "modules_to_save": ["model.norm", "input_layernorm"]},
+    "deepseek_v3": {"target_modules": ["q_a_proj", "o_proj", "down_proj"]},
     "granitemoe": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]},
 }
 
