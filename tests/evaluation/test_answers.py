@@ -306,6 +306,7 @@ def test_the_same_amount_or_text_in_another_spelling_is_right(value, gold):
         ("2 hours", "120 minutes", True), ("2 hours", "2 minutes", False), ("90 s", "1.5 min", True),
         ("$5", "500 cents", True), ("$5", "5 cents", False), ("1.5 kg", "1500 g", True), ("3 ft", "36 inches", True),
         ("3 ft", "1 yard", True), ("1 mile", "1.6 km", False), ("5 m", "5 s", False), ("5 l", "5 kg", False),
+        ("-5 kg", "-5000 g", True), ("-5 kg", "5000 g", False), ("-5 kg", "5 kg", False),
         ("€5", "500 cents", False), ("500 m²", "5 cm²", False), ("5", "500 cm", False),
         ("10⁻² kg", "10 kg", False), ("10⁻² kg", "100 kg", False), ("10⁻² kg", "0.01 kg", True),
         ("10⁻² kg", "10", False),
