@@ -13,17 +13,25 @@ from dataclasses import dataclass
 from mlx_rsgwm.data.numbers import parse_number
 
 _HESITATIONS = (
-    r"wait(?!\s(?:until|till|for|times?|at|in|to|on)\b)|hmm+|hm|actually|i mean|i meant|hold on|hang on|on (?:second|"
-    r"further) thought|on reflection|(?:let me|i (?:should|need to|must)) (?:re-?(?:check|count|compute|calculate|"
-    r"consider|think|do|read|examine|evaluate)|double[- ]check|check|correct|fix)[^.:!?\n]{0,30}|um+|uh+|rather|"
-    r"i take (?:that|it) back|(?:it|that|this) (?:should|must|ought to) (?:have been|be)|moment|warte|eigentlich|"
-    r"vielmehr|attend(?:s|ez)|en fait|plutôt|pardon|espera|perdón|en realidad|mejor dicho|aspetta|anzi|in realtà|scusa|"
-    r"espere?|na verdade|aliás|desculpe?|wacht|eigenlijk|vänta|chwila|подожди(?:те)?|точнее|вернее|стоп"
+    r"wait(?!\s(?:until|till|for|times?|at|in|to|on)\b)|hmm+|hm|actually|i mean|i meant|not quite|i stand corrected|"
+    r"apologies|halt|entschuldigung|désolée?|lo siento|corrijo|scusate|scusi|"
+    r"извините|ой|hold on|hang on|on (?:second|"
+    r"further) thought|on reflection|"
+    r"(?:let me|i (?:should|need to|must)) (?:re-?(?:check|count|compute|calculate|consider|think|do|read|examine|"
+    r"evaluate)|"
+    r"double[- ]check|check|correct|fix)[^.:!?\n]{0,30}|"
+    r"um+|uh+|rather|i take (?:that|it) back|(?:it|that|this) (?:should|must|ought to) (?:have been|be)|moment|warte|"
+    r"eigentlich|vielmehr|attend(?:s|ez)|en fait|plutôt|pardon|espera|perdón|en realidad|mejor dicho|"
+    r"aspetta|anzi|in realtà|scusa|espere?|na verdade|aliás|desculpe?|wacht|eigenlijk|vänta|chwila|подожди(?:те)?|"
+    r"точнее|"
+    r"вернее|стоп"
 )
 _NAYS = r"no|nope|nein|non|nee|nej|нет|não|nie|hayır|لا|नहीं|いいえ|아니(?:요|다)?"
 _NOUNS = (
-    r"correction|edit|korrektur|berichtigung|corrección|corrige|correzione|errata|correção|correctie|korekta|"
-    r"исправление|поправка|更正|訂正|정정"
+    r"correction|erreur|error|fehler|edit|korrektur|berichtigung|corrección|corrige|correzione|errata|correção|"
+    r"correctie|korekta|"
+    r"исправление|"
+    r"поправка|更正|訂正|정정"
 )
 _WRONG_WORDS = (
     r"wrong|incorrect|mistaken|not (?:right|correct)|falsch|nicht (?:richtig|korrekt|wahr)|verkehrt|faux|fausse|"
@@ -51,9 +59,11 @@ _DENIED = re.compile(
     r"|\b(?:habe|hab) mich (?:verrechnet|vertan|geirrt)|\bme suis trompée?\b|\bme (?:equivoqué|he equivocado|confundí)|"
     r"\b(?:ho|mi sono) sbagliato\b|\bme enganei\b|\berrei\b|\bheb me vergist\b|\bя ошиб\w+|\bэто не так\b|\bне так\b"
     r"|(?:不对|不對|不正确|算错|算錯|错了|錯了|間違え|間違い|違います|틀렸|잘못)"
-    r"|\b(?:actually|wait|hmm+),? I(?:['’]m| am) not (?:sure|certain)(?: (?:that |if |whether )?(?:this|that|"
-    r"it) is (?:right|correct))?"
-    r"|\b(?:scratch that|or rather|make that|strike that)\b|\b(?:oops|sorry)\b",
+    r"|\b(?:actually|wait|hmm+),? I(?:['’]m| am) not (?:sure|certain)(?: (?:that |if |whether )?(?:this|that|it) is "
+    r"(?:right|correct))?"
+    r"|\A[\s$)\]}*]*(?:is|was) (?:wrong|incorrect|not (?:right|correct))\b|\blet me (?:redo|fix|correct)\b"
+    r"|\b(?:scrap|forget|disregard|ignore|scratch|strike) (?:that|this)\b|\b(?:or rather|make that)\b|\b(?:oops|"
+    r"sorry)\b",
     re.IGNORECASE,
 )
 _CUE = re.compile(
@@ -79,6 +89,13 @@ _PUT_FORWARD = re.compile(
     re.IGNORECASE,
 )
 _WRONG = re.compile(rf"\b(?:{_WRONG_WORDS}|mistake|error)\b|\b(?:stimmt|klopt) (?:nicht|niet)\b", re.IGNORECASE)
+# Any few words, in whatever language, and then a number alone: a new value, or something else that is counted.
+_ANOTHER_VALUE = re.compile(
+    r"\W*(?!(?:that is|in other words|in short|namely|"
+    r"i\.e\.)\W)(?:[^\W\d][\w'’]*\s){0,3}[^\W\d][\w'’]*(?:\s?[,!…;–—-]|\s?\.\.\.)\s*(?:(?:it|that)(?:['’]s| is)\s)?"
+    r"(?P<number>[-–]?[$€£]?\.?[0-9](?:[\d.,/]*\d)?)(?![\d%])(?:\s[^\W\d]+)?[)*\"']*(?:[.!;](?=\s|$)|\n|$)",
+    re.IGNORECASE,
+)
 _CLAUSE = re.compile(
     r"\b(?:is|are|was|were|would|will|could|has|have|more|less|fewer|times|than|of|ist|sind|est|sont|es|son|è|é|wäre)\b"
     rf"(?!\s(?:the\s)?(?:{_RIGHT_WORDS})\b)|[+*/×÷=<>]\s*[\w($]",
@@ -162,3 +179,9 @@ def confirms(text: str) -> bool:
 def denies(text: str) -> bool:
     """Whether a text calls something wrong."""
     return _WRONG.search(text) is not None
+
+
+def offers_another(text: str, value: str | None) -> bool:
+    """Whether what follows an answer is a few words, which may mean anything, and another number alone."""
+    match = _ANOTHER_VALUE.match(text)
+    return match is not None and value is not None and not _same(match["number"], value)

@@ -39,7 +39,8 @@ _EMPTY_MARKER = re.compile(r"#{4,}(?:answer)?[.:]*", re.IGNORECASE)
 _MARKER = re.compile(r"(?<!#)#{4,}")
 _ANSWER_TAG = re.compile(r"<answer>(.{0,2000}?)</answer>", re.IGNORECASE | re.DOTALL)
 _SAID = re.compile(
-    r"(?<!/)\banswers?\b(?:\s+(?:to|of|for)\s+(?:the\s+)?(?:question|problem|part|exercise)\s*\(?\w{0,4}\)?)?[^.:=\n\d]{0,50}?"
+    r"(?<!/)(?<!wrong )(?<!incorrect )(?<!false )\banswers?\b"
+    r"(?:\s+(?:to|of|for)\s+(?:the\s+)?(?:question|problem|part|exercise)\s*\(?\w{0,4}\)?)?[^.:=\n\d]{0,50}?"
     r"(?:\b(?:is|are)\b(?!\s(?:to|based|found|obtained|calculated|derived|determined|given by)\b)|"
     r"\b(?:would|will|must|should) be\b|\bequals\b|(?<!answers)(?<!answers )[:=]|\s[-–—](?=\s))"
     r"|\b(?:final|end)\s+result\b[^.:=\n\d]{0,20}?(?:\bis\b|\bequals\b|[:=])"

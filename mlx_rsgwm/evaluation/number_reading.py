@@ -14,7 +14,7 @@ from mlx_rsgwm.data.digits import fold
 from mlx_rsgwm.data.equations import evaluate
 from mlx_rsgwm.data.numbers import read_numeral
 from mlx_rsgwm.data.quantities import Quantity, quantities, word_quantities, writes_decimal_commas
-from mlx_rsgwm.evaluation.corrections import confirms, denies, find_correction
+from mlx_rsgwm.evaluation.corrections import confirms, denies, find_correction, offers_another
 from mlx_rsgwm.evaluation.final_text import Statement, marked_lines, statements
 
 
@@ -32,7 +32,7 @@ NOTHING, AMBIGUOUS = Reading(), Reading(ambiguous=True)
 
 _AND = r"(?:and|or|und|oder|et|ou|y|e|o|и|или|eller|lub|veya|أو|या|to|bis|through|plus|versus|vs)"
 _TWO_VALUES = re.compile(
-    rf"(?:\s*[^\W\d][\w'’-]*|\s*[%°²³]){{0,3}}(?:\s*(?:[,;&和或]|または|또는)\s*(?:(?:and|or)\s+)?|\s+{_AND}\b\.?\s+(?:(?:about|also|another)\s+)?)"
+    rf"(?:\s*[^\W\d][\w'’-]*|\s*[%°²³]){{0,3}}(?:\s*(?:[,;&和或]|または|또는)\s*(?:(?:and|or)\s+)?|\s+\(or\s+|\s+{_AND}\b\.?\s+(?:(?:about|also|another)\s+)?)"
     r"(?:[a-zA-Z]\w{0,3}\s*=\s*)?[(\[$€£¥₹]*",
     re.IGNORECASE,
 )
@@ -365,7 +365,7 @@ def after_correction(text: str, place: Statement, reading: Reading, commas: bool
 def _corrected(tail: str, reading: Reading, commas: bool, most: int) -> Reading:
     correction = find_correction(tail, reading.value)
     if correction is None or not most:
-        return reading
+        return AMBIGUOUS if offers_another(tail[:LONGEST].lstrip(" .*$)]}"), reading.value) else reading
     if correction.number is not None:
         return replace(_first(correction.number, commas), stated=False)
     instead = _first(correction.text, commas) if correction.puts_forward else NOTHING
@@ -388,6 +388,11 @@ def taken_back(text: str, place: Statement, value: str | None = None) -> str | N
 
 
 def _following(text: str, place: Statement) -> str:
-    """What comes after an answer; after one in words, from the next sentence on."""
+    """What comes after an answer; after one in words that holds no digit, from the next sentence on."""
     tail = fold(text[place.end :])
-    return "\n".join(sentences(tail)[1:]) if place.kind == "said" else tail
+    if place.kind != "said":
+        return tail
+    first, *later = sentences(tail) or [""]
+    digits = re.search(r"[0-9](?:[0-9.,/]*[0-9])?", first)
+    within = first[digits.end() :] if digits is not None else ""
+    return "\n".join([within, *later] if find_correction(within) is not None else later)

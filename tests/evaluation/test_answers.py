@@ -379,6 +379,35 @@ def test_the_answer_that_is_taken_back_is_not_read(kind, text, answer):
     assert extract(text, kind).value == answer
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is 24, but that's wrong. It's 20.", "\\boxed{24} is wrong. It's 20.",
+        "The answer is 24. Not quite: 20.", "The answer is 24. Scrap that, 20.",
+        "The answer is 24. Let me redo this: 4 * 5 = 20.", "Antwort: 24. Quatsch, 20.",
+        "La réponse est 24. Oups, 20.", "La respuesta es 24. Ay, 20.", "La risposta è 24. Ops, 20.",
+        "Ответ: 24. Ой, 20.", "The answer is 24. Ugh, 20.", "The answer is 24. Darn, it's 20.",
+        "The answer is 24 (or 20 if the cat is left out).", "The answer is 24. Zut alors, 20.",
+        "The answer is 24. Blimey... 20.", "答案是24。哦，20。",
+    ],
+)  # fmt: skip
+def test_another_number_after_a_few_words_leaves_no_first_one(text):
+    assert extract(text, "flexible").value in ("20", None)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "Confidence: 95%", "Hope this helps!", "That is, 2 dozen.", "In other words, 2 dozen.", "Each child gets 6.",
+        "A wrong answer would be 20.", "It is not 20.", "In whole dollars, 24.", "Check: 6 * 4 = 24.",
+        "No one else came.",
+        "Students often make the mistake of answering 20.", "I hope that's right!", "Nothing is wrong with 2 dozen.",
+    ],
+)  # fmt: skip
+def test_what_else_is_said_after_an_answer_leaves_it_standing(after):
+    assert extract(f"The answer is 24. {after}", "flexible").value == "24"
+
+
 # Each language's own words for an answer, and for taking it back with a new value.
 GIVEN_AND_TAKEN_BACK = {
     "The answer is {}.": [
