@@ -8,7 +8,7 @@ files in ``--out`` and are skipped when these are there, so that the study can b
     python bench/verifier_study.py train --demo runs/demo --out runs/study --verifier perturbed
     python bench/verifier_study.py read --demo runs/demo --out runs/study --verifier demo
     python bench/verifier_study.py read --demo runs/demo --out runs/study --verifier perturbed
-    python bench/verifier_study.py report --demo runs/demo --out runs/study --plot docs/verifier.png
+    python bench/verifier_study.py report --demo runs/demo --out runs/study --plot docs/lab-notes/verifier.png
 
 ``--verifier`` is ``demo`` (the merged one of the run, which needs no training) or a key of ``VERIFIERS``. ``report``
 shows those that have been read; its last line is JSON.

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.main import COMMANDS, rsgwm
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLACEHOLDERS = re.compile(r"^(COMMAND|REPOSITORY)$")
 PATHS = r"`((?:tests|bench|mlx_rsgwm|converters|cli|docs)/[\w/.-]+\.(?:py|md|yaml))(?:::(\w+))?`"
 RUN_MARK = "<!-- run in order -->"
