@@ -2,8 +2,8 @@
 
 They exist so that the whole line (train, merge, draft, verify) runs on a fresh machine in minutes with a 135M model
 that learns them and still errs. A family with one operation would teach an adapter to stop reading the question, and
-the merge of four such adapters confuses the operations (docs/lab-notes/task-families.md). Questions are generated, never stored;
-a seed and a count name a data set.
+the merge of four such adapters confuses the operations (docs/lab-notes/task-families.md). Questions are generated,
+never stored; a seed and a count name a data set.
 """
 
 from __future__ import annotations
