@@ -25,19 +25,19 @@ from mlx_rsgwm.data.numbers import parse_number, plain_number
 from mlx_rsgwm.data.quantities import writes_decimal_commas
 from mlx_rsgwm.evaluation.equality import RUNAWAY, parse_mathematics
 from mlx_rsgwm.evaluation.equality import is_correct as is_correct
-from mlx_rsgwm.evaluation.final_text import Statement, final_text, marked_lines, statements
-from mlx_rsgwm.evaluation.label_reading import options_of as options_of
-from mlx_rsgwm.evaluation.label_reading import read_choice, read_verdict
-from mlx_rsgwm.evaluation.number_reading import (
+from mlx_rsgwm.evaluation.final_text import (
     AMBIGUOUS,
     NOTHING,
     Reading,
-    after_correction,
-    marked_number,
+    Statement,
+    final_text,
+    marked_lines,
     sentences,
-    stated_number,
-    taken_back,
+    statements,
 )
+from mlx_rsgwm.evaluation.label_reading import options_of as options_of
+from mlx_rsgwm.evaluation.label_reading import read_choice, read_verdict
+from mlx_rsgwm.evaluation.number_reading import after_correction, marked_number, stated_number, taken_back
 
 Status = Literal["answer", "no_answer", "cut_off"]
 STATUSES: tuple[Status, ...] = ("answer", "no_answer", "cut_off")

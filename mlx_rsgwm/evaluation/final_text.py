@@ -30,7 +30,8 @@ _DRESS = re.compile(
 # A model that got stuck: no answer is a word of 600 signs, and every later pattern may take its time over those.
 _RUNAWAY = re.compile(r"[!-~]{600,}")
 _GAPS = re.compile(r"[ \t]{100,}|\n{20,}")
-MOST = 40  # places that are looked at from the end of a text
+MOST = 40  # places or sentences that are looked at from the end of a text
+LONGEST = 1000  # characters of a sentence
 _ANOTHER_QUESTION = re.compile(
     r"\n[ \t#*]*(?:Q[ \t]*\d*[ \t]*:|(?:Question|Problem|Exercise)(?:[ \t]*\d+)?[ \t]*[:.])", re.IGNORECASE
 )
@@ -55,6 +56,10 @@ _HEADING = re.compile(r"(?m)^[ \t#*_]*(?:final[ \t]+)?answer[ \t#*_:]*$", re.IGN
 _IS_THE_ANSWER = re.compile(
     r"[^\n.!?]{1,80}?\s(?:is|are)\s(?:the|our|my)\s(?:final\s|correct\s|right\s)*answers?\b", re.IGNORECASE
 )
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]*]*\s+(?=[\"'(*\\$\[]*[A-Z0-9\u0080-\uffff])|\n+")
+_ABBREVIATION = re.compile(
+    r"\b(?:approx|no|vs|mr|mrs|ms|dr|st|e\.g|i\.e|ca|bzw|mio|mrd|oz|lb|lbs|ft|hr|hrs|min|sq)\.$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,17 @@ class Statement:
     kind: str  # box, tag, said ("the answer is …"), subject ("… is the answer")
     boxes: tuple[str, ...] = ()
     end: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    value: str | None = None
+    ambiguous: bool = False
+    stated: bool = True
+    end: int = 0  # where the number ends in the text that was read; for texts that were cut off
+
+
+NOTHING, AMBIGUOUS = Reading(), Reading(ambiguous=True)
 
 
 def without_reasoning(text: str) -> str:
@@ -170,3 +186,16 @@ def _line_after(text: str, position: int) -> str:
         if line.strip(" \t*_:=$[](){}\\`\"'"):
             return line
     return ""
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a text; a point after an abbreviation or inside a number ends none."""
+    pieces: list[str] = []
+    position = 0
+    for match in _SENTENCE_END.finditer(text):
+        if "\n" not in match[0] and _ABBREVIATION.search(text[max(0, match.start() - 8) : match.start()]):
+            continue
+        pieces.append(text[position : match.start()])
+        position = match.end()
+    pieces.append(text[position:])
+    return [piece for piece in pieces if piece.strip()]

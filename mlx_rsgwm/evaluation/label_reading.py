@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from mlx_rsgwm.data.digits import fold
-from mlx_rsgwm.evaluation.final_text import Statement, marked_lines, statements
-from mlx_rsgwm.evaluation.number_reading import AMBIGUOUS, NOTHING, Reading, sentences, taken_back
+from mlx_rsgwm.evaluation.final_text import AMBIGUOUS, NOTHING, Reading, Statement, marked_lines, sentences, statements
+from mlx_rsgwm.evaluation.number_reading import taken_back
 
 LONGEST = 4000  # characters at the end of a text in which a label is looked for that nothing states
 
