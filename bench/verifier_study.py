@@ -28,14 +28,16 @@ import numpy as np
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed
+from mlx_rsgwm.core.scoring import calibration_error
 from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, save_corpus
 from mlx_rsgwm.data.hard_negatives import LabelledDraft, make_mixed_rows
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.select import questions_for
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation.runner import judge, read_all
+from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, percentile_interval, resampled
 from mlx_rsgwm.evaluation.stats.intervals import auroc, wilson
-from mlx_rsgwm.inference.calibration import calibration_error
+from mlx_rsgwm.evaluation.verifier_quality import reliability
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import Drafted, LoopConfig
@@ -181,9 +183,9 @@ def judged(out: Path, name: str, split: str) -> Judged:
     return Judged([[Signals(**one) for one in item] for item in found["signals"]], found["correct"])
 
 
-def interval(values: Sequence[float]) -> list[float]:
-    """95 % percentile interval of resampled figures."""
-    return [round(float(value), 4) for value in np.quantile(np.array(values), [0.025, 0.975])]
+def interval(values: Sequence[float] | np.ndarray) -> list[float]:
+    """95 % percentile interval of resampled figures, as it is printed."""
+    return [round(value, 4) for value in percentile_interval(values)]
 
 
 def gap_closed(items: Items, threshold: float | None) -> tuple[float, list[float]]:
@@ -202,9 +204,7 @@ def gap_closed(items: Items, threshold: float | None) -> tuple[float, list[float
         gap = oracle[rows].mean() - first[rows].mean()
         return float((chosen[rows].mean() - first[rows].mean()) / gap) if gap else 0.0
 
-    rng = np.random.default_rng(SEED)
-    resampled = [share(rng.integers(len(best), size=len(best))) for _ in range(RESAMPLES)]
-    return round(share(np.arange(len(best))), 4), interval(resampled)
+    return round(share(np.arange(len(best))), 4), interval(resampled(share, len(best), SEED, RESAMPLES))
 
 
 def scores_of(name: str, out: Path) -> dict[str, Any]:
@@ -227,13 +227,6 @@ def scores_of(name: str, out: Path) -> dict[str, Any]:
         )
         best, best_interval = gap_closed(items, None)
         loop, loop_interval = gap_closed(items, threshold)
-        rng = np.random.default_rng(SEED)
-        errors: dict[str, list[float]] = {"before": [], "after": []}
-        for _ in range(RESAMPLES // 5):
-            chosen = rng.integers(len(test), size=len(test))
-            rows = np.concatenate([np.flatnonzero(owners == item) for item in chosen])
-            errors["before"].append(calibration_error(raw[rows], labels[rows]))
-            errors["after"].append(calibration_error(values[rows], labels[rows]))
         found["scores"][score] = {
             "auroc": rate.to_dict(),
             "auroc_calibration_items": calibration.auroc[score],
@@ -241,10 +234,21 @@ def scores_of(name: str, out: Path) -> dict[str, Any]:
             "gap_closed_loop": [loop, loop_interval],
             "threshold": threshold,
             "method": curve.method,
-            "ece_before": [calibration_error(raw, labels), interval(errors["before"])],
-            "ece_after": [calibration_error(values, labels), interval(errors["after"])],
+            "ece_before": _ece(raw, labels, owners),
+            "ece_after": _ece(values, labels, owners),
         }
     return found
+
+
+def _ece(scores: np.ndarray, labels: np.ndarray, owners: np.ndarray) -> list[Any]:
+    """Calibration error and its interval, items resampled with all their drafts."""
+    drafts = blocks_of(owners.tolist())
+
+    def of(items: np.ndarray) -> float:
+        rows = np.concatenate([drafts[item] for item in items])
+        return calibration_error(scores[rows], labels[rows])
+
+    return [calibration_error(scores, labels), interval(resampled(of, len(drafts), SEED, RESAMPLES // 5))]
 
 
 def promises_of(name: str, out: Path) -> dict[str, Any]:
@@ -315,11 +319,10 @@ def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
     raw = calibration.scorer(calibration.score).values(signals)
     after = calibration.curves[calibration.score].probabilities(raw)
     for values, label in ((raw, "before"), (after, "after")):
-        bins = np.minimum((values * 10).astype(int), 9)
-        kept = [one for one in np.unique(bins) if (bins == one).sum() >= 5]
-        rates = [wilson(int(labels[bins == one].sum()), int((bins == one).sum())).to_dict() for one in kept]  # type: ignore[union-attr]
+        filled = [one for one in reliability(values, labels) if one.n >= 5]
+        rates = [one.correct.to_dict() for one in filled]
         errors = [[r["value"] - r["low"] for r in rates], [r["high"] - r["value"] for r in rates]]
-        x = [values[bins == one].mean() for one in kept]
+        x = [one.mean_score for one in filled]
         middle.errorbar(x, [r["value"] for r in rates], yerr=errors, marker="o", capsize=2, label=label)
     middle.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     middle.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share right", title=f"{best}, {calibration.score}")

@@ -11,11 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from mlx_rsgwm.core.scoring import (
+    BINS,
+    area_under_risk,
+    average_precision,
+    bin_of,
+    brier,
+    calibration_error,
+    least_area_under_risk,
+    risk_coverage,
+)
 from mlx_rsgwm.evaluation.metrics import score_names, scored_drafts
 from mlx_rsgwm.evaluation.records import ItemRecord
-from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc, bootstrapped, wilson
-
-BINS = 10
+from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc, bootstrapped, share
 
 
 @dataclass(frozen=True)
@@ -54,66 +62,14 @@ class Quality:
         return asdict(self)
 
 
-def average_precision(scores: np.ndarray, correct: np.ndarray) -> float | None:
-    """Mean precision over the recall gained at each distinct score from the highest down; None without right drafts."""
-    total = int(correct.sum())
-    if not total:
-        return None
-    kept, right, at_end = _from_the_top(scores, correct)
-    precision = right / kept
-    gained = np.diff(right[at_end], prepend=0) / total
-    return float((precision[at_end] * gained).sum())
-
-
-def _from_the_top(scores: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts kept and right counts, by falling score, and where a run of equal scores ends."""
-    order = np.argsort(-scores, kind="stable")
-    kept = np.arange(1, len(scores) + 1)
-    at_end = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
-    return kept, np.cumsum(correct[order]), at_end
-
-
-def brier(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Mean squared distance of the score from 1 (right) or 0 (wrong)."""
-    return float(((scores - correct) ** 2).mean())
-
-
-def calibration_error(scores: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: mean |share right − mean score| over ``bins`` of equal width, by their size."""
-    index = np.minimum((scores * bins).astype(int), bins - 1)
-    gaps = [abs(correct[index == b].mean() - scores[index == b].mean()) * (index == b).mean() for b in np.unique(index)]
-    return float(sum(gaps))
-
-
 def reliability(scores: np.ndarray, correct: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
     """The filled bins behind :func:`calibration_error`."""
-    index = np.minimum((scores * bins).astype(int), bins - 1)
-    found = []
-    for b in np.unique(index):
-        members = index == b
-        rate = wilson(int(correct[members].sum()), int(members.sum()))
-        assert rate is not None
-        found.append(Bin(float(b / bins), float((b + 1) / bins), rate.n, float(scores[members].mean()), rate))
-    return tuple(found)
-
-
-def risk_coverage(scores: np.ndarray, correct: np.ndarray) -> tuple[tuple[float, float], ...]:
-    """(coverage, risk) at every distinct score, from the highest down; equal scores are kept or left out together."""
-    kept, right, at_end = _from_the_top(scores, correct)
-    risk = 1 - right / kept
-    return tuple((float(kept[i] / len(scores)), float(risk[i])) for i in at_end)
-
-
-def area_under_risk(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Mean risk over the coverages 1/n … 1; within equal scores the risk is that of the whole run."""
-    kept, right, at_end = _from_the_top(scores, correct)
-    risk = (1 - right / kept)[at_end]
-    return float((risk * np.diff(kept[at_end], prepend=0)).sum() / len(scores))
-
-
-def least_area_under_risk(n: int, correct: int) -> float:
-    """What :func:`area_under_risk` would be if every right draft scored above every wrong one."""
-    return sum(max(0, kept - correct) / kept for kept in range(1, n + 1)) / n
+    place, filled = bin_of(scores, bins), []
+    for b in np.unique(place):
+        members = place == b
+        rate = share(int(correct[members].sum()), int(members.sum()))
+        filled.append(Bin(float(b / bins), float((b + 1) / bins), rate.n, float(scores[members].mean()), rate))
+    return tuple(filled)
 
 
 def quality(scores: Sequence[float], correct: Sequence[bool], groups: Sequence[str], seed: int = 0) -> Quality:

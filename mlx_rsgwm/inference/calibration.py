@@ -22,7 +22,6 @@ from mlx_rsgwm.inference.verifier import SCORES
 FILE = "calibration.json"
 FORMAT = "mlx-rsgwm/calibration"
 FORMAT_VERSION = 1
-BINS = 10
 UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD = "mean_logprob", 0.7  # the paper's own reading
 
 
@@ -113,19 +112,6 @@ class Calibration:
         return [name for name, value in self.made_for.items() if name in made_for and made_for[name] != value]
 
 
-def area_under_roc(scores: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float | None:
-    """AUROC as Mann–Whitney U over the number of pairs, ties counted half; None when all or none are correct."""
-    from scipy.stats import rankdata
-
-    positive = np.asarray(correct, dtype=bool)
-    count = int(positive.sum())
-    pairs = count * (len(positive) - count)
-    if not pairs:
-        return None
-    rank_sum = float(rankdata(scores)[positive].sum())
-    return (rank_sum - count * (count + 1) / 2) / pairs
-
-
 def best_threshold(scores: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float:
     """The score at which accepting has the best balanced accuracy (Youden's index), the lowest of equals.
 
@@ -137,14 +123,6 @@ def best_threshold(scores: Sequence[float] | np.ndarray, correct: Sequence[bool]
     candidates = np.unique(values)
     hits = [(values[labels] >= t).mean() - (values[~labels] >= t).mean() for t in candidates]
     return float(candidates[int(np.argmax(hits))])
-
-
-def calibration_error(probabilities: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float:
-    """ECE: over ``BINS`` bins of equal width, |mean probability − share of right drafts|, weighted by their drafts."""
-    values, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    bins = np.minimum((values * BINS).astype(int), BINS - 1)
-    gaps = [abs((values[bins == one] - labels[bins == one]).sum()) for one in np.unique(bins)]
-    return float(sum(gaps) / len(values))
 
 
 def save_calibration(folder: Path, calibration: Calibration) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.inference.calibration import Calibration, Reliability, area_under_roc, best_threshold, calibration_error
+from mlx_rsgwm.core.scoring import area_under_roc, brier, calibration_error
+from mlx_rsgwm.inference.calibration import Calibration, Reliability, best_threshold
 from mlx_rsgwm.inference.risk_control import Items, RiskBound, Target, risk_bound
 from mlx_rsgwm.inference.scores import METHODS, Curve, Scorer, fit_combination, fit_curve, out_of_fold
 from mlx_rsgwm.inference.verifier import SCORES, Signals
@@ -179,8 +180,8 @@ def _fit_score(name: str, drafts: Judged, method: str, seed: int) -> _Fitted | N
     reliability = Reliability(
         ece_before=calibration_error(raw, labels),
         ece_after=calibration_error(calibrated, labels),
-        brier_before=float(((raw - labels) ** 2).mean()),
-        brier_after=float(((calibrated - labels) ** 2).mean()),
+        brier_before=brier(raw, labels),
+        brier_after=brier(calibrated, labels),
     )
     return _Fitted(scorer, raw, fit_curve(best, raw, labels), reliability)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from mlx_rsgwm.core import files
@@ -20,6 +19,7 @@ from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation import metrics
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, write_items
+from mlx_rsgwm.evaluation.report.summary import spread
 from mlx_rsgwm.evaluation.runner import describe_run, evaluate
 from mlx_rsgwm.evaluation.stats.intervals import share
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -175,8 +175,7 @@ def row_summary(row: Row, records: Sequence[ItemRecord], printed: PaperRow, atte
     for name in COLUMNS:
         values = [getattr(table, name) for table in tables]
         values = [value.value if hasattr(value, "value") else value for value in values]
-        known = [value for value in values if value is not None]
-        seeds[name] = {"values": values, "median": median(known) if known else None}
+        seeds[name] = spread(values)
     theirs = {name: getattr(printed, PRINTED.get(name, name), None) for name in COLUMNS}
     interval = share(round(printed.accuracy * printed.n), printed.n).to_dict()
     return {

@@ -19,8 +19,16 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.evaluation.report.folder import show
 from mlx_rsgwm.evaluation.report.svg import shortened
-from mlx_rsgwm.evaluation.stats.intervals import mcnemar, wilson
-from mlx_rsgwm.evaluation.stats.paired import holm
+from mlx_rsgwm.evaluation.stats.intervals import share
+from mlx_rsgwm.evaluation.stats.paired import holm, mcnemar
+from mlx_rsgwm.evaluation.stats.stratified import (
+    Estimate,
+    item_counts,
+    item_mean,
+    item_ratio,
+    mean_of,
+    weighted_auroc,
+)
 from mlx_rsgwm.studies.merge_sweep import Measured, Outcome
 from mlx_rsgwm.studies.sweep_meter import JUDGED_BY
 
@@ -54,27 +62,6 @@ class Stratum:
     owners: Mapping[str, np.ndarray]
     correct: Mapping[str, np.ndarray]
     counts: np.ndarray
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over strata with its bootstrap resamples."""
-
-    value: float
-    resamples: np.ndarray
-
-    def interval(self) -> tuple[float, float]:
-        """The 95 % percentile interval, never without the estimate itself."""
-        found = self.resamples[np.isfinite(self.resamples)]
-        if not len(found):
-            return self.value, self.value
-        low, high = np.quantile(found, [0.025, 0.975])
-        return min(float(low), self.value), max(float(high), self.value)
-
-    def to_dict(self, n: int) -> dict[str, Any]:
-        """``{value, low, high, n}``."""
-        low, high = self.interval()
-        return {"value": self.value, "low": low, "high": high, "n": n}
 
 
 def summarise(sweeps: Sequence[Measured], seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Any]:
@@ -145,7 +132,7 @@ def _strata(index: int, measured: Measured, rng: np.random.Generator, resamples:
             answers[name] = np.array(chosen, dtype=np.int64)
             owners[name] = np.array([place[measured.answers[n].question] for n in chosen], dtype=np.int64)
             correct[name] = np.array([measured.answers[n].correct for n in chosen], dtype=bool)
-        counts = rng.multinomial(len(items), np.full(len(items), 1 / len(items)), size=resamples)
+        counts = item_counts(rng, len(items), resamples)
         found.append(Stratum(index, task, items, answers, owners, correct, counts))
     return found
 
@@ -173,14 +160,12 @@ class _Table:
     def row(self, name: str, best: Mapping[str, Any]) -> dict[str, Any]:
         """Everything about one candidate."""
         kind, hits = self.columns[name][0].kind, self._all_hits(name)
-        pooled = wilson(sum(hits), len(hits))
-        assert pooled is not None
         count = {subset: sum(len(s.answers[subset]) for s in self.strata) for subset in SUBSETS}
         return {
             "name": name,
             "kind": kind,
-            "accuracy": {**pooled.to_dict(), "macro": self.accuracy[name].value},
-            "accuracy_by_task": {task: _rate(self._all_hits(name, task)) for task in self.tasks},
+            "accuracy": {**share(sum(hits), len(hits)).to_dict(), "macro": self.accuracy[name].value},
+            "accuracy_by_task": {task: self._task_rate(name, task) for task in self.tasks},
             "nll": self.nll[name].to_dict(len(hits)),
             "nll_by_task": {task: self._mean(name, self._loss, task).value for task in self.tasks},
             "auroc": {
@@ -215,25 +200,25 @@ class _Table:
         found: dict[str, Any] = {
             "accuracy": {
                 **paired.to_dict(),
-                **_difference(self.accuracy[name], self.accuracy[best["accuracy"]]),
+                **self.accuracy[name].minus(self.accuracy[best["accuracy"]]),
                 "tied": paired.p_value >= SIGNIFICANT,
             },
-            "nll": _difference(self.nll[name], self.nll[best["nll"]]),
+            "nll": self.nll[name].minus(self.nll[best["nll"]]),
         }
         for score in JUDGED_BY:
             if best["auroc"][score] is not None:
                 reference = self.auroc[best["auroc"][score], score, "all"]
-                found[f"auroc/{score}"] = _difference(self.auroc[name, score, "all"], reference)
+                found[f"auroc/{score}"] = self.auroc[name, score, "all"].minus(reference)
         return found
 
     def _retention(self, name: str, reference: str, task: str) -> dict[str, Any] | None:
         """Accuracy over that of ``reference`` on one task; None where that is 0."""
-        found, whole = self._mean(name, self._hits, task), self._mean(reference, self._hits, task)
-        if not whole.value:
-            return None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = Estimate(found.value / whole.value, found.resamples / whole.resamples)
-        return ratio.to_dict(sum(len(s.items) for s in self.strata if s.task == task))
+        own, of = self._mean(name, self._hits, task), self._mean(reference, self._hits, task)
+        return None if not of.value else own.over(of).to_dict(sum(len(s.items) for s in self.strata if s.task == task))
+
+    def _task_rate(self, name: str, task: str) -> dict[str, Any]:
+        hits = self._all_hits(name, task)
+        return share(sum(hits), len(hits)).to_dict()
 
     def _all_hits(self, name: str, task: str | None = None) -> list[bool]:
         column = self.columns[name]
@@ -242,38 +227,22 @@ class _Table:
 
     def _mean(self, name: str, statistic: Callable[[Stratum, Outcome], Estimate], task: str | None = None) -> Estimate:
         """The mean of a statistic over the strata in which it exists."""
-        found = [statistic(s, self.columns[name][s.sweep]) for s in self.strata if task in (None, s.task)]
-        found = [one for one in found if np.isfinite(one.value)]
-        if not found:
-            return Estimate(float("nan"), np.array([]))
-        # A resample that leaves a stratum without one of the classes says nothing of that stratum.
-        resamples = np.ma.masked_invalid(np.stack([one.resamples for one in found])).mean(axis=0)
-        return Estimate(float(np.mean([one.value for one in found])), np.ma.filled(resamples, np.nan))
+        return mean_of([statistic(s, self.columns[name][s.sweep]) for s in self.strata if task in (None, s.task)])
 
     @staticmethod
     def _hits(stratum: Stratum, outcome: Outcome) -> Estimate:
         right = np.array([outcome.drafts[item][1] for item in stratum.items.tolist()], dtype=np.float64)
-        return Estimate(float(right.mean()), stratum.counts @ right / len(right))
+        return item_mean(right, stratum.counts)
 
     @staticmethod
     def _loss(stratum: Stratum, outcome: Outcome) -> Estimate:
         nats, tokens = np.array([outcome.gold[item] for item in stratum.items.tolist()], dtype=np.float64).T
-        return Estimate(float(nats.sum() / tokens.sum()), (stratum.counts @ nats) / (stratum.counts @ tokens))
+        return item_ratio(nats, tokens, stratum.counts)
 
 
 def _auroc(stratum: Stratum, outcome: Outcome, score: str, subset: str) -> Estimate:
-    """AUROC within a stratum; a resample weighs every answer by how often its question was drawn."""
-    correct, owners = stratum.correct[subset], stratum.owners[subset]
     values = np.asarray(outcome.scores[score], dtype=np.float64)[stratum.answers[subset]]
-    if not correct.any() or correct.all():
-        return Estimate(float("nan"), np.array([]))
-    right, wrong = values[correct][:, None], values[~correct][None, :]
-    wins = (right > wrong) + 0.5 * (right == wrong)
-    weights = stratum.counts[:, owners].astype(np.float64)
-    positive, negative = weights[:, correct], weights[:, ~correct]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = ((positive @ wins) * negative).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
-    return Estimate(float(wins.mean()), drawn)
+    return weighted_auroc(values, stratum.correct[subset], stratum.owners[subset], stratum.counts)
 
 
 def _best(table: _Table, merges: Sequence[str]) -> dict[str, Any]:
@@ -289,20 +258,6 @@ def _best(table: _Table, merges: Sequence[str]) -> dict[str, Any]:
         "nll": min(names, key=lambda name: table.nll[name].value),
         "auroc": auroc,
     }
-
-
-def _difference(found: Estimate, reference: Estimate) -> dict[str, Any]:
-    if not np.isfinite(found.value):
-        return {"difference": None, "low": None, "high": None, "tied": None}
-    paired = Estimate(found.value - reference.value, found.resamples - reference.resamples)
-    low, high = paired.interval()
-    return {"difference": paired.value, "low": low, "high": high, "tied": low <= 0 <= high}
-
-
-def _rate(hits: Sequence[bool]) -> dict[str, Any]:
-    rate = wilson(sum(hits), len(hits))
-    assert rate is not None
-    return rate.to_dict()
 
 
 def _finite(value: float) -> float | None:

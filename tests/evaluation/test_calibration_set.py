@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.scoring import area_under_roc
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.evaluation import runner
 from mlx_rsgwm.evaluation.calibration_set import identity
 from mlx_rsgwm.evaluation.records import Draft
 from mlx_rsgwm.evaluation.runner import calibrate, collect, evaluate, label_drafts
-from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, area_under_roc, save_calibration
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import Combination, Scorer

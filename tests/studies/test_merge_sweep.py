@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.scoring import area_under_roc
 from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.data.template import TEMPLATES
-from mlx_rsgwm.evaluation.stats.intervals import mcnemar, wilson
-from mlx_rsgwm.inference.calibration import area_under_roc
+from mlx_rsgwm.evaluation.stats.intervals import wilson
+from mlx_rsgwm.evaluation.stats.paired import mcnemar
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.verifier import verdict_ids
 from mlx_rsgwm.merging.merge import merge

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.evaluation.stats.paired import PairedTest as PairedTest
-from mlx_rsgwm.evaluation.stats.paired import mcnemar as mcnemar
-from mlx_rsgwm.evaluation.stats.paired import resampled
-from mlx_rsgwm.inference.calibration import area_under_roc
+from mlx_rsgwm.core.scoring import area_under_roc
+from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, percentile_interval, resampled
 
 RESAMPLES = 1000
 
@@ -54,14 +52,6 @@ def share(successes: int, n: int) -> Rate:
     return rate
 
 
-def blocks_of(groups: Sequence[Hashable]) -> list[np.ndarray]:
-    """Positions of each group's members, in order of first appearance."""
-    members: dict[Hashable, list[int]] = {}
-    for index, key in enumerate(groups):
-        members.setdefault(key, []).append(index)
-    return [np.asarray(block) for block in members.values()]
-
-
 def bootstrapped(
     statistic: Callable[[np.ndarray], float | None],
     groups: Sequence[Hashable],
@@ -87,9 +77,8 @@ def bootstrapped(
         return float("nan") if value is None else value
 
     drawn = resampled(of, len(blocks), seed, resamples)
-    low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (0.0, 1.0)
-    low, high = max(0.0, min(float(low), estimate)), min(1.0, max(float(high), estimate))
-    return Rate(estimate, low, high, len(groups))
+    low, high = percentile_interval(drawn) if len(drawn) else (0.0, 1.0)
+    return Rate(estimate, max(0.0, min(low, estimate)), min(1.0, max(high, estimate)), len(groups))
 
 
 def auroc(

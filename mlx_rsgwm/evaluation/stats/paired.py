@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
+from mlx_rsgwm.evaluation.stats.bootstrap import percentile_interval, resampled
 
 RESAMPLES = 9999
 POWER, LEVEL = 0.8, 0.05
@@ -34,33 +35,15 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     Raises:
         ValueError: the sequences differ in length or are empty.
     """
-    from statsmodels.stats.contingency_tables import mcnemar as exact
+    from scipy.stats import binomtest
 
     if len(first) != len(second) or not first:
         raise ValueError(f"paired results must have one length above 0, found {len(first)} and {len(second)}")
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
-    both, neither = sum(a and b for a, b in pairs), sum(not a and not b for a, b in pairs)
     discordant = only_first + only_second
-    p_value = float(exact([[both, only_first], [only_second, neither]], exact=True).pvalue) if discordant else 1.0
-    return PairedTest(len(first), only_first, only_second, (only_second - only_first) / len(first), min(1.0, p_value))
-
-
-def resampled(statistic: Callable[[np.ndarray], float], n: int, seed: int, resamples: int) -> np.ndarray:
-    """The bootstrap distribution of a statistic of ``n`` positions; float64, without the resamples where it is NaN."""
-    from scipy.stats import bootstrap
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample without one of the classes is foreseen
-        drawn: np.ndarray = bootstrap(
-            (np.arange(n),),
-            statistic,
-            n_resamples=resamples,
-            vectorized=False,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        ).bootstrap_distribution
-    return drawn[~np.isnan(drawn)]
+    p_value = float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+    return PairedTest(len(first), only_first, only_second, (only_second - only_first) / len(first), p_value)
 
 
 @dataclass(frozen=True)
@@ -103,8 +86,7 @@ def paired_bootstrap(
         return None
     if len(first) < 2:
         return Difference(estimate, -1.0, 1.0, len(first))
-    low, high = np.quantile(resampled(of, len(first), seed, resamples), [0.025, 0.975])
-    return Difference(estimate, float(low), float(high), len(first))
+    return Difference(estimate, *percentile_interval(resampled(of, len(first), seed, resamples)), len(first))
 
 
 def mean_difference(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> Difference:
@@ -135,10 +117,15 @@ def mean_difference(first: np.ndarray, second: np.ndarray, *, seed: int = 0) -> 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction of several p-values, in their order."""
-    from statsmodels.stats.multitest import multipletests
+    """Holm's correction (1979) of several p-values, in their order: the i-th smallest of m, times m - i + 1.
 
-    return [float(value) for value in multipletests(p_values, method="holm")[1]] if p_values else []
+    None falls below a smaller one's, nor rises above 1.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    corrected = np.empty_like(values)
+    corrected[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)), 1.0)
+    return [float(value) for value in corrected]
 
 
 def smallest_difference(n: int, discordant_share: float) -> float | None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc, mcnemar, wilson
+from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc, wilson
 
 
 @pytest.mark.parametrize(
@@ -39,19 +39,6 @@ def test_wilson_of_nothing_and_bad_rates():
         Rate(1.2, 0, 1, 5)
     assert str(Rate(0.5, 0.25, 0.75, 4)) == "0.500 [0.250, 0.750]"
     assert Rate(0.5, 0.25, 0.75, 4).to_dict() == {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}
-
-
-def test_mcnemar_by_counting():
-    first = [True] * 3 + [False] * 9 + [True] * 5
-    second = [False] * 3 + [True] * 9 + [True] * 5
-    found = mcnemar(first, second)
-    tail = sum(math.comb(12, i) for i in range(4)) / 2**12
-    assert (found.only_first, found.only_second) == (3, 9)
-    assert found.p_value == pytest.approx(2 * tail)
-    assert found.difference == pytest.approx(6 / 17)
-    assert mcnemar([True], [True]).p_value == 1.0
-    with pytest.raises(ValueError, match="one length"):
-        mcnemar([True], [])
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40))

@@ -16,6 +16,35 @@ from mlx_rsgwm.evaluation.stats.paired import (
 )
 
 
+def test_mcnemar_by_counting():
+    first = [True] * 3 + [False] * 9 + [True] * 5
+    second = [False] * 3 + [True] * 9 + [True] * 5
+    found = mcnemar(first, second)
+    tail = sum(math.comb(12, i) for i in range(4)) / 2**12
+    assert (found.only_first, found.only_second) == (3, 9)
+    assert found.p_value == pytest.approx(2 * tail)
+    assert found.difference == pytest.approx(6 / 17)
+    assert mcnemar([True], [True]).p_value == 1.0
+    with pytest.raises(ValueError, match="one length"):
+        mcnemar([True], [])
+
+
+# What statsmodels 0.14 printed for these counts of discordant items.
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p_value"),
+    [
+        (0, 6, 0.03125),
+        (1, 9, 0.021484375),
+        (5, 12, 0.143463134765625),
+        (10, 10, 1.0),
+        (86, 150, 3.7159361395713866e-05),
+    ],
+)
+def test_mcnemar_by_a_table(only_first, only_second, p_value):
+    first, second = [True] * only_first + [False] * only_second, [False] * only_first + [True] * only_second
+    assert mcnemar(first, second).p_value == pytest.approx(p_value, rel=1e-12)
+
+
 def test_mcnemar_is_two_sided_and_never_above_one():
     assert mcnemar([True, False], [False, True]).p_value == 1.0
     assert mcnemar([True, False] * 3, [True] * 6).p_value == pytest.approx(2 * 0.5**3)
@@ -30,6 +59,30 @@ def test_fewest_discordant_is_six():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
+
+
+def test_holm_by_a_table():
+    """The fifteen p-values of Benjamini and Hochberg (1995), and what statsmodels 0.14 made of them."""
+    found = [
+        0.0001,
+        0.0004,
+        0.0019,
+        0.0095,
+        0.0201,
+        0.0278,
+        0.0298,
+        0.0344,
+        0.0459,
+        0.3240,
+        0.4262,
+        0.5719,
+        0.6528,
+        0.7590,
+        1.0,
+    ]
+    corrected = [0.0015, 0.0056, 0.0247, 0.114, 0.2211, 0.278, 0.278, 0.278, 0.3213, 1, 1, 1, 1, 1, 1]
+    assert holm(found) == pytest.approx(corrected, abs=1e-12)
+    assert holm(found[::-1]) == pytest.approx(corrected[::-1], abs=1e-12)
 
 
 def test_paired_bootstrap_sees_both_systems_on_the_same_items():
