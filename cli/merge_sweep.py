@@ -142,8 +142,8 @@ def merge_sweep(
 def _known_tasks(pool: Sequence[Path], adapters: Sequence[Any]) -> list[str]:
     """The tasks that the pool's adapters say they were trained on."""
     from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.data.public_sets import SOURCES
     from mlx_rsgwm.data.question_files import is_question_file
-    from mlx_rsgwm.data.questions import SOURCES
     from mlx_rsgwm.data.synthetic import FAMILIES
 
     tasks = [str(adapter.manifest.get("task") or path.name) for path, adapter in zip(pool, adapters, strict=True)]

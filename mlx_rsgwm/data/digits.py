@@ -15,7 +15,7 @@ from functools import lru_cache
 MAX_DIGITS = 300  # longer ones are a model that got stuck; int() itself refuses beyond 4300
 
 _FRAC = re.compile(
-    r"(?:(?P<whole>[0-9])\s*)?\\[dtc]?frac\s*(?:\{\s*(-?[0-9.,]+)\s*\}|([0-9]))\s*(?:\{\s*(-?[0-9.,]+)\s*\}|([0-9]))"
+    r"(?:(?P<integer>[0-9])\s*)?\\[dtc]?frac\s*(?:\{\s*(-?[0-9.,]+)\s*\}|([0-9]))\s*(?:\{\s*(-?[0-9.,]+)\s*\}|([0-9]))"
 )
 _NOT_ASCII = re.compile(r"[⁺⁻]?[⁰¹²³⁴-⁹]+|[^\x00-\x7f]")
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
@@ -30,7 +30,7 @@ _INVISIBLE = set("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad") | {chr(c) f
 _INVISIBLE |= {chr(c) for c in range(0x2066, 0x206A)}
 
 _REPEATING = re.compile(
-    r"(?P<whole>\d{1,20})?\.(?P<fixed>\d{0,20})(?:\\(?:overline|bar|dot)\s*\{(?P<period>\d{1,20})\}|\((?P<brackets>\d{1,6})\))"
+    r"(?P<integer>\d{1,20})?\.(?P<fixed>\d{0,20})(?:\\(?:overline|bar|dot)\s*\{(?P<period>\d{1,20})\}|\((?P<brackets>\d{1,6})\))"
 )
 _WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|mathbf|mathrm|mathit|mathsf|mbox|emph|underline|operatorname)\s*"
@@ -94,16 +94,16 @@ def unfrac(text: str) -> str:
     r"""Numeric LaTeX fractions as a/b: ``\frac{7}{25}``, ``\frac12`` (dfrac, tfrac, cfrac); ``6\frac15`` as 6 1/5."""
 
     def plain(match: re.Match[str]) -> str:
-        whole = f"{match['whole']} " if match["whole"] else ""
-        return f"{whole}{match[2] or match[3]}/{match[4] or match[5]}"
+        integer = f"{match['integer']} " if match["integer"] else ""
+        return f"{integer}{match[2] or match[3]}/{match[4] or match[5]}"
 
     return _FRAC.sub(plain, text) if "frac" in text else text
 
 
 def _repeating(match: re.Match[str]) -> str:
-    whole, fixed, period = match["whole"] or "0", match["fixed"], match["period"] or match["brackets"]
+    integer, fixed, period = match["integer"] or "0", match["fixed"], match["period"] or match["brackets"]
     nines = 10 ** len(period) - 1
-    value = int(whole) + Fraction(int(fixed or 0) * nines + int(period), 10 ** len(fixed) * nines)
+    value = int(integer) + Fraction(int(fixed or 0) * nines + int(period), 10 ** len(fixed) * nines)
     return f"{value.numerator}/{value.denominator}"
 
 

@@ -88,24 +88,26 @@ class Token:
 
 def _tokens(line: str, offset: int) -> list[Token]:
     """The tokens of a line without spaces. Operators that lead to no number are words: "$12/hour", "per-day"."""
-    found = [
+    matched = [
         Token(str(match.lastgroup if match.lastgroup != "percent" else "number"), match.start(), match.end(), match[0])
         for match in _TOKEN.finditer(line)
         if match["space"] is None
     ]
     tokens = []
-    for index, token in enumerate(found):
+    for index, token in enumerate(matched):
         if token.kind == "number":
             percent = token.text.endswith("%")
             token = replace(token, text=token.text.rstrip("%"), end=token.end - percent, percent=percent)
-        leads = [following.kind for following in found[index + 1 : index + 4] if following.kind != "money"]
-        to_number = bool(leads) and (leads[0] == "number" or (leads[0] == "paren" and found[index + 1].text != ")"))
+        leads = [following.kind for following in matched[index + 1 : index + 4] if following.kind != "money"]
+        to_number = bool(leads) and (leads[0] == "number" or (leads[0] == "paren" and matched[index + 1].text != ")"))
         if token.kind == "op" and not to_number:
             token = replace(token, kind="word" if leads and leads[0] == "word" else "other")
         elif (
             token.kind == "word"
             and to_number
-            and (token.text in ("x", "X") or (token.text == "of" and index > 0 and found[index - 1].text.endswith("%")))
+            and (
+                token.text in ("x", "X") or (token.text == "of" and index > 0 and matched[index - 1].text.endswith("%"))
+            )
         ):
             token = replace(token, kind="op")
         tokens.append(replace(token, start=token.start + offset, end=token.end + offset))

@@ -145,7 +145,7 @@ def load_examples(
     rows: list[Mapping[str, Any]] = []
     numbers: list[int] = []
     problems = []
-    found = ""
+    form = ""
     if path.suffix.lower() in TABLE_SUFFIXES:
         raise RsgwmError(f"{path} is a table, and training rows are JSON lines; {_CORPUS} --task {path}")
     unit, read = read_json_rows(path)
@@ -155,14 +155,14 @@ def load_examples(
             continue
         row = _renamed(row, features or {})
         kind = _format_of(row)
-        found = found or kind
-        if not kind or kind != found:
-            problems.append(f"{unit} {number} is no row of {found or 'a known format'}")
+        form = form or kind
+        if not kind or kind != form:
+            problems.append(f"{unit} {number} is no row of {form or 'a known format'}")
             continue
         problems += [f"{unit} {number}: {problem}" for problem in _row_problems(kind, row)]
         rows.append(row)
         numbers.append(number)
-    if not found and problems:
+    if not form and problems:
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMATS.items())
         problems.append(f"the formats are {known}")
         if all(isinstance(row.value, Mapping) and row.value.keys() >= {"question", "answer"} for row in read):
@@ -170,10 +170,10 @@ def load_examples(
     raise_problems(str(path), problems)
     if not rows:
         raise RsgwmError(f"{path} holds no rows")
-    if found == "text" and (mask_prompt or all_turns):
+    if form == "text" and (mask_prompt or all_turns):
         raise RsgwmError(f"{path} holds plain text, which has no prompt to mask; pass --no-mask-prompt")
     digest = files.sha256_file(path)
-    return Examples(path, found, tuple(rows), mask_prompt or all_turns, digest, tuple(numbers), None, all_turns)
+    return Examples(path, form, tuple(rows), mask_prompt or all_turns, digest, tuple(numbers), None, all_turns)
 
 
 def example_files(path: Path) -> tuple[Path, Path | None]:
@@ -194,8 +194,8 @@ def _renamed(row: Any, features: Mapping[str, str]) -> Any:
     """The row with its fields under our names; those of another name that ``features`` replaces are not read."""
     if not isinstance(row, Mapping) or not features:
         return row
-    kept = {name: value for name, value in row.items() if name not in features}
-    return {**kept, **{name: row[feature] for name, feature in features.items() if feature in row}}
+    others = {name: value for name, value in row.items() if name not in features}
+    return {**others, **{name: row[feature] for name, feature in features.items() if feature in row}}
 
 
 def _keys(row: Mapping[str, Any]) -> RowKeys:

@@ -112,10 +112,10 @@ def write_number(value: Fraction, like: str = "") -> str:
     if len(shown_before) == 2 or shown_before.endswith("0"):
         digits = max(digits, len(shown_before))
     scaled = abs(value.numerator) * 10**digits // value.denominator
-    whole, part = divmod(scaled, 10**digits)
-    text = f"{whole:,}" if "," in like else str(whole)
+    integer, part = divmod(scaled, 10**digits)
+    text = f"{integer:,}" if "," in like else str(integer)
     if digits:
-        text = ("" if like.startswith(".") and whole == 0 else text) + "." + str(part).zfill(digits)
+        text = ("" if like.startswith(".") and integer == 0 else text) + "." + str(part).zfill(digits)
     return "-" + text if value < 0 else text
 
 

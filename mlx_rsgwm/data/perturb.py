@@ -177,7 +177,7 @@ def _exchange_label(rationale: str, gold: str, flipped: str) -> str:
     """Flip the label where the last line states it ("So the answer is yes."), and nowhere else."""
     head, newline, last = rationale.rpartition("\n")
     pattern = rf"(?i)((?:answer\s+is|so|therefore|thus|hence|,|:|^)\s*)\b({re.escape(gold)})\b(?=\s*\W*$)"
-    return head + newline + re.sub(pattern, lambda found: found[1] + _cased(flipped, found[2]), last)
+    return head + newline + re.sub(pattern, lambda stated: stated[1] + _cased(flipped, stated[2]), last)
 
 
 def _perturb_computation(rationale: str, gold: str, value: Fraction, rng: random.Random) -> Wrong | None:
@@ -313,8 +313,8 @@ def _announced(text: str, equation: Equation, result: Fraction) -> list[tuple[in
         return []
     right = equation.right
     mentions = list(_MENTION.finditer(text, start, start + reason.start()))
-    same = [found for found in mentions if read_literal(found[0]) == right.value]
-    return [(found.start(), found.end(), write_number(result, like=found[0])) for found in same[-1:]]
+    same = [mention for mention in mentions if read_literal(mention[0]) == right.value]
+    return [(mention.start(), mention.end(), write_number(result, like=mention[0])) for mention in same[-1:]]
 
 
 def _presentable(value: Fraction, old: Fraction, most_decimals: int, factor: int) -> bool:
@@ -330,16 +330,16 @@ def _replace_mentions(
 ) -> list[tuple[int, int, str]] | None:
     """Replacements for changed values in running text; None when one is part of a computation not understood."""
     pieces = []
-    for found in _MENTION.finditer(text, start, end):
-        value = read_literal(found[0])
+    for mention in _MENTION.finditer(text, start, end):
+        value = read_literal(mention[0])
         if value is None or value not in changed:
             continue
-        line_end = text.find("\n", found.end())
-        after = text[found.end() : line_end if line_end >= 0 else len(text)]
-        before = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
+        line_end = text.find("\n", mention.end())
+        after = text[mention.end() : line_end if line_end >= 0 else len(text)]
+        before = text[text.rfind("\n", 0, mention.start()) + 1 : mention.start()]
         if _ADJACENT_BEFORE.search(before) or _ADJACENT_AFTER.match(after):
             return None
-        pieces.append((found.start(), found.end(), write_number(changed[value], like=found[0])))
+        pieces.append((mention.start(), mention.end(), write_number(changed[value], like=mention[0])))
     return pieces
 
 
@@ -353,9 +353,9 @@ def _perturb_answer(rationale: str, gold: str, rng: random.Random) -> Wrong | No
     r"""Change one number of the answer itself: in the last ``\boxed``, else at its last mention in the last line."""
     shown = unfrac(gold)  # "\\frac12" holds no number 12
     numbers = [
-        Number(found.start(), found.end(), found[0], value)
-        for found in re.finditer(LITERAL, shown)
-        if (value := read_literal(found[0])) is not None
+        Number(mention.start(), mention.end(), mention[0], value)
+        for mention in re.finditer(LITERAL, shown)
+        if (value := read_literal(mention[0])) is not None
     ]
     if not numbers:
         return None
@@ -374,7 +374,9 @@ def _perturb_answer(rationale: str, gold: str, rng: random.Random) -> Wrong | No
         return Wrong(boxed, wrong, "answer")
     last = rationale.rfind("\n") + 1
     mentions = [
-        found for found in _MENTION.finditer(rationale, last) if read_literal(found[0]) == abs(old_value or Fraction(0))
+        mention
+        for mention in _MENTION.finditer(rationale, last)
+        if read_literal(mention[0]) == abs(old_value or Fraction(0))
     ]
     if mentions:
         start, end = mentions[-1].span()

@@ -35,16 +35,20 @@ def read_question_rows(path: Path) -> RowFile:
     suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
         return RowFile("line", _table(path, files.read_text(path), DELIMITERS[suffix]))
-    found = read_json_rows(path)
-    first = found.rows[0].value if found.rows else None
-    if isinstance(first, ValueError) and found.rows[0].number == 1 and _looks_like_a_table(path):
+    file = read_json_rows(path)
+    first = file.rows[0] if file.rows else None
+    if first and isinstance(first.value, ValueError) and first.number == 1 and _looks_like_a_table(path):
         raise RsgwmError(f"{path} is a table, not JSON lines; name it {path.stem}.csv")
-    return found
+    return file
 
 
 def _looks_like_a_table(path: Path) -> bool:
     text = files.read_text(path)
-    return any("question" in _header(text, delimiter) for delimiter in DELIMITERS[".csv"])
+    return any(_has_questions(_header(text, delimiter)) for delimiter in DELIMITERS[".csv"])
+
+
+def _has_questions(header: list[str]) -> bool:
+    return "question" in header or {"prompt", "completion"} <= set(header)
 
 
 def _header(text: str, delimiter: str) -> list[str]:
@@ -56,11 +60,11 @@ def _header(text: str, delimiter: str) -> list[str]:
 
 
 def _table(path: Path, text: str, delimiters: str) -> list[NumberedRow]:
-    delimiter = next((sign for sign in delimiters if "question" in _header(text, sign)), delimiters[0])
+    delimiter = next((sign for sign in delimiters if _has_questions(_header(text, sign))), delimiters[0])
     header = _header(text, delimiter)
     if not text.strip():
         return []
-    if "question" not in header:
+    if not _has_questions(header):
         shown = ", ".join(cell[:30] for cell in header[:6]) or "nothing"
         raise RsgwmError(f"{path}: line 1 must be a header with question and answer, found {shown}")
     double = sorted({name for name in header if name and header.count(name) > 1})

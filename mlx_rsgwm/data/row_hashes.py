@@ -40,20 +40,20 @@ def share_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class RowKeys:
-    """What a row is recognised by: hashes of its ``whole`` question, and of ``parts`` of it that may be one.
+    """What a row is recognised by: hashes of its ``question``, and of ``parts`` of it that may be one.
 
     Two rows are the same if the whole question of one is that of the other, or a part of it.
     """
 
-    whole: frozenset[bytes] = frozenset()
+    question: frozenset[bytes] = frozenset()
     parts: frozenset[bytes] = frozenset()
 
 
 def row_keys(question: str, turns: Sequence[str] = ()) -> RowKeys:
     """The keys of a row by its question, or by all user ``turns`` of a chat, each of which is a part, too."""
-    whole = frozenset(map(row_hash, {question, bare(question)}))
+    asked = frozenset(map(row_hash, {question, bare(question)}))
     more = (text for turn in turns or (question,) for text in (*((turn,) if turns else ()), *parts(turn)))
-    return RowKeys(whole, frozenset(map(row_hash, more)) - whole)
+    return RowKeys(asked, frozenset(map(row_hash, more)) - asked)
 
 
 def contents_hash(question: str, answer: str) -> bytes:
@@ -82,13 +82,13 @@ class RowRecord:
     @classmethod
     def of_keys(cls, rows: Iterable[RowKeys]) -> RowRecord:
         """From the keys of the rows that were used."""
-        kept = list(rows)
-        used = frozenset().union(*(row.whole for row in kept))
-        return cls(used, used, parts=frozenset().union(*(row.parts for row in kept)))
+        keys = list(rows)
+        used = frozenset().union(*(row.question for row in keys))
+        return cls(used, used, parts=frozenset().union(*(row.parts for row in keys)))
 
     def has(self, row: RowKeys) -> bool:
         """Whether the row was used."""
-        return not (row.whole.isdisjoint(self.used) and row.whole.isdisjoint(self.parts)) or not (
+        return not (row.question.isdisjoint(self.used) and row.question.isdisjoint(self.parts)) or not (
             row.parts.isdisjoint(self.used)
         )
 

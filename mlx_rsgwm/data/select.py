@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import SUFFIXES, is_question_file
-from mlx_rsgwm.data.questions import SOURCES, Question, load_jsonl, load_questions, select
+from mlx_rsgwm.data.questions import Question, load_jsonl, load_questions, select
 from mlx_rsgwm.data.row_hashes import RowRecord, row_hash, share_of
 from mlx_rsgwm.data.synthetic import FAMILIES, SPLITS, generate
 
 EMBEDDED_LIMIT = 100
-WHOLE = "all"
+EVERY_ROW = "all"
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class Selection:
 
     def note(self, task: str) -> str:
         """One line on what was taken of a user's own file; empty where all was, and for everything else."""
-        if self.rows is None or self.split == WHOLE:
+        if self.rows is None or self.split == EVERY_ROW:
             return ""
         return (
             f"{task}: {len(self.questions)} of {self.rows} rows, from its {self.split} share "
-            f"(rows go by their content: train 6, calibration 2, test 2 in ten; --split {WHOLE} takes every row)"
+            f"(rows go by their content: train 6, calibration 2, test 2 in ten; --split {EVERY_ROW} takes every row)"
         )
 
 
@@ -102,20 +103,20 @@ def select_questions(
 def _of_file(
     task: str, purpose: str, limit: int | None, offset: int, order: int | None, split: str | None, seen: RowRecord
 ) -> Selection:
-    if split not in (None, WHOLE, *SPLITS):
-        raise RsgwmError(f"{task}: the split of a file is {', '.join(SPLITS)} or {WHOLE}, found {split!r}")
+    if split not in (None, EVERY_ROW, *SPLITS):
+        raise RsgwmError(f"{task}: the split of a file is {', '.join(SPLITS)} or {EVERY_ROW}, found {split!r}")
     questions = load_jsonl(Path(task))
     texts = tuple(question.question for question in questions)
     share = split or (purpose if purpose != "test" else _share_for_test(texts, seen))
-    chosen = [question for question in questions if share in (WHOLE, share_of(question.question))]
+    chosen = [question for question in questions if share in (EVERY_ROW, share_of(question.question))]
     if not chosen:
         raise RsgwmError(
             f"{task}: none of its {len(questions)} rows falls into its {share} share; give more rows, "
-            f"or --split {WHOLE} where the file serves nothing else"
+            f"or --split {EVERY_ROW} where the file serves nothing else"
         )
     return Selection(select(chosen, limit=limit, offset=offset, seed=order), share, len(questions), texts)
 
 
 def _share_for_test(texts: Sequence[str], seen: RowRecord) -> str:
     """A file whose rows are all known, used or left for another purpose, has served before; any other is a test."""
-    return "test" if all(row_hash(text) in seen.in_files for text in texts) else WHOLE
+    return "test" if all(row_hash(text) in seen.in_files for text in texts) else EVERY_ROW

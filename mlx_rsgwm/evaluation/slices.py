@@ -10,8 +10,9 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import is_question_file
-from mlx_rsgwm.data.questions import SOURCES, Question
+from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.data.synthetic import FAMILIES

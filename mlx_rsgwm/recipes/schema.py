@@ -16,8 +16,8 @@ from unicodedata import normalize
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build, parse_yaml, read_yaml
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import is_question_file
-from mlx_rsgwm.data.questions import SOURCES
 from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.inference.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD, Calibration

@@ -153,14 +153,14 @@ class Stages:
         return {name: _digest(self.out / name) for name in self._files(paths, apart)}
 
     def _files(self, paths: Sequence[Path], apart: Sequence[str]) -> list[str]:
-        found = []
+        names = []
         for path in paths:
             inside = [file for file in sorted(path.rglob("*")) if file.name not in apart] if path.is_dir() else [path]
             for file in inside:
                 name = file.relative_to(self.out)
                 if file.is_file() and not any(part.startswith(".") for part in name.parts):
-                    found.append(name.as_posix())
-        return found
+                    names.append(name.as_posix())
+        return names
 
     def _stamps(self, stage: Stage) -> dict[str, list[int]]:
         """The stage's files, each with what changes when it is written again."""

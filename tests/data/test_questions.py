@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.data import questions as sources
+from mlx_rsgwm.data.gold_answers import marked_answer
 from mlx_rsgwm.data.numbers import parse_number, write_number
-from mlx_rsgwm.data.questions import SOURCES, Question, load_jsonl, load_questions
+from mlx_rsgwm.data.public_sets import SOURCES
+from mlx_rsgwm.data.questions import Question, load_jsonl, load_questions
 
 DATA = Path(os.environ.get("RSGWM_DATA") or Path(__file__).parents[3] / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no data slices: set RSGWM_DATA to a folder of them")
@@ -368,4 +369,73 @@ def test_numbers_keep_their_style():
     ],
 )
 def test_only_a_mark_that_gives_the_answer_is_a_mark(answer, expected):
-    assert sources.marked_answer(answer) == expected
+    assert marked_answer(answer) == expected
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "What is 1 + 1?", "completion": "1 + 1 = 2\n#### 2"}, ("What is 1 + 1?", "1 + 1 = 2", "2")),
+        ({"prompt": " Capital of France? ", "completion": " Paris"}, ("Capital of France?", "", "Paris")),
+        ({"prompt": "Q", "completion": "COVID-19", "id": "c"}, ("Q", "", "COVID-19")),
+        ({"prompt": "Q", "completion": 3.50}, ("Q", "", "3.5")),
+        ({"question": "asked", "answer": "A", "prompt": "other", "completion": "B"}, ("asked", "", "A")),
+        (chat(("user", "Q\nmore"), ("assistant", "so\n#### 7")), ("Q\nmore", "so", "7")),
+        (chat(("user", [{"text": "a"}, {"type": "text", "text": "b"}]), ("assistant", "A")), ("a\nb", "", "A")),
+        (chat(("user", "Q"), ("assistant", "<think>\n3 or 4\n</think>\n\n4")), ("Q", "<think>\n3 or 4\n</think>", "4")),
+    ],
+)  # fmt: skip
+def test_rows_of_mlx_lm_are_questions(tmp_path, row, expected):
+    question = load_jsonl(write(tmp_path / "valid.jsonl", row))[0]
+    assert (question.question, question.rationale, question.gold) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (chat(("system", "Be short."), ("user", "Q"), ("assistant", "A")), "system message.*write it into"),
+        (chat(("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")), "are user, assistant, user"),
+        (chat(("user", "Q")), "messages are user, and only"),
+        (chat(("user", "Q"), ("assistant", None)), "no text in the answer"),
+        (chat(("user", [{"type": "image", "url": "x"}]), ("assistant", "A")), "more than text"),
+        ({"messages": "Q"}, "not a list of messages"),
+        ({"prompt": "Q", "completion": " "}, "no gold answer: completion is empty"),
+        ({"prompt": ["Q"], "completion": "A"}, "prompt is not text"),
+        ({"prompt": "Q", "answer": "A"}, "it has prompt, answer; rows need question and answer, or prompt"),
+        ({"text": "Q A"}, "no question, it has text; rows need"),
+        ({"instruction": "Q", "output": "A"}, "no question, it has instruction, output; rows need"),
+        ({"conversations": [{"from": "human", "value": "Q"}]}, "no question, it has conversations; rows need"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_asked_are_refused_by_name(tmp_path, row, message):
+    with pytest.raises(RsgwmError, match=f"line 1: .*{message}") as caught:
+        load_jsonl(write(tmp_path / "valid.jsonl", row))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_prompts_and_completions(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("prompt;completion\nQ, and more;#### 4\n")
+    assert [(q.question, q.gold) for q in load_jsonl(path)] == [("Q, and more", "4")]
+
+
+def test_rows_of_every_form_are_the_same_rows(tmp_path):
+    """What is trained on in one form is recognised when it is asked in another."""
+    from mlx_rsgwm.data.mlx_lm_rows import load_examples
+    from mlx_rsgwm.data.row_hashes import row_keys
+
+    text = "A train leaves at 3.\nIt takes two hours.\nWhen does it arrive?"
+    forms = (
+        {"prompt": text, "completion": "5"},
+        chat(("user", text), ("assistant", "5")),
+        chat(("user", [{"type": "text", "text": part} for part in text.split("\n")]), ("assistant", "5")),
+    )
+    for trained in forms:
+        record = load_examples(write(tmp_path / "train.jsonl", trained), True).record()
+        for row in (*forms, {"question": text, "answer": "5"}):
+            question = load_jsonl(write(tmp_path / "test.jsonl", row))[0]
+            assert record.has(row_keys(question.question))
