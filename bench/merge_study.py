@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: both")
     parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
-    parser.add_argument("--methods", action="append", help="as of rsgwm merge-sweep; default: those of the lab notes")
+    parser.add_argument("--methods", action="append", help="as of rsgwm pool sweep; default: those of the lab notes")
     parser.add_argument("--stage", choices=("train", "sweep"), help="stop after this one")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--plots", type=Path, help="folder for merge-study-<pool>.png")

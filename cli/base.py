@@ -1,4 +1,7 @@
-"""``rsgwm base``: fetch a base model, and say what it is."""
+"""``rsgwm base``: fetch a base model, and say what it is.
+
+A name is a Hugging Face Hub id, a folder, a .gguf file of the Llama architecture, or the alias smollm2-135m.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,16 @@ import click
 from mlx_rsgwm.cli.console import Console, common_options
 
 
-@click.group(name="base")
-def base() -> None:
-    """Fetch and inspect base models.
-
-    NAME is a Hugging Face Hub id, a folder, a .gguf file of the Llama architecture, or the alias smollm2-135m.
-    """
-
-
-@base.command(name="pull")
+@click.command()
 @click.argument("name")
 @common_options
 def pull(console: Console, name: str) -> None:
-    """Fetch and convert a base model, so that later commands need no network."""
+    """Fetch and convert a base model, so that later commands need no network.
+
+    NAME is a Hugging Face Hub id, a folder, a .gguf file of the Llama architecture, or the alias smollm2-135m.
+
+    Example: rsgwm base pull smollm2-135m
+    """
     from mlx_rsgwm.models.base import resolve_base
     from mlx_rsgwm.models.folder import fingerprint_of
 
@@ -29,11 +29,16 @@ def pull(console: Console, name: str) -> None:
     console.result({"name": name, "folder": str(folder), "fingerprint": fingerprint})
 
 
-@base.command(name="info")
+@click.command()
 @click.argument("name")
 @common_options
 def info(console: Console, name: str) -> None:
-    """Say what a base model is (it is fetched first if need be)."""
+    """Say what a base model is (it is fetched first if need be).
+
+    NAME is a Hugging Face Hub id, a folder, a .gguf file of the Llama architecture, or the alias smollm2-135m.
+
+    Example: rsgwm base info smollm2-135m
+    """
     from mlx_rsgwm.models.base import resolve_base
     from mlx_rsgwm.models.folder import describe_folder
 

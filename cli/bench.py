@@ -11,12 +11,7 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options.paths import PATH
 
 
-@click.group()
-def bench() -> None:
-    """Measure latency against torch, or compare two measurements."""
-
-
-@bench.command("latency")
+@click.command("latency")
 @click.option("--base", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf file or smollm2-135m.")
 @click.option("--adapter", default="", help="Adapter folder; default: a seeded random one of rank 16.")
 @click.option("--works", default="", help="Some of forward,lora,fused,train,merge,loop.  [default: all]")
@@ -80,7 +75,7 @@ def bench_latency(
     console.result(result)
 
 
-@bench.command("compare")
+@click.command("compare")
 @click.argument("before", type=PATH)
 @click.argument("after", type=PATH)
 @click.option("--anyway", is_flag=True, help="Compare results of different settings, too.")

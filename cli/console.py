@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 import time
@@ -114,10 +115,11 @@ class BarProgress(Progress):
 
 
 def common_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command ``--json``, ``--quiet`` and ``--seed``, and pass its function a :class:`Console` first."""
+    """Give a command the options that all have, and pass its function a :class:`Console` first."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of standard output.")
     @click.option("--quiet", is_flag=True, help="Show no progress.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show what libraries log, and where an error arose.")
     @click.option(
         "--seed",
         type=click.IntRange(0, 2**32 - 1),
@@ -127,8 +129,13 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
         help="Seed of everything random.",
     )
     @functools.wraps(function)
-    def command(*arguments: Any, as_json: bool, quiet: bool, seed: int, **options: Any) -> None:
-        source = click.get_current_context().get_parameter_source("seed")
+    def command(*arguments: Any, as_json: bool, quiet: bool, verbose: bool, seed: int, **options: Any) -> None:
+        context = click.get_current_context()
+        if verbose:
+            logging.basicConfig(level=logging.INFO)
+            if isinstance(context.obj, dict):
+                context.obj["verbose"] = True  # a foreseen error then shows its traceback, too
+        source = context.get_parameter_source("seed")
         given = source not in (None, click.core.ParameterSource.DEFAULT)
         if any(isinstance(options.get(name), str) and not options[name].strip() for name in ("base", "base_name")):
             raise click.UsageError("--base is empty; leave it out, or name a model")

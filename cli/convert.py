@@ -25,12 +25,7 @@ language_only_option = click.option(
 )
 
 
-@click.group()
-def convert() -> None:
-    """Turn adapters into PEFT's format, or back, without changing a bit of them."""
-
-
-@convert.command("to-peft")
+@click.command("to-peft")
 @click.argument("adapter", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--base", help="Base model to name in the result; default: the one the adapter was trained on.")
@@ -63,7 +58,7 @@ def convert_to_peft(
     _run(console, adapter, out, is_mlx, is_whole_peft, one, "PEFT adapter")
 
 
-@convert.command("from-peft")
+@click.command("from-peft")
 @click.argument("folder", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--base", required=True, help="Base model: Hub id, folder, .gguf file or smollm2-135m.")
@@ -99,7 +94,7 @@ def convert_from_peft(
     _run(console, folder, out, is_peft, is_complete, one, "adapter")
 
 
-@convert.command("from-mlx")
+@click.command("from-mlx")
 @click.argument("folder", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--scale", type=float, help="What multiplies B·A, where an old configuration can mean two values.")
@@ -120,7 +115,7 @@ def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | N
     )
 
 
-@convert.command("to-gguf")
+@click.command("to-gguf")
 @click.argument("source", metavar="FOLDER", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--base", help="An adapter's base model; default: the one it was trained on.")
@@ -173,7 +168,7 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
     _run(console, source, out, is_mlx, Path.is_file, one, f"GGUF adapter ({kind})", ".gguf", dtype=kind)
 
 
-@convert.command("from-gguf")
+@click.command("from-gguf")
 @click.argument("source", metavar="FILE", type=PATH)
 @click.argument("out", type=PATH)
 @click.option(
@@ -196,7 +191,7 @@ def convert_from_gguf(console: Console, source: Path, out: Path, quantised: bool
     console.result({"out": out, "quantised": quantised, **facts})
 
 
-@convert.command("check")
+@click.command("check")
 @click.argument("peft", type=PATH)
 @click.argument("adapter", type=PATH)
 @common_options

@@ -8,16 +8,10 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.negatives import negatives
 from mlx_rsgwm.cli.options.paths import PATH
 
 
-@click.group()
-def data() -> None:
-    """Build corpora of draft rows and verifier pairs."""
-
-
-@data.command(name="build")
+@click.command()
 @click.option(
     "--task", "tasks", multiple=True, required=True, help="Family, data set, or file of questions; repeat for a mix."
 )
@@ -91,6 +85,3 @@ def build(
         console.line(f"{task}: {found['draft']} draft rows, {found['verify']} verify rows")
     console.line(f"corpus: {out}")
     console.result({"out": str(out), "counts": counts, "hash": corpus.hash, "template": template.hash})
-
-
-data.add_command(negatives)

@@ -1,4 +1,4 @@
-"""``rsgwm controls``: draft–verify against every other way to spend the same tokens."""
+"""``rsgwm report controls``: draft–verify against every other way to spend the same tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def controls(
     Drafter once, self-verification, best of K, majority of K and at equal tokens, accepting by lot, a verifier trained
     on the pairs, a joint adapter, each source adapter, the base; every difference with interval and corrected p-value.
 
-    Example: rsgwm controls runs/demo --out runs/controls
+    Example: rsgwm report controls runs/demo --out runs/controls
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.files import exclusive

@@ -1,4 +1,4 @@
-"""``rsgwm grams``: what RegMean needs to know of an adapter's inputs."""
+"""``rsgwm adapter grams``: what RegMean needs to know of an adapter's inputs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options.collect import collect_options
 
 
-@click.group()
-def grams() -> None:
-    """Collect Gram matrices of an adapter's inputs, for RegMean."""
-
-
-@grams.command(name="collect")
+@click.command()
 @collect_options
 @click.option("--rows", type=click.IntRange(0), default=256, show_default=True, help="So many rows at most; 0 for all.")
 @click.option("--replace", is_flag=True, help="Replace Gram matrices that are already there.")
 @common_options
-def collect(
+def grams(
     console: Console,
     adapter_folder: Path,
     folder: Path,
@@ -35,7 +30,7 @@ def collect(
     The data should be of the adapter's own task: RegMean looks for the update that answers every adapter's inputs as
     that adapter does. Weights stay as they are.
 
-    Example: rsgwm grams collect adapters/change --data corpus/change --base smollm2-135m
+    Example: rsgwm adapter grams adapters/change --data corpus/change --base smollm2-135m
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.loading import load_data

@@ -1,4 +1,4 @@
-"""``rsgwm push`` and ``rsgwm pull``: adapters on the Hugging Face Hub."""
+"""``rsgwm hub push`` and ``rsgwm hub pull``: adapters on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def push(
 
     The access token comes from `hf auth login` or HF_TOKEN and is never shown.
 
-    Example: rsgwm push runs/drafter me/drafter --dry-run
+    Example: rsgwm hub push runs/drafter me/drafter --dry-run
     """
     from mlx_rsgwm.converters.hub import hub
 
@@ -95,7 +95,7 @@ def pull(
 ) -> None:
     """Fetch the adapter REPO (owner/name), PEFT's or mlx-lm's, from the Hub to the new folder OUT, as mlx-lm loads it.
 
-    Example: rsgwm pull me/drafter drafter --base smollm2-135m
+    Example: rsgwm hub pull me/drafter drafter --base smollm2-135m
     """
     from mlx_rsgwm.converters.hub import hub
     from mlx_rsgwm.converters.peft.layout import Reading

@@ -1,4 +1,4 @@
-"""``rsgwm importance``: for adapters that were trained elsewhere."""
+"""``rsgwm adapter importance``: for adapters that were trained elsewhere."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options.collect import collect_options
 
 
-@click.group()
-def importance() -> None:
-    """Collect importance for adapters that were trained elsewhere."""
-
-
-@importance.command(name="collect")
+@click.command()
 @collect_options
 @click.option("--mask-prompt/--no-mask-prompt", default=True, show_default=True, help="Completions only (.jsonl).")
 @click.option("--replace", is_flag=True, help="Replace importance that is already there.")
 @common_options
-def collect(
+def importance(
     console: Console,
     adapter_folder: Path,
     folder: Path,
@@ -34,7 +29,7 @@ def collect(
 
     For adapters of mlx_lm.lora, or of PEFT after `rsgwm convert from-peft`. Weights stay as they are.
 
-    Example: rsgwm importance collect adapters --data corpus/change --base smollm2-135m
+    Example: rsgwm adapter importance adapters --data corpus/change --base smollm2-135m
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.loading import load_data

@@ -1,4 +1,4 @@
-"""``rsgwm loss``: how well a base, and adapters on it, predict the completions of a data set."""
+"""``rsgwm adapter loss``: how well a base, and adapters on it, predict the completions of a data set."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def loss(
 
     DATA is a corpus folder, a folder with train.jsonl, or a .jsonl file. Prompts do not count; dropout is off.
 
-    Example: rsgwm loss corpus/change --adapter adapters/change
+    Example: rsgwm adapter loss corpus/change --adapter adapters/change
     """
     from mlx_rsgwm.data.batching import row_notes
     from mlx_rsgwm.data.loading import load_data

@@ -1,12 +1,11 @@
 """The ``rsgwm`` command: its subcommands, and how errors become one line and an exit code.
 
 Exit codes: 0 done; 1 internal failure; 2 bad input; 3 a check that was asked for failed; 130 interrupted.
-Subcommands are imported only when they run, so that ``rsgwm --help`` answers at once.
+The commands themselves are in a table of their own, :mod:`mlx_rsgwm.cli.commands`.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
 import json
 import os
@@ -15,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,43 +21,10 @@ from typing import Any, NoReturn
 import click
 
 from mlx_rsgwm import __version__
+from mlx_rsgwm.cli.groups import LazyGroup
+from mlx_rsgwm.cli.old_names import with_new_names
 from mlx_rsgwm.cli.startup import hide_torch
 from mlx_rsgwm.core.errors import RsgwmError
-
-# Name: where the command is, and what `rsgwm --help` says of it without importing it.
-COMMANDS = {
-    "demo": ("mlx_rsgwm.cli.run:demo", "The whole job on a small base model, in minutes."),
-    "run": ("mlx_rsgwm.cli.run:run", "Run a recipe: a whole job as one YAML file, resumable."),
-    "base": ("mlx_rsgwm.cli.base:base", "Fetch a base model or show what it is."),
-    "data": ("mlx_rsgwm.cli.data:data", "Build a corpus of draft rows and verifier pairs."),
-    "train": ("mlx_rsgwm.cli.train:train", "Train one LoRA or DoRA adapter and keep its importance."),
-    "train-pool": ("mlx_rsgwm.cli.train_pool:train_pool", "Train several adapters that share one initialisation."),
-    "loss": ("mlx_rsgwm.cli.loss:loss", "Loss of rows under the base and adapters on it."),
-    "importance": ("mlx_rsgwm.cli.importance:importance", "Collect importance for adapters trained elsewhere."),
-    "grams": ("mlx_rsgwm.cli.grams:grams", "Collect what RegMean needs to know of adapters."),
-    "merge": ("mlx_rsgwm.cli.merge:merge", "Merge a pool into a drafter and a verifier."),
-    "merge-sweep": (
-        "mlx_rsgwm.cli.merge_sweep:merge_sweep",
-        "Merge a pool by many methods and rank them on held-out items.",
-    ),
-    "calibrate": ("mlx_rsgwm.cli.calibrate:calibrate", "Fit a verifier's scores and threshold on held-out questions."),
-    "eval": ("mlx_rsgwm.cli.evaluate:evaluate", "Compare the drafter alone with draft–verify on the same items."),
-    "compare": ("mlx_rsgwm.cli.report:compare", "Compare two runs on the same items: tests and intervals."),
-    "report": ("mlx_rsgwm.cli.report:report", "Write a run's report anew from its items."),
-    "controls": ("mlx_rsgwm.cli.eval_controls:controls", "Draft–verify against other ways to spend the same tokens."),
-    "tables": ("mlx_rsgwm.cli.tables:tables", "The paper's Tables 1, 2 and 3, measured beside its numbers."),
-    "lm-eval": ("mlx_rsgwm.cli.eval_lm:lm_eval", "Let lm-evaluation-harness drive the drafter or the pipeline."),
-    "ask": ("mlx_rsgwm.cli.ask:ask", "Answer questions, showing the drafts and their scores."),
-    "chat": ("mlx_rsgwm.cli.ask:chat", "Answer one question after another on a loaded model."),
-    "convert": ("mlx_rsgwm.cli.convert:convert", "Turn an adapter into PEFT's format, or back."),
-    "parity": ("mlx_rsgwm.cli.parity:parity", "Compare an adapter's logits with torch and PEFT."),
-    "fuse": ("mlx_rsgwm.cli.fuse:fuse", "Work an adapter into its base, measuring what survives."),
-    "push": ("mlx_rsgwm.cli.hub:push", "Publish an adapter on the Hugging Face Hub."),
-    "pull": ("mlx_rsgwm.cli.hub:pull", "Fetch an adapter from the Hugging Face Hub."),
-    "plot": ("mlx_rsgwm.cli.plot:plot", "Draw the training curves of adapters."),
-    "bench": ("mlx_rsgwm.cli.bench:bench", "Measure latency against torch."),
-    "doctor": ("mlx_rsgwm.cli.doctor:doctor", "Examine this machine and say what to fix."),
-}
 
 INTERRUPTED = 130
 LONGEST_SHOWN = 60  # characters of a file name that is too long
@@ -69,42 +34,17 @@ UNUSABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-class Rsgwm(click.Group):
-    """A group that imports its commands late and ends every failure as this project promises."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order of the table: the order in which a job uses them."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command by its name; ``None`` when there is no such name."""
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute = COMMANDS[cmd_name][0].split(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command, or suggest the nearest name."""
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
-            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands with their summaries, importing none."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+class Rsgwm(LazyGroup):
+    """The root group, which ends every failure as this project promises."""
 
     # click overloads `main` on `standalone_mode`, which is not for callers of this one to choose.
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **settings: Any
     ) -> NoReturn:
         """Run the command line and exit; the arguments are those of :meth:`click.Command.main`."""
-        arguments = list(sys.argv[1:] if args is None else args)
+        arguments, notes = with_new_names(sys.argv[1:] if args is None else args)
+        for note in notes:
+            click.echo(note, err=True)
         outcome: dict[str, bool] = {}
         code, text = 0, ""
         try:
@@ -120,6 +60,8 @@ class Rsgwm(click.Group):
             code, text = INTERRUPTED, "interrupted; what was finished before is kept"
         except Exception as error:
             code, text = explain(error)
+            if code != 1 and outcome.get("verbose"):
+                traceback.print_exception(error)
         if text:
             report_failure(code, text, as_json=asks_json(arguments) and not outcome.get("result_printed"))
         sys.exit(code)
@@ -220,7 +162,7 @@ def show_version(ctx: click.Context, parameter: click.Parameter, value: bool) ->
 def rsgwm() -> None:
     """Train a pool of LoRA adapters, merge it into a drafter and a verifier, get checked answers.
 
-    Start with `rsgwm demo`; `rsgwm doctor` examines the machine.
+    Start with `rsgwm demo`; `rsgwm doctor` examines the machine; `rsgwm help COMMAND` has examples.
     """
 
 

@@ -1,4 +1,4 @@
-"""``rsgwm merge-sweep``: one pool merged by many methods, ranked on held-out items."""
+"""``rsgwm pool sweep``: one pool merged by many methods, ranked on held-out items."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def merge_sweep(
 
     \b
     Examples:
-      rsgwm merge-sweep runs/demo/pool/*
-      rsgwm merge-sweep pool/* --methods linear,ties:density=0.2/0.5 --methods rsgwm:space=product,tau=0.3/0.5
-      rsgwm merge-sweep pool/* --eval change --eval held_out.jsonl --items 50 --with joint=joint --out runs/sweep
-      mlx.launch -n 2 -- rsgwm merge-sweep pool/* --out runs/sweep
+      rsgwm pool sweep runs/demo/pool/*
+      rsgwm pool sweep pool/* --methods linear,ties:density=0.2/0.5 --methods rsgwm:space=product,tau=0.3/0.5
+      rsgwm pool sweep pool/* --eval change --eval held_out.jsonl --items 50 --with joint=joint --out runs/sweep
+      mlx.launch -n 2 -- rsgwm pool sweep pool/* --out runs/sweep
     """
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError

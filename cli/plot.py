@@ -1,4 +1,4 @@
-"""``rsgwm plot``: training curves as a picture."""
+"""``rsgwm report curves``: training curves as a picture."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_rsgwm.cli.options.paths import PATH
 def plot(console: Console, adapters: tuple[Path, ...], out: Path) -> None:
     """Draw train and held-out loss of ADAPTERS over their steps.
 
-    Example: rsgwm plot runs/demo/pool/* --out curves.png
+    Example: rsgwm report curves runs/demo/pool/* --out curves.png
     """
     from mlx_rsgwm.evaluation.report.curves import plot_curves
 

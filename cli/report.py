@@ -1,4 +1,4 @@
-"""``rsgwm report`` and ``rsgwm compare``: reports from recorded items, without a model."""
+"""``rsgwm report write`` and ``rsgwm compare``: reports from recorded items, without a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_rsgwm.cli.options.paths import PATH
 def report(console: Console, run: Path, out: Path | None, against: bool) -> None:
     """Write the report of RUN anew (report.html, report.md, plot.png, report.json) from its items.jsonl.
 
-    Example: rsgwm report runs/demo/report
+    Example: rsgwm report write runs/demo/report
     """
     from mlx_rsgwm.core import files
     from mlx_rsgwm.evaluation.report.folder import read_report, render_table, write_report

@@ -13,7 +13,9 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-WITH_TORCH = frozenset({"parity", "bench", "run", "demo", "tables", "lm-eval"})
+from mlx_rsgwm.cli.commands import WITH_TORCH, full_name
+from mlx_rsgwm.cli.old_names import with_new_names
+
 ASKING = "transformers.utils.import_utils"
 
 
@@ -48,6 +50,5 @@ class TorchHider(MetaPathFinder):
 
 def hide_torch(arguments: Sequence[str]) -> None:
     """Hide torch from transformers unless the command that ``arguments`` name computes with it."""
-    command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if command not in WITH_TORCH:
+    if full_name(with_new_names(arguments)[0]) not in WITH_TORCH:
         sys.meta_path.insert(0, TorchHider())

@@ -1,4 +1,4 @@
-"""``rsgwm tables``: the paper's tables, measured here and printed beside its numbers."""
+"""``rsgwm report tables``: the paper's tables, measured here and printed beside its numbers."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def tables(
 
     \b
     Examples:
-      rsgwm tables 1 --set data.folder=../data
-      rsgwm tables 2 --recipe demo --limit 20 --out runs/small-tables
+      rsgwm report tables 1 --set data.folder=../data
+      rsgwm report tables 2 --recipe demo --limit 20 --out runs/small-tables
     """
     from dataclasses import asdict
 

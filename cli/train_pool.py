@@ -1,4 +1,4 @@
-"""``rsgwm train-pool``: several adapters that share one initialisation."""
+"""``rsgwm pool train``: several adapters that share one initialisation."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def train_pool(
 
     \b
     Examples:
-      rsgwm train-pool --task change --task groups --out pool
-      rsgwm train-pool --data corpus/a --data corpus/b --epochs 1 --out pool --resume
-      mlx.launch -n 2 -- rsgwm train-pool --data corpus/a --data corpus/b --out pool
+      rsgwm pool train --task change --task groups --out pool
+      rsgwm pool train --data corpus/a --data corpus/b --epochs 1 --out pool --resume
+      mlx.launch -n 2 -- rsgwm pool train --data corpus/a --data corpus/b --out pool
     """
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError

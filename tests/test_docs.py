@@ -11,7 +11,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mlx_rsgwm.cli.main import COMMANDS, rsgwm
+from mlx_rsgwm.cli.commands import COMMANDS
+from mlx_rsgwm.cli.main import rsgwm
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -41,10 +42,7 @@ def spoken(page):
 
 def parse(words):
     """Parse as the program would, without running; returns the context of the command."""
-    name, *arguments = shlex.split(words)[1:]
-    command = rsgwm.get_command(click.Context(rsgwm), name)
-    assert command is not None, f"there is no command {name}"
-    context = command.make_context(name, arguments)
+    command, context = rsgwm, rsgwm.make_context("rsgwm", shlex.split(words)[1:])
     while isinstance(command, click.Group):
         name, command, arguments = command.resolve_command(context, [*context._protected_args, *context.args])
         context = command.make_context(name, arguments, parent=context)
@@ -130,7 +128,7 @@ def test_troubleshooting_quotes_what_the_program_says():
 BLOCK = re.search(rf"{RUN_MARK}\n\n((?:    .*\n)+)", (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8"))[1]
 
 
-QUICKER = {"train-pool": ["--steps", "8"], "calibrate": ["--items", "4"], "eval": ["--limit", "4"]}
+QUICKER = {"pool": ["--steps", "8"], "calibrate": ["--items", "4"], "eval": ["--limit", "4"]}
 
 
 def test_the_quick_start_runs(tiny_base, tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def _usage(repo: str, base: str, wrapped: bool, mlx_folder: str | None) -> str:
         f'model = PeftModel.from_pretrained(model, "{repo}")\n'
         "```"
     )
-    fetch = f"rsgwm pull {repo} adapter --base {base}\n"
+    fetch = f"rsgwm hub pull {repo} adapter --base {base}\n"
     direct = f"hf download {repo} --include '{mlx_folder}/*' --local-dir .\n" if mlx_folder else ""
     folder = mlx_folder or "adapter"
     lines = direct or fetch

@@ -138,7 +138,7 @@ class MergeSection:
         if "grams" in method.needs:
             problems.append(
                 f"{self.method} needs matrices of the layers' inputs, which no recipe collects; run it with another "
-                "method, then rsgwm grams on the pool and rsgwm merge"
+                "method, then rsgwm adapter grams on the pool and rsgwm merge"
             )
         signals = {resolved(self.options(role)).get("signal") for role in ("draft", "verify")}
         if unknown := sorted(str(signal) for signal in signals - {None, *SIGNALS}):

@@ -217,7 +217,7 @@ def _move(file: Path, place: Path) -> None:
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of a file; of an adapter's manifest, without what ``rsgwm grams`` adds to it later."""
+    """SHA-256 of a file; of an adapter's manifest, without what ``rsgwm adapter grams`` adds to it later."""
     if file.name == MANIFEST_FILE:
         with suppress(RsgwmError, ValueError):
             manifest = files.read_json_object(file)

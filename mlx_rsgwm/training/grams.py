@@ -191,7 +191,7 @@ def load_grams(folder: Path) -> dict[str, mx.array]:
     Raises:
         RsgwmError: there are none, they are of other weights than the folder's, or not square.
     """
-    remedy = f"collect them: rsgwm grams collect {folder} --data ROWS"
+    remedy = f"collect them: rsgwm adapter grams {folder} --data ROWS"
     path = folder / GRAMS_FILE
     if not path.is_file():
         raise RsgwmError(f"{folder} has no Gram matrices; {remedy}")

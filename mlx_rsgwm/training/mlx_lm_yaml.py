@@ -242,7 +242,9 @@ class _Translation:
 
     def _train(self, key: str, value: Any) -> None:
         if value is not True:
-            self.problems.append(f"train: {brief(value)} cannot be done here: this command trains; see rsgwm loss")
+            self.problems.append(
+                f"train: {brief(value)} cannot be done here: this command trains; see rsgwm adapter loss"
+            )
 
     def _remote_code(self, key: str, value: Any) -> None:
         if value:

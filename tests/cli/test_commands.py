@@ -59,7 +59,7 @@ def test_loss_of_base_and_adapter(line, tiny_base):
     from mlx_rsgwm.training.losses import held_out_loss
 
     corpus, adapter = line / "corpus" / "change", line / "pool" / "change"
-    found = invoke("loss", corpus, "--adapter", adapter, "--base", tiny_base, "--json")
+    found = invoke("adapter", "loss", corpus, "--adapter", adapter, "--base", tiny_base, "--json")
     assert found.exit_code == 0, found.stderr
     result = json.loads(found.stdout.splitlines()[-1])
     base = load_base(str(tiny_base))
@@ -102,7 +102,12 @@ def test_the_base_is_the_one_that_the_adapters_record(line, tiny_base):
     assert ran.exit_code == 0, ran.stderr
     assert f"loading {tiny_base}" in ran.stderr
     assert "warning" not in ran.stderr
-    assert invoke("loss", line / "corpus" / "change", "--adapter", line / "pool" / "change", "--rows", 2).exit_code == 0
+    assert (
+        invoke(
+            "adapter", "loss", line / "corpus" / "change", "--adapter", line / "pool" / "change", "--rows", 2
+        ).exit_code
+        == 0
+    )
 
 
 def test_a_pair_of_two_pools_is_told_even_when_quiet(line):
@@ -241,7 +246,7 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
         (["calibrate", "--task", "change", "--drafter", "{pool}/change"], "without --verifier; give both"),
         (["eval", "--task", "change", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/drafter"],
          "was merged to draft, not to verify"),
-        (["loss", "{tmp}/corpus/change", "--adapter", "{pool}/change", "--base", "{other}"], "was made for"),
+        (["adapter", "loss", "{tmp}/corpus/change", "--adapter", "{pool}/change", "--base", "{other}"], "was made for"),
         (["eval", "--task", "gsm8k", "--data", "{tmp}/none", "--drafter", "{tmp}/drafter", "--verifier",
           "{tmp}/verifier"], "none does not exist"),
     ],

@@ -77,7 +77,7 @@ def test_report_and_compare(run, tiny_base, tmp_path):
         result(evaluate(run, tiny_base, tmp_path / name, "--timed", 0, "--seed", 42, "--temperature", seed / 2))
     before = json.loads((tmp_path / "a" / "report.json").read_text())
     (tmp_path / "a" / "report.html").unlink()
-    found = result(invoke("report", tmp_path / "a", "--json"))
+    found = result(invoke("report", "write", tmp_path / "a", "--json"))
     assert found["draft_verify"] == before["draft_verify"]
     assert (tmp_path / "a" / "report.html").is_file()
     compared = invoke("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.md", "--json")
@@ -88,7 +88,7 @@ def test_report_and_compare(run, tiny_base, tmp_path):
 
 def test_controls(run, tiny_base, tmp_path, monkeypatch):
     arguments = (
-        "controls", run, "--base", tiny_base, "--limit", 4, "--calibration-items", 2, "--sampling-seeds", 2,
+        "report", "controls", run, "--base", tiny_base, "--limit", 4, "--calibration-items", 2, "--sampling-seeds", 2,
         "--attempts", 2, "--drafts", 3, "--max-tokens", 6, "--out", tmp_path / "c", "--json",
     )  # fmt: skip
     shown = invoke(*arguments)
@@ -138,13 +138,13 @@ def test_tables_refuse_what_will_be_trained_on_before_training(recipe, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["report", "{tmp}"], "holds no report.json"),
+        (["report", "write", "{tmp}"], "holds no report.json"),
         (["compare", "{tmp}", "{tmp}"], "holds no report.json"),
-        (["controls", "{tmp}", "--out", "{tmp}/c"], "lacks drafter, verifier"),
-        (["tables", "1", "--recipe", "nonesuch", "--out", "{tmp}/t"], "no recipe 'nonesuch'"),
-        (["tables", "4"], "'4' is not one of"),
-        (["tables", "3", "--variant", "odd:x=1"], "expected NAME:KEY=VALUE"),
-        (["tables", "2", "--limit", "0"], "--limit must be at least 1"),
+        (["report", "controls", "{tmp}", "--out", "{tmp}/c"], "lacks drafter, verifier"),
+        (["report", "tables", "1", "--recipe", "nonesuch", "--out", "{tmp}/t"], "no recipe 'nonesuch'"),
+        (["report", "tables", "4"], "'4' is not one of"),
+        (["report", "tables", "3", "--variant", "odd:x=1"], "expected NAME:KEY=VALUE"),
+        (["report", "tables", "2", "--limit", "0"], "--limit must be at least 1"),
         (["eval", "--task", "change", "--slice", "last"], "slice must be one of"),
         (["eval", "--task", "change", "--limit", "0"], "--limit must be at least 1"),
         (["eval", "--task", "change", "--timed", "-1"], "--timed must not be negative"),

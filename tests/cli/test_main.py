@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm import __version__
+from mlx_rsgwm.cli.commands import COMMANDS, GROUPS, SECTIONS, members, summary
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.main import COMMANDS, asks_json, rsgwm, set_environment
+from mlx_rsgwm.cli.main import asks_json, rsgwm, set_environment
+from mlx_rsgwm.cli.old_names import COMMANDS_BEFORE, with_new_names
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
 
 ENTRY = "from mlx_rsgwm.cli.main import main; main()"
@@ -56,23 +59,77 @@ def raising(error):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_of_the_table_exists_and_explains_itself(run, name):
-    result = run(name, "--help")
+    result = run(*name.split(), "--help")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"Usage: rsgwm {name}")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_lists_every_command_on_one_line(run, name):
-    module, summary = COMMANDS[name]
-    assert f"  {name} " in run("--help").stdout
-    assert summary in run("--help").stdout
-    assert module.startswith("mlx_rsgwm.cli.")
+@pytest.mark.parametrize("group", ["", *GROUPS])
+def test_help_lists_every_command_and_what_it_is(run, group):
+    shown = " ".join(run(*group.split(), "--help").stdout.split())
+    for name in members(group):
+        assert f" {name} {summary(f'{group} {name}'.strip())}" in shown
+
+
+def test_every_command_stands_in_one_section(run):
+    placed = [name for names in SECTIONS.values() for name in names]
+    assert sorted(placed) == sorted({name.split()[0] for name in COMMANDS})
+    lines = run("--help").stdout.splitlines()
+    assert [line for line in lines if line.rstrip(":") in SECTIONS] == [f"{title}:" for title in SECTIONS]
+    assert not {name for name in COMMANDS if " " in name and name.split()[0] not in GROUPS}
+    assert [name for name in GROUPS if GROUPS[name].split(": ")[1] != f"{', '.join(members(name))}."] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [([], "rsgwm"), (["merge"], "rsgwm merge"), (["hub", "push"], "rsgwm hub push"), (["hub"], "rsgwm hub")],
+)
+def test_help_is_a_command_too(run, names, shown):
+    assert run("help", *names).stdout == run(*names, "--help").stdout
+    assert run("help", *names).stdout.startswith(f"Usage: {shown} [OPTIONS]")
+
+
+def test_help_of_what_does_not_exist(run):
+    assert "no command 'pusj' in 'hub'; did you mean 'push'?" in run("help", "hub", "pusj").stderr
+    assert "rsgwm merge has no command 'all'" in run("help", "merge", "all").stderr
+
+
+@pytest.mark.parametrize("before", COMMANDS_BEFORE)
+def test_old_names_work_and_say_so(run, before):
+    now = COMMANDS_BEFORE[before]
+    result = run(*before.split(), "--help")
+    assert result.stdout == run(*now.split(), "--help").stdout
+    assert result.stderr.splitlines() == [
+        f"note: `rsgwm {before}` is now `rsgwm {now}`; the old name goes with the next release"
+    ]
+    assert before not in run("--help").stdout.split()
+
+
+def test_report_was_a_command(tmp_path):
+    assert with_new_names(["report", str(tmp_path)])[0] == ["report", "write", str(tmp_path)]
+    assert with_new_names(["report", "--json", "x"])[0] == ["report", "write", "--json", "x"]
+    for today in (["report"], ["report", "-h"], ["report", "write", "x"], ["report", "wirte"]):
+        assert with_new_names(today) == (today, [])
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "mlx_rsgwm", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: rsgwm [OPTIONS] COMMAND")
+
+
+def test_verbose_shows_where_a_foreseen_error_arose(run, command):
+    command(raising(RsgwmError("no such folder")))
+    result = run("probe", "-v")
+    assert result.exit_code == 2
+    assert "in body" in result.stderr
+    assert result.stderr.splitlines()[-1] == "rsgwm: error: no such folder"
 
 
 @pytest.mark.parametrize(
     ("words", "position", "expected"),
     [
-        ("rsgwm tra", 1, {"train", "train-pool"}),
+        ("rsgwm tra", 1, {"train"}),
+        ("rsgwm hub ", 2, {"push", "pull"}),
         ("rsgwm bench", 2, {"latency", "compare"}),
         ("rsgwm merge --dr", 2, {"--dry-run"}),
     ],
@@ -97,7 +154,8 @@ def test_version_names_the_components(run):
     ("arguments", "parts"),
     [
         (["doctr"], ["no command 'doctr'", "did you mean 'doctor'", "rsgwm --help"]),
-        (["xyzzy"], ["no command 'xyzzy'", "demo, run, base"]),
+        (["xyzzy"], ["no command 'xyzzy'", "demo, run, help"]),
+        (["puhs"], ["did you mean 'rsgwm hub push'?"]),
         (["doctor", "--sed", "1"], ["--sed", "--seed", "rsgwm doctor --help"]),
         (["doctor", "--seed", "x"], ["--seed", "'x' is not a valid integer", "rsgwm doctor --help"]),
         (["doctor", "--seed", "-1"], ["--seed", "-1"]),
@@ -117,7 +175,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_2(run, arguments, parts):
 def test_no_arguments_show_the_help(run):
     result = run()
     assert result.exit_code == 2
-    assert "Commands:" in result.stderr
+    assert "Data and training:" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -213,8 +271,8 @@ def test_kill_and_ctrl_c_run_the_clean_up(number, tmp_path):
     )
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mlx_rsgwm.cli import main\n"
-        "main.COMMANDS['probe'] = ('probe_module:probe', '')\n"
+        "from mlx_rsgwm.cli import commands, main\n"
+        "commands.COMMANDS['probe'] = ('probe_module:probe', '')\n"
         "main.main()"
     )
     process = subprocess.Popen(
@@ -270,3 +328,10 @@ def test_names_that_no_file_can_have(run, arguments):
     assert result.exit_code == 2, result.output
     (line,) = [line for line in result.stderr.splitlines() if line]
     assert line.startswith("rsgwm: error:")
+
+
+def test_the_page_of_commands_is_what_the_program_prints(run):
+    page = Path(__file__).parents[2] / "docs" / "commands.md"
+    assert page.read_text(encoding="utf-8") == run("help", "--markdown").stdout, (
+        "rsgwm help --markdown > docs/commands.md"
+    )

@@ -1,4 +1,4 @@
-"""``rsgwm merge-sweep`` on the tiny base: defaults, resuming, and bad input in one line."""
+"""``rsgwm pool sweep`` on the tiny base: defaults, resuming, and bad input in one line."""
 
 import json
 
@@ -14,7 +14,7 @@ def invoke(*arguments):
 
 def test_a_sweep_and_a_longer_one(pool, tiny_base, tmp_path):
     common = (*pool, "--base", tiny_base, "--items", 2, "--max-tokens", 3, "--out", tmp_path / "sweep", "--json")
-    found = invoke("merge-sweep", *common, "--methods", "linear,slerp", "--with", f"joint={pool[0]}")
+    found = invoke("pool", "sweep", *common, "--methods", "linear,slerp", "--with", f"joint={pool[0]}")
     assert found.exit_code == 0, found.output
     summary = json.loads(found.stdout.splitlines()[-1])
     assert summary["tasks"] == {"change": 2, "compare": 2}
@@ -23,7 +23,7 @@ def test_a_sweep_and_a_longer_one(pool, tiny_base, tmp_path):
     for name in ("sweep.json", "sweep.md", "items.json"):
         assert (tmp_path / "sweep" / name).is_file()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep" / "measured").iterdir()}
-    longer = invoke("merge-sweep", *common, "--methods", "linear,slerp,karcher", "--with", f"joint={pool[0]}")
+    longer = invoke("pool", "sweep", *common, "--methods", "linear,slerp,karcher", "--with", f"joint={pool[0]}")
     assert longer.exit_code == 0, longer.output
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweep" / "measured").iterdir()}
     assert len(after) == len(before) + 1
@@ -34,7 +34,7 @@ def test_questions_of_ones_own(pool, tiny_base, tmp_path):
     rows = tmp_path / "mine.jsonl"
     rows.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n{"question": "What is 2 + 1?", "answer": "3"}\n')
     found = invoke(
-        "merge-sweep", *pool, "--base", tiny_base, "--methods", "linear", "--eval", rows, "--max-tokens", 3,
+        "pool", "sweep", *pool, "--base", tiny_base, "--methods", "linear", "--eval", rows, "--max-tokens", 3,
         "--out", tmp_path / "sweep",
     )  # fmt: skip
     assert found.exit_code == 0, found.output
@@ -58,7 +58,7 @@ def test_questions_of_ones_own(pool, tiny_base, tmp_path):
 )
 def test_bad_input(pool, tiny_base, tmp_path, arguments, message):
     given = [argument.format(pool=tmp_path / "pool") for argument in arguments]
-    found = invoke("merge-sweep", *pool, "--base", tiny_base, "--items", "2", "--out", tmp_path / "sweep", *given)
+    found = invoke("pool", "sweep", *pool, "--base", tiny_base, "--items", "2", "--out", tmp_path / "sweep", *given)
     assert found.exit_code == 2, found.output
     errors = [line for line in found.stderr.splitlines() if line.startswith("rsgwm: error:")]
     assert len(errors) == 1
@@ -67,6 +67,6 @@ def test_bad_input(pool, tiny_base, tmp_path, arguments, message):
 
 def test_a_task_nobody_knows_has_to_be_given(make_adapter, tiny_base, tmp_path):
     folders = [make_adapter(seed).save(tmp_path / f"one{seed}") for seed in range(2)]
-    found = invoke("merge-sweep", *folders, "--base", tiny_base, "--out", tmp_path / "sweep")
+    found = invoke("pool", "sweep", *folders, "--base", tiny_base, "--out", tmp_path / "sweep")
     assert found.exit_code == 2
     assert "no held-out items for one0, one1; say what to evaluate on with --eval" in found.stderr

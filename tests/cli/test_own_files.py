@@ -193,7 +193,7 @@ def test_items_asked_twice_are_told(trained, tiny_base, tmp_path):
 def test_two_files_of_one_name_are_no_pool(tmp_path):
     (tmp_path / "a").mkdir()
     files = [write(folder / "mine.jsonl", ROWS) for folder in (tmp_path, tmp_path / "a")]
-    error, _ = invoke("train-pool", "--task", files[0], "--task", files[1], "--out", tmp_path / "pool", code=2)
+    error, _ = invoke("pool", "train", "--task", files[0], "--task", files[1], "--out", tmp_path / "pool", code=2)
     assert "two --data or --task are called mine" in error["error"]
     assert not (tmp_path / "pool").exists()
 

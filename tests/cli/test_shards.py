@@ -57,7 +57,19 @@ def test_several_processes_need_a_folder(launch, pool, tiny_base):
 
 
 def test_two_processes_sweep_as_one(launch, pool, tiny_base, tmp_path):
-    run = ("merge-sweep", *pool, "--base", tiny_base, "--items", 2, "--max-tokens", 3, "--methods", "linear,slerp,ties")
+    run = (
+        "pool",
+        "sweep",
+        *pool,
+        "--base",
+        tiny_base,
+        "--items",
+        2,
+        "--max-tokens",
+        3,
+        "--methods",
+        "linear,slerp,ties",
+    )
     invoke(*run, "--out", tmp_path / "one")
     told = launch(*run, "--out", tmp_path / "two")
     assert (tmp_path / "two" / "sweep.json").is_file(), told

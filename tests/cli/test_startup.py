@@ -68,7 +68,17 @@ def test_torch_is_hidden_only_while_transformers_asks():
     assert ran.stdout == "2.0\n", ran.stderr
 
 
-@pytest.mark.parametrize("arguments", [["parity", "x"], ["run", "demo"], ["--json", "bench"], ["lm-eval"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["parity", "x"],
+        ["run", "demo"],
+        ["bench", "--json", "latency"],
+        ["lm-eval"],
+        ["report", "tables"],
+        ["tables", "1"],
+    ],
+)
 def test_commands_that_compute_with_torch_see_it(arguments, monkeypatch):
     from mlx_rsgwm.cli import startup
 

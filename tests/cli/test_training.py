@@ -92,10 +92,11 @@ def test_a_signal_saves_and_resume_goes_on(tiny_base, corpora, tmp_path):
 
 def test_a_pool_shares_a_and_goes_on(tiny_base, corpora, tmp_path):
     pool = ("--base", tiny_base, *SMALL, "--out", tmp_path / "pool")
-    first = result(invoke("train-pool", "--data", corpora / "change", *pool, "--json"))
+    first = result(invoke("pool", "train", "--data", corpora / "change", *pool, "--json"))
     assert first["trained"] == ["change"]
     found = invoke(
-        "train-pool",
+        "pool",
+        "train",
         "--data",
         corpora / "change",
         "--task",
@@ -114,7 +115,7 @@ def test_a_pool_shares_a_and_goes_on(tiny_base, corpora, tmp_path):
     pair = [Adapter.load(tmp_path / "pool" / name) for name in ("change", "groups")]
     for name, value in pair[0].init.items():
         assert (value == pair[1].init[name]).all().item()
-    refused = invoke("train-pool", "--data", corpora / "change", *pool, "--rank", 2)
+    refused = invoke("pool", "train", "--data", corpora / "change", *pool, "--rank", 2)
     assert refused.exit_code == 2
     assert "an adapter of another pool (config.rank is 2 now, was 4" in refused.stderr
 
@@ -125,7 +126,7 @@ def test_importance_for_an_adapter_of_others(tiny_base, corpora, tmp_path):
     )
     for name in ("importance.safetensors", "manifest.json", "init.safetensors"):
         (tmp_path / "a" / name).unlink()
-    collect = ("importance", "collect", tmp_path / "a", "--data", corpora / "change", "--base", tiny_base)
+    collect = ("adapter", "importance", tmp_path / "a", "--data", corpora / "change", "--base", tiny_base)
     found = result(invoke(*collect, "--batch-size", 4, "--json"))
     assert found["batches"] == {"all": 4, "draft": 2, "verify": 2}
     assert Adapter.load(tmp_path / "a").manifest["importance"]["collected"] is True
@@ -140,7 +141,7 @@ def test_passes_over_data_tell_the_rows_that_they_leave_out(tiny_base, corpora, 
     )
     rows = [{"prompt": "One?", "completion": text} for text in ("Two.", "Longer than any row may be here. " * 9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for command in (("importance", "collect", "--replace"), ("grams", "collect")):
+    for command in (("adapter", "importance", "--replace"), ("adapter", "grams")):
         found = invoke(*command[:2], tmp_path / "a", *command[2:], "--data", tmp_path / "rows.jsonl", "--base",
                        tiny_base, "--max-tokens", 64)  # fmt: skip
         assert found.exit_code == 0, found.output
@@ -163,7 +164,9 @@ def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path, repeate
     told = f"NOT NEW: {repeated} of 3 held-out rows ask what was trained on, too"
     assert result(found)["held_out_rows"].get("also_trained", 0) == repeated
     assert (told in found.stderr) == bool(repeated)
-    scored = result(invoke("loss", tmp_path / "other.jsonl", "--adapter", tmp_path / "a", "--rows", 2, "--json"))
+    scored = result(
+        invoke("adapter", "loss", tmp_path / "other.jsonl", "--adapter", tmp_path / "a", "--rows", 2, "--json")
+    )
     assert scored["trained_on"][str(tmp_path / "a")] == min(repeated, 2) / 2
     (tmp_path / "new.jsonl").write_text(json.dumps({"prompt": "Anything?", "completion": "No."}) + "\n")
     again = invoke("train", "--base", tiny_base, "--data", tmp_path / "new.jsonl", "--held-out",
@@ -238,8 +241,8 @@ def test_a_base_without_an_end_of_text(tiny_base, corpora, tmp_path):
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--config", "{tmp}/none.yaml"], "none.yaml does not exist"),
         (["train", "--data", "{tmp}/none.jsonl", "--out", "{tmp}/x"], "none.jsonl does not exist"),
         (["train", "--data", "{data}", "--out", "{tmp}/x", "--save-every", "-1"], "every = -1 is out of range"),
-        (["train-pool", "--out", "{tmp}/x"], "at least one --data or --task"),
-        (["importance", "collect", "{tmp}/none", "--data", "{data}"], "none does not exist"),
+        (["pool", "train", "--out", "{tmp}/x"], "at least one --data or --task"),
+        (["adapter", "importance", "{tmp}/none", "--data", "{data}"], "none does not exist"),
     ],
 )
 def test_bad_input(tiny_base, corpora, tmp_path, arguments, message):
@@ -274,8 +277,8 @@ def test_two_processes_train_as_one(launch, tiny_base, corpora, tmp_path):
 @pytest.mark.slow
 def test_two_processes_share_a_pool(launch, tiny_base, corpora, tmp_path):
     pool = ("--base", tiny_base, *SMALL, "--data", corpora / "change", "--data", corpora / "groups")
-    result(invoke("train-pool", *pool, "--out", tmp_path / "one", "--json"))
-    told = launch("train-pool", *pool, "--out", tmp_path / "two")
+    result(invoke("pool", "train", *pool, "--out", tmp_path / "one", "--json"))
+    told = launch("pool", "train", *pool, "--out", tmp_path / "two")
     for name in ("change", "groups"):
         assert (tmp_path / "two" / name / "manifest.json").exists(), told
         for file in ("adapters.safetensors", "importance.safetensors"):

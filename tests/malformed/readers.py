@@ -236,7 +236,7 @@ def make_items(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> None:
-    """What ``rsgwm report`` does, without drawing."""
+    """What ``rsgwm report write`` does, without drawing."""
     from mlx_rsgwm.evaluation.report.folder import read_report, render_markdown
     from mlx_rsgwm.evaluation.report.summary import summarise
 

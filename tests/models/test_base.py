@@ -403,9 +403,9 @@ def test_gguf_path_is_converted_into_the_cache_by_content(tmp_path):
 
 
 def run(*arguments):
-    from mlx_rsgwm.cli.base import base
+    from mlx_rsgwm.cli import base
 
-    return CliRunner().invoke(base, arguments)
+    return CliRunner().invoke({"info": base.info, "pull": base.pull}[arguments[0]], arguments[1:])
 
 
 def test_info_and_pull(tiny):

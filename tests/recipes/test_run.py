@@ -201,7 +201,7 @@ def test_shipped_recipes_are_valid():
         (["data.verify_share=0"], "no rows that teach to verify"),
         (["template=none"], "unknown template 'none'"),
         (["merge.method=tise"], "did you mean 'ties'"),
-        (["merge.method=regmean"], "rsgwm grams"),
+        (["merge.method=regmean"], "rsgwm adapter grams"),
         (["merge.parameters={desnity: 1}"], "has no parameter 'desnity'"),
         (["merge.weights=[1]"], "1 weights for 2 adapters"),
         (["merge.method=linear", "merge.weights=[0.1, -0.1000000001]"], "must not sum to zero"),

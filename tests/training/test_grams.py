@@ -196,7 +196,7 @@ def test_importance_collected_before(base, corpus, saved):
 
 
 def test_missing(saved):
-    with pytest.raises(RsgwmError, match=r"has no Gram matrices; collect them: rsgwm grams collect .* --data ROWS"):
+    with pytest.raises(RsgwmError, match=r"has no Gram matrices; collect them: rsgwm adapter grams .* --data ROWS"):
         load_grams(saved.path)
 
 
@@ -218,7 +218,7 @@ def test_command(tiny_base, corpus, saved):
     from mlx_rsgwm.cli.grams import grams as command
 
     def invoke(*arguments):
-        return CliRunner().invoke(command, ["collect", *(str(argument) for argument in arguments), "--json"])
+        return CliRunner().invoke(command, [*(str(argument) for argument in arguments), "--json"])
 
     data = saved.path.parent / "corpus"
     found = invoke(saved.path, "--data", data, "--base", tiny_base, "--rows", 6)

@@ -18,7 +18,7 @@ def regmean(layer: Layer) -> Factors:
     """ΔW = (Σ w_t G_t)⁻¹ Σ w_t G_t ΔW_t, the least-squares solution for Σ w_t ‖X_t ΔW − X_t ΔW_t‖²
     (Jin et al., 2023, arXiv 2212.09849).
 
-    G_t = X_tᵀX_t / n of the module's inputs under adapter t (``rsgwm grams collect``). As ΔW_t = a_t b_t, only the a_t
+    G_t = X_tᵀX_t / n of the module's inputs under adapter t (``rsgwm adapter grams``). As ΔW_t = a_t b_t, only the a_t
     are solved for, and the result is exact at rank Σ r_t.
 
     Parameters: ``off_diagonal``, by which all entries of G off its diagonal are multiplied (fusion_bench
@@ -39,7 +39,7 @@ def regmean(layer: Layer) -> Factors:
         ridge = max(10 * ridge, 1e-7)
     raise RsgwmError(
         f"{layer.name}: RegMean's Gram matrices are singular or not finite; collect them on more rows "
-        "(rsgwm grams collect ADAPTER --data ROWS --replace), or set off_diagonal below 1"
+        "(rsgwm adapter grams ADAPTER --data ROWS --replace), or set off_diagonal below 1"
     )
 
 

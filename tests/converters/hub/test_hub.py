@@ -189,7 +189,7 @@ def folder(make_adapter, tmp_path):
 
 
 def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path):
-    pushed = rsgwm("push", folder, REPO, "--base", BASE, "--mlx")
+    pushed = rsgwm("hub", "push", folder, REPO, "--base", BASE, "--mlx")
     assert pushed.returncode == 0, pushed.stderr
     assert TOKEN not in pushed.stdout + pushed.stderr
     created = hub.created[0]  # newer clients say it the second way
@@ -203,7 +203,7 @@ def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path)
     everything = b"".join(data for name, data in hub.files.items() if not name.endswith(".safetensors"))
     assert str(tmp_path.parent).encode() not in everything
 
-    pulled = rsgwm("pull", REPO, tmp_path / "pulled", "--base", tiny_base)
+    pulled = rsgwm("hub", "pull", REPO, tmp_path / "pulled", "--base", tiny_base)
     assert pulled.returncode == 0, pulled.stderr
     assert last(pulled)["modules"] == 4
     before, after = Adapter.load(folder), Adapter.load(tmp_path / "pulled")
@@ -213,16 +213,16 @@ def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path)
         assert all(mx.array_equal(one[name], other[name]) for name in one)
 
     hub.stop()  # what was fetched once needs no network
-    offline = rsgwm("pull", REPO, tmp_path / "again", "--peft", HF_HUB_OFFLINE="1")
+    offline = rsgwm("hub", "pull", REPO, tmp_path / "again", "--peft", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     found = from_peft(tmp_path / "again")
     assert all(mx.array_equal(found.weights[name], value) for name, value in before.weights.items())
-    unsent = rsgwm("push", folder, REPO, "--base", BASE)
+    unsent = rsgwm("hub", "push", folder, REPO, "--base", BASE)
     assert unsent.returncode == 2
     assert len([line for line in unsent.stderr.splitlines() if line.startswith("rsgwm: error:")]) == 1
     assert f"{REPO} could not be written to the Hub" in unsent.stderr
     assert TOKEN not in unsent.stdout + unsent.stderr
-    never = rsgwm("pull", "someone/else", tmp_path / "never", "--peft")
+    never = rsgwm("hub", "pull", "someone/else", tmp_path / "never", "--peft")
     assert never.returncode == 2
     assert "rsgwm: error: someone/else could not be fetched from the Hub" in never.stderr
     assert not (tmp_path / "never").exists()
@@ -230,11 +230,11 @@ def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path)
 
 def test_a_repository_of_mlx_lm_is_fetched_as_it_is(hub, rsgwm, folder, tmp_path):
     hub.files = {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapters.safetensors")}
-    pulled = rsgwm("pull", REPO, tmp_path / "pulled")
+    pulled = rsgwm("hub", "pull", REPO, tmp_path / "pulled")
     assert pulled.returncode == 0, pulled.stderr
     assert (last(pulled)["layout"], last(pulled)["modules"]) == ("mlx", 4)
     assert {file.name: file.read_bytes() for file in (tmp_path / "pulled").iterdir()} == hub.files
-    kept = rsgwm("pull", REPO, tmp_path / "kept", "--peft")
+    kept = rsgwm("hub", "pull", REPO, tmp_path / "kept", "--peft")
     assert kept.returncode == 2
     assert "has mlx-lm's layout, not PEFT's" in kept.stderr
 
@@ -269,7 +269,7 @@ def test_pull_reads_as_from_peft_does(monkeypatch, folder, tiny_base, tmp_path):
 
 
 def test_a_dry_run_sends_nothing_and_shows_everything(hub, rsgwm, folder):
-    result = rsgwm("push", folder, REPO, "--base", BASE, "--dry-run")
+    result = rsgwm("hub", "push", folder, REPO, "--base", BASE, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert hub.requests == []
     found = last(result)
@@ -283,7 +283,7 @@ def test_a_dry_run_sends_nothing_and_shows_everything(hub, rsgwm, folder):
 
 def test_a_refused_token_is_one_line_without_it(hub, rsgwm, folder):
     hub.token = "another"
-    result = rsgwm("push", folder, REPO, "--base", BASE)
+    result = rsgwm("hub", "push", folder, REPO, "--base", BASE)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("rsgwm: error:")]
     assert len(lines) == 1
