@@ -23,6 +23,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import LineProgress
 from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, make_rows, save_corpus
 from mlx_rsgwm.data.questions import Question, load_jsonl
@@ -136,7 +137,7 @@ def train_pool(base: Base, pool: str, seed: int, folder: Path) -> None:
         train_one(base, rows, family.training, folder / family.task, seed)
         test = questions(family.task, "test", TEST_ITEMS, seed)
         lines = [{"id": q.id, "task": q.task, "question": q.question, "answer": q.answer} for q in test]
-        files.make_folder(folder / "test")
+        make_folder(folder / "test")
         files.write_text(folder / "test" / f"{family.task}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     train_one(base, everything, {}, folder / "joint", seed)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import make_folder
 
 FORMAT = "mlx-rsgwm/bench-latency"
 UNSTEADY = 0.10  # a quartile range above this share of the median
@@ -89,7 +90,7 @@ def save_outcome(result: Mapping[str, Any], path: Path) -> list[Path]:
     """Write ``path`` (JSON) and beside it the table (.md) and, where matplotlib is installed, the picture (.png)."""
     if path.suffix != ".json":
         raise RsgwmError(f"--out {path}: expected a name that ends in .json; the table and the picture go beside it")
-    files.make_folder(path.parent)
+    make_folder(path.parent)
     written = [path.with_suffix(".md"), path.with_suffix(".png"), path]
     files.write_text(written[0], markdown(result))
     try:

@@ -28,6 +28,7 @@ import numpy as np
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.scoring import calibration_error
 from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, save_corpus
 from mlx_rsgwm.data.hard_negatives import LabelledDraft, make_mixed_rows
@@ -106,7 +107,7 @@ def draft_stage(base: Any, demo: Path, out: Path) -> None:
                 }
                 for question, drafts in zip(questions, drafted, strict=True)
             ]
-            files.make_folder(path.parent)
+            make_folder(path.parent)
             files.write_json(path, rows)
             right = np.mean([draft["correct"] for row in rows for draft in row["drafts"]])
             seconds = time.process_time() - started
@@ -173,7 +174,7 @@ def read_stage(base: Any, demo: Path, out: Path, name: str) -> None:
         started = time.process_time()
         questions, drafts, correct = read_drafts(out, split)
         signals = read_all(pipeline, [question.question for question in questions], drafts)
-        files.make_folder(path.parent)
+        make_folder(path.parent)
         files.write_json(path, {"signals": [[asdict(one) for one in item] for item in signals], "correct": correct})
         print(f"{name}, {split}: read in {time.process_time() - started:.0f} processor s", flush=True)
 
@@ -386,7 +387,7 @@ def main() -> None:
     parser.add_argument("--verifier", choices=["demo", *VERIFIERS])
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    files.make_folder(arguments.out)
+    make_folder(arguments.out)
     if arguments.stage == "report":
         report_stage(arguments.out, arguments.plot)
         return

@@ -42,11 +42,11 @@ def convert_to_peft(
     from mlx_rsgwm.converters.parity.certificate import embed_certificate
     from mlx_rsgwm.converters.peft import convert as peft
     from mlx_rsgwm.converters.peft.bulk import is_mlx, is_whole_peft, to_peft_verified
-    from mlx_rsgwm.core import files
+    from mlx_rsgwm.core.folders import new_folder
 
     def one(source: Path, target: Path) -> Converted:
         peft.require_empty(target)
-        with files.new_folder(target) as work:
+        with new_folder(target) as work:
             if verify:
                 found = to_peft_verified(source, base, work, console.progress)
             else:

@@ -57,7 +57,7 @@ def controls(
     Example: rsgwm report controls runs/demo --out runs/controls
     """
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.core.files import exclusive
+    from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, rows_trained_on, union
     from mlx_rsgwm.evaluation.report.folder import aligned
     from mlx_rsgwm.evaluation.slices import Slice, read_slice

@@ -72,7 +72,7 @@ def evaluate(
 
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.core.files import exclusive
+    from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.evaluation.answers import REFUSAL
     from mlx_rsgwm.evaluation.contamination import (

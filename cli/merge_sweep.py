@@ -79,7 +79,7 @@ def merge_sweep(
     """
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.core.files import exclusive
+    from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union

@@ -49,6 +49,7 @@ def parity(
     from mlx_rsgwm.converters.parity.check import check_parity
     from mlx_rsgwm.core import files
     from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
+    from mlx_rsgwm.core.folders import make_folder
     from mlx_rsgwm.models.adapter import Adapter
 
     name = base or (Adapter.load(adapter).manifest.get("base") or {}).get("name")
@@ -58,7 +59,7 @@ def parity(
         adapter, name, peft_folder=peft, tolerance=tolerance, dtype=dtype, device=device, progress=console.progress
     )
     if certificate is not None:
-        files.make_folder(certificate.absolute().parent)
+        make_folder(certificate.absolute().parent)
         files.write_json(certificate, result)
     console.line(
         f"parity: max |Δlogit| {result['max_abs_logit']:.1e} over {result['tokens']} tokens "

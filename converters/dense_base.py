@@ -19,6 +19,7 @@ from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.converters.weight_map import describe_link
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.models.base import DTYPES
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.folder import read_config
@@ -44,7 +45,7 @@ def dense_base(path: Path, out: Path) -> Path:
         for parameter, changed in dense_parameters(model).items()
         for name, value in _transformers_arrays(parameter, changed, config["model_type"], known).items()
     }
-    files.make_folder(out)
+    make_folder(out)
     for pattern in SIDE_FILES:
         for file in path.glob(pattern):
             if file.name not in ("config.json", "model.safetensors.index.json"):

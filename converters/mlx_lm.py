@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_rsgwm.converters.peft.convert import Converted, require_empty
-from mlx_rsgwm.core import files
+from mlx_rsgwm.core.folders import new_folder
 from mlx_rsgwm.models.adapter import Adapter
 
 
@@ -26,6 +26,6 @@ def convert_from_mlx(folder: Path, out: Path, scale: float | None = None) -> Con
     adapter.manifest = {"kind": "imported", **adapter.manifest}
     name = str((adapter.manifest.get("base") or {}).get("name") or "a base it does not name")
     converted = Converted(out, name, adapter.spec, len(adapter.modules()))
-    with files.new_folder(out) as work:
+    with new_folder(out) as work:
         adapter.save(work)
     return converted

@@ -11,7 +11,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.models.adapter import EXPONENT_BITS, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
 
 DTYPE_NAMES = {
@@ -57,11 +58,10 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str,
         header[name] = {"dtype": DTYPE_NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    temporary = files.temporary_for(path)
     digest = hashlib.sha256()
     infinite = []
     names = [name for name in header if name != "__metadata__"]
-    try:
+    with files.new_file(path) as temporary, _readable(path):
         with open(temporary, "wb") as file:
             for head in (struct.pack("<Q", len(text)), text):
                 digest.update(head)
@@ -79,13 +79,16 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str,
                 for one in reading:
                     infinite += one.result()
         raise_problems(str(path), [f"{name} has values that are not finite" for name in infinite], AdapterError)
-        files.replace_file(path, temporary)
-    except (OSError, RuntimeError) as error:
-        raise RsgwmError(f"cannot write {path}: {error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What MLX raises when lazy arrays cannot be read, as an error about the file ``path`` that is written of them."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RsgwmError(f"cannot write {path}: {error}") from error
 
 
 def _batches(arrays: dict[str, mx.array], names: list[str]) -> Iterator[dict[str, tuple[mx.Dtype, mx.array]]]:
@@ -144,8 +147,8 @@ def save_adapter(adapter: Adapter, out: Path, others: Sequence[Path] = ()) -> No
     """
     raise_problems(adapter.where, adapter.shape_problems(), AdapterError)
     groups = (adapter.weights, adapter.full, adapter.importance, adapter.init, adapter.kept)
-    files.require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
-    with files.new_folder(out) as work:
+    require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    with new_folder(out) as work:
         arrays = {**adapter.weights, **adapter.full}
         adapter.weights.clear()
         adapter.full.clear()

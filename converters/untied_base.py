@@ -21,6 +21,8 @@ from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
 from mlx_rsgwm.converters.dense_base import dequantised
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import require_space
+from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.folder import weight_files
@@ -54,7 +56,7 @@ def untied_base(path: Path) -> Iterator[Path]:
                 (folder / file.name).symlink_to(os.path.abspath(file))
         files.write_json(folder / "config.json", untied_config(config))
         by_mlx = all(_metadata(file).get("format") == "mlx" for file in weight_files(path))
-        files.require_space(folder, value.nbytes)
+        require_space(folder, value.nbytes)
         mx.save_safetensors(str(folder / HEAD_FILE), {head: value}, {"format": "mlx" if by_mlx else "pt"})
         _require_head(path, folder)
         yield folder
@@ -75,14 +77,14 @@ def untied_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(file: Path) -> dict[str, str]:
-    return dict(files.read_safetensors(file, evaluate=False)[1] or {})
+    return dict(read_safetensors(file, evaluate=False)[1] or {})
 
 
 def _embedding(path: Path) -> tuple[str, mx.array]:
     """The checkpoint's name of the embedding and its values; of a quantised one those that it stands for."""
     arrays: dict[str, mx.array] = {}
     for file in weight_files(path):
-        arrays |= files.read_safetensors(file, evaluate=False)[0]
+        arrays |= read_safetensors(file, evaluate=False)[0]
     names = [name for name in arrays if name.endswith(".weight") and is_embedding(name.removesuffix(".weight"))]
     if len(names) != 1:
         listed = ", ".join(names[:3]) or "none"

@@ -24,6 +24,8 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import LOCK_FILE, exclusive
+from mlx_rsgwm.core.safetensors_io import write_safetensors
 from mlx_rsgwm.models.adapter import Adapter
 
 PROGRAM = "import sys; from mlx_rsgwm.cli.main import main; sys.argv[0] = 'rsgwm'; main()"
@@ -168,7 +170,7 @@ def test_every_way_a_write_fails_is_one_line_and_leaves_the_old_file(tmp_path, m
     with pytest.raises(RsgwmError, match=r"cannot write .*a\.json"):
         files.write_json(tmp_path / "a.json", {})
     with pytest.raises(RsgwmError, match=r"cannot write .*b\.safetensors"):
-        files.write_safetensors(tmp_path / "b.safetensors", {"a": mx.zeros(2)})
+        write_safetensors(tmp_path / "b.safetensors", {"a": mx.zeros(2)})
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
     assert files.read_json(tmp_path / "a.json") == {"old": True}
 
@@ -224,7 +226,9 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from mlx_rsgwm.core import files
-with files.exclusive(Path(sys.argv[1])):
+from mlx_rsgwm.core.folders import LOCK_FILE, exclusive
+from mlx_rsgwm.core.safetensors_io import write_safetensors
+with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -245,11 +249,11 @@ def test_two_processes_cannot_write_one_folder(work, tiny_base, held):
     out, holder = held
     for kind in ("train", "merge", "evaluate", "run"):
         assert "another process is writing" in one_line(run(*commands(work, tiny_base, out)[kind][0]))
-    assert [file.name for file in out.iterdir()] == [files.LOCK_FILE]
+    assert [file.name for file in out.iterdir()] == [LOCK_FILE]
     holder.kill()  # a killed process holds nothing, whatever it left behind
     holder.wait()
     assert run(*commands(work, tiny_base, out)["merge"][0]).exit_code == 0
-    assert not (out / files.LOCK_FILE).exists()
+    assert not (out / LOCK_FILE).exists()
     Adapter.load(out)
 
 
@@ -259,7 +263,7 @@ def test_a_lock_is_for_one_at_a_time_and_leaves_nothing(tmp_path):
     def enter():
         for _ in range(100):
             try:
-                with files.exclusive(tmp_path / "new"):
+                with exclusive(tmp_path / "new"):
                     inside.append(1)
                     most.append(len(inside))
                     inside.pop()
@@ -273,12 +277,12 @@ def test_a_lock_is_for_one_at_a_time_and_leaves_nothing(tmp_path):
         thread.join()
     assert max(most) == 1
     assert len(most) + len(refused) == 400
-    assert not (tmp_path / "new" / files.LOCK_FILE).exists()
+    assert not (tmp_path / "new" / LOCK_FILE).exists()
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(work, tmp_path):
     out = shutil.copytree(work / "pool" / "change", tmp_path / "out")
-    (out / ".adapters.123.tmp.safetensors").write_bytes(b"half")
+    (out / ".adapters.123-00000000ffff-0.tmp.safetensors").write_bytes(b"half")
     (out / ".mine.txt").write_text("kept")
     Adapter.load(out).save(out)
     assert not list(out.glob(".*.tmp*"))

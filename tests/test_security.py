@@ -14,6 +14,7 @@ import yaml
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import Loader, read_yaml
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, write_safetensors
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [file for top in ("mlx_rsgwm", "converters", "cli", "bench") for file in sorted((ROOT / top).rglob("*.py"))]
@@ -55,12 +56,12 @@ def test_no_source_runs_what_it_reads(file):
             assert not {name.partition(".")[0] for name in names} & NEVER_IMPORTED, f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("suffix", sorted(files.PICKLE_SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(PICKLE_SUFFIXES))
 def test_pickles_are_refused_by_name(tmp_path, suffix):
     path = tmp_path / f"adapter{suffix}"
     path.write_bytes(b"\x80\x04N.")
     with pytest.raises(RsgwmError, match="pickle file, which can run code"):
-        files.read_safetensors(path)
+        read_safetensors(path)
 
 
 def test_a_link_in_an_output_folder_is_replaced_and_its_target_stays(tmp_path):
@@ -71,7 +72,7 @@ def test_a_link_in_an_output_folder_is_replaced_and_its_target_stays(tmp_path):
     for name in ("a.json", "b.safetensors", ".b.safetensors"):
         os.symlink(outside, out / name)
     files.write_json(out / "a.json", {})
-    files.write_safetensors(out / "b.safetensors", {"x": mx.zeros(2)})
+    write_safetensors(out / "b.safetensors", {"x": mx.zeros(2)})
     assert outside.read_text() == "mine"
     assert not (out / "a.json").is_symlink()
     assert not (out / "b.safetensors").is_symlink()

@@ -20,8 +20,8 @@ from mlx_rsgwm.converters.base_layers import BaseLayers, saved_by_mlx_lm
 from mlx_rsgwm.converters.dense_base import dense_parameters
 from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.converters.weight_map import Link, Part, describe_link
-from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.folder import weight_files
 from mlx_rsgwm.models.stored_head import HEAD
@@ -46,7 +46,7 @@ def checkpoint_arrays(
         return _cast(_arrays_of_model(base, model), dtype)
     arrays: dict[str, mx.array] = {}
     for file in weight_files(base.path):
-        arrays |= files.read_safetensors(file, evaluate=False)[0]
+        arrays |= read_safetensors(file, evaluate=False)[0]
     kinds = {name: value.dtype for name, value in arrays.items()}
     for name, value in changed.items():
         link = base.names.link(name)

@@ -31,6 +31,7 @@ from mlx_rsgwm.converters.resized_vocabulary import make_room, rows_of, tokenize
 from mlx_rsgwm.converters.untied_base import adapts_head, untied_base
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter import Adapter
@@ -133,8 +134,8 @@ def _fuse(
     fused, config, form = _fused_model(path, model, config, layers, adapter, target)
     del model, layers
     size = sum(value.nbytes for value in _arrays_of(fused))
-    files.require_space(out, size + 2**24)
-    with files.new_folder(out) as work:
+    require_space(out, size + 2**24)
+    with new_folder(out) as work:
         write_model(fused, config, path, tokenizer, work)
         del fused
         mx.clear_cache()

@@ -8,7 +8,6 @@ projections in the order of that architecture. llama.cpp computes alpha / rank, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mlx_rsgwm.converters.gguf.names import architecture_of, heads_of, permute_r
 from mlx_rsgwm.converters.peft.names import model_order
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.folder import read_config
 from mlx_rsgwm.models.slots import untied_hint
@@ -52,11 +52,10 @@ def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -
     config = {**config, **(config.get("text_config") or {})}
     architecture, _ = architecture_of(base.model_type)
     names = _tensor_names(adapter, base, config)
-    files.require_space(out, sum(value.nbytes for value in adapter.weights.values()) * 2 + 2**20)
-    files.make_folder(out.absolute().parent)
-    temporary = files.temporary_for(out)
-    writer = gguf.GGUFWriter(str(temporary), architecture)
-    try:
+    require_space(out, sum(value.nbytes for value in adapter.weights.values()) * 2 + 2**20)
+    make_folder(out.absolute().parent)
+    with files.new_file(out) as temporary:
+        writer = gguf.GGUFWriter(str(temporary), architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.spec.scale * adapter.spec.rank)
@@ -74,12 +73,6 @@ def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -
         writer.close()
         # Before it gets its name: a full disk may have cut it, with no error by whoever wrote it.
         _check(temporary, out, adapter, names, config, base.model_type, kind)
-        files.replace_file(out, temporary)
-    except OSError as error:
-        raise RsgwmError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return out
 
 

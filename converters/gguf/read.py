@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import struct
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from mlx_rsgwm.converters.gguf.packed import BITS, GROUP, packed_bits, read_pack
 from mlx_rsgwm.converters.gguf.tokenizer import end_ids, save_tokenizer
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 
 # Raised whenever a conversion would come out different, so that cached ones are made anew.
@@ -72,22 +72,14 @@ def convert_gguf(source: Path, out: Path, progress: Progress = SILENT, quantised
     if quantised:
         config = {**config, "quantization": _quantisation(gguf, plan)}
     entries = _entries(gguf, plan, quantised)
-    files.require_space(out, sum(_nbytes(entry) for entry in entries.values()) + (1 << 25))
-    files.make_folder(out.absolute().parent)
-    work = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name}."))
-    try:
+    require_space(out, sum(_nbytes(entry) for entry in entries.values()) + (1 << 25))
+    with _new_or_as_good(out) as work:
         save_tokenizer(gguf.metadata, work, str(source), config["vocab_size"])
         files.write_json(work / "config.json", config)
         ends = end_ids(gguf.metadata)
         if ends != [config["eos_token_id"]] and ends:
             files.write_json(work / "generation_config.json", {"eos_token_id": ends})
         _write_weights(work / "model.safetensors", gguf, config, entries, progress)
-        work.chmod(0o755)  # mkdtemp makes it private
-        _rename_folder(work, out)
-    except OSError as error:
-        raise RsgwmError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
@@ -222,10 +214,12 @@ def _parts(gguf: GgufFile, entry: Entry, whole: bool, offset: float) -> Iterator
         yield values - np.float32(offset) if offset else values
 
 
-def _rename_folder(work: Path, out: Path) -> None:
+@contextmanager
+def _new_or_as_good(out: Path) -> Iterator[Path]:
+    """``new_folder``; where another process was faster, its folder, which is as whole as ours, stays."""
     try:
-        os.rename(work, out)
-    except OSError:
-        # Another process was faster: its folder, renamed whole like ours, is as good.
+        with new_folder(out) as work:
+            yield work
+    except RsgwmError:
         if not (out / "config.json").is_file():
             raise

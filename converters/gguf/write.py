@@ -8,9 +8,7 @@ reader, and the configuration found in it has to be the model's.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from mlx_rsgwm.converters.gguf.read import tensor_plan
 from mlx_rsgwm.converters.gguf.vocabulary import vocabulary
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.folder import read_config
@@ -95,19 +94,12 @@ def model_to_gguf(folder: Path, out: Path, dtype: str | None = None, progress: P
     words = vocabulary(folder, source.settings["vocab_size"])
     title = _title(source.name, words["tokenizer.ggml.tokens"], out.stem)
     metadata = {**_metadata(source, KINDS[kind][1], title), **words}
-    files.require_space(out, sum(4 * source.arrays[name].size for name in plan) + 2**24)
-    files.make_folder(out.absolute().parent)
-    temporary = files.temporary_for(out)
-    try:
+    require_space(out, sum(4 * source.arrays[name].size for name in plan) + 2**24)
+    make_folder(out.absolute().parent)
+    with files.new_file(out) as temporary:
         with progress.task(f"writing {out.name}", len(plan)) as advance:
             digests = _write(temporary, source, plan, metadata, kind, advance)
         _check(temporary, out, source, digests)
-        files.replace_file(out, temporary)
-    except OSError as error:
-        raise RsgwmError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
     return {"out": str(out), "architecture": source.name, "tensors": len(digests), "dtype": kind}
 
 

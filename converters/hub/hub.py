@@ -25,6 +25,7 @@ from mlx_rsgwm.converters.peft.layout import Reading
 from mlx_rsgwm.converters.peft.sidecar import CERTIFICATE_FILE, PEFT_CONFIG_FILE, SIDECAR_FOLDER
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder, new_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.models.base import ALIASES, HUB_ID, resolve_base
@@ -70,7 +71,7 @@ def stage(
     adapter.manifest = without_paths(adapter.manifest)
     if adapter.manifest.get("base"):
         adapter.manifest["base"] = {**adapter.manifest["base"], "name": hub_base}
-    with files.new_folder(out) as work:
+    with new_folder(out) as work:
         _fill(work, adapter, adapter_folder, repo, hub_base, licence, with_mlx, proof, metrics)
     contents = sorted((str(file.relative_to(out)), file.stat().st_size) for file in out.rglob("*") if file.is_file())
     return Staged(out, hub_base, tuple(contents))
@@ -93,7 +94,7 @@ def _fill(
         proof = {**without_paths(proof), "base": hub_base, "adapter": repo}
         files.write_json(out / SIDECAR_FOLDER / CERTIFICATE_FILE, proof)
     if with_mlx:
-        mlx = files.make_folder(out / MLX_FOLDER)
+        mlx = make_folder(out / MLX_FOLDER)
         shutil.copyfile(adapter_folder / WEIGHTS_FILE, mlx / WEIGHTS_FILE)
         files.write_json(mlx / CONFIG_FILE, adapter.spec.to_config())  # mlx_lm.lora puts every path it was given there
     config = files.read_json_object(out / PEFT_CONFIG_FILE)
@@ -192,7 +193,7 @@ def _kept_mlx(folder: Path, repo: str, out: Path, base: str | None, keep_peft: b
 
 
 def _copy(folder: Path, out: Path) -> None:
-    with files.new_folder(out) as work:
+    with new_folder(out) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_rsgwm.converters.peft.sidecar import CERTIFICATE_FILE, SIDECAR_FOLDER
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
 
 CERTIFICATE_FORMAT = "mlx-rsgwm/parity"
@@ -43,4 +44,4 @@ def read_certificate(path: Path, adapter_folder: Path) -> dict[str, Any]:
 def embed_certificate(path: Path, adapter_folder: Path, peft_folder: Path) -> None:
     """Put the certificate of ``adapter_folder`` into the PEFT folder made from it."""
     certificate = read_certificate(path, adapter_folder)
-    files.write_json(files.make_folder(peft_folder / SIDECAR_FOLDER) / CERTIFICATE_FILE, certificate)
+    files.write_json(make_folder(peft_folder / SIDECAR_FOLDER) / CERTIFICATE_FILE, certificate)

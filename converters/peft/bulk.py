@@ -17,8 +17,8 @@ from mlx_rsgwm.converters.peft.names import parse_name
 from mlx_rsgwm.converters.peft.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
 from mlx_rsgwm.converters.peft.verify import require_equal
-from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
+from mlx_rsgwm.core.folders import new_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
 from mlx_rsgwm.models.base import resolve_base
@@ -132,7 +132,7 @@ def convert_all(
 def _proving(out: Path) -> Iterator[tuple[Path, Path]]:
     """A folder that becomes ``out`` once what the body asks of it holds, and one for what goes afterwards."""
     require_empty(out)
-    with files.new_folder(out) as work, tempfile.TemporaryDirectory(prefix="rsgwm-verify-") as temporary:
+    with new_folder(out) as work, tempfile.TemporaryDirectory(prefix="rsgwm-verify-") as temporary:
         try:
             yield work, Path(temporary)
         except RsgwmError as error:

@@ -29,7 +29,9 @@ from mlx_rsgwm.converters.resized_vocabulary import rows_of, tokenizer_files
 from mlx_rsgwm.converters.stream import save_adapter, write_arrays
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.models.base import ALIASES, resolve_base
 
@@ -77,7 +79,7 @@ def convert_to_peft(folder: Path, base_name: str | None, out: Path) -> Converted
     found = Converted(out, name, adapter.spec, len(adapter.modules()))
 
     def weights() -> dict[str, mx.array]:
-        return files.read_safetensors(folder / WEIGHTS_FILE, evaluate=False)[0]
+        return read_safetensors(folder / WEIGHTS_FILE, evaluate=False)[0]
 
     with ThreadPoolExecutor(1) as checker:  # on another core, while the arrays are written
         _write(adapter, weights, name, out, checker.submit(check_hashes, folder, adapter.manifest).result)
@@ -101,10 +103,10 @@ def _write(
     hub_name = ALIASES[base_name].hub_id if base_name in ALIASES else base_name
     config = {**form.config, "base_model_name_or_path": hub_name}
     groups = (adapter.weights, adapter.full, adapter.importance, adapter.init, adapter.kept)
-    files.require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
     arrays = peft_arrays(adapter, form)
     metadata = (adapter.manifest.get("source") or {}).get("metadata") if form.layout is not None else None
-    with files.new_folder(out) as work:
+    with new_folder(out) as work:
         digest = write_arrays(work / PEFT_WEIGHTS_FILE, arrays, metadata or {"format": "pt"})
         check()
         write_sidecar(adapter, config, work, digest, form.joined)

@@ -15,6 +15,7 @@ from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FIL
 from mlx_rsgwm.converters.peft.uniform import NAMES, same_bits
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
+from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
 from mlx_rsgwm.models.token_layers import is_embedding
 
@@ -38,7 +39,7 @@ class PeftFolder:
         arrays: dict[str, mx.array] = {}
         metadata: dict[str, str] = {}
         for file in self.weights:
-            found, extra = files.read_safetensors(file, evaluate=False)
+            found, extra = read_safetensors(file, evaluate=False)
             twice = sorted(found.keys() & arrays.keys())
             raise_problems(str(self.path), [f"{name} is in two shards" for name in twice], AdapterError)
             arrays.update(found)
@@ -82,7 +83,7 @@ def open_peft(folder: Path) -> PeftFolder:
         raise AdapterError(f"PEFT folder {folder} does not exist")
     names = {file.name for file in folder.iterdir()}
     if PEFT_WEIGHTS_FILE not in names and INDEX_FILE not in names:
-        pickles = sorted(name for name in names if Path(name).suffix in files.PICKLE_SUFFIXES)
+        pickles = sorted(name for name in names if Path(name).suffix in PICKLE_SUFFIXES)
         if pickles:
             raise AdapterError(
                 f"{folder}: {pickles[0]} is a pickle file, which can run code when loaded; "

@@ -14,6 +14,8 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
+from mlx_rsgwm.core.folders import make_folder
+from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import CONFIG_FILE, IMPORTANCE_FILE, INIT_FILE, MANIFEST_FILE, Adapter, LoraSpec
 
 PEFT_CONFIG_FILE = "adapter_config.json"
@@ -41,7 +43,7 @@ def write_sidecar(
     joined: Mapping[str, Sequence[str]],
 ) -> None:
     """Write what PEFT has no place for beside ``adapter_model.safetensors`` in ``out``, which must be there already."""
-    folder = files.make_folder(out / SIDECAR_FOLDER)
+    folder = make_folder(out / SIDECAR_FOLDER)
     written = replace(adapter, kept={}).write_beside(folder)
     files.write_json(
         folder / MANIFEST_FILE,
@@ -102,8 +104,8 @@ def rows_of_changed(folder: Path, name: str) -> dict[str, Any] | None:
 def restore(adapter: Adapter, sidecar: Sidecar) -> Adapter:
     """``adapter`` with what the sidecar kept: exact spec, importance, initialisation and manifest."""
     path, listed = sidecar.path, sidecar.manifest["files"]
-    importance, metadata = files.read_safetensors(path / IMPORTANCE_FILE) if IMPORTANCE_FILE in listed else ({}, {})
-    init = files.read_safetensors(path / INIT_FILE)[0] if INIT_FILE in listed else {}
+    importance, metadata = read_safetensors(path / IMPORTANCE_FILE) if IMPORTANCE_FILE in listed else ({}, {})
+    init = read_safetensors(path / INIT_FILE)[0] if INIT_FILE in listed else {}
     spec = LoraSpec.from_config(files.read_json_object(path / CONFIG_FILE), str(path / CONFIG_FILE))
     return replace(
         adapter,

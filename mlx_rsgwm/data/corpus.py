@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
 from mlx_rsgwm.data.perturb import borrow, perturb
@@ -141,7 +142,7 @@ def save_corpus(
         task: {role: sum(row.task == task and row.role == role for row in rows) for role in ROLES}
         for task in dict.fromkeys(row.task for row in rows)
     }
-    with files.exclusive(folder):
+    with exclusive(folder):
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         files.write_text(folder / ROWS_FILE, text)
         manifest = {

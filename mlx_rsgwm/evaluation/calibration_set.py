@@ -15,6 +15,7 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.inference.calibration import Calibration
@@ -74,7 +75,7 @@ def header_of(pipeline: DraftVerify, questions: Sequence[Question]) -> dict[str,
 
 def write_drafts(file: Path, header: Mapping[str, Any], items: Sequence[CalibrationItem]) -> None:
     """Keep drafts in a file."""
-    files.make_folder(file.parent)
+    make_folder(file.parent)
     lines = [json.dumps(header), *(json.dumps(asdict(item), ensure_ascii=False) for item in items)]
     files.write_text(file, "\n".join(lines) + "\n")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.evaluation.records import ItemRecord
 
 FILE = "journal.jsonl"
@@ -37,7 +38,7 @@ class Journal:
         self.timings: dict[tuple[str, str], Timing] = {}
         self._about = json.loads(json.dumps(about, default=str))
         whole = self._read(self.path, replace) if self.path.is_file() else 0
-        files.make_folder(path.parent)
+        make_folder(path.parent)
         try:
             if whole:
                 os.truncate(self.path, whole)

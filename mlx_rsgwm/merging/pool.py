@@ -19,7 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
-from mlx_rsgwm.core.files import read_safetensors, sha256_file, sha256_json
+from mlx_rsgwm.core.files import sha256_file, sha256_json
+from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.models.adapter import (
     IMPORTANCE_FILE,

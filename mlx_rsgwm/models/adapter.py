@@ -15,6 +15,8 @@ import mlx.core as mx
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
+from mlx_rsgwm.core.folders import exclusive, require_space
+from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, write_safetensors
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.folder import base_difference
 from mlx_rsgwm.models.spec import LoraSpec
@@ -191,7 +193,7 @@ class Adapter:
         if hashes:
             check_hashes(folder, manifest)
         spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE), scale)
-        arrays, _ = files.read_safetensors(folder / WEIGHTS_FILE, evaluate=not lazy)
+        arrays, _ = read_safetensors(folder / WEIGHTS_FILE, evaluate=not lazy)
         full = {name: value for name, value in arrays.items() if spec.is_full or name.rpartition(".")[2] in FULL_LEAVES}
         weights = {name: value for name, value in arrays.items() if name not in full}
         depth = (manifest.get("base") or {}).get("num_layers")
@@ -211,11 +213,11 @@ class Adapter:
         raise_problems(self.where, self.problems(), AdapterError)
         folder = Path(path)
         groups = (self.weights, self.full, self.importance, self.init, self.kept)
-        files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
-        with files.exclusive(folder):
+        require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+        with exclusive(folder):
             files.write_text(folder / UNFINISHED_FILE, "This folder is being written, or its writer was stopped.\n")
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
-            files.write_safetensors(folder / WEIGHTS_FILE, {**self.weights, **self.full})
+            write_safetensors(folder / WEIGHTS_FILE, {**self.weights, **self.full})
             written = [WEIGHTS_FILE, *self.write_beside(folder)]
             hashes = {name: files.sha256_file(folder / name) for name in written}
             self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
@@ -234,7 +236,7 @@ class Adapter:
             (KEPT_FILE, self.kept, {}),
         ):
             if arrays:
-                files.write_safetensors(folder / name, arrays, metadata)
+                write_safetensors(folder / name, arrays, metadata)
                 written.append(name)
             else:
                 (folder / name).unlink(missing_ok=True)
@@ -262,11 +264,11 @@ def put_beside(
     kept = {other: digest for other, digest in recorded.items() if other != name} or {
         other: files.sha256_file(folder / other) for other in known if other != name and (folder / other).is_file()
     }
-    files.require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
-    with files.exclusive(folder):
+    require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
+    with exclusive(folder):
         if name in recorded:
             files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": kept})
-        files.write_safetensors(folder / name, dict(arrays), dict(metadata))
+        write_safetensors(folder / name, dict(arrays), dict(metadata))
         adapter.manifest = {
             "kind": "imported",
             "base": base,
@@ -340,7 +342,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_optional(path: Path, lazy: bool) -> tuple[dict[str, mx.array], dict[str, str]]:
-    return files.read_safetensors(path, evaluate=not lazy) if path.is_file() else ({}, {})
+    return read_safetensors(path, evaluate=not lazy) if path.is_file() else ({}, {})
 
 
 def check_hashes(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -357,7 +359,7 @@ def check_hashes(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _explain_missing_weights(folder: Path) -> str:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in files.PICKLE_SUFFIXES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         return f"{folder}: {pickles[0]} is a pickle file, which can run code when loaded; only .safetensors is read"
     if (folder / "adapter_model.safetensors").is_file():

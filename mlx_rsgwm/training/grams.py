@@ -20,6 +20,7 @@ from mlx.utils import tree_unflatten
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch, tell_rows
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, put_beside
 from mlx_rsgwm.models.base import Base
@@ -197,7 +198,7 @@ def load_grams(folder: Path) -> dict[str, mx.array]:
         raise RsgwmError(f"{folder} has no Gram matrices; {remedy}")
     manifest = files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
     hashes = manifest.get("files") or {}
-    arrays, metadata = files.read_safetensors(path, evaluate=False)
+    arrays, metadata = read_safetensors(path, evaluate=False)
     if GRAMS_FILE not in hashes or metadata.get("weights_sha256") != hashes.get(WEIGHTS_FILE):
         raise RsgwmError(f"{path} belongs to earlier weights of this folder; {remedy}")
     wrong = [f"{name} has shape {gram.shape}" for name, gram in arrays.items() if gram.shape != gram.shape[::-1]]

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_rsgwm.core import files
 from mlx_rsgwm.core.distributed import ALONE, Processes
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import TokenRow, plan_steps, row_notes
@@ -132,7 +132,7 @@ def train(
             progress.message(f"{label}: only {len(plan)} steps, few to learn from; more rows, or --epochs {more}")
         run = Run(model, rows, plan, held_rows, config, label, processes)
         if saving and processes.writes:
-            stack.enter_context(files.exclusive(saving.folder))
+            stack.enter_context(exclusive(saving.folder))
         checkpoint = read_checkpoint(saving, identity, progress) if saving else None
         if checkpoint is not None:
             run.restore(checkpoint)

@@ -13,6 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.folders import make_folder
+from mlx_rsgwm.core.safetensors_io import write_safetensors
 
 FOLDER = "snapshots"
 UPDATE_FILE = "update.safetensors"
@@ -42,11 +44,11 @@ def write_snapshot(
     ``gradient.safetensors`` the mean over the run's steps so far of the gradient before clipping and weight decay.
     Both float32.
     """
-    target = files.make_folder(folder / FOLDER / f"step-{step:06d}")
+    target = make_folder(folder / FOLDER / f"step-{step:06d}")
     update = {name: value - start[name] if name in start else value for name, value in weights.items()}
     gradient = {name: gradient_sum[name] / step for name in weights}
     for name, arrays in ((UPDATE_FILE, update), (GRADIENT_FILE, gradient)):
-        files.write_safetensors(target / name, {key: value.astype(mx.float32) for key, value in arrays.items()})
+        write_safetensors(target / name, {key: value.astype(mx.float32) for key, value in arrays.items()})
     hashes = {name: files.sha256_file(target / name) for name in (UPDATE_FILE, GRADIENT_FILE)}
     files.write_json(target / "manifest.json", {"step": step, **record, "files": hashes})
     return target

@@ -11,6 +11,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.data.row_hashes import RowRecord, record_of
 from mlx_rsgwm.models.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
 from mlx_rsgwm.models.slots import untied_hint
@@ -42,7 +43,7 @@ class WarmStart:
             raise RsgwmError(f"the weights to start from, {file}, do not exist")
         if file.suffix != ".safetensors":
             raise RsgwmError(f"the weights to start from, {file}, are no .safetensors file")
-        arrays, _ = files.read_safetensors(file)
+        arrays, _ = read_safetensors(file)
         wrong = [name for name, value in arrays.items() if not mx.isfinite(value).all().item()]
         raise_problems(str(file), [f"{name} has values that are not finite" for name in wrong])
         beside = file.with_name(CONFIG_FILE)

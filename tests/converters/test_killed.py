@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.core import files
+from mlx_rsgwm.core import files, temporary
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import new_folder
 from mlx_rsgwm.models.adapter import Adapter
 
 
@@ -53,9 +54,9 @@ def steps_until_done(monkeypatch, command, after_kill):
         with monkeypatch.context() as patch:
             for name in real:
                 patch.setattr(os, name, stepping(name))
-            patch.setattr(files.shutil, "rmtree", lambda path, *a, left=left, **o: left[0] and clean(path, *a, **o))
+            patch.setattr(shutil, "rmtree", lambda path, *a, left=left, **o: left[0] and clean(path, *a, **o))
             patch.setattr(Path, "unlink", lambda path, *a, left=left, **o: left[0] and unlink(path, *a, **o))
-            patch.setattr(files, "_process_runs", lambda pid: False)
+            patch.setattr(temporary, "START", f"{limit:04x}")  # the next one is another process
             try:
                 result = run(*command)
             except Killed:
@@ -148,24 +149,44 @@ def test_an_adapter_whose_saving_was_cut_short_is_refused(make_adapter, tmp_path
 
 def test_a_new_folder_is_whole_or_absent(tmp_path):
     out = tmp_path / "x"
-    with pytest.raises(RsgwmError, match="File exists"), files.new_folder(out) as work:
+    with pytest.raises(RsgwmError, match="File exists"), new_folder(out) as work:
         work.mkdir()
     assert not list(tmp_path.iterdir())
     out.mkdir()
-    with files.new_folder(out) as work, files.new_folder(work) as inner:
+    with new_folder(out) as work, new_folder(work) as inner:
         (inner / "file").write_text("all")
     assert (out / "file").read_text() == "all"
-    with pytest.raises(RsgwmError, match="cannot write"), files.new_folder(out):
+    with pytest.raises(RsgwmError, match="cannot write"), new_folder(out):
         pass
     assert (out / "file").read_text() == "all"
     assert [one.name for one in tmp_path.iterdir()] == ["x"]
 
 
 def test_only_what_an_ended_process_left_is_removed(tmp_path):
-    gone = next(pid for pid in range(2**22 - 1, 1, -1) if not files._process_runs(pid))
-    names = (f".x.{gone}.part", f"..x.{gone}.part.{gone}.part", f".x.{os.getppid()}.part", f".y.{gone}.part", ".x.part")
-    for name in names:
-        (tmp_path / name).mkdir()
-    with files.new_folder(tmp_path / "x"):
+    boot, gone = temporary.boot(), next(pid for pid in range(2**22 - 1, 1, -1) if not Path(f"/proc/{pid}").exists())
+    me, parent = os.getpid(), os.getppid()
+    here = f"{gone}-{boot}0000-0"
+    ended = [f".x.{here}.part", f"..x.{here}.part.{here}.part", f".y.{here}.part", f".a.{here}.tmp.safetensors"]
+    ended += [
+        f".x.{me}-{boot}{'1' if temporary.START == '0000' else '0'}000-1.part",
+        f".x.{parent}-00000000ffff-2.part",
+    ]
+    others = [f".z.{me}-{boot}{temporary.START}-3.tmp", f".x.{parent}-{boot}0000-4.part", ".x.part", f".x.{gone}.part"]
+    for write in (lambda: files.write_text(tmp_path / "x", ""), lambda: _enter(new_folder(tmp_path / "y"))):
+        for name in (*ended, *others):
+            (tmp_path / name).mkdir(exist_ok=True)
+        write()
+    assert {one.name for one in tmp_path.iterdir()} == {"x", "y", *others}
+
+
+def _enter(context):
+    with context:
         pass
-    assert {one.name for one in tmp_path.iterdir()} == {"x", *names[2:]}
+
+
+def test_temporary_names_fit_wherever_the_final_one_does(tmp_path):
+    for name in ("ä" * 127, "a" * 250, "a.safetensors"):
+        files.write_text(tmp_path / name, name)
+        assert (tmp_path / name).read_text() == name
+        assert len(os.fsencode(temporary.temporary_file(tmp_path / name).name)) < 255
+    assert temporary.temporary_file(tmp_path / "a.safetensors").suffix == ".safetensors"

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.core.errors import AdapterError
-from mlx_rsgwm.core.files import read_safetensors
+from mlx_rsgwm.core.safetensors_io import read_safetensors
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
-from mlx_rsgwm.core.files import read_safetensors, write_safetensors
+from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging import measure
 from mlx_rsgwm.merging.merge import merge

@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 import mlx_rsgwm.models.base as module
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.models.base import ALIASES, load_base, resolve_base
 from mlx_rsgwm.models.folder import describe_folder, fingerprint_of
 
@@ -75,7 +76,7 @@ def tiny_model(config=CONFIG):
 def write_folder(folder, config=CONFIG, arrays=None):
     folder.mkdir(parents=True)
     files.write_json(folder / "config.json", config)
-    files.write_safetensors(folder / "model.safetensors", arrays or dict(tree_flatten(tiny_model().parameters())))
+    write_safetensors(folder / "model.safetensors", arrays or dict(tree_flatten(tiny_model().parameters())))
     save_tiny_tokenizer(folder)
     return folder
 
@@ -147,7 +148,7 @@ def test_quantised_folder_keeps_its_packed_weights(tmp_path):
 
 
 def test_quantisations_of_other_tools_are_named(tiny, tmp_path):
-    arrays, _ = files.read_safetensors(tiny / "model.safetensors")
+    arrays, _ = read_safetensors(tiny / "model.safetensors")
     for settings in (
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
         {"quant_method": "gptq", "bits": 4, "group_size": 128},
@@ -163,7 +164,7 @@ def test_rope_parameters_of_transformers_5_are_heeded(tiny, tmp_path):
     ids = mx.array([list(range(3, 30))])
     expected = load_base(str(tiny), "float32").model(ids)
     config = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
-    arrays, _ = files.read_safetensors(tiny / "model.safetensors")
+    arrays, _ = read_safetensors(tiny / "model.safetensors")
     without = load_base(str(write_folder(tmp_path / "without", config, arrays)), "float32").model(ids)
     table = {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"}}
     newer = write_folder(tmp_path / "newer", {**config, **table}, arrays)
@@ -270,12 +271,12 @@ def test_config_that_does_not_fit(tiny, changes, words):
 def test_fingerprint_ignores_name_sharding_and_metadata(tiny, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny, moved)
-    arrays, _ = files.read_safetensors(moved / "model.safetensors")
+    arrays, _ = read_safetensors(moved / "model.safetensors")
     (moved / "model.safetensors").unlink()
     names = sorted(arrays)
     for shard, part in enumerate((names[5:], names[:5]), start=1):
         path = moved / f"model-0000{shard}-of-00002.safetensors"
-        files.write_safetensors(path, {name: arrays[name] for name in part}, {"format": "pt"})
+        write_safetensors(path, {name: arrays[name] for name in part}, {"format": "pt"})
     edit_config(moved, _name_or_path="x", transformers_version="9", pad_token_id=2, torch_dtype="float16", head_dim=16)
     assert fingerprint_of(moved) == fingerprint_of(tiny)
     assert [len(part) for part in fingerprint_of(tiny).split("-")] == [64, 16, 16]
@@ -283,7 +284,7 @@ def test_fingerprint_ignores_name_sharding_and_metadata(tiny, tmp_path):
 
 def test_fingerprint_sees_each_difference(tiny):
     original = fingerprint_of(tiny)
-    arrays, _ = files.read_safetensors(tiny / "model.safetensors")
+    arrays, _ = read_safetensors(tiny / "model.safetensors")
     seen = {original}
     name = "model.layers.1.mlp.up_proj.weight"
     changed = np.array(arrays[name])
@@ -295,9 +296,9 @@ def test_fingerprint_sees_each_difference(tiny):
         {**{key: value for key, value in arrays.items() if key != name}, "renamed": arrays[name]},
     ]
     for variant in variants:
-        files.write_safetensors(tiny / "model.safetensors", variant)
+        write_safetensors(tiny / "model.safetensors", variant)
         seen.add(fingerprint_of(tiny))
-    files.write_safetensors(tiny / "model.safetensors", arrays)
+    write_safetensors(tiny / "model.safetensors", arrays)
     assert fingerprint_of(tiny) == original
     for field, value in (("rope_theta", 5001.0), ("rms_norm_eps", 1e-6), ("num_attention_heads", 8)):
         edit_config(tiny, **{field: value})

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
+from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.data.batching import make_batch
 from mlx_rsgwm.data.corpus import tokenize
 from mlx_rsgwm.models.adapter import Adapter
@@ -142,7 +143,7 @@ def test_saved_beside_untouched_weights(base, corpus, saved):
         assert mx.array_equal(found[name], gram).item()
     layer = "model.layers.0.self_attn."
     assert found[layer + "q_proj"] is found[layer + "k_proj"]
-    stored, about = files.read_safetensors(folder / GRAMS_FILE)
+    stored, about = read_safetensors(folder / GRAMS_FILE)
     assert len(stored) == 8
     assert len(json.loads(about["shared"])) == 2
     damaged = (folder / GRAMS_FILE).read_bytes()
@@ -166,7 +167,7 @@ def test_killed_while_replacing(base, corpus, saved, monkeypatch):
     """The folder stays sound, with the former matrices' claim withdrawn."""
     collected = collect_grams(base, saved, corpus, rows=3)
     save_grams(saved, base, corpus, *collected)
-    written = files.write_safetensors
+    written = write_safetensors
 
     def killed(*arguments):
         written(*arguments)

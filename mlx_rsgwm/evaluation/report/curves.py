@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.evaluation.report.svg import shortened
 from mlx_rsgwm.models.adapter import MANIFEST_FILE
 
@@ -84,6 +85,6 @@ def plot_curves(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    files.make_folder(out.absolute().parent)
+    make_folder(out.absolute().parent)
     files.write_figure(out, figure)
     return histories

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.row_hashes import not_recorded, repeated_items
 from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
@@ -244,7 +245,7 @@ def write_report(
     """
     folder = Path(folder)
     summary = summarise(records, k, metadata, wall_seconds, seed)
-    files.make_folder(folder)
+    make_folder(folder)
     with suppress(FileNotFoundError):
         (folder / REPORT_FILE).unlink()
     write_items(folder / ITEMS_FILE, records)

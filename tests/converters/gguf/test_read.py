@@ -518,8 +518,8 @@ def test_an_interruption_leaves_nothing(plain, tmp_path, monkeypatch):
 def test_two_conversions_at_once_both_succeed(plain, tmp_path, monkeypatch):
     import mlx_rsgwm.converters.gguf.read as module
 
-    meet, rename = threading.Barrier(2), module._rename_folder
-    monkeypatch.setattr(module, "_rename_folder", lambda work, out: (meet.wait(30), rename(work, out)))
+    meet, write = threading.Barrier(2), module._write_weights
+    monkeypatch.setattr(module, "_write_weights", lambda *arguments: (write(*arguments), meet.wait(30)))
     results = []
     threads = [threading.Thread(target=lambda: results.append(convert_gguf(plain, tmp_path / "out"))) for _ in range(2)]
     for thread in threads:

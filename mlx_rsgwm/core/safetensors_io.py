@@ -1,0 +1,87 @@
+"""Arrays in safetensors files, the only form that array data is read in: pickles can run code when they are loaded.
+
+A header is checked by the safetensors library (sizes, offsets, dtypes, truncation) before MLX maps the file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+class Header(NamedTuple):
+    """What a file says before its values: per array dtype, shape and ``data_offsets``, which count from ``start``."""
+
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+
+
+def read_safetensors(path: Path, evaluate: bool = True) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Read a safetensors file into arrays and its metadata; with ``evaluate=False`` an array's values are read when
+    they are first used.
+
+    Raises:
+        RsgwmError: a pickle, by its name; no regular file; not a sound safetensors file.
+    """
+    metadata = read_header(path).metadata
+    try:
+        arrays = mx.load(name_for_mlx(path), format="safetensors")
+        if evaluate:
+            mx.eval(arrays)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise _unsound(path, error) from error
+    assert isinstance(arrays, dict)
+    return arrays, metadata
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of a safetensors file; no value is read."""
+    if path.suffix in PICKLE_SUFFIXES:
+        raise RsgwmError(f"{path} is a pickle file, which can run code when loaded; only .safetensors is read")
+    try:
+        with files.open_regular(path) as file, safe_open(str(path), framework="np"):
+            (length,) = struct.unpack("<Q", file.read(8))
+            entries = files.parse_json(file.read(length).decode("utf-8"))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise _unsound(path, error) from error
+    return Header(entries, entries.pop("__metadata__", None) or {}, 8 + length)
+
+
+def _unsound(path: Path, error: Exception) -> RsgwmError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0].rstrip(".") if lines else type(error).__name__
+    return RsgwmError(f"{path} is not a sound safetensors file: {reason}")
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays atomically as safetensors, with string metadata (``format: mlx`` is always there)."""
+    with files.new_file(path) as temporary:
+        try:
+            mx.save_safetensors(name_for_mlx(temporary), dict(arrays), {"format": "mlx", **(metadata or {})})
+        except RuntimeError as error:
+            raise RsgwmError(f"cannot write {path}: {error}") from error
+
+
+def name_for_mlx(path: Path) -> str:
+    """``path`` as MLX takes names.
+
+    Raises:
+        RsgwmError: bytes in it are no UTF-8, of which MLX makes an error of its own.
+    """
+    name = str(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise RsgwmError(f"{name!a}: MLX opens files by names in UTF-8 only; rename what is not") from None
+    return name
