@@ -48,7 +48,8 @@ PREFIXES = {
 }
 # Models of text and images of which AutoModelForCausalLM loads the text model alone.
 TEXT_ONLY = ("qwen3_5", "qwen3_5_moe")
-HEADS = ("lm_head.", "embed_out.")
+HEADS = ("lm_head.", "embed_out.", "output.")
+TORCH_HEADS = {"internlm2": "output"}  # transformers' name of the head, where not lm_head
 CONV1D = (".c_attn", ".c_proj", ".c_fc")  # of GPT-2, whose checkpoints have these layers' weights transposed
 # (mlx-lm's prefix, the checkpoint's, the model types; empty: every), for bases that mlx-lm has saved.
 ROOTS = (
@@ -153,12 +154,24 @@ class Names:
     bare: bool = False
 
     @property
+    def head(self) -> str:
+        """transformers' output head, which a tied base has no array of."""
+        return TORCH_HEADS.get(self.model_type or "", "lm_head")
+
+    @property
     def by_rule(self) -> Names:
         return Names(self.model_type)
 
     def link(self, parameter: str) -> Link | None:
         """How mlx-lm's ``parameter`` comes from the checkpoint; by rule it is the checkpoint's own."""
         return None if self.weights is None else self.weights.link(parameter)
+
+    @cached_property
+    def _is_wrapped(self) -> bool:
+        """Whether mlx-lm's model is one of text and images, with the language model inside."""
+        return self.weights is not None and any(
+            name.startswith("language_model.model.") for name in self.weights.names()
+        )
 
     @cached_property
     def _transformers(self) -> dict[str, str]:
@@ -189,6 +202,8 @@ class Names:
         if self.weights is not None and parameter in self._mlx:
             return self._mlx[parameter]
         module, _, leaf = parameter.rpartition(".")
+        if module == "lm_head" and self._is_wrapped:  # of a base that ties it, so that no array says where it is
+            return [f"language_model.{parameter}"]
         return [f"{mlx_by_rule(module, self.model_type)}.{leaf}"]
 
     def mlx_modules(self, module: str) -> list[str]:

@@ -37,6 +37,7 @@ def resized_layers(base: BaseLayers, groups: Groups, problems: list[str]) -> tup
     Where LoRA is on a resized layer, its saved base weight is a replaced parameter from here on.
     """
     places = _token_parameters(base)
+    places |= {ours: name for ours, name in groups.saved_names(base.names).items() if ours in places}
     saved = {ours: _saved(theirs, groups) for ours, theirs in places.items()}
     sizes = {value.shape[0] for ours, value in saved.items() if value is not None and value.ndim}
     olds = {base.layers[ours.rpartition(".")[0]].shape[0] for ours in places}
@@ -171,8 +172,8 @@ def _dense(layer: Any, value: mx.array) -> Any:
 def _with_vocabulary(config: dict[str, Any], rows: int) -> dict[str, Any]:
     text = config.get("text_config")
     inner = {"text_config": {**text, "vocab_size": rows}} if isinstance(text, dict) else {}
-    outer = {"vocab_size": rows} if "vocab_size" in config or not inner else {}
-    return {**config, **inner, **outer}
+    # Of a wrapped model some classes of mlx-lm read the outer one, with a default of their own.
+    return {**config, **inner, "vocab_size": rows}
 
 
 def end_of(folder: Path) -> int | None:

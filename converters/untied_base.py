@@ -24,9 +24,9 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import require_space
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.config import open_model
+from mlx_rsgwm.models.config import config_for_mlx_lm, model_classes, open_model
 from mlx_rsgwm.models.folder import weight_files
-from mlx_rsgwm.models.token_layers import has_head, is_embedding
+from mlx_rsgwm.models.token_layers import has_head, is_embedding, is_head
 
 HEAD_FILE = "model-untied-head.safetensors"
 
@@ -44,17 +44,15 @@ def untied_base(path: Path) -> Iterator[Path]:
     Raises:
         RsgwmError: mlx-lm's model has no head of its own, or the embedding cannot be told.
     """
-    config = files.read_json_object(path / "config.json")
+    config = untied_config(files.read_json_object(path / "config.json"))
     name, value = _embedding(path)
-    head = "language_model.lm_head.weight" if name.startswith("language_model.model.") else "lm_head.weight"
-    if config.get("model_type") == "gpt_neox":
-        head = "embed_out.weight"
+    head = _head_beside(name, path, config)
     with tempfile.TemporaryDirectory(prefix="rsgwm-untied-") as temporary:
         folder = Path(temporary)
         for file in path.iterdir():
             if file.name not in ("config.json", "model.safetensors.index.json"):
                 (folder / file.name).symlink_to(os.path.abspath(file))
-        files.write_json(folder / "config.json", untied_config(config))
+        files.write_json(folder / "config.json", config)
         by_mlx = all(_metadata(file).get("format") == "mlx" for file in weight_files(path))
         require_space(folder, value.nbytes)
         mx.save_safetensors(str(folder / HEAD_FILE), {head: value}, {"format": "mlx" if by_mlx else "pt"})
@@ -98,14 +96,25 @@ def _embedding(path: Path) -> tuple[str, mx.array]:
     return names[0], dequantised(layer).astype(dtype)
 
 
+def _head_beside(embedding: str, path: Path, config: dict[str, Any]) -> str:
+    """What a checkpoint that calls its embedding ``embedding`` calls the head of the model that ``config`` makes."""
+    settings = config_for_mlx_lm(config)
+    model_class, arguments = model_classes(settings)
+    model = model_class(arguments.from_dict(settings))
+    heads = [name for name, _ in model.named_modules() if is_head(name)]
+    if len(heads) != 1:
+        kind = config["model_type"]
+        raise RsgwmError(f"{path}: mlx-lm's {kind} has no head apart from its embedding, so it cannot be untied")
+    head = heads[0] if embedding.startswith("language_model.") else heads[0].removeprefix("language_model.")
+    return f"{head}.weight"
+
+
 def _require_head(path: Path, folder: Path) -> None:
-    model_type = files.read_json_object(path / "config.json").get("model_type")
+    config = files.read_json_object(path / "config.json")
     try:
-        model, _, _ = open_model(folder)
+        open_model(folder)
     except RsgwmError as error:
         reason = str(error).removeprefix(f"{folder} ")
         raise RsgwmError(
-            f"{path}: mlx-lm's {model_type} cannot have a head apart from its embedding: {reason}"
+            f"{path}: mlx-lm's {config['model_type']} cannot have a head apart from its embedding: {reason}"
         ) from error
-    if not has_head(name for name, _ in model.named_modules()):
-        raise RsgwmError(f"{path}: mlx-lm's {model_type} has no head apart from its embedding, so it cannot be untied")

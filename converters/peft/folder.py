@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm.converters.module_names import Names
 from mlx_rsgwm.converters.peft.config import rank_of, saves_whole
 from mlx_rsgwm.converters.peft.names import PREFIX, explain_name, parse_name
 from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
@@ -17,7 +18,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
-from mlx_rsgwm.models.token_layers import is_embedding
+from mlx_rsgwm.models.token_layers import is_embedding, is_head
 
 INDEX_FILE = f"{PEFT_WEIGHTS_FILE}.index.json"
 CONFIG_BYTES = 1 << 24
@@ -71,6 +72,14 @@ class Groups:
     tokens: dict[str, mx.array] = field(default_factory=dict)
     lora_biases: dict[str, mx.array] = field(default_factory=dict)
     beside: dict[str, mx.array] = field(default_factory=dict)
+
+    def saved_names(self, names: Names) -> dict[str, str]:
+        """What the file calls saved parameters, weights below LoRA among them, by mlx-lm's names.
+
+        Several classes of transformers may load one model, each with names of its own.
+        """
+        saved = (*(f"{module}.weight" for module in self.copies), *self.whole)
+        return {names.mlx_parameters(name)[0]: name for name in saved}
 
 
 def open_peft(folder: Path) -> PeftFolder:
@@ -187,7 +196,7 @@ def _written_beside(name: str, arrays: Mapping[str, mx.array]) -> str | None:
 
 def _is_outer(module: str) -> bool:
     """An embedding or head, whose base weights PEFT saves of its own accord."""
-    return is_embedding(module) or module.rpartition(".")[2] == "lm_head"
+    return is_embedding(module) or is_head(module)
 
 
 def _shape_problems(module: str, pair: Mapping[str, mx.array], config: Mapping[str, Any] | None) -> list[str]:

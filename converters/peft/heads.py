@@ -16,10 +16,10 @@ from mlx_rsgwm.models.token_layers import is_embedding, is_head
 def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: BaseLayers | None) -> list[str]:
     """Embedding and head: apart in PEFT, one in mlx-lm where the base ties them. Equal adapters become one."""
     embedding = next((update for update in updates if is_embedding(update.module)), None)
-    head = next((update for update in updates if update.module.rpartition(".")[2] == "lm_head"), None)
+    head = next((update for update in updates if is_head(update.module)), None)
     whole = {name.rpartition(".")[0] for name in groups.whole if name.endswith(".weight")}
     whole_embedding = next((name for name in whole if is_embedding(name)), None)
-    whole_head = next((name for name in whole if name.rpartition(".")[2] == "lm_head"), None)
+    whole_head = next((name for name in whole if is_head(name)), None)
     if embedding is None and head is None and whole_embedding is None and whole_head is None:
         return []
     if base is None:
@@ -68,7 +68,8 @@ def hold_other(groups: Groups, base: BaseLayers, layout: Layout) -> None:
     """
     head = next(f"{module}.weight" for module in base.layers if is_head(module))
     embedding = next(f"{module}.weight" for module in base.layers if is_embedding(module))
-    names = {ours: base.names.transformers_parameter(ours) for ours in (embedding, head)}
+    saved = groups.saved_names(base.names)
+    names = {ours: saved.get(ours, base.names.transformers_parameter(ours)) for ours in (embedding, head)}
     modules = {ours: name.removesuffix(".weight") for ours, name in names.items()}
     for ours, other in ((head, embedding), (embedding, head)):
         if modules[ours] in groups.copies or names[ours] in groups.whole:

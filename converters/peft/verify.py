@@ -23,7 +23,7 @@ from mlx_rsgwm.converters.weight_map import Link
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed
 from mlx_rsgwm.models.adapter import CONFIG_FILE, KEPT_FILE, MANIFEST_FILE, WEIGHTS_FILE
-from mlx_rsgwm.models.token_layers import is_embedding
+from mlx_rsgwm.models.token_layers import is_embedding, is_head
 
 # float64 sums of products of stored values; a scale folded into float32 errs by 6e-8 a term.
 TOLERANCE = 1e-6
@@ -299,10 +299,12 @@ def _untie(
 ) -> None:
     """Where MLX has one update or weight for a tied embedding and head, give its head a copy to be compared."""
     embedding = next((name for name in ours if is_embedding(name)), None)
-    if embedding is not None and "lm_head" in theirs and "lm_head" not in ours:
+    head = next((name for name in theirs if is_head(name)), None)
+    if embedding is not None and head is not None and head not in ours:
         side = ours[embedding]
         a, b = side.b[0], side.a[0]
-        ours["lm_head"] = Side((a.take(a.bits.T),), (b.take(b.bits.T),), side.scale)
-    whole = next((name for name in our_rest if is_embedding(name.rpartition(".")[0])), None)
-    if whole is not None and "lm_head.weight" in their_rest and "lm_head.weight" not in our_rest:
-        our_rest["lm_head.weight"] = our_rest[whole]
+        ours[head] = Side((a.take(a.bits.T),), (b.take(b.bits.T),), side.scale)
+    whole = next((name for name in our_rest if is_embedding(name.removesuffix(".weight"))), None)
+    head = next((name for name in their_rest if is_head(name.removesuffix(".weight"))), None)
+    if whole is not None and head is not None and head not in our_rest:
+        our_rest[head] = our_rest[whole]

@@ -173,7 +173,7 @@ def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
         elif is_embedding(module):
             arrays |= {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T}
             if form.tied:
-                head = f"{PREFIX}lm_head"
+                head = f"{PREFIX}{names.head}"
                 arrays |= {f"{head}.lora_A.weight": b, f"{head}.lora_B.weight": a}
         else:
             arrays |= {f"{name}.lora_A.weight": a.T, f"{name}.lora_B.weight": b.T}
@@ -303,7 +303,7 @@ def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules
             value = link.undo(value)
         arrays[f"{PREFIX}{theirs}{wrapped}.{leaf}"] = value
         if tied and is_embedding(module):
-            arrays[f"{PREFIX}lm_head.{leaf}"] = value
+            arrays[f"{PREFIX}{names.head}.{leaf}"] = value
     return arrays
 
 
@@ -320,7 +320,7 @@ def _plain_config(adapter: Adapter, joined: Mapping[str, list[str]], tied: bool,
     linear = [module for module in others if module not in alone]
     targets, layers = _targets(linear, depth)
     if tied and any(map(is_embedding, linear)):
-        targets.append("lm_head")
+        targets.append(names.head)
     parameters = [f"{module}.weight" for module in alone]
     ranks, alphas = {}, {}
     for switch in dict.fromkeys(module.rpartition(".")[0] for module in experts):
@@ -335,7 +335,7 @@ def _plain_config(adapter: Adapter, joined: Mapping[str, list[str]], tied: bool,
     whole = [name.rpartition(".") for name in adapter.full]
     saved = [names.transformers_module(module) for module, _, leaf in whole if leaf == "weight"]
     if tied and any(map(is_embedding, saved)):
-        saved.append("lm_head")
+        saved.append(names.head)
     biases = any(leaf == "bias" and names.transformers_module(module) not in saved for module, _, leaf in whole)
     return {
         "peft_type": "LORA",

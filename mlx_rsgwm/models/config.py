@@ -185,6 +185,8 @@ def supplied_fields(config: Mapping[str, Any], meant: Any) -> dict[str, Any]:
         inner = {} if meant is None else _text_defaults(meant.get_text_config())
         given = {key: value for key, value in text.items() if value is not None or key not in inner}
         supplied["text_config"] = {**inner, **given, **_older_rope_fields(text)}
+        if "vocab_size" in known and "vocab_size" not in config and "vocab_size" in text:
+            supplied["vocab_size"] = text["vocab_size"]  # mlx-lm would take its own default for the language part's
     return supplied
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")
+EMBEDDINGS = (
+    *("embed_tokens", "wte", "embed_in", "embeddings", "tok_embeddings", "word_embeddings", "token_embeddings"),
+    "embedding",
+)
 HEADS = ("lm_head", "embed_out", "output")
 
 
