@@ -17,7 +17,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is a printed one (a set), not grammar
 _WORD = re.compile(r"-?[\w.]+")
 _JOIN = re.compile(
-    r"[\s$\\()\[\].]*(?:,|;|and|or|und|oder|et|ou|\\text\s*\{\s*(?:and|or),?\s*\}|\\q?quad|&)(?:\s*(?:and|or)\b)?"
+    r"[\s$\\()\[\].]*(?:[a-zA-Z]+\s){0,2}(?:,|;|and|or|und|oder|et|ou|\\text\s*\{\s*(?:and|or),?\s*\}|\\q?quad|&)(?:\s*(?:and|or)\b)?"
     r"[\s$\\()\[\],.]*(?:[a-zA-Z]\w{0,3}\s*=\s*)?"
 )
 

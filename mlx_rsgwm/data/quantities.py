@@ -168,8 +168,8 @@ def _value(text: str, match: re.Match[str], decimal_commas: bool, money: bool) -
     top_text = match["top"]
     money = money or bool(_MONEY_WORD.match(text, match.end()))
     grouped = top_text.count(" ") == 1 and not decimal_commas and not money
-    # "3 250 ml": three bottles of 250 ml, or 3,250 ml?
-    if grouped and re.match(r"\s+[^\W\d]|-", text[match.end() : match.end() + 3]):
+    # "3 250 ml": three bottles of 250 ml, or 3,250 ml? No bottle is of 000 ml.
+    if grouped and not re.search(r" 0", top_text) and re.match(r"\s+[^\W\d]|-", text[match.end() : match.end() + 3]):
         return None
     if decimal_commas and re.fullmatch(r"[1-9][0-9]{0,2}[.,][0-9]{3}", top_text):
         top = Fraction(re.sub(r"[.,]", "", top_text)) if money else None

@@ -57,6 +57,8 @@ _UNIT = re.compile(
     rf"(?P<symbol>{_SYMBOL}(?:\s?/\s?{_SYMBOL})?)"
     r"|(?P<words>[^\W\d_][^\W\d_'’-]*(?:[ '’/-]+[^\W\d_][^\W\d_'’-]*){0,4})"
 )
+# "m s^-1" is "m/s".
+_NEGATIVE_POWER = re.compile(rf"({_SYMBOL})\s?[·⋅*]?\s?([a-zA-Z]{{1,3}})\s?\^\s?\{{?\s?-([123])\s?\}}?(?![0-9])")
 _PREFIXED = re.compile(r"M(?:[mgslLWVAJNBb]|Hz|Pa|Wh|eV|bps|bit)(?![a-zA-Z])")
 _AMOUNT = re.compile(r"[-+–]?\s*(?:[0-9][0-9.,_ /'’]*[0-9]|[0-9]|\.[0-9]+)")
 _SCIENTIFIC = re.compile(
@@ -115,7 +117,9 @@ def read_amount(text: str) -> Amount | None:
             number = parse_number(latex["amount"])
             number = read_power(latex["amount"]) if number is None else number
             return Amount(number, latex["amount"].strip(), unit_name(unit))
-    text = plain_text(text)
+    text = _NEGATIVE_POWER.sub(
+        lambda match: f"{match[1]}/{match[2]}" + (f"^{match[3]}" if match[3] != "1" else ""), plain_text(text)
+    )
     money = _MONEY.match(text)
     sign = (money["sign"] or "") if money else ""
     rest = text[money.end() :] if money else text

@@ -126,7 +126,8 @@ def _instead(text: str, place: Statement, value: str) -> Reading | None:
     if reading == unchanged:
         return None
     instead = taken_back(text, place, unchanged.value)
-    return AMBIGUOUS if instead is not None and re.search(r"[$\\^]", instead) else reading
+    plain = re.sub(r"\$(-?[0-9.,]+)\$", r"\1", instead or "")
+    return AMBIGUOUS if re.search(r"[$\\^]", plain) else reading
 
 
 def _bare_content(box: str) -> str:
@@ -163,14 +164,20 @@ def _text(text: str, options: Mapping[str, str], finished: bool) -> Reading:
     line = marked_line(text)
     if line is not None:
         boxes = list(find_boxes(line, finished))
-        return _words(boxes[-1].answer if boxes else line)
+        mark = Statement(0, line, "said", end=text.rfind(line))
+        return _standing_words(text, mark, boxes[-1].answer if boxes else line)
     for place in reversed(statements(text, finished)):
         if place.kind != "subject" and place.text.strip(" *.:"):
             said = place.text if place.kind != "said" else next(iter(sentences(place.text)), "")
-            return _words(said)
+            return _standing_words(text, place, said)
     lines = [part.strip() for part in text.split("\n") if part.strip()]
     reading = _words(lines[-1]) if lines else NOTHING
     return Reading(reading.value, stated=False) if reading.value else NOTHING
+
+
+def _standing_words(text: str, place: Statement, words: str) -> Reading:
+    """An answer in words, unless the text takes it back: then what it says instead is not known."""
+    return _words(words) if taken_back(text, place) is None else AMBIGUOUS
 
 
 def _words(text: str) -> Reading:

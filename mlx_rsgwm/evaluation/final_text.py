@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from mlx_rsgwm.data.boxes import find_boxes
+from mlx_rsgwm.evaluation.languages import words
 
 _TAGS = r"think(?:ing)?|thoughts?|reason(?:ing)?|reflection|scratchpad|analysis|seed:think"
 _THOUGHT = re.compile(
@@ -45,11 +46,8 @@ _SAID = re.compile(
     r"(?:\b(?:is|are)\b(?!\s(?:to|based|found|obtained|calculated|derived|determined|given by)\b)|"
     r"\b(?:would|will|must|should) be\b|\bequals\b|(?<!answers)(?<!answers )[:=]|\s[-–—](?=\s))"
     r"|\b(?:final|end)\s+result\b[^.:=\n\d]{0,20}?(?:\bis\b|\bequals\b|[:=])"
-    r"|\b(?:Antwort(?:\s+(?:ist|lautet|wäre))?|Lösung\s+(?:ist|lautet)|réponse(?:\s+(?:finale|correcte))?(?:\s+est)?|"
-    r"respuesta(?:\s+(?:final|correcta))?(?:\s+es)?|risposta(?:\s+(?:finale|corretta|giusta))?(?:\s+è)?|"
-    r"resposta(?:\s+(?:final|correta))?(?:\s+é)?|antwoord(?:\s+is)?|svar(?:et)?(?:\s+(?:är|er))?|vastaus(?:\s+on)?|"
-    r"odpowiedź(?:\s+to)?|cevap|ответ)(?=\s*(?:[:=]|est|[-–—]\s)|(?<=[a-zéèêûлäöår])\s)\s*[:=]?"
-    r"|(?:答案|答え|答|정답은?|الإجابة|الجواب|उत्तर)\s?(?:是|为|為|は|：|:|هي|هو|है)?\s?[:：]?",
+    rf"|\b(?:{words('answer', spaced=True)})(?=\s*(?:[:=]|est|[-–—]\s)|(?<=[a-zéèêûлäöår])\s)\s*[:=]?"
+    rf"|(?:{words('answer', spaced=False)})\s?(?:是|为|為|は|：|:|هي|هو|है)?\s?[:：]?",
     re.IGNORECASE,
 )
 _HEADING = re.compile(r"(?m)^[ \t#*_]*(?:final[ \t]+)?answer[ \t#*_:]*$", re.IGNORECASE)

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from mlx_rsgwm.data.digits import fold
 from mlx_rsgwm.evaluation.final_text import AMBIGUOUS, NOTHING, Reading, Statement, marked_lines, sentences, statements
+from mlx_rsgwm.evaluation.languages import words
 from mlx_rsgwm.evaluation.number_reading import taken_back
 
 LONGEST = 4000  # characters at the end of a text in which a label is looked for that nothing states
@@ -23,10 +24,9 @@ _LEADING_LETTER = re.compile(
 )
 _MENTION = re.compile(r"(?<![\w'’\\-])(?P<open>[(\[{]?)(?P<letter>[A-J])(?P<close>[)\]}]?)(?![\w'’-])")
 _DENIED_BEFORE = re.compile(
-    r"(?:\bnot|n['’]t|\bneither|\bnor|\brather than|\binstead of|\bexcept|\bunlike|\bnicht|\bpas|\bno es)\s+"
-    r"(?:be |option |choice |a |an |the )*[(\[\"'“]*$",
-    re.IGNORECASE,
+    rf"\b(?:{words('denial')})\s+(?:be |option |choice |a |an |the )*[(\[\"'“]*$", re.IGNORECASE
 )
+_CONCEDED = re.compile(r"\b(?:(?:al)?though|even if|whereas|despite)\b[^.!?\n,]*$", re.IGNORECASE)
 _DENIED_AFTER = re.compile(
     r"[)\]\"'”.]*\s*(?:[^\W\d][\w'’]*\s+){0,2}?(?:is|are|was|were|can|could|would be|seems)\s*"
     r"(?:n['’]t|not|wrong|incorrect|false|out\b)|"
@@ -46,16 +46,11 @@ _CHOOSE = re.compile(
     re.IGNORECASE,
 )
 
-_VERDICTS = {
-    "yes": "yes", "true": "yes", "correct": "yes", "ja": "yes", "oui": "yes", "sí": "yes", "sì": "yes", "sim": "yes",
-    "да": "yes", "是": "yes", "はい": "yes", "yep": "yes", "yeah": "yes", "नहीं": "no", "हाँ": "yes", "نعم": "yes",
-    "no": "no", "false": "no", "incorrect": "no", "nein": "no", "non": "no", "não": "no", "nee": "no", "nej": "no",
-    "нет": "no", "不是": "no", "否": "no", "いいえ": "no", "لا": "no", "nope": "no",
-}  # fmt: skip
-_ANY = "|".join(sorted(_VERDICTS, key=len, reverse=True))
-_VERDICT = re.compile(r"\b(yes|no|true|false)\b", re.IGNORECASE)
+_VERDICT = re.compile(r"\b(?:(?P<yes>yes|true)|no|false)\b", re.IGNORECASE)
 _LEADING_VERDICT = re.compile(
-    rf"[{_QUOTES}]*({_ANY})(?![\w'’])(?=[{_QUOTES}]*(?:[,.:;!…–—\n\"'”)}}\]$。、،，]|-\s|$))", re.IGNORECASE
+    rf"[{_QUOTES}]*(?P<word>(?P<yes>{words('yes')})|{words('no')}|false|incorrect)(?![\w'’])"
+    rf"(?=[{_QUOTES}]*(?:[,.:;!…–—\n\"'”)}}\]$。、،，]|-\s|$))",
+    re.IGNORECASE,
 )
 _BOTH = re.compile(
     r"\b(?:neither\s+|both\s+|either\s+)?(?:yes|true)\W+(?:and|or|nor|&|/)\W*(?:no|false)\b|"
@@ -189,7 +184,8 @@ def _scope_letter(scope: str, options: Mapping[str, str]) -> Reading:
 
 
 def _denied(text: str, start: int, end: int) -> bool:
-    return bool(_DENIED_BEFORE.search(text[max(0, start - 40) : start]) or _DENIED_AFTER.match(text, end))
+    before = text[max(0, start - 80) : start]
+    return bool(_DENIED_BEFORE.search(before[-40:]) or _CONCEDED.search(before) or _DENIED_AFTER.match(text, end))
 
 
 def _mentioned(text: str, options: Mapping[str, str], stated: bool = False) -> Reading:
@@ -235,16 +231,23 @@ def _mentioned(text: str, options: Mapping[str, str], stated: bool = False) -> R
             return AMBIGUOUS
         last = kept[-1]
         chosen = _CHOOSE.search(text[max(0, last.start() - 40) : last.start()])
-        ends = not text[last.end() :].strip(" .!*\"')\n")
-        return Reading(last["letter"], stated=False) if chosen or ends or last["open"] else NOTHING
+        ends = _ends_with(text, last, options)
+        return Reading(last["letter"], stated=False) if chosen or ends else NOTHING
     return _by_option(text, options)
+
+
+def _ends_with(text: str, mention: re.Match[str], options: Mapping[str, str]) -> bool:
+    """Whether a text ends with a letter, or names it last with its option's words ("so it is B. whale")."""
+    after = text[mention.end() :].strip(" .:!*\"')\n").casefold()
+    named = re.search(r"\b(?:is|be|answer|option|choice)\W*$", text[: mention.start()][-20:])
+    return not after or bool(named and after == options.get(mention["letter"], "").strip(" .").casefold())
 
 
 def _by_option(text: str, options: Mapping[str, str]) -> Reading:
     """The letter of the one option whose words are said and not denied; of several none."""
     said = []
-    for letter, words in options.items():
-        plain = re.sub(r"^(?:an?|the)\s+", "", words.strip(), flags=re.IGNORECASE)
+    for letter, option in options.items():
+        plain = re.sub(r"^(?:an?|the)\s+", "", option.strip(), flags=re.IGNORECASE)
         if not plain:
             continue
         mentions = list(re.finditer(rf"(?<!\w){re.escape(plain)}(?!\w)", text, re.IGNORECASE))
@@ -279,19 +282,21 @@ def read_verdict(text: str, finished: bool = True) -> Reading:
             return reading if instead is None else _decided(_last_verdict(instead))
     text = fold(text)
     leading = _LEADING_VERDICT.match(text)
-    if leading is not None and not _BOTH.match(text[leading.start(1) :]):
+    if leading is not None and not _BOTH.match(text[leading.start("word") :]):
         correction = _CORRECTION.search(text[: leading.end() + 60], leading.end())
         later = _last_verdict(text[correction.end() :]) if correction else NOTHING
-        return later if later.value is not None else Reading(_VERDICTS[leading[1].lower()])
+        return later if later.value is not None else _verdict(leading)
     return _last_verdict(text)
 
 
 def _scope_verdict(scope: str, at_start: bool) -> Reading:
     if _BOTH.search(scope) and not _VERDICT.search(_BOTH.sub(" ", scope)):
         return AMBIGUOUS
-    leading = _LEADING_VERDICT.match(scope) or re.match(rf"[{_QUOTES}]*(yes|no|true|false)\b", scope, re.IGNORECASE)
+    leading = _LEADING_VERDICT.match(scope) or re.match(
+        rf"[{_QUOTES}]*(?:(?P<yes>yes|true)|no|false)\b", scope, re.IGNORECASE
+    )
     if leading is not None:
-        return Reading(_VERDICTS[leading[1].lower()])
+        return _verdict(leading)
     if at_start:
         return NOTHING
     for match in _VERDICT.finditer(scope):
@@ -303,12 +308,16 @@ def _scope_verdict(scope: str, at_start: bool) -> Reading:
 
 def _verdict_at(text: str, match: re.Match[str]) -> Reading:
     """What one "yes", "no", "true" or "false" says, with a negation before it; NOTHING for "no" before a noun."""
-    word, before = match[1].lower(), text[max(0, match.start() - 40) : match.start()]
+    word, before = match[0].lower(), text[max(0, match.start() - 40) : match.start()]
     if word == "no" and _DETERMINER.match(text, match.end()):
         return NOTHING
     if _NEGATED.search(before):
         return AMBIGUOUS if word in ("yes", "no") else Reading("no" if word == "true" else "yes")
-    return Reading(_VERDICTS[word])
+    return _verdict(match)
+
+
+def _verdict(match: re.Match[str]) -> Reading:
+    return Reading("yes" if match["yes"] else "no")
 
 
 def _last_verdict(text: str) -> Reading:

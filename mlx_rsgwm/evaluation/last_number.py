@@ -7,8 +7,10 @@ passed over.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 
-from mlx_rsgwm.data.quantities import quantities, writes_decimal_commas
+from mlx_rsgwm.data.quantities import Quantity, quantities, writes_decimal_commas
 from mlx_rsgwm.evaluation.corrections import find_correction
 from mlx_rsgwm.evaluation.final_text import AMBIGUOUS, LONGEST, MOST, NOTHING, Reading, sentences
 from mlx_rsgwm.evaluation.number_candidates import (
@@ -19,6 +21,7 @@ from mlx_rsgwm.evaluation.number_candidates import (
     alone,
     as_reading,
     candidates,
+    rewritten,
     unscaled,
 )
 
@@ -46,8 +49,9 @@ _CHATTER = re.compile(
     r"source|disclaimer|copyright|\*\s*note)",
     re.IGNORECASE,
 )
+_REASON_FIRST = re.compile(r"\W*(?:since|because|as|given that|if|when|although|while)\b[^,]*,\s", re.IGNORECASE)
 _HEDGE = re.compile(r"\b(?:might be|may be|could be|[Mm]aybe|[Pp]erhaps|[Pp]ossibly)\b(?![^=]*=)")
-_NAMED_LINE = re.compile(r"\W*([^\W\d][\w'’ ]{0,40}?)\s*(?:[-–:=])\s*[$€£]?-?[0-9][\d.,]*\W*(?:[^\W\d]+\W*){0,2}$")
+_NAMED_LINE = re.compile(r"\W*([^\W\d][\w'’ ]{0,40}?)\s*[-–:=)]\s*[$€£]?-?[0-9][\d.,]*\W*(?:[^\W\d]+\W*){0,2}$")
 _TOTAL = re.compile(r"total|sum|answer|result|left|profit|cost|altogether|ans|gesamt|suma", re.IGNORECASE)
 _PARENTHESIS = re.compile(r"\([^()\n]{0,200}\)")
 
@@ -72,7 +76,7 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
     for sentence in (piece[-LONGEST:] for piece in pieces[: -MOST - 1 : -1]):
         words = [
             number
-            for number in candidates(sentence, commas, words=True)
+            for number in candidates(sentence, commas, in_words=True)
             if sentence[number.start :][:3].lower() != "one"
         ]
         if words and not re.search(r"[0-9]", sentence):
@@ -98,12 +102,13 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     if right and not OPERATOR.match(sentence, right[0].end) and find_correction(sentence[right[0].end :]) is None:
         if not alone(sentence, right[0], right[1:]):
             return AMBIGUOUS
-        renamed = RENAMED.search(sentence, right[0].end) and len(right) > 1
-        return as_reading(right[-1] if renamed else unscaled(sentence, right[0]), stated=False)
+        return as_reading(_renamed(sentence, right), stated=False)
     outside = _PARENTHESIS.sub(
         lambda match: " " * len(match[0]) if re.search("[A-Za-z]", match[0]) else match[0], sentence
     )
-    numbers = candidates(outside, commas) or candidates(sentence, commas)
+    reason = _REASON_FIRST.match(outside)
+    outside = outside if reason is None else " " * reason.end() + outside[reason.end() :]
+    numbers = candidates(outside, commas) or ([] if reason else candidates(sentence, commas))
     compared = _COMPARED.search(sentence)
     if compared is not None and numbers and numbers[-1].end > compared.start():  # neither is the difference the answer
         numbers = [number for number in numbers if number.end <= compared.start()]
@@ -125,3 +130,11 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or COMPOUND.fullmatch(gap) or not gap.strip(" ,;")):
             return AMBIGUOUS
     return as_reading(numbers[-1], stated=False)
+
+
+def _renamed(sentence: str, right: Sequence[Quantity]) -> Quantity:
+    """What the right side of an equation is called afterwards ("= 240 minutes, which is 4 hours"), else itself."""
+    if len(right) > 1 and RENAMED.search(sentence[right[0].end : right[1].start]):
+        return right[1] if alone(sentence, right[1], right[2:]) else replace(right[1], value=None)
+    result = rewritten(sentence, right[0], right[1:])
+    return unscaled(sentence, right[0]) if result is right[0] else result

@@ -9,13 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 from mlx_rsgwm.data.equations import evaluate
 from mlx_rsgwm.data.numbers import read_numeral
 from mlx_rsgwm.data.quantities import Quantity, quantities, word_quantities
 from mlx_rsgwm.evaluation.final_text import AMBIGUOUS, Reading
+from mlx_rsgwm.evaluation.languages import words
 
-_AND = r"(?:and|or|und|oder|et|ou|y|e|o|и|или|eller|lub|veya|أو|या|to|bis|through|plus|versus|vs)"
+_AND = rf"(?:{words('joins')})"
 TWO_VALUES = re.compile(
     rf"(?:\s*[^\W\d][\w'’-]*|\s*[%°²³]){{0,3}}(?:\s*(?:[,;&和或]|または|또는)\s*(?:(?:and|or)\s+)?|\s+\(or\s+|\s+{_AND}\b\.?\s+(?:(?:about|also|another)\s+)?)"
     r"(?:[a-zA-Z]\w{0,3}\s*=\s*)?[(\[$€£¥₹]*",
@@ -35,8 +37,7 @@ _TWO_OPERANDS = re.compile(
 )
 RENAMED = re.compile(r"\b(?:(?:which|that) (?:is|equals|makes|means|rounds|comes)|i\.e\.|rounds? (?:up |down )?to)\b")
 _DENIED_BEFORE = re.compile(
-    r"(?:\bnot|n['’]t|\bcannot|\bnever|\bneither|\bnor|\brather than|\binstead of|\bother than|"
-    r"\bnicht|\bpas|\bno es|\bnon è|\bstatt|≠|不是)"
+    rf"(?:\b(?:{words('denial', spaced=True)})|≠|{words('denial', spaced=False)})"
     r"(?:\s+(?:be|equal to|equal|just|only|simply|the|really|exactly))*\s*[$€£]?$",
     re.IGNORECASE,
 )
@@ -51,25 +52,70 @@ _LABELLED = re.compile(
     re.IGNORECASE,
 )
 _OUT_OF = re.compile(r"\bout\s+of\s+(?:the\s+)?(?:total\s+)?(?:of\s+)?[$€£]?$", re.IGNORECASE)
+_RATE_BEFORE = re.compile(r"(?:[^\W\d]/|\bper\s|\bfor every\s|\bout of every\s)$", re.IGNORECASE)  # "6.8 L/100 km"
+_BOUND_BEFORE = re.compile(
+    rf"(?:\b(?:{words('bound', spaced=True)})|{words('bound', spaced=False)}|(?<![-=<])[<>]=?|[≤≥]|"
+    r"\\(?:leq?|geq?|lt|gt)(?:slant)?\b)\s*(?:about\s)?[$€£]?\s?$",
+    re.IGNORECASE,
+)
+_NEEDED = re.compile(r"\b(?:needs?|must|should|has to|have to|requires?|takes?)\b", re.IGNORECASE)
+_RANGE_FROM = re.compile(rf"\b(?:{words('range_from')})\s+[$€£]?$", re.IGNORECASE)
+_RANGE_TO = re.compile(rf"(?:\s?[%°]|\s[^\W\d]+)?\s+(?:{words('range_to')})\s+[$€£]?", re.IGNORECASE)
+_REWRITTEN = re.compile(
+    r"(?:\.{3})?[^.;\d]{0,30}?(?:→|->|⇒|=>|\\(?:to|rightarrow|Rightarrow|implies)\b|\bround\w*\s(?:it\s|this\s)?(?:(?:up|down|off)\s)?"
+    r"to\s(?:about\s|approximately\s)?|\bwhich is (?:about|approximately|roughly|around)\s)\s*[$€£]?",
+    re.IGNORECASE,
+)
+_DIGITS_AFTER = re.compile(r"\s(?:decimals?|significant|digits?|places?|d\.?p\.?|s\.?f\.?)\b", re.IGNORECASE)
 _LIST_LABEL = re.compile(r"(?:^|\n)[ \t*]*(?:step\s+)?$", re.IGNORECASE)
 
 
-def candidates(text: str, decimal_commas: bool, words: bool = False) -> list[Quantity]:
+def candidates(text: str, decimal_commas: bool, in_words: bool = False) -> list[Quantity]:
     """Quantities that can be answers: no list labels, no totals that something is out of, nothing that is denied."""
     numbers = quantities(text, decimal_commas)
-    if words and not numbers:
+    if in_words and not numbers:
         numbers = word_quantities(text)
-    kept: list[Quantity] = []
+    standing: list[Quantity] = []
+    denied: set[Fraction | None] = set()
     for number in numbers:
         before, after = text[max(0, number.start - 40) : number.start], text[number.end : number.end + 40]
-        if _OUT_OF.search(before) or _LABELLED.search(before):
+        if _OUT_OF.search(before) or _LABELLED.search(before) or _RATE_BEFORE.search(before):
             continue
         if _LIST_LABEL.search(before[-16:]) and re.match(r"[.):](?:\s|\*)", after) and after[1:].strip():
             continue
         if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after):
-            continue
-        kept.append(number)
-    return kept
+            denied.add(number.value)
+        else:
+            standing.append(number)
+    standing = [number for number in standing if number.value is None or number.value not in denied]
+    bounds = _bounds(text, standing)
+    exact = [number for number in standing if number not in bounds]
+    return exact or [replace(number, value=None) for number in standing]
+
+
+def _bounds(text: str, numbers: Sequence[Quantity]) -> list[Quantity]:
+    """The numbers that say how far a value may go ("more than 4", "from 3 to 5"): none of them is the value."""
+    bounds = []
+    for index, number in enumerate(numbers):
+        before = text[max(0, number.start - 40) : number.start]
+        bound = _BOUND_BEFORE.search(before)
+        if bound and not (_NEEDED.search(before) and re.match(r"at least|mindestens", bound[0], re.IGNORECASE)):
+            bounds.append(number)
+        if index and _RANGE_TO.fullmatch(text[numbers[index - 1].end : number.start]):
+            first = numbers[index - 1]
+            if _RANGE_FROM.search(text[max(0, first.start - 12) : first.start]):
+                bounds += [first, number]
+    return bounds
+
+
+def rewritten(sentence: str, number: Quantity, others: Sequence[Quantity]) -> Quantity:
+    """What a number becomes in the same sentence: where it is rounded to, or what an arrow leads to."""
+    for other in others:
+        if _REWRITTEN.fullmatch(sentence[number.end : other.start]) and not _DIGITS_AFTER.match(sentence, other.end):
+            number = other
+        else:
+            break
+    return number
 
 
 def as_reading(number: Quantity, stated: bool = True) -> Reading:

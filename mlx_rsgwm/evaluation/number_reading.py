@@ -24,7 +24,7 @@ from mlx_rsgwm.evaluation.final_text import (
     statements,
 )
 from mlx_rsgwm.evaluation.last_number import last_number
-from mlx_rsgwm.evaluation.number_candidates import RENAMED, alone, as_reading, candidates, unscaled
+from mlx_rsgwm.evaluation.number_candidates import RENAMED, alone, as_reading, candidates, rewritten, unscaled
 
 _ARITHMETIC = re.compile(
     r"(?:[\s0-9.,$€£%+\-–*×÷/()\[\]^√=]|(?<![A-Za-z])[xX](?![A-Za-z])|\b(?:of|times|plus|minus|divided by)\b)*="
@@ -47,7 +47,7 @@ def _first(text: str, commas: bool) -> Reading:
     text = text[:LONGEST]
     parts = sentences(text)
     sentence = parts[0] if parts else ""
-    numbers = candidates(sentence, commas, words=True)
+    numbers = candidates(sentence, commas, in_words=True)
     if not numbers:
         return NOTHING
     number, others = numbers[0], numbers[1:]
@@ -60,16 +60,17 @@ def _first(text: str, commas: bool) -> Reading:
         right = [other for other in quantities(sentence, commas) if other.end > end]
         if not right or not alone(sentence, right[0], right[1:]):
             return AMBIGUOUS
-        return as_reading(unscaled(sentence, right[0]))
+        result = rewritten(sentence, right[0], right[1:])
+        return as_reading(unscaled(sentence, right[0]) if result is right[0] else result)
     if _SHARE.match(sentence, number.end):  # "25% of 80, which is 20"
-        result = last_number(text, commas) if RENAMED.search(sentence, number.end) else NOTHING
-        return AMBIGUOUS if result.value is None else result
+        share = last_number(text, commas) if RENAMED.search(sentence, number.end) else NOTHING
+        return AMBIGUOUS if share.value is None else share
     if re.search(r"\b(?:between|from|either|both)\s+[$€£]?$", before, re.IGNORECASE):
         return AMBIGUOUS
     correction = find_correction(sentence[number.end :], number.text if number.value is not None else None)
     if correction is not None and quantities(correction.text, commas):
         return _first(correction.number or correction.text, commas)
-    return as_reading(number) if alone(sentence, number, others) else AMBIGUOUS
+    return as_reading(rewritten(sentence, number, others)) if alone(sentence, number, others) else AMBIGUOUS
 
 
 def _equation_end(sentence: str, number: Quantity) -> int | None:

@@ -107,6 +107,9 @@ def test_extraction(kind, text, expected):
         (r"\frac12", r"\dfrac{1}{2}", True),
         ("25%", "25", True),
         ("-3", "3", False),
+        ("10 m s⁻¹", "10 m/s", True),
+        ("10 m s⁻²", "10 m/s", False),
+        ("10 s⁻¹", "10 s", False),
         ("0.3333333333333333", "1/3", False),  # floats would say yes
         ("100000000000000001", "100000000000000000", False),  # so would these
         ("Yes", "yes", True),
