@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -77,7 +77,9 @@ def calibrate(
     target = None if target_far is None else Target(target_far, confidence)
     config = LoopConfig(options["attempts"], sampling=sampling_of(console, options))  # type: ignore[arg-type]
     folders = {role: Path(str(options[role])) for role in ("drafter", "verifier")}
-    drawn = draw_calibration(tasks, items, console.seed, folder, rows_trained_on(folders), allow_overlap, split=split)
+    base_name: Any = options["base_name"]
+    trained = rows_trained_on(folders, base_name, console.progress)
+    drawn = draw_calibration(tasks, items, console.seed, folder, trained, allow_overlap, split=split)
     for note in drawn.notes:
         console.progress.message(note)
     pipeline = load_pipeline(console, options, config, None)

@@ -74,8 +74,9 @@ def controls(
     trained = list(corpora(run))
     seed = console.seed
     pair = {name: run / name for name in ("drafter", "verifier")}
-    seen = rows_seen(pair)
-    drawn = draw_calibration(trained, calibration_items, seed, folder, rows_trained_on(pair), allow_overlap)
+    seen = rows_seen(pair, base_name, console.progress)
+    known = rows_trained_on(pair, base_name, console.progress)
+    drawn = draw_calibration(trained, calibration_items, seed, folder, known, allow_overlap)
     seen["calibration here"] = drawn.record
     slices = [read_slice(Slice(task, limit, how, seed, folder=folder), union(seen)) for task in tasks or trained]
     asked = [question for questions, _ in slices for question in questions]

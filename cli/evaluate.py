@@ -104,7 +104,7 @@ def evaluate(
         click.get_current_context().with_resource(exclusive(out))
     processes.wait()  # whoever locks the folder clears half-written files out of it
     progress = console.progress if processes.writes else SILENT
-    adapters = rows_seen({"drafter": loop["drafter"], "verifier": loop["verifier"]})
+    adapters = rows_seen({"drafter": loop["drafter"], "verifier": loop["verifier"]}, loop["base_name"], progress)
     held_out: Sequence[Question] = ()
     notes: tuple[str, ...] = ()
     if loop["score"] == "auto" and load_calibration(loop["verifier"]) is None:

@@ -38,7 +38,7 @@ def loss(
     """
     from mlx_rsgwm.data.batching import row_notes
     from mlx_rsgwm.data.loading import load_data
-    from mlx_rsgwm.data.row_hashes import not_recorded, record_of
+    from mlx_rsgwm.data.row_hashes import RowRecord, not_recorded, record_of, record_of_base
     from mlx_rsgwm.inference.pairing import load_base_for
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.models.slots import AdapterSlots
@@ -54,7 +54,10 @@ def loss(
     slots = AdapterSlots(base)
     for name, adapter in loaded.items():
         slots.load(name, adapter)
-    records = {name: record_of(adapter.manifest, name) for name, adapter in loaded.items()}
+    fused = record_of_base(base.path)
+    records = {name: record_of(adapter.manifest, name) | fused for name, adapter in loaded.items()}
+    if fused != RowRecord():
+        records["base"] = fused
     seen = {name: sum(record.has(row.keys) for row in chosen) for name, record in records.items()}
     trained_on = {  # null: nothing was met, but not everything that it was trained on is recorded
         name: seen[name] / len(chosen) or (None if record.unknown else 0.0) for name, record in records.items()

@@ -103,7 +103,8 @@ def merge_sweep(
         click.get_current_context().with_resource(exclusive(out))
     variants = parse_variants(methods or DEFAULT_METHODS)
     adapters = [Adapter.load(path) for path in pool]
-    seen = rows_seen({f"pool/{path.name}": path for path in pool} | _extras(extras))
+    folders = {f"pool/{path.name}": path for path in pool} | _extras(extras)
+    seen = rows_seen(folders, base_name, console.progress)
     chosen = {
         task: select_questions(task, "test", items, console.seed, folder, split=split, seen=union(seen))
         for task in tasks or _known_tasks(pool, adapters)

@@ -96,7 +96,7 @@ def tables(
         run_recipe(recipe, out / _folder(name), console.progress)
     runs = {name: out / _folder(name) for name in recipes}
     roles = {f"{name}: {role}": run / role for name, run in runs.items() for role in ("drafter", "verifier")}
-    seen = rows_seen(roles)
+    seen = rows_seen(roles, default.base, console.progress)
     questions = _asked(slices, seen)
     overlap = check_overlap(questions, seen, allow, "test")
     first = console.seed if table == 1 else 0

@@ -34,6 +34,7 @@ from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_p
 from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.data.row_hashes import FUSED_FILE, KEY, RowRecord, record_of, record_of_base
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import DTYPES, Base, load_base, resolve_base
 from mlx_rsgwm.models.config import open_model
@@ -96,12 +97,13 @@ def fuse(
     problem = adapter.base_problem(base_name, fingerprint_of(path), weights_only=True)
     if problem:
         raise AdapterError(problem)
+    record = record_of(adapter.manifest, adapter_folder.name) | record_of_base(path)
     with ExitStack() as stack:
         loaded_name = base_name
         if adapts_head(adapter) and not has_head(dict(open_model(path)[0].named_modules())):
             path = stack.enter_context(untied_base(path))
             loaded_name = str(path)
-        return _fuse(adapter, path, loaded_name, base_name, out, target, min_share, force, progress)
+        return _fuse(adapter, path, loaded_name, base_name, out, target, min_share, force, progress, record)
 
 
 def _fuse(
@@ -114,6 +116,7 @@ def _fuse(
     min_share: float,
     force: bool,
     progress: Progress,
+    record: RowRecord,
 ) -> dict[str, Any]:
     """:func:`fuse` with the base in the folder ``path``, which ``load_base`` finds as ``loaded_name``."""
     model, config = _adapted_model(path, adapter, base_name)
@@ -164,7 +167,7 @@ def _fuse(
                 f"{result['logit_share']:.0%} of the adapter's effect on logits is in the fused model, "
                 f"outside {min_share:.0%} to {2 - min_share:.0%}; it was removed; choose another --format, or --force"
             )
-        files.write_json(work / "fuse.json", result)
+        files.write_json(work / FUSED_FILE, {**result, KEY: record.describe()})
     return result
 
 

@@ -3,7 +3,7 @@
 A row is known by its question, whatever its case, spacing and Unicode form, so that the same row is recognised in
 another order, file or format; ids and other fields do not count. Splits, held-out rows, calibration and evaluation all
 compare rows here. What was trained or calibrated on travels as 48-bit hashes: from a corpus to its adapter, from
-adapters to their merge, and into a calibration.
+adapters to their merge, into a calibration, and with an adapter into the base that it is fused into.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.asked import bare, parts
 from mlx_rsgwm.data.synthetic import split_of
 
 KEY = "row_hashes"  # in manifests
+FUSED_FILE = "fuse.json"  # in the folder of a fused base
 BYTES = 6  # among a million rows two differ with probability 0.998; 8 characters a row in a manifest
 
 
@@ -127,6 +130,14 @@ def record_of(manifest: Mapping[str, Any], name: str) -> RowRecord:
     data = manifest.get("data")
     description = manifest.get(KEY) or (data.get(KEY) if isinstance(data, Mapping) else None)
     return RowRecord.from_description(description, name) if description else RowRecord(unknown=(name,))
+
+
+def record_of_base(folder: Path) -> RowRecord:
+    """What the adapters were trained on that were fused into the base in ``folder``; nothing where none was."""
+    file = folder / FUSED_FILE
+    if not file.is_file():
+        return RowRecord()
+    return record_of(files.read_json_object(file), f"{folder.name}, a fused base,")
 
 
 def not_recorded(names: Sequence[str]) -> str:

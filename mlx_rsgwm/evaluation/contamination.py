@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import or_
@@ -21,6 +22,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.questions import Question, load_jsonl
@@ -29,6 +31,7 @@ from mlx_rsgwm.data.row_hashes import (
     RowRecord,
     not_recorded,
     record_of,
+    record_of_base,
     repeated_items,
     row_hash,
     row_keys,
@@ -37,6 +40,7 @@ from mlx_rsgwm.data.row_hashes import (
 from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
 from mlx_rsgwm.models.adapter import MANIFEST_FILE
+from mlx_rsgwm.models.base import ALIASES, resolve_base
 
 SHARE = 0.7
 WORDS = 3
@@ -151,18 +155,36 @@ class Overlap:
         return f"{what}: {self.items} of {self.asked} items were trained or calibrated on ({by})"
 
 
-def rows_trained_on(folders: Mapping[str, Path]) -> dict[str, RowRecord]:
-    """What each adapter folder was trained on, by role."""
+def rows_trained_on(
+    folders: Mapping[str, Path], base: str | None = None, progress: Progress = SILENT
+) -> dict[str, RowRecord]:
+    """What each adapter folder was trained on, by role, and under ``base`` what was fused into their base.
+
+    ``base`` names the base that they are used with; None is the one that they record.
+    """
     described = {
         role: files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
         for role, folder in folders.items()
     }
-    return {role: record_of(manifest, role) for role, manifest in described.items()}
+    recorded = (manifest["base"].get("name") for manifest in described.values() if manifest.get("base"))
+    fused = rows_fused(base or next(recorded, None), progress)
+    return {role: record_of(manifest, role) for role, manifest in described.items()} | fused
 
 
-def rows_seen(folders: Mapping[str, Path]) -> dict[str, RowRecord]:
-    """What each adapter folder was trained on, by role, and what its calibration was fitted on."""
-    seen = rows_trained_on(folders)
+def rows_fused(base: str | None, progress: Progress = SILENT) -> dict[str, RowRecord]:
+    """What was fused into a base, under ``base``; empty where nothing was, or where it cannot be had (loading says)."""
+    record = RowRecord()
+    if base is not None and base not in ALIASES:
+        with suppress(RsgwmError):
+            record = record_of_base(resolve_base(base, progress))
+    return {} if record == RowRecord() else {"base": record}
+
+
+def rows_seen(
+    folders: Mapping[str, Path], base: str | None = None, progress: Progress = SILENT
+) -> dict[str, RowRecord]:
+    """As :func:`rows_trained_on`, with what each folder's calibration was fitted on."""
+    seen = rows_trained_on(folders, base, progress)
     for role, folder in folders.items():
         calibration = folder / CALIBRATION_FILE
         if calibration.is_file():

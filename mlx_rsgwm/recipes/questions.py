@@ -8,7 +8,7 @@ from mlx_rsgwm.data.corpus import CorpusRow, make_rows
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.select import Selection, select_questions
-from mlx_rsgwm.evaluation.contamination import CalibrationDraw, check_overlap, draw_calibration, union
+from mlx_rsgwm.evaluation.contamination import CalibrationDraw, check_overlap, draw_calibration, rows_fused, union
 from mlx_rsgwm.recipes.schema import Recipe, folder_name
 
 
@@ -45,7 +45,7 @@ def rows_ahead(recipe: Recipe) -> dict[str, RowRecord]:
     Raises:
         RsgwmError: calibration questions that are trained on, too; whatever choosing raises.
     """
-    seen = {}
+    seen = rows_fused(recipe.base)
     for task in recipe.data.tasks:
         rows, chosen = training_rows(recipe, task)
         seen[f"data/{folder_name(task)}"] = RowRecord.of((row.question for row in rows), chosen.file_questions)

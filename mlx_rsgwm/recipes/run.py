@@ -220,7 +220,7 @@ class Run:
         if self.recipe.data.calibration_items == 0:
             return
         pipeline = self._pipeline(SCORES[0], 0.5)
-        drawn = draw_to_calibrate(self.recipe, rows_trained_on(self._roles()))
+        drawn = draw_to_calibrate(self.recipe, rows_trained_on(self._roles(), self.recipe.base))
         for note in drawn.notes:
             self.progress.message(note)
         try:
@@ -237,7 +237,7 @@ class Run:
         section = self.recipe.evaluate
         score, threshold = self.recipe.loop.settled(load_calibration(self.out / "verifier"))
         pipeline = self._pipeline(score, threshold)
-        seen = rows_seen(self._roles())
+        seen = rows_seen(self._roles(), self.recipe.base)
         chosen = draw_to_test(self.recipe, seen)
         questions = asked(chosen)
         overlap = check_overlap(questions, seen, section.allow_overlap, "test")

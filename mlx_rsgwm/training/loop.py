@@ -23,7 +23,7 @@ from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import TokenRow, plan_steps, row_notes
-from mlx_rsgwm.data.row_hashes import KEY, RowRecord
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of_base
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
@@ -101,9 +101,10 @@ def train(
             f"{label}: {held_dropped} held-out rows of {len(held_rows) + held_dropped} left out, {held_cut} cut: "
             f"they have more than {config.max_tokens} tokens"
         )
-    seen = RowRecord.of_keys(row.keys for row in rows)
+    before = record_of_base(base.path)
     if warm_start:
-        seen |= warm_start.record
+        before |= warm_start.record
+    seen = RowRecord.of_keys(row.keys for row in rows) | before
     held_trained, test_trained = (sum(seen.has(row.keys) for row in chosen) for chosen in (held_rows, test_rows))
     for name, shared, chosen in (("held-out", held_trained, held_rows), ("test", test_trained, test_rows)):
         if shared:
@@ -117,8 +118,8 @@ def train(
     started_from = {"warm_start": warm_start.describe()} if warm_start else {}
     identity = {**_identity(base, corpus, config, held_out, processes), **started_from}
     about = {**_provenance(base, corpus, config, rows, dropped), **started_from}
-    if warm_start:  # it has seen those rows, too
-        about[KEY] = (warm_start.record | corpus.record()).describe()
+    if before != RowRecord():  # it has seen those rows, too
+        about[KEY] = (before | corpus.record()).describe()
     started = time.monotonic()
     model: Any = base.model
     with ExitStack() as stack:

@@ -181,6 +181,35 @@ def test_rows_trained_on_in_another_format_are_recognised(trained, tiny_base, tm
         assert "(drafter 2, verifier 2), such as 3;" in error["error"]
 
 
+def test_what_was_fused_into_a_base_is_known(trained, tiny_base, tmp_path):
+    """Rows of the adapter in the base: refused in evaluation, told by ``loss``, recorded by what is trained on it."""
+    fused, other = tmp_path / "fused", tmp_path / "other"
+    result, _ = invoke("fuse", trained / "a", fused, "--base", tiny_base, "--force")
+    assert "row_hashes" not in result
+    new = [{"prompt": f"Name number {n}!", "completion": str(n)} for n in range(3)]
+    invoke("train", "--base", fused, "--data", write(tmp_path / "new.jsonl", new), "--rank", 2, "--steps", 1,
+           "--out", other)  # fmt: skip
+    used = record_of(json.loads((trained / "a" / "manifest.json").read_text()), "").used
+    again = record_of(json.loads((other / "manifest.json").read_text()), "")
+    assert used < again.used
+    assert not again.unknown
+    corpus = load_corpus(trained / "corpus")
+    asked = write(tmp_path / "asked.jsonl", [{"question": row.question, "answer": "1"} for row in corpus.rows[:3]])
+    bare = tmp_path / "bare"
+    shutil.copytree(other, bare)
+    manifest = json.loads((bare / "manifest.json").read_text())
+    (bare / "manifest.json").write_text(json.dumps({**manifest, "data": None, "row_hashes": None}))
+    for command in (("eval",), ("eval", "--base", fused), ("calibrate",)):
+        error, _ = invoke(*command, "--drafter", bare, "--verifier", bare, "--task", asked, "--split", "all",
+                          "--template", "plain", code=2)  # fmt: skip
+        assert "3 of 3 " in error["error"]
+        assert "(base 3)" in error["error"]
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": row.question, "completion": "1"} for row in corpus.rows[:3]])
+    told = CliRunner().invoke(rsgwm, ["loss", str(rows), "--base", str(fused), "--adapter", str(bare)]).output
+    assert "NOT NEW: base was trained on what 3 of the 3 rows ask" in told
+    assert f"NOT NEW: {bare} was trained on what 3 of the 3 rows ask" in told
+
+
 def test_items_asked_twice_are_told(trained, tiny_base, tmp_path):
     rows = [{"id": n, "question": f"Which is {'abcab'[n]}?", "answer": str(n)} for n in range(5)]
     result, told = evaluate(trained, tiny_base, "--task", write(tmp_path / "x.jsonl", rows), "--out", tmp_path / "r")
