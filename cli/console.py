@@ -17,8 +17,7 @@ from typing import Any
 import click
 
 from mlx_rsgwm.core.progress import Advance, LineProgress, Progress
-
-DEFAULT_SEED = 42  # the paper's
+from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -49,39 +48,14 @@ def build(
       rsgwm data build --task gsm8k --data ../data --draft-rows 400 --verify-rows 0 --out corpus/gsm8k
       rsgwm data build --task my_questions.jsonl --out corpus/mine
     """
-    from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.data.corpus import make_rows, save_corpus
-    from mlx_rsgwm.data.question_files import is_question_file
-    from mlx_rsgwm.data.select import select_questions
-    from mlx_rsgwm.data.template import find_template
+    from mlx_rsgwm.data.build import build_corpus
 
-    if draft_rows < 0 or verify_rows < 0 or draft_rows + verify_rows == 0:
-        raise RsgwmError("--draft-rows and --verify-rows must not be negative, and not both 0")
-    if offset < 0:
-        raise RsgwmError(f"--offset must not be negative, found {offset}")
-    template = find_template(template_name)
-    rows: list[Any] = []
-    of_files: list[Any] = []
-    splits: dict[str, Any] = {}
-    for task in tasks:
-        own = is_question_file(task)
-        wanted = None if own else max(draft_rows, 2 * verify_rows, 1)
-        chosen = select_questions(task, "train", wanted, console.seed, folder, offset, split)
-        made = make_rows(chosen.questions, draft_rows, verify_rows, console.seed, at_most=own)
-        verify = sum(row.role == "verify" for row in made)
-        if chosen.note(task):
-            console.line(chosen.note(task))
-        if verify < min(verify_rows, len(chosen.questions)):
-            console.line(
-                f"{task}: {verify} verify rows instead of {verify_rows}: no wrong answer can be made for the others"
-            )
-        rows += made
-        of_files += chosen.file_questions
-        splits[task] = chosen.split
-    about = {"seed": console.seed, "tasks": list(tasks), "split": split or "train", "splits": splits}
-    corpus = save_corpus(out, rows, template, about, of_files)
+    corpus = build_corpus(
+        tasks, out, draft_rows=draft_rows, verify_rows=verify_rows, data=folder, split=split, offset=offset,
+        template=template_name, seed=console.seed, progress=console.progress,
+    )  # fmt: skip
     counts = corpus.manifest["counts"]
-    for task, found in counts.items():
-        console.line(f"{task}: {found['draft']} draft rows, {found['verify']} verify rows")
+    for task, rows in counts.items():
+        console.line(f"{task}: {rows['draft']} draft rows, {rows['verify']} verify rows")
     console.line(f"corpus: {out}")
-    console.result({"out": str(out), "counts": counts, "hash": corpus.hash, "template": template.hash})
+    console.result({"out": str(out), "counts": counts, "hash": corpus.hash, "template": corpus.template.hash})

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.questions import Question
@@ -31,7 +32,7 @@ class Slice:
     task: str
     limit: int | None = 100
     how: str = "first"
-    seed: int = 42
+    seed: int = DEFAULT_SEED
     split: str | None = None
     folder: Path | None = None
     revision: str | None = None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.core.scoring import area_under_roc, brier, calibration_error
 from mlx_rsgwm.inference.calibration import Calibration, Reliability, best_threshold
 from mlx_rsgwm.inference.risk_control import Items, RiskBound, Target, risk_bound
@@ -82,7 +83,7 @@ def fit(
     method: str = "auto",
     target: Target | None = None,
     made_for: Mapping[str, Any] | None = None,
-    seed: int = 42,
+    seed: int = DEFAULT_SEED,
 ) -> Calibration:
     """Compare the scores, fit what is to be fitted and choose a threshold.
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.models.linux_cpu import exp, largest
 
 CANDIDATES = 128
@@ -25,7 +26,7 @@ class Sampling:
     temperature: float = 0.7
     top_p: float = 0.9
     max_tokens: int = 256
-    seed: int = 42
+    seed: int = DEFAULT_SEED
 
     def __post_init__(self) -> None:
         problems = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import repeat
@@ -14,6 +13,7 @@ import mlx.core as mx
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.random_streams import module_seed
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.linalg.lowrank import Factors, Truncated, truncate, truncate_dense
@@ -140,7 +140,7 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
             factors=factors,
             scales=scales,
             weights=weights if sums(method, own) or method.scales else brought_near_one(weights),
-            key=_key(options.seed, name),
+            key=mx.random.key(module_seed(options.seed, name)),
             importances=importance,
             initial_a=None if start is None else start.astype(mx.float32),
             grams=gram,
@@ -194,11 +194,6 @@ def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any
     advice = " (merge the products instead: --set space=product)"
     problems = pool.factor_problems()
     raise_problems("the pool cannot be merged factor by factor" + advice if problems else "", problems)
-
-
-def _key(seed: int, module: str) -> mx.array:
-    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
-    return mx.random.key(int.from_bytes(digest[:8], "little"))
 
 
 def _manifest(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 
 # Means stay below the norm of the largest source. RegMean with little data, which does not, came to 8 times it, DARE
 # at density .001 comes to 32, and what divides by rounding errors to 1e5 and more.
@@ -48,7 +49,7 @@ class MergeOptions:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
     rank: int | None = None
-    seed: int = 0
+    seed: int = DEFAULT_SEED
     overrides: tuple[Override, ...] = ()
     largest: float = LARGEST
 

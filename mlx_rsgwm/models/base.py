@@ -93,15 +93,24 @@ def describe_base(name: str, fingerprint: str, config: Mapping[str, Any]) -> dic
     }
 
 
-def load_base(name: str, dtype: str = "auto", progress: Progress = SILENT) -> Base:
-    """Resolve ``name`` and load it, every floating parameter cast to ``dtype``; packed weights stay as they are.
+def load_base(name: str | Path, dtype: str = "auto", progress: Progress = SILENT) -> Base:
+    """Resolve a base model's name, fetching or converting it first if need be, and load it, frozen.
 
-    ``auto`` is bfloat16 on a GPU and float32 on the CPU, where bfloat16 is slow.
+    Args:
+        name: a folder, a ``.gguf`` file, a Hub id, or an alias (``smollm2-135m``), looked for in this order.
+        dtype: of every floating parameter: float32, float16, bfloat16, or ``auto``: bfloat16 on a GPU and float32 on
+            the CPU, where bfloat16 is slow. Packed weights stay as they are.
+        progress: told of what is fetched, and of what is odd about the model.
 
     Raises:
         RsgwmError: whatever :func:`resolve_base` raises, an unknown dtype, an architecture mlx-lm has not, or
             weights and tokenizer that do not fit the config.
+
+    Example::
+
+        base = rs.load_base("smollm2-135m")
     """
+    name = str(name)
     if dtype != "auto" and dtype not in DTYPES:
         raise RsgwmError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     chosen = DTYPES.get(dtype, mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32)

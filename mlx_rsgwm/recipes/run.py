@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ class Run:
             ),
             Stage(
                 "merge",
-                {"tasks": tasks, **asdict(recipe.merge)},
+                {"tasks": tasks, "seed": recipe.seed, **asdict(recipe.merge)},
                 tuple(self._adapter(task) for task in tasks),
                 pair,
                 self._merge,
@@ -199,7 +199,8 @@ class Run:
     def _merge(self) -> None:
         pool = [self._adapter(task) for task in self.recipe.data.tasks]
         for role, folder in (("draft", "drafter"), ("verify", "verifier")):
-            merged = merge(pool, self.recipe.merge.options(role), self.progress)
+            options = replace(self.recipe.merge.options(role), seed=self.recipe.seed)
+            merged = merge(pool, options, self.progress)
             merged.save(self.out / folder)
             for warning in merged.manifest["merge"]["warnings"]:
                 self.progress.message(f"warning: {folder}: {warning}")

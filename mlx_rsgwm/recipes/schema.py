@@ -16,6 +16,7 @@ from unicodedata import normalize
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build, parse_yaml, read_yaml
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.synthetic import FAMILIES
@@ -243,7 +244,7 @@ class Recipe:
     data: DataSection
     base: str = "smollm2-135m"
     template: str = "plain"
-    seed: int = 42
+    seed: int = DEFAULT_SEED
     train: TrainConfig = field(default_factory=TrainConfig)
     merge: MergeSection = field(default_factory=MergeSection)
     loop: LoopSection = field(default_factory=LoopSection)

@@ -21,6 +21,7 @@ from mlx_rsgwm.core.distributed import ALONE, Processes
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.questions import Question
@@ -64,7 +65,7 @@ class Plan:
     max_tokens: int | None = None
     weights: tuple[float, ...] = ()
     rank: int | None = None
-    seed: int = 42
+    seed: int = DEFAULT_SEED
     batch_rows: int = 32
     reference: Variant = REFERENCE
 

@@ -6,12 +6,11 @@ else a continued run needs. A checkpoint is written under a temporary name, its 
 is killed at any moment loses what came after the newest one.
 
 MLX's global random stream can be read but not set (mlx 0.32.4). So the run seeds it before every step by number
-(:func:`step_seed`): its state needs no storing.
+(:func:`~mlx_rsgwm.core.random_streams.step_seed`): its state needs no storing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -75,11 +74,6 @@ class Checkpoint:
     weights: dict[str, mx.array]
     arrays: dict[str, mx.array]
     record: dict[str, Any] = field(default_factory=dict)
-
-
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Seed of the random stream for one step of one process."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big")
 
 
 def write_checkpoint(

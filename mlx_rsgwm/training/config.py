@@ -11,6 +11,7 @@ import mlx.optimizers as optimizers
 
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import raise_problems
+from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.models.adapter import LoraSpec
 from mlx_rsgwm.training.schedule import RateSchedule
 
@@ -65,8 +66,8 @@ class TrainConfig:
     validate_every: int = 0
     patience: int = 0
     select: str = "last"
-    seed: int = 42
-    init_seed: int = 42
+    seed: int = DEFAULT_SEED
+    init_seed: int = DEFAULT_SEED
     eps: float = 1e-8
     bias_correction: bool = True
     lr_schedule: RateSchedule | None = None

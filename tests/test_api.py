@@ -1,0 +1,135 @@
+"""The library's face: what is exported, that it is documented and lazy, and that the example does the whole job."""
+
+import ast
+import importlib.util
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+import pytest
+
+import mlx_rsgwm as rs
+from tests.conftest import make_base
+
+ROOT = Path(__file__).parent.parent
+FUNCTIONS = [name for name in rs.__all__ if inspect.isfunction(getattr(rs, name))]
+
+
+@pytest.fixture(scope="module")
+def answering_base(tmp_path_factory):
+    """A tiny base that answers every question with a digit, now and then the right one."""
+    from mlx.utils import tree_flatten
+
+    from mlx_rsgwm.models.base import load_base
+
+    folder = make_base(tmp_path_factory.mktemp("answering") / "tiny")
+    base = load_base(str(folder), dtype="float32")
+    base.model.unfreeze()
+    optimizer, rng = optimizers.Adam(1e-2), np.random.default_rng(0)
+
+    def loss(model, tokens):
+        return nn.losses.cross_entropy(model(tokens[:, :-1])[:, -7:], tokens[:, -7:], reduction="mean")
+
+    step = nn.value_and_grad(base.model, loss)
+    for _ in range(80):
+        rows = [
+            [
+                *base.tokenizer.encode(f"{''.join(rng.choice(list('abc 12'), 20))}\nA:"),
+                *base.tokenizer.encode(f" #### {digit}"),
+                0,
+            ]
+            for digit in rng.integers(1, 10, 8)
+        ]
+        _, gradients = step(base.model, mx.array(rows))
+        optimizer.update(base.model, gradients)
+        mx.eval(base.model.parameters())
+    weights = dict(tree_flatten(base.model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    return folder
+
+
+def test_the_names_of_all_are_there_and_nowhere_else_given_otherwise():
+    assert rs.__all__ == sorted(rs.__all__)
+    assert set(rs.__all__) <= set(dir(rs))
+    # What type checkers see is what Python gives.
+    tree = ast.parse((ROOT / "mlx_rsgwm" / "__init__.py").read_text())
+    typed = {
+        alias.name: node.module
+        for branch in tree.body if isinstance(branch, ast.If)
+        for node in branch.body if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }  # fmt: skip
+    assert typed == rs._MODULE_OF
+    assert set(typed) == set(rs.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'mrege'"):
+        rs.mrege  # noqa: B018
+
+
+def test_the_import_loads_neither_mlx_nor_numpy():
+    code = "import sys, mlx_rsgwm; print(sorted({'mlx', 'numpy', 'yaml', 'mlx_lm', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_is_typed_and_documented(name):
+    function = getattr(rs, name)
+    text = inspect.getdoc(function)
+    for parameter in inspect.signature(function).parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+        assert f"{parameter.name}" in text, parameter.name
+        if "Path" in str(parameter.annotation):
+            assert "str" in str(parameter.annotation), parameter
+    assert "Raises:" in text
+    example = text.partition("Example::")[2]
+    assert f"rs.{name}(" in example
+    ast.parse(inspect.cleandoc(example))
+
+
+def test_the_page_is_what_the_docstrings_say():
+    spec = importlib.util.spec_from_file_location("generate_api", ROOT / "docs" / "generate_api.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert set(generator.FUNCTIONS) == set(FUNCTIONS)
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run: python docs/generate_api.py"
+
+
+def test_a_stopped_training_resumes_and_a_finished_one_is_not_overwritten(answering_base, tmp_path):
+    corpus = rs.build_corpus("change", tmp_path / "corpus", draft_rows=16, verify_rows=4)
+    first = rs.train(corpus, tmp_path / "a", base=str(answering_base), epochs=1)
+    in_memory = rs.train(str(tmp_path / "corpus"), base=rs.load_base(str(answering_base)), epochs=1)
+    assert all(mx.array_equal(value, in_memory.weights[name]).item() for name, value in first.weights.items())
+    with pytest.raises(rs.RsgwmError, match="already holds a finished adapter"):
+        rs.train(corpus, tmp_path / "a", base=str(answering_base))
+    with pytest.raises(rs.RsgwmError, match=r"learning_rte.*learning_rate"):
+        rs.train(corpus, base=str(answering_base), learning_rte=1e-3)
+
+
+def test_defaults_are_those_of_the_command_line(pool, tmp_path):
+    """The same merge by the command and by the library has the same bits, method by method with random parts."""
+    from click.testing import CliRunner
+
+    from mlx_rsgwm.cli.main import rsgwm
+
+    for method in ("dare_linear", "rsgwm"):
+        merged = rs.merge(pool, tmp_path / method, method=method)
+        done = CliRunner().invoke(
+            rsgwm, ["merge", *map(str, pool), "--method", method, "--out", str(tmp_path / f"{method}-cli")]
+        )
+        assert done.exit_code == 0, done.output
+        other = rs.merge(pool, method=method)
+        by_library, by_command = (
+            (tmp_path / name / "adapters.safetensors").read_bytes() for name in (method, f"{method}-cli")
+        )
+        assert by_library == by_command
+        assert all(mx.array_equal(value, other.weights[name]).item() for name, value in merged.weights.items())
+
+
+def test_unknown_conversions_are_refused(tmp_path):
+    with pytest.raises(rs.RsgwmError, match="to peft, mlx, gguf, not"):
+        rs.convert(tmp_path, tmp_path / "out", to="onnx")
