@@ -9,7 +9,6 @@ with those of base and adapter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.fuse.checkpoint_form import checkpoint_arrays
-from mlx_rsgwm.converters.fuse.layers import FORMATS, Stored, fuse_layers, fused_weight, quantise, stored_as
+from mlx_rsgwm.converters.fuse.layers import (
+    FORMATS,
+    Stored,
+    fuse_layers,
+    fused_weight,
+    plain_layer,
+    quantise,
+    stored_as,
+)
 from mlx_rsgwm.converters.fuse.model_files import write_model
 from mlx_rsgwm.converters.parity.mlx import apply_adapter, probe_ids, replace_parameters
 from mlx_rsgwm.converters.peft.convert import require_empty
@@ -119,9 +126,9 @@ def _fuse(
     record: RowRecord,
 ) -> dict[str, Any]:
     """:func:`fuse` with the base in the folder ``path``, which ``load_base`` finds as ``loaded_name``."""
-    model, config = _adapted_model(path, adapter, base_name)
+    model, config, replaced = _adapted_model(path, adapter, base_name)
     tokenizer = tokenizer_of(adapter, path)
-    layers = dict(_adapted_layers(model))
+    layers = _adapted_layers(model, adapter)
     found = []
     with progress.task("measuring", len(layers)) as advance:
         for name in sorted(layers, key=model_order):
@@ -148,8 +155,8 @@ def _fuse(
             "adapter": str(adapter.path),
             "format": target,
             **form,
-            "modules": len(found),
-            "replaced": len(adapter.full),
+            "modules": sum(survival.norm > 0 for survival in found),
+            "replaced": replaced,
             "share": total.share,
             "error": total.error,
             "worst": [vars(one) for one in _worst(found)],
@@ -174,25 +181,46 @@ def _fuse(
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def _adapted_model(path: Path, adapter: Adapter, base_name: str) -> tuple[Any, dict[str, Any]]:
+def _adapted_model(path: Path, adapter: Adapter, base_name: str) -> tuple[Any, dict[str, Any], int]:
+    """The base's model with the adapter in it, its config, and how many of the replaced parameters are other ones."""
     model: Any
     model, config, _ = open_model(path)
+    replaced = _count_replaced(model, adapter)
     config = make_room(model, config, adapter)
     if adapter.full:
         replace_parameters(model, adapter)
     if adapter.weights:
         apply_adapter(model, adapter, base_name)
-    names = {name for name, _ in _adapted_layers(model)}
-    missing = [module for module in adapter.modules() if module not in names]
+    return model, config, replaced
+
+
+def _count_replaced(model: Any, adapter: Adapter) -> int:
+    """How many parameters of ``adapter`` are not the base's own: a head may be held as it was."""
+    flat: Any = tree_flatten(model.parameters())
+    present = dict(flat)
+    return sum(
+        (old := present.get(name)) is None
+        or old.shape != value.shape
+        or not bool(mx.array_equal(old, value.astype(old.dtype)).item())
+        for name, value in adapter.full.items()
+    )
+
+
+def _adapted_layers(model: Any, adapter: Adapter) -> dict[str, Any]:
+    """mlx-lm's LoRA and DoRA layers that ``adapter`` has arrays of; the model gets its own back for the others.
+
+    mlx-lm adapts whatever the configuration selects: a layer without arrays would be counted, and rounded once more.
+
+    Raises:
+        AdapterError: naming what mlx-lm left out.
+    """
+    layers = {name: module for name, module in model.named_modules() if "lora_a" in module and "lora_b" in module}
+    modules = adapter.modules()
+    missing = [module for module in modules if module not in layers]
     raise_problems(adapter.where, [f"{name} was not applied by mlx-lm" for name in missing], AdapterError)
-    return model, config
-
-
-def _adapted_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """mlx-lm's LoRA and DoRA layers whose update is not zero."""
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_a") and hasattr(module, "lora_b"):
-            yield name, module
+    without = layers.keys() - set(modules)
+    model.update_modules(tree_unflatten([(name, plain_layer(layers[name])) for name in without]))
+    return {name: layer for name, layer in layers.items() if name not in without}
 
 
 def _survival(name: str, layer: Any, stored: Stored) -> Survival:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,9 +84,12 @@ class LoraSpec:
         if not isinstance(parameters, Mapping):
             raise AdapterError(f"{where}: no lora_parameters; is this an mlx-lm LoRA adapter?")
         layers = config.get("num_layers", config.get("lora_layers", -1))
-        numbers = {"num_layers": layers, **{key: parameters.get(key, 0) for key in ("rank", "scale", "dropout")}}
-        wrong = [name for name, value in numbers.items() if not isinstance(value, (int, float, str))]
+        numbers = {"num_layers": layers, **{key: parameters.get(key, 1) for key in ("rank", "scale", "dropout")}}
+        numbers["alpha"] = parameters.get("alpha") or 0
+        wrong = [name for name, value in numbers.items() if not _is_number(value)]
         raise_problems(where, [f"{name} must be a number, found {numbers[name]!r}" for name in wrong], AdapterError)
+        if float(numbers["rank"]) < 1:
+            raise AdapterError(f"{where}: rank must be at least 1, found {numbers['rank']}")
         try:
             chosen = float(parameters["scale"]) if kind == "full" else _chosen_scale(config, where, scale)
             return cls(
@@ -106,6 +110,15 @@ class LoraSpec:
             ) from None
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a field is a number, or a text that is one; a truth value is neither."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
+
+
 def scales_of(config: Mapping[str, Any]) -> tuple[float, ...]:
     """The scales that an mlx-lm configuration may mean: one, or two that its training version decides between.
 
@@ -120,7 +133,8 @@ def scales_of(config: Mapping[str, Any]) -> tuple[float, ...]:
     if parameters.get("alpha") is None or "num_layers" in config:
         return (scale,)
     older = scale * (float(parameters["alpha"]) / int(parameters["rank"]))
-    return (scale,) if math.isclose(older, scale, rel_tol=1e-12) else (older, scale)
+    trains = math.isfinite(older) and older != 0  # without, the older version would have trained nothing
+    return (older, scale) if trains and not math.isclose(older, scale, rel_tol=1e-12) else (scale,)
 
 
 def _chosen_scale(config: Mapping[str, Any], where: str, scale: float | None) -> float:
@@ -136,5 +150,5 @@ def _chosen_scale(config: Mapping[str, Any], where: str, scale: float | None) ->
     raise AdapterError(
         f"{where}: lora_parameters has alpha beside scale; mlx-lm until 0.14.1 multiplied by scale · alpha / rank = "
         f"{older:g}, later versions by scale = {newer:g}; say which trained it: "
-        f"rsgwm convert from-mlx {Path(where).parent} OUT --scale {older:g} (or {newer:g})"
+        f"rsgwm convert from-mlx {shlex.quote(str(Path(where).parent))} OUT --scale {older:g} (or {newer:g})"
     )

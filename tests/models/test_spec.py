@@ -78,6 +78,9 @@ def test_an_alpha_of_an_old_version_is_asked_about(alpha):
         {"lora_layers": 16, "lora_parameters": parameters(alpha="16 or so")},
         {"lora_layers": 16, "lora_parameters": parameters(alpha=16, rank=0)},
         {"lora_layers": None, "lora_parameters": parameters()},
+        {"lora_layers": "all", "lora_parameters": parameters()},
+        {"lora_layers": 16, "lora_parameters": parameters(alpha=[16])},
+        {"lora_layers": 16, "lora_parameters": parameters(scale=True)},
         {"num_layers": 2, "lora_parameters": [8, 10.0]},
         {"num_layers": 2, "fine_tune_type": "ia3", "lora_parameters": parameters()},
     ],
@@ -95,6 +98,16 @@ def test_what_is_no_number_is_told_by_name(name, value):
         LoraSpec.from_config(config, "a.json")
     with pytest.raises(AdapterError, match=r"^a\.json: num_layers must be a number, found None$"):
         LoraSpec.from_config({"num_layers": None, "lora_parameters": parameters()}, "a.json")
+
+
+@pytest.mark.parametrize("alpha", [0, float("nan"), "inf"])
+def test_an_alpha_that_no_version_could_train_with_is_not_offered(alpha):
+    assert LoraSpec.from_config({"lora_layers": 16, "lora_parameters": parameters(alpha=alpha)}, "x").scale == 10
+
+
+def test_the_command_that_is_named_can_be_pasted():
+    with pytest.raises(AdapterError, match=r"from-mlx 'my adapters/old' OUT"):
+        LoraSpec.from_config({"lora_parameters": parameters(alpha=2)}, "my adapters/old/adapter_config.json")
 
 
 def test_every_command_asks_and_from_mlx_answers(tiny_base, tmp_path):

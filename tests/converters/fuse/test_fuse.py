@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -126,6 +127,23 @@ def test_a_float_model_computes_what_base_and_adapter_do(bases, tmp_path, base, 
     assert "quantization" not in config
     assert json.loads((tmp_path / "out" / "fuse.json").read_text())["modules"] == 8
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize(("base", "kind"), [("float32", "lora"), ("float32", "dora"), ("4bit", "lora")])
+def test_what_was_not_changed_is_not_counted_and_stays_as_it_was(bases, tmp_path, base, kind):
+    """mlx-lm adapts all that the keys select: without arrays, with a zero lora_b, with the base's own value."""
+    adapter = Adapter.load(make(tmp_path / "all", kind=kind))
+    weights = {name: value for name, value in adapter.weights.items() if "layers.0.self_attn" not in name}
+    weights["model.layers.1.mlp.up_proj.lora_b"] *= 0
+    own, other = mx.ones((64,)), mx.array(np.linspace(0.5, 1.5, 64).astype(np.float32))
+    full = {"model.norm.weight": own, "model.layers.0.input_layernorm.weight": other}
+    replace(adapter, weights=weights, full=full, manifest={}).save(tmp_path / "adapter")
+    result = fuse(tmp_path / "adapter", str(bases / base), tmp_path / "out", min_share=0.1)
+    assert (result["modules"], result["replaced"]) == (5 if kind == "lora" else 6, 1)
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (bases / base, tmp_path / "out"))
+    untouched = [name for name in before if "layers.0.self_attn" in name or "o_proj" in name]
+    assert len(untouched) > 4
+    assert all(mx.array_equal(before[name], after[name]) for name in untouched)
 
 
 def test_embedding_head_and_replaced_parameters_are_fused_too(bases, tmp_path):
