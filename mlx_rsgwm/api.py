@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.data.corpus import Corpus
@@ -262,7 +262,7 @@ def evaluate(
         records = run_questions(pipeline, questions, timed, batch_rows, progress, seeds=seeds, drafts=drafts)
         return summarise(records, attempts, metadata, seed=first)
     folder = Path(out)
-    with files.exclusive(folder):
+    with exclusive(folder):
         journal = Journal(folder / JOURNAL_FILE, about)
         records = run_questions(
             pipeline, questions, timed, batch_rows, progress, seeds=seeds, drafts=drafts, journal=journal

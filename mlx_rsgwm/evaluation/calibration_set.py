@@ -1,12 +1,11 @@
 """Drafts of held-out questions with what the verifier said of them: what a calibration is fitted on.
 
-Drafting is what costs, so the drafts can be kept in a file and fitted on again with other settings. The file is JSON
-lines: a header that says what they depend on, then one item a line.
+Drafting is what costs, so the drafts can be kept in a journal and fitted on again with other settings.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.core.folders import make_folder
-from mlx_rsgwm.core.json_lines import read_json_lines
+from mlx_rsgwm.core.resume import Journal
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.inference.calibration import Calibration
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -73,34 +71,24 @@ def header_of(pipeline: DraftVerify, questions: Sequence[Question]) -> dict[str,
     }
 
 
-def write_drafts(file: Path, header: Mapping[str, Any], items: Sequence[CalibrationItem]) -> None:
-    """Keep drafts in a file."""
-    make_folder(file.parent)
-    lines = [json.dumps(header), *(json.dumps(asdict(item), ensure_ascii=False) for item in items)]
-    files.write_text(file, "\n".join(lines) + "\n")
+def keep_drafts(file: Path, about: Mapping[str, Any], items: Sequence[CalibrationItem]) -> None:
+    """Keep drafts in a journal."""
+    Journal(file, about, lambda row, where: None, replace=True).append(asdict(item) for item in items)
 
 
-def read_drafts(file: Path, header: Mapping[str, Any], count: int) -> list[CalibrationItem]:
-    """The ``count`` items of a file.
+def kept_drafts(file: Path, about: Mapping[str, Any], count: int) -> list[CalibrationItem] | None:
+    """The ``count`` items of a journal; None where there is none, or not all of them.
 
     Raises:
-        RsgwmError: not such a file, or one that was made with anything else than ``header`` says.
+        RsgwmError: no such journal, a damaged one, or one of drafts of something else.
     """
-    rows = read_json_lines(file)
-    for number, value in rows:
-        if isinstance(value, ValueError):
-            raise RsgwmError(f"{file} is not a file of held-out drafts: line {number}: {value}")
-    if not rows or not isinstance(rows[0].value, dict) or rows[0].value.get("format") != FORMAT:
-        raise RsgwmError(f"{file} is not a file of held-out drafts; give another name to write one")
-    differing = [name for name, value in header.items() if rows[0].value.get(name) != value]
-    if differing:
-        raise RsgwmError(
-            f"{file} was made with another {', '.join(differing)}; remove it or give another name to draft anew"
-        )
-    items = [build(CalibrationItem, value, f"{file} line {number}") for number, value in rows[1:]]
-    if len(items) != count:
-        raise RsgwmError(f"{file} holds {len(items)} of {count} items; remove it to draft anew")
-    return items
+    if not os.path.lexists(file):
+        return None
+    items: list[CalibrationItem] = []
+    Journal(file, about, lambda row, where: items.append(build(CalibrationItem, row, where)))
+    if len(items) > count:
+        raise RsgwmError(f"{file} holds {len(items)} items, not {count}; remove it to draft anew")
+    return items if len(items) == count else None
 
 
 def explain(calibration: Calibration) -> str:

@@ -26,8 +26,8 @@ from mlx_rsgwm.evaluation.calibration_set import (
     explain,
     header_of,
     identity,
-    read_drafts,
-    write_drafts,
+    keep_drafts,
+    kept_drafts,
 )
 from mlx_rsgwm.evaluation.energy import counters, joules
 from mlx_rsgwm.evaluation.equality import is_correct
@@ -249,8 +249,8 @@ def collect(
     if not questions:
         raise RsgwmError("there are no held-out questions")
     header = header_of(pipeline, questions)
-    if file is not None and file.is_file():
-        return read_drafts(file, header, len(questions))
+    if file is not None and (kept := kept_drafts(file, header, len(questions))) is not None:
+        return kept
     texts = [question.question for question in questions]
     drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
     signals = read_all(pipeline, texts, drafted, batch_rows, progress)
@@ -273,7 +273,7 @@ def collect(
         for question, drafts, said, pair in zip(questions, drafted, signals, read_pairs, strict=True)
     ]
     if file is not None:
-        write_drafts(file, header, items)
+        keep_drafts(file, header, items)
     return items
 
 

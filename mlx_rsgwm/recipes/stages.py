@@ -23,6 +23,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.resume import content_key, read_stamp, write_stamp
 from mlx_rsgwm.models.adapter import MANIFEST_FILE
 from mlx_rsgwm.training.grams import GRAMS_FILE
 
@@ -57,7 +58,7 @@ class Stages:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage was done with these settings and inputs, and its files are those that it wrote."""
-        record = self._record(stage)
+        record = read_stamp(self._path(stage))
         return (
             record is not None
             and record.get("key") == self._key(stage)
@@ -67,19 +68,17 @@ class Stages:
 
     def run(self, stage: Stage) -> None:
         """Do the stage unless it is done."""
-        record = self._record(stage)
+        record = read_stamp(self._path(stage))
         if not self.is_done(stage):
             key = self._key(stage)
             before, former = self._cleared(stage, record, key)
-            make_folder(self.out / FOLDER)
-            files.write_json(self._path(stage), {"key": key, "before": before, "former": former})
+            write_stamp(self._path(stage), key, {"before": before, "former": former})
             started = time.monotonic()
             stage.work()
             seconds = round(time.monotonic() - started, 3)
             written = [name for name, stamp in self._stamps(stage).items() if stamp != before.get(name)]
             outputs = {name: _digest(self.out / name) for name in written}
-            record = {"key": key, "seconds": seconds, "outputs": outputs, "former": former}
-            files.write_json(self._path(stage), record)
+            record = write_stamp(self._path(stage), key, {"seconds": seconds, "outputs": outputs, "former": former})
             self.executed.append(stage.name)
         assert record is not None
         if record.get("former"):  # also what a run that was killed here left behind
@@ -140,14 +139,8 @@ class Stages:
     def _path(self, stage: Stage) -> Path:
         return self.out / FOLDER / f"{stage.name}.json"
 
-    def _record(self, stage: Stage) -> dict[str, Any] | None:
-        path = self._path(stage)
-        with suppress(RsgwmError):  # a damaged record is none
-            return files.read_json_object(path) if path.is_file() else None
-        return None
-
     def _key(self, stage: Stage) -> str:
-        return files.sha256_json([stage.settings, self._contents(stage.inputs, stage.apart)])
+        return content_key(stage.settings, self._contents(stage.inputs, stage.apart))
 
     def _contents(self, paths: Sequence[Path], apart: Sequence[str]) -> dict[str, str]:
         """SHA-256 of every file of ``paths``, by its name below the run's folder; hidden files are passed over."""

@@ -6,6 +6,7 @@ rows of the pool's corpora, the direct verifier on all their verifier pairs, bot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.resume import content_key, stamped
 from mlx_rsgwm.data.corpus import Corpus, load_corpus, save_corpus
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.template import Template
@@ -24,6 +26,7 @@ from mlx_rsgwm.evaluation.runner import calibrate, describe_run, evaluate
 from mlx_rsgwm.inference.calibration import (
     UNCALIBRATED_SCORE,
     UNCALIBRATED_THRESHOLD,
+    Calibration,
     NothingToTellApart,
     load_calibration,
 )
@@ -195,7 +198,7 @@ def _rules(
     """Score and threshold of every verifier, chosen alike on the same calibration questions; kept in a file."""
     verifiers = {"verifier": "verifier", "self": "drafter", **({"direct": "direct"} if direct else {})}
     stored = load_calibration(plan.run / "verifier")
-    key = files.sha256_json(
+    key = content_key(
         [
             [asdict(question) for question in plan.calibration],
             {n: files.sha256_json(slots.adapter(slot).manifest.get("files") or {}) for n, slot in verifiers.items()},
@@ -204,9 +207,27 @@ def _rules(
             plan.attempts,
         ]
     )
-    path = plan.out / "rules.json"
-    if path.is_file() and (found := files.read_json_object(path)).get("key") == key:
-        return {name: LoopRule(**rule) for name, rule in found["rules"].items()}
+    stamp = stamped(
+        plan.out / "rules.json",
+        key,
+        lambda: {
+            "rules": {
+                name: asdict(rule)
+                for name, rule in _fitted_rules(slots, template, plan, verifiers, stored, progress).items()
+            }
+        },
+    )
+    return {name: LoopRule(**rule) for name, rule in stamp["rules"].items()}
+
+
+def _fitted_rules(
+    slots: AdapterSlots,
+    template: Template,
+    plan: ControlPlan,
+    verifiers: Mapping[str, str],
+    stored: Calibration | None,
+    progress: Progress,
+) -> dict[str, LoopRule]:
     rules = {"verifier": LoopRule(stored.score, stored.threshold)} if stored else {}
     for name, slot in verifiers.items():
         if name not in rules:
@@ -221,5 +242,4 @@ def _rules(
             except NothingToTellApart as error:
                 progress.message(f"warning: {name} is not calibrated: {error}")
                 rules[name] = LoopRule(UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD)
-    files.write_json(path, {"key": key, "rules": {name: asdict(rule) for name, rule in rules.items()}})
     return rules

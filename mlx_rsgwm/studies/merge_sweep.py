@@ -8,7 +8,6 @@ depends on, so that a sweep that was cut off goes on, and a longer one measures 
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
+from mlx_rsgwm.core.resume import content_key, plain, stamped
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.questions import Question
@@ -40,7 +40,7 @@ from mlx_rsgwm.studies.sweep_meter import Labelled, Meter
 from mlx_rsgwm.studies.sweep_variants import ROLES, Variant
 from mlx_rsgwm.training.grams import GRAMS_FILE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ITEMS_FILE = "items.json"
 FOLDER = "measured"
 REFERENCE = Variant("linear")
@@ -121,10 +121,10 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Outcome:
-        """Read what ``asdict`` wrote."""
+        """Read what ``asdict`` wrote, under a key or not."""
         return cls(
             **{
-                **value,
+                **{name: value[name] for name in value if name != "key"},
                 "drafts": tuple((str(text), bool(correct)) for text, correct in value["drafts"]),
                 "gold": tuple((float(nats), int(count)) for nats, count in value["gold"]),
                 "scores": {name: tuple(found) for name, found in value["scores"].items()},
@@ -183,12 +183,12 @@ class Sweep:
         paths = []
         with self.progress.task("merge sweep", len(candidates)) as advance:
             for number, candidate in enumerate(candidates):
-                key = files.sha256_json([self._about, digest, self._depends_on(candidate)])
+                key = content_key([self._about, digest, self._depends_on(candidate)], version=FORMAT_VERSION)
                 slug = re.sub(r"[^a-z0-9.]+", "-", candidate.name.lower())
                 paths.append(self.out / FOLDER / f"{slug}-{key[:16]}.json")
                 mine = number % self.processes.size == self.processes.rank
-                if mine and not paths[-1].is_file():
-                    files.write_json(paths[-1], asdict(self._outcome(candidate, answers)))
+                if mine:
+                    stamped(paths[-1], key, lambda: asdict(self._outcome(candidate, answers)))  # noqa: B023
                 advance(1, candidate.name if mine else "")
         self.processes.wait()
         outcomes = tuple(Outcome.from_dict(files.read_json_object(path)) for path in paths)
@@ -216,12 +216,18 @@ class Sweep:
 
         Made once and kept, for every candidate must judge the same answers. Drafts are labelled by gold.
         """
-        merges = [_plain(vars(self.plan.options(self.plan.reference, role))) for role in ROLES]
+        merges = [plain(vars(self.plan.options(self.plan.reference, role))) for role in ROLES]
         pool = [self._identities[folder] for folder in self.plan.pool]
-        key = files.sha256_json([self._about, pool, merges, self.plan.judged])
-        path = self.out / ITEMS_FILE
-        if path.is_file() and (found := files.read_json_object(path)).get("key") == key:
-            return tuple(Labelled(**{**row, "tokens": tuple(row["tokens"])}) for row in found["answers"])
+        key = content_key([self._about, pool, merges, self.plan.judged], version=FORMAT_VERSION)
+        questions = [asdict(question) for question in self.plan.questions]
+        stamp = stamped(
+            self.out / ITEMS_FILE,
+            key,
+            lambda: {"questions": questions, "answers": [asdict(answer) for answer in self._label_answers()]},
+        )
+        return tuple(Labelled(**{**row, "tokens": tuple(row["tokens"])}) for row in stamp["answers"])
+
+    def _label_answers(self) -> list[Labelled]:
         reference = self.plan.options(self.plan.reference, "draft")
         self.meter.load("drafter", merge(self.plan.pool, reference, self.progress))
         chosen = self._first_of_each_task()
@@ -239,9 +245,7 @@ class Sweep:
             draft = drafted[index]
             text, correct = self._judged(index, draft)
             answers.append(Labelled(index, "draft", text, draft.tokens + (end if draft.finished else ()), correct))
-        questions = [asdict(question) for question in self.plan.questions]
-        files.write_json(path, {"key": key, "questions": questions, "answers": [asdict(answer) for answer in answers]})
-        return tuple(answers)
+        return answers
 
     def _first_of_each_task(self) -> list[int]:
         chosen: dict[str, list[int]] = {}
@@ -259,7 +263,7 @@ class Sweep:
     def _depends_on(self, candidate: Candidate) -> Any:
         """What a candidate's outcome depends on beyond the plan's items and the labelled answers."""
         if candidate.variant is not None:
-            options = [_plain({**vars(one), "parameters": resolved(one)}) for one in self._both(candidate.variant)]
+            options = [plain({**vars(one), "parameters": resolved(one)}) for one in self._both(candidate.variant)]
             sources = [self._identities[folder] for folder in self.plan.pool]
             if "grams" in find_method(candidate.variant.method).needs:
                 grams = [folder / GRAMS_FILE for folder in self.plan.pool]
@@ -313,10 +317,6 @@ class Sweep:
         text = self.meter.tokenizer.decode(list(found.tokens))
         draft = Drafted(1, text, found.tokens, found.finished)
         return text, judge(self.plan.questions[index], draft, {}).correct
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
 
 
 def identity(folder: Path) -> dict[str, str]:

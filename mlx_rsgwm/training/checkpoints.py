@@ -27,6 +27,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.models.adapter import CONFIG_FILE, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
 from mlx_rsgwm.training.snapshots import FOLDER as SNAPSHOTS
@@ -198,23 +199,6 @@ def _clear(folder: Path) -> None:
     """Forget what another run left."""
     for name in (FOLDER, SNAPSHOTS):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def differing(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two trees of JSON values, by dotted name and with both values."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        return [
-            line
-            for key in dict.fromkeys([*before, *now])
-            for line in differing(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-        ]
-    same = before == now or (all(isinstance(one, (list, tuple)) for one in (before, now)) and list(before) == list(now))
-    return [] if same else [f"{name} is {_shown(now)} now, was {_shown(before)}"]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 48 else f"{text[:12]}…"
 
 
 @dataclass

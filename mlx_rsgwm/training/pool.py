@@ -11,10 +11,11 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.distributed import ALONE, Processes
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.folder import base_difference
-from mlx_rsgwm.training.checkpoints import Saving, differing
+from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train
 from mlx_rsgwm.training.memory import MemoryOptions

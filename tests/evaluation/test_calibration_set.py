@@ -45,7 +45,7 @@ def test_items_hold_the_drafts_with_what_the_verifier_says(pipeline):
 def test_a_file_spares_the_drafting_and_belongs_to_its_settings(pipeline, tmp_path, monkeypatch):
     file = tmp_path / "kept" / "drafts.jsonl"
     items = collect(pipeline, QUESTIONS, seed=1, file=file)
-    header = json.loads(file.read_text().splitlines()[0])
+    header = json.loads(file.read_text().splitlines()[0])["about"]
     assert header["attempts"] == 2
     monkeypatch.setattr(DraftVerify, "draft_many", lambda *_: pytest.fail("drafted again"))
     assert collect(pipeline, QUESTIONS, seed=1, file=file) == items
@@ -55,7 +55,7 @@ def test_a_file_spares_the_drafting_and_belongs_to_its_settings(pipeline, tmp_pa
     with pytest.raises(RsgwmError, match="made with another attempts, temperature;"):
         collect(pipeline, QUESTIONS, seed=1, file=file)
     file.write_text("questions\n")
-    with pytest.raises(RsgwmError, match="not a file of held-out drafts"):
+    with pytest.raises(RsgwmError, match="is not a journal of this version"):
         collect(pipeline, QUESTIONS, seed=1, file=file)
 
 

@@ -289,9 +289,9 @@ HELD_ITEM = {"id": "1", "task": "t", "texts": ["#### 2"], "correct": [True], "si
 
 
 def read_held_out(folder: Path) -> None:
-    from mlx_rsgwm.evaluation.calibration_set import read_drafts
+    from mlx_rsgwm.evaluation.calibration_set import kept_drafts
 
-    read_drafts(folder / "drafts.jsonl", HELD, 1)
+    kept_drafts(folder / "drafts.jsonl", HELD, 1)
 
 
 def make_base_folder(folder: Path) -> None:
@@ -393,7 +393,7 @@ READERS = {
     "journal": Reader("jsonl", "journal.jsonl", make_journal, read_journal),
     "calibration": Reader("json", "calibration.json", write_calibration, read_calibration),
     "held-out-drafts": Reader(
-        "jsonl", "drafts.jsonl", partial(write_lines, "drafts.jsonl", [HELD, HELD_ITEM]), read_held_out
+        "jsonl", "drafts.jsonl", partial(write_lines, "drafts.jsonl", [{"about": HELD}, HELD_ITEM]), read_held_out
     ),
     "base-config": Reader("json", "config.json", make_base_folder, look_at_base),
     "base-weights": Reader("safetensors", "model.safetensors", make_base_folder, look_at_base),

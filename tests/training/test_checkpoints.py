@@ -18,7 +18,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, differing, read_checkpoint
+from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, read_checkpoint
 from mlx_rsgwm.training.loop import finish, train
 
 RESULT = ("adapters.safetensors", "importance.safetensors", "init.safetensors")
@@ -172,11 +172,6 @@ def test_resume_names_what_changed(base, corpus, config, unfinished, tmp_path):
     assert len(checkpoint_folders(unfinished)) == 3
     adapter = train(base, corpus, config(learning_rate=1e-3), saving=Saving(unfinished, resume="replace"))
     assert len(adapter.manifest["history"]) == 7
-
-
-def test_differing_knows_nothing_of_types():
-    assert differing({"a": (1, 2), "b": {"c": None}}, {"a": [1, 2], "b": {"c": None}}) == []
-    assert differing({"a": 1}, {"b": [3]}) == ["a is None now, was 1", "b is [3] now, was None"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "record lacks an entry", "record has no JSON number"])
