@@ -120,7 +120,7 @@ def tokenizer_of(adapter: Adapter, base: Path) -> list[Path]:
     if rows > old_rows and not brought:
         raise AdapterError(f"{what}, and it brings no tokenizer.json with the added tokens; {again}")
     folder = adapter.path if brought else base
-    count = _count_ids(folder)
+    count = count_ids(folder)
     if count > rows:
         raise AdapterError(f"{what}, and the tokenizer in {folder} has {count} tokens; {again}")
     padded = any(-(-old_rows // multiple) * multiple == rows for multiple in PADDED_TO)
@@ -185,7 +185,7 @@ def end_of(folder: Path) -> int | None:
     return _vocabulary_of(folder).get(text) if isinstance(text, str) else None
 
 
-def _count_ids(folder: Path) -> int:
+def count_ids(folder: Path) -> int:
     """The highest token id of a folder's tokenizer.json, and of the tokens added beside it, plus one."""
     ids = set(_vocabulary_of(folder).values())
     if (folder / "tokenizer_config.json").is_file():

@@ -22,9 +22,6 @@ from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.token_layers import has_head
 
-# Of another number of rows, or of a packed layer.
-FUSE = " (rsgwm fuse makes a model of base and adapter)"
-
 
 def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
     """Put a saved adapter into mlx-lm's model by mlx-lm's own ``load_adapters``; the model is in evaluation mode after.
@@ -74,11 +71,23 @@ def replace_parameters(model: nn.Module, adapter: Adapter) -> None:
 
     flat: Any = tree_flatten(model.parameters())
     present = dict(flat)
-    wrong = [name for name, value in adapter.full.items() if getattr(present.get(name), "shape", None) != value.shape]
-    raise_problems(adapter.where, [f"the base has no {name} of its shape{FUSE}" for name in wrong], AdapterError)
+    problems = [
+        f"the base has no {name}" if (old := present.get(name)) is None else _shape_problem(name, value, old)
+        for name, value in adapter.full.items()
+    ]
+    raise_problems(adapter.where, [problem for problem in problems if problem], AdapterError)
     model.load_weights(
         [(name, value.astype(present[name].dtype)) for name, value in adapter.full.items()], strict=False
     )
+
+
+def _shape_problem(name: str, value: mx.array, old: mx.array) -> str:
+    """Why ``value`` cannot stand in the place of ``old``; empty where it can. fuse makes room for other rows first."""
+    if value.shape == old.shape:
+        return ""
+    differs = f"{name} is {tuple(old.shape)} in the base, {tuple(value.shape)} in the adapter"
+    resized = value.ndim == old.ndim == 2
+    return f"{differs} (rsgwm fuse makes a model of base and adapter)" if resized else differs
 
 
 def probe_ids(base: Base, texts: Sequence[str]) -> list[list[int]]:

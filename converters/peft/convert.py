@@ -24,6 +24,7 @@ from mlx_rsgwm.converters.peft.folder import open_peft
 from mlx_rsgwm.converters.peft.layout import Reading
 from mlx_rsgwm.converters.peft.read import early_problems, read_peft
 from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, write_sidecar
+from mlx_rsgwm.converters.peft.tokenizer_notes import tokenizer_notes
 from mlx_rsgwm.converters.peft.write import peft_arrays, peft_form, unconvertible
 from mlx_rsgwm.converters.resized_vocabulary import rows_of, tokenizer_files
 from mlx_rsgwm.converters.stream import save_adapter, write_arrays
@@ -159,8 +160,10 @@ def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Readin
     if adapter.full:
         names = ", ".join(list(adapter.full)[:3]) + (" …" if len(adapter.full) > 3 else "")
         reading.notes.append(f"it replaces parameters of the base ({names}), which only rsgwm fuse can apply")
+    rows = rows_of(adapter.manifest)
+    reading.notes += [] if rows else tokenizer_notes(folder, base)
     found = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
-    save_adapter(adapter, out, tokenizer_files(folder) if rows_of(adapter.manifest) else ())
+    save_adapter(adapter, out, tokenizer_files(folder) if rows else ())
     return found
 
 

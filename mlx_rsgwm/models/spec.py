@@ -79,8 +79,10 @@ class LoraSpec:
         """
         kind = str(config.get("fine_tune_type") or ("dora" if config.get("use_dora") is True else "lora"))
         parameters = config.get("lora_parameters")
-        if kind == "full" and parameters is None:
-            parameters = {"rank": 1, "scale": 1.0}
+        if kind == "full" and (
+            parameters is None or isinstance(parameters, Mapping)
+        ):  # which mlx-lm does not read then
+            parameters = {"rank": 1, "scale": 1.0, **(parameters or {})}
         if not isinstance(parameters, Mapping):
             raise AdapterError(f"{where}: no lora_parameters; is this an mlx-lm LoRA adapter?")
         layers = config.get("num_layers", config.get("lora_layers", -1))
