@@ -145,7 +145,7 @@ def _row(pipeline: DraftVerify, answer: Any) -> dict[str, Any]:
 
 def _questions(path: Path) -> list[Asked]:
     """Ids (empty where there are none) and questions of a file."""
-    from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+    from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
     from mlx_rsgwm.core.files import read_text
     from mlx_rsgwm.data.question_files import is_question_file, read_question_rows
 
@@ -160,10 +160,11 @@ def _questions(path: Path) -> list[Asked]:
         for number, row in rows:
             question = row.get("question") if isinstance(row, dict) else None
             if isinstance(row, ValueError) or not isinstance(question, str) or not question.strip():
-                problems.append(f"{unit} {number}: {row if isinstance(row, ValueError) else 'no text under question'}")
+                reason = str(row) if isinstance(row, ValueError) else "no text under question"
+                problems.append((f"{unit} {number}", reason))
                 continue
             asked.append(("" if row.get("id") is None else str(row["id"]), question.strip()))
-        raise_problems(str(path), problems)
+        raise_problems(str(path), grouped(problems))
     if not asked:
         raise RsgwmError(f"{path} holds no question")
     return asked

@@ -81,8 +81,8 @@ def check_parity(
     """
     if dtype not in DTYPES:
         raise RsgwmError(f"parity dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
-    if not tolerance > 0:
-        raise RsgwmError(f"parity tolerance must be above 0, found {tolerance}")
+    if not 0 < tolerance < float("inf"):
+        raise RsgwmError(f"parity tolerance must be a number above 0, found {tolerance}")
     torch = import_torch()
     device = torch_device(device)
     adapter = Adapter.load(adapter_folder)

@@ -128,6 +128,7 @@ def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
             problems.append(f"unknown key {prefix + str(name)!r}, {advice}")
         elif _is_bool_for_number(hints[name], value):
             problems.append(f"{prefix}{name}: expected a number, found {brief(value)}")
-        elif is_dataclass(hints[name]) and isinstance(value, Mapping):
-            problems += _unknown(hints[name], value, f"{prefix}{name}.")
+        elif isinstance(value, Mapping):
+            kinds = [kind for kind in (hints[name], *get_args(hints[name])) if is_dataclass(kind)]
+            problems += _unknown(kinds[0], value, f"{prefix}{name}.") if kinds else []
     return problems

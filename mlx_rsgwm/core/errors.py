@@ -36,3 +36,15 @@ def raise_problems(where: str, problems: Iterable[str], error: type[RsgwmError] 
     if found:
         shown = found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} more"]
         raise error(f"{where}: " + "; ".join(shown))
+
+
+def grouped(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """Problems of places, such as ``("line 3", "no answer")``; what is the same of several is said once, with the
+    first three of them and how many more there are."""
+    places: dict[str, list[str]] = {}
+    for place, problem in problems:
+        places.setdefault(problem, []).append(place)
+    return [
+        f"{', '.join(where[:3])}{f' and {len(where) - 3} more' if len(where) > 3 else ''}: {problem}"
+        for problem, where in places.items()
+    ]

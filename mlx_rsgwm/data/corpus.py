@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm.core import files
-from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
@@ -186,8 +186,8 @@ def load_corpus(folder: Path) -> Corpus:
                 raise value
             rows.append(CorpusRow(**value))
         except (ValueError, TypeError, RsgwmError) as error:
-            problems.append(f"line {number}: {error}")
-    raise_problems(str(path), problems)
+            problems.append((f"line {number}", str(error)))
+    raise_problems(str(path), grouped(problems))
     if not rows:
         raise RsgwmError(f"{path} holds no rows")
     return Corpus(tuple(rows), Template.from_description(manifest["template"]), manifest)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm.core import files
-from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.json_lines import read_json_rows
 from mlx_rsgwm.data.asked import said_by
 from mlx_rsgwm.data.batching import NO_KEYS, TokenRow
@@ -84,14 +84,14 @@ class Examples:
             try:
                 tokens, prompt, untrained, notes = render(tokenizer, row)
             except RsgwmError as error:
-                problems.append(f"{name}: {error}")
+                problems.append((name, str(error)))
                 continue
             except Exception as error:  # a chat template is the model's own program and may raise anything
                 reason = str(error) or type(error).__name__
-                problems.append(f"{name} cannot be rendered by the base's chat template: {reason}")
+                problems.append((name, f"it cannot be rendered by the base's chat template: {reason}"))
                 continue
             if len(tokens) <= prompt:
-                problems.append(f"{name} has nothing to train")
+                problems.append((name, "there is nothing to train"))
                 continue
             fitted = fit_row(
                 "draft", tokens[:prompt], tokens[prompt:], name, max_tokens, long_rows, untrained, tuple(notes),
@@ -101,7 +101,7 @@ class Examples:
                 dropped += 1
             else:
                 rows.append(fitted)
-        raise_problems(str(self.path), problems)
+        raise_problems(str(self.path), grouped(problems))
         if not rows:
             raise RsgwmError(f"every row of {self.path} is longer than {max_tokens} tokens; raise max_tokens")
         return rows, dropped
@@ -144,30 +144,31 @@ def load_examples(
     """
     rows: list[Mapping[str, Any]] = []
     numbers: list[int] = []
-    problems = []
+    problems: list[tuple[str, str]] = []
     form = ""
     if path.suffix.lower() in TABLE_SUFFIXES:
         raise RsgwmError(f"{path} is a table, and training rows are JSON lines; {_CORPUS} --task {path}")
     unit, read = read_json_rows(path)
     for number, row in read:
         if isinstance(row, ValueError):
-            problems.append(f"{unit} {number}: {row}")
+            problems.append((f"{unit} {number}", str(row)))
             continue
         row = _renamed(row, features or {})
         kind = _format_of(row)
         form = form or kind
         if not kind or kind != form:
-            problems.append(f"{unit} {number} is no row of {form or 'a known format'}")
+            problems.append((f"{unit} {number}", f"no row of {form or 'a known format'}"))
             continue
-        problems += [f"{unit} {number}: {problem}" for problem in _row_problems(kind, row)]
+        problems += [(f"{unit} {number}", problem) for problem in _row_problems(kind, row)]
         rows.append(row)
         numbers.append(number)
+    lines = grouped(problems)
     if not form and problems:
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMATS.items())
-        problems.append(f"the formats are {known}")
+        lines.append(f"the formats are {known}")
         if all(isinstance(row.value, Mapping) and row.value.keys() >= {"question", "answer"} for row in read):
-            problems = [f"{path.name} has questions and answers, not training rows; {_CORPUS} --task {path}"]
-    raise_problems(str(path), problems)
+            lines = [f"{path.name} has questions and answers, not training rows; {_CORPUS} --task {path}"]
+    raise_problems(str(path), lines)
     if not rows:
         raise RsgwmError(f"{path} holds no rows")
     if form == "text" and (mask_prompt or all_turns):

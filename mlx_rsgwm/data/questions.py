@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.data.public_sets import SOURCES, hub_rows, local_file
 from mlx_rsgwm.data.question_files import read_question_rows
@@ -123,7 +123,7 @@ def _to_questions(
     row_task: bool = False,
 ) -> list[Question]:
     questions: list[Question] = []
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     seen: dict[str, int] = {}
     for number, row in rows:
         try:
@@ -135,15 +135,15 @@ def _to_questions(
             if not parsed.gold:
                 raise ValueError("no gold answer")
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            problems.append(f"{unit} {number}: {error}")
+            problems.append((f"{unit} {number}", str(error)))
             continue
         row_id = parsed.id or f"{prefix}-{number}"
         if row_id in seen:
-            problems.append(f"{unit} {number}: id {row_id!r} is already that of {unit} {seen[row_id]}")
+            problems.append((f"{unit} {number}", f"id {row_id!r} is already that of {unit} {seen[row_id]}"))
         seen[row_id] = number
         name = parsed.task if row_task and parsed.task else task
         questions.append(Question(row_id, name, parsed.question, parsed.rationale, parsed.gold))
-    raise_problems(where, problems)
+    raise_problems(where, grouped(problems))
     if not questions:
         raise RsgwmError(f"{where} is empty: no questions to read")
     return questions

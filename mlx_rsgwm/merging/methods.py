@@ -51,7 +51,7 @@ class Parameter:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"{name} must be a number, found {value!r}"
-        if self.whole and value != int(value):
+        if self.whole and value % 1:
             return f"{name} must be a whole number, found {value!r}"
         low, high = (
             (-float("inf") if self.low is None else self.low),

@@ -88,18 +88,17 @@ class LoraSpec:
         layers = config.get("num_layers", config.get("lora_layers", -1))
         numbers = {"num_layers": layers, **{key: parameters.get(key, 1) for key in ("rank", "scale", "dropout")}}
         numbers["alpha"] = parameters.get("alpha") or 0
-        wrong = [name for name, value in numbers.items() if not _is_number(value)]
-        raise_problems(where, [f"{name} must be a number, found {numbers[name]!r}" for name in wrong], AdapterError)
+        raise_problems(where, _number_problems(numbers), AdapterError)
         if float(numbers["rank"]) < 1:
             raise AdapterError(f"{where}: rank must be at least 1, found {numbers['rank']}")
         try:
             chosen = float(parameters["scale"]) if kind == "full" else _chosen_scale(config, where, scale)
             return cls(
-                rank=int(parameters["rank"]),
+                rank=int(float(parameters["rank"])),
                 scale=chosen,
                 dropout=float(parameters.get("dropout", 0.0)),
                 keys=tuple(parameters.get("keys") or ()),
-                num_layers=int(layers),
+                num_layers=int(float(layers)),
                 fine_tune_type=kind,
             )
         except KeyError as error:
@@ -112,13 +111,24 @@ class LoraSpec:
             ) from None
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a field is a number, or a text that is one; a truth value is neither."""
+def _number_problems(numbers: Mapping[str, Any]) -> list[str]:
+    """What is no number, or no whole one where it must be; numbers may be quoted, a truth value is none."""
+    problems = []
+    for name, value in numbers.items():
+        number = _as_number(value)
+        # An alpha that is not finite stands in files whose mlx-lm never read it.
+        if number is None or not (math.isfinite(number) or name == "alpha"):
+            problems.append(f"{name} must be a number, found {value!r}")
+        elif name in ("rank", "num_layers") and number % 1:
+            problems.append(f"{name} must be a whole number, found {value!r}")
+    return problems
+
+
+def _as_number(value: Any) -> float | None:
     try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(value, bool)
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def scales_of(config: Mapping[str, Any]) -> tuple[float, ...]:
@@ -134,7 +144,7 @@ def scales_of(config: Mapping[str, Any]) -> tuple[float, ...]:
     scale = float(parameters["scale"])
     if parameters.get("alpha") is None or "num_layers" in config:
         return (scale,)
-    older = scale * (float(parameters["alpha"]) / int(parameters["rank"]))
+    older = scale * (float(parameters["alpha"]) / int(float(parameters["rank"])))
     trains = math.isfinite(older) and older != 0  # without, the older version would have trained nothing
     return (older, scale) if trains and not math.isclose(older, scale, rel_tol=1e-12) else (scale,)
 

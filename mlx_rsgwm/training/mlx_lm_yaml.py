@@ -18,42 +18,13 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import read_yaml, written_texts
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
+from mlx_rsgwm.training.mlx_lm_keys import DEFAULTS, ELSEWHERE, FOREIGN, NO_EFFECT, REFUSED
 from mlx_rsgwm.training.schedule import RateSchedule
 
-# Keys that only mlx-lm has: any of them makes a YAML one of mlx-lm's.
-FOREIGN = {
-    "model", "iters", "adapter_path", "lora_parameters", "steps_per_eval", "steps_per_report", "grad_checkpoint",
-    "grad_accumulation_steps", "max_seq_length", "lr_schedule", "optimizer_config", "val_batches", "project_name",
-    "resume_adapter_file", "test_batches", "trust_remote_code", "hf_dataset", "clear_cache_threshold", "train",
-    "lora_layers", "use_dora", "prompt_feature", "completion_feature", "chat_feature", "text_feature", "adapter_file",
-}  # fmt: skip
 FEATURES = ("prompt", "completion", "chat", "text")
 TEXTS = {"base", "data", "held_out", "out", "report_to", "project", "warm_start"}
 PATHS = TEXTS - {"base", "report_to", "project"}
 RUN_KEYS = (*sorted(TEXTS), "save_every", "keep", "mask_prompt", "all_turns", "test")
-NO_EFFECT = {"steps_per_report", "val_batches", "test_batches", "clear_cache_threshold", "config", "wandb"}
-REFUSED = {
-    "hf_dataset": "write the rows to train.jsonl and valid.jsonl in a folder and name it as data",
-    "adapter_file": "name the adapter's folder as adapter_path",
-    "use_dora": "write fine_tune_type: dora",
-}
-# Keys that people write and mlx_lm.lora ignores, with where it reads what they mean.
-ELSEWHERE = {
-    **dict.fromkeys(("rank", "lora_rank", "lora_r", "r"), "lora_parameters: {rank: …}"),
-    **dict.fromkeys(("alpha", "lora_alpha", "scale", "lora_scale"), "lora_parameters: {scale: …} (alpha / rank)"),
-    **dict.fromkeys(("dropout", "lora_dropout"), "lora_parameters: {dropout: …}"),
-    **dict.fromkeys(("keys", "lora_keys", "target_modules", "lora_target_modules"), "lora_parameters: {keys: […]}"),
-    **dict.fromkeys(("warmup", "warmup_steps", "warmup_iters"), "lr_schedule: {warmup: …}"),
-    **dict.fromkeys(("grad_accumulation", "gradient_accumulation_steps"), "grad_accumulation_steps"),
-    **dict.fromkeys(("epochs", "num_epochs"), "iters (epochs · rows / batch_size)"),
-    "weight_decay": "optimizer_config: {adamw: {weight_decay: …}}",
-    "max_tokens": "max_seq_length",
-}
-DEFAULTS = {
-    "fine_tune_type": "lora", "optimizer": "adam", "batch_size": 4, "learning_rate": 1e-5, "iters": 1000,
-    "max_seq_length": 2048, "steps_per_eval": 200, "save_every": 100, "seed": 0, "adapter_path": "adapters",
-    "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0}, "num_layers": 16,
-}  # fmt: skip
 
 
 @dataclass
@@ -268,10 +239,11 @@ class _Translation:
             if name not in known
         ]
         numbers = {name: _number(value[name]) for name in ("rank", "scale", "dropout", "alpha") if name in value}
-        wrong = [name for name, number in numbers.items() if not isinstance(number, float) or number != number]
+        wrong = [name for name, number in numbers.items() if not (isinstance(number, float) and math.isfinite(number))]
         if wrong or numbers.get("rank", 8.0) % 1:
             self.problems += [
-                f"lora_parameters.{name} must be a number, found {brief(value[name])}" for name in wrong or ["rank"]
+                f"lora_parameters.{name} must be a {'whole ' * (name == 'rank')}number, found {brief(value[name])}"
+                for name in wrong or ["rank"]
             ]
             return
         rank = int(numbers.get("rank", 8))
@@ -347,12 +319,20 @@ class _Translation:
         options = dict(options) if isinstance(options, Mapping) else {}
         config = self.file.config
         config["optimizer"] = name
+        numbers = {"eps": options.pop("eps", 1e-8)}
         if name == "adamw":
-            config["weight_decay"] = float(options.pop("weight_decay", 0.01))
-        if "betas" in options:
-            config["beta1"], config["beta2"] = (float(beta) for beta in options.pop("betas"))
-        if "eps" in options:
-            config["eps"] = float(options.pop("eps"))
+            numbers["weight_decay"] = options.pop("weight_decay", 0.01)
+        betas = options.pop("betas", [0.9, 0.999])
+        if isinstance(betas, list) and len(betas) == 2:
+            numbers |= {"beta1": betas[0], "beta2": betas[1]}
+        else:
+            self.problems.append(f"optimizer_config.{name}.betas must be two numbers, found {brief(betas)}")
+        for field_name, given in numbers.items():
+            number = _number(given)
+            if not isinstance(number, float):
+                self.problems.append(f"optimizer_config.{name}: {field_name} must be a number, found {brief(given)}")
+            elif number != getattr(TrainConfig, field_name):
+                config[field_name] = number
         if "bias_correction" in options:
             corrected = options.pop("bias_correction")
             if not isinstance(corrected, bool):

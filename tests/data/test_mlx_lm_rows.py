@@ -83,13 +83,14 @@ def test_a_folder_brings_its_held_out_rows(tmp_path):
     [
         ("", False, "holds no rows"),
         ('{"text": "a"}\n{"text"', False, "line 2: not valid JSON"),
-        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', False, "line 2 is no row of text"),
-        ('{"question": "a"}', False, "line 1 is no row of a known format; the formats are completions: prompt"),
+        ('{"text": "a"}\n{"prompt": "a", "completion": "b"}', False, "line 2: no row of text"),
+        ('{"question": "a"}', False, "line 1: no row of a known format; the formats are completions: prompt"),
         ('{"text": 3}', False, "line 1: text is not text"),
         ('{"messages": []}', False, "line 1: messages is not a list of messages"),
         ('{"messages": [{"content": "a"}]}', False, "line 1: a message has no role"),
         ('{"text": "a"}', True, "plain text, which has no prompt"),
-        ("[1]", False, "line 1 is no row"),
+        ("[1]", False, "line 1: no row"),
+        ('{"text": 1}\n' * 9, False, "line 1, line 2, line 3 and 6 more: text is not text$"),
     ],
 )
 def test_bad_files(tmp_path, lines, mask, message):
@@ -111,7 +112,7 @@ def test_questions_are_no_training_rows(tmp_path):
     assert "line" not in str(told.value).removeprefix(str(tmp_path))
     with pytest.raises(RsgwmError, match=r"mine\.CSV is a table, .* rsgwm data build --task"):
         load_examples(table, False)
-    with pytest.raises(RsgwmError, match="line 1: no question, it has text; rows need"):
+    with pytest.raises(RsgwmError, match="line 1, line 2, line 3 and 2 more: no question, it has text; rows need"):
         load_jsonl(write(tmp_path / "rows.jsonl", ROWS["text"]))
 
 

@@ -439,3 +439,13 @@ def test_rows_of_every_form_are_the_same_rows(tmp_path):
         for row in (*forms, {"question": text, "answer": "5"}):
             question = load_jsonl(write(tmp_path / "test.jsonl", row))[0]
             assert record.has(row_keys(question.question))
+
+
+def test_the_same_error_of_many_rows_is_said_once(tmp_path):
+    rows = [{"question": f"Q{n}", "answer": ""} for n in range(8)]
+    rows[4] = {"question": 7, "answer": "A"}
+    with pytest.raises(RsgwmError) as told:
+        load_jsonl(write(tmp_path / "mine.jsonl", *rows))
+    assert str(told.value).partition("mine.jsonl: ")[2] == (
+        "line 1, line 2, line 3 and 4 more: no gold answer: answer is empty; line 5: question is not text: '7'"
+    )

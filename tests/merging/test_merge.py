@@ -324,6 +324,7 @@ def test_modules_of_other_shapes_are_named(make_adapter):
         ({"method": "magic"}, "unknown method 'magic'; there are rsgwm"),
         ({"method": "slrp"}, "did you mean 'slerp'"),
         ({"method": "lego", "parameters": {"clusters": 4.5}}, "clusters must be a whole number, found 4.5"),
+        ({"method": "lego", "parameters": {"clusters": float("inf")}}, "clusters must be a whole number, found inf"),
         ({"method": "ties", "parameters": {"space": "factor", "normalise": "none"}}, "use product"),
         ({"method": "linear", "parameters": {"tau": 0.5}}, "linear has no parameter 'tau'; it takes space"),
     ],

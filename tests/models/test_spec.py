@@ -91,7 +91,7 @@ def test_a_wrong_configuration_is_one_line_with_its_file(wrong):
 
 
 @pytest.mark.parametrize("name", ["rank", "scale", "dropout"])
-@pytest.mark.parametrize("value", [None, [8], {}])
+@pytest.mark.parametrize("value", [None, [8], {}, True, "eight", "nan"])
 def test_what_is_no_number_is_told_by_name(name, value):
     config = {"num_layers": 2, "lora_parameters": {**parameters(), name: value}}
     with pytest.raises(AdapterError, match=rf"^a\.json: {name} must be a number, found {re.escape(repr(value))}$"):
@@ -108,6 +108,20 @@ def test_an_alpha_that_no_version_could_train_with_is_not_offered(alpha):
 def test_the_command_that_is_named_can_be_pasted():
     with pytest.raises(AdapterError, match=r"from-mlx 'my adapters/old' OUT"):
         LoraSpec.from_config({"lora_parameters": parameters(alpha=2)}, "my adapters/old/adapter_config.json")
+
+
+@pytest.mark.parametrize("value", [4.5, "4.5", 0.5])
+def test_whole_numbers_are_not_cut_off(value):
+    for config in (
+        {"num_layers": 2, "lora_parameters": {**parameters(), "rank": value}},
+        {"num_layers": value, "lora_parameters": parameters()},
+    ):
+        with pytest.raises(
+            AdapterError, match=rf"^a\.json: (rank|num_layers) must be a whole number, found {value!r}$"
+        ):
+            LoraSpec.from_config(config, "a.json")
+    written = {"num_layers": "2", "lora_parameters": {**parameters(), "rank": 8.0}}
+    assert LoraSpec.from_config(written, "a.json").rank == 8
 
 
 def test_every_command_asks_and_from_mlx_answers(tiny_base, tmp_path):

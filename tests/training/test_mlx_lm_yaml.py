@@ -116,7 +116,7 @@ def test_the_shipped_example_of_mlx_lm_is_understood(tmp_path):
             "keys must be a list of module names",
         ),
         ("model: m\nlora_parameters: {rank: 8, scale: 2, keys: []}", "keys must be a list of module names"),
-        ("model: m\nlora_parameters: {rank: 8.5, scale: 2}", "lora_parameters.rank must be a number"),
+        ("model: m\nlora_parameters: {rank: 8.5, scale: 2}", "lora_parameters.rank must be a whole number, found 8.5"),
         ("model: m\nlora_parameters: {rank: 8, scale: .nan}", "lora_parameters.scale must be a number"),
         ("model: m\nlr_schedule: {name: join_schedules, arguments: [1e-4, 0.9]}", "name 'join_schedules' is unknown"),
         ("model: m\nlr_schedule: {name: cosine_decay, arguments: [1e-4]}", "takes 2 to 3 arguments, found 1"),
@@ -126,6 +126,12 @@ def test_the_shipped_example_of_mlx_lm_is_understood(tmp_path):
         ("model: m\nlr_schedule: {name: cosine_decay, arguments: [1e-4, 9], warmup: -5}", "warmup is -5"),
         ("model: m\nlr_schedule: {name: cosine_decay, arguments: 1e-4}", "must be a list of numbers"),
         ("model: m\noptimizer_config: {adam: {weight_decay: 0.1}}", "optimizer_config.adam.weight_decay has no"),
+        (
+            "model: m\noptimizer: adamw\noptimizer_config: {adamw: {weight_decay: true}}",
+            "weight_decay must be a number",
+        ),
+        ("model: m\noptimizer_config: {adam: {betas: [0.9]}}", "betas must be two numbers, found"),
+        ("model: m\noptimizer_config: {adam: {eps: small}}", "eps must be a number, found 'small'"),
         ("model: m\noptimizer_config: {weight_decay: 0.1}", "must hold a mapping for each optimizer"),
         ("model: m\nlora_layers: 4\nnum_layers: 8", "lora_layers is 4 and num_layers 8; give one"),
         ("model: m\niters: 0", "iters must be a whole number from 1, found 0"),
@@ -214,3 +220,16 @@ def test_numbers_out_of_range_are_refused_by_name(tmp_path, name, values):
             TrainConfig.from_mapping(file.config)
         with pytest.raises(RsgwmError, match=f"{name} = .* is out of range"):
             TrainConfig.from_mapping({name: float(value), "optimizer": "adamw"})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [("{name: cosine_decay, arguments: [1e-4, 9], warmup: true}", "lr_schedule.warmup: expected a number, found True"),
+     ("{name: cosine_decay, arguments: [1e-4, true]}", "lr_schedule.arguments: expected a number"),
+     ("{name: cosine_decay, arguments: [1e-4, 9], warm: 3}", "unknown key 'lr_schedule.warm', did you mean 'warmup'")],
+)  # fmt: skip
+def test_a_schedule_of_our_own_is_checked_as_deep_as_it_goes(tmp_path, schedule, message):
+    file = read(tmp_path, "base: b\nschedule: constant\nwarmup: 0\nbeta1: 0.8\n")
+    lr_schedule = yaml.safe_load(schedule.replace("1e-4", "0.0001"))
+    with pytest.raises(RsgwmError, match=message):
+        TrainConfig.from_mapping({**file.config, "lr_schedule": lr_schedule})
