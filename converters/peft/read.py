@@ -33,7 +33,16 @@ from mlx_rsgwm.converters.peft.sidecar import (
     restore,
     rows_of_changed,
 )
-from mlx_rsgwm.converters.peft.uniform import NAMES, Folding, Update, choose_folding, common_scale, fold, widen_rank
+from mlx_rsgwm.converters.peft.uniform import (
+    NAMES,
+    Folding,
+    Update,
+    choose_folding,
+    common_scale,
+    fold,
+    scaled_magnitude,
+    widen_rank,
+)
 from mlx_rsgwm.converters.peft.updates import build_updates
 from mlx_rsgwm.converters.resized_vocabulary import resized_layers
 from mlx_rsgwm.converters.untied_base import untied_layers
@@ -183,6 +192,9 @@ def _assemble(
         weights[f"{update.module}.lora_a"], weights[f"{update.module}.lora_b"] = widen_rank(update.a, b, rank)
         if update.magnitude is not None:
             weights[f"{update.module}.m"] = update.magnitude
+            if update.has_factor:
+                kept[f"{update.module}.m"] = update.magnitude
+                weights[f"{update.module}.m"] = scaled_magnitude(update.magnitude, update.factor)
     full = {}
     for name, value in groups.whole.items():
         (ours, *_), rule = names.mlx_parameters(name), names.by_rule

@@ -85,6 +85,11 @@ def fold(b: mx.array, ratio: Ratio, dtype: str) -> mx.array:
     return b.astype(DTYPES[dtype]) * mx.array(ratio, dtype=DTYPES[dtype])
 
 
+def scaled_magnitude(magnitude: mx.array, factor: float | np.ndarray) -> mx.array:
+    """DoRA's norms of a weight whose rows mlx-lm multiplies by ``factor``, in float32; a sign stays in the weight."""
+    return magnitude.astype(mx.float32) * mx.abs(mx.array(factor, dtype=mx.float32))
+
+
 def unfold(b: mx.array, ratio: float, dtype: str) -> mx.array:
     """The reverse of :func:`fold`, rounded to ``dtype``."""
     return (b / mx.array(ratio, dtype=b.dtype)).astype(DTYPES[dtype])

@@ -108,10 +108,8 @@ def _linear(
         if link.axes is None or link.shifted:
             return [], [f"{module}: {describe_link(ours[0], link)}, so its update cannot be carried over"]
         factor = link.scale
-        if link.scaled and (magnitude is not None or (module in groups.embeddings and not isinstance(factor, float))):
-            return [], [
-                f"{module}: mlx-lm multiplies this weight as it loads it, which DoRA and embeddings cannot follow"
-            ]
+        if link.scaled and module in groups.embeddings and not isinstance(factor, float):
+            return [], [f"{module}: mlx-lm multiplies the rows of this embedding one by one, which LoRA cannot follow"]
     update = Update(
         ours[0], module, pair["a"].T, pair["b"].T, magnitude, rank_of(config, named), scale_of(config, named), factor
     )

@@ -104,7 +104,7 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
         one, other = their_rest.get(name), our_rest.get(name)
         if one is None or other is None:
             found.append(Difference(module, f"only the {'MLX' if one is None else 'PEFT'} folder has its {leaf}"))
-        elif not _same_parameter(one, other, names.link(name)):
+        elif not _same_parameter(one, other, _link_of(name, names)):
             found.append(Difference(module, f"its {leaf} differs"))
     if bool(config.get("fine_tune_type") == "dora") != bool(opened.config.get("use_dora")):
         found.append(Difference(next(iter(sorted(ours, key=model_order)), ""), "only one of the two is DoRA"))
@@ -140,6 +140,15 @@ def _differences(theirs: Side, ours: Side, kept: bool) -> Iterator[str]:
         if not same_a or not same_b or a2.bits[rank:].any() or b2.bits[:, rank:].any():
             yield f"not the same bits in lora_{'b' if same_a else 'a'}{where}"
             return
+
+
+def _link_of(name: str, names: Names) -> Link | None:
+    """How mlx-lm's parameter comes from transformers'; of a layer's magnitudes, the size of its factor."""
+    weight = names.link(f"{name.removesuffix('.m')}.weight") if name.endswith(".m") else None
+    if weight is None or not weight.scaled:
+        return names.link(name)
+    scale = np.abs(weight.scale)
+    return Link(weight.source, (0,), (), scale if isinstance(weight.scale, np.ndarray) else float(scale))
 
 
 def _same_parameter(theirs: RawArray, ours: RawArray, link: Link | None) -> bool:

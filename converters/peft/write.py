@@ -30,6 +30,7 @@ from mlx_rsgwm.converters.peft.uniform import (
     fold,
     narrow_rank,
     same_bits,
+    scaled_magnitude,
     unfold,
 )
 from mlx_rsgwm.converters.peft.updates import default_source, expert_problems, gate_up_of
@@ -126,8 +127,6 @@ def _plain_problems(adapter: Adapter, names: Names) -> list[str]:
             problems += expert_problems(module.rpartition(".")[0], names)
         elif names.weights is not None and (link is None or link.axes is None or link.shifted):
             problems.append(f"{describe_link(parameter, link)}, so its update cannot be carried over")
-        elif link is not None and link.scaled and f"{module}.m" in adapter.weights:
-            problems.append(f"{module}: mlx-lm multiplies this weight as it loads it, which DoRA cannot follow")
         if names.model_type in MAMBA_TYPES and module.endswith(MAMBA_LAYERS):
             problems.append(f"{module}: PEFT puts no LoRA on this layer of a Mamba model")
         if (lost := LOST_BY_PEFT.get(names.model_type or "")) and lost in names.transformers_module(module):
@@ -162,7 +161,10 @@ def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
         link = names.link(f"{module}.weight")
         if link is not None and link.scaled and b.ndim == 2:
             b = (b / mx.array(link.scale, dtype=mx.float32)).astype(b.dtype)
+            if magnitude is not None:
+                magnitude = (magnitude / mx.abs(mx.array(link.scale, dtype=mx.float32))).astype(magnitude.dtype)
         if layout is not None:
+            magnitude = adapter.kept.get(f"{module}.m", magnitude)
             a, b = narrow_rank(a, b, _original_rank(module, config, layout, names))
             if how := layout.folded.get(module):
                 ratio = _original_scale(module, config, layout, names) / scale
@@ -237,6 +239,10 @@ def _unchanged(adapter: Adapter, config: Mapping[str, Any], layout: Layout, prob
             factor = np.array(factors[module]) if module in factors else 1.0
             if original is None or not same_bits(fold(original, ratio * factor, how.folded), b):
                 return False
+        if (magnitude := adapter.kept.get(f"{module}.m")) is not None and not same_bits(
+            scaled_magnitude(magnitude, np.array(factors[module])), adapter.weights[f"{module}.m"]
+        ):
+            return False
         if layout.experts == "stacked" and module.endswith("up_proj"):
             gate = adapter.weights.get(f"{module.removesuffix('up_proj')}gate_proj.lora_a")
             if gate is None or not same_bits(a, gate):

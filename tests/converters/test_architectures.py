@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from mlx_rsgwm.converters.parity.check import check_parity
 from mlx_rsgwm.converters.peft.bulk import from_peft_verified, to_peft_verified
 from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
 from mlx_rsgwm.converters.peft.verify import require_equal
-from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
+from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter
 
 torch = pytest.importorskip("torch")
@@ -177,11 +178,37 @@ def test_verify_sees_a_factor_that_was_left_out(base_of, tmp_path):
         require_equal(tmp_path / "peft", tmp_path / "ours", layers.names)
 
 
-def test_dora_on_a_scaled_layer_is_refused_by_name(base_of, tmp_path):
-    make_peft(base_of("falcon_h1"), tmp_path / "peft", target_modules=["o_proj"], use_dora=True)
-    layers = read_base_layers(str(base_of("falcon_h1")), base_of("falcon_h1"))
-    with pytest.raises(AdapterError, match=r"self_attn\.o_proj: mlx-lm multiplies this weight .* DoRA"):
-        convert_from_peft(tmp_path / "peft", layers, tmp_path / "ours")
+def test_dora_on_scaled_layers_computes_what_torch_does(base_of, tmp_path):
+    """m / ‖W + ΔW‖ of a weight whose rows are multiplied by s: of s W + s ΔW it is |s| m / ‖s W + s ΔW‖."""
+    base = base_of("falcon_h1")
+    expected = make_peft(base, tmp_path / "peft", target_modules=FALCON["target_modules"], use_dora=True)
+    layers = read_base_layers(str(base), base)
+    from_peft_verified(tmp_path / "peft", layers, tmp_path / "ours")
+    assert np.abs(sweep.mlx_logits(base, tmp_path / "ours") - expected).max() < 1e-4
+    arrays = mx.load(str(tmp_path / "ours" / WEIGHTS_FILE))
+    name = "model.layers.1.self_attn.o_proj.m"
+    mx.save_safetensors(str(tmp_path / "ours" / WEIGHTS_FILE), {**arrays, name: arrays[name] / 0.9375})
+    with pytest.raises(CheckFailed, match=r"layers\.1\.self_attn\.o_proj: its m differs"):
+        require_equal(tmp_path / "peft", tmp_path / "ours", layers.names)
+
+
+def test_dora_trained_on_scaled_layers_goes_to_peft(base_of, tmp_path):
+    base = base_of("falcon_h1")
+    make_peft(base, tmp_path / "peft", target_modules=FALCON["target_modules"], use_dora=True)
+    convert_from_peft(tmp_path / "peft", read_base_layers(str(base), base), tmp_path / "ours")
+    adapter = Adapter.load(tmp_path / "ours")
+    trained = replace(
+        adapter, spec=replace(adapter.spec, scale=0.5), kept={}, manifest={"base": adapter.manifest["base"]}
+    )
+    trained.save(tmp_path / "trained")
+    fuse(tmp_path / "trained", str(base), tmp_path / "fused")
+    convert_to_peft(tmp_path / "trained", str(base), tmp_path / "back")
+    adapted = sweep.apply_peft(sweep.load_torch_base(base, "cpu", "float32"), tmp_path / "back", widen=True)
+    expected = sweep.torch_logits(adapted)
+    assert np.abs(sweep.mlx_logits(base, tmp_path / "trained") - expected).max() < 1e-4
+    assert (
+        np.abs(sweep.torch_logits(sweep.load_torch_base(tmp_path / "fused", "cpu", "float32")) - expected).max() < 1e-4
+    )
 
 
 def test_a_base_that_mlx_lm_saved_is_scaled_too(base_of, tmp_path):
