@@ -32,9 +32,10 @@ from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import load_calibration
+from mlx_rsgwm.inference.draft import Answer, Draft
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.policy import Answer, Drafted, LoopConfig
-from mlx_rsgwm.inference.prefix_cache import GROWTH, prefill
+from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.prefix_cache import GROWTH
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import load_base, resolve_base
@@ -65,10 +66,8 @@ def drafter_alone(pipeline: DraftVerify) -> Callable[[str], Any]:
     def run(question: str) -> Any:
         prompt = pipeline.template.draft_prompt(pipeline.tokenizer, question)
         with pipeline.slots.using("drafter"):
-            prefilled = prefill(pipeline.slots.model, pipeline.parts[0], [prompt])
-            decoder = BatchedDecoder(
-                pipeline.parts, prefilled, [question], [1], pipeline.end_ids, pipeline.config.sampling
-            )
+            decoder = BatchedDecoder(pipeline.slots.model, pipeline.parts, pipeline.end_ids, pipeline.config.sampling)
+            decoder.read([prompt], [question], [1])
             while not decoder.ended:
                 decoder.step([(0, 1)])
 
@@ -101,7 +100,7 @@ def latencies(pipelines: dict[str, DraftVerify], questions: Sequence[str], trial
 
 
 def one_by_one(
-    base_path: Path, run: Path, template: Template, drafts: Sequence[tuple[str, list[Drafted]]]
+    base_path: Path, run: Path, template: Template, drafts: Sequence[tuple[str, list[Draft]]]
 ) -> Callable[[], None]:
     """The plain loop on mlx-lm's own models and adapter layers; tokens are given, so both sides do the same work."""
     from mlx_lm.generate import generate_step
@@ -147,7 +146,7 @@ def throughput(
     drafts = []
     for question in questions:
         steps = list(pipeline.steps(question))
-        drafts.append((question, [step for step in steps if isinstance(step, Drafted)]))
+        drafts.append((question, [step for step in steps if isinstance(step, Draft) and step.state == "drafted"]))
     seconds = {"ours": 0.0, "one_by_one": 0.0}
     pipeline.answer_many(questions[:4], batch_rows)
     quarter = -(-len(questions) // 4)

@@ -31,21 +31,21 @@ from mlx_rsgwm.core.errors import CheckFailed
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.scoring import calibration_error
 from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, save_corpus
-from mlx_rsgwm.data.hard_negatives import LabelledDraft, make_mixed_rows
+from mlx_rsgwm.data.hard_negatives import make_mixed_rows
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.select import questions_for
 from mlx_rsgwm.data.template import Template
-from mlx_rsgwm.evaluation.runner import judge, read_all
+from mlx_rsgwm.evaluation.judging import judge, read_all
 from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, percentile_interval, resampled
 from mlx_rsgwm.evaluation.stats.intervals import auroc, wilson
 from mlx_rsgwm.evaluation.verifier_quality import reliability
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
+from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.policy import Drafted, LoopConfig
+from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.risk_control import Items, Target
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.inference.scores import Scorer
-from mlx_rsgwm.inference.verifier import SCORES, Signals
+from mlx_rsgwm.inference.scores import SCORES, Scorer
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter, is_complete
@@ -114,11 +114,11 @@ def draft_stage(base: Any, demo: Path, out: Path) -> None:
             print(f"{split}, {task}: {len(rows)} questions, {right:.3f} right, {seconds:.0f} processor s", flush=True)
 
 
-def read_drafts(out: Path, split: str) -> tuple[list[Question], list[list[Drafted]], list[list[bool]]]:
+def read_drafts(out: Path, split: str) -> tuple[list[Question], list[list[Draft]], list[list[bool]]]:
     rows = [row for task in TASKS for row in files.read_json(out / "drafts" / f"{split}-{task}.json")]
     questions = [Question(**row["question"]) for row in rows]
     drafts = [
-        [Drafted(d["attempt"], d["text"], tuple(d["tokens"]), d["finished"]) for d in row["drafts"]] for row in rows
+        [Draft(d["attempt"], tuple(d["tokens"]), d["finished"], d["text"]) for d in row["drafts"]] for row in rows
     ]
     return questions, drafts, [[d["correct"] for d in row["drafts"]] for row in rows]
 
@@ -130,7 +130,7 @@ def corpora(demo: Path, out: Path, name: str) -> dict[str, Path]:
     folders = {}
     for task in TASKS:
         own = [index for index, question in enumerate(questions) if question.task == task]
-        labelled = [[LabelledDraft(d.text, c) for d, c in zip(drafts[i], correct[i], strict=True)] for i in own]
+        labelled = [[(d.text, c) for d, c in zip(drafts[i], correct[i], strict=True)] for i in own]
         mixed = make_mixed_rows([questions[i] for i in own], labelled, PAIRS, settings["share"], SEED)
         before = load_corpus(demo / "data" / task)
         rows = [row for row in before.rows if row.role == "draft"] + mixed.rows

@@ -92,26 +92,26 @@ def chat(console: Console, **loop: Any) -> None:
 
 
 def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[str, Any]:
-    from mlx_rsgwm.inference.policy import Answer, Drafted, Scored
+    from mlx_rsgwm.inference.draft import Answer
 
     steps: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for step in pipeline.steps(question):
-        if isinstance(step, Drafted):
-            console.line(f"draft {step.attempt}: {' / '.join(step.text.strip().splitlines())}")
-            steps.append({"attempt": step.attempt, "text": step.text})
-        elif isinstance(step, Scored):
-            verdict = "accepted" if step.accepted else f"below {pipeline.config.threshold:.3f}"
-            console.line(f"  {pipeline.config.score} {step.score:.3f}, {verdict}")
-            steps[-1] |= {"score": step.score, "accepted": step.accepted}
-        elif isinstance(step, Answer):
+        if isinstance(step, Answer):
             state = "" if step.accepted else " (not accepted: the best of the drafts)"
             if step.text is None:
                 console.line(f"no answer: no draft reached {pipeline.config.threshold:.3f}")
             else:
                 console.line(f"answer, score {step.score:.3f}{state}:\n{step.text.strip()}")
-            found = {**_row(pipeline, step), "steps": steps}
-    return found
+            result = {**_row(pipeline, step), "steps": steps}
+        elif step.state == "drafted":
+            console.line(f"draft {step.attempt}: {' / '.join(step.text.strip().splitlines())}")
+            steps.append({"attempt": step.attempt, "text": step.text})
+        else:
+            verdict = "accepted" if step.accepted else f"below {pipeline.config.threshold:.3f}"
+            console.line(f"  {pipeline.config.score} {step.score:.3f}, {verdict}")
+            steps[-1] |= {"score": step.score, "accepted": step.accepted}
+    return result
 
 
 def _answer_all(console: Console, pipeline: DraftVerify, asked: list[Asked], batch_size: int) -> None:

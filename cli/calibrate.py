@@ -59,13 +59,12 @@ def calibrate(
     Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts held.jsonl
     """
     from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.evaluation.calibration_set import calibrate as fit_calibration
     from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_trained_on
-    from mlx_rsgwm.evaluation.runner import calibrate as fit_calibration
     from mlx_rsgwm.inference.calibration import save_calibration
     from mlx_rsgwm.inference.policy import LoopConfig
     from mlx_rsgwm.inference.risk_control import Target
-    from mlx_rsgwm.inference.scores import METHODS
-    from mlx_rsgwm.inference.verifier import SCORES
+    from mlx_rsgwm.inference.scores import METHODS, SCORES
 
     for name, value in (("--items", items), ("--batch-rows", batch_rows)):
         if value < 1:

@@ -75,6 +75,7 @@ def evaluate(
     from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.evaluation.answers import REFUSAL
+    from mlx_rsgwm.evaluation.calibration_set import calibrate
     from mlx_rsgwm.evaluation.contamination import (
         check_overlap,
         contamination,
@@ -85,7 +86,7 @@ def evaluate(
     )
     from mlx_rsgwm.evaluation.journal import FILE, Journal
     from mlx_rsgwm.evaluation.report.folder import render_table, summarise, write_report
-    from mlx_rsgwm.evaluation.runner import calibrate, describe_run
+    from mlx_rsgwm.evaluation.runner import describe_run
     from mlx_rsgwm.evaluation.runner import evaluate as run_items
     from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
     from mlx_rsgwm.inference.calibration import load_calibration

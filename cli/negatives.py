@@ -83,7 +83,7 @@ def negatives(
     from mlx_rsgwm.data.hard_negatives import make_mixed_rows
     from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.data.template import Template, find_template
-    from mlx_rsgwm.evaluation.runner import label_drafts
+    from mlx_rsgwm.evaluation.judging import label_drafts
     from mlx_rsgwm.inference.loop import DraftVerify
     from mlx_rsgwm.inference.pairing import load_base_for
     from mlx_rsgwm.inference.policy import LoopConfig
@@ -125,7 +125,7 @@ def negatives(
         mixed = make_mixed_rows(found[:wanted], drafts, verify_rows // 2, share, console.seed)
         rows += [CorpusRow(f"{q.id}/draft", q.task, "draft", q.question, q.answer) for q in found[:draft_rows]]
         rows += mixed.rows
-        labels = [draft.correct for item in drafts for draft in item]
+        labels = [correct for item in drafts for _, correct in item]
         counts[task] = {
             "drafts": len(labels),
             "right": sum(labels),

@@ -17,13 +17,7 @@ from mlx_rsgwm.data.corpus import CorpusRow
 from mlx_rsgwm.data.perturb import borrow, perturb
 from mlx_rsgwm.data.questions import Question
 
-
-@dataclass(frozen=True)
-class LabelledDraft:
-    """A draft and whether its final answer is the gold one."""
-
-    text: str
-    correct: bool
+Labelled = tuple[str, bool]  # a draft's text, and whether its final answer is the gold one
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class MixedRows:
 
 def make_mixed_rows(
     questions: Sequence[Question],
-    drafts: Sequence[Sequence[LabelledDraft]],
+    drafts: Sequence[Sequence[Labelled]],
     pairs: int,
     share: float,
     seed: int,
@@ -89,9 +83,9 @@ def make_mixed_rows(
     return MixedRows(rows, drafted, pairs - drafted, wanted - drafted)
 
 
-def _distinct(drafts: Sequence[LabelledDraft], correct: bool, rng: random.Random) -> list[str]:
+def _distinct(drafts: Sequence[Labelled], correct: bool, rng: random.Random) -> list[str]:
     """Different texts with this label, shuffled; empty ones left out."""
-    texts = list(dict.fromkeys(draft.text.strip() for draft in drafts if draft.correct == correct))
+    texts = list(dict.fromkeys(text.strip() for text, label in drafts if label == correct))
     texts = [text for text in texts if text]
     rng.shuffle(texts)
     return texts

@@ -1,4 +1,4 @@
-"""Drafts of held-out questions with what the verifier said of them: what a calibration is fitted on.
+"""Drafts of held-out questions with what the verifier said of them, and the calibration that is fitted on them.
 
 Drafting is what costs, so the drafts can be kept in a journal and fitted on again with other settings.
 """
@@ -6,19 +6,27 @@ Drafting is what costs, so the drafts can be kept in a journal and fitted on aga
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.resume import Journal
+from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.questions import Question
-from mlx_rsgwm.inference.calibration import Calibration
+from mlx_rsgwm.data.row_hashes import RowRecord
+from mlx_rsgwm.evaluation.judging import judge, read_all
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart
+from mlx_rsgwm.inference.calibration_fit import Judged, fit
+from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.verifier import Signals
+from mlx_rsgwm.inference.risk_control import Target
+from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
 
 FORMAT = "mlx-rsgwm/held-out-drafts"
@@ -65,7 +73,7 @@ def header_of(pipeline: DraftVerify, questions: Sequence[Question]) -> dict[str,
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "questions": files.sha256_json([[one.id, one.question, one.gold] for one in questions]),
+        "questions": files.sha256_json([[question.id, question.question, question.gold] for question in questions]),
         "seed": pipeline.config.sampling.seed,
         **identity(pipeline),
     }
@@ -93,11 +101,102 @@ def kept_drafts(file: Path, about: Mapping[str, Any], count: int) -> list[Calibr
 
 def explain(calibration: Calibration) -> str:
     """One line: the scores compared, the one in use, its threshold and what is promised of it."""
-    compared = ", ".join(
-        f"{name} {'–' if found is None else f'{found:.3f}'}" for name, found in calibration.auroc.items()
-    )
+    compared = ", ".join(f"{name} {'–' if area is None else f'{area:.3f}'}" for name, area in calibration.auroc.items())
     text = (
         f"AUROC on {calibration.drafts} held-out drafts of {calibration.items} items: {compared}; "
         f"using {calibration.score}, threshold {calibration.threshold:.3f}"
     )
     return text if calibration.promise is None else f"{text}; {calibration.promise}"
+
+
+def collect(
+    pipeline: DraftVerify,
+    questions: Sequence[Question],
+    seed: int,
+    batch_rows: int = 32,
+    progress: Progress = SILENT,
+    file: Path | None = None,
+) -> list[CalibrationItem]:
+    """Draft all attempts of every question and read them, with gold and perturbed answers beside them.
+
+    With ``file``, what is there is read instead, if it is for the same questions, adapters and settings; else it is
+    written.
+
+    Raises:
+        RsgwmError: no questions, or a file that is for something else.
+    """
+    if not questions:
+        raise RsgwmError("there are no held-out questions")
+    header = header_of(pipeline, questions)
+    if file is not None and (kept := kept_drafts(file, header, len(questions))) is not None:
+        return kept
+    texts = [question.question for question in questions]
+    drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
+    signals = read_all(pipeline, texts, drafted, batch_rows, progress)
+    rng = random.Random(f"calibration/{seed}")
+    pairs: list[list[Draft]] = []
+    for question in questions:
+        wrong = perturb(question, rng)
+        answers = [] if wrong is None else [question.answer, wrong.answer]
+        pairs.append([pipeline.as_draft(answer) for answer in answers])
+    read_pairs = read_all(pipeline, texts, pairs, batch_rows, progress)
+    items = [
+        CalibrationItem(
+            id=question.id,
+            task=question.task,
+            texts=tuple(draft.text for draft in drafts),
+            correct=tuple(judge(question, draft, {}).correct for draft in drafts),
+            signals=tuple(said),
+            pair=tuple(pair),
+        )
+        for question, drafts, said, pair in zip(questions, drafted, signals, read_pairs, strict=True)
+    ]
+    if file is not None:
+        keep_drafts(file, header, items)
+    return items
+
+
+def calibrate(
+    pipeline: DraftVerify,
+    questions: Sequence[Question],
+    seed: int,
+    batch_rows: int = 32,
+    progress: Progress = SILENT,
+    *,
+    score: str = "auto",
+    scores: Sequence[str] = SCORES,
+    method: str = "auto",
+    target: Target | None = None,
+    file: Path | None = None,
+    record: RowRecord | None = None,
+) -> Calibration:
+    """Fit a calibration on the drafter's own drafts of held-out questions; see :func:`collect` and :func:`fit`.
+
+    ``record``: the rows that the calibration says it was fitted on.  [default: the questions alone]
+
+    Raises:
+        NothingToTellApart: every draft is right, or every draft wrong.
+    """
+    items = collect(pipeline, questions, seed, batch_rows, progress, file)
+    labels = [correct for item in items for correct in item.correct]
+    if all(labels) or not any(labels):
+        raise NothingToTellApart(
+            f"{'all' if all(labels) else 'none'} of {len(labels)} drafts of {len(items)} questions are right: scores "
+            "cannot be calibrated on these; give more or other questions, a higher temperature, or a drafter that "
+            "answers some of them and not others"
+        )
+    pairs = [item.pair for item in items if item.pair]
+    calibration = fit(
+        Judged([item.signals for item in items], [item.correct for item in items]),
+        Judged(pairs, [(True, False)] * len(pairs)),
+        score=score,
+        scores=scores,
+        method=method,
+        target=target,
+        made_for=identity(pipeline),
+        seed=seed,
+    )
+    record = record or RowRecord.of(question.question for question in questions)
+    calibration = replace(calibration, row_hashes=record.describe())
+    progress.message(explain(calibration))
+    return calibration

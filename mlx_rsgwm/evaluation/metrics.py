@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation.equality import canonical
-from mlx_rsgwm.evaluation.records import Draft, ItemRecord
+from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.evaluation.records import replay as replay
 from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc, bootstrapped, share, wilson
 from mlx_rsgwm.evaluation.stats.paired import PairedTest, mcnemar
@@ -61,7 +61,7 @@ class Table:
         return {name: value.to_dict() if isinstance(value, Rate) else value for name, value in found.items()}
 
 
-def final(record: ItemRecord, mode: Mode) -> Draft:
+def final(record: ItemRecord, mode: Mode) -> DraftRecord:
     """The draft a mode answers with."""
     return record.first if mode == "drafter" else record.returned
 
@@ -209,7 +209,7 @@ def pass_at_k(records: Sequence[ItemRecord], k: int, seed: int = 0) -> Rate | No
     return bootstrapped(lambda rows: float(values[rows].mean()), [record.id for record in records], seed=seed)
 
 
-def majority_index(drafts: Sequence[Draft]) -> int:
+def majority_index(drafts: Sequence[DraftRecord]) -> int:
     """Index of the first draft with the commonest answer; drafts without one do not vote, ties go to the earliest."""
     votes = Counter(canonical(draft.value) for draft in drafts if draft.value is not None)
     if not votes:

@@ -31,8 +31,8 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """One generated answer.
+class DraftRecord:
+    """One generated answer as it is written down: a :class:`~mlx_rsgwm.inference.draft.Draft` compared with gold.
 
     ``value`` is None without an answer, ``status`` then says why (``no_answer``, ``cut_off``); ``finished`` is False
     when the token limit cut the text. ``scores`` holds every verifier score that was computed, in [0, 1], ``verified``
@@ -78,7 +78,7 @@ class ItemRecord:
     task: str
     question: str
     gold: str
-    drafts: tuple[Draft, ...]
+    drafts: tuple[DraftRecord, ...]
     score_name: str
     threshold: float
     accepted: bool
@@ -104,12 +104,12 @@ class ItemRecord:
         raise_problems(f"item {self.id}", problems)
 
     @property
-    def first(self) -> Draft:
+    def first(self) -> DraftRecord:
         """The drafter alone: its first draft."""
         return self.drafts[0]
 
     @property
-    def returned(self) -> Draft:
+    def returned(self) -> DraftRecord:
         """What draft–verify returned; an empty draft without an answer where it abstained."""
         draft = self.drafts[self.chosen]
         if not self.abstain or self.accepted:
@@ -222,19 +222,19 @@ def by_seed(records: Sequence[ItemRecord]) -> dict[int, list[ItemRecord]]:
     Raises:
         RsgwmError: the seeds were not run on the same items.
     """
-    found: dict[int, list[ItemRecord]] = {}
+    seeds: dict[int, list[ItemRecord]] = {}
     for record in records:
-        found.setdefault(record.seed, []).append(record)
-    names = {seed: [record.id for record in rows] for seed, rows in found.items()}
+        seeds.setdefault(record.seed, []).append(record)
+    names = {seed: [record.id for record in rows] for seed, rows in seeds.items()}
     first = next(iter(names.values()), [])
     if any(sorted(rows) != sorted(first) for rows in names.values()):
         raise RsgwmError(f"the sampling seeds {', '.join(map(str, names))} were not run on the same items")
-    return found
+    return seeds
 
 
 def by_item(records: Sequence[ItemRecord]) -> dict[str, list[ItemRecord]]:
     """Records of each item, one for each sampling seed, in order of first appearance."""
-    found: dict[str, list[ItemRecord]] = {}
+    items: dict[str, list[ItemRecord]] = {}
     for record in records:
-        found.setdefault(record.id, []).append(record)
-    return found
+        items.setdefault(record.id, []).append(record)
+    return items

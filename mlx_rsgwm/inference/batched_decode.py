@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
-from mlx_rsgwm.inference.generate import DraftTokens
-from mlx_rsgwm.inference.prefix_cache import GROWTH, CachedPrefix, Prefilled, concat, read_on, select_rows
+from mlx_rsgwm.inference.draft import Draft
+from mlx_rsgwm.inference.prefix_cache import GROWTH, CachedPrefix, Prefilled, concat, prefill, read_on, select_rows
 from mlx_rsgwm.inference.sampling import Sampling, choose, choose_exact, uniforms
 from mlx_rsgwm.models.split import LayerSplit, Parts
 
@@ -63,22 +63,21 @@ class BatchedDecoder:
 
     A draft goes by the place of its question (the first that came in is 0) and the number of its attempt.
 
-    They are those of :func:`~mlx_rsgwm.inference.generate.draft`. The adapter that drafts must be active during every
-    step. A draft that left its row while nobody waited for it goes on from there: a retry reads nothing again. Prompts
-    that :meth:`add` brings in later are written beside those that are under way.
+    They are those of :func:`~mlx_rsgwm.inference.generate.draft`, and have no text yet. The adapter that drafts must be
+    active in :meth:`read` and every :meth:`step`. A draft that left its row while nobody waited for it goes on from
+    there: a retry reads nothing again. Prompts that come in later are written beside those that are under way.
     ``ended``: the finished drafts. ``prefixes``: where the model is split, how its lower layers read them.
     """
 
     def __init__(
         self,
+        model: Any,
         parts: Parts,
-        prefilled: Prefilled,
-        questions: Sequence[str],
-        attempts: Sequence[int],
         end_ids: frozenset[int],
         sampling: Sampling,
         split: LayerSplit | None = None,
     ) -> None:
+        self._model = model
         self._hidden, self._head = parts
         self._split = split
         self._sampling = sampling
@@ -88,9 +87,12 @@ class BatchedDecoder:
         self._batch: _Batch | None = None
         self._parked: list[_ParkedRow] = []
         self._next = 0
-        self.ended: dict[Key, DraftTokens] = {}
+        self.ended: dict[Key, Draft] = {}
         self.prefixes: dict[tuple[int, ...], CachedPrefix] = {}
-        self.add(prefilled, questions, attempts)
+
+    def read(self, prompts: Sequence[Sequence[int]], questions: Sequence[str], attempts: Sequence[int]) -> range:
+        """Read the prompts of more questions, and :meth:`add` them."""
+        return self.add(prefill(self._model, self._hidden, prompts, self._split), questions, attempts)
 
     def add(self, prefilled: Prefilled, questions: Sequence[str], attempts: Sequence[int]) -> range:
         """More questions with their prompts, read by the adapter that drafts, and the attempts that each may make;
@@ -111,7 +113,7 @@ class BatchedDecoder:
     def forget(self, place: int) -> None:
         """Let go of all that is kept of a question."""
         prompt = self._prompts.pop(place)
-        self._parked = [one for one in self._parked if one.row.attempts[0][0] != place]
+        self._parked = [parked for parked in self._parked if parked.row.attempts[0][0] != place]
         for key in [key for key in self._streams if key[0] == place]:
             del self._streams[key]
             self.ended.pop(key, None)
@@ -132,10 +134,10 @@ class BatchedDecoder:
         if not stay:
             return
         rows = [row for _, row in stay]
-        caches, middle = self._kept(batch, [place for place, _ in stay], rows)
-        self._read(rows, caches, middle)
+        caches, middle = self._remaining(batch, [place for place, _ in stay], rows)
+        self._read_last(rows, caches, middle)
 
-    def _kept(self, batch: _Batch, places: list[int], rows: Sequence[_Row]) -> tuple[Caches, mx.array | None]:
+    def _remaining(self, batch: _Batch, places: list[int], rows: Sequence[_Row]) -> tuple[Caches, mx.array | None]:
         """The caches of some of a batch's rows, without padding that none of them needs."""
         needed = max(len(self._prompts[row.attempts[0][0]]) + len(row.tokens) - 1 for row in rows)
         spare = batch.length - needed
@@ -163,16 +165,16 @@ class BatchedDecoder:
         if not mx.all(certain).item():
             tokens = choose_exact(batch.logits, uniform, temperature, top_p, rows)
         chosen: Any = tokens.tolist()
-        found: dict[tuple[int, tuple[int, ...]], list[Key]] = {}
+        followers: dict[tuple[int, tuple[int, ...]], list[Key]] = {}
         for (place, attempt), token in zip(riding, chosen, strict=True):
             written = batch.rows[place].tokens
             if token in self._end_ids or len(written) + 1 == self._sampling.max_tokens:
                 finished = token in self._end_ids
-                self.ended[attempt] = DraftTokens(written if finished else (*written, token), finished)
+                self.ended[attempt] = Draft(attempt[1], written if finished else (*written, token), finished)
                 self._keep_prefix(batch, place)
             else:
-                found.setdefault((place, (*written, token)), []).append(attempt)
-        return [(place, _Row(written, tuple(attempts))) for (place, written), attempts in found.items()]
+                followers.setdefault((place, (*written, token)), []).append(attempt)
+        return [(place, _Row(written, tuple(attempts))) for (place, written), attempts in followers.items()]
 
     def _keep_prefix(self, batch: _Batch, place: int) -> None:
         if self._split is None or batch.middle is None:
@@ -191,16 +193,16 @@ class BatchedDecoder:
 
     def _wake(self, wanted: Collection[Key]) -> None:
         groups: dict[tuple[int, int], list[_ParkedRow]] = {}
-        for one in [one for one in self._parked if any(attempt in wanted for attempt in one.row.attempts)]:
-            self._parked.remove(one)
-            groups.setdefault((id(one.batch), one.end), []).append(one)
+        for parked in [row for row in self._parked if any(attempt in wanted for attempt in row.row.attempts)]:
+            self._parked.remove(parked)
+            groups.setdefault((id(parked.batch), parked.end), []).append(parked)
         for group in groups.values():
-            batch, rows = group[0].batch, mx.array([one.place for one in group])
+            batch, rows = group[0].batch, mx.array([parked.place for parked in group])
             middle = None if batch.middle is None else batch.middle[rows]
             caches = [select_rows(cache, rows, group[0].end) for cache in batch.caches]
-            self._read([one.row for one in group], caches, middle)
+            self._read_last([parked.row for parked in group], caches, middle)
 
-    def _read(self, rows: Sequence[_Row], caches: Caches, middle: mx.array | None) -> None:
+    def _read_last(self, rows: Sequence[_Row], caches: Caches, middle: mx.array | None) -> None:
         """Read the last token of every row, and put the rows beside those that are under way."""
         ids = mx.array([[row.tokens[-1]] for row in rows])
         states, between = read_on(self._hidden, self._split, ids, caches)
@@ -216,8 +218,8 @@ class BatchedDecoder:
             if other.middle is not None and batch.middle is not None:
                 longest = max(other.length, batch.length)
                 padded = [
-                    mx.pad(one.middle, [(0, 0), (longest - one.length, 0), (0, 0)])  # type: ignore[arg-type]
-                    for one in (other, batch)
+                    mx.pad(part.middle, [(0, 0), (longest - part.length, 0), (0, 0)])  # type: ignore[arg-type]
+                    for part in (other, batch)
                 ]
                 middle = mx.concatenate(padded)
             logits = mx.concatenate([other.logits, batch.logits])

@@ -16,8 +16,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.inference.risk_control import RiskBound
-from mlx_rsgwm.inference.scores import Combination, Curve, Scorer
-from mlx_rsgwm.inference.verifier import SCORES
+from mlx_rsgwm.inference.scores import SCORES, Combination, Curve, Scorer
 
 FILE = "calibration.json"
 FORMAT = "mlx-rsgwm/calibration"

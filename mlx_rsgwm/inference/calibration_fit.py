@@ -16,9 +16,9 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.core.scoring import area_under_roc, brier, calibration_error
 from mlx_rsgwm.inference.calibration import Calibration, Reliability, best_threshold
+from mlx_rsgwm.inference.draft import Signals
 from mlx_rsgwm.inference.risk_control import Items, RiskBound, Target, risk_bound
-from mlx_rsgwm.inference.scores import METHODS, Curve, Scorer, fit_combination, fit_curve, out_of_fold
-from mlx_rsgwm.inference.verifier import SCORES, Signals
+from mlx_rsgwm.inference.scores import METHODS, SCORES, Curve, Scorer, fit_combination, fit_curve, out_of_fold
 
 # Fewer right or wrong drafts than this, or fewer items, and nothing is fitted.
 LEAST_OF_A_CLASS, LEAST_ITEMS = 8, 5

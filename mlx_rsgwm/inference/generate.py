@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
+from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.sampling import Sampling, choose, choose_exact, uniforms
 from mlx_rsgwm.models.split import Parts
 
@@ -17,16 +18,8 @@ PREFILL_STEP = 2048
 
 
 @dataclass(frozen=True)
-class DraftTokens:
-    """One draft: its token ids without the end-of-text token, and whether it ended by itself."""
-
-    tokens: tuple[int, ...]
-    finished: bool
-
-
-@dataclass(frozen=True)
 class DraftRequest:
-    """One attempt at one question: the drafting prompt's ids and the name of its random stream."""
+    """What is asked of the drafter: a prompt's ids, and the name of the random stream, question and attempt."""
 
     prompt: tuple[int, ...]
     question: str
@@ -35,8 +28,9 @@ class DraftRequest:
 
 def draft(
     model: Any, parts: Parts, end_ids: frozenset[int], requests: Sequence[DraftRequest], sampling: Sampling
-) -> list[DraftTokens]:
+) -> list[Draft]:
     """Draft all requests in one batch, with the adapter that is active on ``model``; ``parts`` is its ``split_head``.
+    The drafts have no text yet.
 
     Requests that share a prompt are prefilled once. Rows leave the batch when they end. Prompts are left-padded, which
     changes nothing but float round-off (masked keys get weight zero).
@@ -54,7 +48,7 @@ def _decode(
     requests: Sequence[DraftRequest],
     sampling: Sampling,
     batched: bool,
-) -> list[DraftTokens]:
+) -> list[Draft]:
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     hidden, head = parts
@@ -103,4 +97,7 @@ def _decode(
             for cache in caches:
                 cache.filter(indices)
         logits = head(hidden(tokens[:, None], cache=caches))[:, 0]
-    return [DraftTokens(tuple(tokens), done) for tokens, done in zip(written, finished, strict=True)]
+    return [
+        Draft(request.attempt, tuple(tokens), done)
+        for request, tokens, done in zip(requests, written, finished, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""What the draft–verify loop is asked and what it says: settings, steps, and the rule by which it decides.
+"""What the draft–verify loop is asked, and the rule by which it decides.
 
 The rule alone decides over scores, so an evaluation can apply another threshold to what was recorded.
 """
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.inference.draft import Answer, Draft, Signals
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.inference.verifier import SCORES
+from mlx_rsgwm.inference.scores import SCORES
 
 MODES = ("adaptive", "parallel", "sequential")
 
@@ -43,38 +44,6 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class Drafted:
-    """The drafter spoke: attempt number from 1, text, token ids, whether the text ended by itself."""
-
-    attempt: int
-    text: str
-    tokens: tuple[int, ...]
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The verifier spoke: the score of one attempt in [0, 1] and whether it reaches the threshold."""
-
-    attempt: int
-    score: float
-    accepted: bool
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What is returned: the accepted draft, or the best-scored one marked as not accepted; no text if abstaining."""
-
-    text: str | None
-    score: float
-    accepted: bool
-    attempts: int
-
-
-Step = Drafted | Scored | Answer
-
-
-@dataclass(frozen=True)
 class Decision:
     """Outcome of the loop over scores in order: index of the draft returned, attempts used, accepted or not."""
 
@@ -90,3 +59,47 @@ def decide(scores: Sequence[float], threshold: float) -> Decision:
             return Decision(index, index + 1, True)
     best = max(range(len(scores)), key=lambda index: (scores[index], -index))
     return Decision(best, len(scores), False)
+
+
+class Trial:
+    """A question under way: its drafts in order, of which the last may wait for the verifier.
+
+    ``requested``: attempts that are being written side by side, where many questions are under way.
+    """
+
+    def __init__(self, config: LoopConfig, requested: int = 0) -> None:
+        self._config = config
+        self.requested = requested
+        self.drafts: list[Draft] = []
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the last draft is to be scored."""
+        return bool(self.drafts) and self.drafts[-1].state == "drafted"
+
+    @property
+    def over(self) -> bool:
+        """Whether the last draft was accepted, or no further attempt is left."""
+        return self.drafts[-1].state == "accepted" or len(self.drafts) == self._config.attempts
+
+    def add(self, draft: Draft) -> Draft:
+        """The drafter spoke."""
+        self.drafts.append(draft)
+        return draft
+
+    def earlier_alike(self) -> Draft | None:
+        """A scored draft of the same content as the last one, whose score holds for that, too."""
+        return next((draft for draft in self.drafts[:-1] if draft.content == self.drafts[-1].content), None)
+
+    def score(self, signals: Signals | None, score: float) -> Draft:
+        """The verifier spoke of the last draft."""
+        self.drafts[-1] = self.drafts[-1].scored(signals, score, self._config.threshold)
+        return self.drafts[-1]
+
+    def answer(self) -> Answer:
+        """What the loop returns of the drafts so far, all scored."""
+        scores = [draft.score for draft in self.drafts if draft.score is not None]
+        decision = decide(scores, self._config.threshold)
+        refused = self._config.abstain and not decision.accepted
+        text = None if refused else self.drafts[decision.chosen].text
+        return Answer(text, scores[decision.chosen], decision.accepted, decision.attempts)

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.inference.verifier import SCORES, Signals
+from mlx_rsgwm.inference.draft import Signals
 
 FEATURES = ("yesno_logit", "mean_logprob", "min_logprob", "tokens")
 METHODS = ("temperature", "platt", "isotonic")
 # For each score: does it need the yes/no verdict, does it need the log-probabilities of the draft's tokens?
 NEEDS = {"yesno": (True, False), "mean_logprob": (False, True), "combined": (True, True)}
-assert tuple(NEEDS) == SCORES
+SCORES = tuple(NEEDS)
 
 FLOOR_NATS = -30.0  # log-probabilities below this tell no more
 EDGE = 1e-6  # scores are kept this far from 0 and 1 before their logit is taken
@@ -193,14 +193,9 @@ class Scorer:
             )
 
     @property
-    def needs_verdict(self) -> bool:
-        """Whether the verifier has to be asked for yes or no."""
-        return NEEDS[self.name][0]
-
-    @property
-    def needs_logprobs(self) -> bool:
-        """Whether the log-probabilities of the draft's tokens are needed."""
-        return NEEDS[self.name][1]
+    def needs(self) -> tuple[bool, bool]:
+        """Whether the verifier has to be asked for yes or no, and for the log-probabilities of the draft's tokens."""
+        return NEEDS[self.name]
 
     def values(self, signals: Sequence[Signals]) -> np.ndarray:
         """The scores that are compared with the threshold, (drafts,) float64 in [0, 1]."""

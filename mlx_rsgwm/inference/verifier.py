@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,37 +9,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template, Tokenizer
+from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.prefix_cache import LowerLayerCache, after_prompts, right_padded
 from mlx_rsgwm.models.linux_cpu import cross_entropy
+from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import Parts
-
-SCORES = ("yesno", "mean_logprob", "combined")
 
 EMPTY = -1000.0  # nats of a draft without a token, whose probability is taken as 0
 LENGTH_STEP = 8
 PICK_STEP = 8
 
 VerdictIds = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Signals:
-    """What one reading of a draft gave; None for a part that was not asked for.
-
-    ``yesno``: P(yes) / (P(yes) + P(no)). ``mean`` and ``minimum``: of the draft's token log-probabilities, in nats,
-    ``EMPTY`` for a draft without any. ``tokens``: how many there are, the end-of-text token included if written.
-    """
-
-    yesno: float | None
-    mean: float | None
-    minimum: float | None
-    tokens: int
-
-    @property
-    def mean_logprob(self) -> float | None:
-        """exp(mean token log-probability), in [0, 1]: the literal reading of the paper's score."""
-        return None if self.mean is None else math.exp(self.mean)
+Needs = tuple[bool, bool]  # what to read of a draft: the yes/no verdict, the log-probabilities of its tokens
 
 
 def signals_of(logprobs: Sequence[float] | None, yesno: float | None) -> Signals:
@@ -91,15 +73,15 @@ def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
     out of both.
     """
     own = template.verdict_ids(tokenizer)
-    found = []
+    spelled = []
     for text, first in zip((template.yes, template.no), own, strict=True):
         word = text.strip()
         spellings = {
             space + form for space in ("", " ") for form in (word, word.lower(), word.upper(), word.capitalize())
         }
         encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in sorted(spellings)]
-        found.append({first, *(ids[0] for ids in encoded if len(ids) == 1)})
-    yes, no = found
+        spelled.append({first, *(ids[0] for ids in encoded if len(ids) == 1)})
+    yes, no = spelled
     shared = (yes & no) - set(own)
     return tuple(sorted(yes - shared - {own[1]})), tuple(sorted(no - shared - {own[0]}))
 
@@ -198,3 +180,72 @@ def _pass(
         yes_mass, no_mass = (mx.logsumexp(said[:, mx.array(ids)], axis=-1) for ids in verdicts)
         yes = mx.sigmoid(yes_mass - no_mass).tolist()
     return logprobs, yes
+
+
+class Reader:
+    """The verifier at work: the adapter in a slot (None: the bare base), reading drafts in its own template.
+
+    ``caches``: how many plain key–value caches the model keeps, None where it keeps others.
+    """
+
+    def __init__(
+        self, slots: AdapterSlots, adapter: str | None, template: Template, parts: Parts, caches: int | None
+    ) -> None:
+        self.parts = parts
+        self.verdict_ids = verdict_ids(template, slots.base.tokenizer)
+        self._slots, self._adapter, self._template, self._caches = slots, adapter, template, caches
+        self._tokenizer = slots.base.tokenizer
+
+    def prompt(self, question: str) -> list[int]:
+        """The token ids with which the reading of a draft begins."""
+        return self._template.draft_prompt(self._tokenizer, question)
+
+    def signals(
+        self,
+        questions: Sequence[str],
+        drafts: Sequence[Draft],
+        needs: Needs = (True, True),
+        parts: Parts | None = None,
+        lower_cache: LowerLayerCache | None = None,
+    ) -> list[Signals]:
+        """What the verifier says of (question, draft) pairs, all in one forward pass.
+
+        ``parts`` if not the model's; what ``lower_cache`` knows is not read again.
+        """
+        # A draft that ended by itself also chose to end; one that was cut off did not.
+        end = () if self._tokenizer.eos_token_id is None else (self._tokenizer.eos_token_id,)
+        template, tokenizer = self._template, self._tokenizer
+        readings = [
+            make_reading(
+                template, tokenizer, question, draft.text, draft.tokens + (end if draft.finished else ()), *needs
+            )
+            for question, draft in zip(questions, drafts, strict=True)
+        ]
+        with self._slots.using(self._adapter):
+            if parts is not None:
+                return read(parts, readings, self.verdict_ids, lower_cache)
+            return read(self.parts, readings, self.verdict_ids, lower_cache, self._caches)
+
+    def signals_many(
+        self,
+        questions: Sequence[str],
+        drafts: Sequence[Draft],
+        needs: Needs = (True, True),
+        batch_rows: int = 32,
+        progress: Progress = SILENT,
+        lower_cache: LowerLayerCache | None = None,
+    ) -> list[Signals]:
+        """:meth:`signals` in batches of like questions; equal pairs are read once, and so are prompts of a batch."""
+        pairs = [(question, draft.content) for question, draft in zip(questions, drafts, strict=True)]
+        first = {pair: index for index, pair in reversed([*enumerate(pairs)])}
+        order = sorted(
+            set(first.values()), key=lambda index: (len(questions[index]), questions[index], len(drafts[index].tokens))
+        )
+        signals: dict[int, Signals] = {}
+        with progress.task("verify", len(order)) as advance:
+            for start in range(0, len(order), batch_rows):
+                chunk = order[start : start + batch_rows]
+                texts, chosen = [questions[index] for index in chunk], [drafts[index] for index in chunk]
+                signals.update(zip(chunk, self.signals(texts, chosen, needs, lower_cache=lower_cache), strict=True))
+                advance(len(chunk), "")
+        return [signals[first[pair]] for pair in pairs]

@@ -22,6 +22,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.corpus import load_corpus, save_corpus
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.evaluation.calibration_set import calibrate
 from mlx_rsgwm.evaluation.contamination import (
     check_overlap,
     contamination,
@@ -32,11 +33,11 @@ from mlx_rsgwm.evaluation.contamination import (
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.report.folder import write_report
-from mlx_rsgwm.evaluation.runner import calibrate, describe_run, evaluate
+from mlx_rsgwm.evaluation.runner import describe_run, evaluate
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
 from mlx_rsgwm.inference.calibration import NothingToTellApart, load_calibration, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.verifier import SCORES
+from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base

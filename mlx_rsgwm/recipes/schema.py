@@ -24,7 +24,7 @@ from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.inference.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD, Calibration
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.inference.verifier import SCORES
+from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.merging.methods import find_method, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import SIGNALS

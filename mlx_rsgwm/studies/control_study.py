@@ -18,11 +18,12 @@ from mlx_rsgwm.core.resume import content_key, stamped
 from mlx_rsgwm.data.corpus import Corpus, load_corpus, save_corpus
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.evaluation.calibration_set import calibrate
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.records import ItemRecord, write_items
 from mlx_rsgwm.evaluation.report.folder import markdown_table
-from mlx_rsgwm.evaluation.runner import calibrate, describe_run, evaluate
+from mlx_rsgwm.evaluation.runner import describe_run, evaluate
 from mlx_rsgwm.inference.calibration import (
     UNCALIBRATED_SCORE,
     UNCALIBRATED_THRESHOLD,
@@ -33,7 +34,7 @@ from mlx_rsgwm.inference.calibration import (
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.inference.verifier import SCORES
+from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots

@@ -26,9 +26,8 @@ from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.template import Template
-from mlx_rsgwm.evaluation.runner import judge
-from mlx_rsgwm.inference.generate import DraftTokens
-from mlx_rsgwm.inference.policy import Drafted
+from mlx_rsgwm.evaluation.judging import judge
+from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import find_method, resolved
@@ -307,16 +306,15 @@ class Sweep:
         drafts, nats = self.meter.drafts(drafter)
         return replace(
             outcome,
-            drafts=tuple(self._judged(index, found) for index, found in enumerate(drafts)),
+            drafts=tuple(self._judged(index, draft) for index, draft in enumerate(drafts)),
             gold=tuple((loss, len(tokens)) for loss, tokens in zip(nats, self.meter.completions, strict=True)),
             scores=self.meter.scores(verifier, answers),
         )
 
-    def _judged(self, index: int, found: DraftTokens) -> tuple[str, bool]:
+    def _judged(self, index: int, draft: Draft) -> tuple[str, bool]:
         """The text of a draft, and whether its answer is right."""
-        text = self.meter.tokenizer.decode(list(found.tokens))
-        draft = Drafted(1, text, found.tokens, found.finished)
-        return text, judge(self.plan.questions[index], draft, {}).correct
+        text = self.meter.tokenizer.decode(list(draft.tokens))
+        return text, judge(self.plan.questions[index], replace(draft, text=text), {}).correct
 
 
 def identity(folder: Path) -> dict[str, str]:

@@ -15,9 +15,10 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.batching import TokenRow, make_batch
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.template import Template
-from mlx_rsgwm.inference.generate import DraftRequest, DraftTokens, draft
+from mlx_rsgwm.inference.draft import Draft, Signals
+from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.inference.verifier import Reading, Signals, read, verdict_ids
+from mlx_rsgwm.inference.verifier import Reading, read, verdict_ids
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.linux_cpu import cross_entropy
 from mlx_rsgwm.models.slots import AdapterSlots
@@ -72,14 +73,14 @@ class Meter:
             )
         self.slots.load(slot, adapter)
 
-    def drafts(self, slot: str | None) -> tuple[list[DraftTokens], list[float]]:
+    def drafts(self, slot: str | None) -> tuple[list[Draft], list[float]]:
         """A greedy draft of every question, and the nats of its gold completion.
 
         One pass over the gold completions gives their loss, and where the drafter would have written another token:
         up to there its draft is known. Only what follows is drafted token by token.
         """
         greedy = Sampling(0.0, 1.0, self.max_tokens, 0)
-        found: dict[int, DraftTokens] = {}
+        found: dict[int, Draft] = {}
         begun: dict[int, tuple[int, ...]] = {}
         nats = [0.0] * len(self.texts)
         for indices in self._batches([len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]):
@@ -91,21 +92,19 @@ class Meter:
                 ended = own[-1] in self._end_ids
                 known = own[:-1] if ended else own
                 if ended or len(known) >= self.max_tokens:
-                    found[index] = DraftTokens(known[: self.max_tokens], ended and len(known) < self.max_tokens)
+                    found[index] = Draft(1, known[: self.max_tokens], ended and len(known) < self.max_tokens)
                 else:
                     begun[index] = known
         rest = self.written(slot, {index: self.prompts[index] + known for index, known in begun.items()}, greedy)
         for index, known in begun.items():
             tokens = known + rest[index].tokens
             finished = rest[index].finished and len(tokens) < self.max_tokens
-            found[index] = DraftTokens(tokens[: self.max_tokens], finished)
+            found[index] = Draft(1, tokens[: self.max_tokens], finished)
         return [found[index] for index in range(len(self.texts))], nats
 
-    def written(
-        self, slot: str | None, prompts: Mapping[int, tuple[int, ...]], sampling: Sampling
-    ) -> dict[int, DraftTokens]:
+    def written(self, slot: str | None, prompts: Mapping[int, tuple[int, ...]], sampling: Sampling) -> dict[int, Draft]:
         """Drafts that go on from ``prompts``, by index of the question."""
-        found: dict[int, DraftTokens] = {}
+        found: dict[int, Draft] = {}
         places = list(prompts)
         for rows in self._batches([len(prompts[index]) for index in places]):
             indices = [places[row] for row in rows]

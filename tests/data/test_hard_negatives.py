@@ -3,15 +3,15 @@
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.data.hard_negatives import LabelledDraft, make_mixed_rows
+from mlx_rsgwm.data.hard_negatives import make_mixed_rows
 from mlx_rsgwm.data.synthetic import generate
 
 QUESTIONS = generate("change", 20, 7, "train")
 
 
 def drafts_of(question, right=1, wrong=1):
-    good = [LabelledDraft(f" own way to {question.gold}, number {n}\n#### {question.gold}", True) for n in range(right)]
-    bad = [LabelledDraft(f" own mistake {n}\n#### -{n + 1}", False) for n in range(wrong)]
+    good = [(f" own way to {question.gold}, number {n}\n#### {question.gold}", True) for n in range(right)]
+    bad = [(f" own mistake {n}\n#### -{n + 1}", False) for n in range(wrong)]
     return [*good, *bad, *good, *bad]
 
 

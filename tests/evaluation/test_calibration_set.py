@@ -9,10 +9,11 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.scoring import area_under_roc
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.synthetic import generate
-from mlx_rsgwm.evaluation import runner
-from mlx_rsgwm.evaluation.calibration_set import identity
-from mlx_rsgwm.evaluation.records import Draft
-from mlx_rsgwm.evaluation.runner import calibrate, collect, evaluate, label_drafts
+from mlx_rsgwm.evaluation import calibration_set
+from mlx_rsgwm.evaluation.calibration_set import calibrate, collect, identity
+from mlx_rsgwm.evaluation.judging import label_drafts
+from mlx_rsgwm.evaluation.records import DraftRecord
+from mlx_rsgwm.evaluation.runner import evaluate
 from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.sampling import Sampling
@@ -33,11 +34,11 @@ def test_items_hold_the_drafts_with_what_the_verifier_says(pipeline):
         assert item.id == question.id
         assert item.texts == tuple(draft.text for draft in drafts)
         for draft, said in zip(drafts, item.signals, strict=True):
-            alone = pipeline.signals([question.question], [draft])[0]
+            alone = pipeline.reader.signals([question.question], [draft])[0]
             assert said.yesno == pytest.approx(alone.yesno, rel=1e-3)
             assert said.mean == pytest.approx(alone.mean, rel=1e-3)
             assert said.tokens == alone.tokens
-        gold = pipeline.signals([question.question], [pipeline.as_draft(question.answer)])[0]
+        gold = pipeline.reader.signals([question.question], [pipeline.as_draft(question.answer)])[0]
         assert item.pair[0].mean == pytest.approx(gold.mean, rel=1e-3)
         assert item.pair[1].mean != item.pair[0].mean
 
@@ -74,14 +75,14 @@ def half_right(monkeypatch):
     """A tiny random model answers nothing right; let every draft with an even number of letters count as right."""
 
     def judge(question, draft, scores, *more):
-        return Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)
+        return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)
 
-    monkeypatch.setattr(runner, "judge", judge)
+    monkeypatch.setattr(calibration_set, "judge", judge)
 
 
 @pytest.mark.parametrize("right", [False, True])
 def test_drafts_that_are_all_right_or_all_wrong_calibrate_nothing(pipeline, monkeypatch, right):
-    monkeypatch.setattr(runner, "judge", lambda question, draft, *more: Draft(draft.text, "1", right))
+    monkeypatch.setattr(calibration_set, "judge", lambda question, draft, *more: DraftRecord(draft.text, "1", right))
     with pytest.raises(NothingToTellApart, match=f"{'all' if right else 'none'} of 12 drafts of 6 questions are right"):
         calibrate(pipeline, QUESTIONS, seed=1)
     with pytest.raises(RsgwmError, match="no held-out questions"):
@@ -136,10 +137,10 @@ def test_drafts_of_several_adapters_are_labelled_together(pipeline, base, make_a
     found = label_drafts([pipeline, second], QUESTIONS, batch_rows=8)
     assert [len(item) for item in found] == [4] * 6
     expected = second.draft_many([question.question for question in QUESTIONS], 2)
-    assert [item[2].text for item in found] == [drafts[0].text for drafts in expected]
-    assert not any(draft.correct for item in found for draft in item)
+    assert [item[2][0] for item in found] == [drafts[0].text for drafts in expected]
+    assert not any(correct for item in found for _, correct in item)
     gold = QUESTIONS[0]
     monkeypatch.setattr(
         DraftVerify, "draft_many", lambda *_: [[pipeline.as_draft(gold.answer)] for _ in range(len(QUESTIONS))]
     )
-    assert label_drafts([pipeline], QUESTIONS)[0][0].correct
+    assert label_drafts([pipeline], QUESTIONS)[0][0][1]

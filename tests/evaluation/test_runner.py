@@ -10,10 +10,11 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.evaluation.journal import Journal
+from mlx_rsgwm.evaluation.judging import judge, verified_tokens
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, read_items, read_with, write_items
-from mlx_rsgwm.evaluation.runner import describe_run, evaluate, judge, verified_tokens
+from mlx_rsgwm.evaluation.runner import describe_run, evaluate
+from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.policy import Drafted
 
 QUESTIONS = generate("change", 7, 1, "test") + generate("groups", 4, 1, "test")
 
@@ -118,16 +119,16 @@ def test_drafts_alone_have_no_scores(pipeline):
 
 
 def test_verified_tokens_are_those_of_the_prompts(pipeline):
-    draft = Drafted(1, " 4\n#### 4", (5, 6, 7), True)
+    draft = Draft(1, (5, 6, 7), True, " 4\n#### 4")
     tokenizer, template = pipeline.tokenizer, pipeline.template
-    found = verified_tokens(pipeline, "2 + 2?", draft)
+    (found,) = verified_tokens(pipeline, "2 + 2?", [draft])
     assert found["yesno"] == len(template.verify_prompt(tokenizer, "2 + 2?", "4\n#### 4"))
     assert found["mean_logprob"] == len(template.draft_prompt(tokenizer, "2 + 2?")) + 4
 
 
 def test_abstaining_is_a_refusal():
     question = Question("a", "gsm8k", "q", "", "4")
-    drafts = (judge(question, Drafted(1, "#### 4", (1,), True), {"yesno": 0.2}),)
+    drafts = (judge(question, Draft(1, (1,), True, "#### 4"), {"yesno": 0.2}),)
     record = ItemRecord("a", "gsm8k", "q", "4", drafts, "yesno", 0.5, False, 1, 0, abstain=True)
     assert record.returned.status == "no_answer"
     assert record.first.correct

@@ -14,8 +14,8 @@ from mlx_rsgwm.inference.calibration import (
     save_calibration,
 )
 from mlx_rsgwm.inference.calibration_fit import Judged, fit, halves
+from mlx_rsgwm.inference.draft import Signals
 from mlx_rsgwm.inference.risk_control import Target
-from mlx_rsgwm.inference.verifier import Signals
 
 
 def drawn(count, yesno=0.5, logprob=1.0, minimum=1.0, attempts=3, seed=0):

@@ -6,9 +6,10 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.inference.draft import Answer, Draft
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.policy import Answer, Drafted, LoopConfig, Scored, decide
+from mlx_rsgwm.inference.policy import LoopConfig, decide
 from mlx_rsgwm.inference.sampling import Sampling, choose, choose_exact, uniforms
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
@@ -113,9 +114,9 @@ def test_mean_logprob_is_the_verifiers_own(pipeline):
     drafts = [
         pipeline.as_draft("4\n#### 4"),
         pipeline.as_draft("a rather long answer\n#### 12"),
-        Drafted(1, "", (), False),
+        Draft(1, (), False),
     ]
-    found = pipeline.score(QUESTIONS, drafts, "mean_logprob")
+    found = pipeline.score_many(QUESTIONS, drafts, "mean_logprob")
     with pipeline.slots.using("verifier"):
         for question, item, score in zip(QUESTIONS, drafts, found, strict=True):
             if not item.tokens:
@@ -131,8 +132,8 @@ def test_mean_logprob_is_the_verifiers_own(pipeline):
 
 def test_yesno_is_the_share_of_yes(pipeline):
     drafts = [pipeline.as_draft("4\n#### 4"), pipeline.as_draft("longer\n#### 12"), pipeline.as_draft("x")]
-    found = pipeline.score(QUESTIONS, drafts, "yesno")
-    yes, no = pipeline.verdict_ids
+    found = pipeline.score_many(QUESTIONS, drafts, "yesno")
+    yes, no = pipeline.reader.verdict_ids
     with pipeline.slots.using("verifier"):
         for question, item, score in zip(QUESTIONS, drafts, found, strict=True):
             ids = pipeline.template.verify_prompt(pipeline.tokenizer, question, item.text)
@@ -156,10 +157,13 @@ def test_steps_say_who_spoke_and_agree_with_the_batched_path(pipeline, threshold
         scores = pipeline.score_many([question] * 3, drafts, "yesno")
         decision = decide(scores, threshold)
         steps = list(pipeline.steps(question))
-        assert [type(step) for step in steps] == [Drafted, Scored] * decision.attempts + [Answer]
-        assert [step.tokens for step in steps if isinstance(step, Drafted)] == [
-            item.tokens for item in drafts[: decision.attempts]
-        ]
+        said = ["drafted", "rejected"] * decision.attempts
+        if decision.accepted:
+            said[-1] = "accepted"
+        assert [step.state for step in steps[:-1]] == said
+        assert isinstance(steps[-1], Answer)
+        assert steps[:-1:2] == drafts[: decision.attempts]
+        assert [step.content for step in steps[1:-1:2]] == [item.content for item in drafts[: decision.attempts]]
         answer = steps[-1]
         assert answer.text == drafts[decision.chosen].text
         assert answer.score == pytest.approx(scores[decision.chosen], abs=1e-5)

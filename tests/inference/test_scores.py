@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.inference.draft import Signals
 from mlx_rsgwm.inference.scores import (
     FEATURES,
     METHODS,
@@ -19,7 +20,7 @@ from mlx_rsgwm.inference.scores import (
     out_of_fold,
     sigmoid,
 )
-from mlx_rsgwm.inference.verifier import EMPTY, Signals
+from mlx_rsgwm.inference.verifier import EMPTY
 
 COUNT = 4000
 
@@ -103,10 +104,7 @@ def test_scores_and_probabilities_stay_in_the_unit_interval(values):
 
 def test_a_scorer_says_what_it_needs():
     combination = Combination((0.0,) * 4, (1.0,) * 4, (1.0, 0.0, 0.0, 0.0), 0.0)
-    needs = {
-        one.name: (one.needs_verdict, one.needs_logprobs)
-        for one in (Scorer("yesno"), Scorer("mean_logprob"), Scorer("combined", combination))
-    }
+    needs = {one.name: one.needs for one in (Scorer("yesno"), Scorer("mean_logprob"), Scorer("combined", combination))}
     assert needs == {"yesno": (True, False), "mean_logprob": (False, True), "combined": (True, True)}
     assert Scorer("mean_logprob").value(Signals(None, -0.5, -2.0, 3)) == pytest.approx(np.exp(-0.5))
     assert Scorer("combined", combination).value(Signals(0.8, -0.5, -2.0, 3)) == pytest.approx(0.8)

@@ -9,9 +9,9 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.questions import Question
+from mlx_rsgwm.evaluation.judging import judge
 from mlx_rsgwm.evaluation.records import ItemRecord
-from mlx_rsgwm.evaluation.runner import judge
-from mlx_rsgwm.inference.policy import Drafted
+from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.studies.lm_eval import (
     disagreements,
     drive,
@@ -50,7 +50,7 @@ def test_every_disagreement_is_listed():
     records = []
     for index, (gold, text) in enumerate(rows):
         question = Question(f"g{index}", "gsm8k", "q", "", gold)
-        draft = judge(question, Drafted(1, text, (1,), True), {})
+        draft = judge(question, Draft(1, (1,), True, text), {})
         records.append(ItemRecord(f"g{index}", "gsm8k", "q", gold, (draft,), "", 1.0, False, 1, 0))
     found = {(row["item"], row["filter"]): row for row in disagreements(records)}
     assert ("g1", "strict-match") not in found

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.evaluation.energy import Counter, counters, joules
+from mlx_rsgwm.evaluation.latency import Counter, counters, joules
 from mlx_rsgwm.evaluation.records import Draft, ItemRecord
 from mlx_rsgwm.evaluation.report.comparison import compare_runs, comparison_notes, comparison_rows, parse_modes
 

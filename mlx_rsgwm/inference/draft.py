@@ -1,0 +1,81 @@
+"""A draft, the one type for an attempt at a question: the drafter writes it, the verifier reads it, the loop decides.
+
+It is frozen; each stage makes a new one with more of its fields filled, and ``state`` says which stage spoke last.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+State = Literal["drafted", "accepted", "rejected"]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one reading of a draft by the verifier gave; None for a part that was not asked for.
+
+    ``yesno``: P(yes) / (P(yes) + P(no)). ``mean`` and ``minimum``: of the draft's token log-probabilities, in nats,
+    ``verifier.EMPTY`` for a draft without any. ``tokens``: how many there are, the end-of-text token included if
+    written.
+    """
+
+    yesno: float | None
+    mean: float | None
+    minimum: float | None
+    tokens: int
+
+    @property
+    def mean_logprob(self) -> float | None:
+        """exp(mean token log-probability), in [0, 1]: the literal reading of the paper's score."""
+        return None if self.mean is None else math.exp(self.mean)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One attempt at a question.
+
+    ``attempt``: its number from 1; 0 for a given text. ``tokens``: ids without the end-of-text token. ``finished``: it
+    ended by itself; False where the token limit cut it. ``text``: the tokens decoded, empty while nobody has asked.
+    ``signals`` and ``score`` (in [0, 1]): what the verifier said; ``accepted``: whether the score reaches the
+    threshold. The three are None until then.
+    """
+
+    attempt: int
+    tokens: tuple[int, ...]
+    finished: bool
+    text: str = ""
+    signals: Signals | None = None
+    score: float | None = None
+    accepted: bool | None = None
+
+    @property
+    def state(self) -> State:
+        """``drafted`` once the drafter spoke, ``accepted`` or ``rejected`` once the verifier did."""
+        if self.accepted is None:
+            return "drafted"
+        return "accepted" if self.accepted else "rejected"
+
+    @property
+    def content(self) -> tuple[tuple[int, ...], bool]:
+        """What the verifier reads of it: drafts of equal content get equal scores."""
+        return self.tokens, self.finished
+
+    def scored(self, signals: Signals | None, score: float, threshold: float) -> Draft:
+        """The same draft after the verifier spoke: accepted at or above ``threshold``."""
+        return replace(self, signals=signals, score=score, accepted=score >= threshold)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is returned: the accepted draft, or the best-scored one marked as not accepted; no text if abstaining."""
+
+    text: str | None
+    score: float
+    accepted: bool
+    attempts: int
+
+
+# A step of the loop. A Draft in state "drafted": the drafter spoke; in another: the verifier; the Answer ends it.
+Step = Draft | Answer
