@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mlx_rsgwm.data.questions import Question
     from mlx_rsgwm.data.template import Template
     from mlx_rsgwm.inference.calibration import Calibration
+    from mlx_rsgwm.inference.draft import Answer, Draft
     from mlx_rsgwm.inference.loop import DraftVerify
-    from mlx_rsgwm.inference.policy import Answer
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.models.base import Base, load_base
     from mlx_rsgwm.training.config import TrainConfig
@@ -38,8 +38,8 @@ _HOMES = {
     "data.questions": ("Question",),
     "data.template": ("Template",),
     "inference.calibration": ("Calibration",),
+    "inference.draft": ("Answer", "Draft"),
     "inference.loop": ("DraftVerify",),
-    "inference.policy": ("Answer",),
     "models.adapter": ("Adapter",),
     "models.base": ("Base", "load_base"),
     "training.config": ("TrainConfig",),
@@ -53,6 +53,7 @@ __all__ = [
     "Calibration",
     "CheckFailed",
     "Corpus",
+    "Draft",
     "DraftVerify",
     "LineProgress",
     "Progress",

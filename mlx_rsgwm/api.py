@@ -21,11 +21,11 @@ from mlx_rsgwm.data.loading import load_data
 from mlx_rsgwm.data.mlx_lm_rows import Examples
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord, record_of
+from mlx_rsgwm.evaluation.calibration_set import calibrate as fit_calibration
 from mlx_rsgwm.evaluation.contamination import check_overlap
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.report.folder import summarise, write_report
-from mlx_rsgwm.evaluation.runner import calibrate as fit_calibration
 from mlx_rsgwm.evaluation.runner import describe_run
 from mlx_rsgwm.evaluation.runner import evaluate as run_questions
 from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.synthetic import generate
-from mlx_rsgwm.evaluation import runner
-from mlx_rsgwm.evaluation.records import Draft
+from mlx_rsgwm.evaluation import calibration_set
+from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.inference.calibration import FILE, load_calibration
 
 
@@ -29,9 +29,9 @@ def half_right(monkeypatch):
     """A tiny random model answers nothing right; let every draft with an even number of letters count as right."""
 
     def judge(question, draft, scores, *more):
-        return Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)
+        return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)
 
-    monkeypatch.setattr(runner, "judge", judge)
+    monkeypatch.setattr(calibration_set, "judge", judge)
 
 
 def calibrate(folder, base, *more):
@@ -132,7 +132,7 @@ def test_negatives_makes_a_corpus(adapters, tiny_base):
 
 
 def test_negatives_says_when_there_are_not_enough_mistakes(adapters, tiny_base, monkeypatch):
-    monkeypatch.setattr(runner, "judge", lambda question, draft, *more: Draft(draft.text, "1", True))
+    monkeypatch.setattr(calibration_set, "judge", lambda question, draft, *more: DraftRecord(draft.text, "1", True))
     made = negatives(adapters, tiny_base)
     assert made.exit_code == 0, made.stderr
     assert "3 more were to have a wrong draft, but there are no more" in made.stdout
