@@ -133,10 +133,10 @@ QUICKER = {"pool": ["--steps", "8"], "calibrate": ["--items", "4"], "eval": ["--
 
 def test_the_quick_start_runs(tiny_base, tmp_path, monkeypatch):
     """Every line, in order, in an empty folder; what ``smollm2-135m`` names is tiny, and so are the numbers."""
-    from mlx_rsgwm.evaluation import calibration_set, runner
+    from mlx_rsgwm.evaluation import judging
     from mlx_rsgwm.models import base
 
-    judge = runner.judge
+    judge = judging.judge
 
     def half_right(question, draft, *more):
         """The tiny model answers nothing right, and on that nothing can be calibrated."""
@@ -144,8 +144,7 @@ def test_the_quick_start_runs(tiny_base, tmp_path, monkeypatch):
         right = sum(draft.tokens) % 2 == 0
         return replace(judged, value=question.gold if right else None, status="", correct=right)
 
-    for module in (runner, calibration_set):
-        monkeypatch.setattr(module, "judge", half_right)
+    monkeypatch.setattr(judging, "judge", half_right)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(base, "_resolve_alias", lambda name, progress: tiny_base)
     lines = [line.strip() for line in BLOCK.splitlines()]

@@ -20,7 +20,7 @@ from mlx_rsgwm.core.resume import Journal
 from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
-from mlx_rsgwm.evaluation.judging import judge, read_all
+from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.draft import Draft, Signals
@@ -132,20 +132,20 @@ def collect(
         return kept
     texts = [question.question for question in questions]
     drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
-    signals = read_all(pipeline, texts, drafted, batch_rows, progress)
+    signals = judging.read_all(pipeline, texts, drafted, batch_rows, progress)
     rng = random.Random(f"calibration/{seed}")
     pairs: list[list[Draft]] = []
     for question in questions:
         wrong = perturb(question, rng)
         answers = [] if wrong is None else [question.answer, wrong.answer]
         pairs.append([pipeline.as_draft(answer) for answer in answers])
-    read_pairs = read_all(pipeline, texts, pairs, batch_rows, progress)
+    read_pairs = judging.read_all(pipeline, texts, pairs, batch_rows, progress)
     items = [
         CalibrationItem(
             id=question.id,
             task=question.task,
             texts=tuple(draft.text for draft in drafts),
-            correct=tuple(judge(question, draft, {}).correct for draft in drafts),
+            correct=tuple(judging.judge(question, draft, {}).correct for draft in drafts),
             signals=tuple(said),
             pair=tuple(pair),
         )

@@ -13,9 +13,9 @@ from mlx_rsgwm.core.distributed import ALONE, Processes
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.questions import Question
+from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.evaluation.answers import REFUSAL
 from mlx_rsgwm.evaluation.journal import Journal
-from mlx_rsgwm.evaluation.judging import judge, read_by
 from mlx_rsgwm.evaluation.latency import with_latency
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -135,7 +135,8 @@ def _evaluate_block(
     texts = [question.question for question in questions]
     drafted = pipeline.draft_many(texts, count, batch_rows)
     columns = [
-        read_by(verifier, names, texts, drafted, batch_rows, prefix) for prefix, (verifier, names) in verifiers.items()
+        judging.read_by(verifier, names, texts, drafted, batch_rows, prefix)
+        for prefix, (verifier, names) in verifiers.items()
     ]
     records = []
     for index, (question, drafts) in enumerate(zip(questions, drafted, strict=True)):
@@ -146,7 +147,7 @@ def _evaluate_block(
             for column in columns:
                 scores |= column[index][number][0]
                 verified |= column[index][number][1]
-            judged.append(judge(question, draft, scores, verified, refusal))
+            judged.append(judging.judge(question, draft, scores, verified, refusal))
         records.append(_record(question, judged, config, scored=bool(verifiers[""][1])))
     return records
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.synthetic import generate
-from mlx_rsgwm.evaluation import calibration_set
+from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.inference.calibration import FILE, load_calibration
 
@@ -31,7 +31,7 @@ def half_right(monkeypatch):
     def judge(question, draft, scores, *more):
         return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)
 
-    monkeypatch.setattr(calibration_set, "judge", judge)
+    monkeypatch.setattr(judging, "judge", judge)
 
 
 def calibrate(folder, base, *more):
@@ -132,7 +132,7 @@ def test_negatives_makes_a_corpus(adapters, tiny_base):
 
 
 def test_negatives_says_when_there_are_not_enough_mistakes(adapters, tiny_base, monkeypatch):
-    monkeypatch.setattr(calibration_set, "judge", lambda question, draft, *more: DraftRecord(draft.text, "1", True))
+    monkeypatch.setattr(judging, "judge", lambda question, draft, *more: DraftRecord(draft.text, "1", True))
     made = negatives(adapters, tiny_base)
     assert made.exit_code == 0, made.stderr
     assert "3 more were to have a wrong draft, but there are no more" in made.stdout

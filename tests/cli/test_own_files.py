@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.data.corpus import load_corpus
 from mlx_rsgwm.data.row_hashes import RowRecord, folded, record_of
-from mlx_rsgwm.evaluation import runner
-from mlx_rsgwm.evaluation.records import Draft, read_items
+from mlx_rsgwm.evaluation import judging
+from mlx_rsgwm.evaluation.records import DraftRecord, read_items
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
 from mlx_rsgwm.inference.calibration import load_calibration
 
@@ -54,8 +54,8 @@ def evaluate(folder, base, *more, code=0):
 
 
 def test_no_row_is_on_two_sides_of_the_whole_line(trained, tiny_base, tmp_path, monkeypatch):
-    judge = lambda question, draft, scores, *more: Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)  # noqa: E731
-    monkeypatch.setattr(runner, "judge", judge)
+    judge = lambda question, draft, scores, *more: DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)  # noqa: E731
+    monkeypatch.setattr(judging, "judge", judge)
     corpus = load_corpus(trained / "corpus")
     used = RowRecord.of(row.question for row in corpus.rows)
     for name in ("a", "draft", "verify"):

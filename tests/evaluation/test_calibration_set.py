@@ -9,7 +9,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.scoring import area_under_roc
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.synthetic import generate
-from mlx_rsgwm.evaluation import calibration_set
+from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.evaluation.calibration_set import calibrate, collect, identity
 from mlx_rsgwm.evaluation.judging import label_drafts
 from mlx_rsgwm.evaluation.records import DraftRecord
@@ -77,12 +77,12 @@ def half_right(monkeypatch):
     def judge(question, draft, scores, *more):
         return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)
 
-    monkeypatch.setattr(calibration_set, "judge", judge)
+    monkeypatch.setattr(judging, "judge", judge)
 
 
 @pytest.mark.parametrize("right", [False, True])
 def test_drafts_that_are_all_right_or_all_wrong_calibrate_nothing(pipeline, monkeypatch, right):
-    monkeypatch.setattr(calibration_set, "judge", lambda question, draft, *more: DraftRecord(draft.text, "1", right))
+    monkeypatch.setattr(judging, "judge", lambda question, draft, *more: DraftRecord(draft.text, "1", right))
     with pytest.raises(NothingToTellApart, match=f"{'all' if right else 'none'} of 12 drafts of 6 questions are right"):
         calibrate(pipeline, QUESTIONS, seed=1)
     with pytest.raises(RsgwmError, match="no held-out questions"):

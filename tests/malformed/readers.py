@@ -222,9 +222,9 @@ def read_training(folder: Path) -> None:
 
 
 def records() -> list[Any]:
-    from mlx_rsgwm.evaluation.records import Draft, ItemRecord
+    from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 
-    draft = Draft("#### 2", "2", True, {"yesno": 0.8}, tokens=4, readings={}, verified={"yesno": 9})
+    draft = DraftRecord("#### 2", "2", True, {"yesno": 0.8}, tokens=4, readings={}, verified={"yesno": 9})
     return [ItemRecord(str(n), "t", "1 + 1?", "2", (draft, draft), "yesno", 0.5, True, 1, 0) for n in range(2)]
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.evaluation.records import Draft, ItemRecord
+from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.studies.controls import LoopRule, control_notes, control_rows, summarise_controls, systems_on_drafts
 
 RULES = {
@@ -26,7 +26,9 @@ def records(items=60, seeds=(1, 2), drafts=6):
                 right = rng.random() < 0.5
                 good = min(1.0, max(0.0, 0.35 + 0.3 * right + rng.uniform(-0.2, 0.2)))
                 scores = {"good": good, "self:noise": rng.random(), "direct:good": good}
-                made.append(Draft("t", "1" if right else rng.choice("23"), right, scores, 10, verified={"good": 30}))
+                made.append(
+                    DraftRecord("t", "1" if right else rng.choice("23"), right, scores, 10, verified={"good": 30})
+                )
             found.append(ItemRecord(f"i{index}", "t", "q", "1", tuple(made), "good", 2.0, False, 1, 0, seed=seed))
     return found
 

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation.latency import Counter, counters, joules
-from mlx_rsgwm.evaluation.records import Draft, ItemRecord
+from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.evaluation.report.comparison import compare_runs, comparison_notes, comparison_rows, parse_modes
 
 
@@ -17,7 +17,7 @@ def run(share, seed, items=80, seeds=(1,)):
     for number in seeds:
         for index in range(items):
             right = rng.random() < share
-            draft = Draft("t", "1" if right else "2", right, {"s": 0.9 if rng.random() < 0.8 else 0.1})
+            draft = DraftRecord("t", "1" if right else "2", right, {"s": 0.9 if rng.random() < 0.8 else 0.1})
             accepted = draft.scores["s"] >= 0.5
             found.append(
                 ItemRecord(f"i{index}", "t", f"q{index}", "1", (draft,), "s", 0.5, accepted, 1, 0, seed=number)

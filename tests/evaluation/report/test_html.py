@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_rsgwm.evaluation import metrics
-from mlx_rsgwm.evaluation.records import Draft, ItemRecord, Reading
+from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord, Reading
 from mlx_rsgwm.evaluation.report import folder as report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -31,7 +31,7 @@ def records(count=130):
             value = "4" if right else rng.choice(["5", None])
             readings = {"strict": Reading(value, "answer" if value else "no_answer", right)}
             score = min(1.0, 0.4 * rng.random() + 0.5 * right)
-            drafts.append(Draft(f"2 + 2 = {value}\n{EVIL}", value, right, {"yesno": score}, 7, readings=readings))
+            drafts.append(DraftRecord(f"2 + 2 = {value}\n{EVIL}", value, right, {"yesno": score}, 7, readings=readings))
         task = ("change", "groups")[index % 2]
         row = ItemRecord(f"i{index}", task, f"Question {index}? {EVIL}", "4", tuple(drafts), "yesno", 2.0, False, 1, 0)
         made.append(metrics.replay(row, 0.5, 3))
