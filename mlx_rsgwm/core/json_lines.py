@@ -60,6 +60,7 @@ def read_json_rows(path: Path) -> RowFile:
 def _parsed_lines(text: str) -> list[NumberedRow]:
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff")  # of files that were put one after the other
         if not line.strip():
             continue
         try:

@@ -1,5 +1,7 @@
 """A user's own file is split by content: no row is on two sides, whatever is done to the file."""
 
+import csv
+import io
 import json
 import random
 from collections import Counter
@@ -7,7 +9,7 @@ from collections import Counter
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.data.row_hashes import RowRecord, folded, record_of, row_hash, share_of
+from mlx_rsgwm.data.row_hashes import RowRecord, folded, record_of, row_hash, row_keys, share_of
 from mlx_rsgwm.data.select import questions_for, select_questions
 
 PURPOSES = ("train", "calibration", "test")
@@ -40,7 +42,7 @@ def test_no_row_is_on_two_sides(tmp_path, count):
     rows = rows_of(count)
     whole = sides(write(tmp_path / "mine.jsonl", rows))
     assert sum(map(len, whole.values())) == count
-    assert not set.intersection(*whole.values())
+    assert len(set().union(*whole.values())) == count
     for purpose, share in zip(PURPOSES, (0.6, 0.2, 0.2), strict=True):
         assert abs(len(whole[purpose]) - share * count) < 4 * (share * (1 - share) * count) ** 0.5
     shuffled = random.Random(1).sample(rows, count)
@@ -50,6 +52,54 @@ def test_no_row_is_on_two_sides(tmp_path, count):
     assert over_two == whole
     respelt = [{**row, "question": f"  {row['question'].upper()}\u00a0\r\n".replace(" ", "  ")} for row in rows]
     assert sides(write(tmp_path / "doubled.jsonl", rows + respelt)) == whole
+
+
+def in_every_form(folder, rows):
+    """Files of the same rows: as programs and spreadsheets write them, in mlx-lm's forms, put together of two files."""
+    mixed = random.Random(2).sample(rows, len(rows))
+    pairs = [(row["question"], row["answer"]) for row in mixed]
+    turns = [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in pairs
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    texts = {
+        "crlf.jsonl": "\ufeff" + "".join(line + "\r\n" for line in lines),
+        "cr.jsonl": "\r".join(lines),
+        "two-in-one.jsonl": "\ufeff" + "\n".join(lines[:20]) + "\n\n\ufeff" + "\n".join(lines[20:]),
+        "array.json": json.dumps(mixed, indent=1),
+        "array.jsonl": json.dumps(mixed, ensure_ascii=False),
+        "prompts.jsonl": "\n".join(
+            json.dumps({"prompt": question, "completion": answer}) for question, answer in pairs
+        ),
+        "chats.jsonl": "\n".join(json.dumps({"messages": messages}) for messages in turns),
+    }
+    for name, delimiter, mark, end in (
+        ("comma.csv", ",", "", "\r\n"), ("excel.csv", ";", "\ufeff", "\r\n"),
+        ("tab.csv", "\t", "", "\n"), ("tab.tsv", "\t", "\ufeff", "\r\n"),
+    ):  # fmt: skip
+        table = io.StringIO()
+        writer = csv.DictWriter(table, ["Answer", "Question"], delimiter=delimiter, lineterminator=end)
+        writer.writeheader()
+        writer.writerows({"Question": question, "Answer": answer} for question, answer in pairs)
+        texts[name] = mark + table.getvalue()
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+        yield str(folder / name)
+
+
+def test_no_row_is_on_two_sides_in_any_form(tmp_path):
+    """Trained on in one form, calibrated and asked in another; with questions that hold what could end a row."""
+    odd = ("", "\u2028next", '\nsecond line; "quoted", and more', " — naïve café ½", "\ttab", ", 'a'; b|c", " {x} [y]")
+    rows = [{**row, "question": row["question"] + odd[n % 7]} for n, row in enumerate(rows_of(60))]
+    plain = write(tmp_path / "mine.jsonl", rows)
+    expected = sides(plain)
+    assert len(set().union(*expected.values())) == 60
+    trained = RowRecord.of(expected["train"], [row["question"] for row in rows])
+    for path in in_every_form(tmp_path, rows):
+        assert sides(path) == expected, path
+        asked = select_questions(path, "test", None, 0, seen=trained)
+        assert {folded(question.question) for question in asked.questions} == expected["test"]
+        assert not any(trained.has(row_keys(question.question)) for question in asked.questions)
 
 
 def test_the_split_is_fixed():
