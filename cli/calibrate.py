@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.loop import load_pipeline, pipeline_options, sampling_of
+from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, pipeline_options
 from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
@@ -61,8 +61,12 @@ def calibrate(
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.evaluation.calibration_set import calibrate as fit_calibration
     from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_trained_on
-    from mlx_rsgwm.inference.calibration import save_calibration
-    from mlx_rsgwm.inference.policy import LoopConfig
+    from mlx_rsgwm.inference.calibration import (
+        UNCALIBRATED_SCORE,
+        UNCALIBRATED_THRESHOLD,
+        calibration_folder,
+        save_calibration,
+    )
     from mlx_rsgwm.inference.risk_control import Target
     from mlx_rsgwm.inference.scores import METHODS, SCORES
 
@@ -74,24 +78,23 @@ def calibrate(
     if method not in ("auto", "none", *METHODS):
         raise RsgwmError(f"--method must be auto, none or one of {', '.join(METHODS)}, found {method!r}")
     target = None if target_far is None else Target(target_far, confidence)
-    config = LoopConfig(options["attempts"], sampling=sampling_of(console, options))  # type: ignore[arg-type]
-    folders = {role: Path(str(options[role])) for role in ("drafter", "verifier")}
+    pair = load_pair(console, options)
     base_name: Any = options["base_name"]
-    trained = rows_trained_on(folders, base_name, console.progress)
+    trained = rows_trained_on(pair, base_name, console.progress)
     drawn = draw_calibration(tasks, items, console.seed, folder, trained, allow_overlap, split=split)
     for note in drawn.notes:
         console.progress.message(note)
-    pipeline = load_pipeline(console, options, config, None)
+    uncalibrated = {"score": UNCALIBRATED_SCORE, "threshold": UNCALIBRATED_THRESHOLD}
+    pipeline = build_pipeline(console, {**options, **pair, **uncalibrated}, calibration=None)
     found = fit_calibration(
         pipeline, drawn.questions, console.seed, batch_rows, console.progress,
         score=score, method=method, target=target, file=file, record=drawn.record,
     )  # fmt: skip
-    save_calibration(folders["verifier"], found)
+    kept_in = calibration_folder(pair["verifier"])
+    save_calibration(kept_in, found)
     console.line(render(found))
-    console.line(f"calibration: {folders['verifier']}")
-    console.result(
-        {"out": str(folders["verifier"]), **found.to_dict(), "overlap": drawn.overlap.headline("NOT HELD OUT")}
-    )
+    console.line(f"calibration: {kept_in}")
+    console.result({"out": str(kept_in), **found.to_dict(), "overlap": drawn.overlap.headline("NOT HELD OUT")})
 
 
 def render(found: Calibration) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.loop import build_pipeline, loop_options
+from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, loop_options
 from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def evaluate(
     from mlx_rsgwm.evaluation.runner import describe_run
     from mlx_rsgwm.evaluation.runner import evaluate as run_items
     from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
-    from mlx_rsgwm.inference.calibration import load_calibration
+    from mlx_rsgwm.inference.calibration import stored_calibration
 
     counts = [("--batch-rows", batch_rows), ("--sampling-seeds", sampling_seeds)]
     for name, value in [*counts, ("--drafts", 1 if drafts is None else drafts)]:
@@ -105,10 +105,11 @@ def evaluate(
         click.get_current_context().with_resource(exclusive(out))
     processes.wait()  # whoever locks the folder clears half-written files out of it
     progress = console.progress if processes.writes else SILENT
-    adapters = rows_seen({"drafter": loop["drafter"], "verifier": loop["verifier"]}, loop["base_name"], progress)
+    pair = load_pair(console, loop)
+    adapters = rows_seen(pair, loop["base_name"], progress)
     held_out: Sequence[Question] = ()
     notes: tuple[str, ...] = ()
-    if loop["score"] == "auto" and load_calibration(loop["verifier"]) is None:
+    if loop["score"] == "auto" and stored_calibration(pair["verifier"]) is None:
         count = max(4, 24 // len(tasks))
         drawn = draw_calibration(tasks, count, console.seed, folder, adapters, allow_overlap, only_known_files=True)
         held_out, notes = drawn.questions, drawn.notes
@@ -128,7 +129,7 @@ def evaluate(
     def calibrate_here(pipeline: DraftVerify) -> Calibration:
         return calibrate(pipeline, held_out, console.seed, batch_rows, progress)
 
-    pipeline = build_pipeline(console, loop, calibrate_here if held_out else None)
+    pipeline = build_pipeline(console, {**loop, **pair}, calibrate_here if held_out else None)
     seeds = tuple(range(console.seed, console.seed + sampling_seeds))
     about = describe_run(
         pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH, SOURCE
 
 # mlx_rsgwm.converters.fuse.fuse.FORMATS, which is slow to import; a test holds them equal.
 FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 
 
 @click.command()
-@click.argument("adapter", type=PATH)
+@click.argument("adapter", type=SOURCE)
 @click.argument("out", type=PATH)
 @click.option("--base", help="Base model: Hub id, folder, .gguf file or smollm2-135m; default: the adapter's own.")
 @click.option(
@@ -35,9 +35,11 @@ FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 @click.option("--force", is_flag=True, help="Write the model however little survives.")
 @common_options
 def fuse(
-    console: Console, adapter: Path, out: Path, base: str | None, target: str, min_share: float, force: bool
+    console: Console, adapter: Path | str, out: Path, base: str | None, target: str, min_share: float, force: bool
 ) -> None:
     """Work ADAPTER into its base's weights and write the model to the new folder OUT.
+
+    ADAPTER is a folder (ours, mlx-lm's or PEFT's), a .gguf file, a Hub id or hf://owner/name@revision.
 
     Before anything is written, the share of every layer's update that survives rounding to the format is measured;
     afterwards the written model's logits are compared. Exits 3 when less than the stated share survives.
@@ -45,19 +47,14 @@ def fuse(
     Example: rsgwm fuse runs/drafter drafter-model --format float16
     """
     from mlx_rsgwm.converters.fuse.fuse import fuse as fuse_adapter
-    from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.models.adapter import Adapter
 
-    name = base or (Adapter.load(adapter, lazy=True).manifest.get("base") or {}).get("name")
-    if not name:
-        raise RsgwmError(f"{adapter} does not say which base model it is for; give --base")
     result = fuse_adapter(
-        adapter, name, out, target=target, min_share=min_share, force=force, progress=console.progress
+        adapter, base, out, target=target, min_share=min_share, force=force, progress=console.progress
     )
     replaced = f", {result['replaced']} parameters replaced" if result["replaced"] else ""
     console.line(
-        f"{out}: {result['modules']} modules of {name} fused{replaced}, {result['share']:.1%} of their updates "
-        "survive; "
+        f"{out}: {result['modules']} modules of {result['base']} fused{replaced}, {result['share']:.1%} of their "
+        "updates survive; "
         f"{result['logit_share']:.1%} of the effect on logits, which are off by at most {result['max_abs_logit']:.1e}"
     )
     if reason := result.get("form_reason"):

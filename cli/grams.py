@@ -34,7 +34,7 @@ def grams(
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.loading import load_data
-    from mlx_rsgwm.inference.pairing import load_base_for
+    from mlx_rsgwm.inference.open import load_base_for
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, save_grams
 

@@ -33,7 +33,7 @@ def importance(
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.loading import load_data
-    from mlx_rsgwm.inference.pairing import load_base_for
+    from mlx_rsgwm.inference.open import load_base_for
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.training.estimate_importance import collect_importance, save_importance
 

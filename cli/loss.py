@@ -8,12 +8,18 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH, SOURCE, SOURCES
 
 
 @click.command()
 @click.argument("data", type=PATH)
-@click.option("--adapter", "adapters", multiple=True, type=PATH, help="Adapter folder; repeat it.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=SOURCE,
+    help=f"An adapter, {SOURCES}; or a folder of them. Repeatable.",
+)
 @click.option(
     "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the adapters' own, else smollm2-135m]"
 )
@@ -24,7 +30,7 @@ from mlx_rsgwm.cli.options.paths import PATH
 def loss(
     console: Console,
     data: Path,
-    adapters: tuple[Path, ...],
+    adapters: tuple[Path | str, ...],
     base_name: str | None,
     rows: int,
     batch_size: int,
@@ -39,21 +45,18 @@ def loss(
     from mlx_rsgwm.data.batching import row_notes
     from mlx_rsgwm.data.loading import load_data
     from mlx_rsgwm.data.row_hashes import RowRecord, not_recorded, record_of, record_of_base
-    from mlx_rsgwm.inference.pairing import load_base_for
-    from mlx_rsgwm.models.adapter import Adapter
-    from mlx_rsgwm.models.slots import AdapterSlots
+    from mlx_rsgwm.inference.open import load_base_for, slots_of
+    from mlx_rsgwm.models.adapter_sources import load_adapters
     from mlx_rsgwm.training.losses import held_out_loss
 
-    loaded = {str(path): Adapter.load(path) for path in adapters}
+    loaded = {one.where: one for one in load_adapters(adapters, base_name, progress=console.progress)}
     examples, _ = load_data(data, None)
     base = load_base_for(list(loaded.values()), base_name, console.progress)
     found, dropped = examples.token_rows(base.tokenizer, max_tokens, "drop")
     chosen = found[:rows] if rows else found
     for note in row_notes(chosen):
         console.progress.message(f"{data}: {note}")
-    slots = AdapterSlots(base)
-    for name, adapter in loaded.items():
-        slots.load(name, adapter)
+    slots = slots_of(base, loaded)
     fused = record_of_base(base.path)
     records = {name: record_of(adapter.manifest, name) | fused for name, adapter in loaded.items()}
     if fused != RowRecord():

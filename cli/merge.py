@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH, SOURCE
 
 
 @click.command()
-@click.argument("adapters", nargs=-1, type=PATH)
+@click.argument("adapters", nargs=-1, type=SOURCE)
 @click.option("--out", type=PATH, help="Adapter folder to write.")
 @click.option("--method", default="rsgwm", show_default=True, help="Name of a method; --list shows all.")
 @click.option("--role", default="draft", show_default=True, help="draft, verify, or a role of your own.")
@@ -36,12 +36,15 @@ from mlx_rsgwm.cli.options.paths import PATH
     type=float,
     help="Allow a result of up to so many times the norm that its sources and weights account for.  [default: 40]",
 )
+@click.option(
+    "--base", "base_name", help="Base of adapters in other formats.  [default: the one that each of them names]"
+)
 @click.option("--dry-run", is_flag=True, help="Print the diagnosis, write nothing.")
 @click.option("--list", "list_methods", is_flag=True, help="List the methods with their parameters and sources.")
 @common_options
 def merge(
     console: Console,
-    adapters: tuple[Path, ...],
+    adapters: tuple[Path | str, ...],
     out: Path | None,
     method: str,
     role: str,
@@ -53,10 +56,14 @@ def merge(
     weights: tuple[float, ...],
     rank: int | None,
     largest: float | None,
+    base_name: str | None,
     dry_run: bool,
     list_methods: bool,
 ) -> None:
     """Merge ADAPTERS, trained on one base, into one.
+
+    Each is a folder (ours, mlx-lm's or PEFT's), a .gguf file, a Hub id or hf://owner/name@revision; a folder whose
+    subfolders are adapters stands for them.
 
     \b
     Examples:
@@ -74,6 +81,7 @@ def merge(
     from mlx_rsgwm.merging.merge import merge as merge_adapters
     from mlx_rsgwm.merging.options import MergeOptions
     from mlx_rsgwm.models.adapter import is_complete
+    from mlx_rsgwm.models.adapter_sources import load_adapters
 
     if not adapters:
         raise RsgwmError("no adapters given; name at least two adapter folders, or use --list")
@@ -92,14 +100,15 @@ def merge(
         overrides=tuple(_override(pattern, text) for pattern, text in overrides),
         **({} if largest is None else {"largest": largest}),
     )
-    merged = merge_adapters(list(adapters), options, console.progress)
+    loaded = load_adapters(adapters, base_name, lazy=True, hashes=False, progress=console.progress)
+    merged = merge_adapters(loaded, options, console.progress, base=base_name)
     if not dry_run:
         assert out is not None
         merged.save(out)
-    _tell(console, adapters, merged.manifest["merge"], "nothing written" if dry_run else str(out))
+    _tell(console, [one.where for one in loaded], merged.manifest["merge"], "nothing written" if dry_run else str(out))
 
 
-def _tell(console: Console, adapters: Sequence[Path], merge: dict[str, Any], out: str) -> None:
+def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out: str) -> None:
     found = merge["diagnosis"]
     overall = found["overall"]
     console.line(

@@ -83,7 +83,7 @@ def merge_sweep(
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
-    from mlx_rsgwm.inference.pairing import find_base
+    from mlx_rsgwm.inference.open import find_base
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.studies.merge_sweep import Plan, Sweep

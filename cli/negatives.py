@@ -85,11 +85,10 @@ def negatives(
     from mlx_rsgwm.data.template import Template, find_template
     from mlx_rsgwm.evaluation.judging import label_drafts
     from mlx_rsgwm.inference.loop import DraftVerify
-    from mlx_rsgwm.inference.pairing import load_base_for
+    from mlx_rsgwm.inference.open import load_base_for, slots_of
     from mlx_rsgwm.inference.policy import LoopConfig
     from mlx_rsgwm.inference.sampling import Sampling
-    from mlx_rsgwm.models.adapter import Adapter
-    from mlx_rsgwm.models.slots import AdapterSlots
+    from mlx_rsgwm.models.adapter_sources import load_adapters
 
     if verify_rows < 2 or verify_rows % 2:
         raise RsgwmError(f"--verify-rows must be even and at least 2, for they come in pairs, found {verify_rows}")
@@ -106,16 +105,14 @@ def negatives(
     for task, selection in chosen.items():
         if selection.note(task):
             console.line(selection.note(task))
-    adapters = [Adapter.load(path) for path in sources]
+    adapters = load_adapters(sources, base_name, progress=console.progress)
     described = [one.manifest["template"] for one in adapters if one.manifest.get("template")]
     if not template_name and not described:
         raise RsgwmError(f"{sources[0]} does not say which prompt template it was trained with; give --template")
     template = find_template(template_name) if template_name else Template.from_description(described[0])
-    slots = AdapterSlots(load_base_for(adapters, base_name, console.progress))
-    pipelines = []
-    for index, adapter in enumerate(adapters):
-        slots.load(f"from-{index}", adapter)
-        pipelines.append(DraftVerify(slots, template, f"from-{index}", None, config))
+    base = load_base_for(adapters, base_name, console.progress)
+    slots = slots_of(base, {f"from-{index}": adapter for index, adapter in enumerate(adapters)})
+    pipelines = [DraftVerify(slots, template, name, None, config) for name in slots.names()]
 
     rows: list[CorpusRow] = []
     counts: dict[str, dict[str, int]] = {}
@@ -141,9 +138,7 @@ def negatives(
                 f"{task}: {mixed.missing} more were to have a wrong draft, but there are no more; --questions and "
                 "--attempts give more"
             )
-    origin = [
-        {"name": path.name, "files": one.manifest.get("files", {})} for path, one in zip(sources, adapters, strict=True)
-    ]
+    origin = [{"name": one.name, "files": one.manifest.get("files", {})} for one in adapters]
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "attempts": attempts}
     provenance = {"from": origin, "share": share, "offset": offset, **sampling, "counts": counts}
     corpus = save_corpus(

@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH, SOURCE
 
 TOLERANCE = 1e-3
 
 
 @click.command()
-@click.argument("adapter", type=PATH)
+@click.argument("adapter", type=SOURCE)
 @click.option("--base", help="Base model: Hub id, folder, .gguf file or smollm2-135m; default: the adapter's own.")
 @click.option("--peft", type=PATH, help="Compare this PEFT folder; default: convert on the fly.")
 @click.option("--tolerance", default=TOLERANCE, show_default=True, help="Largest difference of two logits that passes.")
@@ -31,7 +31,7 @@ TOLERANCE = 1e-3
 @common_options
 def parity(
     console: Console,
-    adapter: Path,
+    adapter: Path | str,
     base: str | None,
     peft: Path | None,
     tolerance: float,
@@ -41,6 +41,8 @@ def parity(
 ) -> None:
     """Compare ADAPTER in MLX with torch and PEFT: logits, greedy continuations, perplexity, every adapted layer.
 
+    ADAPTER is a folder (ours, mlx-lm's or PEFT's), a .gguf file, a Hub id or hf://owner/name@revision.
+
     Both sides have the same base, dtype and tokens, torch with eager attention. Exits 3 and names the first layer that
     differs when they differ by more than the tolerance, or when either side does not apply the adapter.
 
@@ -48,15 +50,11 @@ def parity(
     """
     from mlx_rsgwm.converters.parity.check import check_parity
     from mlx_rsgwm.core import files
-    from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
+    from mlx_rsgwm.core.errors import CheckFailed
     from mlx_rsgwm.core.folders import make_folder
-    from mlx_rsgwm.models.adapter import Adapter
 
-    name = base or (Adapter.load(adapter).manifest.get("base") or {}).get("name")
-    if not name:
-        raise RsgwmError(f"{adapter} does not say which base model it is for; give --base")
     result = check_parity(
-        adapter, name, peft_folder=peft, tolerance=tolerance, dtype=dtype, device=device, progress=console.progress
+        adapter, base, peft_folder=peft, tolerance=tolerance, dtype=dtype, device=device, progress=console.progress
     )
     if certificate is not None:
         make_folder(certificate.absolute().parent)

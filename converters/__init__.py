@@ -1,6 +1,17 @@
 """The edges: PEFT, GGUF and the Hub, and the proof that what crosses them is unchanged."""
 
-from mlx_rsgwm.models.file_readers import FILE_READERS, FileReader
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.models.file_readers import ADAPTER_READERS, FILE_READERS, AdapterReader, FileReader
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.models.adapter import Adapter
+
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.safetensors.index.json")
 
 
 def _gguf_reader() -> FileReader:
@@ -9,4 +20,18 @@ def _gguf_reader() -> FileReader:
     return FileReader(CONVERSION_VERSION, convert_gguf)
 
 
+def _from_peft(path: Path, base: str | None, progress: Progress) -> Adapter:
+    from mlx_rsgwm.converters.peft.convert import from_peft_on
+
+    return from_peft_on(path, base, progress)
+
+
+def _from_gguf(path: Path, base: str | None, progress: Progress) -> Adapter:
+    from mlx_rsgwm.converters.gguf.read_adapter import from_gguf
+
+    return from_gguf(path, base, progress)
+
+
 FILE_READERS[".gguf"] = _gguf_reader
+ADAPTER_READERS["peft"] = AdapterReader(lambda path: any((path / name).is_file() for name in PEFT_FILES), _from_peft)
+ADAPTER_READERS["gguf"] = AdapterReader(lambda path: path.suffix == ".gguf" and path.is_file(), _from_gguf)

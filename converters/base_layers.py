@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from mlx_rsgwm.converters.module_names import (
 from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.models.base import HUB_ID, HUB_PATTERNS, describe_base, fingerprint_of, resolve_base
+from mlx_rsgwm.models.base import describe_base, fingerprint_of, local_base, resolve_base
 from mlx_rsgwm.models.config import config_for_mlx_lm, model_classes, open_model
 from mlx_rsgwm.models.folder import first_line, read_config, weight_files
 from mlx_rsgwm.models.token_layers import is_head
@@ -83,20 +83,24 @@ class BaseLayers:
 
 def local_base_layers(name: str) -> BaseLayers | None:
     """:func:`read_base_layers` of a base that is on this machine as a folder or in the Hub's cache; else None."""
-    from huggingface_hub import snapshot_download
-
-    path = Path(name)
-    if not path.is_dir():
-        if not HUB_ID.fullmatch(name):
-            return None
-        try:
-            path = Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=True))
-        except (OSError, ValueError):
-            return None
+    path = local_base(name)
+    if path is None:
+        return None
     try:
         return read_base_layers(name, resolve_base(str(path)))
     except RsgwmError:
         return None  # not whole, or of a kind that mlx-lm has not: no help here
+
+
+def shared_base_layers(name: str, path: Path) -> BaseLayers:
+    """:func:`read_base_layers`, once for adapters of one base that are read one after another."""
+    return _layers_while(name, path, tuple((file, file.stat().st_mtime_ns) for file in weight_files(path)))
+
+
+@lru_cache(maxsize=1)
+def _layers_while(name: str, path: Path, stamps: tuple[tuple[Path, int], ...]) -> BaseLayers:
+    """The layers while the base's files are those of ``stamps``."""
+    return read_base_layers(name, path)
 
 
 def read_base_layers(name: str, path: Path) -> BaseLayers:

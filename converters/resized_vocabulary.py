@@ -109,17 +109,17 @@ def tokenizer_of(adapter: Adapter, base: Path) -> list[Path]:
     Raises:
         AdapterError: the adapter brings no tokenizer that has the added tokens, or one with ids beyond the rows.
     """
-    assert adapter.path is not None
     rows = rows_of(adapter.manifest)
     if not rows:
         return []
+    own = adapter.files_in
     old_rows = _rows_in(base)
-    brought = (adapter.path / "tokenizer.json").is_file()
+    brought = own is not None and (own / "tokenizer.json").is_file()
     what = f"{adapter.where} has a vocabulary of {rows} rows, the base {old_rows}"
     again = "put the one it was trained with into the PEFT folder (tokenizer.save_pretrained) and convert it again"
     if rows > old_rows and not brought:
         raise AdapterError(f"{what}, and it brings no tokenizer.json with the added tokens; {again}")
-    folder = adapter.path if brought else base
+    folder = own if own is not None and brought else base
     count = count_ids(folder)
     if count > rows:
         raise AdapterError(f"{what}, and the tokenizer in {folder} has {count} tokens; {again}")

@@ -21,7 +21,8 @@ import numpy as np
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import new_folder, require_space
-from mlx_rsgwm.models.adapter import EXPONENT_BITS, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.adapter import FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.finite import EXPONENT_BITS
 
 DTYPE_NAMES = {
     mx.float32: "F32",

@@ -31,7 +31,7 @@ from mlx_rsgwm.evaluation.runner import evaluate as run_questions
 from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
 from mlx_rsgwm.inference.calibration import Calibration, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.pairing import DEFAULT_BASE
+from mlx_rsgwm.inference.open import DEFAULT_BASE
 from mlx_rsgwm.merging.merge import merge as merge_adapters
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter, is_complete
@@ -160,8 +160,7 @@ def merge(
     if folder is not None and is_complete(folder):
         raise RsgwmError(f"{folder} already holds a finished adapter; choose another folder or remove it")
     options = MergeOptions(method, role, parameters, tuple(weights), rank, seed)
-    opened = [adapter if isinstance(adapter, Adapter) else Path(adapter) for adapter in adapters]
-    merged = merge_adapters(opened, options, progress)
+    merged = merge_adapters(adapters, options, progress)
     for warning in merged.manifest["merge"]["warnings"]:
         progress.warning(warning)
     if folder is not None:

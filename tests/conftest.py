@@ -1,7 +1,9 @@
 """Shared fixtures: a tiny real Llama with a byte-level tokenizer, and the guards that stand in for Metal."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module, metadata
@@ -215,7 +217,7 @@ def make_adapter(base):
     """A random adapter on the tiny base, with importance for every signal and a shared initialisation."""
     from mlx_rsgwm.data.template import TEMPLATES
     from mlx_rsgwm.models.adapter import SIGNALS, Adapter, LoraSpec
-    from mlx_rsgwm.models.slots import linear_shape
+    from mlx_rsgwm.models.fit_check import linear_shape
     from mlx_rsgwm.training.layers import initial_factors
 
     linear = {
@@ -311,3 +313,52 @@ def launch(start_two):
         return told
 
     return run
+
+
+@pytest.fixture
+def make_base_of(tmp_path):
+    """Maker of other tiny bases than ``tiny_base``: ``make_base_of(seed)``."""
+    return lambda seed: make_base(tmp_path / f"base-{seed}", seed)
+
+
+@pytest.fixture
+def adapter_sources(make_adapter, tiny_base, tmp_path, monkeypatch):
+    """Maker of one random adapter in every form: ``adapter_sources(seed)``, a source by kind.
+
+    The Hub is a cache on disk, and nothing else can be reached. ``sidecar``: whether PEFT's folders keep what PEFT has
+    no place for.
+    """
+    from mlx_rsgwm.converters.base_layers import read_base_layers
+    from mlx_rsgwm.converters.gguf.adapter import to_gguf
+    from mlx_rsgwm.converters.peft.convert import to_peft
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def in_cache(folder, repo):
+        place = cache / f"models--{repo.replace('/', '--')}"
+        commit = hashlib.sha1(repo.encode()).hexdigest()
+        shutil.copytree(folder, place / "snapshots" / commit)
+        (place / "refs").mkdir()
+        for name in ("main", "v1"):
+            (place / "refs" / name).write_text(commit)
+
+    def make(seed, sidecar=True, **options):
+        adapter = make_adapter(seed, **options)
+        root = tmp_path / f"{seed}"
+        ours = adapter.save(root / f"adapter-{seed}")
+        layers = read_base_layers(str(tiny_base), tiny_base)
+        forms = {"ours": ours, "mlx_lm": root / "mlx", "peft": root / "peft", "gguf": root / "adapter.gguf"}
+        forms["mlx_lm"].mkdir()
+        shutil.copyfile(ours / "adapters.safetensors", forms["mlx_lm"] / "adapters.safetensors")
+        config = {**adapter.spec.to_config(), "model": str(tiny_base)}
+        (forms["mlx_lm"] / "adapter_config.json").write_text(json.dumps(config))
+        to_peft(adapter, str(tiny_base), forms["peft"])
+        if not sidecar:
+            shutil.rmtree(forms["peft"] / "mlx_rsgwm")
+        to_gguf(adapter, layers, forms["gguf"])
+        in_cache(forms["peft"], f"owner/adapter-{seed}")
+        return {**forms, "hub": f"owner/adapter-{seed}", "hub_revision": f"hf://owner/adapter-{seed}@v1"}
+
+    return make

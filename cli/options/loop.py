@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from mlx_rsgwm.cli.console import Console
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.paths import SOURCE, SOURCES
 
 if TYPE_CHECKING:
     from mlx_rsgwm.inference.calibration import Calibration
     from mlx_rsgwm.inference.loop import DraftVerify
-    from mlx_rsgwm.inference.policy import LoopConfig
-    from mlx_rsgwm.inference.sampling import Sampling
+    from mlx_rsgwm.models.adapter import Adapter
 
 F = TypeVar("F", bound=Callable[..., Any])
+Source = str | Path
 
 DEMO = Path("runs/demo")
 
@@ -27,11 +27,11 @@ PIPELINE_OPTIONS = (
     click.option(
         "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one that the adapters record]"
     ),
-    click.option("--drafter", type=PATH, help=f"Adapter folder of the drafter.  [default: {DEMO}/drafter]"),
+    click.option("--drafter", type=SOURCE, help=f"The drafter: {SOURCES}.  [default: {DEMO}/drafter]"),
     click.option(
         "--verifier",
-        type=PATH,
-        help=f"Adapter folder of the verifier; give both or neither.  [default: {DEMO}/verifier]",
+        type=SOURCE,
+        help=f"The verifier, likewise; give both or neither.  [default: {DEMO}/verifier]",
     ),
     click.option("--attempts", default=3, show_default=True, help="Drafts in all, the first included."),
     click.option("--temperature", default=0.7, show_default=True),
@@ -67,10 +67,10 @@ DECISION_OPTIONS = (
 
 
 def pipeline_options(command: F) -> F:
-    """Add the options of :func:`load_pipeline`; the command takes them as keywords and hands them on."""
+    """Add the options that :func:`build_pipeline` needs; the command takes them as keywords and hands them on."""
 
     @functools.wraps(command)
-    def with_pair(*arguments: Any, drafter: Path | None, verifier: Path | None, **options: Any) -> Any:
+    def with_pair(*arguments: Any, drafter: Source | None, verifier: Source | None, **options: Any) -> Any:
         drafter, verifier = settle_pair(drafter, verifier)
         return command(*arguments, drafter=drafter, verifier=verifier, **options)
 
@@ -80,8 +80,8 @@ def pipeline_options(command: F) -> F:
     return decorated
 
 
-def settle_pair(drafter: Path | None, verifier: Path | None) -> tuple[Path, Path]:
-    """Both folders: the demo's when none is given. With one of them the other is never guessed."""
+def settle_pair(drafter: Source | None, verifier: Source | None) -> tuple[Source, Source]:
+    """Both sources: the demo's when none is given. With one of them the other is never guessed."""
     from mlx_rsgwm.core.errors import RsgwmError
 
     if drafter is None and verifier is None:
@@ -90,7 +90,7 @@ def settle_pair(drafter: Path | None, verifier: Path | None) -> tuple[Path, Path
         return drafter, verifier
     given, missing = ("drafter", "verifier") if verifier is None else ("verifier", "drafter")
     folder = drafter or verifier
-    beside = folder.parent / missing if folder is not None else None
+    beside = folder.parent / missing if isinstance(folder, Path) else None
     hint = f" (there is {beside})" if beside is not None and beside.is_dir() else ""
     raise RsgwmError(f"--{given} {folder} without --{missing}; give both{hint}")
 
@@ -102,113 +102,45 @@ def loop_options(command: F) -> F:
     return pipeline_options(command)
 
 
-def load_pipeline(
-    console: Console, options: Mapping[str, Any], config: LoopConfig, calibration: Calibration | None
-) -> DraftVerify:
-    """Load base and adapters once they are known to belong together.
+def load_pair(console: Console, options: Mapping[str, Any]) -> dict[str, Adapter]:
+    """Drafter and verifier for commands that look at them before a pipeline is opened with them."""
+    from mlx_rsgwm.models.adapter_sources import load_adapter
 
-    What is odd about the pair, and what the verifier's calibration was not made for, is told.
-    """
-    from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.data.template import Template, find_template
-    from mlx_rsgwm.evaluation.calibration_set import identity
-    from mlx_rsgwm.inference.loop import DraftVerify
-    from mlx_rsgwm.inference.pairing import check_pair, load_base_for
-    from mlx_rsgwm.models.adapter import Adapter
-    from mlx_rsgwm.models.slots import AdapterSlots
-
-    asked_in = find_template(options["verify_template"]) if options["verify_template"] else None
-    mismatch = options["template_mismatch"]
-    drafter, verifier = Adapter.load(options["drafter"]), Adapter.load(options["verifier"])
-    for doubt in check_pair(drafter, verifier):
-        console.warn(doubt)
-    if options["template_name"]:
-        template = find_template(options["template_name"])
-    elif drafter.manifest.get("template"):
-        template = Template.from_description(drafter.manifest["template"])
-    else:
-        raise RsgwmError(
-            f"{options['drafter']} does not say which prompt template it was trained with; give --template"
-        )
-    slots = AdapterSlots(load_base_for((drafter, verifier), options["base_name"], console.progress))
-    slots.load("drafter", drafter)
-    slots.load("verifier", verifier)
-    pipeline = DraftVerify(slots, template, "drafter", "verifier", config, asked_in, mismatch, calibration)
-    for warning in pipeline.warnings:
-        console.warn(warning)
-    changed = calibration.differences(identity(pipeline)) if calibration else []
-    if changed:
-        console.warn(
-            f"the verifier was calibrated with another {', '.join(changed)}; its threshold and what its scores mean "
-            "may not hold here; calibrate again with: rsgwm calibrate"
-        )
-    if calibration and not calibration.made_for:
-        console.warn("the verifier's calibration does not say which pair it was made for; see rsgwm calibrate")
-    return pipeline
+    base = options["base_name"]
+    return {role: load_adapter(options[role], base, progress=console.progress) for role in ("drafter", "verifier")}
 
 
 def build_pipeline(
     console: Console,
     options: Mapping[str, Any],
     calibrate: Callable[[DraftVerify], Calibration] | None = None,
+    calibration: Literal["stored"] | None = "stored",
 ) -> DraftVerify:
-    """Load base and adapters and settle score and threshold.
+    """The pipeline that the options ask for; see :func:`~mlx_rsgwm.inference.open.open_pipeline`."""
+    from mlx_rsgwm.inference.open import open_pipeline
 
-    ``auto`` takes what was stored beside the verifier; without that, ``calibrate`` decides on held-out questions, and
-    where there are none the literal reading of the paper (mean_logprob, 0.7) is used and said so.
-    """
-    from dataclasses import replace
-
-    from mlx_rsgwm.inference.calibration import (
-        UNCALIBRATED_SCORE,
-        UNCALIBRATED_THRESHOLD,
-        NothingToTellApart,
-        load_calibration,
+    names = ("attempts", "temperature", "top_p", "max_tokens", "verify_template", "template_mismatch")
+    decisions = {name: options[name] for name in ("mode", "abstain") if name in options}
+    threshold = options.get("threshold", "auto")
+    return open_pipeline(
+        options["drafter"],
+        options["verifier"],
+        options["base_name"],
+        template=options["template_name"],
+        score=options.get("score", "auto"),
+        threshold="auto" if threshold == "auto" else _threshold(threshold),
+        seed=console.seed,
+        calibration=calibration,
+        calibrate=calibrate,
+        progress=console.progress,
+        **{name: options[name] for name in names},
+        **decisions,
     )
-    from mlx_rsgwm.inference.policy import LoopConfig
-
-    score, threshold = options["score"], _threshold(options["threshold"])
-    provisional = UNCALIBRATED_SCORE if score == "auto" else score
-    config = LoopConfig(
-        attempts=options["attempts"],
-        threshold=UNCALIBRATED_THRESHOLD if threshold is None else threshold,
-        score=provisional,
-        sampling=sampling_of(console, options),
-        mode=options["mode"],
-        abstain=options["abstain"],
-    )
-    calibration = load_calibration(options["verifier"])
-    if calibration is not None and "auto" in (score, options["threshold"]):
-        calibration.require_both_classes(options["verifier"])
-    pipeline = load_pipeline(console, options, config, calibration)
-    if score == "auto" and calibration is None and calibrate is not None:
-        try:
-            pipeline.calibration = calibration = calibrate(pipeline)
-        except NothingToTellApart as error:
-            console.progress.message(f"warning: {error}")
-    if score == "auto":
-        score = calibration.score if calibration else UNCALIBRATED_SCORE
-        if calibration is None:
-            console.progress.message(f"the verifier is not calibrated: its score is {UNCALIBRATED_SCORE}")
-    if threshold is None:
-        matching = calibration is not None and calibration.score == score
-        threshold = calibration.threshold if calibration is not None and matching else UNCALIBRATED_THRESHOLD
-    pipeline.config = replace(config, threshold=threshold, score=score)
-    return pipeline
 
 
-def sampling_of(console: Console, options: Mapping[str, Any]) -> Sampling:
-    """The sampling that the options ask for."""
-    from mlx_rsgwm.inference.sampling import Sampling
-
-    return Sampling(options["temperature"], options["top_p"], options["max_tokens"], console.seed)
-
-
-def _threshold(text: str) -> float | None:
+def _threshold(text: str) -> float:
     from mlx_rsgwm.core.errors import RsgwmError
 
-    if text == "auto":
-        return None
     try:
         return float(text)
     except ValueError:

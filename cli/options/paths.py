@@ -26,3 +26,16 @@ class FilePath(click.Path):
 
 
 PATH = FilePath()
+
+
+class AdapterSource(FilePath):
+    """A source as :func:`mlx_rsgwm.models.adapter_sources.load_adapter` takes it; hf://… stays text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value.startswith("hf:/"):
+            return value
+        return super().convert(value, param, ctx)
+
+
+SOURCE = AdapterSource()
+SOURCES = "a folder (ours, mlx-lm's or PEFT's), a .gguf file, a Hub id or hf://owner/name@revision"

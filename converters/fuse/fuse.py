@@ -43,9 +43,10 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.row_hashes import FUSED_FILE, KEY, RowRecord, record_of, record_of_base
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.base import DTYPES, Base, load_base, resolve_base
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
+from mlx_rsgwm.models.base import DTYPES, Base, load_base
 from mlx_rsgwm.models.config import open_model
-from mlx_rsgwm.models.folder import fingerprint_of
+from mlx_rsgwm.models.fit_check import base_of
 from mlx_rsgwm.models.token_layers import has_head
 
 MIN_SHARE = 0.9
@@ -66,8 +67,8 @@ class Survival:
 
 
 def fuse(
-    adapter_folder: Path,
-    base_name: str,
+    source: AdapterSource,
+    base_name: str | None,
     out: Path,
     *,
     target: str = "keep",
@@ -78,8 +79,8 @@ def fuse(
     """Write the model that a base is with an adapter to the new folder ``out``.
 
     Args:
-        adapter_folder: LoRA or DoRA on any layers, and replaced parameters.
-        base_name: as for ``load_base``.
+        source: as for ``load_adapter``: LoRA or DoRA on any layers, and replaced parameters.
+        base_name: as for ``load_base``; None: the one that the adapter records.
         out: a folder that does not exist yet, or an empty one.
         target: one of :data:`FORMATS`.
         min_share: the share of the adapter's update, and of its effect on logits, that must survive.
@@ -99,18 +100,15 @@ def fuse(
     if not 0 <= min_share <= 1:
         raise RsgwmError(f"fuse: the share must be in [0, 1], found {min_share}")
     require_empty(out)
-    adapter = Adapter.load(adapter_folder)
-    path = resolve_base(base_name, progress)
-    problem = adapter.base_problem(base_name, fingerprint_of(path), weights_only=True)
-    if problem:
-        raise AdapterError(problem)
-    record = record_of(adapter.manifest, adapter_folder.name) | record_of_base(path)
+    adapter = load_adapter(source, base_name, progress=progress)
+    name, path = base_of(adapter, base_name, progress)
+    record = record_of(adapter.manifest, adapter.name) | record_of_base(path)
     with ExitStack() as stack:
-        loaded_name = base_name
+        loaded_name = name
         if adapts_head(adapter) and not has_head(dict(open_model(path)[0].named_modules())):
             path = stack.enter_context(untied_base(path))
             loaded_name = str(path)
-        return _fuse(adapter, path, loaded_name, base_name, out, target, min_share, force, progress, record)
+        return _fuse(adapter, path, loaded_name, name, out, target, min_share, force, progress, record)
 
 
 def _fuse(
@@ -152,7 +150,7 @@ def _fuse(
         result = {
             "out": str(out),
             "base": base_name,
-            "adapter": str(adapter.path),
+            "adapter": adapter.where,
             "format": target,
             **form,
             "modules": sum(survival.norm > 0 for survival in found),

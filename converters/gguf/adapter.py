@@ -21,8 +21,8 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.fit_check import untied_hint
 from mlx_rsgwm.models.folder import read_config
-from mlx_rsgwm.models.slots import untied_hint
 from mlx_rsgwm.models.token_layers import is_embedding
 
 FLOATS = {"f32": np.float32, "f16": np.float16}

@@ -6,11 +6,9 @@ local folders never do: a path in a manifest or certificate is cut to its last p
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,10 @@ from mlx_rsgwm.core.folders import make_folder, new_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.models.base import ALIASES, HUB_ID, resolve_base
+from mlx_rsgwm.models.hub_files import fetch_adapter, readable
 
 MLX_FOLDER = "mlx"
 CARD_FILE = "README.md"
-PULLED = ["*.json", "*.safetensors", "*.md", "*/*.json", "*/*.safetensors"]  # no pickles, no code
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def push(staged: Staged, repo: str, *, private: bool = True, message: str = "Add
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with _readable(f"{repo} could not be written to the Hub"):
+    with readable(f"{repo} could not be written to the Hub"):
         api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
         commit = api.upload_folder(
             repo_id=repo, folder_path=str(staged.folder), commit_message=message, repo_type="model"
@@ -151,7 +149,7 @@ def pull(
     if not HUB_ID.fullmatch(repo):
         raise RsgwmError(f"{repo!r} is not a repository's name; give owner/name")
     require_empty(out)
-    folder = _fetched(repo, revision, progress)
+    folder = fetch_adapter(repo, revision, progress)
     if is_mlx(folder) and not is_peft(folder):
         return _kept_mlx(folder, repo, out, base, keep_peft)
     check_peft(folder)
@@ -197,23 +195,6 @@ def _copy(folder: Path, out: Path) -> None:
         shutil.copytree(folder, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 
 
-def _fetched(repo: str, revision: str | None, progress: Progress) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    progress.message(f"fetching {repo} from the Hugging Face Hub")
-    with _readable(f"{repo} could not be fetched from the Hub"):
-        try:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=PULLED))
-        except HfHubHTTPError:
-            raise
-        except OSError as error:  # no network: what was fetched before is as good
-            try:
-                return Path(snapshot_download(repo, revision=revision, allow_patterns=PULLED, local_files_only=True))
-            except OSError:
-                raise error from None
-
-
 def _hub_base(name: str | None, where: Path) -> str:
     """The Hub id of a base; a local folder's name must not be published."""
     if name in ALIASES:
@@ -234,23 +215,3 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, str) and (value.startswith(("/", "~")) or re.match(r"[A-Za-z]:[\\/]", value)):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     return value
-
-
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Every failure of the Hub's client as one line, without the access token that some messages repeat."""
-    try:
-        yield
-    except RsgwmError:
-        raise
-    except Exception as error:  # HTTP, network and login errors of several libraries, all told by their first line
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RsgwmError(f"{what}: {redacted(lines[0] if lines else type(error).__name__)}") from None
-
-
-def redacted(text: str) -> str:
-    """``text`` without access tokens: the one in use, and whatever looks like one."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if token := os.environ.get(name):
-            text = text.replace(token, "(token)")
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "(token)", text)

@@ -9,17 +9,17 @@ from mlx_rsgwm.converters.peft.sidecar import CERTIFICATE_FILE, SIDECAR_FOLDER
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
-from mlx_rsgwm.models.adapter import WEIGHTS_FILE
+from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter
 
 CERTIFICATE_FORMAT = "mlx-rsgwm/parity"
 
 
-def sign(result: dict[str, Any], adapter_folder: Path, base_fingerprint: str) -> dict[str, Any]:
+def sign(result: dict[str, Any], adapter: Adapter, base_fingerprint: str) -> dict[str, Any]:
     """A parity result with the SHA-256 of the weights and the base's fingerprint it holds for."""
     return {
         "format": CERTIFICATE_FORMAT,
         "format_version": 1,
-        "adapter_sha256": files.sha256_file(adapter_folder / WEIGHTS_FILE),
+        "adapter_sha256": adapter.weights_hash(),
         "base_fingerprint": base_fingerprint,
         **result,
     }

@@ -32,8 +32,9 @@ from mlx_rsgwm.converters.peft.folder import is_of_wrapped_model, open_peft
 from mlx_rsgwm.converters.peft.names import is_other_tower
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
-from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.models.fit_check import base_of
 from mlx_rsgwm.models.token_layers import is_embedding
 
 TEXTS = (
@@ -48,8 +49,8 @@ CONTINUATION = 12
 
 
 def check_parity(
-    adapter_folder: Path,
-    base_name: str,
+    source: AdapterSource,
+    base_name: str | None,
     *,
     peft_folder: Path | None = None,
     device: str = "auto",
@@ -62,9 +63,10 @@ def check_parity(
     """Compare MLX and torch with one adapter, on the same base, dtype and tokens.
 
     Args:
-        adapter_folder: the adapter, as mlx-lm reads it.
-        base_name: as for ``load_base``; its folder is what transformers loads too, dequantised where it is quantised.
-        peft_folder: the same adapter in PEFT's format; converted on the fly when None.
+        source: the adapter, as for ``load_adapter``.
+        base_name: as for ``load_base``; None: the one that the adapter records. Its folder is what transformers loads
+            too, dequantised where it is quantised.
+        peft_folder: the same adapter in PEFT's format; when None the source, if it is that, else converted on the fly.
         device: torch's: ``auto`` is MPS or CUDA if present, else the CPU.
         dtype: float32, float16 or bfloat16, on both sides; the default tolerance is for float32.
         tolerance: largest absolute difference of two logits that passes.
@@ -85,23 +87,23 @@ def check_parity(
         raise RsgwmError(f"parity tolerance must be a number above 0, found {tolerance}")
     torch = import_torch()
     device = torch_device(device)
-    adapter = Adapter.load(adapter_folder)
+    adapter = load_adapter(source, base_name, progress=progress)
+    name, path = base_of(adapter, base_name, progress)
+    if peft_folder is None and adapter.origin is not None and adapter.origin.is_dir():
+        peft_folder = adapter.origin
     with tempfile.TemporaryDirectory(prefix="rsgwm-parity-") as temporary, progress.task("parity", 2) as advance:
-        folder = peft_folder or to_peft(adapter, base_name, Path(temporary) / "peft")
+        folder = peft_folder or to_peft(adapter, name, Path(temporary) / "peft")
         weights_sha256 = open_peft(folder).sha256()
         with exact_float32() as mlx_device:
-            base = load_base(base_name, dtype=dtype, progress=progress)
-            problem = adapter.base_problem(base_name, base.fingerprint, weights_only=True)
-            if problem:
-                raise AdapterError(problem)
+            base = load_base(name, dtype=dtype, progress=progress)
             ids = [list(map(int, one)) for one in token_ids or probe_ids(base, TEXTS)]
             ours = trace_mlx(base, adapter, ids, continuation)
-            path, fingerprint = base.path, base.fingerprint
+            fingerprint = base.fingerprint
             del base
         mx.clear_cache()
         advance(1, "MLX")
         torch_path = dense_base(path, Path(temporary) / "dense")
-        known = read_base_layers(base_name, path).names
+        known = read_base_layers(name, path).names
         names = {module: torch_module(module, known) for module in ours.probes}
         theirs = _trace_torch(torch_path, folder, device, dtype, ids, ours.probes, names, continuation)
         theirs = replace(theirs, probes=scaled_probes(theirs.probes, known))
@@ -131,8 +133,8 @@ def check_parity(
         "device": device,
         "mlx_device": mlx_device,
         "attention": "eager",
-        "base": base_name,
-        "adapter": str(adapter_folder),
+        "base": name,
+        "adapter": adapter.where,
         "peft_weights_sha256": weights_sha256,
         "torch": torch.__version__,
         "peft": _version("peft"),
@@ -140,7 +142,7 @@ def check_parity(
         "mlx": _version("mlx"),
         "mlx_lm": _version("mlx-lm"),
     }
-    return sign(result, adapter_folder, fingerprint)
+    return sign(result, adapter, fingerprint)
 
 
 def scaled_probes(probes: dict[str, Probe], names: Names) -> dict[str, Probe]:

@@ -24,7 +24,7 @@ from mlx_rsgwm.models.token_layers import has_head
 
 
 def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
-    """Put a saved adapter into mlx-lm's model by mlx-lm's own ``load_adapters``; the model is in evaluation mode after.
+    """Put an adapter into mlx-lm's model by mlx-lm's own ``load_adapters``; the model is in evaluation mode after.
 
     Its configuration is written anew for that, in the fields that mlx-lm reads today.
 
@@ -35,7 +35,6 @@ def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
     """
     from mlx_lm.tuner.utils import load_adapters
 
-    assert adapter.path is not None
     if adapts_head(adapter) and not has_head(dict(model.named_modules())):
         raise AdapterError(
             f"{adapter.where} has a head apart from the embedding, which {name} ties; "
@@ -48,7 +47,7 @@ def apply_adapter(model: Any, adapter: Adapter, name: str) -> None:
             folder = Path(temporary)
             # mlx-lm needs fields that its older versions did not write.
             files.write_json(folder / CONFIG_FILE, adapter.spec.to_config())
-            if adapter.full:
+            if adapter.path is None or adapter.full:
                 mx.save_safetensors(str(folder / WEIGHTS_FILE), adapter.weights)
             else:
                 (folder / WEIGHTS_FILE).symlink_to((adapter.path / WEIGHTS_FILE).resolve())

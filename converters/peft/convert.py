@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_rsgwm.converters.base_layers import BaseLayers, local_base_layers, read_base_layers
+from mlx_rsgwm.converters.base_layers import BaseLayers, local_base_layers, read_base_layers, shared_base_layers
 from mlx_rsgwm.converters.peft.folder import open_peft
 from mlx_rsgwm.converters.peft.layout import Reading
 from mlx_rsgwm.converters.peft.read import early_problems, read_peft
@@ -34,7 +34,7 @@ from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
-from mlx_rsgwm.models.base import ALIASES, resolve_base
+from mlx_rsgwm.models.base import ALIASES, recorded_base, resolve_base
 
 
 class Converted(NamedTuple):
@@ -111,8 +111,8 @@ def _write(
         digest = write_arrays(work / PEFT_WEIGHTS_FILE, arrays, metadata or {"format": "pt"})
         check()
         write_sidecar(adapter, config, work, digest, form.joined)
-        if adapter.path is not None and rows_of(adapter.manifest):
-            for file in tokenizer_files(adapter.path):
+        if adapter.files_in is not None and rows_of(adapter.manifest):
+            for file in tokenizer_files(adapter.files_in):
                 shutil.copyfile(file, work / file.name)
         files.write_json(work / PEFT_CONFIG_FILE, config)
     return out
@@ -137,13 +137,25 @@ def from_peft(folder: Path, base: Mapping[str, Any] | None = None) -> Adapter:
     return _evaluated(read_peft(open_peft(Path(folder)), None, base))
 
 
-def from_peft_on(folder: Path, base_name: str, progress: Progress = SILENT) -> Adapter:
+def from_peft_on(folder: Path, base_name: str | None, progress: Progress = SILENT) -> Adapter:
     """:func:`from_peft` for a named base, with every module's name and shape checked against the base's.
 
     The base is resolved (fetched if need be) only once the adapter itself is known to be sound; it is not loaded.
+    Without a name it is the one that the folder records. What PEFT would only warn of is told.
     """
     check_peft(folder)
-    return _evaluated(_read_on(folder, read_base_layers(base_name, resolve_base(base_name, progress))))
+    named = base_name or open_peft(folder).base_name
+    if not named:
+        raise RsgwmError(f"{folder} does not say which base model it is for; give --base")
+    if base_name:
+        name, path = base_name, resolve_base(base_name, progress)
+    else:
+        name, path = recorded_base(named, str(folder), progress)
+    reading = Reading()
+    adapter = _evaluated(_read_on(folder, shared_base_layers(name, path), reading))
+    for note in reading.notes:
+        progress.message(f"{folder}: {note}")
+    return adapter
 
 
 def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Reading | None = None) -> Converted:
@@ -187,6 +199,9 @@ def require_empty(out: Path) -> None:
 
 
 def _evaluated(adapter: Adapter) -> Adapter:
+    """``adapter`` with its values read and checked, laid out as when saved: transposed views round otherwise."""
+    for group in (adapter.weights, adapter.full):
+        group.update({name: mx.contiguous(value) for name, value in group.items()})
     try:
         mx.eval(adapter.weights, adapter.full)
     except RuntimeError as error:

@@ -35,6 +35,12 @@ class PeftFolder:
     config: dict[str, Any]
     weights: tuple[Path, ...]
 
+    @property
+    def base_name(self) -> str:
+        """What its configuration calls its base; empty where it does not."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) else ""
+
     def arrays(self) -> tuple[dict[str, mx.array], dict[str, str]]:
         """A fresh mapping of lazy arrays, and the files' metadata."""
         arrays: dict[str, mx.array] = {}

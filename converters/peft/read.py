@@ -140,6 +140,7 @@ def _read_groups(
         adapter = restore(adapter, sidecar)
         _require_same_base(adapter, described)
     if not adapter.manifest:
+        adapter.named_base, adapter.base_assumed = folder.base_name, described is not None
         adapter.manifest = _manifest(folder, adapter, metadata, layout, described, reading.left_out)
     if sidecar is None and (rows := rows_of_changed(folder.path, folder.path.name)) is not None:
         adapter.manifest[ROW_HASHES] = rows
@@ -205,7 +206,7 @@ def _assemble(
         if rule.transformers_parameter(ours) != name:
             layout.names[ours] = name
         full[ours] = value
-    keys, num_layers = _keys(modules, (described or {}).get("num_layers"))
+    keys, num_layers = keys_of(modules, (described or {}).get("num_layers"))
     spec = LoraSpec(
         rank=rank,
         scale=scale,
@@ -214,7 +215,7 @@ def _assemble(
         num_layers=num_layers,
         fine_tune_type="dora" if config.get("use_dora") else "lora",
     )
-    return Adapter(spec, weights, path=folder.path, full=dict(sorted(full.items())), kept=kept)
+    return Adapter(spec, weights, origin=folder.path, full=dict(sorted(full.items())), kept=kept)
 
 
 def _choose_foldings(
@@ -232,7 +233,7 @@ def _choose_foldings(
     return chosen
 
 
-def _keys(modules: list[str], depth: int | None) -> tuple[tuple[str, ...], int]:
+def keys_of(modules: list[str], depth: int | None) -> tuple[tuple[str, ...], int]:
     """mlx-lm's ``keys`` and ``num_layers`` for exactly these modules.
 
     Names inside the block where every block from some one on has the same; else, and outside of the blocks, full

@@ -21,13 +21,12 @@ from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.evaluation import judging
-from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, identity
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.risk_control import Target
 from mlx_rsgwm.inference.scores import SCORES
-from mlx_rsgwm.models.adapter import WEIGHTS_FILE
 
 FORMAT = "mlx-rsgwm/held-out-drafts"
 FORMAT_VERSION = 1
@@ -46,26 +45,6 @@ class CalibrationItem:
     correct: tuple[bool, ...]
     signals: tuple[Signals, ...]
     pair: tuple[Signals, ...] = ()
-
-
-def identity(pipeline: DraftVerify) -> dict[str, Any]:
-    """What a calibration holds for: base, template, adapters by the SHA-256 of their weights, sampling, attempts."""
-    sampling = pipeline.config.sampling
-    return {
-        "base": pipeline.slots.base.fingerprint,
-        "template": pipeline.verify_template.hash,
-        "drafter": _weights_hash(pipeline, pipeline.drafter),
-        "verifier": _weights_hash(pipeline, pipeline.verifier),
-        "attempts": pipeline.config.attempts,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-    }
-
-
-def _weights_hash(pipeline: DraftVerify, name: str | None) -> str | None:
-    path = None if name is None else pipeline.slots.adapter(name).path
-    return None if path is None else files.sha256_file(path / WEIGHTS_FILE)
 
 
 def header_of(pipeline: DraftVerify, questions: Sequence[Question]) -> dict[str, Any]:

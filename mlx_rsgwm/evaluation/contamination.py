@@ -39,7 +39,8 @@ from mlx_rsgwm.data.row_hashes import (
 )
 from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
-from mlx_rsgwm.models.adapter import MANIFEST_FILE
+from mlx_rsgwm.inference.calibration import calibration_folder
+from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter
 from mlx_rsgwm.models.base import ALIASES, resolve_base
 
 SHARE = 0.7
@@ -156,16 +157,13 @@ class Overlap:
 
 
 def rows_trained_on(
-    folders: Mapping[str, Path], base: str | None = None, progress: Progress = SILENT
+    adapters: Mapping[str, Adapter | Path], base: str | None = None, progress: Progress = SILENT
 ) -> dict[str, RowRecord]:
-    """What each adapter folder was trained on, by role, and under ``base`` what was fused into their base.
+    """What each adapter, or the one in a folder, was trained on, by role, and under ``base`` what was fused into it.
 
     ``base`` names the base that they are used with; None is the one that they record.
     """
-    described = {
-        role: files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
-        for role, folder in folders.items()
-    }
+    described = {role: _manifest_of(one) for role, one in adapters.items()}
     recorded = (manifest["base"].get("name") for manifest in described.values() if manifest.get("base"))
     fused = rows_fused(base or next(recorded, None), progress)
     return {role: record_of(manifest, role) for role, manifest in described.items()} | fused
@@ -181,17 +179,23 @@ def rows_fused(base: str | None, progress: Progress = SILENT) -> dict[str, RowRe
 
 
 def rows_seen(
-    folders: Mapping[str, Path], base: str | None = None, progress: Progress = SILENT
+    adapters: Mapping[str, Adapter | Path], base: str | None = None, progress: Progress = SILENT
 ) -> dict[str, RowRecord]:
-    """As :func:`rows_trained_on`, with what each folder's calibration was fitted on."""
-    seen = rows_trained_on(folders, base, progress)
-    for role, folder in folders.items():
-        calibration = folder / CALIBRATION_FILE
+    """As :func:`rows_trained_on`, with what each adapter's calibration was fitted on."""
+    seen = rows_trained_on(adapters, base, progress)
+    for role, one in adapters.items():
+        calibration = (one if isinstance(one, Path) else calibration_folder(one)) / CALIBRATION_FILE
         if calibration.is_file():
             name = f"{role}'s calibration"
             fitted = files.read_json_object(calibration).get(KEY)
             seen[name] = RowRecord.from_description(fitted, str(calibration)) if fitted else RowRecord(unknown=(name,))
     return seen
+
+
+def _manifest_of(adapter: Adapter | Path) -> dict[str, Any]:
+    if isinstance(adapter, Adapter):
+        return adapter.manifest
+    return files.read_json_object(adapter / MANIFEST_FILE) if (adapter / MANIFEST_FILE).is_file() else {}
 
 
 def union(seen: Mapping[str, RowRecord]) -> RowRecord:

@@ -175,7 +175,7 @@ def _record(question: Question, drafts: Sequence[DraftRecord], config: LoopConfi
 def describe_run(pipeline: DraftVerify, questions: Sequence[Question], batch_rows: int, **more: Any) -> dict[str, Any]:
     """Everything the items of a run depend on, for its journal and its report: prompt and decoding included."""
     adapters = {
-        role: files.sha256_json(pipeline.slots.adapter(name).manifest.get("files") or {}) if name else None
+        role: pipeline.slots.adapter(name).files_hash() if name else None
         for role, name in (("drafter", pipeline.drafter), ("verifier", pipeline.verifier))
     }
     return {

@@ -8,15 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.inference.risk_control import RiskBound
 from mlx_rsgwm.inference.scores import SCORES, Combination, Curve, Scorer
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import cache_folder
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.inference.loop import DraftVerify
 
 FILE = "calibration.json"
 FORMAT = "mlx-rsgwm/calibration"
@@ -125,8 +131,36 @@ def best_threshold(scores: Sequence[float] | np.ndarray, correct: Sequence[bool]
 
 
 def save_calibration(folder: Path, calibration: Calibration) -> None:
-    """Keep it beside the verifier it belongs to."""
+    """Keep it in the folder of the verifier it belongs to; see :func:`calibration_folder`."""
+    make_folder(folder)
     files.write_json(folder / FILE, {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.to_dict()})
+
+
+def calibration_folder(adapter: Adapter) -> Path:
+    """Where the calibration of a verifier is kept: its own folder; in our cache, by its content, if it has none."""
+    return adapter.own_folder or cache_folder() / "calibrations" / adapter.content_hash()[:32]
+
+
+def stored_calibration(adapter: Adapter) -> Calibration | None:
+    """What was kept for a verifier, or None. Raises as :func:`load_calibration`."""
+    return load_calibration(calibration_folder(adapter))
+
+
+def identity(pipeline: DraftVerify) -> dict[str, Any]:
+    """What a calibration holds for: base, template, adapters by the SHA-256 of their weights, sampling, attempts."""
+    sampling = pipeline.config.sampling
+    names = (pipeline.drafter, pipeline.verifier)
+    hashes = [None if name is None else pipeline.slots.adapter(name).weights_hash() for name in names]
+    return {
+        "base": pipeline.slots.base.fingerprint,
+        "template": pipeline.verify_template.hash,
+        "drafter": hashes[0],
+        "verifier": hashes[1],
+        "attempts": pipeline.config.attempts,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+    }
 
 
 def load_calibration(folder: Path) -> Calibration | None:

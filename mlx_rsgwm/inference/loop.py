@@ -24,7 +24,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.batched_decode import BatchedDecoder
-from mlx_rsgwm.inference.calibration import Calibration, load_calibration
+from mlx_rsgwm.inference.calibration import Calibration, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.policy import LoopConfig, Trial
@@ -82,8 +82,7 @@ class DraftVerify:
         caches = len(make_prompt_cache(slots.model)) if self.batches else None
         self.reader = Reader(slots, verifier, self.verify_template, self.parts, caches)
         if calibration == "stored":
-            folder = slots.adapter(verifier).path if verifier is not None else None
-            calibration = load_calibration(folder) if folder is not None else None
+            calibration = stored_calibration(slots.adapter(verifier)) if verifier is not None else None
         self.calibration = calibration
         self.scorer(config.score)  # combined is refused here, not at the first draft
         self._splits: dict[int, LayerSplit | None] = {}

@@ -25,6 +25,10 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.weights import brought_near_one
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
+from mlx_rsgwm.models.base import resolve_base
+from mlx_rsgwm.models.fit_check import check_made_for
+from mlx_rsgwm.models.folder import fingerprint_of
 
 # Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries, and while
 # one such batch is computed the next is described.
@@ -33,11 +37,16 @@ BATCH_FACTORS = 1 << 20
 
 
 def merge(
-    adapters: Sequence[Adapter | Path], options: MergeOptions, progress: Progress = SILENT, diagnosed: bool = True
+    adapters: Sequence[AdapterSource],
+    options: MergeOptions,
+    progress: Progress = SILENT,
+    diagnosed: bool = True,
+    base: str | Path | None = None,
 ) -> Adapter:
     """One adapter from several, with the diagnosis and the sources in its manifest.
 
-    Adapters given as folders are streamed: with their number grows one module's factors, and nothing else. With
+    Sources are as for ``load_adapters``, a folder of adapters stands for them, and ``base`` is what those of other
+    formats are read for. Folders are streamed: with their number grows one module's factors, and nothing else. With
     ``diagnosed`` False the diagnosis is left out, and with it the refusal of a merge that collapses or blows up: for a
     caller who looks at the result in another way.
 
@@ -48,10 +57,15 @@ def merge(
             finite, that collapses or that blows up.
     """
     method, parameters = find_method(options.method), resolved(options)
-    if len(adapters) < 2:
-        raise RsgwmError(f"a merge needs at least two adapters, found {len(adapters)}")
-    raise_problems("merge options", weight_problems(options, len(adapters)))
-    pool = Pool.open(adapters)
+    loaded = load_adapters(adapters, base, lazy=True, hashes=False, progress=progress)
+    if len(loaded) < 2:
+        raise RsgwmError(f"a merge needs at least two adapters, found {len(loaded)}")
+    raise_problems("merge options", weight_problems(options, len(loaded)))
+    if base is not None:
+        fingerprint = fingerprint_of(resolve_base(str(base), progress))
+        for adapter in loaded:
+            check_made_for(adapter, str(base), fingerprint, weights_only=True)
+    pool = Pool.open(loaded)
     _check_space(pool, options, parameters)
     signal = parameters["signal"] if "importance" in method.needs else None
     if signal is not None:
@@ -211,7 +225,7 @@ def _manifest(
         "base": next((s.manifest["base"] for s in pool.sources if s.base_fingerprint), None),
         # Adapters of several templates make an adapter of none.
         "template": first.get("template") if len(hashes) == 1 else None,
-        KEY: reduce(or_, (record_of(s.manifest, s.folder.name if s.folder else "") for s in pool.sources)).describe(),
+        KEY: reduce(or_, (record_of(s.manifest, s.name) for s in pool.sources)).describe(),
         "merge": {
             "method": options.method,
             "role": options.role,

@@ -29,8 +29,9 @@ from mlx_rsgwm.models.adapter import (
     Adapter,
     LoraSpec,
     check_hashes,
-    not_finite,
 )
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
+from mlx_rsgwm.models.finite import not_finite
 from mlx_rsgwm.models.folder import base_difference
 from mlx_rsgwm.models.token_layers import is_embedding
 
@@ -44,12 +45,13 @@ HASHING_THREADS = 2
 class Source:
     """One adapter of a pool without its arrays.
 
-    ``shapes``: (in, rank, out) of every module. ``signals``: the importance it has. ``has_initial``: whether its
-    lora_a at initialisation was recorded. Arrays come from ``folder``, or from ``held`` when the
-    adapter is only in memory.
+    ``name``: what manifests call it. ``shapes``: (in, rank, out) of every module. ``signals``: the importance it has.
+    ``has_initial``: whether its lora_a at initialisation was recorded. Arrays come from ``folder``, or from ``held``
+    when the adapter is only in memory.
     """
 
     label: str
+    name: str
     spec: LoraSpec
     manifest: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int, int]]
@@ -75,6 +77,7 @@ class Source:
         raise_problems(f"{adapter.where} cannot be merged", problems)
         return cls(
             label=adapter.where,
+            name=adapter.name,
             spec=adapter.spec,
             manifest=adapter.manifest,
             shapes=shapes,
@@ -122,9 +125,11 @@ class Source:
         manifest = self.folder / "manifest.json" if self.folder else None
         if manifest is not None and manifest.is_file():
             digest = sha256_file(manifest)
+        elif self.held is not None and self.held.origin is not None:
+            digest = self.held.content_hash()
         else:
             digest = sha256_json({name: list(shape) for name, shape in self.shapes.items()})
-        return {"name": self.folder.name if self.folder else "", "manifest_sha256": digest}
+        return {"name": self.name, "manifest_sha256": digest}
 
     @property
     def base_fingerprint(self) -> str:
@@ -149,7 +154,7 @@ class Pool:
     warnings: tuple[str, ...]
 
     @classmethod
-    def open(cls, adapters: Sequence[Adapter | Path]) -> Pool:
+    def open(cls, adapters: Sequence[AdapterSource]) -> Pool:
         """Check every adapter's names and shapes; hashes and values are left to :meth:`checked`.
 
         Raises:
@@ -157,10 +162,7 @@ class Pool:
             RsgwmError: no adapter, adapters of different bases, modules of one name with different shapes; every
                 problem at once.
         """
-        sources = tuple(
-            Source.of(one if isinstance(one, Adapter) else Adapter.load(one, lazy=True, hashes=False))
-            for one in adapters
-        )
+        sources = tuple(Source.of(one) for one in load_adapters(adapters, lazy=True, hashes=False))
         if not sources:
             raise RsgwmError("no adapters to merge")
         raise_problems("the pool cannot be merged", _misfits(sources))

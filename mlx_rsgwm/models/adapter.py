@@ -5,6 +5,7 @@ Layout and promises are in docs/formats.md. An :class:`Adapter` never knows a mo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.folders import exclusive, require_space
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, write_safetensors
 from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.models.finite import not_finite
 from mlx_rsgwm.models.folder import base_difference
 from mlx_rsgwm.models.spec import LoraSpec
 
@@ -32,14 +34,6 @@ MANIFEST_FILE = "manifest.json"
 UNFINISHED_FILE = ".unfinished"
 SIGNALS = ("all", "draft", "verify")
 FULL_LEAVES = ("weight", "bias")
-# Arrays whose values are checked in one evaluation.
-CHECKED_TOGETHER = 16
-# The exponent of what is not finite: all ones, in an unsigned integer of the type's width.
-EXPONENT_BITS = {
-    mx.float32: (mx.uint32, 0x7F800000),
-    mx.float16: (mx.uint16, 0x7C00),
-    mx.bfloat16: (mx.uint16, 0x7F80),
-}
 
 
 @dataclass
@@ -54,6 +48,10 @@ class Adapter:
     ``full``: ``{module}.weight`` or ``.bias`` of the base that this adapter replaces, trained in another framework.
     They are saved among the weights, so that mlx-lm, which cannot apply them, refuses the folder; ``rsgwm fuse``
     applies them. ``kept``: arrays of another format that a conversion back needs and nothing else reads.
+
+    ``path``: the folder that it was read from or saved to. ``origin``: instead, the file or folder of another format.
+    ``label``: what to call it, where neither says (a Hub id). ``named_base``: what another tool's configuration calls
+    its base. ``base_assumed``: the base in its manifest is the one that it was read for; no fingerprint was recorded.
     """
 
     spec: LoraSpec
@@ -65,10 +63,53 @@ class Adapter:
     path: Path | None = None
     full: dict[str, mx.array] = field(default_factory=dict)
     kept: dict[str, mx.array] = field(default_factory=dict)
+    origin: Path | None = None
+    label: str = ""
+    named_base: str = ""
+    base_assumed: bool = False
 
     @property
     def where(self) -> str:
-        return str(self.path) if self.path else "adapter"
+        return self.label or str(self.path or self.origin or "adapter")
+
+    @property
+    def name(self) -> str:
+        """A short name for manifests; empty for an adapter that was never in a file."""
+        place = self.path or self.origin
+        return self.label or (place.name if place else "")
+
+    @property
+    def own_folder(self) -> Path | None:
+        """The user's folder of this adapter, where more may be put beside it; None for one that is only in memory."""
+        return None if self.label else self.path
+
+    @property
+    def files_in(self) -> Path | None:
+        """The folder that it was read from, whatever its format; None where there is none."""
+        return self.path or (self.origin if self.origin is not None and self.origin.is_dir() else None)
+
+    @property
+    def base_name(self) -> str | None:
+        """Name of the base it was trained on: as its manifest has it, else as another tool's configuration."""
+        name = (self.manifest.get("base") or {}).get("name")
+        return name if isinstance(name, str) and name else self.named_base or None
+
+    def files_hash(self) -> str:
+        """Hex SHA-256 of the hashes in its manifest; where there are none, :meth:`content_hash`."""
+        hashes = self.manifest.get("files")
+        return files.sha256_json(hashes) if hashes and self.path is not None else self.content_hash()
+
+    def weights_hash(self) -> str:
+        """Hex SHA-256 that tells this adapter's weights from others': of their file, else :meth:`content_hash`."""
+        return self.content_hash() if self.path is None else files.sha256_file(self.path / WEIGHTS_FILE)
+
+    def content_hash(self) -> str:
+        """Hex SHA-256 of spec, weights and replaced parameters, whatever file they come from; reads every value."""
+        digest = hashlib.sha256(files.sha256_json(self.spec.to_config()).encode())
+        for name, value in sorted((self.weights | self.full).items()):
+            digest.update(f"{name} {value.dtype} {value.shape}".encode())
+            digest.update(memoryview(mx.contiguous(value).view(mx.uint8)))  # type: ignore[arg-type]
+        return digest.hexdigest()
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -89,7 +130,7 @@ class Adapter:
         difference = "" if recorded is None else base_difference(recorded, fingerprint, chat)
         if not difference or recorded is None:
             return ""
-        made_for = (self.manifest.get("base") or {}).get("name", "another base")
+        made_for = self.base_name or "another base"
         if difference != "weights":
             return f"{self.where} was made for {made_for} with another {difference} than {name} has now"
         return (
@@ -192,7 +233,8 @@ class Adapter:
         before = _stamps(folder)
         if hashes:
             check_hashes(folder, manifest)
-        spec = LoraSpec.from_config(files.read_json_object(folder / CONFIG_FILE), str(folder / CONFIG_FILE), scale)
+        config = files.read_json_object(folder / CONFIG_FILE)
+        spec = LoraSpec.from_config(config, str(folder / CONFIG_FILE), scale)
         arrays, _ = read_safetensors(folder / WEIGHTS_FILE, evaluate=not lazy)
         full = {name: value for name, value in arrays.items() if spec.is_full or name.rpartition(".")[2] in FULL_LEAVES}
         weights = {name: value for name, value in arrays.items() if name not in full}
@@ -203,6 +245,8 @@ class Adapter:
         init, _ = _read_optional(folder / INIT_FILE, lazy)
         kept, _ = _read_optional(folder / KEPT_FILE, lazy=True)
         adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept)
+        if "base" not in manifest and isinstance(model := config.get("model"), str):  # as mlx_lm.lora was given it
+            adapter.named_base = model
         raise_problems(str(folder), adapter.shape_problems() if lazy else adapter.problems(), AdapterError)
         if _stamps(folder) != before:
             raise AdapterError(f"{folder} was changed while it was read; try again once it is finished")
@@ -257,8 +301,11 @@ def put_beside(
     of its ``base``. Killed in between,
     the folder is what it was, at worst without the file's former version.
     """
-    folder = adapter.path
-    assert folder is not None
+    folder = adapter.own_folder
+    if folder is None:
+        raise AdapterError(
+            f"{adapter.where} is not a folder that {name} could stand in; convert it first (rsgwm convert, rsgwm pull)"
+        )
     recorded = adapter.manifest.get("files") or {}
     known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE)
     kept = {other: digest for other, digest in recorded.items() if other != name} or {
@@ -281,31 +328,6 @@ def put_beside(
         }
         files.write_json(folder / MANIFEST_FILE, adapter.manifest)
     return folder
-
-
-def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
-    """Names of the arrays with a value that is not finite.
-
-    With ``drop`` an array leaves the mapping once it is checked, so that lazy ones need the memory of a few of them.
-    """
-    found: list[str] = []
-    everything = list(arrays)
-    for start in range(0, len(everything), CHECKED_TOGETHER):
-        names = everything[start : start + CHECKED_TOGETHER]
-        bad: Any = mx.stack([_has_infinite(arrays[name]) for name in names]).tolist()
-        found += [name for name, one in zip(names, bad, strict=True) if one]
-        for name in names if drop else ():
-            del arrays[name]
-    return found
-
-
-def _has_infinite(array: mx.array) -> mx.array:
-    """Whether any value is infinite or not a number, a bool scalar; by the bits, for isfinite is slow on the CPU."""
-    if array.dtype not in EXPONENT_BITS or not array.size:
-        return mx.logical_not(mx.isfinite(array).all())
-    kind, ones = EXPONENT_BITS[array.dtype]
-    exponents = mx.array(ones, dtype=kind)
-    return (array.view(kind) & exponents).max() == exponents
 
 
 def is_complete(path: str | Path) -> bool:

@@ -160,6 +160,34 @@ def resolve_base(name: str, progress: Progress = SILENT) -> Path:
     )
 
 
+def local_base(name: str) -> Path | None:
+    """A base that is on this machine, as a folder or in the Hub's cache; nothing is fetched or checked."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(name)
+    if path.is_dir() or not HUB_ID.fullmatch(name):
+        return path if path.is_dir() else None
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def recorded_base(name: str, where: str, progress: Progress = SILENT) -> tuple[str, Path]:
+    """The base that the adapter ``where`` records and its folder; a Hub id that has an alias by that, as we use it.
+
+    Raises:
+        RsgwmError: it cannot be had.
+    """
+    alias = next((alias for alias, about in ALIASES.items() if about.hub_id == name), name)
+    try:
+        return alias, resolve_base(alias, progress)
+    except RsgwmError as error:
+        raise RsgwmError(
+            f"the base that {where} records cannot be had; say where it is with --base ({error})"
+        ) from None
+
+
 def cache_folder() -> Path:
     """Where fetched and converted bases live: ``$RSGWM_CACHE``, else the platform's place for caches."""
     chosen = os.environ.get("RSGWM_CACHE")

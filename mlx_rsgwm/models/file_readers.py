@@ -1,12 +1,19 @@
-"""Readers of bases that are one file: a table that converters fill and :mod:`base` asks, which knows none of them."""
+"""Readers of files of other formats: tables that converters fill and ``base`` and ``adapter_sources`` ask.
+
+Neither of those knows a format; whoever adds one adds a row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_rsgwm.core.progress import Progress
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.models.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -21,5 +28,19 @@ class FileReader:
     convert: Callable[[Path, Path, Progress], Path]
 
 
+@dataclass(frozen=True)
+class AdapterReader:
+    """How an adapter of another format becomes one of ours in memory.
+
+    ``recognises``: whether a file or folder is of the format, by names alone. ``read``: called with it, the name of the
+    base to read it for (None: the one that it names itself) and a progress; values are checked, nothing is written.
+    """
+
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, str | None, Progress], Adapter]
+
+
 # By a file's suffix; called when the first such file is met, so that no start pays for the imports.
 FILE_READERS: dict[str, Callable[[], FileReader]] = {}
+# By the format's name. Their functions import what they need when they are called.
+ADAPTER_READERS: dict[str, AdapterReader] = {}

@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
-from mlx_rsgwm.models.token_layers import is_head
+from mlx_rsgwm.models.fit_check import check_fit, find_module
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -59,6 +59,12 @@ class Slots(nn.Module):
         self.active = active
         # The leading underscore keeps these out of parameters(): they belong to no checkpoint of the base.
         self._factors: dict[str, LowRank] = {}
+
+    @property
+    def bare(self) -> nn.Module:
+        """The layer without slots, which an adapter has to fit."""
+        layer: nn.Module = self.linear
+        return layer
 
     def _update(self, x: mx.array, y: mx.array, apply: Callable[[mx.array, mx.array, LowRank], mx.array]) -> mx.array:
         runs = self.active.runs
@@ -179,7 +185,7 @@ class AdapterSlots:
         check_fit(self.base, adapter)
         wrapped = {}
         for module, a, b in adapter.factors():
-            layer = _find_module(self.model, module)
+            layer = find_module(self.model, module)
             if not isinstance(layer, Slots):
                 embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
                 layer = (SlotEmbedding if embedding else SlotLinear)(layer, self._active)
@@ -191,13 +197,13 @@ class AdapterSlots:
             self.model.update_modules(tree_unflatten(list(wrapped.items())))
         if name in self._loaded:
             for module in set(self._loaded[name].modules()) - set(adapter.modules()):
-                _find_module(self.model, module)._factors.pop(name, None)
+                find_module(self.model, module)._factors.pop(name, None)
         self._loaded[name] = adapter
 
     def unload(self, name: str) -> None:
         """Forget an adapter; if it was active, the bare base is."""
         for module in self.adapter(name).modules():
-            _find_module(self.model, module)._factors.pop(name, None)
+            find_module(self.model, module)._factors.pop(name, None)
         del self._loaded[name]
         if self._active.name == name:
             self.use(None)
@@ -239,59 +245,6 @@ def unwrap(model: Any) -> None:
         model.update_modules(tree_unflatten([(name, module.linear) for name, module in wrapped]))
 
 
-def untied_hint(module: str) -> str:
-    """What to do, in brackets, where the ``module`` that a model has not is an output head."""
-    return (
-        " (its head is its embedding; rsgwm fuse makes an untied model of base and adapter)" if is_head(module) else ""
-    )
-
-
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """``(in, out)`` of a dense or quantised linear layer; of an embedding, (dims, entries)."""
-    rows, columns = layer.weight.shape
-    if isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-        columns = columns * 32 // layer.bits
-    return columns, rows
-
-
-def check_made_for(adapter: Adapter, name: str, fingerprint: str) -> None:
-    """Raise when ``adapter`` records another base than the one called ``name``, by fingerprint; no weight is needed."""
-    problem = adapter.base_problem(name, fingerprint)
-    if problem:
-        raise AdapterError(f"{problem}; pass the base it was made for")
-
-
-def check_fit(base: Base, adapter: Adapter) -> None:
-    """Raise one :class:`AdapterError` with everything that keeps ``adapter`` from applying to ``base``."""
-    adapter.require_factors_only("be put into a slot")
-    check_made_for(adapter, base.name, base.fingerprint)
-    problems = []
-    for module, a, b in adapter.factors():
-        layer = _find_module(base.model, module)
-        if isinstance(layer, Slots):
-            layer = layer.linear
-        embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
-        if layer is None:
-            problems.append(f"the model has no module {module}{untied_hint(module)}")
-        elif not embedding and not isinstance(layer, (nn.Linear, nn.QuantizedLinear)):
-            problems.append(f"{module} is a {type(layer).__name__}, neither a linear layer nor an embedding")
-        elif embedding and f"{module}.m" in adapter.weights:
-            problems.append(f"{module} is an embedding; DoRA there is not supported")
-        elif a.ndim != 2:
-            problems.append(f"{module}: lora_a has shape {a.shape}; layers of experts cannot be put into a slot")
-        else:
-            expected = linear_shape(layer)[::-1] if embedding else linear_shape(layer)
-            if (a.shape[0], b.shape[1]) != expected:
-                problems.append(
-                    f"{module}: adapter is {a.shape[0]}→{b.shape[1]}, the model's layer {expected[0]}→{expected[1]}"
-                )
-    raise_problems(f"{adapter.where} does not fit {base.name}", problems, AdapterError)
-    norms = [mx.max(mx.abs(a)) * mx.max(mx.abs(b)) for _, a, b in adapter.factors()]
-    # A DoRA adapter may do all its work by the magnitudes.
-    if adapter.spec.fine_tune_type == "lora" and not mx.any(mx.stack(norms) > 0).item():
-        raise AdapterError(f"{adapter.where} would change nothing: every product B·A is zero")
-
-
 def _gain(layer: Any, a: mx.array, b: mx.array, scale: float, magnitude: mx.array) -> mx.array:
     """m / ‖W + scale · BᵀAᵀ‖ by output unit, (out,) float32: what mlx-lm's DoRALinear computes anew at every call."""
     weight = layer.weight
@@ -308,13 +261,3 @@ def _gain(layer: Any, a: mx.array, b: mx.array, scale: float, magnitude: mx.arra
     gain = magnitude.astype(mx.float32) / mx.sqrt(mx.square(adapted).sum(axis=1))
     mx.eval(gain)
     return gain
-
-
-def _find_module(model: nn.Module, name: str) -> Any:
-    found: Any = model
-    for part in name.split("."):
-        try:
-            found = found[int(part)] if isinstance(found, list) else found[part]
-        except (KeyError, IndexError, ValueError, TypeError):
-            return None
-    return found

@@ -37,12 +37,12 @@ from mlx_rsgwm.evaluation.runner import describe_run, evaluate
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
 from mlx_rsgwm.inference.calibration import NothingToTellApart, load_calibration, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base
 from mlx_rsgwm.models.folder import fingerprint_of
-from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
 from mlx_rsgwm.recipes.schema import Recipe, folder_name, load_recipe, shipped_recipes
 from mlx_rsgwm.recipes.stages import Stage, Stages
@@ -208,9 +208,7 @@ class Run:
         self.progress.message(f"merged {len(pool)} adapters into {self.out / 'drafter'} and {self.out / 'verifier'}")
 
     def _pipeline(self, score: str, threshold: float) -> DraftVerify:
-        slots = AdapterSlots(self.base)
-        for name in ("drafter", "verifier"):
-            slots.load(name, Adapter.load(self.out / name))
+        slots = slots_of(self.base, self._roles())
         config = self.recipe.loop.config(score, threshold, self.recipe.seed)
         return DraftVerify(slots, self.template, "drafter", "verifier", config)
 

@@ -32,10 +32,11 @@ from mlx_rsgwm.inference.calibration import (
     load_calibration,
 )
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
-from mlx_rsgwm.models.adapter import Adapter, is_complete
+from mlx_rsgwm.models.adapter import is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.studies.controls import (
@@ -126,15 +127,12 @@ def run_controls(base: Base, plan: ControlPlan, progress: Progress = SILENT) -> 
     tasks = corpora(plan.run)
     template = next(iter(tasks.values())).template
     extra = train_controls(base, plan.run, plan.out, progress)
-    adapters = {name: Adapter.load(plan.run / name) for name in ("drafter", "verifier")}
-    adapters |= {name: Adapter.load(folder) for name, folder in extra.items()}
-    adapters |= {f"pool/{task}": Adapter.load(plan.run / "pool" / task) for task in tasks}
-    slots = AdapterSlots(base)
-    for name, adapter in adapters.items():
-        slots.load(name, adapter)
+    folders = {name: plan.run / name for name in ("drafter", "verifier")} | extra
+    folders |= {f"pool/{task}": plan.run / "pool" / task for task in tasks}
+    slots = slots_of(base, folders)
     rules = _rules(slots, template, plan, "direct" in extra, progress)
     pipeline = _pipeline(slots, template, "drafter", "verifier", plan, rules["verifier"])
-    hashes = {name: files.sha256_json(adapter.manifest.get("files") or {}) for name, adapter in adapters.items()}
+    hashes = {name: slots.adapter(name).files_hash() for name in folders}
     about = describe_run(
         pipeline, plan.questions, plan.batch_rows, drafts=plan.drafts, seeds=plan.seeds, adapters_used=hashes
     )

@@ -23,10 +23,9 @@ from mlx_rsgwm.evaluation.report.summary import spread
 from mlx_rsgwm.evaluation.runner import describe_run, evaluate
 from mlx_rsgwm.evaluation.stats.intervals import share
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
-from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
-from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.studies.paper import TABLES, PaperRow, footnotes
 
 # Recipe settings of Table 3's rows and of the run that all tables share: our reading of names the paper leaves open.
@@ -144,9 +143,7 @@ def file_name(name: str) -> str:
 def _measure_row(
     row: Row, base: Base, run: Path, questions: Sequence[Question], setting: Setting, out: Path, progress: Progress
 ) -> list[ItemRecord]:
-    slots = AdapterSlots(base)
-    for name in {"drafter", row.verifier}:
-        slots.load(name, Adapter.load(run / name))
+    slots = slots_of(base, {name: run / name for name in ("drafter", row.verifier)})
     template = Template.from_description(slots.adapter("drafter").manifest["template"])
     threshold = setting.config.threshold if row.threshold is None else row.threshold
     config = replace(setting.config, threshold=threshold)

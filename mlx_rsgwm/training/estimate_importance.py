@@ -19,8 +19,8 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.batching import Batch, make_batch, plan_epoch, tell_rows
 from mlx_rsgwm.models.adapter import IMPORTANCE_FILE, SIGNALS, Adapter, LoraSpec, put_beside
 from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.models.linux_cpu import lazily
-from mlx_rsgwm.models.slots import linear_shape, untied_hint
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.loop import TrainingData
@@ -93,32 +93,6 @@ def collect_importance(
     metadata = {"source": SOURCE, "batch_size": str(batch_size)}
     metadata |= {f"steps/{signal}": str(count) for signal, count in batches.items()}
     return arrays, metadata
-
-
-def fitting_modules(base: Base, adapter: Adapter) -> dict[str, nn.Module]:
-    """The layers of ``base`` that ``adapter`` adapts.
-
-    Raises:
-        AdapterError: it was made for another base, or a layer is missing or of another shape; everything is named.
-    """
-    adapter.require_factors_only("be read here")
-    problem = adapter.base_problem(base.name, base.fingerprint)
-    if problem:
-        raise AdapterError(f"{problem}; pass the base it was made for")
-    known = dict(base.model.named_modules())
-    found: dict[str, nn.Module] = {}
-    problems = []
-    for name, a, b in adapter.factors():
-        module = known.get(name)
-        if not isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-            problems.append(f"the model has no linear layer {name}{untied_hint(name) if module is None else ''}")
-        elif (a.shape[0], b.shape[1]) != linear_shape(module):
-            inputs, outputs = linear_shape(module)
-            problems.append(f"{name}: adapter is {a.shape[0]}→{b.shape[1]}, the model's layer {inputs}→{outputs}")
-        else:
-            found[name] = module
-    raise_problems(f"{adapter.where} does not fit {base.name}", problems, AdapterError)
-    return found
 
 
 def save_importance(

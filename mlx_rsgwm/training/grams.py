@@ -24,8 +24,8 @@ from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch, tell_rows
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, put_beside
 from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.models.split import split_head
-from mlx_rsgwm.training.estimate_importance import fitting_modules
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.loop import TrainingData
 from mlx_rsgwm.training.memory import device_limit

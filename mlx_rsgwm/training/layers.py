@@ -18,8 +18,8 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.models.adapter import LoraSpec
+from mlx_rsgwm.models.fit_check import linear_shape
 from mlx_rsgwm.models.linux_cpu import Dropout, applies
-from mlx_rsgwm.models.slots import linear_shape
 
 LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)

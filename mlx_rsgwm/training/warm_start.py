@@ -14,7 +14,7 @@ from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.data.row_hashes import RowRecord, record_of
 from mlx_rsgwm.models.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
-from mlx_rsgwm.models.slots import untied_hint
+from mlx_rsgwm.models.fit_check import untied_hint
 from mlx_rsgwm.training.layers import trainable
 
 

@@ -20,7 +20,7 @@ from mlx_rsgwm.converters.gguf.adapter import to_gguf
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import load_base
-from mlx_rsgwm.training.estimate_importance import fitting_modules
+from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.training.warm_start import WarmStart
 
 torch = pytest.importorskip("torch")

@@ -10,11 +10,11 @@ from mlx_rsgwm.core.scoring import area_under_roc
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.evaluation import judging
-from mlx_rsgwm.evaluation.calibration_set import calibrate, collect, identity
+from mlx_rsgwm.evaluation.calibration_set import calibrate, collect
 from mlx_rsgwm.evaluation.judging import label_drafts
 from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.evaluation.runner import evaluate
-from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, save_calibration
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, identity, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import Combination, Scorer

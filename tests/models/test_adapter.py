@@ -6,7 +6,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_rsgwm.core.errors import AdapterError
-from mlx_rsgwm.models.adapter import Adapter, is_complete, not_finite
+from mlx_rsgwm.models.adapter import Adapter, is_complete
+from mlx_rsgwm.models.finite import not_finite
 
 
 def same(left, right):

@@ -488,7 +488,7 @@ def test_fingerprint_sees_tokenizer_and_chat_template(tiny):
 
 def test_an_adapter_of_a_former_record_still_fits(base, make_adapter):
     from mlx_rsgwm.core.errors import AdapterError
-    from mlx_rsgwm.models.slots import check_made_for
+    from mlx_rsgwm.models.fit_check import check_made_for
 
     adapter = make_adapter(0)
     check_made_for(adapter, "base", base.fingerprint)

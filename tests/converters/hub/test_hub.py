@@ -16,11 +16,12 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm as rsgwm_command
-from mlx_rsgwm.converters.hub.hub import redacted, stage, without_paths
+from mlx_rsgwm.converters.hub.hub import stage, without_paths
 from mlx_rsgwm.converters.parity.certificate import sign
 from mlx_rsgwm.converters.peft.convert import from_peft, to_peft
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.hub_files import redacted
 
 REPO, BASE, TOKEN = "someone/drafter", "owner/tiny-base", "hf_secretsecretsecret"
 
@@ -247,7 +248,7 @@ def test_pull_reads_as_from_peft_does(monkeypatch, folder, tiny_base, tmp_path):
     )
     path = tmp_path / "peft" / "adapter_model.safetensors"
     tower = {f"base_model.model.visual.blocks.0.attn.qkv.lora_{side}.weight": mx.ones((4, 4)) for side in "AB"}
-    monkeypatch.setattr("mlx_rsgwm.converters.hub.hub._fetched", lambda *_: tmp_path / "peft")
+    monkeypatch.setattr("mlx_rsgwm.converters.hub.hub.fetch_adapter", lambda *_: tmp_path / "peft")
 
     def pull(out, *options):
         return CliRunner().invoke(

@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.inference import pairing
-from mlx_rsgwm.inference.pairing import check_pair, find_base, pair_doubts, pair_problems
+from mlx_rsgwm.inference import open as opening
+from mlx_rsgwm.inference.open import check_pair, find_base, pair_doubts, pair_problems
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 POOL = [{"name": "change", "manifest_sha256": "a1"}, {"name": "groups", "manifest_sha256": "a2"}]
@@ -68,9 +68,10 @@ def bases(tmp_path, monkeypatch):
             raise RsgwmError(f"base {name!r} does not exist")
         return name
 
-    monkeypatch.setattr(pairing, "resolve_base", resolve)
-    monkeypatch.setattr(pairing, "fingerprint_of", lambda name: prints[name])
-    monkeypatch.setattr(pairing, "load_base", lambda *arguments, **options: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(opening, "resolve_base", resolve)
+    monkeypatch.setattr("mlx_rsgwm.models.base.resolve_base", resolve)
+    monkeypatch.setattr(opening, "fingerprint_of", lambda name: prints[name])
+    monkeypatch.setattr(opening, "load_base", lambda *arguments, **options: pytest.fail("weights were loaded"))
 
 
 def test_the_base_is_the_recorded_one(bases, monkeypatch):
@@ -97,7 +98,7 @@ def test_without_a_record_the_choice_is_told(bases, monkeypatch):
         def message(self, text):
             told.append(text)
 
-    monkeypatch.setattr(pairing, "DEFAULT_BASE", "base")
+    monkeypatch.setattr(opening, "DEFAULT_BASE", "base")
     assert find_base([adapter("d", fingerprint=None)], None, Listening()) == "base"
     assert told == ["d does not say what its base is; taking base, --base names another"]
     # Of two adapters the one that knows decides for both.

@@ -1,0 +1,290 @@
+"""Opening a pipeline: the one way from a drafter and a verifier, wherever they are, to answers.
+
+Both adapters are read, what they record is compared before any weight of the base is loaded (the role each was merged
+for, the pool, the template, the base), the base is loaded once with both in slots, and the verifier's calibration
+settles score and threshold. An adapter without a manifest (mlx-lm's own) says nothing, and nothing is held against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.data.template import Template, find_template
+from mlx_rsgwm.inference.calibration import (
+    UNCALIBRATED_SCORE,
+    UNCALIBRATED_THRESHOLD,
+    Calibration,
+    NothingToTellApart,
+    calibration_folder,
+    identity,
+    stored_calibration,
+)
+from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.sampling import Sampling
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
+from mlx_rsgwm.models.base import Base, load_base, recorded_base, resolve_base
+from mlx_rsgwm.models.fit_check import check_made_for
+from mlx_rsgwm.models.folder import base_difference, fingerprint_of
+from mlx_rsgwm.models.slots import AdapterSlots
+
+DEFAULT_BASE = "smollm2-135m"
+ROLES = {"drafter": "draft", "verifier": "verify"}
+
+
+def open_pipeline(
+    drafter: AdapterSource,
+    verifier: AdapterSource | None = None,
+    base: str | Path | Base | None = None,
+    *,
+    template: str | Template | None = None,
+    verify_template: str | Template | None = None,
+    template_mismatch: str = "refuse",
+    attempts: int = LoopConfig.attempts,
+    score: str = "auto",
+    threshold: float | Literal["auto"] = "auto",
+    temperature: float = Sampling.temperature,
+    top_p: float = Sampling.top_p,
+    max_tokens: int = Sampling.max_tokens,
+    seed: int = Sampling.seed,
+    mode: str = LoopConfig.mode,
+    abstain: bool = LoopConfig.abstain,
+    calibration: Calibration | Literal["stored"] | None = "stored",
+    calibrate: Callable[[DraftVerify], Calibration] | None = None,
+    progress: Progress = SILENT,
+) -> DraftVerify:
+    """Load a base, a drafter and a verifier that belong together, ready to answer.
+
+    Example:
+        >>> import mlx_rsgwm as rs
+        >>> pipeline = rs.open_pipeline("runs/demo/drafter", "runs/demo/verifier")  # doctest: +SKIP
+        >>> pipeline.answer("Ada has 12 pens and gets 7 more. How many pens does Ada have now?").text  # doctest: +SKIP
+
+    Args:
+        drafter, verifier: as for :func:`~mlx_rsgwm.models.adapter_sources.load_adapter`; without a verifier the bare
+            base judges.
+        base: Hub id, folder, ``.gguf`` file, alias, or a loaded base; None: the one that the adapters record.
+        template: the prompt template (``plain``, ``chat``, or one of your own); None: the one that the drafter was
+            trained with. ``verify_template``: other words for the verifier's question.
+        template_mismatch: where an adapter was trained with another template, ``refuse`` or ``warn``.
+        attempts: drafts in all, the first included.
+        score, threshold: ``auto`` takes those of ``calibration``, by default the one stored beside the verifier;
+            without one what ``calibrate`` returns, called with the pipeline; without either the paper's reading
+            (mean_logprob, 0.7), and says so.
+        temperature, top_p, max_tokens, seed: of the drafts; see :class:`~mlx_rsgwm.inference.sampling.Sampling`.
+        mode, abstain: see :class:`~mlx_rsgwm.inference.policy.LoopConfig`.
+        progress: told what is odd about the pair, its calibration and its base.
+
+    Raises:
+        AdapterError: an adapter that cannot be read or does not fit the base.
+        RsgwmError: no pair, no base, no template, or a setting out of range.
+    """
+    loaded = _load_pair(drafter, verifier, base.name if isinstance(base, Base) else base, progress)
+    config = LoopConfig(
+        attempts,
+        UNCALIBRATED_THRESHOLD if threshold == "auto" else threshold,
+        UNCALIBRATED_SCORE if score == "auto" else score,
+        Sampling(temperature, top_p, max_tokens, seed),
+        mode,
+        abstain,
+    )
+    if calibration == "stored":
+        calibration = stored_calibration(loaded["verifier"]) if "verifier" in loaded else None
+    if calibration is not None and "auto" in (score, threshold):
+        calibration.require_both_classes(calibration_folder(loaded["verifier"]))
+    spoken = _template_of(loaded["drafter"], template)
+    asked_in = find_template(verify_template) if isinstance(verify_template, str) else verify_template
+    if not isinstance(base, Base):
+        base = load_base_for(list(loaded.values()), None if base is None else str(base), progress)
+    slots = slots_of(base, loaded)
+    judge = "verifier" if "verifier" in loaded else None
+    pipeline = DraftVerify(slots, spoken, "drafter", judge, config, asked_in, template_mismatch, calibration)
+    for warning in (*pipeline.warnings, *_calibration_doubts(pipeline)):
+        progress.warning(f"warning: {warning}")
+    pipeline.config = _settled(pipeline, config, score, threshold, calibrate, progress)
+    return pipeline
+
+
+def _load_pair(
+    drafter: AdapterSource, verifier: AdapterSource | None, base: str | Path | None, progress: Progress
+) -> dict[str, Adapter]:
+    """``drafter`` and, where there is one, ``verifier``, known to be a pair; what is odd about it is told."""
+    sources = {"drafter": drafter, "verifier": verifier}
+    loaded = {
+        role: load_adapter(source, base, progress=progress) for role, source in sources.items() if source is not None
+    }
+    for doubt in check_pair(*loaded.values()) if len(loaded) == len(ROLES) else []:
+        progress.warning(f"warning: {doubt}")
+    return loaded
+
+
+def slots_of(base: Base, adapters: Mapping[str, AdapterSource]) -> AdapterSlots:
+    """Slots on ``base`` with each of the adapters, read where it is not loaded yet, under its name.
+
+    Raises:
+        AdapterError: one of them cannot be read, or does not fit.
+    """
+    slots = AdapterSlots(base)
+    for name, source in adapters.items():
+        slots.load(name, load_adapter(source, base.name))
+    return slots
+
+
+def _template_of(drafter: Adapter, given: str | Template | None) -> Template:
+    if given is not None:
+        return find_template(given) if isinstance(given, str) else given
+    if not drafter.manifest.get("template"):
+        raise RsgwmError(f"{drafter.where} does not say which prompt template it was trained with; give --template")
+    return Template.from_description(drafter.manifest["template"])
+
+
+def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
+    """What of the pipeline the verifier's calibration was not made for."""
+    calibration = pipeline.calibration
+    if calibration is None:
+        return []
+    doubts = []
+    if changed := calibration.differences(identity(pipeline)):
+        doubts.append(
+            f"the verifier was calibrated with another {', '.join(changed)}; its threshold and what its scores mean "
+            "may not hold here; calibrate again with: rsgwm calibrate"
+        )
+    if not calibration.made_for:
+        doubts.append("the verifier's calibration does not say which pair it was made for; see rsgwm calibrate")
+    return doubts
+
+
+def _settled(
+    pipeline: DraftVerify,
+    config: LoopConfig,
+    score: str,
+    threshold: float | Literal["auto"],
+    calibrate: Callable[[DraftVerify], Calibration] | None,
+    progress: Progress,
+) -> LoopConfig:
+    """``config`` with score and threshold as they were asked for."""
+    if score == "auto" and pipeline.calibration is None and calibrate is not None:
+        try:
+            pipeline.calibration = calibrate(pipeline)
+        except NothingToTellApart as error:
+            progress.message(f"warning: {error}")
+    calibration = pipeline.calibration
+    if score == "auto":
+        score = calibration.score if calibration else UNCALIBRATED_SCORE
+        if calibration is None:
+            progress.message(f"the verifier is not calibrated: its score is {UNCALIBRATED_SCORE}")
+    if threshold == "auto":
+        matching = calibration is not None and calibration.score == score
+        threshold = calibration.threshold if calibration is not None and matching else UNCALIBRATED_THRESHOLD
+    return replace(config, threshold=threshold, score=score)
+
+
+def load_base_for(adapters: Sequence[Adapter], given: str | None, progress: Progress = SILENT) -> Base:
+    """The base that :func:`find_base` names, loaded."""
+    return load_base(find_base(adapters, given, progress), progress=progress)
+
+
+def find_base(adapters: Sequence[Adapter], given: str | None, progress: Progress = SILENT) -> str:
+    """The name of the base that ``adapters`` record, or the ``given`` one once it is known to be that.
+
+    Raises:
+        RsgwmError: adapters of several bases, a base that is not the recorded one (its fingerprint differs), or none
+            to be found.
+    """
+    made_for = [one for one in adapters if one.base_fingerprint is not None]
+    if any(_other_base(made_for[0], one) for one in made_for[1:]):
+        told = ", ".join(f"{one.where} for {one.base_name} ({_brief(one)})" for one in made_for)
+        raise RsgwmError(f"adapters of different bases cannot be used together: {told}")
+    recorded = [one for one in adapters if one.base_name]
+    if given is None and recorded:
+        name, folder = recorded_base(str(recorded[0].base_name), recorded[0].where, progress)
+    else:
+        name = given or DEFAULT_BASE
+        if adapters and given is None:
+            progress.message(f"{adapters[0].where} does not say what its base is; taking {name}, --base names another")
+        folder = resolve_base(name, progress)
+    fingerprint = fingerprint_of(folder)
+    for adapter in adapters:
+        check_made_for(adapter, name, fingerprint)
+    return name
+
+
+def _other_base(one: Adapter, other: Adapter) -> str:
+    """In what the bases of two adapters differ; empty where they do not, or where one does not say."""
+    recorded = one.base_fingerprint, other.base_fingerprint
+    return base_difference(recorded[0], recorded[1], chat=False) if recorded[0] and recorded[1] else ""
+
+
+def pair_problems(drafter: Adapter, verifier: Adapter) -> list[str]:
+    """Why these two cannot be the pair that is asked for; empty where nothing speaks against it."""
+    roles = {"drafter": merge_role(drafter), "verifier": merge_role(verifier)}
+    folders = {"drafter": drafter.where, "verifier": verifier.where}
+    if (roles["drafter"], roles["verifier"]) == ("verify", "draft"):
+        return [f"drafter and verifier are swapped: {drafter.where} was merged to verify, {verifier.where} to draft"]
+    problems = [
+        f"{folders[name]} was merged to {roles[name]}, not to {wanted}; give another --{name}"
+        for name, wanted in ROLES.items()
+        if roles[name] in ROLES.values() and roles[name] != wanted
+    ]
+    if _other_base(drafter, verifier):
+        problems.append(
+            f"{drafter.where} was made for {drafter.base_name} ({_brief(drafter)}) and {verifier.where} for "
+            f"{verifier.base_name} ({_brief(verifier)})"
+        )
+    return problems
+
+
+def pair_doubts(drafter: Adapter, verifier: Adapter) -> list[str]:
+    """What a user should know of a pair that can be used: it is another one than merges of one pool make."""
+    places = [one.path or one.origin for one in (drafter, verifier)]
+    if places[0] is not None and places[0] == places[1]:
+        return [f"drafter and verifier are the same adapter, {drafter.where}"]
+    drafted, verified = _sources(drafter), _sources(verifier)
+    if drafted and verified and set(drafted) != set(verified):
+        return [
+            f"drafter and verifier come from different pools, or the pool was changed in between: {drafter.where} from "
+            f"{_listed(drafted)}, {verifier.where} from {_listed(verified)}"
+        ]
+    if bool(drafted) != bool(verified) and drafter.manifest and verifier.manifest:
+        merged, trained = (drafter, verifier) if drafted else (verifier, drafter)
+        return [f"{merged.where} was merged from {_listed(drafted or verified)}, {trained.where} was not merged"]
+    return []
+
+
+def check_pair(drafter: Adapter, verifier: Adapter) -> list[str]:
+    """Doubts to tell, once there is no problem.
+
+    Raises:
+        RsgwmError: every problem of the pair.
+    """
+    raise_problems("these two are not a pair", pair_problems(drafter, verifier), RsgwmError)
+    return pair_doubts(drafter, verifier)
+
+
+def merge_role(adapter: Adapter) -> str | None:
+    """The role an adapter was merged for; None where it was not, or its manifest does not say."""
+    merged = adapter.manifest.get("merge")
+    role = merged.get("role") if isinstance(merged, dict) else None
+    return role if isinstance(role, str) else None
+
+
+def _sources(adapter: Adapter) -> dict[str, str]:
+    """Names of the adapters it was merged from, by the hash of their manifests."""
+    merged = adapter.manifest.get("merge")
+    sources = merged.get("sources") if isinstance(merged, dict) else None
+    listed = [one for one in sources if isinstance(one, dict)] if isinstance(sources, list) else []
+    return {str(one.get("manifest_sha256")): str(one.get("name")) for one in listed if one.get("manifest_sha256")}
+
+
+def _listed(sources: dict[str, str]) -> str:
+    return ", ".join(sources.values())
+
+
+def _brief(adapter: Adapter) -> str:
+    return f"fingerprint {(adapter.base_fingerprint or '')[:12]}"

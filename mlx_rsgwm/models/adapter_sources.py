@@ -1,0 +1,166 @@
+"""An adapter from wherever it is: our folder or mlx-lm's, PEFT's folder, a GGUF file, a repository on the Hub.
+
+Whatever the source, the result is an :class:`Adapter` in memory; nothing is written beside the user's files. Formats
+other than mlx-lm's are read through a table that converters fill (``file_readers``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.base import HUB_ID
+from mlx_rsgwm.models.file_readers import ADAPTER_READERS, AdapterReader
+from mlx_rsgwm.models.fit_check import names_other_base
+from mlx_rsgwm.models.hub_files import fetch_adapter
+
+HUB_PREFIX = re.compile(r"hf:/{1,2}")  # a Path has one slash
+SHOWN = 4
+
+AdapterSource = str | Path | Adapter
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A source on this machine: its file or folder, and what to call it where the path says nothing (a Hub id)."""
+
+    path: Path
+    label: str = ""
+
+
+def load_adapter(
+    source: AdapterSource,
+    base: str | Path | None = None,
+    *,
+    lazy: bool = False,
+    hashes: bool = True,
+    progress: Progress = SILENT,
+) -> Adapter:
+    """Read one adapter from any source, checked, in this project's form.
+
+    Example:
+        >>> import mlx_rsgwm as rs
+        >>> adapter = rs.load_adapter("hf://owner/name@v1.0", base="smollm2-135m")  # doctest: +SKIP
+        >>> adapter.spec.rank, adapter.modules()[0]  # doctest: +SKIP
+        (8, 'model.layers.0.self_attn.q_proj')
+
+    Args:
+        source: a folder of this project's, mlx-lm's or PEFT's layout, a GGUF file of a LoRA adapter, a Hub id
+            (``owner/name``) or ``hf://owner/name@revision``; a local path is looked for first. An adapter that is
+            loaded already is returned as it is.
+        base: the base to read another format for (Hub id, folder, ``.gguf`` file, alias); its config and headers are
+            read, never its weights. None: the one that the source names.
+        lazy: leave a folder of our or mlx-lm's layout on disk: values are read, and checked, when they are used.
+            Other formats are converted, and checked, now.
+        hashes: compare the files with the manifest's SHA-256.
+        progress: is told once what the source does not say: which base it is for, by fingerprint.
+
+    Returns:
+        The adapter: ``weights`` hold ``{module}.lora_a`` (in, rank) and ``{module}.lora_b`` (rank, out) in the source's
+        dtype; layers of experts have three axes.
+
+    Raises:
+        AdapterError: nothing there, a damaged file, options without a counterpart, modules the base has not.
+        RsgwmError: a folder of several adapters, no such repository, a base that cannot be had or is not named.
+    """
+    if isinstance(source, Adapter):
+        return source
+    return _read(_locate(source, progress), base, lazy, hashes, progress)
+
+
+def _read(place: _Place, base: str | Path | None, lazy: bool, hashes: bool, progress: Progress) -> Adapter:
+    name = None if base is None else str(base)
+    reader = _reader_of(place.path)
+    if reader is None:
+        if inside := _inside(place.path):
+            shown = ", ".join(one.name for one in inside[:SHOWN]) + (", …" if len(inside) > SHOWN else "")
+            raise RsgwmError(f"{place.label or place.path} is a folder of adapters ({shown}); name one of them")
+        adapter = Adapter.load(place.path, lazy=lazy, hashes=hashes)
+    else:
+        adapter = reader.read(place.path, name, progress)
+    adapter.label = place.label
+    _tell_base(adapter, name, progress)
+    return adapter
+
+
+def load_adapters(
+    sources: Sequence[AdapterSource],
+    base: str | Path | None = None,
+    *,
+    lazy: bool = False,
+    hashes: bool = True,
+    progress: Progress = SILENT,
+) -> list[Adapter]:
+    """:func:`load_adapter` of every source, in order; a folder whose subfolders are adapters stands for them, sorted.
+
+    Raises:
+        As :func:`load_adapter`.
+    """
+    adapters: list[Adapter] = []
+    for source in sources:
+        if isinstance(source, Adapter):
+            adapters.append(source)
+            continue
+        place = _locate(source, progress)
+        inside = [] if _reader_of(place.path) else _inside(place.path)
+        if inside and (left := _left_out(place.path, inside)):
+            progress.message(f"{source}: of this pool {', '.join(left)} is no adapter and is passed over")
+        places = [_Place(path, f"{place.label}/{path.name}" if place.label else "") for path in inside] or [place]
+        adapters += [_read(one, base, lazy, hashes, progress) for one in places]
+    return adapters
+
+
+def _locate(source: str | Path, progress: Progress) -> _Place:
+    """A source's file or folder, fetched from the Hub first where it is a name there.
+
+    A name whose first part is a folder here is a path, be it a mistyped one.
+    """
+    text = str(source)
+    if HUB_PREFIX.match(text):
+        repo, at, revision = HUB_PREFIX.sub("", text).partition("@")
+        if not HUB_ID.fullmatch(repo) or bool(at) != bool(revision):
+            raise RsgwmError(f"{text!r} names nothing on the Hub; write hf://owner/name or hf://owner/name@revision")
+        return _Place(fetch_adapter(repo, revision or None, progress), repo + at + revision)
+    path = files.expanded(text)
+    if not path.exists() and HUB_ID.fullmatch(text) and not path.parent.is_dir():
+        return _Place(fetch_adapter(text, None, progress), text)
+    return _Place(path)
+
+
+def _reader_of(path: Path) -> AdapterReader | None:
+    """The reader of another format than mlx-lm's; None for that, and for what is none."""
+    reader = next((reader for reader in ADAPTER_READERS.values() if reader.recognises(path)), None)
+    if reader is not None and (path / WEIGHTS_FILE).is_file():  # both are there, with one configuration
+        return reader if "peft_type" in files.read_json_object(path / CONFIG_FILE) else None
+    return reader
+
+
+def _inside(path: Path) -> list[Path]:
+    """The adapters that a folder which is none holds, by name."""
+    if not path.is_dir() or (path / WEIGHTS_FILE).is_file():
+        return []
+    below = sorted(one for one in path.iterdir() if not one.name.startswith("."))
+    return [one for one in below if (one / WEIGHTS_FILE).is_file() or _reader_of(one) is not None]
+
+
+def _left_out(path: Path, inside: Sequence[Path]) -> list[str]:
+    """The other folders of a pool."""
+    return sorted(one.name for one in set(path.iterdir()) - set(inside) if one.is_dir() and one.name[0] != ".")
+
+
+def _tell_base(adapter: Adapter, given: str | None, progress: Progress) -> None:
+    """Say what is not known of an adapter's base, or that its configuration names another than the ``given`` one."""
+    if given is not None and names_other_base(adapter, given):
+        progress.warning(
+            f"warning: {adapter.where} says that it was trained on {adapter.named_base}, not on {given}; its names and "
+            "shapes are all that is compared"
+        )
+    elif adapter.base_assumed or (adapter.base_fingerprint is None and (given or adapter.named_base)):
+        named = given or adapter.base_name
+        progress.message(f"{adapter.where} records no fingerprint of its base; it is taken to be of {named}")
