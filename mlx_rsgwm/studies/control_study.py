@@ -200,7 +200,7 @@ def _rules(
     key = content_key(
         [
             [asdict(question) for question in plan.calibration],
-            {n: files.sha256_json(slots.adapter(slot).manifest.get("files") or {}) for n, slot in verifiers.items()},
+            {n: slots.adapter(slot).files_hash() for n, slot in verifiers.items()},
             asdict(stored) if stored else None,
             asdict(plan.sampling),
             plan.attempts,

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.data.synthetic import generate
-from mlx_rsgwm.evaluation import runner
-from mlx_rsgwm.evaluation.records import Draft
+from mlx_rsgwm.evaluation import judging
+from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapter
 
@@ -78,9 +78,9 @@ def half_right(monkeypatch):
     """A tiny random model answers nothing right; let every draft with an even number of letters count as right."""
 
     def judge(question, draft, scores, *more):
-        return Draft(draft.text, "1", len(draft.text) % 2 == 0, scores)
+        return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)
 
-    monkeypatch.setattr(runner, "judge", judge)
+    monkeypatch.setattr(judging, "judge", judge)
 
 
 @pytest.mark.parametrize("command", [merge, evaluate, fuse, parity, calibrate, ask, loss], ids=lambda one: one.__name__)
