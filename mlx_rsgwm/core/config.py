@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from reprlib import repr as brief
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -130,5 +130,9 @@ def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
             problems.append(f"{prefix}{name}: expected a number, found {brief(value)}")
         elif isinstance(value, Mapping):
             kinds = [kind for kind in (hints[name], *get_args(hints[name])) if is_dataclass(kind)]
-            problems += _unknown(kinds[0], value, f"{prefix}{name}.") if kinds else []
+            # A table of dataclasses by name has names of its own.
+            inside = value if get_origin(hints[name]) is Mapping else {"": value}
+            for key, entry in inside.items():
+                if kinds and isinstance(entry, Mapping):
+                    problems += _unknown(kinds[0], entry, f"{prefix}{name}.{key}.".replace("..", "."))
     return problems

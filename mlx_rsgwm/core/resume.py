@@ -83,9 +83,9 @@ class Journal:
         complete = self._read(self.path, replace) if os.path.lexists(self.path) else 0
         make_folder(path.parent)
         try:
-            if complete:
+            if 0 < complete < os.path.getsize(self.path):
                 os.truncate(self.path, complete)
-            else:
+            elif not complete:
                 head = {"key": content_key(self.about), "about": self.about}
                 files.write_text(self.path, json.dumps(head, ensure_ascii=False) + "\n")
         except OSError as error:
