@@ -37,9 +37,12 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass ``cls`` from ``values``, nested dataclasses included.
 
     Unknown keys are refused with the nearest known name, wrong types with the value found; all problems in one error.
+    A section that is null, as one whose lines are all comments, is one that is not there.
     """
     if not isinstance(values, Mapping):
         raise RsgwmError(f"{where}: expected keys and values, found {type(values).__name__}")
+    sections: Any = [name for name, hint in get_type_hints(cls).items() if is_dataclass(hint)]
+    values = {name: value for name, value in values.items() if value is not None or name not in sections}
     problems = _unknown(cls, values, "")
     raise_problems(where, problems)
     checked: Any = cls
@@ -50,6 +53,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         for found in error.errors():
             name = ".".join(str(part) for part in found["loc"])
             message = found["msg"].lower().replace("a valid tuple", "a list")
+            message = re.sub(r"a dictionary or an instance of \w+", "keys and values", message)
             problems.append(f"{name}: {message}, found {brief(found['input'])}")
     raise_problems(where, problems)
     raise AssertionError("unreachable: a ValidationError always has errors")
@@ -71,14 +75,41 @@ def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        RsgwmError: it is not YAML, or has aliases that unfold to more than any settings have.
+        RsgwmError: it is not YAML, gives a key twice, or has aliases that unfold to more than any settings have.
     """
     try:
-        values = yaml.load(text, Loader)
+        loader = Loader(text)
+        root = loader.get_single_node()
+        twice = _repeated_keys(root)
+        values = loader.construct_document(root) if root is not None else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is a date without such a day
-        raise RsgwmError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise RsgwmError(f"{where} is not valid YAML: {reason}") from None
+    raise_problems(where, [f"{key} is given twice, the second time in line {line}" for key, line in twice])
     _unfold(values, where)
     return values
+
+
+def _repeated_keys(root: yaml.Node | None) -> list[tuple[str, int]]:
+    """Keys that stand twice in one mapping, with the line of the second, where YAML libraries take the last in silence.
+
+    What ``<<`` merges into a mapping may stand there again.
+    """
+    twice, waiting, visited = [], [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in visited or not isinstance(node, yaml.CollectionNode):
+            continue
+        visited.add(id(node))
+        keys = set()
+        for entry in node.value:
+            waiting += entry if isinstance(node, yaml.MappingNode) else [entry]
+            key = entry[0] if isinstance(node, yaml.MappingNode) else None
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    twice.append((key.value, key.start_mark.line + 1))
+                keys.add((key.tag, key.value))
+    return twice
 
 
 def written_texts(text: str) -> dict[str, str]:

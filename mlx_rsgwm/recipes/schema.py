@@ -14,7 +14,7 @@ from typing import Any
 from unicodedata import normalize
 
 from mlx_rsgwm.core import files
-from mlx_rsgwm.core.config import build, parse_yaml, read_yaml
+from mlx_rsgwm.core.config import build, parse_yaml, read_yaml, written_texts
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.data.public_sets import SOURCES
@@ -253,12 +253,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         find_template(self.template)
-        seeds = {"seed": self.seed, "train.seed": self.train.seed, "train.init_seed": self.train.init_seed}
-        problems = [
-            f"{name} must be in [0, {LARGEST_SEED}], found {seed}"
-            for name, seed in seeds.items()
-            if not 0 <= seed <= LARGEST_SEED
-        ]
+        problems = []
+        if not 0 <= self.seed <= LARGEST_SEED:
+            problems.append(f"seed must be in [0, {LARGEST_SEED}], found {self.seed}")
         if self.train.validate_every:
             problems.append("train.validate_every needs held-out rows, which a recipe does not set aside; leave it out")
         if self.train.fine_tune_type != "lora":
@@ -267,8 +264,9 @@ class Recipe:
         problems += [
             f"evaluate.tasks: {problem}" for task in self.evaluate.tasks if (problem := self.data.problem_of(task))
         ]
-        if not self.base.strip():
-            problems.append("base must name a model")
+        for name, text in (("name", self.name), ("base", self.base)):
+            if not text.strip() or not text.isprintable():
+                problems.append(f"{name} must be a name, found {text!r}")
         if self.data.calibration_items == 0 and ({"auto", "combined"} & {self.loop.score, self.loop.threshold}):
             problems.append(
                 "loop.score or loop.threshold is auto or combined, so data.calibration_items must be at least 1"
@@ -301,8 +299,11 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
     else:
         raise RsgwmError(f"no recipe {source!r}; shipped are {', '.join(shipped_recipes())}, or give a .yaml file")
     values = read_yaml(text, f"recipe {source}")
+    written = written_texts(text)
+    values |= {key: written[key] for key in ("name", "base", "template") if key in written}
     for setting in settings:
         _apply_setting(values, setting)
+    _write_out_tasks(values)
     return build(Recipe, values, f"recipe {source}")
 
 
@@ -313,11 +314,21 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
     *parents, leaf = name.split(".")
     target = values
     for parent in parents:
-        inner = target.setdefault(parent, {})
+        inner = target[parent] = {} if target.get(parent) is None else target[parent]
         if not isinstance(inner, dict):
             raise RsgwmError(f"--set {setting}: {parent} is not a section")
         target = inner
     target[leaf] = parse_yaml(text, f"--set {setting}")
+
+
+def _write_out_tasks(values: Mapping[str, Any]) -> None:
+    """Write out a leading ``~`` of files that are tasks, which no shell has seen."""
+    for section in (values.get("data"), values.get("evaluate")):
+        tasks = section.get("tasks") if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(tasks, list):
+            section["tasks"] = [
+                str(files.expanded(task)) if isinstance(task, str) and task.startswith("~") else task for task in tasks
+            ]
 
 
 def folder_name(task: str) -> str:

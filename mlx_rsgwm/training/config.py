@@ -98,6 +98,8 @@ class TrainConfig:
             "patience": self.patience >= 0,
             "select": self.select in SELECTIONS,
             "eps": 0 <= self.eps < 1,
+            "seed": 0 <= self.seed < 2**32,
+            "init_seed": 0 <= self.init_seed < 2**32,
         }
         problems = [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok]
         if self.weight_decay and self.optimizer == "adam":

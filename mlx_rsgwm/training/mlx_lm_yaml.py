@@ -21,6 +21,7 @@ from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
 from mlx_rsgwm.training.mlx_lm_keys import DEFAULTS, ELSEWHERE, FOREIGN, NO_EFFECT, REFUSED
 from mlx_rsgwm.training.schedule import RateSchedule
 
+ANY_NUMBER = -(10**9)  # where no least one is meant
 FEATURES = ("prompt", "completion", "chat", "text")
 TEXTS = {"base", "data", "held_out", "out", "report_to", "project", "warm_start"}
 PATHS = TEXTS - {"base", "report_to", "project"}
@@ -140,7 +141,8 @@ class _Translation:
         value = self.merged.get(key, 1)
         number = _number(value)
         if isinstance(value, bool) or not isinstance(number, float) or number % 1 or number < least:
-            self.problems.append(f"{key} must be a whole number from {least}, found {brief(value)}")
+            bound = f" from {least}" * (least > ANY_NUMBER)
+            self.problems.append(f"{key} must be a whole number{bound}, found {brief(value)}")
             return None
         return int(number)
 
@@ -174,7 +176,7 @@ class _Translation:
     def _layers(self, key: str, value: Any) -> None:
         if key not in self.given and "lora_layers" in self.given:
             return
-        number = self._whole(key, -(10**9))
+        number = self._whole(key, ANY_NUMBER)
         if number is None:
             return
         self.file.config["num_layers"] = number if number > 0 else -1

@@ -155,6 +155,22 @@ def test_the_shipped_example_of_mlx_lm_is_understood(tmp_path):
         ("rnak: 8", "did you mean 'rank'"),
         ("- 8", "expected keys and values"),
         ("a: [", "not valid YAML"),
+        ("model: m\niters: 5\niters: 6", "iters is given twice, the second time in line 3"),
+        ("model: m\nlora_parameters: {rank: 8, scale: 2, rank: 16}", "rank is given twice"),
+        ("model: m\nnum_layers: all", "num_layers must be a whole number, found 'all'"),
+        ("model: m\nlora_parameters: {}", "lora_parameters has no scale"),
+        ("model: m\nlr_schedule: cosine", "lr_schedule is not a mapping"),
+        (
+            "model: m\nlr_schedule: {name: cosine_decay, arguments: []}",
+            r"arguments must be a list of numbers, found \[\]",
+        ),
+        ("model: m\nadapter_path: ''", "out must be text, found ''"),
+        ("model: m\ntrain: 'true'", "train: 'true' cannot be done here"),
+        ("model: m\nuse_dora: true", "use_dora has no counterpart here; write fine_tune_type: dora"),
+        ("model: m\nfine_tune_type: LoRA", "fine_tune_type: 'LoRA' cannot be done here; use lora or dora"),
+        ("model: m\nbase: m", "base is no key of mlx_lm.lora"),
+        ("model: m\nsteps: 4", "steps is no key of mlx_lm.lora"),
+        ("", "expected keys and values"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(tmp_path, text, message):

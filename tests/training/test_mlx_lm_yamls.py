@@ -64,6 +64,9 @@ YAMLS = {
     "text-feature": "iters: 20\ntext_feature: body\noptimizer: AdamW\noptimizer_config: {adam: {}, adamw: {}, sgd: {}}",
     "adam-options": "iters: 20\noptimizer_config: {adam: {betas: [0.8, 0.95], eps: 1e-6, bias_correction: false}}",
     "warm-start": "iters: 20\nresume_adapter_file: adapters/0000100_adapters.safetensors",
+    "nulls": "iters: 20\nlr_schedule: null\nseed: null\nlora_parameters: null\noptimizer_config: null\n"
+    "hf_dataset: null\nuse_dora: false\nreport_to: null\nmask_prompt: null",
+    "merged": "iters: 20\nlora_parameters: {<<: {rank: 8, scale: 2.0, dropout: 0.0}, rank: 4}",
     "numbers-quoted": "iters: 1e2\nbatch_size: 2.0\nlearning_rate: '1e-4'\nlora_parameters: {rank: 8, scale: 1e1}",
 }  # fmt: skip
 
