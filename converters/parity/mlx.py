@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.hooks import block_names, inputs_seen, outputs_changed
 from mlx_rsgwm.models.token_layers import has_head
 
 
@@ -108,9 +109,7 @@ def trace_mlx(base: Base, adapter: Adapter, token_ids: Sequence[Sequence[int]], 
     """Run the base without and with ``adapter`` over the texts; the model keeps the adapter."""
     model: Any = base.model
     first = list(token_ids[0][:TRACED_TOKENS])
-    with _recorded_blocks(model) as blocks:
-        model(mx.array([first]))
-        states = [np.array(state[0].astype(mx.float32)) for state in blocks]
+    states = _block_states(model, first)
     bare = _logits(model, token_ids)
     names = set(adapter.modules())
     apply_adapter(model, adapter, base.name)
@@ -123,6 +122,19 @@ def trace_mlx(base: Base, adapter: Adapter, token_ids: Sequence[Sequence[int]], 
         continuations.append(tokens)
         margins.append(ahead)
     return Trace(Logits(bare, adapted, len(layers)), states, probes, continuations, margins)
+
+
+def _block_states(model: Any, tokens: list[int]) -> list[np.ndarray]:
+    """The state (tokens, dims) after every block."""
+    states: list[mx.array] = []
+
+    def record(_: str, x: mx.array, y: Any) -> Any:
+        states.append(y[0] if isinstance(y, tuple) else y)
+        return y
+
+    with outputs_changed(model, block_names(model), record):
+        model(mx.array([tokens]))
+    return [np.array(state[0].astype(mx.float32)) for state in states]
 
 
 def _logits(model: Any, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
@@ -148,8 +160,12 @@ def _greedy(model: Any, text: Sequence[int], count: int) -> tuple[list[int], lis
 
 def _probes(model: Any, layers: dict[str, Any], tokens: list[int]) -> dict[str, Probe]:
     """What the adapter adds to every adapted layer's output, for the inputs the layer has in a run over ``tokens``."""
-    seen: dict[int, mx.array] = {}
-    with _recorded_inputs({type(layer) for layer in layers.values()}, seen):
+    inputs_of: dict[str, mx.array] = {}
+
+    def record(name: str, x: mx.array) -> None:
+        inputs_of.setdefault(name, x)
+
+    with inputs_seen(model, layers, record):
         model(mx.array([tokens]))
     probes = {}
     for name, layer in layers.items():
@@ -158,7 +174,7 @@ def _probes(model: Any, layers: dict[str, Any], tokens: list[int]) -> dict[str, 
             added = layer.scale * (layer.lora_b @ (layer.lora_a @ mx.array(x)[:, None]))[..., 0]
             probes[name] = Probe(x, np.array(added.astype(mx.float32)), 0.0)
             continue
-        x_in = seen.get(id(layer))
+        x_in = inputs_of.get(name)
         if x_in is None:
             continue
         plain = (layer.embedding if hasattr(layer, "embedding") else layer.linear)(x_in)
@@ -168,50 +184,6 @@ def _probes(model: Any, layers: dict[str, Any], tokens: list[int]) -> dict[str, 
         inputs = np.array(x_in[0] if ids else x_in[0].astype(mx.float32))
         probes[name] = Probe(inputs, np.array(added), float(mx.max(mx.abs(whole))))
     return probes
-
-
-@contextmanager
-def _recorded_inputs(kinds: set[type], seen: dict[int, mx.array]) -> Iterator[None]:
-    """Keep the first input of every layer of these kinds, by the layer's id."""
-
-    def recording(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(layer: Any, x: mx.array, *rest: Any, **named: Any) -> Any:
-            seen.setdefault(id(layer), x)
-            return call(layer, x, *rest, **named)
-
-        return wrapped
-
-    with _patched(kinds, recording):
-        yield
-
-
-@contextmanager
-def _recorded_blocks(model: Any) -> Iterator[list[mx.array]]:
-    """Collect the state after every block of the model."""
-    states: list[mx.array] = []
-
-    def recording(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(block: Any, *arguments: Any, **named: Any) -> Any:
-            state = call(block, *arguments, **named)
-            states.append(state[0] if isinstance(state, tuple) else state)
-            return state
-
-        return wrapped
-
-    with _patched({type(block) for block in model.layers}, recording):
-        yield states
-
-
-@contextmanager
-def _patched(kinds: set[type], change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    before: dict[Any, Callable[..., Any]] = {kind: kind.__call__ for kind in kinds}
-    for kind, call in before.items():
-        kind.__call__ = change(call)
-    try:
-        yield
-    finally:
-        for kind, call in before.items():
-            kind.__call__ = call
 
 
 @contextmanager

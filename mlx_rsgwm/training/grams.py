@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
@@ -25,55 +23,13 @@ from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch, tell_rows
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, WEIGHTS_FILE, Adapter, put_beside
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.fit_check import fitting_modules
+from mlx_rsgwm.models.hooks import GramSums, inputs_seen
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.loop import TrainingData
 from mlx_rsgwm.training.memory import device_limit
 
 GRAMS_FILE = "grams.safetensors"
-
-
-class InputSums:
-    """Sums of XᵀX over the inputs of layers. Layers handed the same array share one: ``owners`` tells whose."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, mx.array] = {}
-        self.counts: dict[str, int] = {}
-        self.owners: dict[str, str] = {}
-        self._positions = mx.array([])
-        self._seen: list[tuple[mx.array, str]] = []
-
-    def start(self, positions: mx.array) -> None:
-        """Begin a batch of which ``positions`` (n,), into the flattened rows, are tokens and not padding."""
-        self._positions, self._seen = positions, []
-
-    def add(self, name: str, x: mx.array) -> None:
-        """Take the input (..., in) of the layer ``name``."""
-        owner = next((owner for other, owner in self._seen if other is x), name)
-        if self.owners.setdefault(name, owner) != owner:
-            raise RuntimeError(f"{name} shares its input with {self.owners[name]} in some batches only")
-        if owner != name:
-            return
-        self._seen.append((x, name))
-        rows = x.reshape(-1, x.shape[-1])[self._positions].astype(mx.float32)
-        product = rows.T @ rows
-        self.sums[name] = self.sums[name] + product if name in self.sums else product
-        self.counts[name] = self.counts.get(name, 0) + rows.shape[0]
-
-
-class Observed(nn.Module):
-    """A layer that shows its input to ``sums`` before it computes."""
-
-    def __init__(self, layer: nn.Module, name: str, sums: InputSums) -> None:
-        super().__init__()
-        self.layer = layer
-        self.name = name
-        self.sums = sums
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self.sums.add(self.name, x)
-        y: mx.array = self.layer(x)
-        return y
 
 
 def collect_grams(
@@ -102,15 +58,14 @@ def collect_grams(
     _check_memory(adapter)
     plan = plan_epoch(chosen, batch_size, seed=0, epoch=0)
     weights = {name: value.astype(mx.float32) for name, value in adapter.weights.items()}
-    sums = InputSums()
+    sums = GramSums()
     model: Any = base.model
     with (
         adapted(model, modules, replace(adapter.spec, dropout=0.0), weights),
+        inputs_seen(model, modules, sums.add),
         progress.task("Gram matrices", len(plan)) as advance,
     ):
         hidden, _ = split_head(model)
-        layers = dict(model.named_modules())
-        model.update_modules(tree_unflatten([(name, Observed(layers[name], name, sums)) for name in modules]))
         model.eval()
         for indices in plan:
             batch = [chosen[index] for index in indices]

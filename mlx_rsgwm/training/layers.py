@@ -19,6 +19,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.models.adapter import LoraSpec
 from mlx_rsgwm.models.fit_check import linear_shape
+from mlx_rsgwm.models.hooks import Call, block_names, calls_wrapped, modules_replaced
 from mlx_rsgwm.models.linux_cpu import Dropout, applies
 
 LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
@@ -123,13 +124,12 @@ def adapted(
         layers[name] = kind.from_base(module, r=spec.rank, dropout=spec.dropout, scale=spec.scale)
         if applies():
             layers[name].dropout = Dropout(spec.dropout)
-    model.update_modules(tree_unflatten(list(layers.items())))
     try:
-        model.update(tree_unflatten(list(weights.items())))
-        mx.eval(model.trainable_parameters())
-        yield
+        with modules_replaced(model, layers):
+            model.update(tree_unflatten(list(weights.items())))
+            mx.eval(model.trainable_parameters())
+            yield
     finally:
-        model.update_modules(tree_unflatten(list(modules.items())))
         model.freeze()
         model.eval()
 
@@ -160,27 +160,21 @@ def recomputed_blocks(model: Any, next_seed: Callable[[], int]) -> Iterator[None
     the forward pass (mlx-lm 0.32.2 with ``--grad-checkpoint`` and dropout does). So every run of a block starts by
     seeding the stream with a number that ``next_seed`` gave its first run.
     """
-    kinds = {type(block): type(block).__call__ for block in model.layers}
 
-    def checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(block: Any, *arguments: Any, **options: Any) -> Any:
+    def checkpointed(_: str, call: Call) -> Call:
+        def recomputing(block: Any, *arguments: Any, **options: Any) -> Any:
             if not block.training:
-                return function(block, *arguments, **options)
+                return call(block, *arguments, **options)
             seed = next_seed()
 
             def inner(parameters: Any, *arguments: Any, **options: Any) -> Any:
                 mx.random.seed(seed)
                 block.update(parameters)
-                return function(block, *arguments, **options)
+                return call(block, *arguments, **options)
 
             return mx.checkpoint(inner)(block.trainable_parameters(), *arguments, **options)
 
-        return call
+        return recomputing
 
-    for kind, function in kinds.items():
-        kind.__call__ = checkpointed(function)
-    try:
+    with calls_wrapped(model, block_names(model), checkpointed):
         yield
-    finally:
-        for kind, function in kinds.items():
-            kind.__call__ = function
