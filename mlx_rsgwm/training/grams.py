@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,11 @@ def collect_grams(
     weights = {name: value.astype(mx.float32) for name, value in adapter.weights.items()}
     sums = GramSums()
     model: Any = base.model
-    with (
-        adapted(model, modules, replace(adapter.spec, dropout=0.0), weights),
-        inputs_seen(model, modules, sums.add),
-        progress.task("Gram matrices", len(plan)) as advance,
-    ):
-        hidden, _ = split_head(model)
+    with ExitStack() as stack:
+        stack.enter_context(adapted(model, modules, replace(adapter.spec, dropout=0.0), weights))
+        hidden, _ = split_head(model)  # tries the model, so nothing must look yet
+        stack.enter_context(inputs_seen(model, modules, sums.add))
+        advance = stack.enter_context(progress.task("Gram matrices", len(plan)))
         model.eval()
         for indices in plan:
             batch = [chosen[index] for index in indices]
