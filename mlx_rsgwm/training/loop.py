@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -38,6 +39,8 @@ from mlx_rsgwm.training.warm_start import WarmStart
 
 # Fewer steps than these hardly move an adapter: whoever sets no number of them is told.
 FEW_STEPS = 20
+
+Tell = Callable[[str], None]
 
 
 class TrainingData(Protocol):
@@ -82,91 +85,165 @@ def train(
             a run that cannot be resumed, a loss that is not finite (names step and rows).
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
-    if config.keys == ALL_LINEAR:
-        config = replace(config, keys=linear_keys(base.model))
-        if experts := expert_keys(base.model):
-            progress.message(f"{label}: the experts' layers are not adapted, unlike in mlx-lm: {', '.join(experts)}")
+    tell = partial(_tell, progress, label)
+    config = _with_keys(base, config, tell)
     memory = memory or MemoryOptions()
     memory.apply()
-    rows, dropped = corpus.token_rows(base.tokenizer, config.max_tokens, config.long_rows)
-    held_rows, held_dropped = (
-        held_out.token_rows(base.tokenizer, config.max_tokens, config.long_rows) if held_out else ([], 0)
-    )
-    held_cut = sum(row.cut for row in held_rows)
-    test_rows, test_dropped = test.token_rows(base.tokenizer, config.max_tokens, config.long_rows) if test else ([], 0)
-    for note in (*row_notes(rows), *row_notes(held_rows), *row_notes(test_rows)):
-        progress.message(f"{label}: {note}")
-    if held_dropped or held_cut:
-        progress.message(
-            f"{label}: {held_dropped} held-out rows of {len(held_rows) + held_dropped} left out, {held_cut} cut: "
-            f"they have more than {config.max_tokens} tokens"
-        )
-    before = record_of_base(base.path)
-    if warm_start:
-        before |= warm_start.record
-    seen = RowRecord.of_keys(row.keys for row in rows) | before
-    held_trained, test_trained = (sum(seen.has(row.keys) for row in chosen) for chosen in (held_rows, test_rows))
-    for name, shared, chosen in (("held-out", held_trained, held_rows), ("test", test_trained, test_rows)):
-        if shared:
-            progress.message(
-                f"{label}: {shared} of {len(chosen)} {name} rows ask what is trained on, too; "
-                "their loss says nothing of new questions"
-            )
-    if config.validate_every and not held_rows:
-        raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
-    plan = plan_steps(rows, config.step_rows, config.seed, config.epochs, config.steps)
+    data = _read_data(base, corpus, held_out, test, config, warm_start, tell)
+    plan = plan_steps(data.train.rows, config.step_rows, config.seed, config.epochs, config.steps)
     started_from = {"warm_start": warm_start.describe()} if warm_start else {}
     identity = {**_identity(base, corpus, config, held_out, processes), **started_from}
-    about = {**_provenance(base, corpus, config, rows, dropped), **started_from}
-    if before != RowRecord():  # it has seen those rows, too
-        about[KEY] = (before | corpus.record()).describe()
+    about = {**_provenance(base, corpus, config, data), **started_from, **_seen_before(corpus, data)}
     started = time.monotonic()
     model: Any = base.model
     with ExitStack() as stack:
         init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
         for note in warm_start.put_into(model, config.scale) if warm_start else ():
-            progress.message(f"{label}: {note}")
-        need = _estimate(base, rows, config, processes)
-        progress.message(f"{label}: {check_estimate(need, memory.enforce)}")
-        if len(plan) < FEW_STEPS and not config.steps:
-            more = math.ceil(3 * FEW_STEPS / len(plan)) * config.epochs
-            progress.message(f"{label}: only {len(plan)} steps, few to learn from; more rows, or --epochs {more}")
-        run = Run(model, rows, plan, held_rows, config, label, processes)
+            tell(note)
+        need = _estimate(base, data.train.rows, config, processes)
+        tell(check_estimate(need, memory.enforce))
+        _tell_few_steps(len(plan), config, tell)
+        run = Run(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
         if saving and processes.writes:
             stack.enter_context(exclusive(saving.folder))
-        checkpoint = read_checkpoint(saving, identity, progress) if saving else None
-        if checkpoint is not None:
-            run.restore(checkpoint)
-            progress.message(f"{label}: continuing after step {checkpoint.step} of {len(plan)}")
-        elif held_rows:
-            run.before = held_out_loss(model, held_rows, config.batch_size)
+        _begin(run, saving, identity, progress)
         with deferred_interrupts() as interruption:
             run.execute(progress, saving, identity, about, reports, interruption)
         run.settle()
-        after = held_out_loss(model, held_rows, config.batch_size) if held_rows else {}
-        tested = held_out_loss(model, test_rows, config.batch_size) if test_rows else {}
+        after, tested = (_loss(model, rows.rows, config) for rows in (data.held_out, data.test))
         weights, importance = run.result()
-        progress.message(f"{label}: {memory_line()}")
+        tell(memory_line())
     arrays = importance.arrays()
     mx.eval(weights, arrays)
     manifest = {
         "kind": "trained",
         **about,
         "seconds": round(run.seconds + time.monotonic() - started, 3),
-        "tokens": {
-            "trained": sum(step.trained_tokens for step in run.history),
-            "real": run.real,
-            "padding": run.padded,
-        },
-        "memory": {**memory_now(), "estimate": need.total},
+        **_tokens_and_memory(run, need),
         "held_out_loss": {"before": run.before, "after": after},
-        **({"held_out_rows": _counts(held_rows, held_dropped, held_trained)} if held_out else {}),
-        **({"test_loss": tested, "test_rows": _counts(test_rows, test_dropped, test_trained)} if test else {}),
+        **({"held_out_rows": data.held_out.counts()} if held_out else {}),
+        **({"test_loss": tested, "test_rows": data.test.counts()} if test else {}),
+        **_course(run),
+    }
+    return Adapter(config.spec(), weights, arrays, importance.metadata(), {} if warm_start else init, manifest)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Token rows of one set of data; how many were left out as too long, and how many ask what is trained on, too."""
+
+    rows: list[TokenRow]
+    dropped: int = 0
+    also_trained: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """What a manifest says of them."""
+        cut = sum(row.cut for row in self.rows)
+        counts = {"rows": len(self.rows), "rows_too_long": self.dropped, "rows_cut": cut}
+        return {**counts, "also_trained": self.also_trained} if self.also_trained else counts
+
+
+@dataclass(frozen=True)
+class _Data:
+    """All rows of a run; ``before``: what base and warm start have been trained on."""
+
+    train: _Rows
+    held_out: _Rows
+    test: _Rows
+    before: RowRecord
+
+
+def _tell(progress: Progress, label: str, text: str) -> None:
+    progress.message(f"{label}: {text}")
+
+
+def _with_keys(base: Base, config: TrainConfig, tell: Tell) -> TrainConfig:
+    """``config`` with the names of all linear layers where it asks for all."""
+    if config.keys != ALL_LINEAR:
+        return config
+    if experts := expert_keys(base.model):
+        tell(f"the experts' layers are not adapted, unlike in mlx-lm: {', '.join(experts)}")
+    return replace(config, keys=linear_keys(base.model))
+
+
+def _read_data(
+    base: Base,
+    corpus: TrainingData,
+    held_out: TrainingData | None,
+    test: TrainingData | None,
+    config: TrainConfig,
+    warm_start: WarmStart | None,
+    tell: Tell,
+) -> _Data:
+    """Tokenise all data, and tell what is left out, cut, or asked both in training and elsewhere.
+
+    Raises:
+        RsgwmError: a loss between the steps is asked for, and there is nothing held out.
+    """
+    train, held, tested = (
+        _Rows(*source.token_rows(base.tokenizer, config.max_tokens, config.long_rows)) if source else _Rows([])
+        for source in (corpus, held_out, test)
+    )
+    for note in (*row_notes(train.rows), *row_notes(held.rows), *row_notes(tested.rows)):
+        tell(note)
+    cut = sum(row.cut for row in held.rows)
+    if held.dropped or cut:
+        tell(
+            f"{held.dropped} held-out rows of {len(held.rows) + held.dropped} left out, {cut} cut: "
+            f"they have more than {config.max_tokens} tokens"
+        )
+    before = record_of_base(base.path)
+    if warm_start:
+        before |= warm_start.record
+    seen = RowRecord.of_keys(row.keys for row in train.rows) | before
+    held, tested = (replace(rows, also_trained=sum(seen.has(row.keys) for row in rows.rows)) for rows in (held, tested))
+    for name, rows in (("held-out", held), ("test", tested)):
+        if rows.also_trained:
+            tell(
+                f"{rows.also_trained} of {len(rows.rows)} {name} rows ask what is trained on, too; "
+                "their loss says nothing of new questions"
+            )
+    if config.validate_every and not held.rows:
+        raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
+    return _Data(train, held, tested, before)
+
+
+def _tell_few_steps(steps: int, config: TrainConfig, tell: Tell) -> None:
+    if steps < FEW_STEPS and not config.steps:
+        more = math.ceil(3 * FEW_STEPS / steps) * config.epochs
+        tell(f"only {steps} steps, few to learn from; more rows, or --epochs {more}")
+
+
+def _begin(run: Run, saving: Saving | None, identity: Mapping[str, Any], progress: Progress) -> None:
+    """Take up the checkpoint that is there, or score the held-out rows before the first step."""
+    checkpoint = read_checkpoint(saving, identity, progress) if saving else None
+    if checkpoint is not None:
+        run.restore(checkpoint)
+        progress.message(f"{run.label}: continuing after step {checkpoint.step} of {len(run.plan)}")
+    else:
+        run.before = _loss(run.model, run.held_rows, run.config)
+
+
+def _loss(model: Any, rows: Sequence[TokenRow], config: TrainConfig) -> dict[str, float]:
+    return held_out_loss(model, rows, config.batch_size) if rows else {}
+
+
+def _tokens_and_memory(run: Run, need: MemoryEstimate) -> dict[str, Any]:
+    """What the manifest says the run took."""
+    trained = sum(step.trained_tokens for step in run.history)
+    return {
+        "tokens": {"trained": trained, "real": run.real, "padding": run.padded},
+        "memory": {**memory_now(), "estimate": need.total},
+    }
+
+
+def _course(run: Run) -> dict[str, Any]:
+    """What the manifest says of the steps."""
+    return {
         "validation": [[score.step, score.loss, score.by_role] for score in run.scores],
         "kept_step": run.kept_step,
         "history": [[step.step, step.role, round(step.loss, 6), step.trained_tokens] for step in run.history],
     }
-    return Adapter(config.spec(), weights, arrays, importance.metadata(), {} if warm_start else init, manifest)
 
 
 def check_fit(model: Any, config: TrainConfig) -> None:
@@ -196,27 +273,22 @@ def _identity(
     }
 
 
-def _provenance(
-    base: Base, corpus: TrainingData, config: TrainConfig, rows: Sequence[TokenRow], dropped: int
-) -> dict[str, Any]:
+def _provenance(base: Base, corpus: TrainingData, config: TrainConfig, data: _Data) -> dict[str, Any]:
     """What the manifest, and every checkpoint, says of where the adapter comes from."""
+    notes = row_notes(data.train.rows)
     return {
         "base": base.describe(),
         **({"template": corpus.template.describe()} if corpus.template else {}),
         "config": config.describe(),
-        "data": {
-            **corpus.describe(),
-            **_counts(rows, dropped),
-            **({"notes": notes} if (notes := row_notes(rows)) else {}),
-        },
+        "data": {**corpus.describe(), **data.train.counts(), **({"notes": notes} if notes else {})},
         "seed": config.seed,
         "versions": versions(),
     }
 
 
-def _counts(rows: Sequence[TokenRow], dropped: int, also_trained: int = 0) -> dict[str, int]:
-    counts = {"rows": len(rows), "rows_too_long": dropped, "rows_cut": sum(row.cut for row in rows)}
-    return {**counts, "also_trained": also_trained} if also_trained else counts
+def _seen_before(corpus: TrainingData, data: _Data) -> dict[str, Any]:
+    """The rows that base and warm start were trained on, which the adapter has seen, too, with its own."""
+    return {KEY: (data.before | corpus.record()).describe()} if data.before != RowRecord() else {}
 
 
 def _estimate(base: Base, rows: Sequence[TokenRow], config: TrainConfig, processes: Processes) -> MemoryEstimate:
