@@ -13,6 +13,7 @@ from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.data.batching import make_batch
 from mlx_rsgwm.data.corpus import tokenize
+from mlx_rsgwm.models import adapter as adapter_module
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.training.estimate_importance import collect_importance, save_importance
 from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, load_grams, real_positions, save_grams
@@ -173,7 +174,7 @@ def test_killed_while_replacing(base, corpus, saved, monkeypatch):
         written(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, "write_safetensors", killed)
+    monkeypatch.setattr(adapter_module, "write_safetensors", killed)
     again = Adapter.load(saved.path)
     with pytest.raises(KeyboardInterrupt):
         save_grams(again, base, corpus, *collect_grams(base, again, corpus, rows=4))
