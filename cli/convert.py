@@ -133,16 +133,14 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
 
     Example: rsgwm convert to-gguf runs/drafter drafter.gguf
     """
-    from functools import cache
-
-    from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
+    from mlx_rsgwm.converters.base_layers import shared_base_layers
     from mlx_rsgwm.converters.gguf.adapter import to_gguf
     from mlx_rsgwm.converters.gguf.write import is_model, model_to_gguf
     from mlx_rsgwm.converters.peft.bulk import is_mlx
     from mlx_rsgwm.converters.peft.convert import Converted
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.models.adapter import Adapter
-    from mlx_rsgwm.models.base import resolve_base
+    from mlx_rsgwm.models.adapter_sources import load_adapter
+    from mlx_rsgwm.models.fit_check import base_of
 
     if is_model(source) and not is_mlx(source):
         if base is not None:
@@ -152,16 +150,10 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
         console.result(written)
         return
 
-    @cache
-    def layers_of(name: str) -> BaseLayers:
-        return read_base_layers(name, resolve_base(name, console.progress))
-
     def one(folder: Path, target: Path) -> Converted:
-        adapter = Adapter.load(folder)
-        name = base or (adapter.manifest.get("base") or {}).get("name")
-        if not name:
-            raise RsgwmError(f"{folder} does not say which base model it is for; give --base")
-        to_gguf(adapter, layers_of(name), target, dtype or "f32")
+        adapter = load_adapter(folder, base, progress=console.progress)
+        name, path = base_of(adapter, base, console.progress)
+        to_gguf(adapter, shared_base_layers(name, path), target, dtype or "f32")
         return Converted(target, name, adapter.spec, len(adapter.modules()))
 
     kind = dtype or "f32"
@@ -171,21 +163,35 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
 @click.command("from-gguf")
 @click.argument("source", metavar="FILE", type=PATH)
 @click.argument("out", type=PATH)
+@click.option("--base", help="An adapter's base model; default: the one that the file names.")
 @click.option(
     "--quantised", is_flag=True, help="Keep matrices in Q4_0, Q4_1 and Q8_0 as they are: an MLX model, not torch's."
 )
 @common_options
-def convert_from_gguf(console: Console, source: Path, out: Path, quantised: bool) -> None:
-    """Write the base model in the .gguf FILE to the new folder OUT, in float32 or as quantised as it is.
+def convert_from_gguf(console: Console, source: Path, out: Path, base: str | None, quantised: bool) -> None:
+    """Write the adapter, or the base model, in the .gguf FILE to the new folder OUT.
 
-    Commands take a .gguf file as --base by themselves, in float32. A quantised folder needs an eighth of that memory
-    (Q4_0), for training too; its values are those of the file.
+    Commands take a .gguf file as an adapter, or as --base in float32, by themselves. A quantised folder needs an eighth
+    of that memory (Q4_0), for training too; its values are those of the file.
 
-    Example: rsgwm convert from-gguf model-Q4_0.gguf model --quantised
+    \b
+    Examples:
+      rsgwm convert from-gguf model-Q4_0.gguf model --quantised
+      rsgwm convert from-gguf drafter.gguf drafter --base smollm2-135m
     """
     from mlx_rsgwm.converters.gguf.read import convert_gguf
+    from mlx_rsgwm.converters.gguf.read_adapter import convert_from_gguf as convert_adapter
+    from mlx_rsgwm.converters.gguf.read_adapter import is_gguf_adapter
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.models.folder import describe_folder
 
+    if is_gguf_adapter(source):
+        if quantised:
+            raise RsgwmError(f"{source} is an adapter, not a model; leave --quantised out")
+        _tell(console, out, "adapter", convert_adapter(source, base, out, console.progress))
+        return
+    if base is not None:
+        raise RsgwmError(f"{source} is a model, not an adapter; leave --base out")
     facts = describe_folder(convert_gguf(source, out, console.progress, quantised))
     console.line(f"{out}: {facts['architecture']}, {facts['bytes_on_disk'] / 1e6:,.0f} MB")
     console.result({"out": out, "quantised": quantised, **facts})
@@ -233,16 +239,18 @@ def _run(
     from mlx_rsgwm.converters.peft.bulk import adapter_folders, convert_all
 
     if is_adapter(source) or not adapter_folders(source, is_adapter):
-        found = one(source, out)
-        console.line(
-            f"{out}: {noun} for {found.base}, rank {found.spec.rank}, scale {found.spec.scale:g}, "
-            f"{found.modules} modules"
-        )
-        for note in found.notes:
-            console.line(f"note: {note}")
-        console.result({"out": out, **_facts(found), **about})
+        _tell(console, out, noun, one(source, out), **about)
     else:
         _report(console, convert_all(source, out, is_adapter, is_result, one, suffix, console.progress))
+
+
+def _tell(console: Console, out: Path, noun: str, found: Converted, **about: Any) -> None:
+    console.line(
+        f"{out}: {noun} for {found.base}, rank {found.spec.rank}, scale {found.spec.scale:g}, {found.modules} modules"
+    )
+    for note in found.notes:
+        console.line(f"note: {note}")
+    console.result({"out": out, **_facts(found), **about})
 
 
 def _facts(found: Converted) -> dict[str, Any]:

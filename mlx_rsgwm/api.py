@@ -317,8 +317,8 @@ def fuse(
     """
     from mlx_rsgwm.converters.fuse.fuse import fuse as fuse_adapter
 
-    name = _base_name(Path(adapter), base)
-    return fuse_adapter(Path(adapter), name, Path(out), target=format, min_share=min_share, progress=progress)
+    name = None if base is None else str(base)
+    return fuse_adapter(adapter, name, Path(out), target=format, min_share=min_share, progress=progress)
 
 
 def parity(
@@ -344,7 +344,7 @@ def parity(
     """
     from mlx_rsgwm.converters.parity.check import check_parity
 
-    return check_parity(Path(adapter), _base_name(Path(adapter), base), tolerance=tolerance, progress=progress)
+    return check_parity(adapter, None if base is None else str(base), tolerance=tolerance, progress=progress)
 
 
 def _config(config: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:

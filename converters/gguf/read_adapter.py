@@ -16,6 +16,7 @@ from mlx_rsgwm.converters.base_layers import BaseLayers, shared_base_layers
 from mlx_rsgwm.converters.gguf.file import GgufFile, open_gguf
 from mlx_rsgwm.converters.gguf.names import architecture_of, heads_of, tensor_namer
 from mlx_rsgwm.converters.gguf.read import unpermute
+from mlx_rsgwm.converters.peft.convert import Converted, require_empty
 from mlx_rsgwm.converters.peft.read import keys_of
 from mlx_rsgwm.converters.peft.uniform import Update, common_scale, fold, widen_rank
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
@@ -56,6 +57,14 @@ def from_gguf(path: Path, base_name: str | None, progress: Progress = SILENT) ->
     else:
         name, folder = recorded_base(named, str(path), progress)
     return read_gguf_adapter(gguf, shared_base_layers(name, folder))
+
+
+def convert_from_gguf(path: Path, base_name: str | None, out: Path, progress: Progress = SILENT) -> Converted:
+    """:func:`from_gguf`, written to the new folder ``out`` as mlx-lm loads it. Raises as that; ``out`` is not empty."""
+    require_empty(out)
+    adapter = from_gguf(path, base_name, progress)
+    adapter.save(out)
+    return Converted(out, str(adapter.base_name), adapter.spec, len(adapter.modules()))
 
 
 def read_gguf_adapter(gguf: GgufFile, base: BaseLayers) -> Adapter:

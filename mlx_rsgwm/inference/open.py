@@ -61,11 +61,6 @@ def open_pipeline(
 ) -> DraftVerify:
     """Load a base, a drafter and a verifier that belong together, ready to answer.
 
-    Example:
-        >>> import mlx_rsgwm as rs
-        >>> pipeline = rs.open_pipeline("runs/demo/drafter", "runs/demo/verifier")  # doctest: +SKIP
-        >>> pipeline.answer("Ada has 12 pens and gets 7 more. How many pens does Ada have now?").text  # doctest: +SKIP
-
     Args:
         drafter, verifier: as for :func:`~mlx_rsgwm.models.adapter_sources.load_adapter`; without a verifier the bare
             base judges.
@@ -84,6 +79,11 @@ def open_pipeline(
     Raises:
         AdapterError: an adapter that cannot be read or does not fit the base.
         RsgwmError: no pair, no base, no template, or a setting out of range.
+
+    Example::
+
+        pipeline = rs.open_pipeline("runs/demo/drafter", "runs/demo/verifier")
+        print(pipeline.answer("Ada has 12 pens and gets 7 more. How many pens does Ada have now?").text)
     """
     loaded = _load_pair(drafter, verifier, base.name if isinstance(base, Base) else base, progress)
     config = LoopConfig(

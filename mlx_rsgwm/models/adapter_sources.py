@@ -44,12 +44,6 @@ def load_adapter(
 ) -> Adapter:
     """Read one adapter from any source, checked, in this project's form.
 
-    Example:
-        >>> import mlx_rsgwm as rs
-        >>> adapter = rs.load_adapter("hf://owner/name@v1.0", base="smollm2-135m")  # doctest: +SKIP
-        >>> adapter.spec.rank, adapter.modules()[0]  # doctest: +SKIP
-        (8, 'model.layers.0.self_attn.q_proj')
-
     Args:
         source: a folder of this project's, mlx-lm's or PEFT's layout, a GGUF file of a LoRA adapter, a Hub id
             (``owner/name``) or ``hf://owner/name@revision``; a local path is looked for first. An adapter that is
@@ -68,6 +62,10 @@ def load_adapter(
     Raises:
         AdapterError: nothing there, a damaged file, options without a counterpart, modules the base has not.
         RsgwmError: a folder of several adapters, no such repository, a base that cannot be had or is not named.
+
+    Example::
+
+        adapter = rs.load_adapter("hf://owner/name@v1.0", base="smollm2-135m")
     """
     if isinstance(source, Adapter):
         return source
