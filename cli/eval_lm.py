@@ -28,10 +28,9 @@ def lm_eval(
     """
     import json
 
-    import yaml
-
+    from mlx_rsgwm.core.config import read_yaml
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.core.files import write_json
+    from mlx_rsgwm.core.files import LARGEST_YAML, read_text, write_json
     from mlx_rsgwm.studies.lm_eval import drive, load_lm_eval
 
     load_lm_eval()
@@ -40,9 +39,7 @@ def lm_eval(
     chosen: list[Any] = []
     for task in tasks:
         if task.endswith((".yaml", ".yml")):
-            if not Path(task).is_file():
-                raise RsgwmError(f"{task} does not exist")
-            chosen.append(yaml.safe_load(Path(task).read_text(encoding="utf-8")))
+            chosen.append(read_yaml(read_text(Path(task), LARGEST_YAML), task))
         else:
             chosen.append(task)
     found = drive(build_pipeline(console, loop), chosen, role, limit, console.seed)

@@ -42,6 +42,7 @@ def push(
     Example: rsgwm hub push runs/drafter me/drafter --dry-run
     """
     from mlx_rsgwm.converters.hub import hub
+    from mlx_rsgwm.core.files import read_text
 
     with tempfile.TemporaryDirectory(prefix="rsgwm-push-") as temporary:
         staged = hub.stage(
@@ -64,7 +65,7 @@ def push(
             "files": dict(staged.contents),
         }
         if dry_run:
-            card = (staged.folder / hub.CARD_FILE).read_text(encoding="utf-8")
+            card = read_text(staged.folder / hub.CARD_FILE)
             console.line(f"\n{card}")
             console.line(f"dry run: nothing was sent to {repo}")
             console.result({**result, "card": card})

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from safetensors import safe_open
 
 from mlx_rsgwm.converters.module_names import (
     HEADS,
@@ -24,6 +23,7 @@ from mlx_rsgwm.converters.module_names import (
 from mlx_rsgwm.converters.weight_map import WeightMap
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.safetensors_io import read_header
 from mlx_rsgwm.models.base import describe_base, fingerprint_of, local_base, resolve_base
 from mlx_rsgwm.models.config import config_for_mlx_lm, model_classes, open_model
 from mlx_rsgwm.models.folder import first_line, read_config, weight_files
@@ -180,20 +180,16 @@ def _shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a base's arrays from their headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(path):
-        with safe_open(str(file), framework="np") as arrays:
-            shapes |= {name: tuple(arrays.get_slice(name).get_shape()) for name in arrays.keys()}  # noqa: SIM118
+        shapes |= {name: tuple(entry["shape"]) for name, entry in read_header(file).entries.items()}
     return shapes
 
 
 def saved_by_mlx_lm(path: Path) -> bool:
     """Whether mlx-lm wrote a base's arrays, so that they went through ``sanitize`` before."""
     for file in weight_files(path):
-        with safe_open(str(file), framework="np") as arrays:
-            if (arrays.metadata() or {}).get("format") == "mlx" or any(
-                name.endswith(".scales")
-                for name in arrays.keys()  # noqa: SIM118
-            ):
-                return True
+        header = read_header(file)
+        if header.metadata.get("format") == "mlx" or any(name.endswith(".scales") for name in header.entries):
+            return True
     return False
 
 

@@ -20,6 +20,7 @@ from mlx_rsgwm.converters.base_layers import BaseLayers, saved_by_mlx_lm
 from mlx_rsgwm.converters.dense_base import dense_parameters
 from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.converters.weight_map import Link, Part, describe_link
+from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import Adapter
@@ -162,4 +163,4 @@ def save_checkpoint(arrays: dict[str, mx.array], out: Path) -> None:
         write_arrays(out / name, shard, {"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        files.write_text(out / "model.safetensors.index.json", json.dumps(index, indent=2))

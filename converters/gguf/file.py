@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -98,7 +99,7 @@ class GgufFile:
         tensor = self.tensors[name]
         size = (stop - start) * tensor.row_bytes
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 same = _stamp(file) == self.stamp
                 file.seek(tensor.start + start * tensor.row_bytes)
                 found = np.fromfile(file, dtype=np.uint8, count=size)
@@ -116,10 +117,8 @@ def open_gguf(path: Path) -> GgufFile:
     Raises:
         RsgwmError: the file does not exist, is not GGUF version 2 or 3, is truncated, or contradicts itself.
     """
-    if not path.is_file():
-        raise RsgwmError(f"{path} does not exist")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             stamp = _stamp(file)
             metadata, tensors = _parse(_Cursor(file))
     except OSError as error:

@@ -109,9 +109,7 @@ def open_peft(folder: Path) -> PeftFolder:
         raise AdapterError(f"{folder} holds no {PEFT_WEIGHTS_FILE}; it is not a PEFT adapter folder")
     if PEFT_CONFIG_FILE not in names:
         raise AdapterError(f"{folder} holds no {PEFT_CONFIG_FILE}; it is not a whole PEFT adapter folder")
-    if (folder / PEFT_CONFIG_FILE).stat().st_size > CONFIG_BYTES:
-        raise AdapterError(f"{folder / PEFT_CONFIG_FILE} has more than {CONFIG_BYTES >> 20} MB; it is no configuration")
-    config = files.read_json_object(folder / PEFT_CONFIG_FILE)
+    config = files.read_json_object(folder / PEFT_CONFIG_FILE, CONFIG_BYTES)
     weights = (folder / PEFT_WEIGHTS_FILE,) if PEFT_WEIGHTS_FILE in names else _shards(folder)
     return PeftFolder(folder, config, weights)
 

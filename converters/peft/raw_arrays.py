@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlx_rsgwm.core.errors import AdapterError
+from mlx_rsgwm.core.files import open_regular
 
 FORMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -51,9 +52,8 @@ def read_raw(path: Path) -> dict[str, RawArray]:
         AdapterError: the file is damaged, or holds a type other than float32, float16 and bfloat16.
     """
     try:
-        with safe_open(str(path), framework="np"):
-            pass  # the library checks header, offsets and length
-        with open(path, "rb") as file:
+        # The library checks header, offsets and length.
+        with open_regular(path) as file, safe_open(str(path), framework="np"):
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:

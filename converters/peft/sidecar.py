@@ -90,7 +90,7 @@ def rows_of_changed(folder: Path, name: str) -> dict[str, Any] | None:
     Trained further in torch, an adapter has still seen these; ``name`` is said to have seen unknown ones besides.
     """
     path = folder / SIDECAR_FOLDER / MANIFEST_FILE
-    manifest = files.read_json_object(path).get("adapter") if path.is_file() else None
+    manifest = files.read_json_object(path).get("adapter") if files.is_present(path) else None
     if not isinstance(manifest, Mapping):
         return None
     data = manifest.get("data")

@@ -74,7 +74,7 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
     theirs, their_rest = _peft_sides(opened, names)
     config = files.read_json_object(adapter / CONFIG_FILE)
     arrays = read_raw(adapter / WEIGHTS_FILE)
-    kept = read_raw(adapter / KEPT_FILE) if (adapter / KEPT_FILE).is_file() else {}
+    kept = read_raw(adapter / KEPT_FILE) if files.is_present(adapter / KEPT_FILE) else {}
     ours, our_rest = _mlx_sides(arrays, config)
     folded = {name.removesuffix(".lora_b") for name in kept if name.endswith(".lora_b")}
     # What was saved with the base's own values is no part of the adapter and kept for the way back.
@@ -82,7 +82,7 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
         ours_name = name if name in their_rest else names.mlx_parameters(name)[0]
         if ours_name in their_rest and their_rest[ours_name].same_bits(kept[f"{name}{SAVED}"]):
             del their_rest[ours_name]
-    manifest = files.read_json_object(adapter / MANIFEST_FILE) if (adapter / MANIFEST_FILE).is_file() else {}
+    manifest = files.read_json_object(adapter / MANIFEST_FILE) if files.is_present(adapter / MANIFEST_FILE) else {}
     source = manifest.get("source") or {}
     for name in (source.get("layout") or {}).get("derived") or ():  # of base and PEFT's arrays together: for parity
         if name not in their_rest:  # in a plain form PEFT's file has them

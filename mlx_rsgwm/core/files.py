@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,6 +71,11 @@ def _check_regular(path: Path, found: os.stat_result, largest: int | None) -> No
         raise RsgwmError(f"{path} has {found.st_size >> 20} MB, which is more than such a file can have")
 
 
+def is_present(path: Path) -> bool:
+    """Whether anything has this name: what is no regular file is to be refused when it is read, not passed over."""
+    return os.path.lexists(path)
+
+
 def read_bytes(path: Path, largest: int | None = None) -> bytes:
     """The bytes of a regular file of at most ``largest``.
 
@@ -111,10 +117,10 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or malformed one is a :class:`RsgwmError` that names it."""
+def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
+    """The value of a JSON file of at most ``largest`` bytes; one that is malformed is a :class:`RsgwmError`, too."""
     try:
-        return parse_json(read_text(path, LARGEST_JSON))
+        return parse_json(read_text(path, largest))
     except ValueError as error:
         raise RsgwmError(f"{path} is not valid JSON: {error}") from error
 
@@ -132,9 +138,9 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
     """Read a JSON file whose top level must be an object."""
-    value = read_json(path)
+    value = read_json(path, largest)
     if not isinstance(value, dict):
         raise RsgwmError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -203,17 +209,34 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes atomically."""
-    with new_file(path) as temporary:
-        temporary.write_bytes(content)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: sorted by insertion, two-space indent, NaN refused (it is not JSON)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all; a failure is a :class:`RsgwmError` that names the file.
+
+    Names of tasks and adapters are shown as they are: a ``$`` in one begins no formula, and a sign that the font lacks
+    is drawn as a box without a word on standard error.
+    """
+    import matplotlib
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)  # a "$" in the name of a task or an adapter is a dollar, not mathematics
+    with (
+        new_file(path) as temporary,
+        matplotlib.rc_context({"text.parse_math": False}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(temporary, dpi=dpi, format="png")

@@ -19,7 +19,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
 
-LARGEST_JOURNAL = 2 << 30  # bytes: a record of every draft of a long evaluation
+LARGEST_ROW = 64 << 20  # bytes of a line
 
 
 def content_key(settings: Any, contents: Mapping[str, str] | None = None, version: int = 0) -> str:
@@ -112,13 +112,26 @@ class Journal:
 
     def _read(self, path: Path, replace: bool) -> int:
         """Take over what is there; returns how many bytes of the file are whole lines, 0 to start anew."""
-        data = files.read_bytes(path, LARGEST_JOURNAL)
-        complete = data.rfind(b"\n") + 1
-        lines = data[:complete].split(b"\n")[:-1]
-        before = _about(lines[0]) if lines else None
-        if before != self.about:
-            if replace or not data.strip():
+        with files.open_regular(path) as file:
+            head = file.readline(LARGEST_ROW)
+            if self._is_of_something_else(path, head, replace):
                 return 0
+            number, complete = 1, len(head)
+            while (line := file.readline(LARGEST_ROW)).endswith(b"\n"):
+                number, complete = number + 1, complete + len(line)
+                where = f"{path} line {number}"
+                try:
+                    self._take(files.parse_json(line.decode("utf-8")), where)
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    raise RsgwmError(f"{where} is damaged; delete the file to start anew") from None
+            return complete
+
+    def _is_of_something_else(self, path: Path, head: bytes, replace: bool) -> bool:
+        """Whether a journal that begins with ``head`` is to be started anew; one that may not be is refused."""
+        before = _about(head) if head.endswith(b"\n") else None
+        if before != self.about:
+            if replace or not head.strip():
+                return True
             if before is None:
                 raise RsgwmError(f"{path} is not a journal of this version; choose another place, or delete it")
             names = [name for name in {**before, **self.about} if before.get(name) != self.about.get(name)]
@@ -126,13 +139,7 @@ class Journal:
                 f"{path} was made with another {', '.join(sorted(names))}; choose another place, or delete it "
                 "to start anew"
             )
-        for number, line in enumerate(lines[1:], 2):
-            where = f"{path} line {number}"
-            try:
-                self._take(files.parse_json(line.decode("utf-8")), where)
-            except (KeyError, TypeError, ValueError, AttributeError):
-                raise RsgwmError(f"{where} is damaged; delete the file to start anew") from None
-        return complete
+        return False
 
 
 def _about(line: bytes) -> dict[str, Any] | None:

@@ -185,7 +185,7 @@ def rows_seen(
     seen = rows_trained_on(adapters, base, progress)
     for role, one in adapters.items():
         calibration = (one if isinstance(one, Path) else calibration_folder(one)) / CALIBRATION_FILE
-        if calibration.is_file():
+        if files.is_present(calibration):
             name = f"{role}'s calibration"
             fitted = files.read_json_object(calibration).get(KEY)
             seen[name] = RowRecord.from_description(fitted, str(calibration)) if fitted else RowRecord(unknown=(name,))
@@ -195,7 +195,7 @@ def rows_seen(
 def _manifest_of(adapter: Adapter | Path) -> dict[str, Any]:
     if isinstance(adapter, Adapter):
         return adapter.manifest
-    return files.read_json_object(adapter / MANIFEST_FILE) if (adapter / MANIFEST_FILE).is_file() else {}
+    return files.read_json_object(adapter / MANIFEST_FILE) if files.is_present(adapter / MANIFEST_FILE) else {}
 
 
 def union(seen: Mapping[str, RowRecord]) -> RowRecord:

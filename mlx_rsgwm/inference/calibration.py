@@ -170,7 +170,7 @@ def load_calibration(folder: Path) -> Calibration | None:
         RsgwmError: a file of another format or version, with unknown or missing fields, or values out of range.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not files.is_present(path):
         return None
     value = files.read_json_object(path)
     if "format" not in value and "template_hash" in value:

@@ -229,7 +229,7 @@ class Adapter:
             raise AdapterError(_explain_missing_weights(folder))
         if (folder / UNFINISHED_FILE).is_file() and not is_complete(folder):
             raise AdapterError(f"{folder} was not written to its end: its writer was stopped, or still runs")
-        manifest = _read_manifest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
+        manifest = _read_manifest(folder / MANIFEST_FILE) if files.is_present(folder / MANIFEST_FILE) else {}
         before = _stamps(folder)
         if hashes:
             check_hashes(folder, manifest)
@@ -364,7 +364,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _read_optional(path: Path, lazy: bool) -> tuple[dict[str, mx.array], dict[str, str]]:
-    return read_safetensors(path, evaluate=not lazy) if path.is_file() else ({}, {})
+    return read_safetensors(path, evaluate=not lazy) if files.is_present(path) else ({}, {})
 
 
 def check_hashes(folder: Path, manifest: Mapping[str, Any]) -> None:

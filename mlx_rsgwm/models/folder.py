@@ -6,23 +6,20 @@ Only headers and samples are read here, so every function answers at once for a 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES
+from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_header
 from mlx_rsgwm.models.foreign_quantisation import quantisation_settings, refuse_foreign_quantisation
 from mlx_rsgwm.models.tokenizer_hash import chat_template_hash, tokenizer_hash
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tiktoken.model")
 SAMPLE_BYTES = 4096
+READ_ELSEWHERE = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # opened by mlx-lm and transformers
 FOREIGN_FIELDS = ("quant_method", "bits", "group_size", "format", "version")  # of AWQ, GPTQ, compressed-tensors, …
 # The fields of config.json that change what a model computes. Names, versions, training settings and token ids are
 # left out, for tools rewrite them when they save a model again.
@@ -48,11 +45,10 @@ def check_folder(path: Path) -> Path:
         raise RsgwmError(f"{path / 'config.json'}: {config['model_type']} needs custom code, which is never run")
     refuse_foreign_quantisation(path, config)
     for file in weight_files(path):
-        try:
-            with safe_open(str(file), framework="np"):
-                pass  # the library checks header, offsets and length
-        except (SafetensorError, OSError, ValueError) as error:
-            raise RsgwmError(f"{file} is not a sound safetensors file: {first_line(error)}; fetch it again") from error
+        read_header(file)
+    for file in sorted(path.iterdir()):
+        if file.suffix in READ_ELSEWHERE:
+            files.open_regular(file, files.LARGEST_JSON).close()
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise RsgwmError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     return path
@@ -87,7 +83,7 @@ def weight_files(path: Path) -> list[Path]:
     """
     found = sorted(path.glob("model*.safetensors"))
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if files.is_present(index):
         shards = files.read_json_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise RsgwmError(f"{index} has no weight_map from tensor to file")
@@ -137,7 +133,7 @@ def weights_fingerprint(path: Path) -> str:
         del fields["head_dim"]  # spelled out by some tools, left out by others
     tensors = {}
     for file in weight_files(path):
-        with open(file, "rb") as data:
+        with files.open_regular(file) as data:
             for name, entry, start in tensor_entries(file):
                 begin, end = entry["data_offsets"]
                 digest = hashlib.sha256()
@@ -183,16 +179,10 @@ def _known_to_mlx_lm(model_type: str) -> bool:
 
 
 def tensor_entries(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """``(name, header entry, start of the data section)`` of every tensor of a file that was validated before."""
-    try:
-        with safe_open(str(file), framework="np"), open(file, "rb") as data:
-            (length,) = struct.unpack("<Q", data.read(8))
-            header = json.loads(data.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RsgwmError(f"{file} is not a sound safetensors file: {first_line(error)}; fetch it again") from error
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        yield name, entry, 8 + length
+    """``(name, header entry, start of the data section)`` of every tensor of a safetensors file."""
+    header = read_header(file)
+    for name, entry in header.entries.items():
+        yield name, entry, header.start
 
 
 def _sample_offsets(size: int) -> list[int]:

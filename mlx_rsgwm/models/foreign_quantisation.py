@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 
 # Quantisations of config.json that mlx-lm does not read, by quant_method.
@@ -93,6 +94,6 @@ def _model_mentions(config: Mapping[str, Any], ending: str) -> bool:
         named = str(part.get("model_type") or "")
         kind = MODEL_REMAPPING.get(named, named)
         spec = find_spec(f"mlx_lm.models.{kind}") if kind.isidentifier() else None
-        if spec is not None and spec.origin is not None and ending in Path(spec.origin).read_text():
+        if spec is not None and spec.origin is not None and ending in files.read_text(Path(spec.origin)):
             return True
     return False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.files import open_regular
 from mlx_rsgwm.models.folder import tensor_entries, weight_files
 from mlx_rsgwm.models.token_layers import HEADS, has_head
 
@@ -47,7 +48,7 @@ def _same_bytes(one: Stored, other: Stored) -> bool:
     if any(one[1][key] != other[1][key] for key in ("dtype", "shape")):
         return False
     begin, end = one[1]["data_offsets"]
-    with open(one[0], "rb") as left, open(other[0], "rb") as right:
+    with open_regular(one[0]) as left, open_regular(other[0]) as right:
         left.seek(one[2] + begin)
         right.seek(other[2] + other[1]["data_offsets"][0])
         sizes = (min(PIECE, end - place) for place in range(begin, end, PIECE))

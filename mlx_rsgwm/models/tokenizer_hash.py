@@ -47,7 +47,7 @@ def tokenizer_hash(folder: Path) -> str:
 def chat_template_hash(folder: Path) -> str:
     """Hex SHA-256 of the chat template, wherever it stands; empty where there is none."""
     file = folder / "chat_template.jinja"
-    template: Any = files.read_text(file) if file.is_file() else None
+    template: Any = files.read_text(file) if files.is_present(file) else None
     if template is None and (folder / "chat_template.json").is_file():
         template = files.read_json_object(folder / "chat_template.json").get("chat_template")
     template = template or _settings(folder).get("chat_template")
@@ -59,7 +59,7 @@ def chat_template_hash(folder: Path) -> str:
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
-    return files.read_json_object(file) if file.is_file() else {}
+    return files.read_json_object(file) if files.is_present(file) else {}
 
 
 def _text(token: Any) -> str | None:

@@ -270,6 +270,7 @@ class Run:
             pipeline.config.attempts,
             metadata,
             seed=self.recipe.seed,
+            progress=self.progress,
         )
 
     def _export(self) -> None:

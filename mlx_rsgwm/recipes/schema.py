@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import SIGNALS
 from mlx_rsgwm.training.config import TrainConfig
 
+FOLDER = Path(__file__).parent  # of the shipped recipes
 LARGEST_SEED = 2**32 - 1
 
 
@@ -276,11 +276,7 @@ class Recipe:
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package."""
-    return sorted(
-        Path(entry.name).stem
-        for entry in resources.files("mlx_rsgwm.recipes").iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
@@ -291,11 +287,9 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
     """
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise RsgwmError(f"recipe {path} does not exist")
-        text = files.read_text(path)
+        text = files.read_text(path, files.LARGEST_YAML)
     elif source in shipped_recipes():
-        text = (resources.files("mlx_rsgwm.recipes") / f"{source}.yaml").read_text(encoding="utf-8")
+        text = files.read_text(FOLDER / f"{source}.yaml")
     else:
         raise RsgwmError(f"no recipe {source!r}; shipped are {', '.join(shipped_recipes())}, or give a .yaml file")
     values = read_yaml(text, f"recipe {source}")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import yaml
 
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.config import read_yaml
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation.equality import is_correct
 from mlx_rsgwm.evaluation.records import ItemRecord
@@ -135,7 +136,8 @@ PAIRS = {"strict-match": "strict", "flexible-extract": "flexible"}
 def gsm8k_filters() -> tuple[dict[str, tuple[str, int]], dict[str, Any]]:
     """Filter name → (pattern, which match), and the options of exact_match, as the installed gsm8k.yaml has them."""
     folder = Path(load_lm_eval().__file__).parent
-    config = yaml.safe_load((folder / "tasks" / "gsm8k" / "gsm8k.yaml").read_text(encoding="utf-8"))
+    file = folder / "tasks" / "gsm8k" / "gsm8k.yaml"
+    config = read_yaml(files.read_text(file), str(file))
     filters = {
         entry["name"]: (entry["filter"][0]["regex_pattern"], entry["filter"][0].get("group_select", 0))
         for entry in config["filter_list"]

@@ -149,9 +149,9 @@ def load_grams(folder: Path) -> dict[str, mx.array]:
     """
     remedy = f"collect them: rsgwm adapter grams {folder} --data ROWS"
     path = folder / GRAMS_FILE
-    if not path.is_file():
+    if not files.is_present(path):
         raise RsgwmError(f"{folder} has no Gram matrices; {remedy}")
-    manifest = files.read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
+    manifest = files.read_json_object(folder / MANIFEST_FILE) if files.is_present(folder / MANIFEST_FILE) else {}
     hashes = manifest.get("files") or {}
     arrays, metadata = read_safetensors(path, evaluate=False)
     if GRAMS_FILE not in hashes or metadata.get("weights_sha256") != hashes.get(WEIGHTS_FILE):

@@ -44,9 +44,7 @@ def read_training_file(path: Path) -> TrainingFile:
         RsgwmError: not a YAML mapping, keys that are unknown or of the wrong type, or mlx-lm settings that have no
             counterpart here.
     """
-    if not path.is_file():
-        raise RsgwmError(f"config {path} does not exist")
-    text = files.read_text(path)
+    text = files.read_text(path, files.LARGEST_YAML)
     values = read_yaml(text, f"config {path}")
     texts = written_texts(text)
     foreign = bool(FOREIGN & set(values))

@@ -47,9 +47,10 @@ class WarmStart:
         wrong = [name for name, value in arrays.items() if not mx.isfinite(value).all().item()]
         raise_problems(str(file), [f"{name} has values that are not finite" for name in wrong])
         beside = file.with_name(CONFIG_FILE)
-        scale = LoraSpec.from_config(files.read_json_object(beside), str(beside)).scale if beside.is_file() else None
+        config = files.read_json_object(beside) if files.is_present(beside) else None
+        scale = None if config is None else LoraSpec.from_config(config, str(beside)).scale
         manifest = file.with_name(MANIFEST_FILE)
-        described = files.read_json_object(manifest) if manifest.is_file() else {}
+        described = files.read_json_object(manifest) if files.is_present(manifest) else {}
         record = record_of(described, f"{path.name}, the weights started from,")
         return cls(file, files.sha256_file(file), arrays, scale, record)
 

@@ -1,6 +1,7 @@
 """Every reader of files that others may have written, with a sound file of each; as a script it reads damaged ones.
 
-Each line of standard input names a reader and a mutant's number (``recipe 17``) or a kept file (``recipe bomb``).
+Each line of standard input names a reader and a mutant's number (``recipe 17``), a kept file (``recipe bomb``) or what
+stands in the file's place (``recipe @fifo``).
 Before each it prints ``begin`` and the line, after it one line of JSON, so that whoever started it knows which one
 ended the process. Memory is limited and every read has some seconds.
 """
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -35,6 +38,7 @@ from mlx_rsgwm.models import adapter as adapters  # noqa: E402
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec  # noqa: E402
 
 SECONDS = 5.0
+BLOCKED = 60.0  # seconds on the wall, after which a read is taken to wait for what never comes
 MEMORY = 6 << 30  # of addresses, most of them of libraries; a header that asks for more is to be refused before
 SEEDS = HERE / "seeds"
 
@@ -407,6 +411,32 @@ READERS = {
 }
 
 
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+
+
+def make_large(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(1 << 30)
+
+
+# What may stand in a file's place: given its path, where nothing is, and the sound file's bytes.
+STANDING: dict[str, Callable[[Path, bytes], object]] = {
+    "@fifo": lambda path, data: os.mkfifo(path),
+    "@device": lambda path, data: path.symlink_to("/dev/zero"),
+    "@socket": lambda path, data: bind(path),
+    "@loop": lambda path, data: path.symlink_to(path.name),
+    "@folder": lambda path, data: path.mkdir(),
+    "@dangling": lambda path, data: path.symlink_to("nowhere"),
+    "@gigabyte": lambda path, data: make_large(path),
+    "@empty": lambda path, data: path.touch(),
+    "@nul": lambda path, data: path.write_bytes(data[: len(data) // 2] + bytes(1) + data[len(data) // 2 :]),
+    "@mark": lambda path, data: path.write_bytes(b"\xef\xbb\xbf" + data),
+    "@utf-16": lambda path, data: path.write_bytes(data.decode("latin-1").encode("utf-16")),
+}
+
+
 class TooLong(BaseException):
     """A read took longer than it may."""
 
@@ -418,7 +448,9 @@ def outcome(read: Callable[[Path], object], folder: Path) -> tuple[str, str]:
         raise TooLong(f"longer than {SECONDS:.0f} s")
 
     signal.signal(signal.SIGPROF, stop)
+    signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of processor time: the machine may be busy with other things
+    signal.setitimer(signal.ITIMER_REAL, BLOCKED)
     try:
         read(folder)
     except RsgwmError as error:
@@ -432,6 +464,7 @@ def outcome(read: Callable[[Path], object], folder: Path) -> tuple[str, str]:
         return "failed", f"{type(error).__name__}: {str(error)[:200]} ({Path(frame.filename).name}:{frame.lineno})"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return "read", ""
 
 
@@ -441,6 +474,13 @@ def limit_memory() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(lines: list[str]) -> None:
@@ -457,16 +497,23 @@ def main(lines: list[str]) -> None:
                 reader.read(made[name])  # must be read, and imports what it needs
                 limit_memory()
             data = (sound / reader.file).read_bytes()
-            kept = SEEDS / name / chosen
-            damaged = mutate(reader.kind, data, int(chosen)) if chosen.isdigit() else kept.read_bytes()
             folder = Path(work) / "damaged"
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(sound, folder)
-            (folder / reader.file).write_bytes(damaged)
+            damaged = b""
+            if chosen in STANDING:
+                (folder / reader.file).unlink()
+                STANDING[chosen](folder / reader.file, data)
+            else:
+                kept = SEEDS / name / chosen
+                damaged = mutate(reader.kind, data, int(chosen)) if chosen.isdigit() else kept.read_bytes()
+                (folder / reader.file).write_bytes(damaged)
             print(f"begin {line}", flush=True)
+            before = peak_memory()
             verdict, text = outcome(reader.read, folder)
             found = {"reader": name, "input": chosen, "verdict": verdict, "text": text}
-            print(json.dumps({**found, "sha256": hashlib.sha256(damaged).hexdigest()}), flush=True)
+            found["sha256"] = hashlib.sha256(damaged).hexdigest()
+            print(json.dumps({**found, "grown": peak_memory() - before}), flush=True)
 
 
 if __name__ == "__main__":

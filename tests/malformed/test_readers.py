@@ -22,7 +22,8 @@ def load(name):
     return module
 
 
-READERS = load("readers").READERS
+readers = load("readers")
+READERS, STANDING = readers.READERS, readers.STANDING
 
 
 def read_all(lines, seconds):
@@ -61,7 +62,8 @@ KEPT = sorted((HERE / "seeds").glob("*/*"))
 @pytest.fixture(scope="module")
 def everything():
     numbered = [f"{name} {number}" for name, reader in READERS.items() for number in range(reader.count)]
-    return read_all([*numbered, *(f"{file.parent.name} {file.name}" for file in KEPT)], 300)
+    standing = [f"{name} {what}" for name in READERS for what in STANDING]
+    return read_all([*numbered, *standing, *(f"{file.parent.name} {file.name}" for file in KEPT)], 300)
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +93,31 @@ def test_enough_mutants_differ(mutants):
 def test_kept_files_are_read_or_refused_in_one_line(everything):
     """Made by hand, or once got through: ``seeds/<reader>/<what is wrong>``."""
     assert {file.parent.name for file in KEPT} <= set(READERS)
-    found = [one for one in everything if not one["input"].isdigit()]
+    found = [one for one in everything if not one["input"].isdigit() and one["input"] not in STANDING]
     assert len(found) == len(KEPT) >= 90
     assert failures(found) == []
     assert Counter(one["verdict"] for one in found)["refused"] >= 80
 
 
+# What is read all the same, besides a mark before text: a journal that holds nothing yet; a GGUF file is padded, and a
+# byte too many may fall between its arrays. A checkpoint that is not whole is passed over for an older one, or none.
+STILL_READ = {("journal", "@empty"), ("held-out-drafts", "@empty"), ("gguf", "@nul")}
+
+
+@pytest.mark.parametrize("what", STANDING)
+def test_what_stands_in_a_files_place_is_refused_in_one_line(everything, what):
+    mine = [one for one in everything if one["input"] == what]
+    assert len(mine) == len(READERS)
+    assert failures(mine) == []
+    still = {one["reader"] for one in mine if one["verdict"] == "read"}
+    text = {name for name, reader in READERS.items() if reader.kind in ("json", "jsonl", "yaml")}
+    allowed = text if what == "@mark" else {name for name, standing in STILL_READ if standing == what}
+    assert still <= allowed | {"checkpoint-manifest"}
+    assert max(one["grown"] for one in mine) < 300 << 20
+
+
 def test_a_reader_that_crashes_or_hangs_would_be_seen(tmp_path):
     """The judge of the judge: a child that dies, one that loops, one that raises what it must not."""
-    readers = load("readers")
     script = f"""
 import os, sys
 sys.path.insert(0, {str(HERE)!r})
