@@ -100,7 +100,7 @@ endif
 	@touch $@
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch
-	$(PIP) install --no-compile --editable '.[torch,plots]'
+	$(PIP) install --no-compile --editable '.[torch]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch

@@ -192,7 +192,7 @@ def main() -> None:
     for pool in pools:
         methods = options.methods or METHODS
         runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods) for seed in seeds]
-        found[pool] = write_sweep(options.folder / pool, runs, progress=LineProgress())
+        found[pool] = write_sweep(options.folder / pool, runs)
         print(f"\n{pool}\n\n{render_table(found[pool])}\n", flush=True)
         if options.plots:
             plot(found[pool], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")

@@ -50,6 +50,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ import mlx.core as mx
 
 from mlx_rsgwm.bench.shapes import TINYLLAMA
 from mlx_rsgwm.converters.peft.convert import to_peft
-from mlx_rsgwm.core import files
 from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.evaluation.report.figures import legend_below, write_figure
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
@@ -436,13 +437,12 @@ def _slope(rows: Sequence[Mapping[str, Any]], figure: str) -> float:
 
 
 def plot(growth: Mapping[str, Any], path: Path) -> None:
-    """Four panels: seconds and MB over the number of adapters and over their size."""
-    import matplotlib
+    """Four panels: seconds and MB over the number of adapters and over their size; PNG or SVG."""
+    write_figure(path, partial(_draw, growth=growth), (9, 6), dpi=120)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+def _draw(figure: Any, growth: Mapping[str, Any]) -> None:
+    axes = figure.subplots(2, 2)
     labels = {"seconds": "seconds", "mb": "peak memory, MB"}
     for column, (what, label) in enumerate(
         {"adapters": "adapters (1.2M each)", "parameters": "parameters (4 adapters)"}.items()
@@ -458,12 +458,14 @@ def plot(growth: Mapping[str, Any], path: Path) -> None:
                     [p["size"] for p in points], [p["result_mb"] for p in points], "k:", label="the result itself"
                 )
             panel.set(xscale="log", yscale="log", xlabel=label, ylabel=labels[name])
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("")
             if what == "adapters":
                 panel.set_xticks(GROWING_COUNTS, list(map(str, GROWING_COUNTS)))
                 panel.set_xticks([], minor=True)
             panel.grid(alpha=0.3)
-            panel.legend()
-    files.write_figure(path, figure, dpi=120)
+    legend_below(figure, axes[1][0], 3)
 
 
 def processor() -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm.core import files
+from mlx_rsgwm.core import files, tables
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder
+from mlx_rsgwm.evaluation.report.figures import legend_below, write_figure
 
 FORMAT = "mlx-rsgwm/bench-latency"
 UNSTEADY = 0.10  # a quartile range above this share of the median
@@ -19,12 +21,11 @@ COMPARED = ("base", "prompt_tokens", "new_tokens", "rows", "pool", "rank")
 
 def table(result: Mapping[str, Any]) -> str:
     """The rows as text for people."""
-    lines = [f"{'':36}{'MLX ms':>10}{'torch ms':>10}{'torch/MLX':>11}"]
-    lines += [
-        f"{row['work']:36}{row['mlx_ms']:10.1f}{row['torch_ms']:10.1f}{row['ratio']:11.2f}  {remark(row)}".rstrip()
-        for row in result["rows"]
-    ]
-    return "\n".join([*lines, describe(result), *choices(result)])
+    rows = [["", "MLX ms", "torch ms", "torch/MLX", ""]]
+    for row in result["rows"]:
+        times = [f"{row[side]:.1f}" for side in SIDES]
+        rows.append([row["work"], *times, f"{row['ratio']:.2f}", remark(row)])
+    return "\n".join([tables.aligned(rows), describe(result), *choices(result)])
 
 
 def choices(result: Mapping[str, Any]) -> list[str]:
@@ -75,10 +76,11 @@ def describe(result: Mapping[str, Any]) -> str:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """A table with quartiles, for a README or an issue."""
-    lines = ["| work | MLX ms | torch ms | torch / MLX | |", "|---|---:|---:|---:|---|"]
+    rows = [["work", "MLX ms", "torch ms", "torch / MLX", ""]]
     for row in result["rows"]:
         cells = [f"{row[side]:.1f} ({row['iqr'][side][0]:.1f}–{row['iqr'][side][1]:.1f})" for side in SIDES]
-        lines.append(f"| {row['work']} | {cells[0]} | {cells[1]} | {row['ratio']:.2f} | {remark(row)} |")
+        rows.append([row["work"], *cells, f"{row['ratio']:.2f}", remark(row)])
+    lines = [tables.markdown(rows)]
     load, versions = result["load_ms"], result["machine"]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("mlx", "mlx-lm", "torch", "peft"))
     lines += ["", f"{describe(result)}; in brackets the quartiles.", *(f"- {line}" for line in choices(result))]
@@ -87,33 +89,24 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def save_outcome(result: Mapping[str, Any], path: Path) -> list[Path]:
-    """Write ``path`` (JSON) and beside it the table (.md) and, where matplotlib is installed, the picture (.png)."""
+    """Write ``path`` (JSON) and beside it the table (.md) and the picture (.png)."""
     if path.suffix != ".json":
         raise RsgwmError(f"--out {path}: expected a name that ends in .json; the table and the picture go beside it")
     make_folder(path.parent)
     written = [path.with_suffix(".md"), path.with_suffix(".png"), path]
     files.write_text(written[0], markdown(result))
-    try:
-        plot(result, written[1])
-    except ImportError:
-        written.remove(path.with_suffix(".png"))
+    plot(result, written[1])
     files.write_json(path, {"format": FORMAT, **result})
     return written
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Bars of both sides on a logarithmic axis, with quartiles and the ratio.
+    """Bars of both sides on a logarithmic axis, with quartiles and the ratio; PNG or SVG."""
+    write_figure(path, partial(_draw, result=result), (9, 1.3 + 0.6 * len(result["rows"])), dpi=120)
 
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    rows = list(result["rows"])[::-1]
-    figure = Figure(figsize=(9, 1 + 0.6 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+def _draw(figure: Any, result: Mapping[str, Any]) -> None:
+    rows, axes = list(result["rows"])[::-1], figure.subplots()
     for offset, (side, label) in zip((0.2, -0.2), SIDES.items(), strict=True):
         values = [row[side] for row in rows]
         errors = [
@@ -126,12 +119,13 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         highest = max(row["iqr"][side][1] for side in SIDES)
         axes.annotate(f" {row['ratio']:.2f}×", (highest, index), va="center")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set(xlabel="ms, median and quartiles; at the end torch / MLX")
     axes.set_yticks(range(len(rows)), [row["work"] for row in rows])
     axes.margins(x=0.15)
-    axes.legend()
-    axes.set_title(f"{result['machine']['chip']}, {result['machine']['dtype']}", fontsize=10)
-    files.write_figure(path, figure, dpi=120)
+    axes.set_title(f"{result['machine']['chip']}, {result['machine']['dtype']}")
+    legend_below(figure, axes)
 
 
 def load_outcome(path: Path) -> dict[str, Any]:
@@ -194,13 +188,17 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], anyway: bool = 
     }
 
 
+def _spread_note(row: Mapping[str, Any]) -> str:
+    return "" if row["differs"] else "within the spread"
+
+
 def comparison_table(found: Mapping[str, Any]) -> str:
     """A comparison as text for people."""
-    lines = [f"{'':36}{'':7}{'before ms':>11}{'after ms':>10}{'faster':>9}"]
+    rows = [["", "", "before ms", "after ms", "faster", ""]]
     for row in found["rows"]:
-        note = "" if row["differs"] else "  within the spread"
-        times = f"{row['before_ms']:11.1f}{row['after_ms']:10.1f}{row['ratio']:8.2f}×"
-        lines.append(f"{row['work']:36}{row['side']:7}{times}{note}")
+        times = [f"{row[name]:.1f}" for name in ("before_ms", "after_ms")]
+        rows.append([row["work"], row["side"], *times, f"{row['ratio']:.2f}×", _spread_note(row)])
+    lines = [tables.aligned(rows)]
     for name, label in (("only_before", "only before"), ("only_after", "only after")):
         lines += [f"{label}: {', '.join(found[name])}"] if found[name] else []
     return "\n".join([*lines, *found["settings"]])

@@ -21,6 +21,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.select import questions_for
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation.judging import judge, read_all
-from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, percentile_interval, resampled
+from mlx_rsgwm.evaluation.report.figures import spread_of, write_figure
+from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, gatherer, percentile_interval, resampled
 from mlx_rsgwm.evaluation.stats.intervals import auroc, wilson
 from mlx_rsgwm.evaluation.verifier_quality import reliability
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
@@ -221,11 +223,8 @@ def scores_of(name: str, out: Path) -> dict[str, Any]:
         rate = auroc(values.tolist(), labels.tolist(), groups=owners.tolist())
         assert rate is not None
         items = test.scored(scorer)
-        threshold = (
-            calibration.threshold
-            if score == calibration.score
-            else fit(judged(out, name, "calibration"), score=score).threshold
-        )
+        own = calibration if score == calibration.score else fit(judged(out, name, "calibration"), score=score)
+        threshold = own.threshold
         best, best_interval = gap_closed(items, None)
         loop, loop_interval = gap_closed(items, threshold)
         found["scores"][score] = {
@@ -244,9 +243,10 @@ def scores_of(name: str, out: Path) -> dict[str, Any]:
 def _ece(scores: np.ndarray, labels: np.ndarray, owners: np.ndarray) -> list[Any]:
     """Calibration error and its interval, items resampled with all their drafts."""
     drafts = blocks_of(owners.tolist())
+    members = gatherer(drafts)
 
     def of(items: np.ndarray) -> float:
-        rows = np.concatenate([drafts[item] for item in items])
+        rows = members(items)
         return calibration_error(scores[rows], labels[rows])
 
     return [calibration_error(scores, labels), interval(resampled(of, len(drafts), SEED, RESAMPLES // 5))]
@@ -281,7 +281,7 @@ def promises_of(name: str, out: Path) -> dict[str, Any]:
             except CheckFailed:
                 continue
             accepted, wrong = unseen.scored(made.scorer(made.score)).counts(made.threshold)
-            realised.append(wrong / accepted if accepted else 0.0)
+            realised.append(wrong / max(accepted, 1))
             accepts.append(accepted / len(unseen))
         found[str(far)] = {
             "once": once,
@@ -297,18 +297,16 @@ def promises_of(name: str, out: Path) -> dict[str, Any]:
 
 def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
     """AUROC of every verifier and score; reliability before and after; realised false accepts against the target."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    write_figure(path, partial(_draw, summary=summary, out=out), (14, 4))
 
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+
+def _draw(figure: Any, summary: Mapping[str, Any], out: Path) -> None:
     left, middle, right = figure.subplots(1, 3)
     names = list(summary["verifiers"])
     for shift, score in enumerate(SCORES):
         rates = [summary["verifiers"][name]["scores"][score]["auroc"] for name in names]
         places = [index + (shift - 1) * 0.27 for index in range(len(names))]
-        errors = [[r["value"] - r["low"] for r in rates], [r["high"] - r["value"] for r in rates]]
-        left.bar(places, [r["value"] for r in rates], 0.27, yerr=errors, capsize=3, label=score)
+        left.bar(places, [r["value"] for r in rates], 0.27, yerr=spread_of(rates), capsize=3, label=score)
     left.axhline(0.5, color="grey", linewidth=0.8)
     left.axhline(0.9, color="grey", linestyle=":")
     left.set_xticks(range(len(names)), names)
@@ -322,29 +320,26 @@ def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
     for values, label in ((raw, "before"), (after, "after")):
         filled = [one for one in reliability(values, labels) if one.n >= 5]
         rates = [one.correct.to_dict() for one in filled]
-        errors = [[r["value"] - r["low"] for r in rates], [r["high"] - r["value"] for r in rates]]
         x = [one.mean_score for one in filled]
-        middle.errorbar(x, [r["value"] for r in rates], yerr=errors, marker="o", capsize=2, label=label)
+        middle.errorbar(x, [r["value"] for r in rates], yerr=spread_of(rates), marker="o", capsize=2, label=label)
     middle.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     middle.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share right", title=f"{best}, {calibration.score}")
     middle.legend()
     for far, found in summary["promises"].items():
         if found["realised_mean"] is not None:
-            low, high = found["realised_spread"]
-            mean = found["realised_mean"]
+            mean, (low, high) = found["realised_mean"], found["realised_spread"]
             # Where few divisions promise, rounding is all the spread there is.
             errors = [[max(mean - low, 0)], [max(high - mean, 0)]]
             right.errorbar([float(far)], [mean], yerr=errors, marker="s", color="C0", capsize=3)
         rate = found["once"].get("realised")
         if rate:
-            spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
-            right.errorbar([float(far) + 0.006], [rate["value"]], yerr=spread, marker="o", color="C1", capsize=3)
+            value, spread = [rate["value"]], spread_of([rate])
+            right.errorbar([float(far) + 0.006], value, yerr=spread, marker="o", color="C1", capsize=3)
     right.plot([0, 0.25], [0, 0.25], color="grey", linewidth=0.8)
     right.set(
         xlim=(0, 0.25), ylim=(0, 0.35), xlabel="promised false-accept rate", ylabel="realised on unseen items",
         title="Promises (orange: the command)",
     )  # fmt: skip
-    files.write_figure(path, figure)
 
 
 def report_stage(out: Path, path: Path | None) -> None:

@@ -99,15 +99,15 @@ def calibrate(
 
 def render(found: Calibration) -> str:
     """The text a person reads."""
-    lines = [
-        f"{found.drafts} drafts of {found.items} items, {found.correct} right",
-        "score         AUROC  on perturbed gold  calibration   ECE before → after",
-    ]
+    from mlx_rsgwm.core.tables import aligned, show
+
+    rows = [["score", "AUROC", "on perturbed gold", "calibration", "ECE before → after"]]
     for name, own in found.auroc.items():
         reliable = found.reliability.get(name)
         method = found.curves[name].method if name in found.curves else "none"
-        errors = f"{reliable.ece_before:.3f} → {reliable.ece_after:.3f}" if reliable else "–"
-        lines.append(f"{name:<12}  {_three(own):<5}  {_three(found.perturbed_auroc[name]):<17}  {method:<12}  {errors}")
+        errors = f"{reliable.ece_before:.3f} → {reliable.ece_after:.3f}" if reliable else show(None)
+        rows.append([name, _three(own), _three(found.perturbed_auroc[name]), method, errors])
+    lines = [f"{found.drafts} drafts of {found.items} items, {found.correct} right", aligned(rows)]
     lines.append(f"in use: {found.score}, accepted from {found.threshold:.3f} on")
     if found.promise is not None:
         lines.append(f"promised: {found.promise}")

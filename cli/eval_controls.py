@@ -58,8 +58,8 @@ def controls(
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.folders import exclusive
+    from mlx_rsgwm.core.tables import aligned
     from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, rows_trained_on, union
-    from mlx_rsgwm.evaluation.report.folder import aligned
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
     from mlx_rsgwm.inference.open import check_pair, load_base_for
     from mlx_rsgwm.inference.sampling import Sampling

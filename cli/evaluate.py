@@ -153,7 +153,7 @@ def evaluate(
     }
     attempts = pipeline.config.attempts
     if out is not None:
-        summary = write_report(out, records, attempts, metadata, seed=console.seed, progress=console.progress)
+        summary = write_report(out, records, attempts, metadata, seed=console.seed)
     else:
         summary = summarise(records, attempts, metadata, seed=console.seed)
     console.line(render_table(summary))

@@ -134,7 +134,7 @@ def merge_sweep(
     measured = Sweep(base, plan, out, progress, processes).execute()
     if not processes.writes:
         return
-    summary = write_sweep(out, [measured], console.seed, console.progress)
+    summary = write_sweep(out, [measured], console.seed)
     for line in filter(None, (overlap.headline(), render_table(summary), f"sweep: {out}")):
         console.line(line)
     console.result({"overlap": overlap.headline(), **summary, "out": str(out)})

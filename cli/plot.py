@@ -12,7 +12,7 @@ from mlx_rsgwm.cli.options.paths import PATH
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, type=PATH)
-@click.option("--out", type=PATH, default=Path("curves.png"), show_default=True, help="PNG to write.")
+@click.option("--out", type=PATH, default=Path("curves.png"), show_default=True, help="Picture to write: .png or .svg.")
 @common_options
 def plot(console: Console, adapters: tuple[Path, ...], out: Path) -> None:
     """Draw train and held-out loss of ADAPTERS over their steps.

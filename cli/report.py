@@ -16,22 +16,30 @@ from mlx_rsgwm.cli.options.paths import PATH
 @click.option(
     "--lm-eval", "against", is_flag=True, help="List the drafts that lm_eval's GSM8K filters judge otherwise."
 )
+@click.option("--tables", "tables_file", type=PATH, help="Write the tables alone here, too: .md, .tex or .csv.")
 @common_options
-def report(console: Console, run: Path, out: Path | None, against: bool) -> None:
+def report(console: Console, run: Path, out: Path | None, against: bool, tables_file: Path | None) -> None:
     """Write the report of RUN anew (report.html, report.md, plot.png, report.json) from its items.jsonl.
 
-    Example: rsgwm report write runs/demo/report
+    \b
+    Examples:
+      rsgwm report write runs/demo/report
+      rsgwm report write runs/demo/report --tables tables.tex
     """
     from mlx_rsgwm.core import files
-    from mlx_rsgwm.evaluation.report.folder import read_report, render_table, write_report
+    from mlx_rsgwm.core.tables import page_writer, write_page
+    from mlx_rsgwm.evaluation.report.folder import TITLE, notes, read_report, render_table, sections, write_report
     from mlx_rsgwm.studies.lm_eval import disagreements
 
+    if tables_file is not None:
+        page_writer(tables_file)
     summary, records = read_report(run)
-    written = write_report(
-        out or run, records, summary["k"], summary["metadata"], seed=console.seed, progress=console.progress
-    )
+    written = write_report(out or run, records, summary["k"], summary["metadata"], seed=console.seed)
     console.line(render_table(written))
     console.line(f"report: {out or run}")
+    if tables_file is not None:
+        write_page(tables_file, TITLE, sections(written), notes(written))
+        console.line(f"tables: {tables_file}")
     if against:
         differing = disagreements(records)
         files.write_json((out or run) / "lm-eval.json", differing)
@@ -48,7 +56,7 @@ def report(console: Console, run: Path, out: Path | None, against: bool) -> None
 @click.option(
     "--of", "modes", default="draft_verify", show_default=True, help="drafter, draft_verify, or A,B: one each."
 )
-@click.option("--out", type=PATH, help="Markdown file to write.")
+@click.option("--out", type=PATH, help="File to write: .md, .tex or .csv.")
 @common_options
 def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | None) -> None:
     """Compare RUN_A and RUN_B on the items they share: exact McNemar, paired bootstrap, corrected for several tests.
@@ -58,15 +66,17 @@ def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | 
       rsgwm compare runs/a runs/b
       rsgwm compare runs/demo/report runs/demo/report --of drafter,draft_verify
     """
-    from mlx_rsgwm.core import files
+    from mlx_rsgwm.core.tables import aligned, page_writer, write_page
     from mlx_rsgwm.evaluation.report.comparison import compare_runs, comparison_notes, comparison_rows
-    from mlx_rsgwm.evaluation.report.folder import aligned, markdown_table, read_report
+    from mlx_rsgwm.evaluation.report.folder import read_report
 
+    if out is not None:
+        page_writer(out)
     first, second = (read_report(run)[1] for run in (run_a, run_b))
     found = compare_runs(first, second, modes, (str(run_a), str(run_b)), console.seed)
     console.line(aligned(comparison_rows(found)))
     console.line("\n".join(comparison_notes(found)))
     if out is not None:
-        files.write_text(out, "\n\n".join([markdown_table(comparison_rows(found)), *comparison_notes(found)]) + "\n")
+        write_page(out, f"{run_a} and {run_b}", [("", comparison_rows(found))], comparison_notes(found))
         console.line(f"comparison: {out}")
     console.result(found)

@@ -64,9 +64,8 @@ def tables(
     from dataclasses import asdict
 
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.core.files import write_text
+    from mlx_rsgwm.core.tables import PAGES, aligned, write_page
     from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen
-    from mlx_rsgwm.evaluation.report.folder import aligned, markdown_table
     from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.recipes.questions import rows_ahead
@@ -109,8 +108,8 @@ def tables(
     told = {**asdict(overlap), "headline": overlap.headline()}
     found = measure(table, base, runs, questions, measured, items, console.progress, told)
     rows, notes = table_rows(found), table_notes(found)
-    page = [f"# {TITLES[table]}", *overlap.lines(), markdown_table(rows), *notes]
-    write_text(items / f"table-{table}.md", "\n\n".join(page) + "\n")
+    for suffix in PAGES:
+        write_page(items / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap.lines(), *notes])
     console.line("\n".join([*overlap.lines(), TITLES[table]]))
     console.line(aligned(rows))
     console.line("\n".join(notes))

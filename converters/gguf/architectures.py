@@ -1,4 +1,4 @@
-"""The architectures that are read from GGUF: llama.cpp's names and metadata in transformers' terms."""
+"""The one table of llama.cpp's architectures: their model types, and their names in transformers' terms."""
 
 from __future__ import annotations
 
@@ -39,14 +39,17 @@ GEMMA_NORMS = {
 class Architecture:
     """How one architecture of llama.cpp is called in transformers.
 
-    ``blocks``: names inside a block, llama.cpp's to transformers'. ``biases``: modules with a bias. ``interleaved``:
-    query and key rows are in llama.cpp's own order. ``norm_offset``: what it adds to norms' weights. ``epsilon``: of
-    the norms, transformers' name and llama.cpp's. ``partial_rotation``: a part of a head's dimensions may be rotated.
+    ``model_type``: of the whole models that are read from and written to a file; ``also``: others that are written as
+    one, with the same meaning; ``adapters``: those of which adapters alone have a form here. ``class_name``: what a
+    model that is read is, empty where only adapters have a form. ``blocks``: names inside a block, llama.cpp's to
+    transformers'. ``biases``: modules with a bias. ``interleaved``: query and key rows are in llama.cpp's own order.
+    ``norm_offset``: what it adds to norms' weights. ``epsilon``: of the norms, transformers' name and llama.cpp's.
+    ``partial_rotation``: a part of a head's dimensions may be rotated.
     """
 
     model_type: str
-    class_name: str
-    blocks: Mapping[str, str]
+    class_name: str = ""
+    blocks: Mapping[str, str] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     interleaved: bool = False
     norm_offset: float = 0.0
@@ -54,6 +57,8 @@ class Architecture:
     outer: Mapping[str, str] = field(default_factory=lambda: OUTER_NAMES)
     epsilon: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")
     partial_rotation: bool = False
+    also: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -63,6 +68,8 @@ ARCHITECTURES = {
         "LlamaForCausalLM",
         {**COMMON, **ATTENTION, **GATED},
         interleaved=True,
+        also=("mistral",),
+        adapters=("mixtral",),
         extra={"attention_bias": False, "mlp_bias": False},
     ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", {**COMMON, **ATTENTION, **GATED}, biases=tuple(ATTENTION)),
@@ -88,6 +95,7 @@ ARCHITECTURES = {
         {**COMMON, **ATTENTION, **GATED, **GEMMA_NORMS, **HEAD_NORMS},
         norm_offset=1.0,
         activation="gelu_pytorch_tanh",
+        also=("gemma3",),
     ),
     "phi2": Architecture(
         "phi",
@@ -110,6 +118,16 @@ ARCHITECTURES = {
         "Phi3ForCausalLM",
         {**COMMON, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     ),
+    "smollm3": Architecture("smollm3", interleaved=True),
+    "granite": Architecture("granite", interleaved=True),
+    "qwen2moe": Architecture("qwen2_moe"),
+    "qwen3moe": Architecture("qwen3_moe"),
+}
+WHOLE = {name: architecture for name, architecture in ARCHITECTURES.items() if architecture.class_name}
+# Model type: llama.cpp's architecture of whole models that are written as a file, and of adapters.
+MODEL_TYPES = {kind: name for name, row in WHOLE.items() for kind in (row.model_type, *row.also)}
+ADAPTER_TYPES = {
+    kind: name for name, row in ARCHITECTURES.items() for kind in (row.model_type, *row.also, *row.adapters)
 }
 # What transformers' class takes for these is not in the file: their largest models divide by another number.
 WIDE_QUERIES = {("gemma2", 46), ("gemma3", 62)}
@@ -122,11 +140,9 @@ def architecture_of(gguf: GgufFile) -> Architecture:
         RsgwmError: one that is not read.
     """
     name = str(gguf.metadata.get("general.architecture"))
-    if name not in ARCHITECTURES:
-        raise RsgwmError(
-            f"{gguf.path} has the architecture {name}; only {', '.join(ARCHITECTURES)} are converted from GGUF"
-        )
-    return ARCHITECTURES[name]
+    if name not in WHOLE:
+        raise RsgwmError(f"{gguf.path} has the architecture {name}; only {', '.join(WHOLE)} are converted from GGUF")
+    return WHOLE[name]
 
 
 def base_config(gguf: GgufFile) -> dict[str, Any]:

@@ -6,27 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_rsgwm.converters.gguf.architectures import ADAPTER_TYPES, ARCHITECTURES
 from mlx_rsgwm.converters.module_names import SWITCH
 from mlx_rsgwm.core.errors import RsgwmError
-
-# mlx-lm's model type: llama.cpp's architecture (gguf.MODEL_ARCH), and whether query and key rows are interleaved there.
-ARCHITECTURES: dict[str, tuple[str, bool]] = {
-    "llama": ("llama", True),
-    "mistral": ("llama", True),
-    "mixtral": ("llama", True),
-    "smollm3": ("smollm3", True),
-    "granite": ("granite", True),
-    "qwen2": ("qwen2", False),
-    "qwen2_moe": ("qwen2moe", False),
-    "qwen3": ("qwen3", False),
-    "qwen3_moe": ("qwen3moe", False),
-    "gemma": ("gemma", False),
-    "gemma2": ("gemma2", False),
-    "gemma3": ("gemma3", False),
-    "gemma3_text": ("gemma3", False),
-    "phi": ("phi2", False),
-    "phi3": ("phi3", False),
-}
 
 
 def architecture_of(model_type: str) -> tuple[str, bool]:
@@ -35,9 +17,10 @@ def architecture_of(model_type: str) -> tuple[str, bool]:
     Raises:
         RsgwmError: no such architecture is known here.
     """
-    if model_type not in ARCHITECTURES:
-        raise RsgwmError(f"{model_type} models have no GGUF form here, only {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type]
+    if model_type not in ADAPTER_TYPES:
+        raise RsgwmError(f"{model_type} models have no GGUF form here, only {', '.join(ADAPTER_TYPES)}")
+    name = ADAPTER_TYPES[model_type]
+    return name, ARCHITECTURES[name].interleaved
 
 
 def tensor_namer(model_type: str, layers: int) -> Any:

@@ -19,13 +19,13 @@ import numpy as np
 from mlx_rsgwm.converters.dense_base import dense_parameters, usual_dtype
 from mlx_rsgwm.converters.gguf.architectures import (
     ARCHITECTURES,
+    MODEL_TYPES,
     ROPE_FACTORS,
     Architecture,
     base_config,
     llama3_factors,
 )
 from mlx_rsgwm.converters.gguf.file import open_gguf
-from mlx_rsgwm.converters.gguf.names import architecture_of as architecture_named
 from mlx_rsgwm.converters.gguf.names import heads_of, permute_rows
 from mlx_rsgwm.converters.gguf.read import tensor_plan
 from mlx_rsgwm.converters.gguf.vocabulary import vocabulary
@@ -40,7 +40,6 @@ from mlx_rsgwm.models.folder import read_config
 KINDS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
 OWN = {mx.float32: "f32", mx.float16: "f16", mx.bfloat16: "bf16"}
 BLOCK = 32  # values of a row that share a scale in q8_0
-MODEL_TYPES = (*(one.model_type for one in ARCHITECTURES.values()), "mistral", "gemma3")
 # Fields of the model that the file has to say too; those it does not know at all must have these values.
 SILENT_FIELDS = {"rope_traditional": False, "partial_rotary_factor": 1.0, "rope_local_base_freq": 10000.0}
 # Fields that transformers wants and mlx-lm does not look at, and those that are compared by themselves.
@@ -113,7 +112,7 @@ def _read(folder: Path) -> _Source:
     kind = config["model_type"]
     if kind not in MODEL_TYPES:
         raise RsgwmError(f"{folder}: {kind} models are not written as GGUF, only {', '.join(MODEL_TYPES)}")
-    name, _ = architecture_named(kind)
+    name = MODEL_TYPES[kind]
     model, _, _ = open_model(folder)
     inner: Any = getattr(model, "language_model", model)
     config = {**config, **(config.get("text_config") or {})}

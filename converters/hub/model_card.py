@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_rsgwm.core import tables
+
 METRICS = {
     "accuracy": "Accuracy",
     "wrong_rate": "Wrong",
@@ -89,26 +91,24 @@ def _origin(manifest: Mapping[str, Any]) -> list[str]:
         rows.append(("prompt", f"`{json.dumps(template['draft'], ensure_ascii=False)}`"))
     versions = manifest.get("versions") or {}
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    shown = [f"| {label} | {_cell(value)} |" for label, value in rows if value]
-    return ["## How it was made\n\n| | |\n|---|---|\n" + "\n".join(shown)] if shown else []
+    shown = [[label, str(value)] for label, value in rows if value]
+    return ["## How it was made\n\n" + tables.markdown([["", ""], *shown])] if shown else []
 
 
 def _metrics(report: Mapping[str, Any] | None) -> list[str]:
     """The evaluation's rates with their 95 % intervals."""
     if report is None:
         return []
-    lines = ["| | drafter alone | draft–verify |", "|---|---|---|"]
+    rows = [["", "drafter alone", "draft–verify"]]
     for name, label in METRICS.items():
         alone, checked = (report.get(part, {}).get(name) for part in ("drafter", "draft_verify"))
         if alone is not None or checked is not None:
-            lines.append(f"| {label} | {_rate(alone)} | {_rate(checked)} |")
-    return ["## Metrics\n\n95 % intervals in brackets.\n\n" + "\n".join(lines)]
+            rows.append([label, _rate(alone), _rate(checked)])
+    return ["## Metrics\n\n95 % intervals in brackets.\n\n" + tables.markdown(rows)]
 
 
 def _rate(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return "–"
-    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}], n = {value['n']}"
+    return f"{tables.show(value)}, n = {value['n']}" if isinstance(value, Mapping) else tables.ABSENT
 
 
 def _proof(certificate: Mapping[str, Any] | None) -> list[str]:
@@ -144,7 +144,3 @@ def _usage(repo: str, base: str, wrapped: bool, mlx_folder: str | None) -> str:
         f"## Usage\n\nWith torch:\n\n{torch}\n\nWith MLX:\n\n```sh\n{lines}"
         f'mlx_lm.generate --model {base} --adapter-path {folder} --prompt "..."\n```'
     )
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import stat
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -209,34 +208,17 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes atomically."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: sorted by insertion, two-space indent, NaN refused (it is not JSON)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all; a failure is a :class:`RsgwmError` that names the file.
-
-    Names of tasks and adapters are shown as they are: a ``$`` in one begins no formula, and a sign that the font lacks
-    is drawn as a box without a word on standard error.
-    """
-    import matplotlib
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
-    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
-        text.set_parse_math(False)  # a "$" in the name of a task or an adapter is a dollar, not mathematics
-    with (
-        new_file(path) as temporary,
-        matplotlib.rc_context({"text.parse_math": False}),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(temporary, dpi=dpi, format="png")

@@ -270,7 +270,6 @@ class Run:
             pipeline.config.attempts,
             metadata,
             seed=self.recipe.seed,
-            progress=self.progress,
         )
 
     def _export(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_rsgwm.core import files
+from mlx_rsgwm.core import files, tables
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.resume import content_key, stamped
@@ -22,7 +22,6 @@ from mlx_rsgwm.evaluation.calibration_set import calibrate
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.records import ItemRecord, write_items
-from mlx_rsgwm.evaluation.report.folder import markdown_table
 from mlx_rsgwm.evaluation.runner import describe_run, evaluate
 from mlx_rsgwm.inference.calibration import (
     UNCALIBRATED_SCORE,
@@ -162,8 +161,7 @@ def run_controls(base: Base, plan: ControlPlan, progress: Progress = SILENT) -> 
     summary = summarise_controls(systems, plan.attempts, plan.calibration_seed)
     summary["rules"] = {name: asdict(rule) for name, rule in rules.items()}
     summary["metadata"] = about
-    text = "\n\n".join([*control_notes(summary), markdown_table(control_rows(summary))])
-    files.write_text(plan.out / "controls.md", f"# Controls\n\n{text}\n")
+    tables.write_page(plan.out / "controls.md", "Controls", [("", control_rows(summary))], control_notes(summary))
     files.write_json(plan.out / CONTROLS_FILE, summary)
     return summary
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.tables import ABSENT, show, show_difference
 from mlx_rsgwm.evaluation import metrics
 from mlx_rsgwm.evaluation.records import ItemRecord, by_item, by_seed, replay
 from mlx_rsgwm.evaluation.report.comparison import false_accept_rate
@@ -246,25 +247,21 @@ def control_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         seeds = ", ".join(f"{value:.3f}" for value in row["accuracy_seeds"]["values"])
         gap, p_value = row.get("difference"), row.get("p_value_holm")
         rows.append([
-            row["name"], _rate(row["accuracy"]), f"({seeds})",
-            _rate(row["false_accept_rate"]), _rate(row["accept_rate"]),
+            row["name"], show(row["accuracy"]), f"({seeds})",
+            show(row["false_accept_rate"]), show(row["accept_rate"]),
             f"{row['no_answer_rate']['value']:.3f}", f"{row['cut_off_rate']['value']:.3f}",
             f"{row['tokens_drafted']:.1f}", f"{row['tokens_verified']:.1f}",
-            "" if gap is None else f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]",
+            "" if gap is None else show_difference(gap),
             "" if p_value is None else f"{p_value:.4f}",
         ])  # fmt: skip
     return rows
 
 
-def _rate(value: Mapping[str, float] | None) -> str:
-    return "–" if value is None else f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-
-
 def control_notes(summary: Mapping[str, Any]) -> list[str]:
     """What the table means, and the two headlines with their truth."""
     closed = summary["gap_closed"]
-    shown = ", ".join("–" if value is None else f"{value:.2f}" for value in closed["values"])
-    middle = "–" if closed["median"] is None else f"{closed['median']:.2f}"
+    shown = ", ".join(ABSENT if value is None else f"{value:.2f}" for value in closed["values"])
+    middle = ABSENT if closed["median"] is None else f"{closed['median']:.2f}"
     ceiling = ", ".join(f"{rate['value']:.3f}" for rate in summary["any_of_k"]["values"] if rate)
     found = [
         f"{summary['n']} items, K = {summary['k']}, sampling seeds {', '.join(map(str, summary['seeds']))}; shares are "

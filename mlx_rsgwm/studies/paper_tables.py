@@ -14,6 +14,7 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.tables import ABSENT
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation import metrics
@@ -208,11 +209,11 @@ def table_rows(found: Mapping[str, Any]) -> list[list[str]]:
 def _cell(value: Any, seeds: Mapping[str, Any] | None) -> str:
     if seeds is not None and seeds["median"] is not None:
         digits = 3 if isinstance(value, Mapping) else 2
-        shown = ", ".join("–" if one is None else f"{one:.{digits}f}" for one in seeds["values"])
+        shown = ", ".join(ABSENT if one is None else f"{one:.{digits}f}" for one in seeds["values"])
         return f"{seeds['median']:.{digits}f} ({shown})"
     if isinstance(value, Mapping):
         return f"{value['value']:.3f} [{value['low']:.2f}, {value['high']:.2f}]"
-    return "–" if value is None else f"{value:.2f}"
+    return ABSENT if value is None else f"{value:.2f}"
 
 
 def _printed(paper: Mapping[str, Any], name: str) -> str:
@@ -220,7 +221,7 @@ def _printed(paper: Mapping[str, Any], name: str) -> str:
     if name == "accuracy":
         interval = paper["accuracy_interval"]
         return f"{value:.2f} [{interval['low']:.2f}, {interval['high']:.2f}]"
-    return "–" if value is None else f"{value:g}"
+    return ABSENT if value is None else f"{value:g}"
 
 
 def table_notes(found: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,8 @@ from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.studies import merge_sweep as module
 from mlx_rsgwm.studies.merge_sweep import Measured, Outcome, Plan, Sweep
 from mlx_rsgwm.studies.sweep_meter import Labelled, Meter
-from mlx_rsgwm.studies.sweep_report import plot, render_markdown, render_table, summarise, write_sweep
+from mlx_rsgwm.studies.sweep_report import plot, render_markdown, render_table, write_sweep
+from mlx_rsgwm.studies.sweep_summary import summarise
 from mlx_rsgwm.studies.sweep_variants import Variant, parse_variants
 from mlx_rsgwm.training.grams import GRAMS_FILE
 from mlx_rsgwm.training.losses import held_out_loss
@@ -352,7 +353,6 @@ def test_a_merge_refused_once_is_not_ranked():
 
 
 def test_plot_is_a_picture(tmp_path):
-    pytest.importorskip("matplotlib")
     plot(summarise([invented()]), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(RsgwmError, match="cannot write"):

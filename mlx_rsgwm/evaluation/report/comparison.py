@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.tables import ABSENT, show_difference
 from mlx_rsgwm.evaluation.metrics import Mode, final
 from mlx_rsgwm.evaluation.records import ItemRecord, by_item, by_seed
 from mlx_rsgwm.evaluation.stats.paired import (
@@ -111,14 +112,14 @@ def comparison_rows(found: Mapping[str, Any]) -> list[list[str]]:
         gap, test, smallest = row["difference"], row["mcnemar"], row["smallest_difference"]
         rows.append([
             rate.replace("_", " "), f"{row['first']:.3f}", f"{row['second']:.3f}",
-            f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]",
+            show_difference(gap),
             str(test["only_first"]), str(test["only_second"]), f"{test['p_value']:.4f}",
-            f"{row['mcnemar_p_holm']:.4f}", f"{gap['p_value']:.4f}", "–" if smallest is None else f"{smallest:.3f}",
+            f"{row['mcnemar_p_holm']:.4f}", f"{gap['p_value']:.4f}", ABSENT if smallest is None else f"{smallest:.3f}",
         ])  # fmt: skip
     far = found["false_accept_rate"]
     if far:
-        shown = f"{far['value']:+.3f} [{far['low']:+.3f}, {far['high']:+.3f}]"
-        rows.append(["false accept rate", f"{far['first']:.3f}", f"{far['second']:.3f}", shown, *[""] * 6])
+        rates = [f"{far[name]:.3f}" for name in ("first", "second")]
+        rows.append(["false accept rate", *rates, show_difference(far), *[""] * 6])
     return rows
 
 

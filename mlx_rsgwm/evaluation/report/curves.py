@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
-from mlx_rsgwm.evaluation.report.svg import shortened
+from mlx_rsgwm.core.tables import shortened
+from mlx_rsgwm.evaluation.report.figures import COLORS, legend_below, picture_format, write_figure
 from mlx_rsgwm.models.adapter import MANIFEST_FILE
 
 
@@ -58,21 +60,23 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def plot_curves(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
-    """Draw train loss by role (faint per step, bold over a window) and held-out loss over steps; write a PNG.
+    """Draw train loss by role (faint per step, bold over a window) and held-out loss over steps; PNG or SVG.
 
     Returns what was drawn, as :func:`read_history` gives it.
     """
+    picture_format(out)
     histories = [read_history(Path(folder)) for folder in folders]
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RsgwmError('matplotlib is not installed; run: pip install "mlx-rsgwm[plots]"') from None
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    make_folder(out.absolute().parent)
+    write_figure(out, partial(_draw, histories=histories), (9, 4.5 + 0.1 * len(histories)))
+    return histories
+
+
+def _draw(figure: Any, histories: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.subplots()
     for number, history in enumerate(histories):
         name = shortened(history["name"], 40)
         for shade, (role, (steps, losses)) in enumerate(history["train"].items()):
-            color = f"C{(2 * number + shade) % 10}"
+            color = COLORS[(2 * number + shade) % len(COLORS)]
             axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
             window = max(1, len(losses) // 15)
             label = f"{name}, {role}, mean of {window} steps"
@@ -80,11 +84,7 @@ def plot_curves(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:
         steps, losses = history["held_out"]
         if steps:
             axes.plot(steps, losses, "o-", color="black", markersize=3, label=f"{name}, held out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per trained token")
+    axes.set(xlabel="step", ylabel="loss, nats per trained token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    make_folder(out.absolute().parent)
-    files.write_figure(out, figure)
-    return histories
+    legend_below(figure, axes)

@@ -15,14 +15,14 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
-from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.tables import ABSENT, Section, markdown_page, show, text_page
 from mlx_rsgwm.data.row_hashes import not_recorded, repeated_items
 from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
 from mlx_rsgwm.evaluation.report.html import render_html
 from mlx_rsgwm.evaluation.report.plots import plot
 from mlx_rsgwm.evaluation.report.summary import FORMAT, summarise
-from mlx_rsgwm.evaluation.report.svg import shortened
 
+TITLE = "Evaluation"
 REPORT_FILE = "report.json"
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
@@ -49,17 +49,6 @@ ROWS = {
     "energy_j": "Energy per item, J",
 }
 TIMED = ("average_latency_ms", "items_per_minute", "median_latency_ms", "p95_latency_ms", "energy_j")
-
-Section = tuple[str, list[list[str]]]
-
-
-def show(value: Any, digits: int = 3) -> str:
-    """A cell: ``0.720 [0.625, 0.799]`` for a rate, a short number, or a dash for what does not apply."""
-    if value is None:
-        return "–"
-    if isinstance(value, Mapping):
-        return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def p_shown(value: float) -> str:
@@ -108,7 +97,7 @@ def _scores(summary: Mapping[str, Any]) -> list[list[str]]:
     for name, labels in summary["verifier"].items():
         for label, found in labels.items():
             used = f"{name} (used)" if name == summary["score"] else name
-            best = "–" if found["aurc_best"] is None else f"{found['aurc_best']:.3f}"
+            best = ABSENT if found["aurc_best"] is None else f"{found['aurc_best']:.3f}"
             cells = [show(found[key]) for key in ("auroc", "average_precision", "brier", "ece")]
             rows.append([used, label, str(found["n"]), *cells, f"{show(found['aurc'])} ({best})"])
     return rows
@@ -145,9 +134,9 @@ def _seeds(seeds: Mapping[str, Any]) -> list[list[str]]:
         if name in seeds["drafter"]:
             cells = []
             for mode in ("drafter", "draft_verify"):
-                values = [f"{value:.3f}" if value is not None else "–" for value in seeds[mode][name]["values"]]
+                values = [f"{value:.3f}" if value is not None else ABSENT for value in seeds[mode][name]["values"]]
                 middle = seeds[mode][name]["median"]
-                cells += [f"({', '.join(values)})", "–" if middle is None else f"{middle:.3f}"]
+                cells += [f"({', '.join(values)})", ABSENT if middle is None else f"{middle:.3f}"]
             rows.append([label, *cells])
     shown = [show(seeds[mode]["accuracy_all_seeds"]) for mode in ("drafter", "draft_verify")]
     rows.append(["Accuracy over all seeds", shown[0], "", shown[1], ""])
@@ -196,37 +185,20 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table as plain text with a rule under its head; names that would fill a terminal's line are shortened."""
-    rows = [[shortened(cell, 48) if place == 0 else cell for place, cell in enumerate(row)] for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table as Markdown."""
-    body = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    return "\n".join([body[0], "|" + "---|" * len(rows[0]), *body[1:]])
-
-
 def render_table(summary: Mapping[str, Any]) -> str:
     """The report as plain text with aligned columns, for a terminal."""
-    blocks = [f"{title}\n{aligned(rows)}" for title, rows in sections(summary)]
     above = [headline(summary)] if headline(summary) else []
-    return "\n\n".join([*above, *blocks, "\n".join(notes(summary)[len(above) :])])
+    return "\n\n".join([*above, text_page(sections(summary), notes(summary)[len(above) :])])
 
 
 def render_markdown(summary: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    lines = ["# Evaluation", "", *(f"{note}\n" for note in notes(summary))]
-    for title, rows in sections(summary):
-        lines += [f"## {title}", "", markdown_table(rows), ""]
-    lines += [f"![reliability, risk and coverage, thresholds, attempts, latency]({PLOT_FILE})", ""]
+    picture = f"![families, reliability, risk and coverage, thresholds, attempts, latency]({PLOT_FILE})"
+    parts = [markdown_page(TITLE, sections(summary), notes(summary)), picture + "\n"]
     if summary["metadata"]:
         shown = json.dumps(summary["metadata"], indent=2, ensure_ascii=False)
-        lines += ["## Where the numbers come from", "", "```json", shown, "```", ""]
-    return "\n".join(lines)
+        parts.append(f"## Where the numbers come from\n\n```json\n{shown}\n```\n")
+    return "\n".join(parts)
 
 
 def write_report(
@@ -236,12 +208,10 @@ def write_report(
     metadata: Mapping[str, Any] | None = None,
     wall_seconds: Mapping[str, float] | None = None,
     seed: int = 0,
-    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Write the report folder and return what report.json holds.
 
-    An old report.json is removed first and the new one written last, so a folder with one is whole. Without
-    matplotlib the plot is left out and ``progress`` is told.
+    An old report.json is removed first and the new one written last, so a folder with one is whole.
     """
     folder = Path(folder)
     summary = summarise(records, k, metadata, wall_seconds, seed)
@@ -250,14 +220,9 @@ def write_report(
         (folder / REPORT_FILE).unlink()
     write_items(folder / ITEMS_FILE, records)
     files.write_text(folder / MARKDOWN_FILE, render_markdown(summary))
-    files.write_text(folder / HTML_FILE, render_html("Evaluation", sections(summary), notes(summary), summary, records))
-    names = [ITEMS_FILE, MARKDOWN_FILE, HTML_FILE]
-    try:
-        plot(summary, folder / PLOT_FILE)
-        names.append(PLOT_FILE)
-    except ImportError:
-        (folder / PLOT_FILE).unlink(missing_ok=True)
-        progress.message("no plot: matplotlib is not installed (pip install 'mlx-rsgwm[plots]')")
+    files.write_text(folder / HTML_FILE, render_html(TITLE, sections(summary), notes(summary), summary, records))
+    plot(summary, folder / PLOT_FILE)
+    names = [ITEMS_FILE, MARKDOWN_FILE, HTML_FILE, PLOT_FILE]
     summary["files"] = {name: files.sha256_file(folder / name) for name in names}
     files.write_json(folder / REPORT_FILE, summary)
     return summary

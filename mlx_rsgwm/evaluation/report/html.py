@@ -1,4 +1,4 @@
-"""The report as one HTML file that asks nothing of the network: tables, charts as SVG, and a browser of the items.
+"""The report as one HTML file that asks nothing of the network: tables, pictures as SVG, and a browser of the items.
 
 All data stands in the file as JSON; texts reach the document as text nodes only, so that a draft cannot run as script.
 """
@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from mlx_rsgwm.core import tables
 from mlx_rsgwm.evaluation.records import ItemRecord
-from mlx_rsgwm.evaluation.report.svg import Series, chart, histogram
-
-MODES = (("drafter", "drafter alone"), ("draft_verify", "draft–verify"))
-SWEPT = {"accuracy": "accuracy", "accept_rate": "accept rate", "false_accept_rate": "false accepts"}
+from mlx_rsgwm.evaluation.report.plots import charts
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -24,10 +22,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .alarm { font-size: 1.2rem; font-weight: 700; color: #b3261e; border: 2px solid; padding: .5rem .8rem; }
 .wide { overflow-x: auto; } .note { margin: .2rem 0; max-width: 75ch; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: .8rem; }
-svg { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
-svg text { font: 10.5px system-ui, sans-serif; fill: #333; } svg .t { font-size: 13px; font-weight: 600; }
-svg .g { stroke: #e3e3e3; } svg .d { stroke: #888; stroke-dasharray: 3 3; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: .8rem; }
+svg { width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 4px; stroke-linejoin: round; }
 .filters { display: flex; flex-wrap: wrap; gap: .5rem .8rem; align-items: center; margin: .5rem 0; position: sticky;
   top: 0; background: Canvas; padding: .4rem 0; border-bottom: 1px solid var(--line); }
 .filters input { min-width: 14rem; } .filters label { display: flex; gap: .3rem; align-items: center; }
@@ -143,13 +139,13 @@ FILTERS = """
 
 def render_html(
     title: str,
-    sections: Sequence[tuple[str, Sequence[Sequence[str]]]],
+    sections: Sequence[tables.Section],
     notes: Sequence[str],
     summary: Mapping[str, Any],
     records: Sequence[ItemRecord],
 ) -> str:
     """The whole page; ``sections`` are titled tables whose first row is the head."""
-    tables = "".join(f"<h2>{escape(name)}</h2>{_table(rows)}" for name, rows in sections)
+    figures = "".join(f"<h2>{escape(name)}</h2>{tables.html(rows)}" for name, rows in sections)
     above = (summary.get("overlap") or {}).get("headline")
     said = "".join(f'<p class="{"alarm" if note == above else "note"}">{escape(note)}</p>' for note in notes)
     drawn = "".join(charts(summary))
@@ -162,74 +158,8 @@ def render_html(
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'; img-src data:\">"
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head><body>\n'
-        f'<h1>{escape(title)}</h1>{said}\n{tables}\n<h2>Charts</h2><div class="charts">{drawn}</div>\n'
+        f'<h1>{escape(title)}</h1>{said}\n{figures}\n<h2>Charts</h2><div class="charts">{drawn}</div>\n'
         f"<h2>Items</h2>{FILTERS}\n<h2>Where the numbers come from</h2><details><summary>as JSON</summary>"
         f"<pre>{about}</pre></details>\n"
         f'<script type="application/json" id="data">{data}</script>\n<script>{SCRIPT}</script></body></html>\n'
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def charts(summary: Mapping[str, Any]) -> list[str]:
-    """Families, reliability, risk and coverage, threshold sweep, attempts, latency; each an SVG."""
-    tasks = list(summary["by_task"])
-    families = [
-        Series(label, [_point(at, summary["by_task"][task][mode]) for at, task in enumerate(tasks)], "bars")
-        for mode, label in MODES
-    ]
-    reliability = [
-        Series(name, [_point(row["mean_score"], row["correct"]) for row in labels["all"]["bins"]], "dots")
-        for name, labels in summary["verifier"].items()
-    ]
-    risk = [
-        Series(f"{name}, {which} drafts", labels[which]["risk_coverage"])
-        for name, labels in summary["verifier"].items()
-        for which in ("first", "all")
-    ]
-    points = summary["sweep"].get(summary["score"], {})
-    swept = [
-        Series(label, [(float(at), row[name]["value"]) for at, row in points.items() if row[name] is not None])
-        for name, label in SWEPT.items()
-    ]
-    counts = [float(count) for count in summary["attempts"].values()]
-    attempts = Series("items", list(enumerate(counts)), "bars")
-    span = (-0.5, len(tasks) - 0.5)
-    return [
-        chart("Families", "", "accuracy", families, xlim=span, names=tasks),
-        chart("Reliability, all drafts", "score", "share right", reliability, diagonal=True),
-        chart("Risk and coverage", "coverage", "risk", risk),
-        chart("Threshold sweep", f"threshold on {summary['score']}", "rate", swept, mark=summary["threshold"]),
-        chart(
-            "Attempts", "attempts", "items", [attempts], names=list(summary["attempts"]),
-            xlim=(-0.5, len(counts) - 0.5), ylim=(0.0, 1.1 * max(counts, default=1.0)),
-        ),
-        _latency(summary["latency_ms"]),
-    ]  # fmt: skip
-
-
-def _point(at: float, rate: Mapping[str, float]) -> tuple[float, float, float, float]:
-    return at, rate["value"], rate["low"], rate["high"]
-
-
-def _latency(times: Mapping[str, Sequence[float]]) -> str:
-    values = [value for mode, _ in MODES for value in times[mode]]
-    if not values:
-        return chart("Latency (not measured)", "ms", "items", [])
-    low, high, bins = min(values), max(values), 8
-    series = [Series(label, histogram(times[mode], low, high, bins), "bars") for mode, label in MODES]
-    names = [f"{low + (high - low) * (index + 0.5) / bins:.0f}" for index in range(bins)]
-    most = max(point[1] for one in series for point in one.points)
-    return chart(
-        "Latency, one question at a time",
-        "ms",
-        "items",
-        series,
-        names=names,
-        xlim=(-0.5, bins - 0.5),
-        ylim=(0.0, 1.3 * most),
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from mlx_rsgwm.core.scoring import area_under_roc
-from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, percentile_interval, resampled
+from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, gatherer, percentile_interval, resampled
 
 RESAMPLES = 1000
 
@@ -35,6 +36,7 @@ class Rate:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
 
 
+@lru_cache(maxsize=4096)  # a threshold sweep asks for the same few counts again and again
 def wilson(successes: int, n: int) -> Rate | None:
     """Share of ``successes`` among ``n`` with Wilson's 95 % interval; None when there was nothing to count."""
     from scipy.stats import binomtest
@@ -72,8 +74,10 @@ def bootstrapped(
     if len(blocks) < 2:
         return Rate(estimate, 0.0, 1.0, len(groups))
 
-    def of(chosen: np.ndarray) -> float:
-        value = statistic(np.concatenate([blocks[index] for index in chosen]))
+    members = gatherer(blocks)
+
+    def of(drawn: np.ndarray) -> float:
+        value = statistic(members(drawn))
         return float("nan") if value is None else value
 
     drawn = resampled(of, len(blocks), seed, resamples)

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.converters.base_layers import BaseLayers, Layer
 from mlx_rsgwm.converters.gguf.adapter import to_gguf
-from mlx_rsgwm.converters.gguf.names import ARCHITECTURES, permute_rows, tensor_namer
+from mlx_rsgwm.converters.gguf.architectures import ADAPTER_TYPES
+from mlx_rsgwm.converters.gguf.names import architecture_of, permute_rows, tensor_namer
 from mlx_rsgwm.converters.gguf.read import unpermute
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
@@ -98,14 +99,14 @@ def test_llama_cpp_would_add_the_same_to_every_weight(some_base, tmp_path, model
     fields, tensors = read(tmp_path / "a.gguf")
     assert fields["general.type"] == "adapter"
     assert fields["adapter.type"] == "lora"
-    assert fields["general.architecture"] == ARCHITECTURES[model_type][0]
+    assert fields["general.architecture"] == ADAPTER_TYPES[model_type]
     assert fields["adapter.lora.alpha"] == SCALE * RANK
     assert len(tensors) == 2 * len(adapter.modules())
     for module in adapter.modules():
         layer, key = module.split(".")[2], module.rpartition(".")[2]
         name = f"blk.{layer}.{NAMES[key]}.weight"
         change = applied(fields, tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"])
-        if ARCHITECTURES[model_type][1] and key in ("q_proj", "k_proj"):
+        if architecture_of(model_type)[1] and key in ("q_proj", "k_proj"):
             change = unpermute(change, HEADS if key == "q_proj" else KV_HEADS)
         assert np.abs(change - expected(adapter, module)).max() < 1e-5
 
@@ -152,7 +153,7 @@ def test_rows_are_permuted_as_the_reader_unpermutes_them():
     assert permute_rows(rows, 2)[:, 0].tolist() == [0, 12, 3, 15, 6, 18, 9, 21, 24, 36, 27, 39, 30, 42, 33, 45]
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", ADAPTER_TYPES)
 def test_every_architecture_has_names(model_type):
     assert tensor_namer(model_type, 2)("model.layers.1.self_attn.o_proj") == "blk.1.attn_output"
 

@@ -291,7 +291,7 @@ def test_without_torch_the_error_says_how_to_get_it(base_folder, adapter_folder,
     [
         ({"device": "abacus"}, "no device 'abacus'"),
         ({"dtype": "int8"}, "dtype must be one of"),
-        ({"tolerance": 0.0}, "tolerance must be above 0"),
+        ({"tolerance": 0.0}, "tolerance must be a number above 0"),
     ],
 )
 def test_bad_options_are_one_line(base_folder, adapter_folder, options, expected):

@@ -1,6 +1,5 @@
 """The report folder: whole, readable back, the same numbers everywhere."""
 
-import builtins
 import json
 import random
 from dataclasses import replace
@@ -8,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.evaluation import metrics
 from mlx_rsgwm.evaluation.metrics import Draft, ItemRecord
 from mlx_rsgwm.evaluation.report import folder as report
@@ -78,28 +76,6 @@ def test_missing_drafts_leave_dashes(tmp_path):
     assert summary["verifier_auroc"] == {"yesno": {"all": None, "first": None}}
     assert summary["verifier"]["yesno"]["all"]["aurc"]["value"] == 0
     assert "–" in report.render_table(summary)
-
-
-def test_without_matplotlib(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *rest, **named):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest, **named)
-
-    class Listener(Progress):
-        heard: list = []  # noqa: RUF012
-
-        def message(self, text):
-            self.heard.append(text)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    summary = report.write_report(tmp_path, make_records(6), 3, progress=Listener())
-    assert "plot.png" not in summary["files"]
-    assert not (tmp_path / "plot.png").exists()
-    assert (tmp_path / "report.json").is_file()
-    assert "matplotlib" in Listener.heard[0]
 
 
 def test_report_json_is_absent_after_a_crash(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,15 +95,13 @@ def browser(tmp_path):
     found.close()
 
 
-def test_page_in_chromium(browser, tmp_path):
-    rows = records()
-    folder = tmp_path / "report"
-    report.write_report(folder, rows, 3, {"note": EVIL})
+def opened(browser, page):
+    """The session of a page that has been drawn, and a function that evaluates JavaScript in it."""
     target = browser.call("Target.createTarget", url="about:blank")["targetId"]
     session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
     for domain in ("Page", "Runtime", "Log", "Network"):
         browser.call(f"{domain}.enable", session)
-    browser.call("Page.navigate", session, url=(folder / "report.html").as_uri())
+    browser.call("Page.navigate", session, url=page.as_uri())
 
     def evaluate(expression):
         found = browser.call("Runtime.evaluate", session, expression=expression, returnByValue=True)
@@ -113,6 +112,59 @@ def test_page_in_chromium(browser, tmp_path):
     while not evaluate("document.readyState === 'complete' && !!document.getElementById('count')?.textContent"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    return session, evaluate
+
+
+# Texts of a picture that lie on each other or outside it; a pixel of overlap is rounding.
+COLLISIONS = """[...document.querySelectorAll('svg')].flatMap(svg => {
+  const frame = svg.getBoundingClientRect();
+  const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+  const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+  const outside = ([, r]) => r.left < frame.left - 1 || r.right > frame.right + 1 ||
+    r.top < frame.top - 1 || r.bottom > frame.bottom + 1;
+  return [...texts.filter(outside).map(([name]) => svg.ariaLabel + ': ' + name + ' outside'),
+    ...texts.flatMap(([name, a], i) => texts.slice(i + 1).filter(([, b]) => meet(a, b)).map(([other]) =>
+      svg.ariaLabel + ': ' + name + ' on ' + other))];
+})"""
+TEXTS = "[...document.querySelectorAll('svg')].map(svg => svg.querySelectorAll('text').length)"
+PAPER = "[...document.querySelectorAll('svg')].map(svg => getComputedStyle(svg).backgroundColor)"
+
+
+def test_no_label_meets_another(browser, tmp_path):
+    """On a wide and a narrow screen, light and dark, with many families of long names and hostile ones."""
+    names = [f"family {index} of questions on $x^{index}$ <b>&amp; more" for index in range(14)]
+    rows = [replace(row, task=names[index % 14]) for index, row in enumerate(records(56))]
+    report.write_report(tmp_path, [replace(row, latency_ms=1000.0 + 90 * i) for i, row in enumerate(rows)], 3)
+    session, evaluate = opened(browser, tmp_path / "report.html")
+    for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.call("Emulation.setDeviceMetricsOverride", session, **size)
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.call("Emulation.setEmulatedMedia", session, features=[feature])
+        assert min(evaluate(TEXTS)) >= 5
+        assert evaluate(COLLISIONS) == []
+        assert evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert set(evaluate(PAPER)) == {"rgb(255, 255, 255)"}  # the ink of the pictures is black
+        if keep := os.environ.get("RSGWM_SCREENSHOTS"):
+            keep_screenshot(browser, session, Path(keep) / f"report-{width}-{scheme}.png")
+    evaluate("{const t = document.querySelector('svg text'); t.parentNode.append(t.cloneNode(true));}")
+    assert len(evaluate(COLLISIONS)) == 1  # a label on another is seen
+
+
+def keep_screenshot(browser, session, path):
+    shot = browser.call("Page.captureScreenshot", session, format="png", captureBeyondViewport=True)
+    picture = base64.b64decode(shot["data"])
+    assert picture.startswith(b"\x89PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture)
+
+
+def test_page_in_chromium(browser, tmp_path):
+    rows = records()
+    folder = tmp_path / "report"
+    report.write_report(folder, rows, 3, {"note": EVIL})
+    _, evaluate = opened(browser, folder / "report.html")
 
     def choose(field, value):
         evaluate(
@@ -142,11 +194,6 @@ def test_page_in_chromium(browser, tmp_path):
     assert evaluate("window.broken === undefined")
     assert evaluate("document.querySelectorAll('svg').length") == 6
     assert evaluate("document.querySelectorAll('img').length") == 0
-    shot = browser.call("Page.captureScreenshot", session, format="png", captureBeyondViewport=True)
-    assert base64.b64decode(shot["data"]).startswith(b"\x89PNG")
-    if keep := os.environ.get("RSGWM_SCREENSHOTS"):
-        Path(keep).mkdir(parents=True, exist_ok=True)
-        (Path(keep) / "report.png").write_bytes(base64.b64decode(shot["data"]))
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert asked
     assert all(url.startswith(("file://", "data:")) for url in asked)
