@@ -34,6 +34,7 @@ from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import load_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.prefix_cache import GROWTH
 from mlx_rsgwm.inference.sampling import Sampling
@@ -46,9 +47,7 @@ MODES = ("sequential", "parallel", "adaptive")
 
 def load(run: Path, base_name: str, max_tokens: int) -> dict[str, DraftVerify]:
     """One pipeline for each mode, all on the same slots."""
-    slots = AdapterSlots(load_base(base_name, dtype="float32"))
-    for name in ("drafter", "verifier"):
-        slots.load(name, Adapter.load(run / name))
+    slots = slots_of(load_base(base_name, dtype="float32"), {name: run / name for name in ("drafter", "verifier")})
     template = Template.from_description(slots.adapter("drafter").manifest["template"])
     calibration = load_calibration(run / "verifier")
     threshold = calibration.threshold if calibration else 0.7

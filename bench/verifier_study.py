@@ -44,6 +44,7 @@ from mlx_rsgwm.evaluation.verifier_quality import reliability
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.risk_control import Items, Target
 from mlx_rsgwm.inference.sampling import Sampling
@@ -52,7 +53,6 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import load_base
-from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish, train
@@ -83,10 +83,8 @@ def questions_of(split: str) -> list[Question]:
 
 def pipeline_of(base: Any, demo: Path, drafter: Path | None, verifier: Path | None) -> DraftVerify:
     """A pipeline over adapter folders; None is the bare base."""
-    slots = AdapterSlots(base)
-    for name, path in (("drafter", drafter), ("verifier", verifier)):
-        if path is not None:
-            slots.load(name, Adapter.load(path))
+    pair = {"drafter": drafter, "verifier": verifier}
+    slots = slots_of(base, {name: path for name, path in pair.items() if path is not None})
     template = Template.from_description(Adapter.load(demo / "drafter").manifest["template"])
     roles = ("drafter" if drafter else None, "verifier" if verifier else None)
     return DraftVerify(slots, template, roles[0], roles[1], LoopConfig(3, sampling=SAMPLING), calibration=None)

@@ -21,13 +21,13 @@ from mlx_rsgwm.core.distributed import ALONE
 from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.base import Base
-from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.layers import lora_layers
@@ -218,9 +218,7 @@ def torch_merge(model: Any, device: str, names: Sequence[str]) -> Trial:
 
 def mlx_loop(base: Base, pool: Sequence[Path], question: str, attempts: int, new_tokens: int) -> Trial:
     """All drafts of a question and their verification by this project's loop: none is accepted, none ends early."""
-    slots = AdapterSlots(base)
-    for name, folder in zip(("drafter", "verifier"), pool, strict=False):
-        slots.load(name, Adapter.load(folder))
+    slots = slots_of(base, dict(zip(("drafter", "verifier"), pool, strict=False)))
     config = LoopConfig(attempts, 1.0, "mean_logprob", Sampling(TEMPERATURE, TOP_P, new_tokens))
     pipeline = DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier", config)
     pipeline.end_ids = frozenset()

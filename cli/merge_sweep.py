@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH, SOURCE
 
 
 @click.command(name="merge-sweep")
-@click.argument("pool", nargs=-1, required=True, type=PATH)
+@click.argument("pool", nargs=-1, required=True, type=SOURCE)
 @click.option(
     "--methods",
     multiple=True,
@@ -47,7 +47,7 @@ from mlx_rsgwm.cli.options.paths import PATH
 @common_options
 def merge_sweep(
     console: Console,
-    pool: tuple[Path, ...],
+    pool: tuple[Path | str, ...],
     methods: tuple[str, ...],
     tasks: tuple[str, ...],
     folder: Path | None,
@@ -84,7 +84,7 @@ def merge_sweep(
     from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
     from mlx_rsgwm.inference.open import find_base
-    from mlx_rsgwm.models.adapter import Adapter
+    from mlx_rsgwm.models.adapter_sources import load_adapter, load_adapters
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.studies.merge_sweep import Plan, Sweep
     from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
@@ -102,12 +102,12 @@ def merge_sweep(
     if processes.writes:
         click.get_current_context().with_resource(exclusive(out))
     variants = parse_variants(methods or DEFAULT_METHODS)
-    adapters = [Adapter.load(path) for path in pool]
-    folders = {f"pool/{path.name}": path for path in pool} | _extras(extras)
-    seen = rows_seen(folders, base_name, console.progress)
+    adapters = load_adapters(pool, base_name, progress=console.progress)
+    beside = {name: load_adapter(source, base_name, progress=console.progress) for name, source in _extras(extras)}
+    seen = rows_seen({f"pool/{one.name}": one for one in adapters} | beside, base_name, console.progress)
     chosen = {
         task: select_questions(task, "test", items, console.seed, folder, split=split, seen=union(seen))
-        for task in tasks or _known_tasks(pool, adapters)
+        for task in tasks or _known_tasks(adapters)
     }
     questions = [question for selection in chosen.values() for question in selection.questions]
     overlap = check_overlap(questions, seen, allow_overlap, "test")
@@ -115,11 +115,11 @@ def merge_sweep(
         if line and processes.writes:
             console.progress.message(line)
     plan = Plan(
-        pool=pool,
+        pool=tuple(one.own_folder or one for one in adapters),
         variants=tuple(variants),
         questions=tuple(questions),
         template=_template(template_name, adapters),
-        extras=_extras(extras),
+        extras={name: one.own_folder or one for name, one in beside.items()},
         judged=judged or items,
         max_tokens=max_tokens,
         weights=weights,
@@ -129,7 +129,7 @@ def merge_sweep(
     )
     progress = console.progress if processes.writes else SILENT
     name = find_base(adapters, base_name, progress)
-    del adapters
+    del adapters, beside
     base = load_base(name, progress=progress)
     measured = Sweep(base, plan, out, progress, processes).execute()
     if not processes.writes:
@@ -140,14 +140,14 @@ def merge_sweep(
     console.result({"overlap": overlap.headline(), **summary, "out": str(out)})
 
 
-def _known_tasks(pool: Sequence[Path], adapters: Sequence[Any]) -> list[str]:
+def _known_tasks(adapters: Sequence[Any]) -> list[str]:
     """The tasks that the pool's adapters say they were trained on."""
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.public_sets import SOURCES
     from mlx_rsgwm.data.question_files import is_question_file
     from mlx_rsgwm.data.synthetic import FAMILIES
 
-    tasks = [str(adapter.manifest.get("task") or path.name) for path, adapter in zip(pool, adapters, strict=True)]
+    tasks = [str(adapter.manifest.get("task") or adapter.name) for adapter in adapters]
     unknown = [task for task in tasks if not is_question_file(task) and task not in FAMILIES and task not in SOURCES]
     if unknown:
         raise RsgwmError(f"there are no held-out items for {', '.join(unknown)}; say what to evaluate on with --eval")
@@ -166,15 +166,15 @@ def _template(name: str | None, adapters: Sequence[Any]) -> Any:
     raise RsgwmError("no adapter of the pool says which prompt template it was trained with; give --template")
 
 
-def _extras(texts: Sequence[str]) -> dict[str, Path]:
+def _extras(texts: Sequence[str]) -> list[tuple[str, str]]:
     from mlx_rsgwm.core.errors import RsgwmError
 
-    extras: dict[str, Path] = {}
+    extras: dict[str, str] = {}
     for text in texts:
         name, equals, folder = text.partition("=")
         if not name or not equals or not folder:
             raise RsgwmError(f"--with wants NAME=FOLDER, found {text!r}")
         if name in extras:
             raise RsgwmError(f"--with names {name!r} twice")
-        extras[name] = Path(folder)
-    return extras
+        extras[name] = folder
+    return list(extras.items())

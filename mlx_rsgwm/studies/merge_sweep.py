@@ -33,6 +33,7 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import find_method, resolved
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import CONFIG_FILE, Adapter
+from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.studies.sweep_meter import Labelled, Meter
@@ -44,22 +45,25 @@ ITEMS_FILE = "items.json"
 FOLDER = "measured"
 REFERENCE = Variant("linear")
 
+Source = Path | Adapter
+
 
 @dataclass(frozen=True)
 class Plan:
     """What is compared on what.
 
-    ``pool``: folders of the adapters to merge. ``variants``: the merges. ``extras``: other adapters by name, measured
-    beside them. ``questions``: held-out items of any tasks. ``judged``: how many of each task's questions get labelled
-    answers. ``max_tokens``: of a draft; None for twice the longest gold completion. ``seed``: of random merges, of the
-    perturbed answers and of the reference drafts. ``reference``: the merge whose drafts are among the labelled answers.
+    ``pool``: the adapters to merge, folders or, of other sources, loaded. ``variants``: the merges. ``extras``:
+    other adapters by name, measured beside them. ``questions``: held-out items of any tasks. ``judged``: how many
+    of each task's questions get labelled answers. ``max_tokens``: of a draft; None for twice the longest gold
+    completion. ``seed``: of random merges, of the perturbed answers and of the reference drafts. ``reference``: the
+    merge whose drafts are among the labelled answers.
     """
 
-    pool: tuple[Path, ...]
+    pool: tuple[Source, ...]
     variants: tuple[Variant, ...]
     questions: tuple[Question, ...]
     template: Template
-    extras: Mapping[str, Path] = field(default_factory=dict)
+    extras: Mapping[str, Source] = field(default_factory=dict)
     judged: int = 1_000_000
     max_tokens: int | None = None
     weights: tuple[float, ...] = ()
@@ -70,7 +74,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         problems = []
-        names = [folder.name for folder in self.pool] + list(self.extras)
+        names = [source.name for source in self.pool] + list(self.extras)
         if double := sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"adapters need names of their own, several are called {', '.join(double)}")
         if not self.questions:
@@ -91,12 +95,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the comparison: a merge by ``variant``, or the adapter in ``folder``, or neither for the base."""
+    """One row of the comparison: a merge by ``variant``, or the adapter ``source``, or neither for the base."""
 
     name: str
     kind: str
     variant: Variant | None = None
-    folder: Path | None = None
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ class Sweep:
         self.out = out
         self.progress = progress
         self.meter = Meter(AdapterSlots(base), plan.questions, plan.template, plan.max_tokens or 0, plan.batch_rows)
-        self._identities = {folder: identity(folder) for folder in (*plan.pool, *plan.extras.values())}
+        self._identities = {source.name: identity(source) for source in plan.pool}
+        self._identities |= {name: identity(source) for name, source in plan.extras.items()}
         self._about = {
             "format_version": FORMAT_VERSION,
             "version": versions()["mlx-rsgwm"],
@@ -199,7 +204,7 @@ class Sweep:
         return {
             "base": self.base.describe(),
             "template": plan.template.name,
-            "pool": [folder.name for folder in plan.pool],
+            "pool": [source.name for source in plan.pool],
             "extras": list(plan.extras),
             "tasks": {task: sum(question.task == task for question in plan.questions) for task in plan.tasks},
             "max_tokens": self.meter.max_tokens,
@@ -216,7 +221,7 @@ class Sweep:
         Made once and kept, for every candidate must judge the same answers. Drafts are labelled by gold.
         """
         merges = [plain(vars(self.plan.options(self.plan.reference, role))) for role in ROLES]
-        pool = [self._identities[folder] for folder in self.plan.pool]
+        pool = [self._identities[source.name] for source in self.plan.pool]
         key = content_key([self._about, pool, merges, self.plan.judged], version=FORMAT_VERSION)
         questions = [asdict(question) for question in self.plan.questions]
         stamp = stamped(
@@ -254,8 +259,8 @@ class Sweep:
 
     def _candidates(self) -> list[Candidate]:
         plan = self.plan
-        adapters = [Candidate(folder.name, "adapter", folder=folder) for folder in plan.pool]
-        extras = [Candidate(name, "extra", folder=folder) for name, folder in plan.extras.items()]
+        adapters = [Candidate(source.name, "adapter", source=source) for source in plan.pool]
+        extras = [Candidate(name, "extra", source=source) for name, source in plan.extras.items()]
         merges = [Candidate(variant.label, "merge", variant) for variant in plan.variants]
         return [Candidate("base", "base"), *adapters, *extras, *merges]
 
@@ -263,21 +268,21 @@ class Sweep:
         """What a candidate's outcome depends on beyond the plan's items and the labelled answers."""
         if candidate.variant is not None:
             options = [plain({**vars(one), "parameters": resolved(one)}) for one in self._both(candidate.variant)]
-            sources = [self._identities[folder] for folder in self.plan.pool]
+            sources = [self._identities[source.name] for source in self.plan.pool]
             if "grams" in find_method(candidate.variant.method).needs:
-                grams = [folder / GRAMS_FILE for folder in self.plan.pool]
+                grams = [source / GRAMS_FILE for source in self.plan.pool if isinstance(source, Path)]
                 return [sources, options, [files.sha256_file(path) if path.is_file() else "" for path in grams]]
             return [sources, options]
-        return [candidate.kind, self._identities[candidate.folder] if candidate.folder else None]
+        return [candidate.kind, self._identities[candidate.name] if candidate.source else None]
 
     def _outcome(self, candidate: Candidate, answers: Sequence[Labelled]) -> Outcome:
         if candidate.variant is not None:
             return self._merge(candidate.variant, answers)
-        if candidate.folder is None:
+        if candidate.source is None:
             return self._measure(Outcome(candidate.name, candidate.kind), None, None, answers)
-        adapter = Adapter.load(candidate.folder)
+        adapter = load_adapter(candidate.source)
         self.meter.load("drafter", adapter)
-        task = task_of(candidate.folder, adapter.manifest) if candidate.kind == "adapter" else ""
+        task = task_of(candidate.name, adapter.manifest) if candidate.kind == "adapter" else ""
         return self._measure(Outcome(candidate.name, candidate.kind, task), "drafter", "drafter", answers)
 
     def _both(self, variant: Variant) -> list[MergeOptions]:
@@ -317,12 +322,17 @@ class Sweep:
         return text, judge(self.plan.questions[index], replace(draft, text=text), {}).correct
 
 
-def identity(folder: Path) -> dict[str, str]:
-    """Hashes of the files of an adapter folder that merges read, but for the Gram matrices, which few need."""
-    names = [CONFIG_FILE, *sorted(path.name for path in folder.glob("*.safetensors") if path.name != GRAMS_FILE)]
-    return {name: files.sha256_file(folder / name) for name in names if (folder / name).is_file()}
+def identity(source: Source) -> dict[str, str]:
+    """Hashes of the files of an adapter folder that merges read, but for the Gram matrices, which few need.
+
+    Of an adapter of another source, that of its content.
+    """
+    if isinstance(source, Adapter):
+        return {"content": source.content_hash()}
+    names = [CONFIG_FILE, *sorted(path.name for path in source.glob("*.safetensors") if path.name != GRAMS_FILE)]
+    return {name: files.sha256_file(source / name) for name in names if (source / name).is_file()}
 
 
-def task_of(folder: Path, manifest: Mapping[str, Any]) -> str:
-    """What an adapter says it was trained on; its folder's name when it says nothing."""
-    return Path(str(manifest.get("task") or folder.name)).stem
+def task_of(name: str, manifest: Mapping[str, Any]) -> str:
+    """What an adapter says it was trained on; its own ``name`` when it says nothing."""
+    return Path(str(manifest.get("task") or name)).stem
