@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options.paths import PATH, SOURCE
 
 if TYPE_CHECKING:
     from mlx_rsgwm.converters.peft.bulk import Outcome
@@ -26,16 +26,18 @@ language_only_option = click.option(
 
 
 @click.command("to-peft")
-@click.argument("adapter", type=PATH)
+@click.argument("adapter", type=SOURCE)
 @click.argument("out", type=PATH)
 @click.option("--base", help="Base model to name in the result; default: the one the adapter was trained on.")
 @click.option("--verify", is_flag=True, help=VERIFY)
 @click.option("--certificate", type=PATH, help="A file of `rsgwm parity` to put beside it.")
 @common_options
 def convert_to_peft(
-    console: Console, adapter: Path, out: Path, base: str | None, verify: bool, certificate: Path | None
+    console: Console, adapter: Path | str, out: Path, base: str | None, verify: bool, certificate: Path | None
 ) -> None:
-    """Write ADAPTER (an mlx-lm adapter folder, or a folder of them) to the new folder OUT as PEFT loads it.
+    """Write ADAPTER to the new folder OUT as PEFT loads it.
+
+    ADAPTER is a folder of ours or mlx-lm's, or a folder of them, a .gguf file, a Hub id or hf://owner/name@revision.
 
     Example: rsgwm convert to-peft runs/drafter drafter-peft --verify
     """
@@ -43,16 +45,17 @@ def convert_to_peft(
     from mlx_rsgwm.converters.peft import convert as peft
     from mlx_rsgwm.converters.peft.bulk import is_mlx, is_whole_peft, to_peft_verified
     from mlx_rsgwm.core.folders import new_folder
+    from mlx_rsgwm.models.adapter_sources import load_adapter
 
-    def one(source: Path, target: Path) -> Converted:
+    def one(source: Path | str, target: Path) -> Converted:
         peft.require_empty(target)
         with new_folder(target) as work:
             if verify:
                 found = to_peft_verified(source, base, work, console.progress)
             else:
-                found = peft.convert_to_peft(source, base, work)
+                found = peft.convert_to_peft(source, base, work, console.progress)
             if certificate is not None:
-                embed_certificate(certificate, source, work)
+                embed_certificate(certificate, load_adapter(source, base, lazy=True), work)
         return found._replace(out=target)
 
     _run(console, adapter, out, is_mlx, is_whole_peft, one, "PEFT adapter")
@@ -116,7 +119,7 @@ def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | N
 
 
 @click.command("to-gguf")
-@click.argument("source", metavar="FOLDER", type=PATH)
+@click.argument("source", metavar="SOURCE", type=SOURCE)
 @click.argument("out", type=PATH)
 @click.option("--base", help="An adapter's base model; default: the one it was trained on.")
 @click.option(
@@ -125,11 +128,11 @@ def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | N
     help="Of the file's matrices; default: f32 for an adapter, a model's own float type.",
 )
 @common_options
-def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None, dtype: str | None) -> None:
-    """Write the adapter, or the model (of `rsgwm fuse`), in FOLDER to the GGUF file OUT, and read it back.
+def convert_to_gguf(console: Console, source: Path | str, out: Path, base: str | None, dtype: str | None) -> None:
+    """Write the adapter SOURCE, or the model in that folder (of `rsgwm fuse`), to the GGUF file OUT, and read it back.
 
-    llama.cpp applies an adapter with --lora, and runs a model with -m. Of a folder of adapters, each becomes
-    OUT/NAME.gguf.
+    An adapter is a folder (ours, mlx-lm's or PEFT's), a Hub id or hf://owner/name@revision. llama.cpp applies an
+    adapter with --lora, and runs a model with -m. Of a folder of adapters, each becomes OUT/NAME.gguf.
 
     Example: rsgwm convert to-gguf runs/drafter drafter.gguf
     """
@@ -142,7 +145,7 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
     from mlx_rsgwm.models.adapter_sources import load_adapter
     from mlx_rsgwm.models.fit_check import base_of
 
-    if is_model(source) and not is_mlx(source):
+    if isinstance(source, Path) and is_model(source) and not is_mlx(source):
         if base is not None:
             raise RsgwmError(f"{source} is a model, not an adapter; leave --base out")
         written = model_to_gguf(source, out, dtype, console.progress)
@@ -150,7 +153,7 @@ def convert_to_gguf(console: Console, source: Path, out: Path, base: str | None,
         console.result(written)
         return
 
-    def one(folder: Path, target: Path) -> Converted:
+    def one(folder: Path | str, target: Path) -> Converted:
         adapter = load_adapter(folder, base, progress=console.progress)
         name, path = base_of(adapter, base, console.progress)
         to_gguf(adapter, shared_base_layers(name, path), target, dtype or "f32")
@@ -223,11 +226,11 @@ def check(console: Console, peft: Path, adapter: Path) -> None:
 
 def _run(
     console: Console,
-    source: Path,
+    source: Path | str,
     out: Path,
     is_adapter: Callable[[Path], bool],
     is_result: Callable[[Path], bool],
-    one: Callable[[Path, Path], Converted],
+    one: Callable[[Any, Path], Converted],
     noun: str,
     suffix: str = "",
     **about: Any,
@@ -238,7 +241,7 @@ def _run(
     """
     from mlx_rsgwm.converters.peft.bulk import adapter_folders, convert_all
 
-    if is_adapter(source) or not adapter_folders(source, is_adapter):
+    if isinstance(source, str) or is_adapter(source) or not adapter_folders(source, is_adapter):
         _tell(console, out, noun, one(source, out), **about)
     else:
         _report(console, convert_all(source, out, is_adapter, is_result, one, suffix, console.progress))

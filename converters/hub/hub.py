@@ -63,7 +63,7 @@ def stage(
         raise RsgwmError(f"{repo!r} is not a repository's name; give owner/name")
     adapter = Adapter.load(adapter_folder)
     hub_base = _hub_base(base or (adapter.manifest.get("base") or {}).get("name"), adapter_folder)
-    proof = read_certificate(certificate, adapter_folder) if certificate is not None else None
+    proof = read_certificate(certificate, adapter) if certificate is not None else None
     metrics = files.read_json_object(report) if report is not None else None
     require_empty(out)
     adapter.manifest = without_paths(adapter.manifest)

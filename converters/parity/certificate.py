@@ -9,7 +9,7 @@ from mlx_rsgwm.converters.peft.sidecar import CERTIFICATE_FILE, SIDECAR_FOLDER
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
-from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.adapter import Adapter
 
 CERTIFICATE_FORMAT = "mlx-rsgwm/parity"
 
@@ -25,8 +25,8 @@ def sign(result: dict[str, Any], adapter: Adapter, base_fingerprint: str) -> dic
     }
 
 
-def read_certificate(path: Path, adapter_folder: Path) -> dict[str, Any]:
-    """A certificate, once it is known to be of the adapter in ``adapter_folder`` and to have passed.
+def read_certificate(path: Path, adapter: Adapter) -> dict[str, Any]:
+    """A certificate, once it is known to be of ``adapter`` and to have passed.
 
     Raises:
         RsgwmError: it is none, is another adapter's, or says that the check failed.
@@ -34,14 +34,14 @@ def read_certificate(path: Path, adapter_folder: Path) -> dict[str, Any]:
     found = files.read_json_object(path)
     if found.get("format") != CERTIFICATE_FORMAT:
         raise RsgwmError(f"{path} is no certificate of rsgwm parity")
-    if found.get("adapter_sha256") != files.sha256_file(adapter_folder / WEIGHTS_FILE):
-        raise RsgwmError(f"{path} is the certificate of another adapter than {adapter_folder}")
+    if found.get("adapter_sha256") != adapter.weights_hash():
+        raise RsgwmError(f"{path} is the certificate of another adapter than {adapter.where}")
     if found.get("passed") is not True:
         raise RsgwmError(f"{path} says that the check failed; run rsgwm parity again once it is repaired")
     return found
 
 
-def embed_certificate(path: Path, adapter_folder: Path, peft_folder: Path) -> None:
-    """Put the certificate of ``adapter_folder`` into the PEFT folder made from it."""
-    certificate = read_certificate(path, adapter_folder)
+def embed_certificate(path: Path, adapter: Adapter, peft_folder: Path) -> None:
+    """Put the certificate of ``adapter`` into the PEFT folder made from it."""
+    certificate = read_certificate(path, adapter)
     files.write_json(make_folder(peft_folder / SIDECAR_FOLDER) / CERTIFICATE_FILE, certificate)

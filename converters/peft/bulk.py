@@ -21,6 +21,7 @@ from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
 from mlx_rsgwm.core.folders import new_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import resolve_base
 
 
@@ -53,9 +54,11 @@ def from_peft_verified(folder: Path, base: BaseLayers, out: Path, reading: Readi
     return converted._replace(out=out)
 
 
-def to_peft_verified(folder: Path, base_name: str | None, out: Path, progress: Progress = SILENT) -> Converted:
+def to_peft_verified(source: AdapterSource, base_name: str | None, out: Path, progress: Progress = SILENT) -> Converted:
     """``convert_to_peft``, then the proof as in :func:`from_peft_verified`; the base is needed for the way back."""
     with _proving(out) as (work, temporary):
+        adapter = load_adapter(source, base_name, progress=progress)
+        folder = adapter.path or adapter.save(temporary / "ours")
         converted = convert_to_peft(folder, base_name, work)
         base = read_base_layers(converted.base, resolve_base(converted.base, progress))
         require_equal(work, folder, base.names)

@@ -34,6 +34,7 @@ from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import ALIASES, recorded_base, resolve_base
 
 
@@ -67,17 +68,21 @@ def to_peft(adapter: Adapter, base_name: str, out: Path) -> Path:
     return _write(copied, lambda: dict(adapter.weights), base_name, out)
 
 
-def convert_to_peft(folder: Path, base_name: str | None, out: Path) -> Converted:
-    """:func:`to_peft` for an adapter folder of any size, one array in memory at a time.
+def convert_to_peft(source: AdapterSource, base_name: str | None, out: Path, progress: Progress = SILENT) -> Converted:
+    """:func:`to_peft` for an adapter of any source and, in a folder of ours or mlx-lm's, of any size: one array in
+    memory at a time.
 
-    ``base_name`` may be None where the adapter's manifest names its base.
+    ``base_name`` may be None where the adapter records its base.
     """
     require_empty(out)
-    adapter = Adapter.load(folder, lazy=True, hashes=False)
-    name = base_name or (adapter.manifest.get("base") or {}).get("name")
+    adapter = load_adapter(source, base_name, lazy=True, hashes=False, progress=progress)
+    name, folder = base_name or adapter.base_name, adapter.path
     if not name:
-        raise RsgwmError(f"{folder} does not say which base model it is for; give --base")
+        raise RsgwmError(f"{adapter.where} does not say which base model it is for; give --base")
     found = Converted(out, name, adapter.spec, len(adapter.modules()))
+    if folder is None:
+        to_peft(adapter, name, out)
+        return found
 
     def weights() -> dict[str, mx.array]:
         return read_safetensors(folder / WEIGHTS_FILE, evaluate=False)[0]

@@ -194,3 +194,21 @@ def test_a_gguf_adapter_is_converted_as_it_is_read(adapter_sources, tiny_base, t
     assert "is an adapter, not a model; leave --quantised out" in again.stderr
     back = CliRunner().invoke(rsgwm, ["convert", "to-gguf", str(tmp_path / "out"), str(tmp_path / "b.gguf")])
     assert back.exit_code == 0, back.output
+
+
+def test_what_is_read_goes_to_peft_again(adapter_sources, tmp_path):
+    from click.testing import CliRunner
+
+    from mlx_rsgwm.cli.main import rsgwm
+    from mlx_rsgwm.converters.peft.convert import from_peft
+
+    sources = adapter_sources(1, sidecar=False)
+    expected = mx.load(str(sources["peft"] / "adapter_model.safetensors"))
+    for kind, more in (("gguf", ["--verify"]), ("hub", []), ("hub_revision", [])):
+        out = tmp_path / f"again-{kind}"
+        done = CliRunner().invoke(rsgwm, ["convert", "to-peft", str(sources[kind]), str(out), *more])
+        assert done.exit_code == 0, done.output
+        found = mx.load(str(out / "adapter_model.safetensors"))
+        assert found.keys() == expected.keys()
+        assert all(mx.array_equal(found[name], value) for name, value in expected.items())
+    assert from_peft(out).spec.scale == 2.0

@@ -311,7 +311,7 @@ def test_the_card_says_what_how_well_and_how(folder, tmp_path):
         "adapter": str(folder),
         "base": "/home/someone/base",
     }
-    (tmp_path / "parity.json").write_text(json.dumps(sign(found, folder, "f")))
+    (tmp_path / "parity.json").write_text(json.dumps(sign(found, Adapter.load(folder), "f")))
     report = {"drafter": {"accuracy": rate(0.5)}, "draft_verify": {"accuracy": rate(0.6)}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     staged = stage(
@@ -376,7 +376,7 @@ def test_what_cannot_be_published_is_said(folder, tmp_path, options, expected):
     ],
 )
 def test_only_its_own_good_certificate_is_published(folder, tmp_path, change, expected):
-    proof = {**sign({"passed": True}, folder, "f"), **change}
+    proof = {**sign({"passed": True}, Adapter.load(folder), "f"), **change}
     (tmp_path / "parity.json").write_text(json.dumps(proof))
     with pytest.raises(RsgwmError, match=expected):
         stage(folder, REPO, tmp_path / "repo", base=BASE, certificate=tmp_path / "parity.json")
