@@ -266,7 +266,7 @@ def evaluate(
         records = run_questions(
             pipeline, questions, timed, batch_rows, progress, seeds=seeds, drafts=drafts, journal=journal
         )
-        return write_report(folder, records, attempts, metadata, seed=first, progress=progress)
+        return write_report(folder, records, attempts, metadata, seed=first)
 
 
 def convert(adapter: str | Path, out: str | Path, to: str, *, base: str | Path | None = None) -> Path:

@@ -25,7 +25,7 @@ DPI = 110
 COLORS = ("#2563a8", "#d9730d", "#2e7d4f", "#9c3587", "#7a6a00", "#5b5b5b")
 
 
-def _style() -> dict[str, Any]:
+def _style() -> Any:
     from cycler import cycler
 
     return {

@@ -58,7 +58,7 @@ def p_shown(value: float) -> str:
 
 def sections(summary: Mapping[str, Any]) -> list[Section]:
     """Titles and tables (first row is the head) shared by the terminal, the Markdown and the page."""
-    found = [
+    found: list[Section] = [
         ("Draft–verify against the drafter alone", _main(summary)),
         ("Families", _families(summary)),
         ("Verifier", _scores(summary)),

@@ -100,7 +100,7 @@ def latency(figure: Any, summary: Mapping[str, Any]) -> None:
     legend_below(figure, axes)
 
 
-PANELS: Mapping[str, Callable[[Any, Mapping[str, Any]], None]] = {
+PANELS: Mapping[str, Callable[..., None]] = {  # of (figure, summary)
     "Families": families,
     "Reliability": reliability,
     "Risk and coverage": risk_and_coverage,
