@@ -71,4 +71,4 @@ def _content(text: str, position: int) -> tuple[str | None, int]:
 
 
 def _joined(gap: str) -> bool:
-    return len(gap) <= 60 and _JOIN.fullmatch(gap) is not None
+    return len(gap) <= 60 and (_JOIN.fullmatch(gap) is not None or not gap.strip(" \t\n$"))

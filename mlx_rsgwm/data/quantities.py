@@ -41,9 +41,9 @@ _NO_NUMBER = re.compile(
     rf"|[0-9]{{1,2}}([/.])[0-9]{{1,2}}\1[0-9]{{2,4}}|{_MONTH}\s[0-9]{{1,2}}(?:st|nd|rd|th)?(?:,?\s[0-9]{{4}})?"
     rf"|[0-9]{{1,2}}(?:st|nd|rd|th|\.)?\s{_MONTH}(?:,?\s[0-9]{{4}})?"
     rf"|[0-9]+(?:(?::| : )[0-9]+)+(?:\s?[ap]\.?m\b\.?)?|[0-9]+(?:/[0-9]+){{2,}}"
-    rf"|0[bB][01]+|0[xX](?=[0-9]*[a-fA-F])[0-9a-fA-F]+|{NUMERAL}\s?±\s?{NUMERAL})(?![0-9])"
+    rf"|[0-9]{{1,2}}\s?[ap]\.?m\b\.?|0[bB][01]+|0[xX](?=[0-9]*[a-fA-F])[0-9a-fA-F]+|{NUMERAL}\s?±\s?{NUMERAL})(?![0-9])"
 )
-_RANGE = re.compile(rf"({NUMERAL})(?:-|\s?[–—]\s?)(?:{CURRENCY}\s?)?({NUMERAL})(?![0-9/]|\s?=)")
+_RANGE = re.compile(rf"({NUMERAL})(?:-|\s?[–—~～〜到至]\s?)(?:{CURRENCY}\s?)?({NUMERAL})(?![0-9/]|\s?=)")
 _CODE = re.compile(r"(?:USD|EUR|GBP|INR|JPY|CNY|RMB|CHF|CAD|AUD|Rs\.?|kr\.?|R)\s?$")
 _NUMBER = re.compile(
     rf"(?:(?P<mixed>[0-9]{{1,6}})(?:[ \u00a0]| and |&)(?=[0-9]+/[0-9]))?(?P<top>{NUMERAL})"
@@ -57,7 +57,7 @@ _SIGN_WORD = re.compile(
     r"(?<![\w-])(?:negative|minus|moins|menos|meno|минус|माइनस|ऋण|السالب|سالب|负|マイナス)\s?(?:[$€£]\s?)?$",
     re.IGNORECASE,
 )
-_SYMBOLIC = re.compile(r"\s?(?:√|π|\\pi\b)|[abnpqtuvwxyz](?![\w²³])(?!\s?[0-9])")
+_SYMBOLIC = re.compile(r"\s(?:squared|cubed|factorial)\b|\s?(?:√|π|\\pi\b)|[abnpqtuvwxyz](?![\w²³])(?!\s?[0-9])")
 _SUBTRACTED = re.compile(r"[0-9)][\w%$.,)]*\s+(?:[^\W\d]+\s+)?$")
 _BELOW_ZERO = re.compile(
     r"\s?(?:°\s?[CF]?|degrees?(?: (?:Celsius|Fahrenheit|C|F))?)?\s?below (?:zero|freezing)\b", re.IGNORECASE
@@ -171,6 +171,8 @@ def _value(text: str, match: re.Match[str], decimal_commas: bool, money: bool) -
     # "3 250 ml": three bottles of 250 ml, or 3,250 ml? No bottle is of 000 ml.
     if grouped and not re.search(r" 0", top_text) and re.match(r"\s+[^\W\d]|-", text[match.end() : match.end() + 3]):
         return None
+    if not decimal_commas and re.fullmatch(r"[0-9]+,0{4,}", top_text):
+        return None  # a slip of the thousands
     if decimal_commas and re.fullmatch(r"[1-9][0-9]{0,2}[.,][0-9]{3}", top_text):
         top = Fraction(re.sub(r"[.,]", "", top_text)) if money else None
     else:

@@ -23,6 +23,7 @@ from mlx_rsgwm.data.digits import fold
 from mlx_rsgwm.data.number_words import could_become_scale
 from mlx_rsgwm.data.numbers import parse_number, plain_number
 from mlx_rsgwm.data.quantities import writes_decimal_commas
+from mlx_rsgwm.evaluation.corrections import interrupts
 from mlx_rsgwm.evaluation.equality import RUNAWAY, parse_mathematics
 from mlx_rsgwm.evaluation.equality import is_correct as is_correct
 from mlx_rsgwm.evaluation.final_text import (
@@ -177,7 +178,8 @@ def _text(text: str, options: Mapping[str, str], finished: bool) -> Reading:
 
 def _standing_words(text: str, place: Statement, words: str) -> Reading:
     """An answer in words, unless the text takes it back: then what it says instead is not known."""
-    return _words(words) if taken_back(text, place) is None else AMBIGUOUS
+    interrupted = any(interrupts(sentence) for sentence in sentences(text[place.end :])[1:])
+    return AMBIGUOUS if interrupted or taken_back(text, place) is not None else _words(words)
 
 
 def _words(text: str) -> Reading:

@@ -39,8 +39,8 @@ _REVOKING = re.compile(
 )
 _PUT_FORWARD = re.compile(
     rf"(?:(?:{words('link', spaced=True)})\b[\s:,.]*|['’]s\s+|(?:{words('link', spaced=False)})\s?){{0,7}}"
-    r"[\s(*$€£¥₹\"'“]*(?:[-–+]?\s?[$€£¥₹]?\s?\.?[0-9](?:[\d.,/ ]*\d)?|(?-i:[A-J])\b|yes\b|no\b|true\b|"
-    r"false\b)(?P<rest>[^.!?;\n。]{0,40})(?:[.!?;\n。]|$)",
+    r"[\s(*$€£¥₹\"'“]*(?:[-–+]?\s?[$€£¥₹]?\s?\.?[0-9](?:[\d.,/ ]*\d)?|(?-i:[A-J])\b|yes\b|no\b|true\b|false\b|"
+    r"\$[^$\n]{1,60}\$|\\[(b])(?P<rest>[^.!?;\n。]{0,40})(?:[.!?;\n。]|$)",
     re.IGNORECASE,
 )
 _WRONG = re.compile(rf"\b(?:{_WRONG_WORDS}|mistake|error)\b|\b(?:stimmt|klopt) (?:nicht|niet)\b", re.IGNORECASE)
@@ -49,6 +49,15 @@ _ANOTHER_VALUE = re.compile(
     r"\W*(?!(?:that is|in other words|in short|namely|i\.e\.)\W)(?:[^\W\d][\w'’]*\s){0,3}[^\W\d][\w'’]*"
     r"(?:\s?[,!…;–—-]|\s?\.\.\.)\s*(?:(?:it|that)(?:['’]s| is)\s)?(?P<number>[-–]?[$€£]?\.?[0-9](?:[\d.,/]*\d)?)"
     r"(?![\d%])(?:\s[^\W\d]+)?[)*\"']*(?:[.!;](?=\s|$)|\n|$)",
+    re.IGNORECASE,
+)
+_ALTERNATIVE = re.compile(
+    r"\W*(?:or|but|however|alternatively|maybe|perhaps|possibly|(?:it|this|that|the answer) (?:could|might|may))\b"
+    r"[^.!?\n\d]*(?P<number>[-–]?[$€£]?\.?[0-9](?:[\d.,/]*\d)?)",
+    re.IGNORECASE,
+)
+_AGAIN = re.compile(
+    r"\b(?:let me|i (?:should|need to|must)) re-?(?:compute|calculate|do|check|count|consider|evaluate)\b",
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(
@@ -106,7 +115,8 @@ def _corrections(text: str, value: str | None) -> list[tuple[int, int]]:
         places += [match.span() for match in denied if _same(next(filter(None, match.groups())), value)]
     revoked = max((match.start() for match in _REVOKING.finditer(text)), default=-1)
     for cue in _CUE.finditer(text):
-        if (cue["pause"] and revoked >= cue.start()) or _puts_forward(text, cue.end()):
+        counts = cue["pause"] and revoked >= cue.start()
+        if counts or (cue["noun"] and re.search(r"[0-9]", text[cue.end() :])) or _puts_forward(text, cue.end()):
             places.append(cue.span())
     return sorted(places, key=lambda place: (place[0], -place[1]))
 
@@ -133,6 +143,17 @@ def denies(text: str) -> bool:
 
 
 def offers_another(text: str, value: str | None) -> bool:
-    """Whether what follows an answer is a few words, which may mean anything, and another number alone."""
-    match = _ANOTHER_VALUE.match(text)
-    return match is not None and value is not None and not _same(match["number"], value)
+    """Whether what follows an answer leaves it open: another number after a few words, or a second computation."""
+    if value is None:
+        return False
+    other = _ALTERNATIVE.match(text) or _ANOTHER_VALUE.match(text)
+    if other is not None:
+        return not _same(other["number"], value)
+    again = _AGAIN.search(text)
+    mentioned = re.findall(_NUMBER, text[again.end() :]) if again else []
+    return bool(mentioned) and not any(_same(number, value) for number in mentioned)
+
+
+def interrupts(text: str) -> bool:
+    """Whether a sentence begins with a pause or a correction ("Wait, no, green."); for answers in words."""
+    return _CUE.match(text.lstrip(" *(\n")) is not None

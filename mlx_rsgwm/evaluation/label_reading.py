@@ -62,13 +62,19 @@ _NEGATED = re.compile(
     r"(?:\s+(?:be|entirely|really|actually|at all|necessarily|quite))?\s+[\"'“*]*$",
     re.IGNORECASE,
 )
+_DOUBT = re.compile(
+    r"\b(?:no|if|whether|might|may|could|would|unclear|doubt\w*|evidence|prove\w*|unless|unknown)\b[^.!?;,\n]*$",
+    re.IGNORECASE,
+)
 _DETERMINER = re.compile(r"\s+(?:[a-z]|one\b|[A-Z][a-z])")
 _VERDICT_BEFORE = re.compile(
     r"(?:\b(?:is|be|say|says|answer|but|so|therefore|thus|hence|then|definitely|probably|clearly|simply|wait|actually)\b|[:=,>\n]|^)\W*$",
     re.IGNORECASE,
 )
 _INTERRUPTED = re.compile(
-    r"[,;.…–—-]\s*(?:no,?\s+)?(?:wait|oops|scratch that|hold on|i mean|or rather)\b", re.IGNORECASE
+    r"[,;.…–—-]\s*(?:no,?\s+)?(?:wait|oops|scratch that|hold on|i mean|or rather)\b|"
+    rf"[,;…–—-]\s*(?:{words('no')})\s?[,:]",
+    re.IGNORECASE,
 )
 # "Vitamin A", "Plan B": the letter belongs to a name.
 _NAME_BEFORE = re.compile(
@@ -114,13 +120,13 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
     text = fold(text)
     named = list(
         re.finditer(
-            r"(?:\b(?:option|choice|answer)\s+(?:is\s+)?[(\[\"'“*]*|[(\[\"'“*]*)([A-J])[)\]\"'”*]*\s+(?:is|as)\s+(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|answer)\b",
+            r"(?:\b[Oo]ption\s[(\[]?(?=[a-jA-J]\b)|\b(?:option|choice|answer)\s+(?:is\s+)?[(\[\"'“*]*|[(\[\"'“*]*)((?<=ption\s)[a-j]|(?<=ption\s.)[a-j]|[A-J])[)\]\"'”*]*\s+(?:is|as)\s+(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|answer)\b",
             text,
         )
     )
     named = [match for match in named if not _NAME_BEFORE.search(text[max(0, match.start() - 24) : match.start()])]
     if named:
-        return Reading(named[-1][1])
+        return Reading(named[-1][1].upper())
     opening = re.findall(r"(?m)^[ \t*(\[\"']*([A-J])(?:[).:\]]|[ \t]*\**[ \t]*$)", text)
     if (
         len(opening) == 1
@@ -133,7 +139,7 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
     alone = re.fullmatch(r"[\s*(\[{\"'$]*([A-Ja-j])[).:\]}\"'*$]*\s*", text)
     if alone:
         return Reading(alone[1].upper())
-    comma = re.match(r"[\s*(\"']*([A-J])\s?[,–—-]\s(?![A-J]\b)", text)
+    comma = re.match(r"[\s*(\"']*([A-J])(?:\s?[,–—-]\s(?![A-J]\b)|\s(?:because|since)\b)", text)
     if comma:
         return Reading(comma[1])
     return _mentioned(text[-LONGEST:], options)
@@ -308,6 +314,9 @@ def _scope_verdict(scope: str, at_start: bool) -> Reading:
 
 def _verdict_at(text: str, match: re.Match[str]) -> Reading:
     """What one "yes", "no", "true" or "false" says, with a negation before it; NOTHING for "no" before a noun."""
+    sentence = text[max(0, match.start() - 200) : match.start()]
+    if match[0].lower() in ("true", "false") and _DOUBT.search(sentence):
+        return NOTHING
     word, before = match[0].lower(), text[max(0, match.start() - 40) : match.start()]
     if word == "no" and _DETERMINER.match(text, match.end()):
         return NOTHING

@@ -26,9 +26,11 @@ class Language:
     correction: str = ""  # the same before a colon: "Edit: 11"
     link: str = ""  # small words between a pause and the new value: "wait, it should be 11"
     denial: str = ""  # before a value: "not 5"
+    denial_after: str = ""  # after a value
     bound: str = ""  # says how far a value may go: "more than 5"
     range_from: str = ""
     range_to: str = ""
+    conclusion: str = ""  # leads from what was given to what comes of it: "so", "altogether"
     spaced: bool = True
 
 
@@ -36,7 +38,7 @@ LANGUAGES = {
     "English": Language(
         yes="yes|yep|yeah|true|correct",
         no="no|nope",
-        joins="and|or|to|through|plus|versus|vs",
+        joins="and|or",
         this="that|this|it|which|(?:the|my|this|that) (?:first |previous |last )?(?:answer|result|number|value)",
         copula="is|was|seems|looks",
         right="right|correct",
@@ -48,7 +50,8 @@ LANGUAGES = {
             r"calculated|took|understood|added)|forgot)|my (?:mistake|bad|error)|an? (?:mistake|error)(?=[:!])"
             r"|(?:actually|wait|hmm+),? I(?:['’]m| am) not (?:sure|certain)(?: (?:that |if |whether )?(?:this|that|it) "
             r"is (?:right|correct))?|let me (?:redo|fix|correct)|(?:scrap|forget|disregard|ignore|scratch|strike) "
-            r"(?:that|this)|or rather|make that|oops|sorry"
+            r"(?:that|this)|or rather|make "
+            r"that|oops|sorry|(?:that|it) (?:isn['’]t|is not|can['’]t be)(?=[.!\n]|$)"
         ),
         pause=(
             r"wait(?!\s(?:until|till|for|times?|at|in|to|on)\b)|hmm+|hm|actually|i mean|i meant|not quite|i stand "
@@ -57,7 +60,7 @@ LANGUAGES = {
             r"examine|evaluate)|double[- ]check|check|correct|fix)[^.:!?\n]{0,30}|i take (?:that|it) back|"
             r"(?:it|that|this) (?:should|must|ought to) (?:have been|be)"
         ),
-        correction="correction|error|edit|errata",
+        correction="correction|error|edit|errat(?:um|a)",
         link=(
             r"it|that|this|so|then|the|my|final|new|correct|right|answer|value|total|result|number|should|must|would|"
             r"will|has|to|be|is|are|was|['’]s|i|get|got|mean|meant|rather|say|make|about|equals|actually|wait|no|"
@@ -66,16 +69,22 @@ LANGUAGES = {
         denial=r"not|\w+n['’]t|cannot|never|neither|nor|rather than|instead of|other than|except|unlike",
         bound=(
             "(?:more|less|fewer|greater|higher|lower|larger|smaller|bigger|longer|shorter) than(?: or equal to)?|"
-            "at (?:least|most)"
+            "at (?:least|most)|a (?:maximum|minimum) of|under|below|above|(?<!left )over|"
+            "(?<!round )(?<!rounded )(?<!rounds )(?<!rounding )(?<!add )(?<!adds )(?<!adding )up to|"
+            "no (?:more|less|fewer) than"
         ),
         range_from="from|between",
         range_to="to|and",
+        conclusion=(
+            "so|thus|hence|therefore|total|altogether|equals?|makes?|making|giving|gives|leaves?|leaving|means?|now|"
+            "actually|comes|becomes|then|must|sum|average|in all|instead"
+        ),
     ),
     "German": Language(
         yes="ja",
         no="nein",
         answer=r"Antwort(?:\s+(?:ist|lautet|wäre))?|Lösung\s+(?:ist|lautet)",
-        joins="und|oder|bis",
+        joins="und|oder",
         this="das|dies|es",
         copula="ist|war",
         right="richtig|korrekt",
@@ -88,6 +97,7 @@ LANGUAGES = {
         bound="mehr als|weniger als|mindestens|höchstens",
         range_from="von|zwischen",
         range_to="bis|und",
+        conclusion="also|insgesamt|damit|zusammen|macht|somit|bleiben|ergibt",
     ),
     "French": Language(
         yes="oui",
@@ -106,6 +116,7 @@ LANGUAGES = {
         bound="plus de|moins de|au (?:moins|plus)",
         range_from="de|entre",
         range_to="à|et",
+        conclusion="donc|soit|total|reste|restent|ainsi",
     ),
     "Spanish": Language(
         yes="sí",
@@ -124,6 +135,7 @@ LANGUAGES = {
         bound="más de|menos de|al menos",
         range_from="de|entre",
         range_to="a|y",
+        conclusion="así que|total|quedan|entonces|por lo tanto|o sea",
     ),
     "Italian": Language(
         yes="sì",
@@ -142,6 +154,7 @@ LANGUAGES = {
         bound="più di|meno di|almeno",
         range_from="da|tra|fra",
         range_to="a|e",
+        conclusion="quindi|totale|restano|cioè",
     ),
     "Portuguese": Language(
         yes="sim",
@@ -160,6 +173,7 @@ LANGUAGES = {
         bound="mais de|menos de|pelo menos",
         range_from="de|entre",
         range_to="a|e",
+        conclusion="então|total|portanto|ou seja",
     ),
     "Dutch": Language(
         yes="ja",
@@ -177,6 +191,7 @@ LANGUAGES = {
         bound="meer dan|minder dan|minstens",
         range_from="van|tussen",
         range_to="tot|en",
+        conclusion="dus|totaal|samen",
     ),
     "Swedish": Language(
         yes="ja",
@@ -193,6 +208,7 @@ LANGUAGES = {
         bound="mer än|mindre än|minst",
         range_from="från|mellan",
         range_to="till|och",
+        conclusion="så|totalt|alltså",
     ),
     "Finnish": Language(answer=r"vastaus(?:\s+on)?", joins="ja|tai"),
     "Polish": Language(
@@ -206,8 +222,17 @@ LANGUAGES = {
         correction="korekta",
         denial="nie",
         bound="więcej niż|mniej niż",
+        conclusion="więc|razem|czyli",
     ),
-    "Turkish": Language(yes="evet", no="hayır", answer="cevap", joins="ve|veya", wrong="yanlış"),
+    "Turkish": Language(
+        yes="evet",
+        no="hayır",
+        answer="cevap",
+        joins="ve|veya",
+        wrong="yanlış",
+        denial_after="değil",
+        conclusion="toplam|yani",
+    ),
     "Russian": Language(
         yes="да",
         no="нет",
@@ -224,9 +249,12 @@ LANGUAGES = {
         bound="более|менее|больше|меньше",
         range_from="от|между",
         range_to="до|и",
+        conclusion="значит|итого|всего|поэтому",
     ),
-    "Arabic": Language(yes="نعم", no="لا", answer="الإجابة|الجواب", joins="أو", spaced=False),
-    "Hindi": Language(yes="हाँ", no="नहीं", answer="उत्तर", joins="या", spaced=False),
+    "Arabic": Language(yes="نعم", no="لا", answer="الإجابة|الجواب", joins="أو", conclusion="إذن|المجموع", spaced=False),
+    "Hindi": Language(
+        yes="हाँ", no="नहीं", answer="उत्तर", joins="या", denial_after="नहीं", conclusion="कुल|इसलिए", spaced=False
+    ),
     "Chinese": Language(
         yes="是的?|对",
         no="不是|否|不对",
@@ -238,6 +266,7 @@ LANGUAGES = {
         link="应该是|应为|應該是|答案是|是",
         denial="不是",
         bound="至少|最多|超过|少于",
+        conclusion="所以|一共|总共|因此|还剩",
         spaced=False,
     ),
     "Japanese": Language(
@@ -245,10 +274,12 @@ LANGUAGES = {
         no="いいえ",
         answer="答え",
         mistake="間違え|間違い|違います",
+        denial_after="では?なく|じゃなく",
         pause="待って|いや",
         correction="訂正",
         link="正解は",
         bound="以上|以下",
+        conclusion="合計|だから|つまり",
         spaced=False,
     ),
     "Korean": Language(
@@ -257,8 +288,10 @@ LANGUAGES = {
         answer="정답은?|답",
         joins="또는",
         mistake="틀렸|잘못",
+        denial_after="[가-힣]? ?아니[라고]",
         pause="잠깐",
         correction="정정",
+        conclusion="총|따라서|모두",
         spaced=False,
     ),
 }

@@ -13,6 +13,7 @@ from dataclasses import replace
 from mlx_rsgwm.data.quantities import Quantity, quantities, writes_decimal_commas
 from mlx_rsgwm.evaluation.corrections import find_correction
 from mlx_rsgwm.evaluation.final_text import AMBIGUOUS, LONGEST, MOST, NOTHING, Reading, sentences
+from mlx_rsgwm.evaluation.languages import words
 from mlx_rsgwm.evaluation.number_candidates import (
     COMPOUND,
     OPERATOR,
@@ -34,10 +35,20 @@ _COMPARED = re.compile(
 _EQUALS = re.compile(
     r"(?:=|≈|\bequals\b|\bis equal to\b)\s*\(?(?:about|approximately|roughly)?\s*[$€£¥₹]?\s*(?=[-+–]?[$€£¥₹]?\.?[0-9])"
 )
+# The left side of an equation that is still to be solved: "2x", "x^2", "|x|".
+_UNSOLVED = re.compile(r"(?:[0-9][xyznpq]|\b[a-z]\s?(?:\^\s?\{?[2-9]\}?|²)|\|\s?[a-z]\s?\|)[\s$]*$")
+_CHECK = re.compile(
+    r"\W*(?:(?:now|to|so|let['’]?s|let me|let us|we can|i can|i will|i['’]ll)\s)*(?:double[- ]?)?"
+    r"(?:verify|check|checking|verification)\b",
+    re.IGNORECASE,
+)
 _RELATIVE_TIME = re.compile(r"\s+[a-z]+\s+(?:later|earlier|ago)\b", re.IGNORECASE)
 _GIVEN = re.compile(r"\b(?:the|these|those|all|her|his|their|its|both)\s+[$€£]?$", re.IGNORECASE)
 _REASON = re.compile(
-    r"[,;]?\s\(?(?:because|since|given that|assuming|as long as|if|rather than|instead of)\b", re.IGNORECASE
+    r"[,;]?\s\(?(?:because|since|given that|assuming|as long as|if)\b|"
+    r"\smore(?:\s[^\W\d]+){0,3}\sto\b|,?\s(?:which|that)\s(?:is|was|are)\s[$€£]?[0-9][\d.,]*\s(?:[^\W\d]+\s)?"
+    r"(?:more|fewer|less|higher|lower|older|younger|longer|shorter|bigger|smaller)\b",
+    re.IGNORECASE,
 )
 _NEW_SUBJECT = re.compile(
     r"(?:\s+[^\W\d][\w'’-]*){0,3},?\s+(?:and|or|while|but|und|oder|et|ou|y|e|o|и)\s+"
@@ -49,11 +60,21 @@ _CHATTER = re.compile(
     r"source|disclaimer|copyright|\*\s*note)",
     re.IGNORECASE,
 )
-_REASON_FIRST = re.compile(r"\W*(?:since|because|as|given that|if|when|although|while)\b[^,]*,\s", re.IGNORECASE)
+_REASON_FIRST = re.compile(
+    r"\W*(?:since|because|as|given that|if|when|although|while|with|after|out of)\b[^,]*,\s", re.IGNORECASE
+)
+_COPULA = rf"(?:\b(?:{words('copula')}|are|were|be|had|sind|sont|son|sono|são|zijn)|['’]s)\b"
+_IS = re.compile(_COPULA, re.IGNORECASE)
+_IS_BEFORE = re.compile(rf"{_COPULA}(?:\s[^\W\d]+)?\s?[$€£]?$", re.IGNORECASE)
+_CONCLUSION = re.compile(
+    rf"\b(?:{words('conclusion', spaced=True)}|but)\b|{words('conclusion', spaced=False)}|[=:→]|\bi\.e\.", re.IGNORECASE
+)
+_ALL = re.compile(r"(?:\s[^\W\d]+)?\s(?:in all|in total|altogether|overall|left)\b", re.IGNORECASE)
 _HEDGE = re.compile(r"\b(?:might be|may be|could be|[Mm]aybe|[Pp]erhaps|[Pp]ossibly)\b(?![^=]*=)")
-_NAMED_LINE = re.compile(r"\W*([^\W\d][\w'’ ]{0,40}?)\s*[-–:=)]\s*[$€£]?-?[0-9][\d.,]*\W*(?:[^\W\d]+\W*){0,2}$")
+_NAMED_LINE = re.compile(r"\W*([^\W\d][\w'’ ]{0,40}?)[\s*]*[-–:=)|][\s*]*[$€£]?-?[0-9][\d.,]*\W*(?:[^\W\d]+\W*){0,2}$")
+_NEXT_LABEL = re.compile(r"(?:\s[^\W\d]+)?\W+([^\W\d][\w ]{0,30}?)\s?[:=]\s?[$€£]?")
 _TOTAL = re.compile(r"total|sum|answer|result|left|profit|cost|altogether|ans|gesamt|suma", re.IGNORECASE)
-_PARENTHESIS = re.compile(r"\([^()\n]{0,200}\)")
+_PARENTHESIS = re.compile(r"\((?!or\b)[^()\n]{0,200}\)")
 
 
 def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
@@ -71,16 +92,20 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
                 continue
             return NOTHING
         reading = _concluded(sentence, pieces[index - 1] if index else "", commas)
+        if reading is not NOTHING and reading.value is not None:
+            checked = next((before for before in range(1, index + 1) if _CHECK.match(pieces[before])), None)
+            if checked is not None and last_number("\n".join(pieces[:checked]), commas).value != reading.value:
+                return AMBIGUOUS
         if reading is not NOTHING:
             return AMBIGUOUS if _hedged(sentence, pieces[index - 1] if index else "") else reading
     for sentence in (piece[-LONGEST:] for piece in pieces[: -MOST - 1 : -1]):
-        words = [
+        in_words = [
             number
             for number in candidates(sentence, commas, in_words=True)
-            if sentence[number.start :][:3].lower() != "one"
+            if number.value != 1  # "this one"
         ]
-        if words and not re.search(r"[0-9]", sentence):
-            return as_reading(words[-1], stated=False) if len(words) == 1 else NOTHING
+        if in_words and not re.search(r"[0-9]", sentence):
+            return as_reading(in_words[-1], stated=False) if len(in_words) == 1 else NOTHING
     return NOTHING
 
 
@@ -94,11 +119,19 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     variable = re.search(r"(?:^|[\s=])([-–]?[$€£]?[0-9][0-9.,/]*)\s*=\s*[A-Za-z]\W*$", sentence)
     if variable is not None:  # "160 = Y."
         return as_reading(quantities(variable[1], commas)[0], stated=False)
+    if _listed(sentence, line_before):
+        return AMBIGUOUS
     equals = list(_EQUALS.finditer(sentence))
     right = [number for number in quantities(sentence, commas) if equals and number.end > equals[-1].end()]
     left = [number for number in quantities(sentence, commas) if right and number.end <= equals[-1].start()]
+    if right and _UNSOLVED.search(sentence[: equals[-1].start()]):
+        return AMBIGUOUS
+    operands = left
+    left = [number for number in left if not re.search(r"[-+*×÷/]\s?[$€£]?$", sentence[: number.start])]
     if left and left[-1].value != right[0].value and TWO_VALUES.fullmatch(sentence[left[-1].end : right[0].start]):
         return AMBIGUOUS  # "x = 5 or x = -5"
+    if right and len(equals) > 1 and _two_results(sentence, equals[-2].end(), right[0], operands):
+        return AMBIGUOUS
     if right and not OPERATOR.match(sentence, right[0].end) and find_correction(sentence[right[0].end :]) is None:
         if not alone(sentence, right[0], right[1:]):
             return AMBIGUOUS
@@ -122,14 +155,45 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     numbers = plain or numbers
     if not numbers:
         return NOTHING
-    named, earlier = _NAMED_LINE.fullmatch(sentence), _NAMED_LINE.fullmatch(line_before)
-    if named and earlier and not _TOTAL.search(named[1]) and len(numbers) == 1:
-        return AMBIGUOUS  # "Ann - 2" under "Ben - 3": a list of values, none of them the answer
     if len(numbers) > 1:
         gap = sentence[numbers[-2].end : numbers[-1].start]
-        if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or COMPOUND.fullmatch(gap) or not gap.strip(" ,;")):
+        if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or COMPOUND.fullmatch(gap) or not gap.strip(" ,;|")):
             return AMBIGUOUS
+        if numbers[-2].value not in (None, numbers[-1].value) and not _follows(sentence, numbers[-2], numbers[-1]):
+            return AMBIGUOUS
+    correction = find_correction(sentence[numbers[-1].end :], as_reading(numbers[-1]).value)
+    if correction is not None:
+        instead = quantities(correction.text, commas)
+        return as_reading(instead[-1], stated=False) if len(instead) == 1 else AMBIGUOUS
     return as_reading(numbers[-1], stated=False)
+
+
+def _listed(line: str, line_before: str) -> bool:
+    """Whether two lines give a value each ("Ann - 2" under "Ben - 3"), and neither is said to be the sum."""
+    named, earlier = _NAMED_LINE.fullmatch(line), _NAMED_LINE.fullmatch(line_before)
+    if named is None or earlier is None or named[1].casefold() == earlier[1].casefold():
+        return False
+    return not _TOTAL.search(named[1]) or bool(_TOTAL.search(earlier[1]))
+
+
+def _two_results(sentence: str, position: int, result: Quantity, left: Sequence[Quantity]) -> bool:
+    """Whether a sentence has two equations side by side ("2 * 4 = 8 cups and 3 * 5 = 15 plates")."""
+    operands = [number for number in left if number.start >= position]
+    if len(operands) < 2 or operands[0].value in (result.value, *(number.value for number in operands[1:])):
+        return False
+    gap = sentence[operands[0].end : operands[1].start]
+    return bool(re.search(r"\b(?:and|while)\b|;", gap)) and not _CONCLUSION.search(gap)
+
+
+def _follows(sentence: str, given: Quantity, last: Quantity) -> bool:
+    """Whether the last of several numbers is said to come of what stands before it."""
+    gap, before = sentence[given.end : last.start], sentence[: given.start]
+    label = _NEXT_LABEL.fullmatch(gap)
+    if label is not None and re.search(r"[:=]\s?[$€£]?$", before):  # "Boys: 14, Girls: 16"
+        return _TOTAL.search(label[1]) is not None
+    if _CONCLUSION.search(gap) or _ALL.match(sentence, last.end):
+        return True
+    return bool(_IS.search(gap)) and not _IS_BEFORE.search(before)
 
 
 def _renamed(sentence: str, right: Sequence[Quantity]) -> Quantity:

@@ -17,19 +17,21 @@ from mlx_rsgwm.data.quantities import Quantity, quantities, word_quantities
 from mlx_rsgwm.evaluation.final_text import AMBIGUOUS, Reading
 from mlx_rsgwm.evaluation.languages import words
 
-_AND = rf"(?:{words('joins')})"
+_AND = words("joins", spaced=True)
+_FEW_WORDS = r"(?:(?!(?:not|that|this|it|so|rather|then|he|she|they)\b)[^\W\d]+\s+){0,2}"
 TWO_VALUES = re.compile(
-    rf"(?:\s*[^\W\d][\w'’-]*|\s*[%°²³]){{0,3}}(?:\s*(?:[,;&和或]|または|또는)\s*(?:(?:and|or)\s+)?|\s+\(or\s+|\s+{_AND}\b\.?\s+(?:(?:about|also|another)\s+)?)"
+    rf"(?:\s*[^\W\d][\w'’-]*|\s*[%°²³]){{0,3}}(?:\s*(?:[,;&]|{words('joins', spaced=False)})\s*(?:(?:and|or)\s+)?|"
+    rf"\s+\(or\s+|\s+(?:to|through|plus|versus|vs|bis)\b\.?\s+|\s+(?:{_AND})\b\s+{_FEW_WORDS})"
     r"(?:[a-zA-Z]\w{0,3}\s*=\s*)?[(\[$€£¥₹]*",
     re.IGNORECASE,
 )
 COMPOUND = re.compile(
     r"\s?(?:feet|foot|ft|yards?|hours?|hrs?|h|minutes?|mins?|m|weeks?|days?|years?|months?|pounds?|lbs?|kg|km|meters?|"
-    r"degrees|'|°),?\s?",
+    r"degrees|'|°|r|remainder|rest),?\s?",
     re.IGNORECASE,
 )
 OPERATOR = re.compile(
-    r"\s*(?:[-+*×÷/]|[xX](?![a-z])|times|plus|minus|divided by|multiplied by)\s*[$€£]?\s*\(*\s*(?=[-0-9.])"
+    r"\s*(?:[-+*×÷/]|[xX](?![a-z])|times|plus|minus|divided by|multiplied by|by|over)\s*[$€£]?\s*\(*\s*(?=[-0-9.])"
 )
 _TWO_OPERANDS = re.compile(
     r"(?<![-+*×÷/x.,0-9])\s?[$€£]?([0-9][0-9.,]*)\s*[kK]?(?:\s+[a-zA-Z]+){0,3}\s*([-–+*×x÷/])\s*[$€£]?([0-9][0-9.,]*)"
@@ -38,12 +40,14 @@ _TWO_OPERANDS = re.compile(
 RENAMED = re.compile(r"\b(?:(?:which|that) (?:is|equals|makes|means|rounds|comes)|i\.e\.|rounds? (?:up |down )?to)\b")
 _DENIED_BEFORE = re.compile(
     rf"(?:\b(?:{words('denial', spaced=True)})|≠|{words('denial', spaced=False)})"
-    r"(?:\s+(?:be|equal to|equal|just|only|simply|the|really|exactly))*\s*[$€£]?$",
+    r"(?:\s+(?:be|equal to|equal|just|only|simply|the|really|exactly))*\s*[$€£]?$"
+    r"|\b(?:not possible|impossible|not true|not the case)\s(?:that|for)\b[^.,;]*$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
     r"(?:\s+[^\W\d]+)?\s*(?:(?:is|was|are|were|would be|seems|looks)\s+(?:not|wrong|incorrect|false|too|impossible)|"
-    r"(?:is|was|are|were|ca|could|wo)n['’]t|cannot|can not)\b|\s*\?\s*(?:no|nope|wrong|nein|non)\b",
+    r"(?:is|was|are|were|ca|could|wo)n['’]t|cannot|can not)\b|\s*\?\s*(?:no|nope|wrong|nein|non)\b"
+    rf"|\s?(?:{words('denial_after')})",
     re.IGNORECASE,
 )
 _LABELLED = re.compile(
@@ -52,17 +56,24 @@ _LABELLED = re.compile(
     re.IGNORECASE,
 )
 _OUT_OF = re.compile(r"\bout\s+of\s+(?:the\s+)?(?:total\s+)?(?:of\s+)?[$€£]?$", re.IGNORECASE)
+_BASELINE_BEFORE = re.compile(r"\b(?:up from|down from|compared (?:to|with)|as opposed to)\s+[$€£]?$", re.IGNORECASE)
 _RATE_BEFORE = re.compile(r"(?:[^\W\d]/|\bper\s|\bfor every\s|\bout of every\s)$", re.IGNORECASE)  # "6.8 L/100 km"
 _BOUND_BEFORE = re.compile(
     rf"(?:\b(?:{words('bound', spaced=True)})|{words('bound', spaced=False)}|(?<![-=<])[<>]=?|[≤≥]|"
     r"\\(?:leq?|geq?|lt|gt)(?:slant)?\b)\s*(?:about\s)?[$€£]?\s?$",
     re.IGNORECASE,
 )
+_BOUND_AFTER = re.compile(
+    r"\s?(?:[<>](?!=?[<>])|[≤≥]|\\(?:leq?|geq?|lt|gt)(?:slant)?\b|\+(?=[\s.,]|$))|"
+    r"(?:\s[^\W\d]+)?\s(?:or|and) (?:more|less|fewer|higher|lower|greater|above|below|over|under|up)\b|"
+    r"(?:\s[^\W\d]+)?\s(?:at (?:most|least)|tops|max(?:imum)?|minimum)\b",
+    re.IGNORECASE,
+)
 _NEEDED = re.compile(r"\b(?:needs?|must|should|has to|have to|requires?|takes?)\b", re.IGNORECASE)
 _RANGE_FROM = re.compile(rf"\b(?:{words('range_from')})\s+[$€£]?$", re.IGNORECASE)
 _RANGE_TO = re.compile(rf"(?:\s?[%°]|\s[^\W\d]+)?\s+(?:{words('range_to')})\s+[$€£]?", re.IGNORECASE)
 _REWRITTEN = re.compile(
-    r"(?:\.{3})?[^.;\d]{0,30}?(?:→|->|⇒|=>|\\(?:to|rightarrow|Rightarrow|implies)\b|\bround\w*\s(?:it\s|this\s)?(?:(?:up|down|off)\s)?"
+    r"(?:\.{3})?[^.;\d]{0,30}?(?:→|->|⇒|=>|≈|\\(?:to|rightarrow|Rightarrow|implies)\b|\bround\w*\s(?:it\s|this\s)?(?:(?:up|down|off)\s)?"
     r"to\s(?:about\s|approximately\s)?|\bwhich is (?:about|approximately|roughly|around)\s)\s*[$€£]?",
     re.IGNORECASE,
 )
@@ -79,7 +90,12 @@ def candidates(text: str, decimal_commas: bool, in_words: bool = False) -> list[
     denied: set[Fraction | None] = set()
     for number in numbers:
         before, after = text[max(0, number.start - 40) : number.start], text[number.end : number.end + 40]
-        if _OUT_OF.search(before) or _LABELLED.search(before) or _RATE_BEFORE.search(before):
+        if (
+            _OUT_OF.search(before)
+            or _LABELLED.search(before)
+            or _RATE_BEFORE.search(before)
+            or _BASELINE_BEFORE.search(before)
+        ):
             continue
         if _LIST_LABEL.search(before[-16:]) and re.match(r"[.):](?:\s|\*)", after) and after[1:].strip():
             continue
@@ -99,11 +115,16 @@ def _bounds(text: str, numbers: Sequence[Quantity]) -> list[Quantity]:
     for index, number in enumerate(numbers):
         before = text[max(0, number.start - 40) : number.start]
         bound = _BOUND_BEFORE.search(before)
-        if bound and not (_NEEDED.search(before) and re.match(r"at least|mindestens", bound[0], re.IGNORECASE)):
+        if bound and not (
+            _NEEDED.search(before) and re.search(r"at least|minimum|mindestens", bound[0], re.IGNORECASE)
+        ):
+            bounds.append(number)
+        if _BOUND_AFTER.match(text, number.end):
             bounds.append(number)
         if index and _RANGE_TO.fullmatch(text[numbers[index - 1].end : number.start]):
             first = numbers[index - 1]
-            if _RANGE_FROM.search(text[max(0, first.start - 12) : first.start]):
+            between = text[first.end : number.start].strip(" $€£")
+            if between in ("to", "bis") or _RANGE_FROM.search(text[max(0, first.start - 12) : first.start]):
                 bounds += [first, number]
     return bounds
 
@@ -111,6 +132,8 @@ def _bounds(text: str, numbers: Sequence[Quantity]) -> list[Quantity]:
 def rewritten(sentence: str, number: Quantity, others: Sequence[Quantity]) -> Quantity:
     """What a number becomes in the same sentence: where it is rounded to, or what an arrow leads to."""
     for other in others:
+        if number.fraction and "≈" in sentence[number.end : other.start]:
+            break  # "5/3 ≈ 1.67" is exactly 5/3
         if _REWRITTEN.fullmatch(sentence[number.end : other.start]) and not _DIGITS_AFTER.match(sentence, other.end):
             number = other
         else:
@@ -144,6 +167,8 @@ def alone(sentence: str, number: Quantity, others: Sequence[Quantity]) -> bool:
         return False
     for other in others[:1]:
         gap = sentence[number.end : other.start]
+        if gap.strip() in (",", ";") and OPERATOR.match(sentence, other.end):
+            continue  # "20; 4 * 5 = 20"
         if len(gap) <= 60 and (TWO_VALUES.fullmatch(gap) or COMPOUND.fullmatch(gap)):
             return other.value is not None and other.value == number.value
     return True

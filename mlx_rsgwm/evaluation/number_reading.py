@@ -23,8 +23,9 @@ from mlx_rsgwm.evaluation.final_text import (
     sentences,
     statements,
 )
+from mlx_rsgwm.evaluation.languages import words
 from mlx_rsgwm.evaluation.last_number import last_number
-from mlx_rsgwm.evaluation.number_candidates import RENAMED, alone, as_reading, candidates, rewritten, unscaled
+from mlx_rsgwm.evaluation.number_candidates import OPERATOR, RENAMED, alone, as_reading, candidates, rewritten, unscaled
 
 _ARITHMETIC = re.compile(
     r"(?:[\s0-9.,$€£%+\-–*×÷/()\[\]^√=]|(?<![A-Za-z])[xX](?![A-Za-z])|\b(?:of|times|plus|minus|divided by)\b)*="
@@ -35,6 +36,17 @@ _OPEN_PHRASE = re.compile(
     r"\b(?:sum|product|difference|quotient|total|average|number|ratio|half|double|twice)\s+of\b|\b(?:first|let|step)\b",
     re.IGNORECASE,
 )
+_CONDITION = re.compile(
+    r"\b(?:otherwise|or else|but|also|while|whereas|alternatively|maybe|perhaps|possibly|could be|might be|"
+    r"and(?!\s(?:that|this|it|so|not|each|every)\b))\b",
+    re.IGNORECASE,
+)
+# "9 if it rains", "1 out of 6": no value by itself.
+_LEFT_OPEN = re.compile(
+    r"(?:\s[^\W\d]+){0,3}\s(?:if|unless|wenn|falls|si|se)\b|\sout of\s(?:the\s)?[0-9]+[.)\s]*$", re.IGNORECASE
+)
+_IF_BEFORE = re.compile(r"\b(?:if|unless)\b[^.!?\n]*$", re.IGNORECASE)
+_NOT_THIS_BOX = re.compile(rf"\b(?:{words('denial')})[\s$(\\]*$", re.IGNORECASE)
 _MARK_PREFIX = re.compile(
     r"[\s*:=`(\[$_]*(?:(?:so|therefore|thus|hence)\b[,\s]*)?(?:(?:the|my)\s+)?(?:(?:final|correct)\s+)?(?:answer|ans|result|total)?[\s*:`]*"
     r"(?:is|are|=|:)?[\s*:`(\[$]*(?:[a-zA-Z]\w{0,3}\s*=\s*)?(?:(?:about|approximately|approx\.|around|roughly|only|exactly|~|≈)\s*)?[\s*:`(\[${]*",
@@ -52,8 +64,8 @@ def _first(text: str, commas: bool) -> Reading:
         return NOTHING
     number, others = numbers[0], numbers[1:]
     before = sentence[: number.start]
-    words = len(re.findall(r"[^\W\d]{2,}", before))
-    if _OPEN_PHRASE.search(before) or words > 4 or (words and "=" in text[number.end :]):
+    count = len(re.findall(r"[^\W\d]{2,}", before))
+    if _OPEN_PHRASE.search(before) or count > 4 or (count and "=" in text[number.end :]):
         return last_number(text, commas)  # it tells how the answer comes about, and ends with it
     end = _equation_end(sentence, number)
     if end is not None:
@@ -62,10 +74,14 @@ def _first(text: str, commas: bool) -> Reading:
             return AMBIGUOUS
         result = rewritten(sentence, right[0], right[1:])
         return as_reading(unscaled(sentence, right[0]) if result is right[0] else result)
-    if _SHARE.match(sentence, number.end):  # "25% of 80, which is 20"
+    if _SHARE.match(sentence, number.end) or OPERATOR.match(sentence, number.end):  # "25% of 80, which is 20"
         share = last_number(text, commas) if RENAMED.search(sentence, number.end) else NOTHING
         return AMBIGUOUS if share.value is None else share
     if re.search(r"\b(?:between|from|either|both)\s+[$€£]?$", before, re.IGNORECASE):
+        return AMBIGUOUS
+    if _LEFT_OPEN.match(sentence, number.end) or any(
+        _CONDITION.search(sentence[number.end : other.start]) for other in others[:1]
+    ):
         return AMBIGUOUS
     correction = find_correction(sentence[number.end :], number.text if number.value is not None else None)
     if correction is not None and quantities(correction.text, commas):
@@ -91,9 +107,9 @@ def marked_number(text: str) -> Reading:
         start = prefix.end() if prefix else 0
         rest = line[start:]
         numbers = quantities(rest, commas)
-        words = word_quantities(rest) if not numbers or numbers[0].start > 12 else []
-        if words and words[0].start == 0 and words[0].value is not None:
-            return as_reading(words[0])
+        in_words = word_quantities(rest) if not numbers or numbers[0].start > 12 else []
+        if in_words and in_words[0].start == 0 and in_words[0].value is not None:
+            return as_reading(in_words[0])
         # The sign or the currency may have been taken for dress.
         if (
             re.match(
@@ -124,6 +140,11 @@ def stated_number(text: str, finished: bool = True) -> Reading:
     places = statements(text, finished)
     for index in range(len(places) - 1, -1, -1):
         place = places[index]
+        before = text[max(0, place.start - 100) : place.start]
+        if place.kind == "box" and _NOT_THIS_BOX.search(before):
+            continue
+        if "would be" in text[place.start : place.end] and _IF_BEFORE.search(before):
+            return AMBIGUOUS
         reading = _stated(place, commas)
         if reading is NOTHING:
             continue
