@@ -2,7 +2,8 @@
 
 Both adapters are read, what they record is compared before any weight of the base is loaded (the role each was merged
 for, the pool, the template, the base), the base is loaded once with both in slots, and the verifier's calibration
-settles score and threshold. An adapter without a manifest (mlx-lm's own) says nothing, and nothing is held against it.
+settles score and threshold. An adapter without a record (mlx-lm's own) can be used, and the user is told what nobody
+knows then.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import Base, load_base, recorded_base, resolve_base
-from mlx_rsgwm.models.fit_check import check_made_for
+from mlx_rsgwm.models.fit_check import check_made_for, names_other_base, other_base_note
 from mlx_rsgwm.models.folder import base_difference, fingerprint_of
 from mlx_rsgwm.models.slots import AdapterSlots
 
@@ -212,6 +213,8 @@ def find_base(adapters: Sequence[Adapter], given: str | None, progress: Progress
     fingerprint = fingerprint_of(folder)
     for adapter in adapters:
         check_made_for(adapter, name, fingerprint)
+        if given is None and adapter.base_fingerprint is None and names_other_base(adapter, name):
+            progress.warning(f"warning: {other_base_note(adapter, name)}")
     return name
 
 
@@ -251,10 +254,20 @@ def pair_doubts(drafter: Adapter, verifier: Adapter) -> list[str]:
             f"drafter and verifier come from different pools, or the pool was changed in between: {drafter.where} from "
             f"{_listed(drafted)}, {verifier.where} from {_listed(verified)}"
         ]
-    if bool(drafted) != bool(verified) and drafter.manifest and verifier.manifest:
+    if unknown := [adapter.where for adapter in (drafter, verifier) if not _has_record(adapter)]:
+        return [
+            f"{' and '.join(unknown)} {'has' if len(unknown) == 1 else 'have'} no record of training or merging, so "
+            "that nobody can tell whether drafter and verifier belong together and were trained with the same prompts"
+        ]
+    if bool(drafted) != bool(verified):
         merged, trained = (drafter, verifier) if drafted else (verifier, drafter)
         return [f"{merged.where} was merged from {_listed(drafted or verified)}, {trained.where} was not merged"]
     return []
+
+
+def _has_record(adapter: Adapter) -> bool:
+    """Whether its manifest says how it was made; what only names a base says nothing of that."""
+    return any(adapter.manifest.get(name) for name in ("merge", "template", "data"))
 
 
 def check_pair(drafter: Adapter, verifier: Adapter) -> list[str]:

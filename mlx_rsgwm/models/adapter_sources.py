@@ -17,7 +17,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.models.base import HUB_ID
 from mlx_rsgwm.models.file_readers import ADAPTER_READERS, AdapterReader
-from mlx_rsgwm.models.fit_check import names_other_base
+from mlx_rsgwm.models.fit_check import names_other_base, other_base_note
 from mlx_rsgwm.models.hub_files import fetch_adapter
 
 HUB_PREFIX = re.compile(r"hf:/{1,2}")  # a Path has one slash
@@ -155,10 +155,7 @@ def _left_out(path: Path, inside: Sequence[Path]) -> list[str]:
 def _tell_base(adapter: Adapter, given: str | None, progress: Progress) -> None:
     """Say what is not known of an adapter's base, or that its configuration names another than the ``given`` one."""
     if given is not None and names_other_base(adapter, given):
-        progress.warning(
-            f"warning: {adapter.where} says that it was trained on {adapter.named_base}, not on {given}; its names and "
-            "shapes are all that is compared"
-        )
+        progress.warning(f"warning: {other_base_note(adapter, given)}")
     elif adapter.base_assumed or (adapter.base_fingerprint is None and (given or adapter.named_base)):
         named = given or adapter.base_name
         progress.message(f"{adapter.where} records no fingerprint of its base; it is taken to be of {named}")

@@ -38,6 +38,14 @@ def names_other_base(adapter: Adapter, name: str) -> bool:
     return len(prints) < 2 or bool(base_difference(prints[0], prints[1]))
 
 
+def other_base_note(adapter: Adapter, name: str) -> str:
+    """One line on an adapter of which :func:`names_other_base` holds."""
+    return (
+        f"{adapter.where} says that it was trained on {adapter.named_base}, not on {name}; its names and shapes are "
+        "all that is compared"
+    )
+
+
 def untied_hint(module: str) -> str:
     """What to do, in brackets, where the ``module`` that a model has not is an output head."""
     return (

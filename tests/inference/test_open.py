@@ -42,14 +42,17 @@ def test_every_pair_of_roles(roles):
 def test_pools_bases_and_manifests_that_differ():
     (doubt,) = pair_doubts(adapter("d", "draft"), adapter("v", "verify", OTHER))
     assert "different pools" in doubt
-    (doubt,) = pair_doubts(adapter("d", "draft"), adapter("v"))
+    (doubt,) = pair_doubts(adapter("d", "draft"), adapter("v", data={"hash": "x"}))
     assert "v was not merged" in doubt
     (doubt,) = pair_doubts(adapter("x", "draft"), adapter("x", "draft"))
     assert "the same adapter" in doubt
     with pytest.raises(RsgwmError, match=r"d was made for base .* and v for other"):
         check_pair(adapter("d", "draft"), adapter("v", "verify", fingerprint="e" * 64, base="other"))
-    # An adapter of mlx-lm's own says nothing.
-    assert check_pair(adapter("d", fingerprint=None), adapter("v", "verify")) == []
+    # An adapter of mlx-lm's own says nothing, and that is told.
+    (doubt,) = check_pair(adapter("d", fingerprint=None), adapter("v", "verify"))
+    assert doubt.startswith("d has no record of training or merging")
+    (doubt,) = check_pair(adapter("d", fingerprint=None), adapter("v"))
+    assert doubt.startswith("d and v have no record")
 
 
 @pytest.mark.parametrize("merge", [None, [], "draft", {"role": 5, "sources": 7}, {"role": "draft", "sources": [1, {}]}])
