@@ -33,8 +33,8 @@ import numpy as np
 
 from mlx_rsgwm.bench.architecture_configs import ARCHITECTURES, make_config
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
-from mlx_rsgwm.converters.parity.check import apply_peft, load_torch_base
 from mlx_rsgwm.converters.parity.mlx import apply_adapter
+from mlx_rsgwm.converters.parity.torch import apply_peft, load_torch_base
 from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec

@@ -33,7 +33,7 @@ from mlx_rsgwm.bench.conditions import conditions
 from mlx_rsgwm.bench.outcome import save_outcome, table
 from mlx_rsgwm.bench.sides import side_process
 from mlx_rsgwm.bench.works import Times, Trial
-from mlx_rsgwm.converters.parity.check import import_torch, torch_device
+from mlx_rsgwm.converters.parity.torch import import_torch, torch_device
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.machine import SLOW_GFLOPS, all_versions, blas_fix, examine_machine, matmul_gflops
 from mlx_rsgwm.core.progress import SILENT, Progress

@@ -105,7 +105,7 @@ class TorchSide:
     """
 
     def __init__(self, config: LatencyConfig, device: str, mlx: dict[str, Any]) -> None:
-        from mlx_rsgwm.converters.parity.check import load_torch_base
+        from mlx_rsgwm.converters.parity.torch import load_torch_base
 
         self.config, self.device, self.mlx = config, device, mlx
         started = time.perf_counter()
@@ -204,7 +204,7 @@ class TorchSide:
 
     def _adapt(self) -> None:
         if not self.adapted:
-            from mlx_rsgwm.converters.parity.check import apply_peft
+            from mlx_rsgwm.converters.parity.torch import apply_peft
 
             self.model = apply_peft(self.model, self.peft[0], widen=False)
             self.adapted = True

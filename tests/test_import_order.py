@@ -135,7 +135,7 @@ def test_a_broken_rule_is_found(path, source):
         ("mlx_rsgwm/recipes/run.py", "from mlx_rsgwm.converters.parity.check import check_parity"),
         ("mlx_rsgwm/evaluation/report/folder.py", "from mlx_rsgwm import __version__"),
         ("mlx_rsgwm/__init__.py", "from mlx_rsgwm.merging.merge import merge"),
-        ("converters/parity/check.py", "import torch"),
+        ("converters/parity/torch.py", "import torch"),
         ("cli/run.py", "import click\nfrom mlx_rsgwm.recipes.run import run"),
         ("cli/bench.py", "from mlx_rsgwm.bench.latency import measure_latency"),
     ],

@@ -23,6 +23,7 @@ from mlx_rsgwm.models.folder import first_line, read_config
 from mlx_rsgwm.models.foreign_quantisation import quantisation_settings, refuse_foreign_quantisation
 from mlx_rsgwm.models.rope import correct_rotations
 from mlx_rsgwm.models.stored_head import refuse_other_head
+from mlx_rsgwm.models.window import modules_of, source_of, unapplied_window
 
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 # Fields that change what is computed. Where a model of mlx-lm does not read one, transformers' default is built in.
@@ -175,7 +176,7 @@ def supplied_fields(config: Mapping[str, Any], meant: Any) -> dict[str, Any]:
             key: value
             for key, value in defaults.items()
             if key in known
-            and config.get(key) is None
+            and (config.get(key) is None or (key == "sliding_window_pattern" and isinstance(value, str)))
             and key not in supplied
             and value is not None
             and not key.endswith("_config")
@@ -298,8 +299,8 @@ def _fields_of(config: Mapping[str, Any]) -> Mapping[str, inspect.Parameter]:
 def _check(path: Path, model: nn.Module, meant: Any) -> list[str]:
     """Correct rotations, refuse settings that are passed over; returns what to tell."""
     replaced, wrong = correct_rotations(model, meant)
-    modules = list(_modules(model))
-    source = "\n".join(inspect.getsource(module) for module in modules)
+    modules = modules_of(model)
+    source = source_of(modules)
     names = [module.__name__.rpartition(".")[2] for module in modules]
     problems = [*_unread(meant, source), *_misread(meant, names), *_misplaced(meant, model), *_foreign_part(meant)]
     problems += [f"rope_parameters mean other rotary embeddings ({told})" for told in wrong]
@@ -310,17 +311,18 @@ def _check(path: Path, model: nn.Module, meant: Any) -> list[str]:
     notes = [f"mlx-lm itself would run this model with {told}; corrected here" for told in replaced]
     nearly = [NEARLY[name] for name in names if name in NEARLY]
     notes += [f"mlx-lm computes {told}: logits differ by about 2e-4 of the largest" for told in nearly]
-    return [*notes, *_window(meant, model, source)]
+    window = unapplied_window(meant, model, source)
+    if window is not None:
+        notes.append(
+            f"mlx-lm does not apply this model's window of {window:,} tokens: texts up to that length are as meant"
+        )
+    return notes
 
 
-def _modules(model: nn.Module) -> Iterator[Any]:
-    """The modules of mlx-lm that a model's layers are written in, the outermost first."""
-    seen = set()
-    for part in (model, *(module for _, module in model.named_modules())):
-        name = type(part).__module__
-        if name.startswith("mlx_lm.models.") and name not in seen and not name.endswith((".base", ".rope_utils")):
-            seen.add(name)
-            yield sys.modules[name]
+def window_left_out(path: Path, model: nn.Module) -> int | None:
+    """The sliding window of the base in ``path`` that mlx-lm's ``model`` of it does not apply; None: there is none."""
+    meant = transformers_config(read_config(path))
+    return None if meant is None else unapplied_window(meant.get_text_config(), model, source_of(modules_of(model)))
 
 
 def _unread(meant: Any, source: str) -> Iterator[str]:
@@ -350,6 +352,8 @@ def _misplaced(meant: Any, model: Any) -> Iterator[str]:
     pattern, kinds = getattr(arguments, "sliding_window_pattern", None), getattr(meant, "layer_types", None)
     if isinstance(pattern, int) and pattern and kinds and _pattern(list(kinds)) != pattern:
         yield f"layer_types {list(kinds)} (it has a window on all but every layer of {pattern})"
+    if getattr(meant, "model_type", "") == "exaone4" and meant.sliding_window and "sliding_attention" not in kinds:
+        yield f"sliding_window {meant.sliding_window} without a layer that has one (transformers rotates none then)"
 
 
 def _foreign_part(meant: Any) -> Iterator[str]:
@@ -366,19 +370,3 @@ def _alike(one: Any, other: Any) -> bool:
     if one == other:
         return True
     return any(one in group and other in group for group in SAME_ACTIVATION if isinstance(one, str))
-
-
-def _window(meant: Any, model: nn.Module, source: str) -> list[str]:
-    """A sliding window that mlx-lm does not apply: the same model up to so many tokens."""
-    window = getattr(meant, "sliding_window", None)
-    longest = getattr(meant, "max_position_embeddings", None) or 0
-    kinds = getattr(meant, "layer_types", None)
-    if not window or window >= longest or (kinds and "sliding_attention" not in kinds):
-        return []
-    if getattr(meant, "use_sliding_window", True) is False:
-        return []
-    applied = re.search(r"\bsliding_window\b", re.sub(r"^    sliding_window.*$", "", source, flags=re.MULTILINE))
-    own = getattr(getattr(model, "args", None), "layer_types", None)
-    if applied and not (own and "sliding_attention" not in own):
-        return []
-    return [f"mlx-lm does not apply this model's window of {window:,} tokens: texts up to that length are as meant"]

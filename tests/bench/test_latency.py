@@ -14,7 +14,7 @@ import pytest
 
 from mlx_rsgwm.bench import conditions, latency, outcome, sides, works
 from mlx_rsgwm.bench.latency import LatencyConfig, interleave, measure_latency, summarise, token_ids
-from mlx_rsgwm.converters.parity import check
+from mlx_rsgwm.converters.parity.torch import apply_peft, load_torch_base
 from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
@@ -131,10 +131,10 @@ def test_a_side_has_a_process_and_libraries_of_its_own(monkeypatch):
 def test_torch_drafts_alike_however_they_are_batched(base_folder, tmp_path, monkeypatch, batching):
     """Greedy drafts of every way of batching are the one draft of the plain loop."""
     base = load_base(str(base_folder), dtype="float32")
-    model = check.load_torch_base(base.path, "cpu", "float32")
+    model = load_torch_base(base.path, "cpu", "float32")
     adapter = latency.random_adapter(base, 2, 0)
     to_peft(adapter, "b", tmp_path / "peft")
-    model = check.apply_peft(model, tmp_path / "peft", widen=False)
+    model = apply_peft(model, tmp_path / "peft", widen=False)
     model.load_adapter(str(tmp_path / "peft"), adapter_name="other")
     drafts = []
     generate = type(model).generate
@@ -166,7 +166,7 @@ def test_both_sides_take_the_same_training_step(base_folder):
     """The losses of the second step agree, so forward, backward and Adam were the same work."""
     config = small(base_folder)
     base = load_base(config.base, dtype="float32")
-    theirs = check.load_torch_base(base.path, "cpu", "float32")
+    theirs = load_torch_base(base.path, "cpu", "float32")
     rows = works.training_rows(320, 2, 8, 0)
     losses = {"mlx": [], "torch": []}
     spec = LoraSpec(2, 2.0, 0.0, ("self_attn.q_proj",), -1)
@@ -179,7 +179,7 @@ def test_both_sides_take_the_same_training_step(base_folder):
         for _ in range(3):
             trial()
         losses["mlx"] = [step.loss for step in run.history]
-    theirs = check.apply_peft(theirs, base.path / "peft", widen=False)
+    theirs = apply_peft(theirs, base.path / "peft", widen=False)
     forward = type(theirs).forward
 
     def watched(*arguments, **options):
@@ -210,7 +210,7 @@ def test_both_sides_see_the_same_tokens_and_fill_the_cache_alike(base_folder, mo
 
     real = transformers.DynamicCache
     monkeypatch.setattr(transformers, "DynamicCache", lambda: caches.setdefault("torch", real()))
-    model, parts = check.load_torch_base(base.path, "cpu", "float32"), []
+    model, parts = load_torch_base(base.path, "cpu", "float32"), []
     works.torch_forward(model, "cpu", prompt, forced, parts.append)()
     assert parts == [0, 1]
 

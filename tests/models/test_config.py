@@ -95,6 +95,7 @@ SUPPLIED = [
     ("cohere2", {"tie_word_embeddings": True, "sliding_window": 5,
                  "layer_types": ["sliding_attention", "full_attention"]}),
     ("exaone4", {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]}),
+    ("exaone4", {"sliding_window": 5, "sliding_window_pattern": 2}),  # an int where mlx-lm has letters
     # no scaling at all in mlx-lm's model, or not this kind of it
     ("mixtral", {**MOE, "rope_parameters": LINEAR}),
     ("cohere", {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
@@ -160,6 +161,8 @@ REFUSED = [
      "multi_query False"),
     ("cohere2", {"tie_word_embeddings": True, "sliding_window": 5,
                  "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("exaone4", {"sliding_window": 5, "sliding_window_pattern": None,
+                 "layer_types": ["full_attention", "full_attention"]}, "sliding_window 5"),
 ]  # fmt: skip
 
 

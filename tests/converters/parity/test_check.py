@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.converters.parity.check import check_parity, torch_device
+from mlx_rsgwm.converters.parity.check import check_parity
 from mlx_rsgwm.converters.parity.mlx import exact_float32
+from mlx_rsgwm.converters.parity.torch import torch_device
 from mlx_rsgwm.converters.parity.trace import Logits, Trace, perplexity
 from mlx_rsgwm.converters.parity.verdict import compare, compare_continuations
 from mlx_rsgwm.converters.peft.convert import to_peft
@@ -190,6 +192,20 @@ def test_another_base_is_named_by_its_first_block(base_folder, tmp_path, make_to
     monkeypatch.setattr(parity, "dense_base", lambda path, out: other)
     result = check_parity(folder, str(base_folder), device="cpu", token_ids=IDS)
     assert result["first_difference"]["layer"] == "block 1 of the bare base"
+
+
+def test_a_window_that_mlx_lm_does_not_apply_is_named(base_folder, tmp_path):
+    """mlx-lm's Mistral attends to everything: the same model on texts up to the window."""
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "sliding_window": 6}))
+    folder = make_adapter().save(tmp_path / "adapter")
+    beyond = check_parity(folder, str(base), device="cpu", token_ids=IDS, continuation=0)
+    assert not beyond["passed"]
+    assert "does not apply this model's window of 6 tokens" in beyond["failures"][0]
+    assert "up to 7" in beyond["failures"][0]
+    within = check_parity(folder, str(base), device="cpu", token_ids=[ids[:4] for ids in IDS], continuation=2)
+    assert (within["failures"], within["window_left_out"]) == ([], 6)
 
 
 def test_factors_that_do_not_fit_are_one_line(base_folder, adapter_folder, tmp_path):
