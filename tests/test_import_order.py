@@ -29,7 +29,11 @@ EXCEPTIONS: frozenset[tuple[str, str]] = frozenset()
 ONLY_IN = {"click": ("cli/", "bench/", "tests/"), "torch": ("converters/parity/", "bench/", "tests/")}
 GRAB_BAGS = {"utils", "util", "common", "helpers", "misc"}
 MOST_FOLDERS = 16
-LATE = ["torch", "transformers", "datasets", "matplotlib", "sklearn", "peft"]
+# Slow to import, and needed by some commands only: never at the top of a file, so that whoever uses one pays for it.
+LATE = [
+    *("torch", "transformers", "datasets", "matplotlib", "sklearn", "scipy", "peft", "math_verify", "sympy", "rich"),
+    *("lm_eval", "gguf", "huggingface_hub"),
+]
 
 
 def sources() -> dict[str, str]:
@@ -48,6 +52,21 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
             module = "." * node.level + (node.module or "")
             # `from mlx_rsgwm import models` names a folder only with what is imported.
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def imported_at_load(source: str) -> Iterator[tuple[int, str]]:
+    """Line and name of what a source imports as it is loaded: not in a function, and not for types alone."""
+    waiting: list[ast.AST] = [ast.parse(source)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imported(ast.unparse(node))
+        waiting += ast.iter_child_nodes(node)
 
 
 def folder_of(path: str) -> str:
@@ -149,6 +168,36 @@ def modules_after(statement: str) -> set[str]:
     code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return set(output.splitlines()[-1].split())
+
+
+def test_heavy_packages_are_imported_where_they_are_used():
+    early = {
+        f"{path}: {name}"
+        for path, source in sources().items()
+        if not path.startswith(("tests/", "bench/"))
+        for _, name in imported_at_load(source)
+        if name.split(".")[0] in LATE
+    }
+    assert early == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import torch", "try:\n    import torch\nexcept ImportError:\n    pass", "class A:\n    from torch import nn"],
+)
+def test_an_early_import_is_found(source):
+    assert [name.split(".")[0] for _, name in imported_at_load(source)] == ["torch"]
+    later = "def f():\n    import torch\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"
+    assert [name for _, name in imported_at_load(later)] == ["typing.TYPE_CHECKING"]
+
+
+def test_help_of_every_command_loads_neither_mlx_nor_anything_heavy():
+    statement = (
+        "from mlx_rsgwm.cli.main import rsgwm\nfrom mlx_rsgwm.cli.commands import COMMANDS\n"
+        "for name in COMMANDS:\n    try:\n        rsgwm.main([*name.split(), '--help'])\n"
+        "    except SystemExit as stop:\n        assert stop.code == 0, name"
+    )
+    assert modules_after(statement).isdisjoint([*LATE, "mlx", "mlx_lm", "numpy", "pydantic"])
 
 
 def test_importing_the_package_loads_nothing_heavy():
