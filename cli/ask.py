@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH
 from mlx_rsgwm.cli.options.loop import build_pipeline, loop_options
-from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
     from mlx_rsgwm.inference.loop import DraftVerify
@@ -27,10 +28,10 @@ Asked = tuple[str, str]  # id, question
     help="Questions, one a line, or a .jsonl, .json, .csv or .tsv file with a question in every row; - for standard "
     "input.",
 )
-@click.option("--batch-size", default=32, show_default=True, help="Drafts at a time with --file; 1 for one by one.")
-@loop_options
+@shared.batch_rows()
+@loop_options(experiments=False)
 @common_options
-def ask(console: Console, question: str | None, path: Path | None, batch_size: int, **loop: Any) -> None:
+def ask(console: Console, question: str | None, path: Path | None, batch_rows: int, **loop: Any) -> None:
     """Answer QUESTION: draft, score, accept or draft again, and return the best with its score.
 
     \b
@@ -44,11 +45,9 @@ def ask(console: Console, question: str | None, path: Path | None, batch_size: i
 
     if (question is None) == (path is None):
         raise RsgwmError("give either a question or --file; a question of - reads it from standard input")
-    if batch_size < 1:
-        raise RsgwmError(f"--batch-size must be at least 1, found {batch_size}")
     if path is not None:
         asked = _questions(path)
-        _answer_all(console, build_pipeline(console, loop), asked, batch_size)
+        _answer_all(console, build_pipeline(console, loop), asked, batch_rows)
         return
     text = sys.stdin.read() if question == "-" else str(question)
     if not text.strip():
@@ -57,7 +56,7 @@ def ask(console: Console, question: str | None, path: Path | None, batch_size: i
 
 
 @click.command()
-@loop_options
+@loop_options(experiments=False)
 @common_options
 def chat(console: Console, **loop: Any) -> None:
     """Load base and adapters once and answer question after question, until an empty line or end of file.
@@ -114,13 +113,13 @@ def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[
     return result
 
 
-def _answer_all(console: Console, pipeline: DraftVerify, asked: list[Asked], batch_size: int) -> None:
+def _answer_all(console: Console, pipeline: DraftVerify, asked: list[Asked], batch_rows: int) -> None:
     """Answers in the questions' order, one JSON object a line, or question and answer as text."""
     questions = [question for _, question in asked]
-    if batch_size == 1:
+    if batch_rows == 1:
         answers = [pipeline.answer(question) for question in questions]
     else:
-        answers = pipeline.answer_many(questions, batch_size, console.progress)
+        answers = pipeline.answer_many(questions, batch_rows, console.progress)
     rows = [
         {**({"id": row_id} if row_id else {}), "question": question, **_row(pipeline, answer)}
         for (row_id, question), answer in zip(asked, answers, strict=True)
@@ -129,7 +128,7 @@ def _answer_all(console: Console, pipeline: DraftVerify, asked: list[Asked], bat
         shown = "no answer" if row["answer"] is None else " / ".join(row["answer"].splitlines())
         state = "accepted" if row["accepted"] else "not accepted"
         console.line(f"{row['question']}\n  {shown} (score {row['score']:.3f}, {state}, {row['attempts']} attempts)")
-    console.result({"answers": rows, "batch_size": batch_size})
+    console.result({"answers": rows, "batch_size": batch_rows})
 
 
 def _row(pipeline: DraftVerify, answer: Any) -> dict[str, Any]:

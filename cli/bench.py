@@ -8,33 +8,40 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE
 
 
 @click.command("latency")
-@click.option("--base", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf file or smollm2-135m.")
-@click.option("--adapter", default="", help="Adapter folder; default: a seeded random one of rank 16.")
+@shared.base("the adapter's own, else smollm2-135m")
+@click.option("--adapter", type=SOURCE, help="Adapter: one.  [default: a seeded random one of rank 16]")
 @click.option("--works", default="", help="Some of forward,lora,fused,train,merge,loop.  [default: all]")
-@click.option("--prompt-tokens", default=128, show_default=True, help="Tokens of the prompt that prefill runs.")
-@click.option("--new-tokens", default=32, show_default=True, help="Tokens that decode runs one by one.")
-@click.option("--rows", default=2, show_default=True, help="Rows of a training step, of --prompt-tokens tokens each.")
-@click.option("--pool", default=4, show_default=True, help="Adapters that are merged.")
-@click.option("--trials", default=5, show_default=True, help="Timed trials of either side, after one of warm-up.")
-@click.option("--dtype", default="auto", show_default=True, help="auto (bfloat16 on Metal, else float32) or a name.")
 @click.option(
-    "--device", default="auto", show_default=True, help="Torch's: auto (MPS, CUDA, else the CPU), mps, cuda or cpu."
+    "--prompt-tokens",
+    type=click.IntRange(2),
+    default=128,
+    show_default=True,
+    help="Tokens of the prompt that prefill runs.",
 )
-@click.option("--out", type=PATH, help="JSON file to write; table and plot go beside it.")
+@click.option("--new-tokens", type=POSITIVE, default=32, show_default=True, help="Tokens that decode runs one by one.")
+@shared.batch_size(2)
+@click.option("--pool-size", type=click.IntRange(2), default=4, show_default=True, help="Adapters that are merged.")
+@click.option(
+    "--trials", type=POSITIVE, default=5, show_default=True, help="Timed trials of either side, after one of warm-up."
+)
+@shared.dtype(["auto", "float32", "float16", "bfloat16"], "auto is bfloat16 on Metal, else float32")
+@shared.device()
+@shared.out("a JSON file; table and plot go beside it")
 @common_options
 def bench_latency(
     console: Console,
-    base: str,
-    adapter: str,
+    base_name: str | None,
+    adapter: Path | None,
     works: str,
     prompt_tokens: int,
     new_tokens: int,
-    rows: int,
-    pool: int,
+    batch_size: int,
+    pool_size: int,
     trials: int,
     dtype: str,
     device: str,
@@ -53,13 +60,13 @@ def bench_latency(
     from mlx_rsgwm.bench.outcome import save_outcome, table
 
     config = LatencyConfig(
-        base=base,
-        adapter=adapter,
+        base=base_name or _base_of(adapter),
+        adapter="" if adapter is None else str(adapter),
         works=works or ",".join(WORKS),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        rows=rows,
-        pool=pool,
+        rows=batch_size,
+        pool=pool_size,
         trials=trials,
         dtype=dtype,
         device=device,
@@ -90,3 +97,11 @@ def bench_compare(console: Console, before: Path, after: Path, anyway: bool) -> 
     found = compare(load_outcome(before), load_outcome(after), anyway)
     console.line(comparison_table(found))
     console.result(found)
+
+
+def _base_of(adapter: Path | None) -> str:
+    """The base that an adapter records, else the embedded one."""
+    from mlx_rsgwm.models.adapter import Adapter
+
+    described = Adapter.load(adapter, lazy=True).manifest.get("base") if adapter is not None else None
+    return str((described or {}).get("name") or "smollm2-135m")

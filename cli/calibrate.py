@@ -8,29 +8,34 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, pipeline_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import INSIDE, PATH, OneOf
+from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, pipeline_options, score_option
+from mlx_rsgwm.inference.scores import METHODS
 
 if TYPE_CHECKING:
     from mlx_rsgwm.inference.calibration import Calibration
 
 
 @click.command()
-@click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
-@click.option("--items", default=50, show_default=True, help="Calibration questions of each task.")
+@shared.task()
+@shared.items(50, "held-out ones")
+@score_option("the best of them")
 @click.option(
-    "--score", default="auto", show_default=True, help="yesno, mean_logprob, combined, or auto: the best of them."
+    "--curve",
+    "method",
+    type=OneOf(["auto", "none", *METHODS]),
+    default="auto",
+    show_default=True,
+    help="From a score to a probability; auto is the best of them.",
 )
-@click.option(
-    "--method", default="auto", show_default=True, help="temperature, platt, isotonic, none, or auto: the best of them."
-)
-@click.option("--target-far", type=float, help="Promise that at most this share of what is accepted is wrong.")
-@click.option("--confidence", default=0.9, show_default=True, help="How sure the promise is.")
-@click.option("--drafts", "file", type=PATH, help="Keep the held-out drafts here, and use them if there.")
-@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
-@click.option("--split", help="Of a file: train, calibration, test or all.  [default: calibration]")
-@click.option("--allow-overlap", is_flag=True, help="Calibrate on what the adapters were trained on, too.")
-@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
+@click.option("--target-far", type=INSIDE, help="Promise that at most this share of what is accepted is wrong.")
+@click.option("--confidence", type=INSIDE, default=0.9, show_default=True, help="How sure the promise is.")
+@click.option("--drafts-file", "file", type=PATH, help="Keep the held-out drafts here, and use them if there.")
+@shared.questions()
+@shared.split("calibration, and of a data set train")
+@shared.allow_overlap()
+@shared.batch_rows()
 @pipeline_options
 @common_options
 def calibrate(
@@ -56,9 +61,8 @@ def calibrate(
     questions like these and the same adapters, sampling and attempts. Where the items cannot promise that, the exit
     code is 3, the reason is told and the verifier stays as it was.
 
-    Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts held.jsonl
+    Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts-file held.jsonl
     """
-    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.evaluation.calibration_set import calibrate as fit_calibration
     from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_trained_on
     from mlx_rsgwm.inference.calibration import (
@@ -68,15 +72,7 @@ def calibrate(
         save_calibration,
     )
     from mlx_rsgwm.inference.risk_control import Target
-    from mlx_rsgwm.inference.scores import METHODS, SCORES
 
-    for name, value in (("--items", items), ("--batch-rows", batch_rows)):
-        if value < 1:
-            raise RsgwmError(f"{name} must be at least 1, found {value}")
-    if score not in ("auto", *SCORES):
-        raise RsgwmError(f"--score must be auto or one of {', '.join(SCORES)}, found {score!r}")
-    if method not in ("auto", "none", *METHODS):
-        raise RsgwmError(f"--method must be auto, none or one of {', '.join(METHODS)}, found {method!r}")
     target = None if target_far is None else Target(target_far, confidence)
     pair = load_pair(console, options)
     base_name: Any = options["base_name"]

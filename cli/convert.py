@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH, SOURCE
+from mlx_rsgwm.cli.old_names import also_positional
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, OneOf
 
 if TYPE_CHECKING:
     from mlx_rsgwm.converters.peft.bulk import Outcome
@@ -27,19 +29,20 @@ language_only_option = click.option(
 
 @click.command("to-peft")
 @click.argument("adapter", type=SOURCE)
-@click.argument("out", type=PATH)
-@click.option("--base", help="Base model to name in the result; default: the one the adapter was trained on.")
+@also_positional("out")
+@shared.out("a new folder; required")
+@shared.base()
 @click.option("--verify", is_flag=True, help=VERIFY)
-@click.option("--certificate", type=PATH, help="A file of `rsgwm parity` to put beside it.")
+@shared.certificate("put beside the result")
 @common_options
 def convert_to_peft(
-    console: Console, adapter: Path | str, out: Path, base: str | None, verify: bool, certificate: Path | None
+    console: Console, adapter: Path | str, out: Path, base_name: str | None, verify: bool, certificate: Path | None
 ) -> None:
-    """Write ADAPTER to the new folder OUT as PEFT loads it.
+    """Write ADAPTER to a new folder as PEFT loads it.
 
     ADAPTER is a folder of ours or mlx-lm's, or a folder of them, a .gguf file, a Hub id or hf://owner/name@revision.
 
-    Example: rsgwm convert to-peft runs/drafter drafter-peft --verify
+    Example: rsgwm convert to-peft runs/drafter --out drafter-peft --verify
     """
     from mlx_rsgwm.converters.parity.certificate import embed_certificate
     from mlx_rsgwm.converters.peft import convert as peft
@@ -51,11 +54,11 @@ def convert_to_peft(
         peft.require_empty(target)
         with new_folder(target) as work:
             if verify:
-                found = to_peft_verified(source, base, work, console.progress)
+                found = to_peft_verified(source, base_name, work, console.progress)
             else:
-                found = peft.convert_to_peft(source, base, work, console.progress)
+                found = peft.convert_to_peft(source, base_name, work, console.progress)
             if certificate is not None:
-                embed_certificate(certificate, load_adapter(source, base, lazy=True), work)
+                embed_certificate(certificate, load_adapter(source, base_name, lazy=True), work)
         return found._replace(out=target)
 
     _run(console, adapter, out, is_mlx, is_whole_peft, one, "PEFT adapter")
@@ -63,20 +66,21 @@ def convert_to_peft(
 
 @click.command("from-peft")
 @click.argument("folder", type=PATH)
-@click.argument("out", type=PATH)
-@click.option("--base", required=True, help="Base model: Hub id, folder, .gguf file or smollm2-135m.")
+@also_positional("out")
+@shared.out("a new folder; required")
+@shared.base("required")
 @click.option("--verify", is_flag=True, help=VERIFY)
 @strict_option
 @language_only_option
 @common_options
 def convert_from_peft(
-    console: Console, folder: Path, out: Path, base: str, verify: bool, strict: bool, language_only: bool
+    console: Console, folder: Path, out: Path, base_name: str | None, verify: bool, strict: bool, language_only: bool
 ) -> None:
-    """Write the PEFT adapter in FOLDER, or every one below it, to the new folder OUT as mlx-lm loads it.
+    """Write the PEFT adapter in FOLDER, or every one below it, to a new folder as mlx-lm loads it.
 
     What PEFT ignores or warns of is told in notes.
 
-    Example: rsgwm convert from-peft drafter-peft drafter --base smollm2-135m --verify
+    Example: rsgwm convert from-peft drafter-peft --out drafter --base smollm2-135m --verify
     """
     from mlx_rsgwm.converters.base_layers import read_base_layers
     from mlx_rsgwm.converters.peft import convert as peft
@@ -88,7 +92,9 @@ def convert_from_peft(
     if is_peft(folder) or not adapter_folders(folder, is_peft):
         peft.require_empty(out)
         peft.check_peft(folder)
-    layers = read_base_layers(base, resolve_base(base, console.progress))
+    if base_name is None:
+        raise click.UsageError("missing option --base")
+    layers = read_base_layers(base_name, resolve_base(base_name, console.progress))
 
     def one(source: Path, target: Path) -> Converted:
         reading = Reading(strict=strict, language_only=language_only)
@@ -99,15 +105,16 @@ def convert_from_peft(
 
 @click.command("from-mlx")
 @click.argument("folder", type=PATH)
-@click.argument("out", type=PATH)
+@also_positional("out")
+@shared.out("a new folder; required")
 @click.option("--scale", type=float, help="What multiplies B·A, where an old configuration can mean two values.")
 @common_options
 def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | None) -> None:
-    """Write the mlx-lm adapter in FOLDER, or every one below it, to the new folder OUT as mlx-lm loads it today.
+    """Write the mlx-lm adapter in FOLDER, or every one below it, to a new folder as mlx-lm loads it today.
 
     For adapters of old versions: until 0.14.1 mlx-lm multiplied by scale·alpha/rank, later by scale.
 
-    Example: rsgwm convert from-mlx old-adapter adapter --scale 20
+    Example: rsgwm convert from-mlx old-adapter --out adapter --scale 20
     """
     from mlx_rsgwm.converters.mlx_lm import convert_from_mlx as convert_one
     from mlx_rsgwm.converters.peft.bulk import is_mlx
@@ -120,21 +127,24 @@ def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | N
 
 @click.command("to-gguf")
 @click.argument("source", metavar="SOURCE", type=SOURCE)
-@click.argument("out", type=PATH)
-@click.option("--base", help="An adapter's base model; default: the one it was trained on.")
+@also_positional("out")
+@shared.out("a .gguf file, or a folder for those of a folder of adapters; required")
+@shared.base()
 @click.option(
-    "--dtype",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
-    help="Of the file's matrices; default: f32 for an adapter, a model's own float type.",
+    "--outtype",
+    "dtype",
+    type=OneOf(["f32", "f16", "bf16", "q8_0"]),
+    help="Type of the file's matrices.  [default: f32 for an adapter, a model's own float type]",
 )
 @common_options
-def convert_to_gguf(console: Console, source: Path | str, out: Path, base: str | None, dtype: str | None) -> None:
-    """Write the adapter SOURCE, or the model in that folder (of `rsgwm fuse`), to the GGUF file OUT, and read it back.
+def convert_to_gguf(console: Console, source: Path | str, out: Path, base_name: str | None, dtype: str | None) -> None:
+    """Write the adapter SOURCE, or the model in that folder (of `rsgwm fuse`), to a GGUF file, and read it back.
 
     An adapter is a folder (ours, mlx-lm's or PEFT's), a Hub id or hf://owner/name@revision. llama.cpp applies an
-    adapter with --lora, and runs a model with -m. Of a folder of adapters, each becomes OUT/NAME.gguf.
+    adapter with --lora, and runs a model with -m. Of a folder of adapters, each becomes NAME.gguf in the
+    folder --out.
 
-    Example: rsgwm convert to-gguf runs/drafter drafter.gguf
+    Example: rsgwm convert to-gguf runs/drafter --out drafter.gguf
     """
     from mlx_rsgwm.converters.base_layers import shared_base_layers
     from mlx_rsgwm.converters.gguf.adapter import to_gguf
@@ -146,7 +156,7 @@ def convert_to_gguf(console: Console, source: Path | str, out: Path, base: str |
     from mlx_rsgwm.models.fit_check import base_of
 
     if isinstance(source, Path) and is_model(source) and not is_mlx(source):
-        if base is not None:
+        if base_name is not None:
             raise RsgwmError(f"{source} is a model, not an adapter; leave --base out")
         written = model_to_gguf(source, out, dtype, console.progress)
         console.line(f"{out}: GGUF model, {written['architecture']}, {written['tensors']} tensors, {written['dtype']}")
@@ -154,8 +164,8 @@ def convert_to_gguf(console: Console, source: Path | str, out: Path, base: str |
         return
 
     def one(folder: Path | str, target: Path) -> Converted:
-        adapter = load_adapter(folder, base, progress=console.progress)
-        name, path = base_of(adapter, base, console.progress)
+        adapter = load_adapter(folder, base_name, progress=console.progress)
+        name, path = base_of(adapter, base_name, console.progress)
         to_gguf(adapter, shared_base_layers(name, path), target, dtype or "f32")
         return Converted(target, name, adapter.spec, len(adapter.modules()))
 
@@ -165,22 +175,23 @@ def convert_to_gguf(console: Console, source: Path | str, out: Path, base: str |
 
 @click.command("from-gguf")
 @click.argument("source", metavar="FILE", type=PATH)
-@click.argument("out", type=PATH)
-@click.option("--base", help="An adapter's base model; default: the one that the file names.")
+@also_positional("out")
+@shared.out("a new folder; required")
+@shared.base()
 @click.option(
     "--quantised", is_flag=True, help="Keep matrices in Q4_0, Q4_1 and Q8_0 as they are: an MLX model, not torch's."
 )
 @common_options
-def convert_from_gguf(console: Console, source: Path, out: Path, base: str | None, quantised: bool) -> None:
-    """Write the adapter, or the base model, in the .gguf FILE to the new folder OUT.
+def convert_from_gguf(console: Console, source: Path, out: Path, base_name: str | None, quantised: bool) -> None:
+    """Write the adapter, or the base model, in the .gguf FILE to a new folder.
 
     Commands take a .gguf file as an adapter, or as --base in float32, by themselves. A quantised folder needs an eighth
     of that memory (Q4_0), for training too; its values are those of the file.
 
     \b
     Examples:
-      rsgwm convert from-gguf model-Q4_0.gguf model --quantised
-      rsgwm convert from-gguf drafter.gguf drafter --base smollm2-135m
+      rsgwm convert from-gguf model-Q4_0.gguf --out model --quantised
+      rsgwm convert from-gguf drafter.gguf --out drafter --base smollm2-135m
     """
     from mlx_rsgwm.converters.gguf.read import convert_gguf
     from mlx_rsgwm.converters.gguf.read_adapter import convert_from_gguf as convert_adapter
@@ -191,9 +202,9 @@ def convert_from_gguf(console: Console, source: Path, out: Path, base: str | Non
     if is_gguf_adapter(source):
         if quantised:
             raise RsgwmError(f"{source} is an adapter, not a model; leave --quantised out")
-        _tell(console, out, "adapter", convert_adapter(source, base, out, console.progress))
+        _tell(console, out, "adapter", convert_adapter(source, base_name, out, console.progress))
         return
-    if base is not None:
+    if base_name is not None:
         raise RsgwmError(f"{source} is a model, not an adapter; leave --base out")
     facts = describe_folder(convert_gguf(source, out, console.progress, quantised))
     console.line(f"{out}: {facts['architecture']}, {facts['bytes_on_disk'] / 1e6:,.0f} MB")

@@ -7,24 +7,18 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
 
 
 @click.command()
-@click.option(
-    "--task", "tasks", multiple=True, required=True, help="Family, data set, or file of questions; repeat for a mix."
-)
-@click.option("--draft-rows", default=102, show_default=True, help="Rows per task that teach to answer.")
-@click.option(
-    "--verify-rows", default=100, show_default=True, help="Rows per task that teach to judge, half of them wrong."
-)
-@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
-@click.option(
-    "--split", help="Split to take; default: train. Take another one for held-out rows; of a file also all of it: all."
-)
-@click.option("--offset", default=0, show_default=True, help="Questions to pass over first.")
-@click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template: plain or chat.")
-@click.option("--out", type=PATH, required=True, help="Corpus folder to write.")
+@shared.task("repeat for a mix")
+@shared.draft_rows(102)
+@shared.verify_rows()
+@shared.questions()
+@shared.split("train; another one for held-out rows; of a file also all of it: all")
+@shared.offset()
+@shared.template("plain")
+@shared.out("a corpus folder", required=True)
 @common_options
 def build(
     console: Console,
@@ -45,7 +39,7 @@ def build(
     \b
     Examples:
       rsgwm data build --task change --out corpus/change
-      rsgwm data build --task gsm8k --data ../data --draft-rows 400 --verify-rows 0 --out corpus/gsm8k
+      rsgwm data build --task gsm8k --questions ../data --draft-rows 400 --verify-rows 0 --out corpus/gsm8k
       rsgwm data build --task my_questions.jsonl --out corpus/mine
     """
     from mlx_rsgwm.data.build import build_corpus

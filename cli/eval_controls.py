@@ -7,35 +7,40 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE
 
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.option("--task", "tasks", multiple=True, help="What to ask; default: the run's own tasks.")
-@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
-@click.option("--limit", default=50, show_default=True, help="Items of each task.")
-@click.option("--allow-overlap", is_flag=True, help="Ask what adapters were trained on, too; the result says so.")
-@click.option("--slice", "how", default="first", show_default=True, help="first, or seeded: shuffled by --seed.")
-@click.option("--calibration-items", default=24, show_default=True, help="Held-out items of each task for thresholds.")
-@click.option("--sampling-seeds", default=3, show_default=True, help="Passes over the items, from --seed upwards.")
-@click.option("--attempts", default=3, show_default=True, help="K: drafts in all, the first included.")
-@click.option("--drafts", default=6, show_default=True, help="Drafts recorded per item; votes may use them all.")
-@click.option("--temperature", default=0.7, show_default=True)
-@click.option("--top-p", default=0.9, show_default=True)
-@click.option("--max-tokens", default=32, show_default=True, help="Longest draft.")
-@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
+@shared.task(required=False, default="the run's own tasks")
+@shared.questions()
+@shared.items(50)
+@shared.allow_overlap()
+@shared.slice_order()
 @click.option(
-    "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one that RUN's adapters record]"
+    "--calibration-items",
+    type=POSITIVE,
+    default=24,
+    show_default=True,
+    help="Held-out questions of each task for thresholds.",
 )
-@click.option("--out", type=PATH, required=True, help="Folder to write; run again, it goes on.")
+@shared.sampling_seeds(3)
+@shared.attempts()
+@shared.drafts(6, "votes may use them all")
+@shared.temperature()
+@shared.top_p()
+@shared.max_tokens(32)
+@shared.batch_rows()
+@shared.base()
+@shared.out("a folder; run again, it goes on", required=True)
 @common_options
 def controls(
     console: Console,
     run: Path,
     tasks: tuple[str, ...],
     folder: Path | None,
-    limit: int,
+    items: int,
     allow_overlap: bool,
     how: str,
     calibration_items: int,
@@ -56,7 +61,6 @@ def controls(
 
     Example: rsgwm report controls runs/demo --out runs/controls
     """
-    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.core.tables import aligned
     from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, rows_trained_on, union
@@ -67,9 +71,6 @@ def controls(
     from mlx_rsgwm.studies.control_study import ControlPlan, corpora, run_controls
     from mlx_rsgwm.studies.controls import control_notes, control_rows
 
-    for name, value in (("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
-        if value < 1:
-            raise RsgwmError(f"{name} must be at least 1, found {value}")
     click.get_current_context().with_resource(exclusive(out))
     trained = list(corpora(run))
     seed = console.seed
@@ -78,7 +79,7 @@ def controls(
     known = rows_trained_on(pair, base_name, console.progress)
     drawn = draw_calibration(trained, calibration_items, seed, folder, known, allow_overlap)
     seen["calibration here"] = drawn.record
-    slices = [read_slice(Slice(task, limit, how, seed, folder=folder), union(seen)) for task in tasks or trained]
+    slices = [read_slice(Slice(task, items, how, seed, folder=folder), union(seen)) for task in tasks or trained]
     asked = [question for questions, _ in slices for question in questions]
     overlap = check_overlap(asked, seen, allow_overlap, "test")
     plan = ControlPlan(

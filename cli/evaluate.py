@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, loop_options
-from mlx_rsgwm.cli.options.paths import PATH
 
 if TYPE_CHECKING:
     import re
@@ -21,23 +21,21 @@ if TYPE_CHECKING:
 
 
 @click.command(name="eval")
-@click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
-@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
-@click.option(
-    "--split", help="Split of a data set; default: the one to report on. Of a file: train, calibration, test or all."
-)
-@click.option("--revision", help="Commit of a Hub data set; default: its newest, which is recorded.")
-@click.option("--limit", default=100, show_default=True, help="Items of each task.")
-@click.option("--slice", "how", default="first", show_default=True, help="first, or seeded: shuffled by --seed.")
-@click.option("--sampling-seeds", default=1, show_default=True, help="Passes over the items, from --seed upwards.")
-@click.option("--drafts", type=int, help="Drafts recorded per item, for pass@k and maj@k; default: the attempts.")
-@click.option("--train-data", type=PATH, multiple=True, help="Corpus to check the items against.")
-@click.option("--allow-overlap", is_flag=True, help="Ask what was trained or calibrated on, too; the result says so.")
-@click.option("--refusal", "refusal", metavar="REGEX", help="Wording of a refusal, instead of the built-in one.")
-@click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")
-@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
-@click.option("--out", type=PATH, help="Report folder to write; run again, it goes on.")
-@loop_options
+@shared.task()
+@shared.questions()
+@shared.split("the one to report on")
+@shared.revision("a data set's newest, which is recorded")
+@shared.items(100)
+@shared.slice_order()
+@shared.sampling_seeds(1)
+@shared.drafts(None, "for pass@k and maj@k", "--attempts")
+@shared.corpus("to check the questions against; repeatable", multiple=True, name="train_data")
+@shared.allow_overlap()
+@click.option("--refusal", metavar="REGEX", help="Wording of a refusal, instead of the built-in one.")
+@shared.timed()
+@shared.batch_rows()
+@shared.out("a report folder; run again, it goes on")
+@loop_options()
 @common_options
 def evaluate(
     console: Console,
@@ -45,7 +43,7 @@ def evaluate(
     folder: Path | None,
     split: str | None,
     revision: str | None,
-    limit: int,
+    items: int,
     how: str,
     sampling_seeds: int,
     drafts: int | None,
@@ -66,7 +64,7 @@ def evaluate(
     adapters have seen rows of it: then its test share is asked (a row's content decides its share).
 
     Example: rsgwm eval --base smollm2-135m --drafter runs/demo/drafter --verifier runs/demo/verifier
-    --task gsm8k --data ../data --limit 20 --out runs/gsm8k
+    --task gsm8k --questions ../data --items 20 --out runs/gsm8k
     """
     from dataclasses import asdict
 
@@ -91,12 +89,6 @@ def evaluate(
     from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
     from mlx_rsgwm.inference.calibration import stored_calibration
 
-    counts = [("--batch-rows", batch_rows), ("--sampling-seeds", sampling_seeds)]
-    for name, value in [*counts, ("--drafts", 1 if drafts is None else drafts)]:
-        if value < 1:
-            raise RsgwmError(f"{name} must be at least 1, found {value}")
-    if timed < 0:
-        raise RsgwmError(f"--timed must not be negative, found {timed}")
     wording = REFUSAL if refusal is None else _pattern(refusal)
     processes = launched_processes()
     if out is None and processes.size > 1:
@@ -116,7 +108,7 @@ def evaluate(
         if held_out:
             adapters["calibration here"] = drawn.record
     seen = union(adapters)
-    slices = [read_slice(Slice(task, limit, how, console.seed, split, folder, revision), seen) for task in tasks]
+    slices = [read_slice(Slice(task, items, how, console.seed, split, folder, revision), seen) for task in tasks]
     for _, told in slices:
         if told.get("note"):
             progress.message(told["note"])

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH, SOURCE
+from mlx_rsgwm.cli.old_names import also_positional
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import SHARE, SOURCE, OneOf
 
 # mlx_rsgwm.converters.fuse.fuse.FORMATS, which is slow to import; a test holds them equal.
 FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
@@ -15,19 +17,20 @@ FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 
 @click.command()
 @click.argument("adapter", type=SOURCE)
-@click.argument("out", type=PATH)
-@click.option("--base", help="Base model: Hub id, folder, .gguf file or smollm2-135m; default: the adapter's own.")
+@also_positional("out")
+@shared.out("a new folder; required")
+@shared.base()
 @click.option(
     "--format",
     "target",
-    type=click.Choice(FORMATS),
+    type=OneOf(FORMATS),
     default="keep",
     show_default=True,
     help="Of the result's weights: as the base's, a float type, or quantised (all layers, groups of 64).",
 )
 @click.option(
     "--min-share",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.9,
     show_default=True,
     help="Share of the adapter's update that must survive in that format.",
@@ -35,21 +38,27 @@ FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 @click.option("--force", is_flag=True, help="Write the model however little survives.")
 @common_options
 def fuse(
-    console: Console, adapter: Path | str, out: Path, base: str | None, target: str, min_share: float, force: bool
+    console: Console,
+    adapter: Path | str,
+    out: Path,
+    base_name: str | None,
+    target: str,
+    min_share: float,
+    force: bool,
 ) -> None:
-    """Work ADAPTER into its base's weights and write the model to the new folder OUT.
+    """Work ADAPTER into its base's weights and write the model to a new folder.
 
     ADAPTER is a folder (ours, mlx-lm's or PEFT's), a .gguf file, a Hub id or hf://owner/name@revision.
 
     Before anything is written, the share of every layer's update that survives rounding to the format is measured;
     afterwards the written model's logits are compared. Exits 3 when less than the stated share survives.
 
-    Example: rsgwm fuse runs/drafter drafter-model --format float16
+    Example: rsgwm fuse runs/drafter --out drafter-model --format float16
     """
     from mlx_rsgwm.converters.fuse.fuse import fuse as fuse_adapter
 
     result = fuse_adapter(
-        adapter, base, out, target=target, min_share=min_share, force=force, progress=console.progress
+        adapter, base_name, out, target=target, min_share=min_share, force=force, progress=console.progress
     )
     replaced = f", {result['replaced']} parameters replaced" if result["replaced"] else ""
     console.line(

@@ -7,21 +7,26 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.collect import collect_options
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH
 
 
 @click.command()
-@collect_options
-@click.option("--rows", type=click.IntRange(0), default=256, show_default=True, help="So many rows at most; 0 for all.")
-@click.option("--replace", is_flag=True, help="Replace Gram matrices that are already there.")
+@click.argument("adapter_folder", metavar="ADAPTER", type=PATH)
+@shared.corpus(required=True)
+@shared.base()
+@shared.batch_rows(8)
+@shared.rows(256)
+@shared.max_seq_length()
+@shared.replace()
 @common_options
 def grams(
     console: Console,
     adapter_folder: Path,
-    folder: Path,
+    corpus: Path,
     base_name: str | None,
     rows: int,
-    batch_size: int,
+    batch_rows: int,
     max_tokens: int,
     replace: bool,
 ) -> None:
@@ -30,7 +35,7 @@ def grams(
     The data should be of the adapter's own task: RegMean looks for the update that answers every adapter's inputs as
     that adapter does. Weights stay as they are.
 
-    Example: rsgwm adapter grams adapters/change --data corpus/change --base smollm2-135m
+    Example: rsgwm adapter grams adapters/change --corpus corpus/change --base smollm2-135m
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.loading import load_data
@@ -41,9 +46,9 @@ def grams(
     adapter = Adapter.load(adapter_folder)
     if GRAMS_FILE in (adapter.manifest.get("files") or {}) and not replace:
         raise RsgwmError(f"{adapter_folder} already has Gram matrices; pass --replace to replace them")
-    data, _ = load_data(folder, None)
+    data, _ = load_data(corpus, None)
     base = load_base_for([adapter], base_name, console.progress)
-    found, metadata = collect_grams(base, adapter, data, batch_size, max_tokens, rows, console.seed, console.progress)
+    found, metadata = collect_grams(base, adapter, data, batch_rows, max_tokens, rows, console.seed, console.progress)
     save_grams(adapter, base, data, found, metadata)
     size = (adapter_folder / GRAMS_FILE).stat().st_size
     matrices = len({id(gram) for gram in found.values()})

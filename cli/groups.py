@@ -11,6 +11,13 @@ import click
 from mlx_rsgwm.cli.commands import COMMANDS, GROUPS, SECTIONS, members, summary
 
 
+def find_command(full_name: str) -> click.Command:
+    """Import a command by its full name, ``hub push``."""
+    module, attribute = COMMANDS[full_name][0].split(":")
+    command: click.Command = getattr(import_module(module), attribute)
+    return command
+
+
 class LazyGroup(click.Group):
     """The commands of the table below one name; the empty name is the root."""
 
@@ -29,9 +36,7 @@ class LazyGroup(click.Group):
             return LazyGroup(cmd_name, path=full, help=GROUPS[full], context_settings=self.context_settings)
         if full not in COMMANDS:
             return None
-        module, attribute = COMMANDS[full][0].split(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
+        return find_command(full)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -9,25 +9,27 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.convert import language_only_option, strict_option
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.old_names import also_positional
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH
 
 
 @click.command()
 @click.argument("adapter", type=PATH)
 @click.argument("repo")
-@click.option("--base", help="The base's Hub id; default: the one the adapter was trained on.")
+@shared.base()
 @click.option("--public", is_flag=True, help="Make a new repository public; it is private otherwise.")
 @click.option("--licence", default="apache-2.0", show_default=True, help="The Hub's identifier of the licence.")
 @click.option("--mlx", "with_mlx", is_flag=True, help="Put mlx-lm's layout beside PEFT's, in the folder mlx/.")
-@click.option("--certificate", type=PATH, help="A file of `rsgwm parity`, to publish with it.")
+@shared.certificate("publish it with the adapter")
 @click.option("--report", type=PATH, help="An evaluation's report.json, for the card's metrics.")
-@click.option("--dry-run", is_flag=True, help="Show every file and the card, and send nothing.")
+@shared.dry_run("send nothing, print every file and the card")
 @common_options
 def push(
     console: Console,
     adapter: Path,
     repo: str,
-    base: str | None,
+    base_name: str | None,
     public: bool,
     licence: str,
     with_mlx: bool,
@@ -49,7 +51,7 @@ def push(
             adapter,
             repo,
             Path(temporary) / "repo",
-            base=base,
+            base=base_name,
             licence=licence,
             with_mlx=with_mlx,
             certificate=certificate,
@@ -77,10 +79,11 @@ def push(
 
 @click.command()
 @click.argument("repo")
-@click.argument("out", type=PATH)
-@click.option("--base", help="Base model; default: the one the adapter names.")
-@click.option("--revision", help="Branch, tag or commit; default: main.")
-@click.option("--peft", "keep_peft", is_flag=True, help="Keep PEFT's layout instead of converting it.")
+@also_positional("out")
+@shared.out("a new folder; required")
+@shared.base()
+@shared.revision("main")
+@click.option("--keep-peft", is_flag=True, help="Keep PEFT's layout instead of converting it.")
 @strict_option
 @language_only_option
 @common_options
@@ -88,26 +91,26 @@ def pull(
     console: Console,
     repo: str,
     out: Path,
-    base: str | None,
+    base_name: str | None,
     revision: str | None,
     keep_peft: bool,
     strict: bool,
     language_only: bool,
 ) -> None:
-    """Fetch the adapter REPO (owner/name), PEFT's or mlx-lm's, from the Hub to the new folder OUT, as mlx-lm loads it.
+    """Fetch the adapter REPO (owner/name), PEFT's or mlx-lm's, from the Hub to a new folder, as mlx-lm loads it.
 
-    Example: rsgwm hub pull me/drafter drafter --base smollm2-135m
+    Example: rsgwm hub pull me/drafter --out drafter --base smollm2-135m
     """
     from mlx_rsgwm.converters.hub import hub
     from mlx_rsgwm.converters.peft.layout import Reading
     from mlx_rsgwm.core.errors import RsgwmError
 
     if keep_peft and (strict or language_only):
-        raise RsgwmError("--peft keeps the adapter as it is; leave out --strict and --language-only")
+        raise RsgwmError("--keep-peft keeps the adapter as it is; leave out --strict and --language-only")
     found = hub.pull(
         repo,
         out,
-        base=base,
+        base=base_name,
         revision=revision,
         keep_peft=keep_peft,
         reading=Reading(strict=strict, language_only=language_only),

@@ -7,18 +7,23 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.collect import collect_options
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH
 
 
 @click.command()
-@collect_options
-@click.option("--mask-prompt/--no-mask-prompt", default=True, show_default=True, help="Completions only (.jsonl).")
-@click.option("--replace", is_flag=True, help="Replace importance that is already there.")
+@click.argument("adapter_folder", metavar="ADAPTER", type=PATH)
+@shared.corpus(required=True)
+@shared.base()
+@shared.batch_size(8)
+@shared.max_seq_length()
+@shared.mask_prompt()
+@shared.replace()
 @common_options
 def importance(
     console: Console,
     adapter_folder: Path,
-    folder: Path,
+    corpus: Path,
     base_name: str | None,
     batch_size: int,
     max_tokens: int,
@@ -29,7 +34,7 @@ def importance(
 
     For adapters of mlx_lm.lora, or of PEFT after `rsgwm convert from-peft`. Weights stay as they are.
 
-    Example: rsgwm adapter importance adapters --data corpus/change --base smollm2-135m
+    Example: rsgwm adapter importance adapters --corpus corpus/change --base smollm2-135m
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.loading import load_data
@@ -41,7 +46,7 @@ def importance(
     if adapter.importance and not replace:
         source = adapter.importance_metadata.get("source", "an unknown source")
         raise RsgwmError(f"{adapter_folder} already has importance ({source}); pass --replace to replace it")
-    data, _ = load_data(folder, None, mask_prompt)
+    data, _ = load_data(corpus, None, mask_prompt)
     base = load_base_for([adapter], base_name, console.progress)
     arrays, metadata = collect_importance(base, adapter, data, batch_size, max_tokens, console.progress)
     save_importance(adapter, base, data, arrays, metadata)

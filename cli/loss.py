@@ -8,39 +8,33 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH, SOURCE, SOURCES
+from mlx_rsgwm.cli.old_names import also_positional
+from mlx_rsgwm.cli.options import shared
 
 
 @click.command()
-@click.argument("data", type=PATH)
-@click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    type=SOURCE,
-    help=f"An adapter, {SOURCES}; or a folder of them. Repeatable.",
-)
-@click.option(
-    "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the adapters' own, else smollm2-135m]"
-)
-@click.option("--rows", type=click.IntRange(0), default=0, help="Only the first so many rows; 0 for all.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(2), default=1024, show_default=True, help="Longer rows are left out.")
+@also_positional("corpus")
+@shared.corpus("required")
+@shared.adapter("none is the base alone")
+@shared.base("the adapters' own, else smollm2-135m")
+@shared.rows(0)
+@shared.batch_rows(8)
+@shared.max_seq_length()
 @common_options
 def loss(
     console: Console,
-    data: Path,
+    corpus: Path,
     adapters: tuple[Path | str, ...],
     base_name: str | None,
     rows: int,
-    batch_size: int,
+    batch_rows: int,
     max_tokens: int,
 ) -> None:
-    """Mean negative log-likelihood, in nats per completion token, of DATA's rows under the base and each adapter.
+    """Mean negative log-likelihood, in nats per completion token, of a corpus under the base and each adapter.
 
-    DATA is a corpus folder, a folder with train.jsonl, or a .jsonl file. Prompts do not count; dropout is off.
+    Prompts do not count; dropout is off.
 
-    Example: rsgwm adapter loss corpus/change --adapter adapters/change
+    Example: rsgwm adapter loss --corpus corpus/change --adapter adapters/change
     """
     from mlx_rsgwm.data.batching import row_notes
     from mlx_rsgwm.data.loading import load_data
@@ -50,12 +44,12 @@ def loss(
     from mlx_rsgwm.training.losses import held_out_loss
 
     loaded = {one.where: one for one in load_adapters(adapters, base_name, progress=console.progress)}
-    examples, _ = load_data(data, None)
+    examples, _ = load_data(corpus, None)
     base = load_base_for(list(loaded.values()), base_name, console.progress)
     found, dropped = examples.token_rows(base.tokenizer, max_tokens, "drop")
     chosen = found[:rows] if rows else found
     for note in row_notes(chosen):
-        console.progress.message(f"{data}: {note}")
+        console.progress.message(f"{corpus}: {note}")
     slots = slots_of(base, loaded)
     fused = record_of_base(base.path)
     records = {name: record_of(adapter.manifest, name) | fused for name, adapter in loaded.items()}
@@ -69,7 +63,7 @@ def loss(
     with console.progress.task("loss", 1 + len(loaded)) as advance:
         for name in ("base", *loaded):
             with slots.using(None if name == "base" else name):
-                results[name] = held_out_loss(slots.model, chosen, batch_size)
+                results[name] = held_out_loss(slots.model, chosen, batch_rows)
             advance(1, name)
     for name, values in results.items():
         told = ", ".join(f"{role} {value:.4f}" for role, value in values.items())

@@ -9,18 +9,27 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH, SOURCE
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import SOURCE, OneOf
+from mlx_rsgwm.merging.methods import METHODS
+from mlx_rsgwm.merging.options import MergeOptions
 
 
 @click.command()
 @click.argument("adapters", nargs=-1, type=SOURCE)
-@click.option("--out", type=PATH, help="Adapter folder to write.")
-@click.option("--method", default="rsgwm", show_default=True, help="Name of a method; --list shows all.")
-@click.option("--role", default="draft", show_default=True, help="draft, verify, or a role of your own.")
-@click.option("--tau", type=float, help="rsgwm: quantile of the mask, in (0, 1); default 0.30 draft, 0.50 verify.")
-@click.option("--signal", help="rsgwm: importance used: per_role (default), shared, or a signal's name.")
-@click.option("--space", help="factor or product, where the method has both.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any parameter of the method.")
+@shared.out("an adapter folder")
+@click.option(
+    "--method",
+    type=OneOf(list(METHODS)),
+    default="rsgwm",
+    metavar="METHOD",
+    show_default=True,
+    help="How to merge; --list shows all methods and their parameters.",
+)
+@click.option(
+    "--role", default="draft", show_default=True, help="What the result is for: draft, verify, or a role of your own."
+)
+@shared.settings("any parameter of the method")
 @click.option(
     "--at",
     "overrides",
@@ -29,17 +38,17 @@ from mlx_rsgwm.cli.options.paths import PATH, SOURCE
     metavar="PATTERN NAME=VALUE[,…]",
     help="Other parameters, or weights=1/0.5/…, for modules whose name matches the regular expression.",
 )
-@click.option("--weight", "weights", multiple=True, type=float, help="One for each adapter, in their order.")
-@click.option("--rank", type=int, help="Rank of the result; default: the highest of the sources, for cat their sum.")
+@shared.weight()
+@shared.rank("the highest of the sources, for cat their sum")
 @click.option(
     "--largest",
-    type=float,
-    help="Allow a result of up to so many times the norm that its sources and weights account for.  [default: 40]",
+    type=click.FloatRange(0, min_open=True),
+    default=MergeOptions.largest,
+    show_default=True,
+    help="Allow a result of up to so many times the norm that its sources and weights account for.",
 )
-@click.option(
-    "--base", "base_name", help="Base of adapters in other formats.  [default: the one that each of them names]"
-)
-@click.option("--dry-run", is_flag=True, help="Print the diagnosis, write nothing.")
+@shared.base()
+@shared.dry_run("write nothing, print the diagnosis")
 @click.option("--list", "list_methods", is_flag=True, help="List the methods with their parameters and sources.")
 @common_options
 def merge(
@@ -48,14 +57,11 @@ def merge(
     out: Path | None,
     method: str,
     role: str,
-    tau: float | None,
-    signal: str | None,
-    space: str | None,
     settings: tuple[str, ...],
     overrides: tuple[tuple[str, str], ...],
     weights: tuple[float, ...],
     rank: int | None,
-    largest: float | None,
+    largest: float,
     base_name: str | None,
     dry_run: bool,
     list_methods: bool,
@@ -68,7 +74,7 @@ def merge(
     \b
     Examples:
       rsgwm merge pool/* --role draft --out drafter
-      rsgwm merge pool/* --role verify --tau 0.6 --out verifier
+      rsgwm merge pool/* --role verify --set tau=0.6 --out verifier
       rsgwm merge a b --method ties --set density=0.3 --out mixed
       rsgwm merge a b --method linear --at 'layers\\.2[0-9]' weights=0/1 --out mixed
       rsgwm merge pool/* --method karcher --dry-run
@@ -79,7 +85,6 @@ def merge(
         return
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.merging.merge import merge as merge_adapters
-    from mlx_rsgwm.merging.options import MergeOptions
     from mlx_rsgwm.models.adapter import is_complete
     from mlx_rsgwm.models.adapter_sources import load_adapters
 
@@ -89,16 +94,15 @@ def merge(
         raise RsgwmError("no --out folder given; name one, or look first with --dry-run")
     if out is not None and is_complete(out) and not dry_run:
         raise RsgwmError(f"{out} already holds a finished adapter; choose another folder or remove it")
-    named = {"tau": tau, "signal": signal, "space": space}
     options = MergeOptions(
         method=method,
         role=role,
-        parameters={name: value for name, value in named.items() if value is not None} | _pairs(settings, "--set"),
+        parameters=_pairs(settings, "--set"),
         weights=weights,
         rank=rank,
         seed=console.seed,
         overrides=tuple(_override(pattern, text) for pattern, text in overrides),
-        **({} if largest is None else {"largest": largest}),
+        largest=largest,
     )
     loaded = load_adapters(adapters, base_name, lazy=True, hashes=False, progress=console.progress)
     merged = merge_adapters(loaded, options, console.progress, base=base_name)
@@ -132,8 +136,6 @@ def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out:
 
 
 def _list(console: Console) -> None:
-    from mlx_rsgwm.merging.methods import METHODS
-
     for name, method in METHODS.items():
         console.line(f"{name}: {method.summary} ({method.source})")
         for parameter, meaning in method.parameters.items():

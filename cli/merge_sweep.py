@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH, SOURCE
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PAIR, POSITIVE, SOURCE
 
 
-@click.command(name="merge-sweep")
+@click.command(name="sweep")
 @click.argument("pool", nargs=-1, required=True, type=SOURCE)
 @click.option(
     "--methods",
@@ -20,30 +21,27 @@ from mlx_rsgwm.cli.options.paths import PATH, SOURCE
     metavar="METHOD[:NAME=VALUE[/VALUE…],…],…",
     help="Merges to compare; values with / make one each, 'all' is every method.  [default: all, and rsgwm's readings]",
 )
+@shared.task(required=False, default="the pool's tasks")
+@shared.questions()
+@shared.split("the one to report on")
+@shared.allow_overlap()
+@shared.items(24, "held-out ones")
+@click.option("--judged", type=POSITIVE, help="Questions of each task whose answers verifiers score.  [default: all]")
 @click.option(
-    "--eval", "tasks", multiple=True, help="Family, data set or .jsonl file; repeat.  [default: the pool's tasks]"
+    "--with",
+    "extras",
+    type=PAIR,
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="Another adapter beside the merges; repeatable.",
 )
-@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
-@click.option("--split", help="Split of a data set; default: the one to report on.")
-@click.option("--allow-overlap", is_flag=True, help="Ask what adapters were trained on, too; the result says so.")
-@click.option("--items", default=24, show_default=True, help="Held-out items of each task.")
-@click.option("--judged", type=int, help="Items of each task whose answers the verifiers score.  [default: all]")
-@click.option(
-    "--with", "extras", multiple=True, metavar="NAME=FOLDER", help="Another adapter beside the merges; repeat."
-)
-@click.option("--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one in the pool's manifests]")
-@click.option("--template", "template_name", help="Prompt template.  [default: the one the pool was trained with]")
-@click.option("--weight", "weights", multiple=True, type=float, help="One for each adapter, in their order.")
-@click.option("--rank", type=int, help="Rank of the merges; default: each method's usual one.")
-@click.option("--max-tokens", type=int, help="Longest draft.  [default: twice the longest gold answer]")
-@click.option("--batch-rows", default=32, show_default=True, help="Rows drafted or scored at a time.")
-@click.option(
-    "--out",
-    type=PATH,
-    default=Path("runs/merge-sweep"),
-    show_default=True,
-    help="Folder of the sweep; run again to resume or to add merges.",
-)
+@shared.base()
+@shared.template()
+@shared.weight()
+@shared.rank("each method's usual one")
+@shared.max_tokens(None, "twice the longest gold answer")
+@shared.batch_rows()
+@shared.out("the sweep's folder; run again to resume or to add merges", default="runs/merge-sweep")
 @common_options
 def merge_sweep(
     console: Console,
@@ -74,11 +72,10 @@ def merge_sweep(
     Examples:
       rsgwm pool sweep runs/demo/pool/*
       rsgwm pool sweep pool/* --methods linear,ties:density=0.2/0.5 --methods rsgwm:space=product,tau=0.3/0.5
-      rsgwm pool sweep pool/* --eval change --eval held_out.jsonl --items 50 --with joint=joint --out runs/sweep
+      rsgwm pool sweep pool/* --task change --task held_out.jsonl --items 50 --with joint=joint --out runs/sweep
       mlx.launch -n 2 -- rsgwm pool sweep pool/* --out runs/sweep
     """
     from mlx_rsgwm.core.distributed import launched_processes
-    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.data.select import select_questions
@@ -90,14 +87,6 @@ def merge_sweep(
     from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
     from mlx_rsgwm.studies.sweep_variants import DEFAULT_METHODS, parse_variants
 
-    for name, value in (
-        ("--items", items),
-        ("--batch-rows", batch_rows),
-        ("--max-tokens", max_tokens),
-        ("--judged", judged),
-    ):
-        if value is not None and value < 1:
-            raise RsgwmError(f"{name} must be at least 1, found {value}")
     processes = launched_processes()
     if processes.writes:
         click.get_current_context().with_resource(exclusive(out))
@@ -150,7 +139,7 @@ def _known_tasks(adapters: Sequence[Any]) -> list[str]:
     tasks = [str(adapter.manifest.get("task") or adapter.name) for adapter in adapters]
     unknown = [task for task in tasks if not is_question_file(task) and task not in FAMILIES and task not in SOURCES]
     if unknown:
-        raise RsgwmError(f"there are no held-out items for {', '.join(unknown)}; say what to evaluate on with --eval")
+        raise RsgwmError(f"there are no held-out items for {', '.join(unknown)}; say what to evaluate on with --task")
     return list(dict.fromkeys(tasks))
 
 
@@ -171,8 +160,8 @@ def _extras(texts: Sequence[str]) -> list[tuple[str, str]]:
 
     extras: dict[str, str] = {}
     for text in texts:
-        name, equals, folder = text.partition("=")
-        if not name or not equals or not folder:
+        name, _, folder = text.partition("=")
+        if not folder:
             raise RsgwmError(f"--with wants NAME=FOLDER, found {text!r}")
         if name in extras:
             raise RsgwmError(f"--with names {name!r} twice")

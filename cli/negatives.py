@@ -7,46 +7,33 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import SHARE
 
 
 @click.command()
-@click.option(
-    "--from",
-    "sources",
-    multiple=True,
-    required=True,
-    type=PATH,
-    help="Adapter folder that drafts; repeat for several.",
-)
-@click.option("--task", "tasks", multiple=True, required=True, help="Family, data set or .jsonl file; repeatable.")
-@click.option("--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the adapters' own]")
-@click.option(
-    "--verify-rows", default=100, show_default=True, help="Rows per task that teach to judge, half of them wrong."
-)
-@click.option(
-    "--draft-rows", default=0, show_default=True, help="Gold rows per task that teach to answer, put before them."
-)
+@shared.adapter("it drafts", required=True, name="sources")
+@shared.task()
+@shared.base()
+@shared.verify_rows()
+@shared.draft_rows(0, "gold ones, put before the others")
 @click.option(
     "--share",
+    type=SHARE,
     default=0.75,
     show_default=True,
-    help="Of the wrong answers, how many are drafts; the rest is perturbed gold.",
+    help="Share of the wrong answers that are drafts; the rest is perturbed gold.",
 )
-@click.option(
-    "--questions", "count", type=int, help="Training questions per task to draft on.  [default: --verify-rows]"
-)
-@click.option(
-    "--offset", default=0, show_default=True, help="Questions to pass over first: those the adapters were trained on."
-)
-@click.option("--attempts", default=2, show_default=True, help="Drafts per question and adapter.")
-@click.option("--temperature", default=0.7, show_default=True)
-@click.option("--top-p", default=0.9, show_default=True)
-@click.option("--max-tokens", default=256, show_default=True, help="Longest draft.")
-@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
-@click.option("--data", "folder", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
-@click.option("--template", "template_name", help="plain or chat; default: the one the adapters were trained with.")
-@click.option("--out", type=PATH, required=True, help="Corpus folder to write.")
+@shared.items(None, "training ones to draft on", "--verify-rows")
+@shared.offset("those that the adapters were trained on")
+@shared.drafts(2, "by each adapter", name="attempts")
+@shared.temperature()
+@shared.top_p()
+@shared.max_tokens()
+@shared.batch_rows()
+@shared.questions()
+@shared.template()
+@shared.out("a corpus folder", required=True)
 @common_options
 def negatives(
     console: Console,
@@ -56,7 +43,7 @@ def negatives(
     verify_rows: int,
     draft_rows: int,
     share: float,
-    count: int | None,
+    items: int | None,
     offset: int,
     attempts: int,
     temperature: float,
@@ -75,8 +62,8 @@ def negatives(
 
     \b
     Examples:
-      rsgwm data negatives --from runs/demo/drafter --task change --task groups --offset 200 --out corpus/own
-      rsgwm data negatives --from pool/change --task change --draft-rows 144 --verify-rows 160 --out corpus/change
+      rsgwm data negatives --adapter runs/demo/drafter --task change --task groups --offset 200 --out corpus/own
+      rsgwm data negatives --adapter pool/change --task change --draft-rows 144 --verify-rows 160 --out corpus/change
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.data.corpus import CorpusRow, save_corpus
@@ -92,12 +79,7 @@ def negatives(
 
     if verify_rows < 2 or verify_rows % 2:
         raise RsgwmError(f"--verify-rows must be even and at least 2, for they come in pairs, found {verify_rows}")
-    wanted = verify_rows if count is None else count
-    for name, value, least in (("--draft-rows", draft_rows, 0), ("--batch-rows", batch_rows, 1)):
-        if value < least:
-            raise RsgwmError(f"{name} must be at least {least}, found {value}")
-    if wanted < 1 or not 0 <= share <= 1:
-        raise RsgwmError(f"--questions must be at least 1 and --share in [0, 1], found {wanted} and {share}")
+    wanted = items or verify_rows
     config = LoopConfig(attempts, sampling=Sampling(temperature, top_p, max_tokens, console.seed))
     chosen = {
         task: select_questions(task, "train", max(wanted, draft_rows), console.seed, folder, offset) for task in tasks
@@ -135,8 +117,8 @@ def negatives(
         )
         if mixed.missing:
             console.line(
-                f"{task}: {mixed.missing} more were to have a wrong draft, but there are no more; --questions and "
-                "--attempts give more"
+                f"{task}: {mixed.missing} more were to have a wrong draft, but there are no more; --items and "
+                "--drafts give more"
             )
     origin = [{"name": one.name, "files": one.manifest.get("files", {})} for one in adapters]
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "attempts": attempts}

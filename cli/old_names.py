@@ -1,14 +1,19 @@
-"""Names of commands that changed: they work for one more release, with a line on standard error.
+"""Names of commands and options that changed: they work for one more release, with a line on standard error.
 
-To be deleted with the release after 0.2.
+To be deleted with the release after 0.2, together with :func:`also_positional` where commands use it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from mlx_rsgwm.cli.commands import members
+import click
+
+from mlx_rsgwm.cli.commands import full_name, members
+from mlx_rsgwm.cli.options.paths import PATH
 
 # What was said, and what is said now; the longest match counts.
 COMMANDS_BEFORE = {
@@ -26,17 +31,68 @@ COMMANDS_BEFORE = {
     "pull": "hub pull",
 }
 
+# By today's name of the command. What ends in "=" takes the value behind it.
+OPTIONS_BEFORE = {
+    "data build": {"--data": "--questions"},
+    "data negatives": {"--from": "--adapter", "--attempts": "--drafts", "--data": "--questions"},
+    "train": {"--data": "--corpus", "--max-tokens": "--max-seq-length"},
+    "pool train": {"--data": "--corpus", "--max-tokens": "--max-seq-length"},
+    "pool sweep": {"--eval": "--task", "--data": "--questions"},
+    "adapter loss": {"--batch-size": "--batch-rows", "--max-tokens": "--max-seq-length"},
+    "adapter importance": {"--data": "--corpus", "--max-tokens": "--max-seq-length"},
+    "adapter grams": {"--data": "--corpus", "--batch-size": "--batch-rows", "--max-tokens": "--max-seq-length"},
+    "merge": {"--tau": "--set tau=", "--signal": "--set signal=", "--space": "--set space="},
+    "ask": {"--batch-size": "--batch-rows"},
+    "calibrate": {"--data": "--questions", "--method": "--curve", "--drafts": "--drafts-file"},
+    "eval": {"--data": "--questions", "--limit": "--items", "--train-data": "--corpus"},
+    "report controls": {"--data": "--questions", "--limit": "--items"},
+    "report tables": {"--limit": "--items"},
+    "lm-eval": {"--limit": "--items"},
+    "convert to-gguf": {"--dtype": "--outtype"},
+    "parity": {"--certificate": "--out"},
+    "hub pull": {"--peft": "--keep-peft"},
+    "bench latency": {"--rows": "--batch-size", "--pool": "--pool-size"},
+}
+EXPERIMENTS = ("--mode", "--verify-template", "--template-mismatch")  # hidden in ask and chat; eval has them
+
 
 def with_new_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The command line in today's names, and a note for each name that was another one."""
+    words, notes = _with_new_command(list(arguments))
+    end = words.index("--") if "--" in words else len(words)
+    command = full_name(words)
+    renamed: list[str] = []
+    options = iter(words[:end])
+    for word in options:
+        name, equals, value = word.partition("=")
+        now = OPTIONS_BEFORE.get(command, {}).get(name)
+        if command == "data negatives" and name == "--questions":  # a number was what is --items today
+            value = value or next(options, "")
+            renamed += ["--items" if value.isdigit() else name, value]
+            notes += [_note(name, "--items")] * value.isdigit()
+        elif now is None:
+            renamed.append(word)
+            if command in ("ask", "chat") and name in EXPERIMENTS:
+                notes.append(f"note: {name} leaves `rsgwm {command}` with the next release; `rsgwm eval` keeps it")
+        else:
+            notes.append(_note(name, now))
+            if now.endswith("="):
+                flag, prefix = now.split()
+                renamed += [flag, prefix + (value if equals else next(options, ""))]
+            else:
+                renamed.append(f"{now}{equals}{value}")
+    return renamed + words[end:], notes
+
+
+def _with_new_command(words: list[str]) -> tuple[list[str], list[str]]:
     for count in (2, 1):
-        before = " ".join(arguments[:count])
-        if len(arguments) >= count and before in COMMANDS_BEFORE:
+        before = " ".join(words[:count])
+        if len(words) >= count and before in COMMANDS_BEFORE:
             now = COMMANDS_BEFORE[before]
-            return [*now.split(), *arguments[count:]], [_note(before, now)]
-    if list(arguments[:1]) == ["report"] and any(_is_run(word) for word in arguments[1:2]):
-        return ["report", "write", *arguments[1:]], [_note("report RUN", "report write RUN")]
-    return list(arguments), []
+            return [*now.split(), *words[count:]], [_note(f"rsgwm {before}", f"rsgwm {now}")]
+    if words[:1] == ["report"] and any(_is_run(word) for word in words[1:2]):
+        return ["report", "write", *words[1:]], [_note("rsgwm report RUN", "rsgwm report write RUN")]
+    return words, []
 
 
 def _is_run(word: str) -> bool:
@@ -45,4 +101,31 @@ def _is_run(word: str) -> bool:
 
 
 def _note(before: str, now: str) -> str:
-    return f"note: `rsgwm {before}` is now `rsgwm {now}`; the old name goes with the next release"
+    return f"note: `{before}` is now `{now}`; the old name goes with the next release"
+
+
+class _Hidden(click.Argument):
+    """An argument that help does not show."""
+
+    def get_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return []
+
+
+def also_positional(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let the required option ``name`` (``out``) be given as the last argument, too, as it was until 0.1."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(*arguments: Any, old_place: Path | None, **options: Any) -> None:
+            if old_place is not None and options[name] is None:
+                options[name] = old_place
+                click.echo(_note(f"{name.upper()}` as an argument, `{old_place}", f"--{name} {old_place}"), err=True)
+            elif old_place is not None:
+                raise click.UsageError(f"got {old_place} beside --{name} {options[name]}")
+            elif options[name] is None:
+                raise click.UsageError(f"missing option --{name}")
+            function(*arguments, **options)
+
+        return click.argument("old_place", required=False, type=PATH, cls=_Hidden)(command)
+
+    return decorate

@@ -7,36 +7,35 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH, SOURCE
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH, SOURCE
 
 TOLERANCE = 1e-3
 
 
 @click.command()
 @click.argument("adapter", type=SOURCE)
-@click.option("--base", help="Base model: Hub id, folder, .gguf file or smollm2-135m; default: the adapter's own.")
-@click.option("--peft", type=PATH, help="Compare this PEFT folder; default: convert on the fly.")
-@click.option("--tolerance", default=TOLERANCE, show_default=True, help="Largest difference of two logits that passes.")
+@shared.base()
+@click.option("--peft", type=PATH, help="Compare this PEFT folder.  [default: convert on the fly]")
 @click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
+    "--tolerance",
+    type=click.FloatRange(0),
+    default=TOLERANCE,
     show_default=True,
-    help="Of both sides; the default tolerance is for float32.",
+    help="Largest difference of two logits that passes.",
 )
-@click.option("--certificate", type=PATH, help="Write the result to this JSON file.")
-@click.option(
-    "--device", default="auto", show_default=True, help="Torch's: auto (MPS, CUDA, else the CPU), mps, cuda or cpu."
-)
+@shared.dtype(["float32", "float16", "bfloat16"], "the default tolerance is for float32")
+@shared.device()
+@shared.out("a JSON file: the certificate")
 @common_options
 def parity(
     console: Console,
     adapter: Path | str,
-    base: str | None,
+    base_name: str | None,
     peft: Path | None,
     tolerance: float,
     dtype: str,
-    certificate: Path | None,
+    out: Path | None,
     device: str,
 ) -> None:
     """Compare ADAPTER in MLX with torch and PEFT: logits, greedy continuations, perplexity, every adapted layer.
@@ -54,11 +53,11 @@ def parity(
     from mlx_rsgwm.core.folders import make_folder
 
     result = check_parity(
-        adapter, base, peft_folder=peft, tolerance=tolerance, dtype=dtype, device=device, progress=console.progress
+        adapter, base_name, peft_folder=peft, tolerance=tolerance, dtype=dtype, device=device, progress=console.progress
     )
-    if certificate is not None:
-        make_folder(certificate.absolute().parent)
-        files.write_json(certificate, result)
+    if out is not None:
+        make_folder(out.absolute().parent)
+        files.write_json(out, result)
     console.line(
         f"parity: max |Δlogit| {result['max_abs_logit']:.1e} over {result['tokens']} tokens "
         f"({result['dtype']}, torch {result['device']}) — {'passed' if result['passed'] else 'failed'}"

@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH
 
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, type=PATH)
-@click.option("--out", type=PATH, default=Path("curves.png"), show_default=True, help="Picture to write: .png or .svg.")
+@shared.out("a picture, .png or .svg", default="curves.png")
 @common_options
 def plot(console: Console, adapters: tuple[Path, ...], out: Path) -> None:
     """Draw train and held-out loss of ADAPTERS over their steps.

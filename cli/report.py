@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH
 
 
 @click.command()
 @click.argument("run", type=PATH)
-@click.option("--out", type=PATH, help="Folder to write; default: RUN itself.")
+@shared.out("a folder, by default RUN itself")
 @click.option(
     "--lm-eval", "against", is_flag=True, help="List the drafts that lm_eval's GSM8K filters judge otherwise."
 )
@@ -56,7 +57,7 @@ def report(console: Console, run: Path, out: Path | None, against: bool, tables_
 @click.option(
     "--of", "modes", default="draft_verify", show_default=True, help="drafter, draft_verify, or A,B: one each."
 )
-@click.option("--out", type=PATH, help="File to write: .md, .tex or .csv.")
+@shared.out("a file: .md, .tex or .csv")
 @common_options
 def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | None) -> None:
     """Compare RUN_A and RUN_B on the items they share: exact McNemar, paired bootstrap, corrected for several tests.

@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.core.errors import CheckFailed
 
 
 @click.command()
 @click.argument("recipe")
-@click.option("--out", type=PATH, required=True, help="Folder of the run; run again to resume.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting: --set train.epochs=3")
+@shared.out("the run's folder; run again to resume", required=True)
+@shared.settings("of the recipe, as train.epochs=3")
 @common_options
 def run(console: Console, recipe: str, out: Path, settings: tuple[str, ...]) -> None:
     """Run RECIPE (a .yaml file, or the name of a shipped one: demo, paper) and print the comparison.
@@ -29,8 +29,8 @@ def run(console: Console, recipe: str, out: Path, settings: tuple[str, ...]) -> 
 
 
 @click.command()
-@click.option("--out", type=PATH, default=Path("runs/demo"), show_default=True, help="Folder of the run.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the demo recipe.")
+@shared.out("the run's folder; run again to resume", default="runs/demo")
+@shared.settings("of the recipe, as train.epochs=3")
 @common_options
 def demo(console: Console, out: Path, settings: tuple[str, ...]) -> None:
     """Train four adapters on SmolLM2-135M, merge them, compare drafter and draft–verify, export to PEFT.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import OneOf
 
 if TYPE_CHECKING:
     from mlx_rsgwm.data.questions import Question
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("number", type=click.Choice(["1", "2", "3"]))
+@click.argument("number", type=OneOf(["1", "2", "3"]))
 @click.option("--recipe", "source", default="paper", show_default=True, help="Shipped recipe or .yaml to train by.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override a setting of the recipe.")
+@shared.settings("of the recipe, as train.epochs=3")
 @click.option(
     "--variant",
     "variants",
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
     metavar="NAME:KEY=VALUE",
     help="Another reading of a row of Table 3; repeatable.",
 )
-@click.option("--task", "tasks", multiple=True, help="What to ask; default: the recipe's evaluation tasks.")
-@click.option("--limit", type=int, help="Items of each task; default: 100 for Table 1, 20 for 2 and 3.")
-@click.option("--sampling-seeds", type=int, help="Default: 1 (--seed) for Table 1, seeds 0, 1, 2 for 2 and 3.")
-@click.option("--timed", default=12, show_default=True, help="Items also run one by one for the latency figures.")
-@click.option("--batch-rows", default=32, show_default=True, help="Drafts made at a time.")
-@click.option("--allow-overlap", is_flag=True, help="Ask what was trained on, too; it stands above the table.")
-@click.option("--out", type=PATH, default=Path("runs/tables"), show_default=True)
+@shared.task(required=False, default="the recipe's evaluation tasks")
+@shared.items(None, shown="100 in all for Table 1, 20 for 2 and 3")
+@shared.sampling_seeds(None, "1 for Table 1; for 2 and 3 the seeds 0, 1, 2")
+@shared.timed()
+@shared.batch_rows()
+@shared.allow_overlap()
+@shared.out("a folder for runs and tables", default="runs/tables")
 @common_options
 def tables(
     console: Console,
@@ -45,7 +46,7 @@ def tables(
     settings: tuple[str, ...],
     variants: tuple[str, ...],
     tasks: tuple[str, ...],
-    limit: int | None,
+    items: int | None,
     sampling_seeds: int | None,
     timed: int,
     batch_rows: int,
@@ -59,11 +60,10 @@ def tables(
     \b
     Examples:
       rsgwm report tables 1 --set data.folder=../data
-      rsgwm report tables 2 --recipe demo --limit 20 --out runs/small-tables
+      rsgwm report tables 2 --recipe demo --items 20 --out runs/small-tables
     """
     from dataclasses import asdict
 
-    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.tables import PAGES, aligned, write_page
     from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen
     from mlx_rsgwm.evaluation.slices import Slice
@@ -74,17 +74,14 @@ def tables(
     from mlx_rsgwm.studies.paper_tables import ROWS, measure, table_notes, table_rows
 
     table = int(number)
-    for name, value in (("--limit", limit), ("--sampling-seeds", sampling_seeds), ("--batch-rows", batch_rows)):
-        if value is not None and value < 1:
-            raise RsgwmError(f"{name} must be at least 1, found {value}")
     readings = _readings(variants)
     names = dict.fromkeys(row.variant for row in ROWS[table])
     recipes = {name: load_recipe(source, [*settings, *readings[name]]) for name in names}
     default = next(iter(recipes.values()))
     folder = Path(default.data.folder) if default.data.folder else None
     asked = tasks or default.evaluate.tasks or default.data.tasks
-    count = limit or (100 if table == 1 else 20)
-    per_task = max(1, count // len(asked)) if limit is None else count
+    count = items or (100 if table == 1 else 20)
+    per_task = max(1, count // len(asked)) if items is None else count
     slices = [Slice(task, per_task, seed=default.seed, folder=folder) for task in asked]
     allow = allow_overlap or default.evaluate.allow_overlap
     # What cannot be asked, and what will have been trained on, is told before hours of training.
@@ -104,12 +101,12 @@ def tables(
         name: _setting(recipe, out / _folder(name), seeds, timed, batch_rows) for name, recipe in recipes.items()
     }
     base = load_base(default.base, progress=console.progress)
-    items = out / f"table-{table}"
+    folder_of_table = out / f"table-{table}"
     told = {**asdict(overlap), "headline": overlap.headline()}
-    found = measure(table, base, runs, questions, measured, items, console.progress, told)
+    found = measure(table, base, runs, questions, measured, folder_of_table, console.progress, told)
     rows, notes = table_rows(found), table_notes(found)
     for suffix in PAGES:
-        write_page(items / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap.lines(), *notes])
+        write_page(folder_of_table / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap.lines(), *notes])
     console.line("\n".join([*overlap.lines(), TITLES[table]]))
     console.line(aligned(rows))
     console.line("\n".join(notes))

@@ -10,25 +10,21 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH
 from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
 
 
 @click.command()
 @click.option("--config", "file", type=PATH, help="YAML of settings: ours, or one of mlx_lm.lora.")
-@click.option("--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: smollm2-135m]")
-@click.option(
-    "--data",
-    "folder",
-    type=PATH,
-    help="Corpus folder (rsgwm data build), folder with train.jsonl, or .jsonl file.",
-)
-@click.option("--held-out", type=PATH, help="As --data: scored, never trained.  [default: valid.jsonl]")
-@click.option("--mask-prompt/--no-mask-prompt", default=None, help="Train completions only (corpora always do).")
+@shared.base("smollm2-135m")
+@shared.corpus(name="folder")
+@click.option("--held-out", type=PATH, help="As --corpus: scored, never trained.  [default: valid.jsonl beside it]")
+@shared.mask_prompt(None)
 @click.option("--all-turns", is_flag=True, help="Mask prompts, and train every answer of a chat, not the last alone.")
 @click.option("--test", is_flag=True, help="Score test.jsonl, beside the training rows, at the end.")
 @click.option("--warm-start", type=PATH, help="Adapter folder or .safetensors to begin with.")
-@click.option("--out", type=PATH, help="Adapter folder to write.")
+@shared.out("an adapter folder")
 @train_options
 @common_options
 def train(
@@ -51,9 +47,9 @@ def train(
 
     \b
     Examples:
-      rsgwm train --data corpus/change --out pool/change --epochs 1
+      rsgwm train --corpus corpus/change --out pool/change --epochs 1
       rsgwm train --config lora_config.yaml
-      mlx.launch -n 2 -- rsgwm train --data corpus/change --out pool/change
+      mlx.launch -n 2 -- rsgwm train --corpus corpus/change --out pool/change
     """
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError
@@ -74,7 +70,7 @@ def train(
         "out": out or asked.run.get("out"),
         "held_out": held_out or asked.run.get("held_out"),
     }
-    missing = [f"--{name}" for name in ("data", "out") if chosen[name] is None]
+    missing = [flag for flag, name in (("--corpus", "data"), ("--out", "out")) if chosen[name] is None]
     if missing:
         raise RsgwmError(f"{' and '.join(missing)} must be given, as options or in the --config file")
     target = Path(chosen["out"])

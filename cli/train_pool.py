@@ -9,37 +9,37 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
 
 
-@click.command(name="train-pool")
-@click.option("--base", "base_name", default="smollm2-135m", show_default=True, help="Hub id, folder, .gguf or alias.")
-@click.option("--data", "folders", multiple=True, type=PATH, help="Corpus folder or rows; repeat.")
-@click.option("--task", "tasks", multiple=True, help="Family, data set or .jsonl of questions to build from; repeat.")
-@click.option("--draft-rows", default=102, show_default=True, help="Rows of a --task that teach to answer.")
-@click.option("--verify-rows", default=100, show_default=True, help="Rows of a --task that teach to judge.")
-@click.option("--questions", type=PATH, help="Folder with <task>/<split>.jsonl; default: Hub.")
-@click.option("--template", "template_name", default="plain", show_default=True, help="Prompt template of --task.")
-@click.option("--mask-prompt/--no-mask-prompt", default=True, show_default=True, help="Completions only (.jsonl).")
-@click.option("--out", type=PATH, required=True, help="Folder that gets one folder per adapter.")
+@click.command(name="train")
+@shared.base("smollm2-135m")
+@shared.corpus("repeatable", multiple=True, name="folders")
+@shared.task("to build a corpus from; repeatable", required=False)
+@shared.draft_rows(102)
+@shared.verify_rows()
+@shared.questions()
+@shared.template("plain")
+@shared.mask_prompt()
+@shared.out("a folder that gets one folder per adapter", required=True)
 @train_options
 @common_options
 def train_pool(
     console: Console,
-    base_name: str,
+    base_name: str | None,
     folders: tuple[Path, ...],
     tasks: tuple[str, ...],
     draft_rows: int,
     verify_rows: int,
-    questions: Path | None,
+    folder: Path | None,
     template_name: str,
     mask_prompt: bool,
     out: Path,
     settings: Mapping[str, Any],
     running: Mapping[str, Any],
 ) -> None:
-    """Train a pool: one adapter for each --data and --task, with the same settings and the same initial A.
+    """Train a pool: one adapter for each --corpus and --task, with the same settings and the same initial A.
 
     Finished adapters are skipped, so the same command with --resume goes on where it was cut off. Under mlx.launch the
     adapters are shared out among the processes.
@@ -47,8 +47,8 @@ def train_pool(
     \b
     Examples:
       rsgwm pool train --task change --task groups --out pool
-      rsgwm pool train --data corpus/a --data corpus/b --epochs 1 --out pool --resume
-      mlx.launch -n 2 -- rsgwm pool train --data corpus/a --data corpus/b --out pool
+      rsgwm pool train --corpus corpus/a --corpus corpus/b --epochs 1 --out pool --resume
+      mlx.launch -n 2 -- rsgwm pool train --corpus corpus/a --corpus corpus/b --out pool
     """
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError
@@ -58,21 +58,21 @@ def train_pool(
     from mlx_rsgwm.training import pool
 
     if not folders and not tasks:
-        raise RsgwmError("give at least one --data or --task")
+        raise RsgwmError("give at least one --corpus or --task")
     config = train_config(console, {}, settings)
     saving = saving_options(out, {}, running)
     processes = launched_processes()
     corpora = {folder.stem: folder for folder in folders}
     names = [path.stem for path in (*folders, *map(Path, tasks))]
     if double := sorted({name for name in names if names.count(name) > 1}):
-        raise RsgwmError(f"two --data or --task are called {double[0]}; adapters are named after them")
+        raise RsgwmError(f"two --corpus or --task are called {double[0]}; adapters are named after them")
     if processes.writes:
-        _build(console, tasks, out, draft_rows, verify_rows, questions, template_name)
+        _build(console, tasks, out, draft_rows, verify_rows, folder, template_name)
     processes.wait()
     corpora |= {Path(task).stem: out / "data" / Path(task).stem for task in tasks}
     members = [pool.Member(name, *load_data(folder, None, mask_prompt)) for name, folder in corpora.items()]
     progress = console.progress if processes.writes else SILENT
-    base = load_base(base_name, progress=progress)
+    base = load_base(base_name or "smollm2-135m", progress=progress)
     trained = pool.train_pool(base, members, config, saving, memory_options(running), progress, processes)
     processes.wait()
     if not processes.writes:

@@ -51,7 +51,7 @@ def test_real_gsm8k_items(demo, data_folder):
     out, _ = demo
     found = run(
         "eval", "--base", "smollm2-135m", "--drafter", out / "drafter", "--verifier", out / "verifier",
-        "--task", "gsm8k", "--data", data_folder, "--limit", "6", "--timed", "2", "--max-tokens", "64", "--json",
+        "--task", "gsm8k", "--questions", data_folder, "--items", "6", "--timed", "2", "--max-tokens", "64", "--json",
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
     result = json.loads(found.stdout.splitlines()[-1])

@@ -128,7 +128,7 @@ def test_troubleshooting_quotes_what_the_program_says():
 BLOCK = re.search(rf"{RUN_MARK}\n\n((?:    .*\n)+)", (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8"))[1]
 
 
-QUICKER = {"pool": ["--steps", "8"], "calibrate": ["--items", "4"], "eval": ["--limit", "4"]}
+QUICKER = {"pool": ["--steps", "8"], "calibrate": ["--items", "4"], "eval": ["--items", "4"]}
 
 
 def test_the_quick_start_runs(tiny_base, tmp_path, monkeypatch):

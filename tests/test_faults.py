@@ -85,7 +85,7 @@ def commands(work, base, out):
     judged = ["--score", "yesno", "--threshold", "0.5", "--task", work / "mine.jsonl", "--timed", 0]
     return {
         "train": (
-            ["train", "--base", base, "--data", work / "corpus" / "change", "--out", out, "--resume", *small],
+            ["train", "--base", base, "--corpus", work / "corpus" / "change", "--out", out, "--resume", *small],
             ["adapters.safetensors", "importance.safetensors", "init.safetensors", "adapter_config.json"],
         ),
         "merge": (
@@ -97,7 +97,7 @@ def commands(work, base, out):
             ["items.jsonl"],
         ),
         "convert": (
-            ["convert", "to-peft", work / "draft", out],
+            ["convert", "to-peft", work / "draft", "--out", out],
             ["adapter_model.safetensors", "adapter_config.json"],
         ),
         "run": (

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from mlx_rsgwm.cli.console import Console
-from mlx_rsgwm.cli.options.paths import SOURCE, SOURCES
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import AUTO_SHARE, SOURCE, OneOf
+from mlx_rsgwm.cli.options.paths import SOURCES
+from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.inference.policy import MODES, LoopConfig
+from mlx_rsgwm.inference.scores import SCORES
 
 if TYPE_CHECKING:
     from mlx_rsgwm.inference.calibration import Calibration
@@ -22,51 +27,70 @@ Source = str | Path
 
 DEMO = Path("runs/demo")
 
-# What drafts and what reads; the rest decides.
+# Pipeline: what drafts and what reads. The rest decides over their drafts.
 PIPELINE_OPTIONS = (
-    click.option(
-        "--base", "base_name", help="Hub id, folder, .gguf or alias.  [default: the one that the adapters record]"
-    ),
+    shared.base(),
     click.option("--drafter", type=SOURCE, help=f"The drafter: {SOURCES}.  [default: {DEMO}/drafter]"),
     click.option(
         "--verifier",
         type=SOURCE,
         help=f"The verifier, likewise; give both or neither.  [default: {DEMO}/verifier]",
     ),
-    click.option("--attempts", default=3, show_default=True, help="Drafts in all, the first included."),
-    click.option("--temperature", default=0.7, show_default=True),
-    click.option("--top-p", default=0.9, show_default=True),
-    click.option("--max-tokens", default=256, show_default=True, help="Longest draft."),
-    click.option("--verify-template", help="Other words for the verifier, to see what misaligned prompts cost."),
-    click.option(
-        "--template-mismatch",
-        default="refuse",
-        show_default=True,
-        help="refuse or warn, when an adapter was trained with another template.",
-    ),
-    click.option("--template", "template_name", help="plain or chat; default: the one the drafter was trained with."),
+    shared.attempts(),
+    shared.temperature(),
+    shared.top_p(),
+    shared.max_tokens(),
+    shared.template(text="the one that the drafter was trained with"),
 )
+
+
+def score_option(auto: str) -> Any:
+    """``--score``; ``auto``: what the automatic choice is."""
+    text = f"Score of a draft; auto is {auto}."
+    return click.option("--score", type=OneOf(["auto", *SCORES]), default="auto", show_default=True, help=text)
+
+
 DECISION_OPTIONS = (
+    score_option("by the verifier's calibration"),
     click.option(
-        "--score",
+        "--threshold",
+        type=AUTO_SHARE,
         default="auto",
         show_default=True,
-        help="yesno, mean_logprob, combined, or auto: by the verifier's calibration.",
-    ),
-    click.option(
-        "--threshold", default="auto", show_default=True, help="In [0, 1]; auto: the verifier's calibration, else 0.7."
-    ),
-    click.option(
-        "--mode",
-        default="adaptive",
-        show_default=True,
-        help="adaptive, parallel or sequential: the same answers in different time.",
+        help="Score to accept from; auto is by the verifier's calibration, else 0.7.",
     ),
     click.option("--abstain", is_flag=True, help="Say nothing when no draft is accepted, instead of the best one."),
 )
 
 
-def pipeline_options(command: F) -> F:
+def template_options(hidden: bool) -> tuple[Any, ...]:
+    """For experiments with verifiers that are asked in other words than they were trained with."""
+    return (
+        click.option(
+            "--verify-template",
+            type=OneOf(list(TEMPLATES)),
+            hidden=hidden,
+            help="Other words for the verifier, to see what misaligned prompts cost.",
+        ),
+        click.option(
+            "--template-mismatch",
+            type=OneOf(["refuse", "warn"]),
+            default="refuse",
+            show_default=True,
+            hidden=hidden,
+            help="What becomes of an adapter that was trained with another template.",
+        ),
+    )
+
+
+def mode_option(hidden: bool) -> Any:
+    """``--mode``: the same answers in different time."""
+    text = "Order of drafting and scoring; the same answers in different time."
+    kind, default = OneOf(MODES), LoopConfig.mode
+    return click.option("--mode", type=kind, default=default, show_default=True, hidden=hidden, help=text)
+
+
+def pipeline_options(command: F, hidden: bool = False) -> F:
     """Add the options that :func:`build_pipeline` needs; the command takes them as keywords and hands them on."""
 
     @functools.wraps(command)
@@ -75,7 +99,7 @@ def pipeline_options(command: F) -> F:
         return command(*arguments, drafter=drafter, verifier=verifier, **options)
 
     decorated: Any = with_pair
-    for option in reversed(PIPELINE_OPTIONS):
+    for option in reversed((*PIPELINE_OPTIONS, *template_options(hidden))):
         decorated = option(decorated)
     return decorated
 
@@ -95,11 +119,18 @@ def settle_pair(drafter: Source | None, verifier: Source | None) -> tuple[Source
     raise RsgwmError(f"--{given} {folder} without --{missing}; give both{hint}")
 
 
-def loop_options(command: F) -> F:
-    """Add all options; the command takes them as keywords and hands them to :func:`build_pipeline`."""
-    for option in reversed(DECISION_OPTIONS):
-        command = option(command)
-    return pipeline_options(command)
+def loop_options(experiments: bool = True) -> Callable[[F], F]:
+    """Add all options; the command takes them as keywords and hands them to :func:`build_pipeline`.
+
+    Without ``experiments`` those are hidden that only an experiment needs.
+    """
+
+    def decorate(command: F) -> F:
+        for option in reversed((*DECISION_OPTIONS, mode_option(not experiments))):
+            command = option(command)
+        return pipeline_options(command, not experiments)
+
+    return decorate
 
 
 def load_pair(console: Console, options: Mapping[str, Any]) -> dict[str, Adapter]:
@@ -121,14 +152,13 @@ def build_pipeline(
 
     names = ("attempts", "temperature", "top_p", "max_tokens", "verify_template", "template_mismatch")
     decisions = {name: options[name] for name in ("mode", "abstain") if name in options}
-    threshold = options.get("threshold", "auto")
     return open_pipeline(
         options["drafter"],
         options["verifier"],
         options["base_name"],
         template=options["template_name"],
         score=options.get("score", "auto"),
-        threshold="auto" if threshold == "auto" else _threshold(threshold),
+        threshold=options.get("threshold", "auto"),
         seed=console.seed,
         calibration=calibration,
         calibrate=calibrate,
@@ -136,12 +166,3 @@ def build_pipeline(
         **{name: options[name] for name in names},
         **decisions,
     )
-
-
-def _threshold(text: str) -> float:
-    from mlx_rsgwm.core.errors import RsgwmError
-
-    try:
-        return float(text)
-    except ValueError:
-        raise RsgwmError(f"--threshold must be auto or a number in [0, 1], found {text!r}") from None

@@ -11,45 +11,64 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.console import Console
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import COUNT, INSIDE, POSITIVE, OneOf
+from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.config import FINE_TUNE_TYPES, LONG_ROWS, OPTIMIZERS, SCHEDULES, SELECTIONS, TrainConfig
+from mlx_rsgwm.training.reporting import SERVICES
+
+OPEN_SHARE = click.FloatRange(0, 1, max_open=True)
+AT_LEAST_0 = click.FloatRange(0)
+ABOVE_0 = click.FloatRange(0, min_open=True)
+
+# Option, field of TrainConfig, type, help; the defaults are TrainConfig's.
+FIELDS: tuple[tuple[str, str, click.ParamType, str], ...] = (
+    ("--rank", "rank", POSITIVE, "Rank of the result."),
+    ("--alpha", "alpha", ABOVE_0, "Scale of the update is alpha / rank."),
+    ("--dropout", "dropout", OPEN_SHARE, "Share of an adapter's inputs left out of a step."),
+    ("--layers", "num_layers", click.IntRange(-1), "Blocks to adapt, from the last; -1 for all."),
+    ("--type", "fine_tune_type", OneOf(FINE_TUNE_TYPES), "Kind of adapter."),
+    ("--epochs", "epochs", POSITIVE, "Passes over the rows."),
+    ("--steps", "steps", COUNT, "End after so many steps instead of epochs; 0 for epochs."),
+    ("--batch-size", "batch_size", POSITIVE, shared.BATCH_SIZE),
+    ("--accumulate", "accumulate", POSITIVE, "Batches of a step."),
+    ("--optimizer", "optimizer", OneOf(OPTIMIZERS), "How gradients become steps."),
+    ("--learning-rate", "learning_rate", INSIDE, "Highest learning rate."),
+    ("--warmup", "warmup", OPEN_SHARE, "Share of the run in which the rate rises."),
+    ("--schedule", "schedule", OneOf(SCHEDULES), "How the rate goes on after it."),
+    ("--weight-decay", "weight_decay", AT_LEAST_0, "Decoupled, for adamw."),
+    ("--clip", "clip", AT_LEAST_0, "Greatest norm of the gradient; 0 for none."),
+    ("--max-seq-length", "max_tokens", click.IntRange(2), f"{shared.ROW_LENGTH}; see --long-rows."),
+    ("--long-rows", "long_rows", OneOf(LONG_ROWS), "What becomes of longer rows; both are counted."),
+    ("--validate-every", "validate_every", COUNT, "Score the held-out rows every so many steps; 0 for never."),
+    ("--patience", "patience", COUNT, "Stop after so many scores without a new lowest; 0 for never."),
+    ("--select", "select", OneOf(SELECTIONS), "Keep the weights of the last step, or of the best score."),
+    ("--init-seed", "init_seed", COUNT, "Seed of lora_a: the same for every adapter of a pool."),
+)
+
+
+def _option(flag: str, field: str, kind: click.ParamType, text: str) -> Any:
+    """An option that is None unless given, so that a YAML's value stands; help shows the config's default."""
+    return click.option(flag, field, type=kind, help=f"{text}  [default: {getattr(TrainConfig, field)}]")
+
 
 SETTINGS = (
-    click.option("--rank", type=int, help="Rank of the update.  [default: 16]"),
-    click.option("--alpha", type=float, help="Scale of the update is alpha / rank.  [default: 32]"),
-    click.option("--dropout", type=float, help="[default: 0.05]"),
+    *(_option(*row) for row in FIELDS),
     click.option(
-        "--key",
-        "keys",
-        multiple=True,
-        help="Module to adapt (self_attn.q_proj, …), or all-linear; repeat.",
+        "--key", "keys", multiple=True, help="Module to adapt (self_attn.q_proj, …), or all-linear; repeatable."
     ),
-    click.option("--layers", "num_layers", type=int, help="Blocks to adapt, from the last; -1 for all.  [default: -1]"),
-    click.option("--type", "fine_tune_type", help="lora or dora.  [default: lora]"),
-    click.option("--epochs", type=int, help="[default: 2]"),
-    click.option("--steps", type=int, help="End after so many steps instead of epochs."),
-    click.option("--batch-size", type=int, help="Rows at once.  [default: 8]"),
-    click.option("--accumulate", type=int, help="Batches of a step.  [default: 1]"),
-    click.option("--optimizer", help="adam or adamw.  [default: adam]"),
-    click.option("--learning-rate", type=float, help="[default: 0.0005]"),
-    click.option("--warmup", type=float, help="Share of the run in which the rate rises.  [default: 0.05]"),
-    click.option("--schedule", help="constant, linear or cosine.  [default: linear]"),
-    click.option("--weight-decay", type=float, help="Decoupled, for adamw.  [default: 0]"),
-    click.option("--clip", type=float, help="Greatest norm of the gradient; 0 for none.  [default: 0]"),
-    click.option("--max-tokens", type=int, help="Longest row.  [default: 1024]"),
-    click.option("--long-rows", help="drop longer rows, or cut them; both are counted.  [default: drop]"),
     click.option("--recompute/--no-recompute", default=None, help="Less memory, more time: gradient checkpointing."),
-    click.option("--validate-every", type=int, help="Score the held-out rows every so many steps.  [default: never]"),
-    click.option("--patience", type=int, help="Stop after so many scores without a new lowest.  [default: 0, never]"),
-    click.option("--select", help="Keep the weights of the last step, or of the best score.  [default: last]"),
-    click.option("--init-seed", type=int, help="Seed of lora_a: the same for every adapter of a pool.  [default: 42]"),
 )
 RUNNING = (
     click.option("--resume", is_flag=True, help="Continue an unfinished run from its newest checkpoint."),
-    click.option("--save-every", type=int, help="Steps between checkpoints; 0 for only the last.  [default: 100]"),
-    click.option("--keep", type=int, help="Checkpoints to keep.  [default: 3]"),
-    click.option("--report-to", help="wandb, swanlab, trackio; several with commas. Needs their packages."),
+    click.option(
+        "--save-every", type=COUNT, help=f"Steps between checkpoints; 0 for only the last.  [default: {Saving.every}]"
+    ),
+    click.option("--keep", type=POSITIVE, help=f"Checkpoints to keep.  [default: {Saving.keep}]"),
+    click.option("--report-to", help=f"{', '.join(SERVICES)}; several with commas. Needs their packages."),
     click.option("--project", help="Project name at these services.  [default: mlx-rsgwm]"),
-    click.option("--cache-limit", type=float, help="Gigabytes of freed memory that MLX may hold on to."),
-    click.option("--wired-limit", type=float, help="Gigabytes that MLX may wire (Apple silicon)."),
+    click.option("--cache-limit", type=AT_LEAST_0, help="Gigabytes of freed memory that MLX may hold on to."),
+    click.option("--wired-limit", type=AT_LEAST_0, help="Gigabytes that MLX may wire (Apple silicon)."),
     click.option("--ignore-memory", is_flag=True, help="Start even if the memory estimate says that it will not fit."),
 )
 
@@ -70,10 +89,8 @@ def train_options(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def train_config(console: Console, from_file: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+def train_config(console: Console, from_file: Mapping[str, Any], settings: Mapping[str, Any]) -> TrainConfig:
     """The :class:`TrainConfig` of a YAML's settings with the options that were given laid over them."""
-    from mlx_rsgwm.training.config import TrainConfig
-
     given = {name: value for name, value in settings.items() if value is not None and value != ()}
     if console.seed_given or "seed" not in from_file:
         given["seed"] = console.seed
@@ -91,13 +108,11 @@ def memory_options(running: Mapping[str, Any]) -> Any:
     return MemoryOptions(running["cache_limit"], running["wired_limit"], not running["ignore_memory"])
 
 
-def saving_options(folder: Path, from_file: Mapping[str, Any], running: Mapping[str, Any]) -> Any:
+def saving_options(folder: Path, from_file: Mapping[str, Any], running: Mapping[str, Any]) -> Saving:
     """The :class:`Saving` for an adapter folder."""
-    from mlx_rsgwm.training.checkpoints import Saving
-
     given = {
         name: next((value for value in (running[option], from_file.get(option)) if value is not None), default)
-        for name, option, default in (("every", "save_every", 100), ("keep", "keep", 3))
+        for name, option, default in (("every", "save_every", Saving.every), ("keep", "keep", Saving.keep))
     }
     return Saving(folder, given["every"], given["keep"], "continue" if running["resume"] else "refuse")
 

@@ -143,6 +143,7 @@ def hub_rows(source: Source, split: str, revision: str | None) -> Iterable[tuple
         except Exception as error:  # the Hub client raises its own, httpx's and the disk's errors; all mean the same
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RsgwmError(
-                f"cannot load split {split!r} of {source.hub} from the Hub: {reason}; give a local folder with --data"
+                f"cannot load split {split!r} of {source.hub} from the Hub: {reason}; "
+                "give a local folder with --questions"
             ) from error
     return enumerate(rows, 1)

@@ -41,7 +41,7 @@ class Slice:
         if self.how not in SLICES:
             raise RsgwmError(f"slice must be one of {', '.join(SLICES)}, found {self.how!r}")
         if self.limit is not None and self.limit < 1:
-            raise RsgwmError(f"--limit must be at least 1, found {self.limit}")
+            raise RsgwmError(f"items must be at least 1, found {self.limit}")
 
 
 def read_slice(wanted: Slice, seen: RowRecord | None = None) -> tuple[list[Question], dict[str, Any]]:
@@ -96,6 +96,6 @@ def newest_revision(hub: str) -> str:
         found = HfApi().dataset_info(hub).sha
     except Exception as error:  # the Hub client raises its own, httpx's and the disk's errors; all mean the same
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RsgwmError(f"cannot ask the Hub for {hub}: {reason}; give a local folder with --data") from error
+        raise RsgwmError(f"cannot ask the Hub for {hub}: {reason}; give a local folder with --questions") from error
     assert found is not None
     return found

@@ -280,7 +280,7 @@ class Pool:
             f"the merge needs importance for {signal!r}",
             [
                 f"{source.label} has {', '.join(sorted(source.signals)) or 'none'}; collect it "
-                f"(rsgwm adapter importance {source.label} --data ROWS), or use signal shared or a method without it"
+                f"(rsgwm adapter importance {source.label} --corpus ROWS), or use signal shared or a method without it"
                 for source in self.sources
                 if signal not in source.signals
             ],

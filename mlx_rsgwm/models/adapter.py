@@ -304,7 +304,8 @@ def put_beside(
     folder = adapter.own_folder
     if folder is None:
         raise AdapterError(
-            f"{adapter.where} is not a folder that {name} could stand in; convert it first (rsgwm convert, rsgwm pull)"
+            f"{adapter.where} is not a folder that {name} could stand in; convert it first "
+            "(rsgwm convert, rsgwm hub pull)"
         )
     recorded = adapter.manifest.get("files") or {}
     known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE)

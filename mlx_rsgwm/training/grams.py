@@ -147,7 +147,7 @@ def load_grams(folder: Path) -> dict[str, mx.array]:
     Raises:
         RsgwmError: there are none, they are of other weights than the folder's, or not square.
     """
-    remedy = f"collect them: rsgwm adapter grams {folder} --data ROWS"
+    remedy = f"collect them: rsgwm adapter grams {folder} --corpus ROWS"
     path = folder / GRAMS_FILE
     if not files.is_present(path):
         raise RsgwmError(f"{folder} has no Gram matrices; {remedy}")

@@ -35,12 +35,12 @@ def merge(first, second, folder):
 
 def evaluate(first, second, folder):
     pair = ("--drafter", first, "--verifier", second, "--score", "mean_logprob", "--threshold", 0.01)
-    found = invoke("eval", *pair, *LOOP, "--task", "change", "--limit", 8, "--timed", 0, "--batch-rows", 8)
+    found = invoke("eval", *pair, *LOOP, "--task", "change", "--items", 8, "--timed", 0, "--batch-rows", 8)
     return {name: value for name, value in found.items() if "latency" not in name and name != "metadata"}
 
 
 def fuse(first, second, folder):
-    result = invoke("fuse", first, folder / "out")
+    result = invoke("fuse", first, "--out", folder / "out")
     return result["modules"], result["share"], arrays(folder / "out" / "model.safetensors")
 
 
@@ -53,7 +53,7 @@ def parity(first, second, folder):
 def calibrate(first, second, folder):
     result = invoke(
         "calibrate", "--drafter", first, "--verifier", second, *LOOP, "--task", "change", "--items", 8,
-        "--score", "mean_logprob", "--method", "platt",
+        "--score", "mean_logprob", "--curve", "platt",
     )  # fmt: skip
     asked = invoke("ask", "What is 2 + 2?", "--drafter", first, "--verifier", second, *LOOP)
     assert asked["threshold"] == result["threshold"]  # and the next command finds it
@@ -69,7 +69,7 @@ def loss(first, second, folder):
     rows = [{"prompt": one.question, "completion": one.answer} for one in generate("change", 4, 0, "train")]
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = invoke("loss", folder, "--adapter", first, "--adapter", second)["loss"]
+    found = invoke("adapter", "loss", "--corpus", folder, "--adapter", first, "--adapter", second)["loss"]
     return list(found.values())
 
 

@@ -37,13 +37,13 @@ def half_right(monkeypatch):
 def calibrate(folder, base, *more):
     return invoke(
         "calibrate", "--base", base, "--drafter", folder / "drafter", "--verifier", folder / "verifier",
-        "--task", "change", "--items", 16, "--attempts", 2, "--max-tokens", 6, "--drafts", folder / "held.jsonl",
+        "--task", "change", "--items", 16, "--attempts", 2, "--max-tokens", 6, "--drafts-file", folder / "held.jsonl",
         "--quiet", *more,
     )  # fmt: skip
 
 
 def test_calibrate_then_ask_by_the_combined_score(adapters, tiny_base, half_right):
-    made = calibrate(adapters, tiny_base, "--json", "--score", "combined", "--method", "platt")
+    made = calibrate(adapters, tiny_base, "--json", "--score", "combined", "--curve", "platt")
     assert made.exit_code == 0, made.stderr
     result = json.loads(made.stdout.splitlines()[-1])
     assert result["drafts"] == 32
@@ -89,11 +89,11 @@ def test_a_promise_that_cannot_be_made_leaves_the_verifier_alone(adapters, tiny_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--score", "vibes"], "--score must be auto or one of"),
-        (["--method", "magic"], "--method must be auto, none"),
-        (["--target-far", 1.2], "must be in (0, 1)"),
-        (["--items", 0], "--items must be at least 1"),
-        (["--attempts", 0], "attempts must be at least 1"),
+        (["--score", "mean_logprop"], "did you mean 'mean_logprob'?"),
+        (["--curve", "magic"], "there are auto, none, temperature, platt, isotonic"),
+        (["--target-far", 1.2], "not in the range 0<x<1"),
+        (["--items", 0], "'--items': 0 is not in the range"),
+        (["--attempts", 0], "'--attempts': 0 is not in the range"),
         (["--verifier", "nowhere"], "nowhere does not exist"),
     ],
 )
@@ -107,7 +107,7 @@ def test_calibrate_refuses(adapters, tiny_base, options, message):
 
 def negatives(folder, base, *more):
     return invoke(
-        "data", "negatives", "--base", base, "--from", folder / "drafter", "--from", folder / "verifier",
+        "data", "negatives", "--base", base, "--adapter", folder / "drafter", "--adapter", folder / "verifier",
         "--task", "change", "--task", "compare", "--verify-rows", 8, "--max-tokens", 6, "--out", folder / "corpus",
         "--quiet", *more,
     )  # fmt: skip
@@ -142,10 +142,10 @@ def test_negatives_says_when_there_are_not_enough_mistakes(adapters, tiny_base, 
     ("options", "message"),
     [
         (["--verify-rows", 7], "must be even"),
-        (["--share", 1.5], "--share in [0, 1]"),
-        (["--questions", 0], "--questions must be at least 1"),
-        (["--attempts", 0], "attempts must be at least 1"),
-        (["--from", "nowhere"], "nowhere does not exist"),
+        (["--share", 1.5], "not in the range 0<=x<=1"),
+        (["--items", 0], "not in the range x>=1"),
+        (["--drafts", 0], "'--drafts': 0 is not in the range"),
+        (["--adapter", "nowhere"], "nowhere does not exist"),
         (["--template", "chat"], "another prompt template"),
     ],
 )
@@ -159,7 +159,7 @@ def test_negatives_refuses(adapters, tiny_base, options, message):
 
 @pytest.mark.parametrize("correct", [0, 32])
 def test_a_calibration_that_saw_one_class_is_refused(adapters, tiny_base, half_right, correct):
-    assert calibrate(adapters, tiny_base, "--score", "yesno", "--method", "none").exit_code == 0
+    assert calibrate(adapters, tiny_base, "--score", "yesno", "--curve", "none").exit_code == 0
     path = adapters / "verifier" / FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "correct": correct}))
     pair = ("--drafter", adapters / "drafter", "--verifier", adapters / "verifier", "--attempts", 1, "--max-tokens", 2)

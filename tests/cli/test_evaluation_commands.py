@@ -48,12 +48,12 @@ def run(recipe, tmp_path_factory):
 def evaluate(run, tiny_base, out, *more):
     return invoke(
         "eval", "--base", tiny_base, "--drafter", run / "drafter", "--verifier", run / "verifier", "--task", "change",
-        "--limit", 4, "--timed", 1, "--max-tokens", 5, "--attempts", 2, "--out", out, *more, "--json",
+        "--items", 4, "--timed", 1, "--max-tokens", 5, "--attempts", 2, "--out", out, *more, "--json",
     )  # fmt: skip
 
 
 def test_eval_records_seeds_drafts_and_contamination(run, tiny_base, tmp_path, monkeypatch):
-    more = ("--sampling-seeds", 2, "--drafts", 3, "--slice", "seeded", "--train-data", run / "data" / "change",
+    more = ("--sampling-seeds", 2, "--drafts", 3, "--slice", "seeded", "--corpus", run / "data" / "change",
             "--score", "yesno")  # fmt: skip
     found = result(evaluate(run, tiny_base, tmp_path / "a", *more))
     assert found["seeds"]["seeds"] == [42, 43]
@@ -88,7 +88,7 @@ def test_report_and_compare(run, tiny_base, tmp_path):
 
 def test_controls(run, tiny_base, tmp_path, monkeypatch):
     arguments = (
-        "report", "controls", run, "--base", tiny_base, "--limit", 4, "--calibration-items", 2, "--sampling-seeds", 2,
+        "report", "controls", run, "--base", tiny_base, "--items", 4, "--calibration-items", 2, "--sampling-seeds", 2,
         "--attempts", 2, "--drafts", 3, "--max-tokens", 6, "--out", tmp_path / "c", "--json",
     )  # fmt: skip
     shown = invoke(*arguments)
@@ -108,7 +108,7 @@ def test_controls(run, tiny_base, tmp_path, monkeypatch):
 
 def test_tables(recipe, tmp_path):
     found = invoke(
-        "tables", 1, "--recipe", recipe, "--limit", 2, "--timed", 1, "--out", tmp_path / "t", "--json"
+        "report", "tables", 1, "--recipe", recipe, "--items", 2, "--timed", 1, "--out", tmp_path / "t", "--json"
     )  # fmt: skip
     assert [row["name"] for row in result(found)["rows"]] == ["Single-GWM", "GWM-DV-V2"]
     assert "GWM-DV-V2, paper" in found.stderr
@@ -127,7 +127,7 @@ def test_tables_refuse_what_will_be_trained_on_before_training(recipe, tmp_path,
     rows += [{"question": row.question, "answer": row.gold} for row in generate("change", 2, 42, "calibration")]
     rows.append({"question": "Is this one new?", "answer": "yes"})
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = invoke("tables", 1, "--recipe", recipe, "--task", tmp_path / "own.jsonl", "--out", tmp_path / "t")
+    found = invoke("report", "tables", 1, "--recipe", recipe, "--task", tmp_path / "own.jsonl", "--out", tmp_path / "t")
     assert found.exit_code == 2
     assert "4 of 5 test questions were trained or calibrated on (default: data/change 2, default: calibration 2)" in (
         found.stderr
@@ -142,14 +142,14 @@ def test_tables_refuse_what_will_be_trained_on_before_training(recipe, tmp_path,
         (["compare", "{tmp}", "{tmp}"], "holds no report.json"),
         (["report", "controls", "{tmp}", "--out", "{tmp}/c"], "lacks drafter, verifier"),
         (["report", "tables", "1", "--recipe", "nonesuch", "--out", "{tmp}/t"], "no recipe 'nonesuch'"),
-        (["report", "tables", "4"], "'4' is not one of"),
+        (["report", "tables", "4"], "'4' is not one of its values; there are 1, 2, 3"),
         (["report", "tables", "3", "--variant", "odd:x=1"], "expected NAME:KEY=VALUE"),
-        (["report", "tables", "2", "--limit", "0"], "--limit must be at least 1"),
-        (["eval", "--task", "change", "--slice", "last"], "slice must be one of"),
-        (["eval", "--task", "change", "--limit", "0"], "--limit must be at least 1"),
-        (["eval", "--task", "change", "--timed", "-1"], "--timed must not be negative"),
+        (["report", "tables", "2", "--items", "0"], "not in the range x>=1"),
+        (["eval", "--task", "change", "--slice", "last"], "there are first, seeded"),
+        (["eval", "--task", "change", "--items", "0"], "not in the range x>=1"),
+        (["eval", "--task", "change", "--timed", "-1"], "not in the range x>=0"),
         (["eval", "--task", "change", "--refusal", "("], "is not a regular expression"),
-        (["eval", "--task", "change", "--train-data", "{tmp}/none"], "none does not exist"),
+        (["eval", "--task", "change", "--corpus", "{tmp}/none"], "none does not exist"),
         (["eval", "--task", "{tmp}/twice.jsonl"], "is already that of line 1"),
         (["eval", "--task", "{tmp}/missing-gold.jsonl"], "no gold answer"),
     ],

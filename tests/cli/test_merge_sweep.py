@@ -34,7 +34,7 @@ def test_questions_of_ones_own(pool, tiny_base, tmp_path):
     rows = tmp_path / "mine.jsonl"
     rows.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n{"question": "What is 2 + 1?", "answer": "3"}\n')
     found = invoke(
-        "pool", "sweep", *pool, "--base", tiny_base, "--methods", "linear", "--eval", rows, "--max-tokens", 3,
+        "pool", "sweep", *pool, "--base", tiny_base, "--methods", "linear", "--task", rows, "--max-tokens", 3,
         "--out", tmp_path / "sweep",
     )  # fmt: skip
     assert found.exit_code == 0, found.output
@@ -47,12 +47,12 @@ def test_questions_of_ones_own(pool, tiny_base, tmp_path):
     [
         (["--methods", "linaer"], "unknown method 'linaer'; did you mean 'linear'"),
         (["--methods", "rsgwm:tau=0"], "tau must be in (0, 1)"),
-        (["--eval", "nonsense"], "unknown task 'nonsense'"),
-        (["--with", "joint"], "--with wants NAME=FOLDER"),
+        (["--task", "nonsense"], "unknown task 'nonsense'"),
+        (["--with", "joint"], "wants NAME=VALUE"),
         (["--with", "change={pool}/compare"], "several are called change"),
         (["--with", "joint={pool}/none"], "does not exist"),
-        (["--items", "0"], "--items must be at least 1"),
-        (["--template", "none"], "unknown template 'none'"),
+        (["--items", "0"], "not in the range x>=1"),
+        (["--template", "plian"], "did you mean 'plain'?"),
         (["--weight", "1", "--methods", "linear", "--max-tokens", "2"], "1 weights for 2 adapters"),
     ],
 )
@@ -69,4 +69,4 @@ def test_a_task_nobody_knows_has_to_be_given(make_adapter, tiny_base, tmp_path):
     folders = [make_adapter(seed).save(tmp_path / f"one{seed}") for seed in range(2)]
     found = invoke("pool", "sweep", *folders, "--base", tiny_base, "--out", tmp_path / "sweep")
     assert found.exit_code == 2
-    assert "no held-out items for one0, one1; say what to evaluate on with --eval" in found.stderr
+    assert "no held-out items for one0, one1; say what to evaluate on with --task" in found.stderr

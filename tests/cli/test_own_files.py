@@ -39,8 +39,8 @@ def trained(tmp_path_factory, tiny_base):
     assert built["counts"]["mine"] == {"draft": 12, "verify": 12}
     assert "of 60 rows, from its train share" in told
     for name, seed in (("a", 1), ("b", 2)):
-        invoke("train", "--base", tiny_base, "--data", folder / "corpus", "--rank", 2, "--steps", 2, "--seed", seed,
-               "--max-tokens", 512, "--out", folder / name)  # fmt: skip
+        invoke("train", "--base", tiny_base, "--corpus", folder / "corpus", "--rank", 2, "--steps", 2, "--seed", seed,
+               "--max-seq-length", 512, "--out", folder / name)  # fmt: skip
     for role in ("draft", "verify"):
         invoke("merge", folder / "a", folder / "b", "--method", "linear", "--role", role, "--out", folder / role)
     return folder
@@ -170,7 +170,7 @@ def test_rows_trained_on_in_another_format_are_recognised(trained, tiny_base, tm
     """Text that was rendered by hand, asked again as questions from a CSV file."""
     form = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
     texts = [{"text": form.format(**row)} for row in ROWS[:4]]
-    invoke("train", "--base", tiny_base, "--data", write(tmp_path / "texts.jsonl", texts), "--rank", 2, "--steps", 1,
+    invoke("train", "--base", tiny_base, "--corpus", write(tmp_path / "texts.jsonl", texts), "--rank", 2, "--steps", 1,
            "--out", tmp_path / "a")  # fmt: skip
     table = tmp_path / "asked.csv"
     table.write_text("id,question,answer\n" + "".join(f"{n},{ROWS[n]['question']},1\n" for n in (59, 3, 9, 1)))
@@ -184,10 +184,10 @@ def test_rows_trained_on_in_another_format_are_recognised(trained, tiny_base, tm
 def test_what_was_fused_into_a_base_is_known(trained, tiny_base, tmp_path):
     """Rows of the adapter in the base: refused in evaluation, told by ``loss``, recorded by what is trained on it."""
     fused, other = tmp_path / "fused", tmp_path / "other"
-    result, _ = invoke("fuse", trained / "a", fused, "--base", tiny_base, "--force")
+    result, _ = invoke("fuse", trained / "a", "--out", fused, "--base", tiny_base, "--force")
     assert "row_hashes" not in result
     new = [{"prompt": f"Name number {n}!", "completion": str(n)} for n in range(3)]
-    invoke("train", "--base", fused, "--data", write(tmp_path / "new.jsonl", new), "--rank", 2, "--steps", 1,
+    invoke("train", "--base", fused, "--corpus", write(tmp_path / "new.jsonl", new), "--rank", 2, "--steps", 1,
            "--out", other)  # fmt: skip
     used = record_of(json.loads((trained / "a" / "manifest.json").read_text()), "").used
     again = record_of(json.loads((other / "manifest.json").read_text()), "")
@@ -223,7 +223,7 @@ def test_two_files_of_one_name_are_no_pool(tmp_path):
     (tmp_path / "a").mkdir()
     files = [write(folder / "mine.jsonl", ROWS) for folder in (tmp_path, tmp_path / "a")]
     error, _ = invoke("pool", "train", "--task", files[0], "--task", files[1], "--out", tmp_path / "pool", code=2)
-    assert "two --data or --task are called mine" in error["error"]
+    assert "two --corpus or --task are called mine" in error["error"]
     assert not (tmp_path / "pool").exists()
 
 

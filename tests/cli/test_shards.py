@@ -29,7 +29,7 @@ def records(folder):
 
 def arguments_of_eval(pool, tiny_base):
     return (
-        "eval", "--base", tiny_base, "--drafter", pool[0], "--verifier", pool[1], "--task", "change", "--limit", 12,
+        "eval", "--base", tiny_base, "--drafter", pool[0], "--verifier", pool[1], "--task", "change", "--items", 12,
         "--threshold", "0.02", "--score", "mean_logprob", "--max-tokens", 5, "--timed", 1, "--batch-rows", 6,
         "--sampling-seeds", 2,
     )  # fmt: skip

@@ -53,7 +53,7 @@ def test_ask_without_torch(pair, tiny_base):
 
 
 def test_convert_without_torch(pair, tiny_base):
-    loaded = run("convert", "to-peft", pair / "drafter", pair / "peft", "--base", tiny_base)
+    loaded = run("convert", "to-peft", pair / "drafter", "--out", pair / "peft", "--base", tiny_base)
     assert loaded.isdisjoint({"torch", "peft", "datasets"})
 
 

@@ -66,7 +66,7 @@ def test_an_mlx_lm_yaml_trains(tiny_base, tmp_path):
 
 
 def test_a_signal_saves_and_resume_goes_on(tiny_base, corpora, tmp_path):
-    command = ["train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--save-every", 0]
+    command = ["train", "--base", tiny_base, "--corpus", corpora / "change", *SMALL, "--save-every", 0]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert invoke(*command, "--epochs", 15, "--out", whole, "--quiet").exit_code == 0
     arguments = [str(argument) for argument in (*command, "--epochs", 15, "--out", cut)]
@@ -92,12 +92,12 @@ def test_a_signal_saves_and_resume_goes_on(tiny_base, corpora, tmp_path):
 
 def test_a_pool_shares_a_and_goes_on(tiny_base, corpora, tmp_path):
     pool = ("--base", tiny_base, *SMALL, "--out", tmp_path / "pool")
-    first = result(invoke("pool", "train", "--data", corpora / "change", *pool, "--json"))
+    first = result(invoke("pool", "train", "--corpus", corpora / "change", *pool, "--json"))
     assert first["trained"] == ["change"]
     found = invoke(
         "pool",
         "train",
-        "--data",
+        "--corpus",
         corpora / "change",
         "--task",
         "groups",
@@ -115,18 +115,18 @@ def test_a_pool_shares_a_and_goes_on(tiny_base, corpora, tmp_path):
     pair = [Adapter.load(tmp_path / "pool" / name) for name in ("change", "groups")]
     for name, value in pair[0].init.items():
         assert (value == pair[1].init[name]).all().item()
-    refused = invoke("pool", "train", "--data", corpora / "change", *pool, "--rank", 2)
+    refused = invoke("pool", "train", "--corpus", corpora / "change", *pool, "--rank", 2)
     assert refused.exit_code == 2
     assert "an adapter of another pool (config.rank is 2 now, was 4" in refused.stderr
 
 
 def test_importance_for_an_adapter_of_others(tiny_base, corpora, tmp_path):
     result(
-        invoke("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
+        invoke("train", "--base", tiny_base, "--corpus", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
     )
     for name in ("importance.safetensors", "manifest.json", "init.safetensors"):
         (tmp_path / "a" / name).unlink()
-    collect = ("adapter", "importance", tmp_path / "a", "--data", corpora / "change", "--base", tiny_base)
+    collect = ("adapter", "importance", tmp_path / "a", "--corpus", corpora / "change", "--base", tiny_base)
     found = result(invoke(*collect, "--batch-size", 4, "--json"))
     assert found["batches"] == {"all": 4, "draft": 2, "verify": 2}
     assert Adapter.load(tmp_path / "a").manifest["importance"]["collected"] is True
@@ -137,13 +137,13 @@ def test_importance_for_an_adapter_of_others(tiny_base, corpora, tmp_path):
 
 def test_passes_over_data_tell_the_rows_that_they_leave_out(tiny_base, corpora, tmp_path):
     result(
-        invoke("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
+        invoke("train", "--base", tiny_base, "--corpus", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
     )
     rows = [{"prompt": "One?", "completion": text} for text in ("Two.", "Longer than any row may be here. " * 9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for command in (("adapter", "importance", "--replace"), ("adapter", "grams")):
-        found = invoke(*command[:2], tmp_path / "a", *command[2:], "--data", tmp_path / "rows.jsonl", "--base",
-                       tiny_base, "--max-tokens", 64)  # fmt: skip
+        found = invoke(*command[:2], tmp_path / "a", *command[2:], "--corpus", tmp_path / "rows.jsonl", "--base",
+                       tiny_base, "--max-seq-length", 64)  # fmt: skip
         assert found.exit_code == 0, found.output
         assert "1 of 2 rows have more than 64 tokens and are left out" in found.stderr
 
@@ -159,17 +159,19 @@ def test_held_out_rows_that_are_trained_on_are_told(tiny_base, tmp_path, repeate
     ]  # fmt: skip
     for name, part in (("train", rows[:8]), ("other", chats)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    found = invoke("train", "--base", tiny_base, "--data", tmp_path / "train.jsonl", "--held-out",
+    found = invoke("train", "--base", tiny_base, "--corpus", tmp_path / "train.jsonl", "--held-out",
                    tmp_path / "other.jsonl", *SMALL, "--out", tmp_path / "a", "--json")  # fmt: skip
     told = f"NOT NEW: {repeated} of 3 held-out rows ask what was trained on, too"
     assert result(found)["held_out_rows"].get("also_trained", 0) == repeated
     assert (told in found.stderr) == bool(repeated)
     scored = result(
-        invoke("adapter", "loss", tmp_path / "other.jsonl", "--adapter", tmp_path / "a", "--rows", 2, "--json")
+        invoke(
+            "adapter", "loss", "--corpus", tmp_path / "other.jsonl", "--adapter", tmp_path / "a", "--rows", 2, "--json"
+        )
     )
     assert scored["trained_on"][str(tmp_path / "a")] == min(repeated, 2) / 2
     (tmp_path / "new.jsonl").write_text(json.dumps({"prompt": "Anything?", "completion": "No."}) + "\n")
-    again = invoke("train", "--base", tiny_base, "--data", tmp_path / "new.jsonl", "--held-out",
+    again = invoke("train", "--base", tiny_base, "--corpus", tmp_path / "new.jsonl", "--held-out",
                    tmp_path / "other.jsonl", "--warm-start", tmp_path / "a", *SMALL, "--out", tmp_path / "b",
                    "--json")  # fmt: skip
     # An adapter that starts from another has seen its rows, too.
@@ -188,7 +190,7 @@ def test_held_out_rows_under_another_path_are_the_training_rows(tiny_base, tmp_p
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     backwards = [dict(reversed(row.items())) for row in reversed(rows[1:])]
     (tmp_path / "held.json").write_text(json.dumps(backwards, ensure_ascii=False, indent=1))
-    found = invoke("train", "--base", tiny_base, "--data", tmp_path / "train.jsonl", "--held-out",
+    found = invoke("train", "--base", tiny_base, "--corpus", tmp_path / "train.jsonl", "--held-out",
                    tmp_path / "held.json", "--out", tmp_path / "a")  # fmt: skip
     assert found.exit_code == 2
     assert "held-out rows and training rows are the same" in found.stderr
@@ -209,11 +211,11 @@ def test_a_base_without_an_end_of_text(tiny_base, corpora, tmp_path):
     base = without_end(tiny_base, tmp_path / "base")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Some plain text."}) + "\n")
     for name, source in (("corpus", corpora / "change"), ("text", tmp_path / "text.jsonl")):
-        found = invoke("train", "--base", base, "--data", source, *SMALL, "--out", tmp_path / name)
+        found = invoke("train", "--base", base, "--corpus", source, *SMALL, "--out", tmp_path / name)
         assert found.exit_code == (2 if name == "corpus" else 0), found.output
         assert "no end-of-text token" in found.stderr
     result(
-        invoke("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
+        invoke("train", "--base", tiny_base, "--corpus", corpora / "change", *SMALL, "--out", tmp_path / "a", "--json")
     )
     (tmp_path / "a" / "manifest.json").unlink()  # an adapter that does not record its base
     asked = invoke("ask", "How many?", "--base", base, "--drafter", tmp_path / "a", "--verifier", tmp_path / "a",
@@ -225,24 +227,27 @@ def test_a_base_without_an_end_of_text(tiny_base, corpora, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--out", "{tmp}/x"], "--data must be given"),
-        (["train", "--data", "{data}", "--out", "{tmp}/x", "--rank", "64"], "rank 64 is above the dimensions"),
+        (["train", "--out", "{tmp}/x"], "--corpus must be given"),
+        (["train", "--corpus", "{data}", "--out", "{tmp}/x", "--rank", "64"], "rank 64 is above the dimensions"),
         (
-            ["train", "--data", "{data}", "--out", "{tmp}/x", "--key", "q_prok"],
+            ["train", "--corpus", "{data}", "--out", "{tmp}/x", "--key", "q_prok"],
             "no layer has a module q_prok",
         ),
         (
-            ["train", "--data", "{data}", "--out", "{tmp}/x", "--learning-rate", "5"],
-            "learning_rate = 5.0",
+            ["train", "--corpus", "{data}", "--out", "{tmp}/x", "--learning-rate", "5"],
+            "not in the range 0<x<1",
         ),
-        (["train", "--data", "{data}", "--out", "{tmp}/x", "--patience", "2"], "patience = 2 needs validate_every"),
-        (["train", "--data", "{data}", "--out", "{tmp}/x", "--report-to", "mlflow"], "report-to mlflow is unknown"),
-        (["train", "--data", "{data}", "--out", "{tmp}/x", "--held-out", "{data}"], "are the same"),
-        (["train", "--data", "{data}", "--out", "{tmp}/x", "--config", "{tmp}/none.yaml"], "none.yaml does not exist"),
-        (["train", "--data", "{tmp}/none.jsonl", "--out", "{tmp}/x"], "none.jsonl does not exist"),
-        (["train", "--data", "{data}", "--out", "{tmp}/x", "--save-every", "-1"], "every = -1 is out of range"),
-        (["pool", "train", "--out", "{tmp}/x"], "at least one --data or --task"),
-        (["adapter", "importance", "{tmp}/none", "--data", "{data}"], "none does not exist"),
+        (["train", "--corpus", "{data}", "--out", "{tmp}/x", "--patience", "2"], "patience = 2 needs validate_every"),
+        (["train", "--corpus", "{data}", "--out", "{tmp}/x", "--report-to", "mlflow"], "report-to mlflow is unknown"),
+        (["train", "--corpus", "{data}", "--out", "{tmp}/x", "--held-out", "{data}"], "are the same"),
+        (
+            ["train", "--corpus", "{data}", "--out", "{tmp}/x", "--config", "{tmp}/none.yaml"],
+            "none.yaml does not exist",
+        ),
+        (["train", "--corpus", "{tmp}/none.jsonl", "--out", "{tmp}/x"], "none.jsonl does not exist"),
+        (["train", "--corpus", "{data}", "--out", "{tmp}/x", "--save-every", "-1"], "not in the range x>=0"),
+        (["pool", "train", "--out", "{tmp}/x"], "at least one --corpus or --task"),
+        (["adapter", "importance", "{tmp}/none", "--corpus", "{data}"], "none does not exist"),
     ],
 )
 def test_bad_input(tiny_base, corpora, tmp_path, arguments, message):
@@ -258,7 +263,7 @@ def test_bad_input(tiny_base, corpora, tmp_path, arguments, message):
 
 def test_two_processes_train_as_one(launch, tiny_base, corpora, tmp_path):
     """8 rows of a role in batches of 7: shares of 4 and 3 rows, then one row for the first process alone."""
-    run = ("train", "--base", tiny_base, "--data", corpora / "change", *SMALL, "--epochs", 3, "--dropout", 0)
+    run = ("train", "--base", tiny_base, "--corpus", corpora / "change", *SMALL, "--epochs", 3, "--dropout", 0)
     run = (*run, "--batch-size", 7, "--save-every", 2)
     result(invoke(*run, "--out", tmp_path / "one", "--json"))
     told = launch(*run, "--out", tmp_path / "two")
@@ -276,7 +281,7 @@ def test_two_processes_train_as_one(launch, tiny_base, corpora, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_a_pool(launch, tiny_base, corpora, tmp_path):
-    pool = ("--base", tiny_base, *SMALL, "--data", corpora / "change", "--data", corpora / "groups")
+    pool = ("--base", tiny_base, *SMALL, "--corpus", corpora / "change", "--corpus", corpora / "groups")
     result(invoke("pool", "train", *pool, "--out", tmp_path / "one", "--json"))
     told = launch("pool", "train", *pool, "--out", tmp_path / "two")
     for name in ("change", "groups"):

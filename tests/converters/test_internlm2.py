@@ -106,11 +106,11 @@ def test_internlm2_is_converted_and_fused(name, byte_level, save_random_peft, tm
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "base"))
     tokenizer.add_tokens([f"<|added {index}|>" for index in range(rows - len(tokenizer))])
     tokenizer.save_pretrained(str(tmp_path / "peft"))
-    run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", tmp_path / "base", "--verify")
-    run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", tmp_path / "base", "--quiet")
+    run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", tmp_path / "base", "--verify")
+    run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", tmp_path / "base", "--quiet")
     fused = load_base(str(tmp_path / "fused"), "float32").model(mx.array([IDS]))[0]
     assert float(np.abs(np.array(fused) - expected).max()) < 1e-4
-    run("convert", "to-peft", tmp_path / "mlx", tmp_path / "back", "--base", tmp_path / "base")
+    run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", tmp_path / "base")
     before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -82,14 +82,14 @@ def test_a_pool_to_peft_killed_anywhere(verify, pool, tiny_base, tmp_path, monke
             assert not folder.exists() or (folder / "adapter_config.json").is_file()
 
     assert steps_until_done(
-        monkeypatch, ("convert", "to-peft", pool, out, "--base", tiny_base, *extra), whole_or_absent
+        monkeypatch, ("convert", "to-peft", pool, "--out", out, "--base", tiny_base, *extra), whole_or_absent
     )
-    assert run("convert", "to-peft", pool, tmp_path / "once", "--base", tiny_base).exit_code == 0
+    assert run("convert", "to-peft", pool, "--out", tmp_path / "once", "--base", tiny_base).exit_code == 0
     assert tree(out) == tree(tmp_path / "once")
 
 
 def test_a_pool_from_peft_killed_anywhere(pool, tiny_base, tmp_path, monkeypatch):
-    assert run("convert", "to-peft", pool, tmp_path / "peft", "--base", tiny_base).exit_code == 0
+    assert run("convert", "to-peft", pool, "--out", tmp_path / "peft", "--base", tiny_base).exit_code == 0
     out = tmp_path / "out"
 
     def whole_or_absent():
@@ -97,7 +97,7 @@ def test_a_pool_from_peft_killed_anywhere(pool, tiny_base, tmp_path, monkeypatch
             assert not folder.exists() or Adapter.load(folder).manifest
 
     assert steps_until_done(
-        monkeypatch, ("convert", "from-peft", tmp_path / "peft", out, "--base", tiny_base), whole_or_absent
+        monkeypatch, ("convert", "from-peft", tmp_path / "peft", "--out", out, "--base", tiny_base), whole_or_absent
     )
     assert {one.name for one in out.iterdir()} == {"a", "b"}
     before, after = Adapter.load(pool / "a"), Adapter.load(out / "a")
@@ -106,7 +106,7 @@ def test_a_pool_from_peft_killed_anywhere(pool, tiny_base, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "command",
-    [("convert", "from-mlx", "pool/a", "out"), ("fuse", "pool/a", "out", "--base", "BASE")],
+    [("convert", "from-mlx", "pool/a", "--out", "out"), ("fuse", "pool/a", "--out", "out", "--base", "BASE")],
 )
 def test_single_folders_killed_anywhere(command, pool, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -123,7 +123,7 @@ def test_a_half_written_peft_folder_is_not_there_already(pool, tiny_base, tmp_pa
     """As an earlier version left it: weights without their configuration."""
     (tmp_path / "peft" / "a").mkdir(parents=True)
     (tmp_path / "peft" / "a" / "adapter_model.safetensors").write_bytes(b"x")
-    result = run("convert", "to-peft", pool, tmp_path / "peft", "--base", tiny_base)
+    result = run("convert", "to-peft", pool, "--out", tmp_path / "peft", "--base", tiny_base)
     assert result.exit_code == 2
     assert "peft/a exists and is not an empty folder" in result.stderr
     assert (tmp_path / "peft" / "b" / "adapter_config.json").is_file()

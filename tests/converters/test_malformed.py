@@ -233,7 +233,7 @@ def test_a_sidecar_that_names_other_files_is_refused(sound, tmp_path):
 
 def test_the_command_ends_with_exit_code_2_and_one_line(folder, tiny_base, tmp_path):
     (folder / WEIGHTS).write_bytes(b"no")
-    arguments = ["convert", "from-peft", str(folder), str(tmp_path / "out"), "--base", str(tiny_base)]
+    arguments = ["convert", "from-peft", str(folder), "--out", str(tmp_path / "out"), "--base", str(tiny_base)]
     result = CliRunner().invoke(rsgwm, arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith("rsgwm: error: ")

@@ -118,10 +118,10 @@ def test_a_resized_vocabulary_is_kept(make, name, bases, tmp_path):
     expected = make(base, tmp_path / "peft", rows, added, ids, **settings)
     if name == "padded alone":
         transformers.AutoTokenizer.from_pretrained(str(base)).save_pretrained(str(tmp_path / "peft"))
-    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base, "--verify")
+    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base, "--verify")
     assert converted.exit_code == 0, converted.output
     assert f"{rows} rows" in converted.output
-    fused = run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", base, "--quiet")
+    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
     assert fused.exit_code == 0, fused.output
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["vocab_size"] == rows
     assert largest(mlx_logits(tmp_path / "fused", ids), expected) < 1e-4
@@ -133,7 +133,7 @@ def test_a_resized_vocabulary_is_kept(make, name, bases, tmp_path):
         assert json.loads((tmp_path / "fused" / "config.json").read_text())["eos_token_id"] == [1, end]
         assert end in tokenizer.eos_token_ids
         assert max(tokenizer.get_vocab().values()) == ROWS + added - 1
-    back = run("convert", "to-peft", tmp_path / "mlx", tmp_path / "back", "--base", base)
+    back = run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
     assert back.exit_code == 0, back.output
     before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("peft", "back"))
     assert before.keys() == after.keys()
@@ -151,9 +151,9 @@ def test_without_a_tokenizer_of_that_size_nothing_is_fused(make, bases, tmp_path
     tokenizer.add_tokens([f"<|added {index}|>" for index in range(ROWS - len(tokenizer) + 6)])
     tokenizer.save_pretrained(str(tmp_path / "many"))
     for name, text in (("peft", "no tokenizer.json"), ("old", "none of the added"), ("many", "has 326 tokens")):
-        converted = run("convert", "from-peft", tmp_path / name, tmp_path / f"{name} mlx", "--base", base)
+        converted = run("convert", "from-peft", tmp_path / name, "--out", tmp_path / f"{name} mlx", "--base", base)
         assert converted.exit_code == 0, converted.output
-        fused = run("fuse", tmp_path / f"{name} mlx", tmp_path / "fused", "--base", base)
+        fused = run("fuse", tmp_path / f"{name} mlx", "--out", tmp_path / "fused", "--base", base)
         assert fused.exit_code == 2, fused.output
         assert text in fused.stderr
         assert not (tmp_path / "fused").exists()
@@ -171,7 +171,7 @@ def test_a_head_that_was_not_saved_is_asked_for(make, bases, tmp_path):
     file = tmp_path / "peft" / "adapter_model.safetensors"
     arrays = {name: value for name, value in mx.load(str(file)).items() if "lm_head" not in name}
     mx.save_safetensors(str(file), arrays, {"format": "pt"})
-    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base)
+    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
     assert converted.exit_code == 2
     assert "without lm_head.weight" in converted.stderr
     assert "merge_and_unload" in converted.stderr
@@ -189,9 +189,9 @@ def test_an_embedding_saved_on_a_packed_base_is_dense_in_the_model(make, tied, r
     save_model(packed, model)
     save_config(config, packed / "config.json")
     make(base, tmp_path / "peft", rows, rows - ROWS, [1], **BOTH)
-    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", packed, "--verify")
+    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", packed, "--verify")
     assert converted.exit_code == 0, converted.output
-    fused = run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", packed, "--quiet", "--force")
+    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", packed, "--quiet", "--force")
     assert fused.exit_code == 0, fused.output
     arrays = mx.load(str(tmp_path / "fused" / "model.safetensors"))
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")

@@ -101,7 +101,7 @@ def test_a_head_apart_becomes_an_untied_model(make, kind, name, bases, tmp_path)
     extra = {"sliding_window": 32, "query_pre_attn_scalar": 8} if kind.startswith("Gemma") else {}
     base = bases(kind, **extra) if kind != "Gemma3" else gemma3(bases, tmp_path)
     expected = make(base, tmp_path / "peft", **TRAINED[name])
-    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base)
+    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
     if kind == "Gemma2":  # its class in mlx-lm has no head at all
         assert converted.exit_code == 2
         assert "gemma2" in converted.stderr
@@ -110,7 +110,7 @@ def test_a_head_apart_becomes_an_untied_model(make, kind, name, bases, tmp_path)
         return
     assert converted.exit_code == 0, converted.output
     assert "untied" in converted.output
-    fused = run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", base, "--quiet")
+    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
     assert fused.exit_code == 0, fused.output
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["tie_word_embeddings"] is False
     # mlx-lm rounds Gemma 3's embedding scale to bfloat16: its bare base is that far from torch already.
@@ -119,7 +119,7 @@ def test_a_head_apart_becomes_an_untied_model(make, kind, name, bases, tmp_path)
     assert largest(mlx_logits(tmp_path / "fused"), expected) < bound
     assert largest(logits(torch_base(tmp_path / "fused")), expected) < 1e-4
     assert largest(mlx_logits(base), expected) > 0.1
-    back = run("convert", "to-peft", tmp_path / "mlx", tmp_path / "back", "--base", base)
+    back = run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
     assert back.exit_code == 0, back.output
     before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("peft", "back"))
     assert before.keys() == after.keys()
@@ -141,7 +141,10 @@ def gemma3(bases, tmp_path):
 @pytest.mark.parametrize("name", ["LoRA on the head", "LoRA on the embedding", "head saved"])
 def test_commands_that_keep_the_base_tied_refuse_it_by_name(make, name, bases, tmp_path):
     make(bases("Llama"), tmp_path / "peft", **TRAINED[name])
-    assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", bases("Llama")).exit_code == 0
+    assert (
+        run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", bases("Llama")).exit_code
+        == 0
+    )
     for command in (
         ("parity", tmp_path / "mlx", "--base", bases("Llama")),
         (
@@ -166,12 +169,12 @@ def test_commands_that_keep_the_base_tied_refuse_it_by_name(make, name, bases, t
 def test_changed_since_it_goes_back_with_its_head_apart(make, name, bases, tmp_path):
     base = bases("Llama")
     make(base, tmp_path / "peft", **TRAINED[name])
-    assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base).exit_code == 0
+    assert run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base).exit_code == 0
     adapter = Adapter.load(tmp_path / "mlx")
     replace(adapter, spec=replace(adapter.spec, scale=0.3)).save(tmp_path / "changed")
-    fused = run("fuse", tmp_path / "changed", tmp_path / "fused", "--base", base, "--quiet")
+    fused = run("fuse", tmp_path / "changed", "--out", tmp_path / "fused", "--base", base, "--quiet")
     assert fused.exit_code == 0, fused.output
-    back = run("convert", "to-peft", tmp_path / "changed", tmp_path / "back", "--base", base, "--verify")
+    back = run("convert", "to-peft", tmp_path / "changed", "--out", tmp_path / "back", "--base", base, "--verify")
     assert back.exit_code == 0, back.output
     after = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")))
     assert largest(mlx_logits(tmp_path / "fused"), after) < 1e-4
@@ -180,12 +183,12 @@ def test_changed_since_it_goes_back_with_its_head_apart(make, name, bases, tmp_p
 def test_a_replaced_embedding_goes_to_peft_as_embedding_and_head(make, bases, tmp_path):
     base = bases("Llama")
     make(base, tmp_path / "peft", target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base).exit_code == 0
+    assert run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base).exit_code == 0
     adapter = Adapter.load(tmp_path / "mlx")
     assert list(adapter.full) == ["model.embed_tokens.weight"]
     replace(adapter, spec=replace(adapter.spec, scale=0.3)).save(tmp_path / "changed")
-    assert run("fuse", tmp_path / "changed", tmp_path / "fused", "--base", base, "--quiet").exit_code == 0
-    assert run("convert", "to-peft", tmp_path / "changed", tmp_path / "back", "--base", base).exit_code == 0
+    assert run("fuse", tmp_path / "changed", "--out", tmp_path / "fused", "--base", base, "--quiet").exit_code == 0
+    assert run("convert", "to-peft", tmp_path / "changed", "--out", tmp_path / "back", "--base", base).exit_code == 0
     after = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")))
     assert largest(mlx_logits(tmp_path / "fused"), after) < 1e-4
 
@@ -200,7 +203,7 @@ def test_merges_keep_heads_apart_or_refuse_them(make, bases, tmp_path):
         make(base, tmp_path / f"{name} peft", **settings)
         if name == "tied":
             tie_pairs(tmp_path / f"{name} peft" / "adapter_model.safetensors")
-        converted = run("convert", "from-peft", tmp_path / f"{name} peft", tmp_path / name, "--base", base)
+        converted = run("convert", "from-peft", tmp_path / f"{name} peft", "--out", tmp_path / name, "--base", base)
         assert converted.exit_code == 0, converted.output
     for others in (("head saved",), ("tied",)):
         folders = [tmp_path / name for name in ("LoRA on the head", *others)]
@@ -212,8 +215,8 @@ def test_merges_keep_heads_apart_or_refuse_them(make, bases, tmp_path):
     assert merged.exit_code == 0, merged.output
     (folder,) = (file.parent for file in (tmp_path / "merged").rglob("adapters.safetensors"))
     assert json.loads((folder / "manifest.json").read_text())["untied"] is True
-    assert run("fuse", folder, tmp_path / "fused", "--base", base, "--quiet").exit_code == 0
-    assert run("convert", "to-peft", folder, tmp_path / "back", "--base", base).exit_code == 0
+    assert run("fuse", folder, "--out", tmp_path / "fused", "--base", base, "--quiet").exit_code == 0
+    assert run("convert", "to-peft", folder, "--out", tmp_path / "back", "--base", base).exit_code == 0
     after = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")))
     assert largest(mlx_logits(tmp_path / "fused"), after) < 1e-4
 
@@ -229,7 +232,10 @@ def tie_pairs(file):
 
 def test_training_and_importance_name_fuse(make, bases, tmp_path):
     make(bases("Llama"), tmp_path / "peft", **TRAINED["LoRA on the head"])
-    assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", bases("Llama")).exit_code == 0
+    assert (
+        run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", bases("Llama")).exit_code
+        == 0
+    )
     base = load_base(str(bases("Llama")), "float32")
     with pytest.raises(AdapterError, match="rsgwm fuse"):
         fitting_modules(base, Adapter.load(tmp_path / "mlx"))
@@ -249,8 +255,8 @@ def test_a_quantised_tied_base_gets_a_dense_head(make, bases, tmp_path):
     save_model(quantised, model)
     save_config(config, quantised / "config.json")
     make(base, tmp_path / "peft", **TRAINED["head saved"])
-    assert run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", quantised).exit_code == 0
-    fused = run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", quantised, "--quiet", "--force")
+    assert run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", quantised).exit_code == 0
+    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", quantised, "--quiet", "--force")
     assert fused.exit_code == 0, fused.output
     head = mx.load(str(tmp_path / "fused" / "model.safetensors"))["lm_head.weight"]
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
@@ -294,13 +300,13 @@ def change(folder, name, function):
 
 
 def converted_and_fused(base, expected, tmp_path):
-    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base, "--verify")
+    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base, "--verify")
     assert converted.exit_code == 0, converted.output
-    fused = run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", base, "--quiet")
+    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
     assert fused.exit_code == 0, fused.output
     assert largest(mlx_logits(tmp_path / "fused"), expected) < 1e-4
     assert largest(logits(torch_base(tmp_path / "fused")), expected) < 1e-4
-    back = run("convert", "to-peft", tmp_path / "mlx", tmp_path / "back", "--base", base)
+    back = run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
     assert back.exit_code == 0, back.output
     before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("peft", "back"))
     assert before.keys() == after.keys()
@@ -324,6 +330,6 @@ def test_a_weight_below_lora_that_was_only_rounded_is_no_change(make, untied, dt
     base = untied("Llama")
     make(base, tmp_path / "peft", target_modules=["q_proj", "lm_head"])
     change(tmp_path / "peft", "lm_head.base_layer.weight", lambda weight: weight.to(dtype))
-    converted = run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base)
+    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
     assert converted.exit_code == 0, converted.output
     assert not Adapter.load(tmp_path / "mlx").full

@@ -92,8 +92,8 @@ def test_a_vocabulary_inside_text_config(kind, name, byte_level, save_random_pef
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(base))
     tokenizer.add_tokens([f"<|added {index}|>" for index in range(rows - len(tokenizer))])
     tokenizer.save_pretrained(str(tmp_path / "peft"))
-    run("convert", "from-peft", tmp_path / "peft", tmp_path / "mlx", "--base", base, "--verify")
-    run("fuse", tmp_path / "mlx", tmp_path / "fused", "--base", base, "--quiet")
+    run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base, "--verify")
+    run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
     # mlx-lm rounds Gemma 3's embedding scale to bfloat16: its bare base is that far from torch already.
     bound = (
         1e-4 if kind != "Gemma3" else 2 * largest(mlx_logits(base, ids[:-1]), torch_logits(torch_base(base), ids[:-1]))
@@ -101,7 +101,7 @@ def test_a_vocabulary_inside_text_config(kind, name, byte_level, save_random_pef
     assert bound < 5e-3
     assert largest(mlx_logits(tmp_path / "fused", ids), expected) < bound
     assert largest(torch_logits(torch_base(tmp_path / "fused"), ids), expected) < 1e-4
-    run("convert", "to-peft", tmp_path / "mlx", tmp_path / "back", "--base", base)
+    run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
     before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -183,16 +183,17 @@ def test_a_gguf_adapter_is_converted_as_it_is_read(adapter_sources, tiny_base, t
     from mlx_rsgwm.cli.main import rsgwm
 
     source = adapter_sources(1)["gguf"]
-    done = CliRunner().invoke(rsgwm, ["convert", "from-gguf", str(source), str(tmp_path / "out"), "--json"])
+    done = CliRunner().invoke(rsgwm, ["convert", "from-gguf", str(source), "--out", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["base"] == str(tiny_base)
     found, expected = Adapter.load(tmp_path / "out"), load_adapter(source)
     assert found.spec == expected.spec
     assert all(mx.array_equal(found.weights[name], value) for name, value in expected.weights.items())
-    again = CliRunner().invoke(rsgwm, ["convert", "from-gguf", str(source), str(tmp_path / "q"), "--quantised"])
+    options = ["--out", str(tmp_path / "q"), "--quantised"]
+    again = CliRunner().invoke(rsgwm, ["convert", "from-gguf", str(source), *options])
     assert again.exit_code == 2
     assert "is an adapter, not a model; leave --quantised out" in again.stderr
-    back = CliRunner().invoke(rsgwm, ["convert", "to-gguf", str(tmp_path / "out"), str(tmp_path / "b.gguf")])
+    back = CliRunner().invoke(rsgwm, ["convert", "to-gguf", str(tmp_path / "out"), "--out", str(tmp_path / "b.gguf")])
     assert back.exit_code == 0, back.output
 
 

@@ -128,10 +128,10 @@ def test_every_command_asks_and_from_mlx_answers(tiny_base, tmp_path):
     old = write(tmp_path / "old", {**OLD, "lora_parameters": {**OLD["lora_parameters"], "keys": ["self_attn.q_proj"]}})
     out = tmp_path / "out"
     for command in (
-        ("convert", "to-peft", old, out, "--base", tiny_base),
-        ("convert", "to-gguf", old, out, "--base", tiny_base),
-        ("convert", "from-mlx", old, out),
-        ("fuse", old, out, "--base", tiny_base),
+        ("convert", "to-peft", old, "--out", out, "--base", tiny_base),
+        ("convert", "to-gguf", old, "--out", out, "--base", tiny_base),
+        ("convert", "from-mlx", old, "--out", out),
+        ("fuse", old, "--out", out, "--base", tiny_base),
         ("parity", old, "--base", tiny_base),
         ("merge", old, old, "--method", "linear", "--out", out),
     ):
@@ -139,7 +139,7 @@ def test_every_command_asks_and_from_mlx_answers(tiny_base, tmp_path):
         assert result.exit_code == 2, (command, result.output)
         assert "--scale 20 (or 10)" in result.output
         assert not out.exists()
-    result = run("convert", "from-mlx", old, out, "--scale", 20)
+    result = run("convert", "from-mlx", old, "--out", out, "--scale", 20)
     assert result.exit_code == 0, result.output
     assert json.loads((out / "adapter_config.json").read_text()) == {
         "fine_tune_type": "lora",
@@ -148,7 +148,7 @@ def test_every_command_asks_and_from_mlx_answers(tiny_base, tmp_path):
     }
     before, after = (mx.load(str(folder / "adapters.safetensors")) for folder in (old, out))
     assert all(mx.array_equal(before[name], after[name]) for name in before)
-    assert run("convert", "to-peft", out, tmp_path / "peft", "--base", tiny_base).exit_code == 0
+    assert run("convert", "to-peft", out, "--out", tmp_path / "peft", "--base", tiny_base).exit_code == 0
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["lora_alpha"] == 160
 
 
@@ -165,4 +165,4 @@ def test_fields_that_mlx_lm_needs_today_are_supplied(config, tiny_base, tmp_path
         block.self_attn.q_proj.weight = block.self_attn.q_proj.weight + 10 * (a @ b).T
     apply_adapter(base.model, adapter, "tiny")
     assert mx.allclose(base.model(ids), expected(ids), rtol=1e-4, atol=1e-4)
-    assert run("fuse", folder, tmp_path / "out", "--base", tiny_base).exit_code == 0
+    assert run("fuse", folder, "--out", tmp_path / "out", "--base", tiny_base).exit_code == 0

@@ -155,7 +155,9 @@ def test_a_command_that_renders_ends_with_2(folder, tmp_path):
     (folder / "chat_template.jinja").write_text(BROKEN["raises"])
     rows = [{"messages": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = CliRunner().invoke(rsgwm, ["adapter", "loss", str(tmp_path / "rows.jsonl"), "--base", str(folder)])
+    result = CliRunner().invoke(
+        rsgwm, ["adapter", "loss", "--corpus", str(tmp_path / "rows.jsonl"), "--base", str(folder)]
+    )
     assert result.exit_code == 2, result.output
     assert "its chat template fails: TemplateError: only user and assistant" in result.output
 

@@ -198,7 +198,7 @@ def test_importance_collected_before(base, corpus, saved):
 
 
 def test_missing(saved):
-    with pytest.raises(RsgwmError, match=r"has no Gram matrices; collect them: rsgwm adapter grams .* --data ROWS"):
+    with pytest.raises(RsgwmError, match=r"has no Gram matrices; collect them: rsgwm adapter grams .* --corpus ROWS"):
         load_grams(saved.path)
 
 
@@ -223,15 +223,15 @@ def test_command(tiny_base, corpus, saved):
         return CliRunner().invoke(command, [*(str(argument) for argument in arguments), "--json"])
 
     data = saved.path.parent / "corpus"
-    found = invoke(saved.path, "--data", data, "--base", tiny_base, "--rows", 6)
+    found = invoke(saved.path, "--corpus", data, "--base", tiny_base, "--rows", 6)
     assert found.exit_code == 0, found.output
     result = json.loads(found.stdout.splitlines()[-1])
     assert result["modules"] == 10
     assert result["matrices"] == 8
     assert result["rows"] == 6
     assert len(load_grams(saved.path)) == 10
-    again = invoke(saved.path, "--data", data, "--base", tiny_base)
+    again = invoke(saved.path, "--corpus", data, "--base", tiny_base)
     assert isinstance(again.exception, RsgwmError)
     assert "already has Gram matrices; pass --replace" in str(again.exception)
-    assert invoke(saved.path, "--data", data, "--base", tiny_base, "--replace").exit_code == 0
+    assert invoke(saved.path, "--corpus", data, "--base", tiny_base, "--replace").exit_code == 0
     assert Adapter.load(saved.path).manifest["grams"]["rows"] == "23"

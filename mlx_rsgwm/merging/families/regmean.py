@@ -39,7 +39,7 @@ def regmean(layer: Layer) -> Factors:
         ridge = max(10 * ridge, 1e-7)
     raise RsgwmError(
         f"{layer.name}: RegMean's Gram matrices are singular or not finite; collect them on more rows "
-        "(rsgwm adapter grams ADAPTER --data ROWS --replace), or set off_diagonal below 1"
+        "(rsgwm adapter grams ADAPTER --corpus ROWS --replace), or set off_diagonal below 1"
     )
 
 

@@ -303,11 +303,11 @@ def test_the_command_knows_the_formats_and_its_exit_codes(bases, tmp_path):
     adapter = make(tmp_path / "adapter", size=0.01, base=bases / "4bit")
     name = str(bases / "4bit")
     run = CliRunner().invoke
-    refused = run(rsgwm, ["fuse", str(adapter), str(tmp_path / "out"), "--base", name, "--quiet"])
+    refused = run(rsgwm, ["fuse", str(adapter), "--out", str(tmp_path / "out"), "--base", name, "--quiet"])
     assert refused.exit_code == 3
     assert "choose another --format" in refused.stderr
     options = ["--format", "float32", "--quiet", "--json"]
-    made = run(rsgwm, ["fuse", str(adapter), str(tmp_path / "out"), *options])
+    made = run(rsgwm, ["fuse", str(adapter), "--out", str(tmp_path / "out"), *options])
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout.splitlines()[-1])["logit_share"] == pytest.approx(1, abs=0.01)
 

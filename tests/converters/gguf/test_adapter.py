@@ -200,7 +200,7 @@ def test_nothing_is_overwritten(some_base, tmp_path):
 
 def test_the_command(request, tmp_path):
     folder = request.getfixturevalue("make_adapter")(1).save(tmp_path / "adapter")
-    result = CliRunner().invoke(rsgwm, ["convert", "to-gguf", str(folder), str(tmp_path / "a.gguf"), "--json"])
+    result = CliRunner().invoke(rsgwm, ["convert", "to-gguf", str(folder), "--out", str(tmp_path / "a.gguf"), "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout.splitlines()[-1])
     assert (told["modules"], told["dtype"]) == (4, "f32")

@@ -168,7 +168,7 @@ def test_quantised_matrices_of_several_kinds(tmp_path):
 
 def test_the_command_keeps_a_base_quantised(tmp_path):
     path = write_gguf(tmp_path / "a.gguf", weights(3), Kind.Q4_0)
-    arguments = ["convert", "from-gguf", str(path), str(tmp_path / "model"), "--quantised", "--json"]
+    arguments = ["convert", "from-gguf", str(path), "--out", str(tmp_path / "model"), "--quantised", "--json"]
     found = CliRunner().invoke(rsgwm, arguments)
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout.splitlines()[-1])["quantization"] == {"group_size": 32, "bits": 4}

@@ -56,14 +56,16 @@ def test_a_fused_adapter_comes_back_as_the_same_model(tiny_base, make_adapter, t
     adapter.manifest = {}
     adapter.save(tmp_path / "adapter")
     options = ["--base", str(base), "--force"]
-    fused = run(rsgwm, ["fuse", str(tmp_path / "adapter"), str(tmp_path / "model"), *options])
+    fused = run(rsgwm, ["fuse", str(tmp_path / "adapter"), "--out", str(tmp_path / "model"), *options])
     assert fused.exit_code == 0, fused.output
-    written = run(rsgwm, ["convert", "to-gguf", str(tmp_path / "model"), str(tmp_path / "m.gguf"), "--json"])
+    written = run(rsgwm, ["convert", "to-gguf", str(tmp_path / "model"), "--out", str(tmp_path / "m.gguf"), "--json"])
     assert written.exit_code == 0, written.output
     assert json.loads(written.stdout.splitlines()[-1])["dtype"] == "f32"
     assert np.abs(logits(tmp_path / "m.gguf") - logits(tmp_path / "model")).max() < 1e-5
     assert np.abs(logits(tmp_path / "m.gguf") - logits(base)).max() > 0.1
-    misplaced = run(rsgwm, ["convert", "to-gguf", str(tmp_path / "model"), str(tmp_path / "n.gguf"), "--base", "x"])
+    misplaced = run(
+        rsgwm, ["convert", "to-gguf", str(tmp_path / "model"), "--out", str(tmp_path / "n.gguf"), "--base", "x"]
+    )
     assert misplaced.exit_code == 2
     assert "is a model, not an adapter" in misplaced.stderr
 

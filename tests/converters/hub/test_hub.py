@@ -204,7 +204,7 @@ def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path)
     everything = b"".join(data for name, data in hub.files.items() if not name.endswith(".safetensors"))
     assert str(tmp_path.parent).encode() not in everything
 
-    pulled = rsgwm("hub", "pull", REPO, tmp_path / "pulled", "--base", tiny_base)
+    pulled = rsgwm("hub", "pull", REPO, "--out", tmp_path / "pulled", "--base", tiny_base)
     assert pulled.returncode == 0, pulled.stderr
     assert last(pulled)["modules"] == 4
     before, after = Adapter.load(folder), Adapter.load(tmp_path / "pulled")
@@ -214,7 +214,7 @@ def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path)
         assert all(mx.array_equal(one[name], other[name]) for name in one)
 
     hub.stop()  # what was fetched once needs no network
-    offline = rsgwm("hub", "pull", REPO, tmp_path / "again", "--peft", HF_HUB_OFFLINE="1")
+    offline = rsgwm("hub", "pull", REPO, "--out", tmp_path / "again", "--keep-peft", HF_HUB_OFFLINE="1")
     assert offline.returncode == 0, offline.stderr
     found = from_peft(tmp_path / "again")
     assert all(mx.array_equal(found.weights[name], value) for name, value in before.weights.items())
@@ -223,7 +223,7 @@ def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path)
     assert len([line for line in unsent.stderr.splitlines() if line.startswith("rsgwm: error:")]) == 1
     assert f"{REPO} could not be written to the Hub" in unsent.stderr
     assert TOKEN not in unsent.stdout + unsent.stderr
-    never = rsgwm("hub", "pull", "someone/else", tmp_path / "never", "--peft")
+    never = rsgwm("hub", "pull", "someone/else", "--out", tmp_path / "never", "--keep-peft")
     assert never.returncode == 2
     assert "rsgwm: error: someone/else could not be fetched from the Hub" in never.stderr
     assert not (tmp_path / "never").exists()
@@ -231,11 +231,11 @@ def test_there_and_back_through_the_hub(hub, rsgwm, folder, tiny_base, tmp_path)
 
 def test_a_repository_of_mlx_lm_is_fetched_as_it_is(hub, rsgwm, folder, tmp_path):
     hub.files = {name: (folder / name).read_bytes() for name in ("adapter_config.json", "adapters.safetensors")}
-    pulled = rsgwm("hub", "pull", REPO, tmp_path / "pulled")
+    pulled = rsgwm("hub", "pull", REPO, "--out", tmp_path / "pulled")
     assert pulled.returncode == 0, pulled.stderr
     assert (last(pulled)["layout"], last(pulled)["modules"]) == ("mlx", 4)
     assert {file.name: file.read_bytes() for file in (tmp_path / "pulled").iterdir()} == hub.files
-    kept = rsgwm("hub", "pull", REPO, tmp_path / "kept", "--peft")
+    kept = rsgwm("hub", "pull", REPO, "--out", tmp_path / "kept", "--keep-peft")
     assert kept.returncode == 2
     assert "has mlx-lm's layout, not PEFT's" in kept.stderr
 
@@ -264,7 +264,7 @@ def test_pull_reads_as_from_peft_does(monkeypatch, folder, tiny_base, tmp_path):
     mx.save_safetensors(str(path), mx.load(str(path)) | tower)
     assert "--language-only converts the language model's part" in pull("refused").output
     assert pull("language", "--language-only").exit_code == 0
-    contrary = pull("refused", "--peft", "--strict")
+    contrary = pull("refused", "--keep-peft", "--strict")
     assert contrary.exit_code == 2
     assert "--peft keeps the adapter as it is" in str(contrary.exception) + contrary.output
 

@@ -344,7 +344,7 @@ def test_the_command_passes_and_fails_with_exit_codes(base_folder, adapter_folde
 
     run, options = CliRunner().invoke, ["--base", str(base_folder), "--quiet"]
     proof = tmp_path / "proof" / "parity.json"
-    good = run(rsgwm, ["parity", str(adapter_folder), *options, "--certificate", str(proof)])
+    good = run(rsgwm, ["parity", str(adapter_folder), *options, "--out", str(proof)])
     assert good.exit_code == 0, good.output
     assert good.stdout.startswith("parity: max |Δlogit| ")
     assert good.stdout.splitlines()[0].endswith("— passed")
@@ -357,7 +357,16 @@ def test_the_command_passes_and_fails_with_exit_codes(base_folder, adapter_folde
     assert "— failed" in bad.stderr
     assert "what the adapter changes differs" in bad.stderr
     exported = tmp_path / "exported"
-    options = ["to-peft", str(adapter_folder), str(exported), "--base", str(base_folder), "--certificate", str(proof)]
+    options = [
+        "to-peft",
+        str(adapter_folder),
+        "--out",
+        str(exported),
+        "--base",
+        str(base_folder),
+        "--certificate",
+        str(proof),
+    ]
     embedded = run(rsgwm, ["convert", *options])
     assert embedded.exit_code == 0, embedded.output
     assert json.loads((exported / "mlx_rsgwm" / "parity.json").read_text()) == json.loads(proof.read_text())

@@ -36,10 +36,12 @@ def last(result):
 
 
 def test_a_folder_of_adapters_goes_there_and_back(pool, tiny_base, tmp_path):
-    there = run("convert", "to-peft", pool, tmp_path / "peft", "--verify", "--json", "--quiet")
+    there = run("convert", "to-peft", pool, "--out", tmp_path / "peft", "--verify", "--json", "--quiet")
     assert there.exit_code == 0, there.output
     assert [one["modules"] for one in last(there)["converted"]] == [4, 4, 4]
-    back = run("convert", "from-peft", tmp_path / "peft", tmp_path / "back", "--base", tiny_base, "--verify", "--json")
+    back = run(
+        "convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "back", "--base", tiny_base, "--verify", "--json"
+    )
     assert back.exit_code == 0, back.output
     for folder in adapter_folders(pool, is_mlx):
         before, after = Adapter.load(folder), Adapter.load(tmp_path / "back" / folder.relative_to(pool))
@@ -47,7 +49,7 @@ def test_a_folder_of_adapters_goes_there_and_back(pool, tiny_base, tmp_path):
             one, other = getattr(before, group), getattr(after, group)
             assert one.keys() == other.keys()
             assert all(mx.array_equal(one[name], other[name]) for name in one)
-    again = run("convert", "from-peft", tmp_path / "peft", tmp_path / "back", "--base", tiny_base, "--json")
+    again = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "back", "--base", tiny_base, "--json")
     assert again.exit_code == 0, again.output
     assert len(last(again)["kept"]) == 3
     assert last(again)["converted"] == []
@@ -55,21 +57,21 @@ def test_a_folder_of_adapters_goes_there_and_back(pool, tiny_base, tmp_path):
 
 def test_a_folder_of_adapters_becomes_gguf_files(pool, tiny_base, tmp_path):
     (pool / "two" / "adapters.safetensors").write_bytes(b"no")
-    result = run("convert", "to-gguf", pool, tmp_path / "gguf", "--base", tiny_base, "--json", "--quiet")
+    result = run("convert", "to-gguf", pool, "--out", tmp_path / "gguf", "--base", tiny_base, "--json", "--quiet")
     assert result.exit_code == 2
     assert "1 of 3 adapters were not converted" in result.stderr
     written = sorted((tmp_path / "gguf").rglob("*"))
     assert written == [tmp_path / "gguf" / name for name in ("more", "more/three.gguf", "one.gguf")]
-    alone = run("convert", "to-gguf", pool / "more" / "three", tmp_path / "three.gguf", "--base", tiny_base)
+    alone = run("convert", "to-gguf", pool / "more" / "three", "--out", tmp_path / "three.gguf", "--base", tiny_base)
     assert alone.exit_code == 0, alone.output
     assert (tmp_path / "three.gguf").read_bytes() == (tmp_path / "gguf" / "more" / "three.gguf").read_bytes()
-    again = run("convert", "to-gguf", pool, tmp_path / "gguf", "--base", tiny_base, "--json", "--quiet")
+    again = run("convert", "to-gguf", pool, "--out", tmp_path / "gguf", "--base", tiny_base, "--json", "--quiet")
     assert len(last(again)["kept"]) == 2
 
 
 def test_one_that_fails_does_not_stop_the_others(pool, tmp_path):
     (pool / "two" / "adapters.safetensors").write_bytes(b"no")
-    result = run("convert", "to-peft", pool, tmp_path / "peft", "--json", "--quiet")
+    result = run("convert", "to-peft", pool, "--out", tmp_path / "peft", "--json", "--quiet")
     assert result.exit_code == 2
     assert "1 of 3 adapters were not converted" in result.stderr
     found = last(result)
@@ -84,7 +86,7 @@ def test_one_that_fails_does_not_stop_the_others(pool, tmp_path):
 )
 def test_what_cannot_be_done_is_said(pool, tmp_path, source, out, expected):
     (tmp_path / "empty").mkdir()
-    result = run("convert", "to-peft", tmp_path / source, tmp_path / out)
+    result = run("convert", "to-peft", tmp_path / source, "--out", tmp_path / out)
     assert result.exit_code == 2
     assert expected in result.stderr
     assert "\n" not in result.stderr.strip()

@@ -528,15 +528,15 @@ def test_commands_convert_there_and_back(base_folder, tmp_path):
     manifest = {"base": load_base(str(base_folder)).describe()}
     make_adapter(manifest=manifest).save(tmp_path / "ours")
     run = CliRunner().invoke
-    there = run(rsgwm, ["convert", "to-peft", str(tmp_path / "ours"), str(tmp_path / "peft"), "--json"])
+    there = run(rsgwm, ["convert", "to-peft", str(tmp_path / "ours"), "--out", str(tmp_path / "peft"), "--json"])
     assert there.exit_code == 0, there.output
     assert json.loads(there.stdout.splitlines()[-1])["base"] == str(base_folder)
     options = ["--base", str(base_folder), "--json", "--quiet"]
-    back = run(rsgwm, ["convert", "from-peft", str(tmp_path / "peft"), str(tmp_path / "back"), *options])
+    back = run(rsgwm, ["convert", "from-peft", str(tmp_path / "peft"), "--out", str(tmp_path / "back"), *options])
     assert back.exit_code == 0, back.output
     assert json.loads(back.stdout.splitlines()[-1])["modules"] == 12
     same_arrays(Adapter.load(tmp_path / "ours").weights, Adapter.load(tmp_path / "back").weights)
-    again = run(rsgwm, ["convert", "from-peft", str(tmp_path / "peft"), str(tmp_path / "back"), *options])
+    again = run(rsgwm, ["convert", "from-peft", str(tmp_path / "peft"), "--out", str(tmp_path / "back"), *options])
     assert again.exit_code == 2
     assert "not an empty folder" in again.output
 
@@ -547,7 +547,7 @@ def test_to_peft_without_a_known_base_asks_for_one(tmp_path):
     from mlx_rsgwm.cli.main import rsgwm
 
     make_adapter().save(tmp_path / "ours")
-    result = CliRunner().invoke(rsgwm, ["convert", "to-peft", str(tmp_path / "ours"), str(tmp_path / "peft")])
+    result = CliRunner().invoke(rsgwm, ["convert", "to-peft", str(tmp_path / "ours"), "--out", str(tmp_path / "peft")])
     assert result.exit_code == 2
     assert "give --base" in result.output
     assert not (tmp_path / "peft").exists()

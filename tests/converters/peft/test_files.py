@@ -97,7 +97,7 @@ def convert(folder, base, *extra):
     out = folder.with_name(f"{folder.name}-mlx")
     shutil.rmtree(out, ignore_errors=True)
     result = CliRunner().invoke(
-        rsgwm, ["convert", "from-peft", str(folder), str(out), "--base", str(base), *map(str, extra)]
+        rsgwm, ["convert", "from-peft", str(folder), "--out", str(out), "--base", str(base), *map(str, extra)]
     )
     return result, out
 
@@ -113,7 +113,7 @@ def mlx_logits(base, adapter=None):
 
 
 def fused_logits(base, adapter, out):
-    result = CliRunner().invoke(rsgwm, ["fuse", str(adapter), str(out), "--base", str(base), "--quiet"])
+    result = CliRunner().invoke(rsgwm, ["fuse", str(adapter), "--out", str(out), "--base", str(base), "--quiet"])
     assert result.exit_code == 0, result.output
     return mlx_logits(out), torch_logits(torch_base(out))
 
@@ -295,7 +295,9 @@ def test_the_language_part_of_an_adapter_that_also_trains_the_tower(make, mistra
     assert "left out, for mlx-lm has the language model alone: model." in result.output
     assert "14 modules" in result.output
     assert largest(mlx_logits(mistral3, out), expected) < 1e-4
-    back = CliRunner().invoke(rsgwm, ["convert", "to-peft", str(out), str(tmp_path / "back"), "--base", str(mistral3)])
+    back = CliRunner().invoke(
+        rsgwm, ["convert", "to-peft", str(out), "--out", str(tmp_path / "back"), "--base", str(mistral3)]
+    )
     assert back.exit_code == 0, back.output
     model = peft.PeftModel.from_pretrained(vision_model(mistral3), str(tmp_path / "back"))
     assert not any("lora_" in name for name, _ in model.named_parameters() if "vision" in name or "projector" in name)
@@ -340,7 +342,7 @@ def test_fuse_makes_a_model_of_a_full_fine_tune(bases, tmp_path):
     ours, theirs = fused_logits(bases("llama"), folder, tmp_path / "model")
     assert largest(ours, expected) < 1e-5
     assert largest(theirs, expected) < 1e-4
-    for command in (("convert", "to-peft", folder, tmp_path / "out", "--base", bases("llama")),):
+    for command in (("convert", "to-peft", folder, "--out", tmp_path / "out", "--base", bases("llama")),):
         result = CliRunner().invoke(rsgwm, [str(one) for one in command])
         assert result.exit_code == 2
         assert "make a model of it (rsgwm fuse)" in result.stderr

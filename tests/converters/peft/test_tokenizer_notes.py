@@ -65,7 +65,7 @@ def test_what_differs_is_told(name, tiny_base, make_adapter, tmp_path):
     for file in FILES:
         shutil.copyfile(tiny_base / file, tmp_path / "peft" / file)
     change(tmp_path / "peft")
-    command = ["convert", "from-peft", str(tmp_path / "peft"), str(tmp_path / "mlx"), "--base", str(tiny_base)]
+    command = ["convert", "from-peft", str(tmp_path / "peft"), "--out", str(tmp_path / "mlx"), "--base", str(tiny_base)]
     result = CliRunner().invoke(rsgwm, command)
     assert result.exit_code == 0, result.output
     assert (told in result.output) if told else ("base's" not in result.output), result.output

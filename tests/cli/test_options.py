@@ -1,0 +1,147 @@
+"""One option, one meaning: every option of every command, by introspection; and the names of 0.1."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm.cli.groups import find_command
+from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.cli.old_names import EXPERIMENTS, OPTIONS_BEFORE, with_new_names
+from mlx_rsgwm.cli.options.kinds import OneOf
+from mlx_rsgwm.cli.reference import option_table, stem
+
+# Two names of one thing are refused: each of these is said by another option, in all commands.
+SYNONYMS = {
+    *(
+        "--data",
+        "--train-data",
+        "--dataset",
+        "--limit",
+        "--number",
+        "--count",
+        "--eval",
+        "--tasks",
+        "--from",
+        "--adapters",
+    ),
+    *("--output", "--out-dir", "--dest", "--certificate-out", "--model", "--base-model", "--batch", "--rows-at-once"),
+    *("--samples", "--tau", "--signal", "--space", "--k", "--max-new-tokens", "--max-length", "--as-json", "--silent"),
+}
+
+
+@pytest.fixture(scope="module")
+def options():
+    """Every option by its long name: the command and click's object, of all commands that have it."""
+    return option_table()
+
+
+def test_one_name_has_one_type_one_metavar_and_one_help(options):
+    clashes = []
+    for flag, users in options.items():
+        kinds = {type(option.type) for option in users.values()}
+        metavars = {option.metavar for option in users.values()}
+        helps = {stem(option.help) for option in users.values()}
+        flags = {option.is_flag for option in users.values()}
+        clashes += [f"{flag}: {kinds or metavars} {metavars} {helps}"] * (
+            max(map(len, (kinds, metavars, helps, flags))) > 1
+        )
+    assert clashes == []
+
+
+def test_a_closed_set_is_the_same_everywhere_or_a_part_of_it(options):
+    for flag, users in options.items():
+        sets = [set(option.type.choices) for option in users.values() if isinstance(option.type, click.Choice)]
+        assert all(choices <= max(sets, key=len) for choices in sets), flag
+        assert all(isinstance(option.type, OneOf) for option in users.values() if isinstance(option.type, click.Choice))
+
+
+def test_every_option_says_what_it_is(options):
+    assert [(flag, name) for flag, users in options.items() for name, option in users.items() if not option.help] == []
+
+
+def test_no_two_names_for_one_thing(options):
+    assert SYNONYMS & options.keys() == set()
+    stems = defaultdict(set)
+    for flag, users in options.items():
+        stems[stem(next(iter(users.values())).help)].add(flag)
+    assert {text: flags for text, flags in stems.items() if len(flags) > 1} == {}
+
+
+def test_numbers_have_ranges(options):
+    """What may be any number at all is listed here."""
+    anything = {"--weight", "--scale"}
+    free = {
+        flag for flag, users in options.items() for option in users.values() if option.type in (click.INT, click.FLOAT)
+    }
+    assert free == anything
+
+
+def test_what_is_written_is_named_by_out(options):
+    assert {tuple(option.opts) for option in options["--out"].values()} == {("--out", "-o")}
+
+
+def test_every_command_that_needs_a_base_takes_the_adapters(options):
+    for name, option in options["--base"].items():
+        assert not option.required, name
+        assert "[default: the adapter" in option.help or name in ("train", "pool train", "convert from-peft"), name
+
+
+@pytest.mark.parametrize("command", OPTIONS_BEFORE)
+def test_options_of_0_1_are_told_what_they_are_called_now(command):
+    known = {flag for parameter in find_command(command).params for flag in parameter.opts}
+    for before, now in OPTIONS_BEFORE[command].items():
+        assert before not in known
+        flag, _, prefix = now.partition(" ")
+        assert flag in known
+        for words in ([before, "VALUE"], [f"{before}=VALUE"]):
+            arguments, notes = with_new_names([*command.split(), *words, "--json"])
+            expected = [flag, f"{prefix}VALUE"] if prefix or len(words) == 2 else [f"{flag}=VALUE"]
+            assert arguments == [*command.split(), *expected, "--json"]
+            assert notes == [f"note: `{before}` is now `{now}`; the old name goes with the next release"]
+
+
+def test_values_after_two_dashes_are_nobodys_options():
+    assert with_new_names(["merge", "a", "--", "--tau"]) == (["merge", "a", "--", "--tau"], [])
+
+
+@pytest.mark.parametrize(("value", "flag"), [("100", "--items"), ("sets", "--questions")])
+def test_questions_of_negatives_was_a_number(value, flag):
+    arguments, notes = with_new_names(["data", "negatives", "--questions", value])
+    assert arguments == ["data", "negatives", flag, value]
+    assert len(notes) == (flag == "--items")
+
+
+def test_experiments_are_out_of_ask():
+    shown = CliRunner().invoke(rsgwm, ["ask", "--help"]).stdout
+    for flag in EXPERIMENTS:
+        assert flag not in shown
+        assert flag in CliRunner().invoke(rsgwm, ["eval", "--help"]).stdout
+        assert with_new_names(["ask", "x", flag, "y"])[1] == [
+            f"note: {flag} leaves `rsgwm ask` with the next release; `rsgwm eval` keeps it"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fuse", "a", "b"], "note: `OUT` as an argument, `b` is now `--out b`"),
+        (["fuse", "a"], "missing option --out"),
+        (["fuse", "a", "b", "--out", "c"], "got b beside --out c"),
+        (["hub", "pull", "me/x", "y", "--keep-peft", "--strict"], "is now `--out y`"),
+        (["adapter", "loss", "nowhere"], "is now `--corpus nowhere`"),
+        (["merge", "a", "b", "--method", "tise", "--out", "c"], "did you mean 'ties'?"),
+        (["ask", "q", "--score", "combine"], "did you mean 'combined'?"),
+        (["eval", "--task", "x", "--threshold", "1.5"], "1.5 is not in [0, 1]"),
+        (["run", "demo", "--out", "x", "--set", "rank"], "wants NAME=VALUE, found 'rank'"),
+    ],
+)
+def test_what_is_told(arguments, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(rsgwm, arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert list(tmp_path.iterdir()) == []
