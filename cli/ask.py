@@ -25,8 +25,8 @@ Asked = tuple[str, str]  # id, question
     "--file",
     "path",
     type=PATH,
-    help="Questions, one a line, or a .jsonl, .json, .csv or .tsv file with a question in every row; - for standard "
-    "input.",
+    help="Questions, one a line, or a .jsonl, .json, .csv or .tsv file with a question (or prompt) in every row; - for "
+    "standard input.",
 )
 @shared.batch_rows()
 @loop_options(experiments=False)
@@ -157,9 +157,9 @@ def _questions(path: Path) -> list[Asked]:
         asked, problems = [], []
         unit, rows = read_question_rows(path)
         for number, row in rows:
-            question = row.get("question") if isinstance(row, dict) else None
+            question = row.get("question", row.get("prompt")) if isinstance(row, dict) else None
             if isinstance(row, ValueError) or not isinstance(question, str) or not question.strip():
-                reason = str(row) if isinstance(row, ValueError) else "no text under question"
+                reason = str(row) if isinstance(row, ValueError) else "no text under question or prompt"
                 problems.append((f"{unit} {number}", reason))
                 continue
             asked.append(("" if row.get("id") is None else str(row["id"]), question.strip()))

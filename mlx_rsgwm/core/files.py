@@ -124,10 +124,11 @@ def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
         raise RsgwmError(f"{path} is not valid JSON: {error}") from error
 
 
-def parse_json(text: str) -> Any:
-    """``json.loads`` with every refusal a ``ValueError``: also of deep nesting, endless integers, half characters."""
+def parse_json(text: str, unique: bool = False) -> Any:
+    """``json.loads`` with every refusal a ``ValueError``: also of deep nesting, endless integers, half characters, and,
+    where they must be ``unique``, of keys that an object has twice."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys if unique else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
@@ -135,6 +136,15 @@ def parse_json(text: str) -> Any:
     if "\\ud" in text.lower():  # half of a surrogate pair is a string to Python and to nothing that it is given to
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; json.loads alone takes the last of two values in silence."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return row
 
 
 def read_json_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def read_json_rows(path: Path) -> RowFile:
         array = _array(path, text, rows)
         if array is not None:
             return RowFile("row", [NumberedRow(number, value) for number, value in enumerate(array, 1)])
-    elif start[:1] == "{" and isinstance(rows[0].value, ValueError):
+    elif start[:1] == "{" and len(rows) > 1 and isinstance(rows[0].value, ValueError):
         _refuse_spread_object(path, text)
     return RowFile("line", rows)
 
@@ -64,7 +64,7 @@ def _parsed_lines(text: str) -> list[NumberedRow]:
         if not line.strip():
             continue
         try:
-            rows.append(NumberedRow(number, files.parse_json(line)))
+            rows.append(NumberedRow(number, files.parse_json(line, unique=True)))
         except ValueError as error:
             reason = re.sub(r"line 1 (column \d+) \(char \d+\)", r"\1", str(error))  # "line 1" of this line
             rows.append(NumberedRow(number, ValueError(f"not valid JSON ({reason})")))
@@ -74,7 +74,7 @@ def _parsed_lines(text: str) -> list[NumberedRow]:
 def _array(path: Path, text: str, rows: list[NumberedRow]) -> list[Any] | None:
     """The elements of a file that is one array of objects; None where its lines are rows of their own."""
     try:
-        value = files.parse_json(text)
+        value = files.parse_json(text, unique=True)
     except ValueError as error:
         if all(not isinstance(row.value, ValueError) for row in rows):
             return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.corpus import Corpus, load_corpus
 from mlx_rsgwm.data.mlx_lm_rows import Examples, example_files, is_examples, load_examples
+from mlx_rsgwm.models.base import HUB_ID
 
 
 def load_data(
@@ -25,6 +26,10 @@ def load_data(
     if held_out is not None and held_out.exists() and path.exists() and held_out.samefile(path):
         raise RsgwmError(f"held-out rows and training rows are the same: {path}")
     data: Corpus | Examples
+    if not path.exists() and HUB_ID.fullmatch(str(path)):
+        raise RsgwmError(
+            f"{path} does not exist; where it is a data set of the Hub, write its rows to train.jsonl in a folder first"
+        )
     if not is_examples(path):
         data, beside = load_corpus(path), None
     else:

@@ -96,7 +96,7 @@ def _of_messages(messages: Any) -> tuple[str, str]:
     if not isinstance(messages, list) or not messages or not all(isinstance(each, Mapping) for each in messages):
         raise ValueError("messages is not a list of messages")
     parts = [part for each in messages if isinstance(each.get("content"), list) for part in each["content"]]
-    if any(isinstance(part, Mapping) and not isinstance(part.get("text"), str) for part in parts):
+    if not all(isinstance(part.get("text") if isinstance(part, Mapping) else part, str) for part in parts):
         raise ValueError("a message holds more than text, which cannot be asked")
     roles = [each.get("role") for each in messages]
     if roles[0] == "system":

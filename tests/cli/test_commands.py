@@ -82,7 +82,7 @@ def loop_of(line, tiny_base, *more):
 
 def test_ask_many_questions_from_a_file(line, tiny_base):
     (line / "q.txt").write_text("What is 2 + 2?\n\nWhat is 3 + 4?\n")
-    (line / "q.jsonl").write_text('{"question": "What is 2 + 2?"}\n{"question": "What is 3 + 4?", "answer": "7"}\n')
+    (line / "q.jsonl").write_text('{"question": "What is 2 + 2?"}\n{"prompt": "What is 3 + 4?", "completion": "7"}\n')
     found = {}
     for name in ("q.txt", "q.jsonl"):
         for size in (1, 8):

@@ -81,3 +81,12 @@ def test_rows_are_named_by_their_lines(tmp_path, base):
     path.write_text('\n\n{"prompt": "a", "completion": "b"}\n\n\n{"prompt": "c", "completion": "d"}\n')
     rows, _ = load_examples(path, True).token_rows(base.tokenizer, 100, "drop")
     assert [row.id for row in rows] == ["train.jsonl:3", "train.jsonl:6"]
+
+
+def test_training_data_of_the_hub_is_no_folder():
+    from pathlib import Path
+
+    with pytest.raises(
+        RsgwmError, match="owner/rows does not exist; where it is a data set of the Hub, write its rows"
+    ):
+        load_data(Path("owner/rows"), None)

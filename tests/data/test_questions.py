@@ -402,6 +402,8 @@ def test_rows_of_mlx_lm_are_questions(tmp_path, row, expected):
         (chat(("user", "Q")), "messages are user, and only"),
         (chat(("user", "Q"), ("assistant", None)), "no text in the answer"),
         (chat(("user", [{"type": "image", "url": "x"}]), ("assistant", "A")), "more than text"),
+        (chat(("user", ["Q", 5]), ("assistant", "A")), "more than text"),
+        ('{"question": "Q", "answer": "A", "question": "R"}', r"not valid JSON \('question' is given twice\)"),
         ({"messages": "Q"}, "not a list of messages"),
         ({"prompt": "Q", "completion": " "}, "no gold answer: completion is empty"),
         ({"prompt": ["Q"], "completion": "A"}, "prompt is not text"),
