@@ -144,6 +144,8 @@ def _misfit(module: str, a: mx.array, b: mx.array, base: BaseLayers) -> str:
     layer = base.layers[module]
     if is_embedding(module) and base.tied:
         return f"{module} is the head too in this base, which llama.cpp adapts apart"
+    if a.ndim != b.ndim or a.ndim != (3 if layer.experts else 2):
+        return f"{module}: lora_a {a.shape} and lora_b {b.shape} are no pair"
     shapes = f"{module}: lora_a {a.shape} and lora_b {b.shape}"
     if is_embedding(module):
         expected: Any = ((layer.inputs, b.shape[-1]), (layer.outputs, a.shape[-1]))
@@ -151,7 +153,7 @@ def _misfit(module: str, a: mx.array, b: mx.array, base: BaseLayers) -> str:
         expected = ((layer.experts, b.shape[-1], layer.inputs), (layer.experts, layer.outputs, a.shape[-2]))
     else:
         expected = ((b.shape[-1], layer.inputs), (layer.outputs, a.shape[0]))
-    if a.ndim < 2 or (tuple(a.shape), tuple(b.shape)) != expected:
+    if (tuple(a.shape), tuple(b.shape)) != expected:
         return f"{shapes} do not fit the model's {layer.inputs}→{layer.outputs}"
     return ""
 

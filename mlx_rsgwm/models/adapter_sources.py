@@ -107,8 +107,10 @@ def load_adapters(
             continue
         place = _locate(source, progress)
         inside = [] if _reader_of(place.path) else _inside(place.path)
-        if inside and (left := _left_out(place.path, inside)):
-            progress.message(f"{source}: of this pool {', '.join(left)} is no adapter and is passed over")
+        if inside:
+            left = _left_out(place.path, inside)
+            passed = f"; {', '.join(left)} passed over, no adapter" if left else ""
+            progress.message(f"{source} is a pool: {', '.join(one.name for one in inside)}{passed}")
         places = [_Place(path, f"{place.label}/{path.name}" if place.label else "") for path in inside] or [place]
         adapters += [_read(one, base, lazy, hashes, progress) for one in places]
     return adapters

@@ -164,12 +164,12 @@ def local_base(name: str) -> Path | None:
     """A base that is on this machine, as a folder or in the Hub's cache; nothing is fetched or checked."""
     from huggingface_hub import snapshot_download
 
-    path = Path(name)
-    if path.is_dir() or not HUB_ID.fullmatch(name):
-        return path if path.is_dir() else None
     try:
+        path = files.expanded(name)
+        if path.is_dir() or not HUB_ID.fullmatch(name):
+            return path if path.is_dir() else None
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=True))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RsgwmError):
         return None
 
 

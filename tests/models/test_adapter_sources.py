@@ -65,7 +65,7 @@ def test_a_pool_stands_for_its_adapters(adapter_sources, tiny_base, tmp_path):
     told = Listening()
     found = load_adapters([pool, adapter_sources(5)["ours"]], tiny_base, progress=told)
     assert [(one.path or one.origin).name for one in found] == ["0", "1", "2", "3.gguf", "adapter-5"]
-    assert f"{pool}: of this pool notes is no adapter and is passed over" in told.told
+    assert f"{pool} is a pool: 0, 1, 2, 3.gguf; notes passed over, no adapter" in told.told
     with pytest.raises(RsgwmError, match=r"is a folder of adapters \(0, 1, 2, 3.gguf\); name one of them"):
         load_adapter(pool)
 
@@ -167,6 +167,7 @@ def test_ranks_that_differ_in_a_gguf_file_are_scaled_each_by_its_own(tiny_base, 
         ({"tensors": {}}, "it holds no tensors"),
         ({"tensors": pair(2, "blk.9.attn_v.weight")}, "the base has no module for blk.9.attn_v.weight.lora_a"),
         ({"tensors": pair(2, inputs=7)}, "do not fit the model's"),
+        ({"tensors": {f"blk.0.attn_v.weight.lora_{leaf}": np.ones(4, np.float32) for leaf in "ab"}}, "are no pair"),
         ({"tensors": {"blk.0.attn_v.weight.lora_a": np.ones((2, 32), np.float32)}}, "lora_b is missing"),
         ({"alpha": float("nan"), "tensors": pair(2)}, "not a finite number"),
     ],
