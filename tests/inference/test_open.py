@@ -106,3 +106,78 @@ def test_without_a_record_the_choice_is_told(bases, monkeypatch):
     assert told == ["d does not say what its base is; taking base, --base names another"]
     # Of two adapters the one that knows decides for both.
     assert find_base([adapter("d", fingerprint=None), adapter("v", base="moved")], None) == "moved"
+
+
+QUESTION = "Ada has 3 pens and gets 4 more. How many?"
+
+
+def by_hand(base, drafter, verifier, config):
+    """The pipeline as its parts make it."""
+    from mlx_rsgwm.data.template import TEMPLATES
+    from mlx_rsgwm.inference.loop import DraftVerify
+    from mlx_rsgwm.models.slots import AdapterSlots
+
+    slots = AdapterSlots(base)
+    for name, adapter in (("drafter", drafter), ("verifier", verifier)):
+        if adapter is not None:
+            slots.load(name, adapter)
+    return DraftVerify(slots, TEMPLATES["plain"], "drafter", "verifier" if verifier else None, config)
+
+
+def test_an_opened_pipeline_answers_as_its_parts_do(base, make_adapter, tmp_path):
+    from mlx_rsgwm.inference.open import open_pipeline
+    from mlx_rsgwm.inference.policy import LoopConfig
+    from mlx_rsgwm.inference.sampling import Sampling
+
+    drafter, verifier = (make_adapter(seed).save(tmp_path / f"{seed}") for seed in (1, 2))
+    config = LoopConfig(2, 0.3, "yesno", Sampling(0.9, 0.8, 6, 5), "sequential", abstain=True)
+    settings = {
+        "attempts": 2, "threshold": 0.3, "score": "yesno", "temperature": 0.9, "top_p": 0.8, "max_tokens": 6, "seed": 5,
+        "mode": "sequential", "abstain": True,
+    }  # fmt: skip
+    for judge in (verifier, None):
+        parts = [None if path is None else Adapter.load(path) for path in (drafter, judge)]
+        expected = by_hand(base, *parts, config).answer(QUESTION)
+        for where in (None, base.name, base):
+            opened = open_pipeline(str(drafter), judge, where, **settings)
+            assert opened.config == config
+            assert opened.answer(QUESTION) == expected
+
+
+def test_score_and_threshold_are_settled_once(base, make_adapter, tmp_path):
+    from dataclasses import replace
+
+    from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, save_calibration
+    from mlx_rsgwm.inference.open import open_pipeline
+
+    drafter, verifier = (make_adapter(seed).save(tmp_path / f"{seed}") for seed in (1, 2))
+    calibration = Calibration("yesno", 0.4, None, {}, {}, {}, {}, 6, 12, 5)
+
+    def settled(**settings):
+        found = open_pipeline(drafter, verifier, base, **settings)
+        return found.config.score, found.config.threshold
+
+    def nothing(pipeline):
+        raise NothingToTellApart("all right")
+
+    assert settled() == ("mean_logprob", 0.7)
+    assert settled(calibrate=lambda pipeline: calibration) == ("yesno", 0.4)
+    assert settled(calibrate=nothing) == ("mean_logprob", 0.7)
+    save_calibration(verifier, calibration)
+    assert settled() == ("yesno", 0.4)
+    assert settled(threshold=0.9) == ("yesno", 0.9)
+    assert settled(score="mean_logprob") == ("mean_logprob", 0.7)  # the calibration's threshold is of another score
+    assert settled(calibration=None) == ("mean_logprob", 0.7)
+    save_calibration(verifier, replace(calibration, correct=0))
+    with pytest.raises(RsgwmError, match="fitted on 12 drafts of which none were right"):
+        settled()
+
+
+def test_without_a_template_it_is_asked_for(base, make_adapter, tmp_path):
+    from mlx_rsgwm.inference.open import open_pipeline
+
+    drafter = make_adapter(1)
+    del drafter.manifest["template"]
+    with pytest.raises(RsgwmError, match="does not say which prompt template it was trained with; give --template"):
+        open_pipeline(drafter, None, base)
+    assert open_pipeline(drafter, None, base, template="plain").template.name == "plain"
