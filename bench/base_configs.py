@@ -24,7 +24,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.bench.architecture_configs import ARCHITECTURES, SIZES
+from mlx_rsgwm.bench.architecture_configs import ARCHITECTURES
+from mlx_rsgwm.bench.architecture_sizes import SIZES
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.config import open_model
 

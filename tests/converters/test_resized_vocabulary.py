@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
+from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.core.errors import AdapterError
 from mlx_rsgwm.models.adapter import Adapter

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
-from mlx_rsgwm.bench.architecture_configs import VISION
+from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
+from mlx_rsgwm.bench.architecture_sizes import VISION
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.models.base import load_base
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.bench.architecture_configs import SIZES as TINY
+from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.config import open_model
