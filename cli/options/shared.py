@@ -19,6 +19,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Option = Callable[[F], F]
 
 SPLIT = "Split to take: of a file train, calibration, test or all"
+# Defaults of mlx_rsgwm.inference.sampling.Sampling, which is slow to import; a test holds them equal.
+TEMPERATURE, TOP_P, MAX_TOKENS = 0.7, 0.9, 256
 
 
 def _tail(tail: str) -> str:
@@ -250,26 +252,20 @@ def drafts(default: int | None, tail: str = "", shown: str = "", name: str = "dr
 
 def temperature() -> Any:
     """``--temperature`` of drafting."""
-    from mlx_rsgwm.inference.sampling import Sampling
-
     text = "Temperature of drafting; 0 takes the likeliest token."
     kind = click.FloatRange(0)
-    return click.option("--temperature", type=kind, default=Sampling.temperature, show_default=True, help=text)
+    return click.option("--temperature", type=kind, default=TEMPERATURE, show_default=True, help=text)
 
 
 def top_p() -> Any:
     """``--top-p`` of drafting."""
-    from mlx_rsgwm.inference.sampling import Sampling
-
     text = "Draft from the likeliest tokens that hold this share of the probability."
     kind = click.FloatRange(0, 1, min_open=True)
-    return click.option("--top-p", type=kind, default=Sampling.top_p, show_default=True, help=text)
+    return click.option("--top-p", type=kind, default=TOP_P, show_default=True, help=text)
 
 
 def max_tokens(default: int | None = 0, shown: str = "") -> Any:
     """``--max-tokens`` of a draft, as mlx_lm.generate calls it."""
-    from mlx_rsgwm.inference.sampling import Sampling
-
-    number = Sampling.max_tokens if default == 0 else default
+    number = MAX_TOKENS if default == 0 else default
     text = f"Longest draft in tokens.{_default(shown)}"
     return click.option("--max-tokens", type=POSITIVE, default=number, show_default=number is not None, help=text)

@@ -6,17 +6,21 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_rsgwm.cli.console import Console
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import COUNT, INSIDE, POSITIVE, OneOf
-from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import FINE_TUNE_TYPES, LONG_ROWS, OPTIMIZERS, SCHEDULES, SELECTIONS, TrainConfig
 from mlx_rsgwm.training.reporting import SERVICES
 
+if TYPE_CHECKING:
+    from mlx_rsgwm.training.checkpoints import Saving
+
+# Defaults of Saving, which is slow to import; a test holds them equal.
+SAVE_EVERY, KEEP = 100, 3
 OPEN_SHARE = click.FloatRange(0, 1, max_open=True)
 AT_LEAST_0 = click.FloatRange(0)
 ABOVE_0 = click.FloatRange(0, min_open=True)
@@ -62,9 +66,9 @@ SETTINGS = (
 RUNNING = (
     click.option("--resume", is_flag=True, help="Continue an unfinished run from its newest checkpoint."),
     click.option(
-        "--save-every", type=COUNT, help=f"Steps between checkpoints; 0 for only the last.  [default: {Saving.every}]"
+        "--save-every", type=COUNT, help=f"Steps between checkpoints; 0 for only the last.  [default: {SAVE_EVERY}]"
     ),
-    click.option("--keep", type=POSITIVE, help=f"Checkpoints to keep.  [default: {Saving.keep}]"),
+    click.option("--keep", type=POSITIVE, help=f"Checkpoints to keep.  [default: {KEEP}]"),
     click.option("--report-to", help=f"{', '.join(SERVICES)}; several with commas. Needs their packages."),
     click.option("--project", help="Project name at these services.  [default: mlx-rsgwm]"),
     click.option("--cache-limit", type=AT_LEAST_0, help="Gigabytes of freed memory that MLX may hold on to."),
@@ -110,9 +114,11 @@ def memory_options(running: Mapping[str, Any]) -> Any:
 
 def saving_options(folder: Path, from_file: Mapping[str, Any], running: Mapping[str, Any]) -> Saving:
     """The :class:`Saving` for an adapter folder."""
+    from mlx_rsgwm.training.checkpoints import Saving
+
     given = {
         name: next((value for value in (running[option], from_file.get(option)) if value is not None), default)
-        for name, option, default in (("every", "save_every", Saving.every), ("keep", "keep", Saving.keep))
+        for name, option, default in (("every", "save_every", SAVE_EVERY), ("keep", "keep", KEEP))
     }
     return Saving(folder, given["every"], given["keep"], "continue" if running["resume"] else "refuse")
 

@@ -145,3 +145,13 @@ def test_what_is_told(arguments, told, tmp_path, monkeypatch):
     assert result.exit_code == 2
     assert told in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_defaults_of_slow_imports_are_written_twice_and_equal():
+    from mlx_rsgwm.cli.options import shared, train
+    from mlx_rsgwm.inference.sampling import Sampling
+    from mlx_rsgwm.training.checkpoints import Saving
+
+    sampling = (Sampling.temperature, Sampling.top_p, Sampling.max_tokens)
+    assert sampling == (shared.TEMPERATURE, shared.TOP_P, shared.MAX_TOKENS)
+    assert (Saving.every, Saving.keep) == (train.SAVE_EVERY, train.KEEP)
