@@ -34,6 +34,7 @@ from mlx_rsgwm.bench.outcome import save_outcome, table
 from mlx_rsgwm.bench.sides import side_process
 from mlx_rsgwm.bench.works import Times, Trial
 from mlx_rsgwm.converters.parity.torch import import_torch, torch_device
+from mlx_rsgwm.core.dtypes import DTYPES, name_of
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.machine import SLOW_GFLOPS, all_versions, blas_fix, examine_machine, matmul_gflops
 from mlx_rsgwm.core.progress import SILENT, Progress
@@ -41,7 +42,6 @@ from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.base import Base
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 WORKS = ("forward", "lora", "fused", "train", "merge", "loop")
 ORDER = ("forward", "train", "merge", "loop", "lora", "fused")  # a model is bare first and fused at the end
@@ -77,8 +77,8 @@ class LatencyConfig:
             for name, low in lowest.items()
             if getattr(self, name) < low
         ]
-        if self.dtype not in DTYPES:
-            problems.append(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        if self.dtype not in ("auto", *DTYPES):
+            problems.append(f"dtype must be one of auto, {', '.join(DTYPES)}, found {self.dtype!r}")
         unknown = [name for name in self.chosen if name not in WORKS]
         if unknown or not self.chosen:
             problems.append(f"works must be some of {', '.join(WORKS)}, found {self.works!r}")
@@ -253,7 +253,7 @@ def floating_dtype(model: nn.Module) -> str:
     from mlx.utils import tree_flatten
 
     norms = [value for name, value in dict(tree_flatten(model.parameters())).items() if "norm" in name]
-    dtypes = {str(value.dtype).rpartition(".")[2] for value in norms}
+    dtypes = {name_of(value.dtype) for value in norms}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         raise RsgwmError(f"the base model computes in {', '.join(sorted(dtypes)) or 'no known dtype'}; give --dtype")
     return dtypes.pop()

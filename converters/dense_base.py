@@ -18,9 +18,9 @@ from mlx_rsgwm.converters.module_names import KEEPS_BLOCK_SPARSE, MIXTRAL, SWITC
 from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.converters.weight_map import describe_link
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
-from mlx_rsgwm.models.base import DTYPES
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.folder import read_config
 

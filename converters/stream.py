@@ -19,25 +19,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.dtypes import CODES, UNSIGNED
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.models.adapter import FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.models.finite import EXPONENT_BITS
 
-DTYPE_NAMES = {
-    mx.float32: "F32",
-    mx.float16: "F16",
-    mx.bfloat16: "BF16",
-    mx.int64: "I64",
-    mx.int32: "I32",
-    mx.int16: "I16",
-    mx.int8: "I8",
-    mx.uint64: "U64",
-    mx.uint32: "U32",
-    mx.uint16: "U16",
-    mx.uint8: "U8",
-}
-WIDTHS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 # Small arrays are evaluated together: one by one, their number would cost more than their bytes.
 BATCH_BYTES = 1 << 22
 
@@ -56,7 +43,7 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str,
     for name in sorted(arrays, key=lambda name: -arrays[name].itemsize):  # stable: wide ones first stay aligned
         value = arrays[name]
         start, end = end, end + value.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": CODES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -100,7 +87,7 @@ def _batches(arrays: dict[str, mx.array], names: list[str]) -> Iterator[dict[str
         while names and size < BATCH_BYTES:
             name = names.pop(0)
             value = arrays.pop(name)
-            batch[name] = value.dtype, mx.contiguous(value).view(WIDTHS[value.itemsize])
+            batch[name] = value.dtype, mx.contiguous(value).view(UNSIGNED[value.itemsize])
             size += value.nbytes
         mx.eval([bits for _, bits in batch.values()])
         yield batch

@@ -37,6 +37,7 @@ from mlx_rsgwm.converters.peft.names import model_order
 from mlx_rsgwm.converters.resized_vocabulary import make_room, rows_of, tokenizer_of
 from mlx_rsgwm.converters.untied_base import adapts_head, untied_base
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
@@ -44,7 +45,7 @@ from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.row_hashes import FUSED_FILE, KEY, RowRecord, record_of, record_of_base
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
-from mlx_rsgwm.models.base import DTYPES, Base, load_base
+from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.fit_check import base_of
 from mlx_rsgwm.models.token_layers import has_head

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype, with_dtype
-from mlx_rsgwm.models.base import DTYPES
+from mlx_rsgwm.core.dtypes import DTYPES
 
 GROUP_SIZE = 64
 # What a fused model's weights are: as the base has them, a float type, or mlx-lm's affine quantisation.

@@ -18,6 +18,7 @@ from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.gguf.names import architecture_of, heads_of, permute_rows, tensor_namer
 from mlx_rsgwm.converters.peft.names import model_order
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.dtypes import BY_CODE
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.models.adapter import Adapter
@@ -25,7 +26,7 @@ from mlx_rsgwm.models.fit_check import untied_hint
 from mlx_rsgwm.models.folder import read_config
 from mlx_rsgwm.models.token_layers import is_embedding
 
-FLOATS = {"f32": np.float32, "f16": np.float16}
+KINDS = {"f32": BY_CODE["F32"], "f16": BY_CODE["F16"]}  # which llama.cpp reads in an adapter
 
 
 def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -> Path:
@@ -44,7 +45,7 @@ def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -
     """
     import gguf
 
-    if dtype not in FLOATS:
+    if dtype not in KINDS:
         raise RsgwmError(f"GGUF adapters are f32 or f16, found {dtype!r}")
     if out.exists():
         raise RsgwmError(f"{out} exists already; choose another file or remove it")
@@ -62,7 +63,7 @@ def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -
         writer.add_string(gguf.Keys.General.NAME, out.stem)
         writer.add_string("general.base_model.0.name", base.name)
         writer.add_uint32("general.base_model.count", 1)
-        kind = np.dtype(FLOATS[dtype])
+        kind = np.dtype(KINDS[dtype].bits)
         for name, shape in _shapes(adapter, names):
             writer.add_tensor_info(name, shape, kind, int(np.prod(shape)) * kind.itemsize)
         writer.write_header_to_file()

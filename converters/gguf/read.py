@@ -30,6 +30,7 @@ from mlx_rsgwm.converters.gguf.file import READABLE, GgufFile, open_gguf
 from mlx_rsgwm.converters.gguf.packed import BITS, GROUP, packed_bits, read_packed
 from mlx_rsgwm.converters.gguf.tokenizer import end_ids, save_tokenizer
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.dtypes import BY_CODE
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
@@ -37,7 +38,6 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 # Raised whenever a conversion would come out different, so that cached ones are made anew.
 CONVERSION_VERSION = 2
 SLICE_BYTES = 1 << 24
-WIDTHS = {"F32": 4, "U32": 4, "F16": 2}
 
 
 class Entry(NamedTuple):
@@ -159,7 +159,7 @@ def _quantisation(gguf: GgufFile, plan: Mapping[str, tuple[str, tuple[int, ...]]
 
 
 def _nbytes(entry: Entry) -> int:
-    return WIDTHS[entry.dtype] * math.prod(entry.shape)
+    return BY_CODE[entry.dtype].size * math.prod(entry.shape)
 
 
 def _write_weights(
@@ -169,7 +169,7 @@ def _write_weights(
     architecture = architecture_of(gguf)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    order = sorted(entries, key=lambda name: -WIDTHS[entries[name].dtype])  # stable: wide ones first stay aligned
+    order = sorted(entries, key=lambda name: -BY_CODE[entries[name].dtype].size)  # stable: wide ones first stay aligned
     for name in order:
         start, end = end, end + _nbytes(entries[name])
         header[name] = {"dtype": entries[name].dtype, "shape": list(entries[name].shape), "data_offsets": [start, end]}

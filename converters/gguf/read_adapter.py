@@ -19,6 +19,7 @@ from mlx_rsgwm.converters.gguf.read import unpermute
 from mlx_rsgwm.converters.peft.convert import Converted, require_empty
 from mlx_rsgwm.converters.peft.read import keys_of
 from mlx_rsgwm.converters.peft.uniform import Update, common_scale, fold, widen_rank
+from mlx_rsgwm.core.dtypes import FLOATS
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
@@ -27,9 +28,9 @@ from mlx_rsgwm.models.base import recorded_base, resolve_base
 from mlx_rsgwm.models.folder import read_config
 from mlx_rsgwm.models.token_layers import is_embedding
 
+OWN = {row.code: row.mlx for row in FLOATS.values()}  # a tensor of any other type is read as float32
 ALPHA = "adapter.lora.alpha"
 HUB_URL = "https://huggingface.co/"
-KEPT_DTYPES = {"F16": mx.float16, "BF16": mx.bfloat16}  # every other type is read as float32
 LEAVES = (".lora_a", ".lora_b")
 
 
@@ -136,7 +137,7 @@ def _array(gguf: GgufFile, name: str, heads: int | None) -> mx.array:
     values = gguf.read(name).reshape(tensor.shape)
     if heads is not None and values.ndim == 2 and values.shape[0] % (2 * heads) == 0:
         values = unpermute(values, heads)
-    return mx.array(values).astype(KEPT_DTYPES.get(tensor.kind, mx.float32))
+    return mx.array(values).astype(OWN.get(tensor.kind, mx.float32))
 
 
 def _misfit(module: str, a: mx.array, b: mx.array, base: BaseLayers) -> str:

@@ -30,6 +30,7 @@ from mlx_rsgwm.converters.gguf.names import heads_of, permute_rows
 from mlx_rsgwm.converters.gguf.read import tensor_plan
 from mlx_rsgwm.converters.gguf.vocabulary import vocabulary
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.dtypes import CODES
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
@@ -38,7 +39,6 @@ from mlx_rsgwm.models.folder import read_config
 
 # dtype: (gguf's tensor type, llama.cpp's file type)
 KINDS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
-OWN = {mx.float32: "f32", mx.float16: "f16", mx.bfloat16: "bf16"}
 BLOCK = 32  # values of a row that share a scale in q8_0
 # Fields of the model that the file has to say too; those it does not know at all must have these values.
 SILENT_FIELDS = {"rope_traditional": False, "partial_rotary_factor": 1.0, "rope_local_base_freq": 10000.0}
@@ -120,7 +120,7 @@ def _read(folder: Path) -> _Source:
     settings["head_dim"] = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
     arrays = {key.removeprefix("language_model."): value for key, value in dense_parameters(model).items()}
     settings["tie_word_embeddings"] = "lm_head.weight" not in arrays
-    dtype = OWN[usual_dtype(model)]
+    dtype = CODES[usual_dtype(model)].lower()
     return _Source(folder, name, ARCHITECTURES[name], settings, arrays, dtype)
 
 

@@ -28,6 +28,7 @@ from mlx_rsgwm.converters.parity.trace import Probe, Trace, perplexity
 from mlx_rsgwm.converters.parity.verdict import NOISE, compare, compare_continuations, first_difference
 from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.converters.peft.folder import open_peft
+from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import Adapter
@@ -43,7 +44,6 @@ TEXTS = (
     "12 + 30 = 42. 7 * 6 = 42. 100 - 58 =",
 )
 TOLERANCE = 1e-3  # float32 logits of a base of 135M to 1B parameters differ by 1e-5 to 2e-4 between the two
-DTYPES = ("float32", "float16", "bfloat16")
 CONTINUATION = 12
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from mlx_rsgwm.converters.parity.trace import Logits, Trace, largest
 from mlx_rsgwm.converters.peft.names import model_order
+from mlx_rsgwm.core.dtypes import FLOATS
 from mlx_rsgwm.core.errors import RsgwmError
 
-EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 NOISE = 4.0  # times the bare bases' disagreement: what rounding alone may do to a difference of two logits
 SHARE = 0.01  # of the adapter's largest effect: a wrong scale, layer or module moves more than this
 ROUNDINGS = 64.0  # how many roundings of a layer's largest output may separate the frameworks
@@ -73,7 +73,7 @@ def first_difference(ours: Trace, theirs: Trace, dtype: str, base_differs: bool)
     for module in sorted(ours.probes, key=model_order):
         probe, other_probe = ours.probes[module], theirs.probes.get(module)
         there = other_probe.added if other_probe is not None else np.zeros_like(probe.added)
-        allowed = SHARE * largest(probe.added) + ROUNDINGS * EPSILON[dtype] * probe.size
+        allowed = SHARE * largest(probe.added) + ROUNDINGS * FLOATS[dtype].epsilon * probe.size
         difference = largest(probe.added - there)
         if not difference <= allowed:
             return {"layer": module, "difference": difference, "allowed": allowed}

@@ -13,8 +13,9 @@ from mlx_rsgwm.converters.module_names import Names
 from mlx_rsgwm.converters.peft.config import rank_of, saves_whole
 from mlx_rsgwm.converters.peft.names import PREFIX, explain_name, parse_name
 from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
-from mlx_rsgwm.converters.peft.uniform import NAMES, same_bits
+from mlx_rsgwm.converters.peft.uniform import same_bits
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.dtypes import NAMES, name_of
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
@@ -152,7 +153,7 @@ def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], soun
             continue
         module, leaf = parsed
         if value.dtype not in NAMES:
-            kind = str(value.dtype).removeprefix("mlx.core.")
+            kind = name_of(value.dtype)
             problems.append(f"{name} is {kind}; {', '.join(NAMES.values())} are converted")
         elif leaf in ("a", "b"):
             groups.pairs.setdefault(module, {})[leaf] = value

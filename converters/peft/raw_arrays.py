@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mlx_rsgwm.core.dtypes import FLOATS
 from mlx_rsgwm.core.errors import AdapterError
 from mlx_rsgwm.core.files import open_regular
 
-FORMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+FORMS = {row.code: row.bits for row in FLOATS.values()}
 
 
 @dataclass(frozen=True)

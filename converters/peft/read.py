@@ -34,7 +34,6 @@ from mlx_rsgwm.converters.peft.sidecar import (
     rows_of_changed,
 )
 from mlx_rsgwm.converters.peft.uniform import (
-    NAMES,
     Folding,
     Update,
     choose_folding,
@@ -46,6 +45,7 @@ from mlx_rsgwm.converters.peft.uniform import (
 from mlx_rsgwm.converters.peft.updates import build_updates
 from mlx_rsgwm.converters.resized_vocabulary import resized_layers
 from mlx_rsgwm.converters.untied_base import untied_layers
+from mlx_rsgwm.core.dtypes import NAMES
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_rsgwm.core.dtypes import DTYPES, NAMES, UNSIGNED
+
 
 @dataclass(frozen=True)
 class Update:
@@ -45,10 +47,6 @@ class Folding:
     dtype: str
     folded: str
     kept: bool
-
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-NAMES = {value: name for name, value in DTYPES.items()}
 
 
 def common_scale(scales: Iterable[float]) -> float:
@@ -109,5 +107,5 @@ def same_bits(one: mx.array, other: mx.array) -> bool:
     """Whether two arrays have the same dtype, shape and bytes."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    width = mx.uint32 if one.itemsize == 4 else mx.uint16
+    width = UNSIGNED[one.itemsize]
     return bool(mx.array_equal(mx.contiguous(one).view(width), mx.contiguous(other).view(width)).item())

@@ -24,7 +24,6 @@ from mlx_rsgwm.converters.peft.experts import GATE_UP, join_gate_up, stack_exper
 from mlx_rsgwm.converters.peft.layout import Layout
 from mlx_rsgwm.converters.peft.names import PREFIX, SAVED, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft.uniform import (
-    NAMES,
     common_scale,
     filled_with_zeros,
     fold,
@@ -36,6 +35,7 @@ from mlx_rsgwm.converters.peft.uniform import (
 from mlx_rsgwm.converters.peft.updates import default_source, expert_problems, gate_up_of
 from mlx_rsgwm.converters.untied_base import adapts_head, untied_layers
 from mlx_rsgwm.converters.weight_map import describe_link
+from mlx_rsgwm.core.dtypes import NAMES, name_of
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.token_layers import is_embedding
@@ -80,7 +80,7 @@ def unconvertible(adapter: Adapter) -> list[str]:
             problems.append(f"{module}: mlx-lm's DoRA on embeddings scales rows, PEFT's columns")
     for name, value in {**adapter.weights, **adapter.full}.items():
         if value.dtype not in NAMES:
-            kind = str(value.dtype).removeprefix("mlx.core.")
+            kind = name_of(value.dtype)
             problems.append(f"{name} is {kind}; {', '.join(NAMES.values())} are converted")
     return problems
 

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
@@ -33,7 +34,6 @@ from mlx_rsgwm.models.linux_cpu import quicken
 if TYPE_CHECKING:
     from mlx_rsgwm.models.tokenizer import BaseTokenizer
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 

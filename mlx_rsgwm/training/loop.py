@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_rsgwm.core.distributed import ALONE, Processes
+from mlx_rsgwm.core.dtypes import name_of
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
@@ -314,5 +315,4 @@ def finish(adapter: Adapter, saving: Saving) -> None:
 
 def _float_type(model: Any) -> str:
     flat: Any = tree_flatten(model.parameters())
-    types = {str(value.dtype) for _, value in flat if mx.issubdtype(value.dtype, mx.floating)}
-    return ", ".join(name.removeprefix("mlx.core.") for name in sorted(types))
+    return ", ".join(sorted({name_of(value.dtype) for _, value in flat if mx.issubdtype(value.dtype, mx.floating)}))
