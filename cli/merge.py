@@ -85,15 +85,15 @@ def merge(
         return
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.merging.merge import merge as merge_adapters
-    from mlx_rsgwm.models.adapter import is_complete
     from mlx_rsgwm.models.adapter_sources import load_adapters
+    from mlx_rsgwm.training.checkpoints import new_adapter
 
     if not adapters:
         raise RsgwmError("no adapters given; name at least two adapter folders, or use --list")
     if out is None and not dry_run:
         raise RsgwmError("no --out folder given; name one, or look first with --dry-run")
-    if out is not None and is_complete(out) and not dry_run:
-        raise RsgwmError(f"{out} already holds a finished adapter; choose another folder or remove it")
+    if out is not None and not dry_run:
+        click.get_current_context().with_resource(new_adapter(out))
     options = MergeOptions(
         method=method,
         role=role,

@@ -57,6 +57,7 @@ def train(
     from mlx_rsgwm.data.loading import load_data, load_test
     from mlx_rsgwm.models.adapter import is_complete
     from mlx_rsgwm.models.base import load_base
+    from mlx_rsgwm.training.checkpoints import new_adapter
     from mlx_rsgwm.training.loop import finish
     from mlx_rsgwm.training.loop import train as train_adapter
     from mlx_rsgwm.training.mlx_lm_yaml import TrainingFile, read_training_file
@@ -74,7 +75,10 @@ def train(
     if missing:
         raise RsgwmError(f"{' and '.join(missing)} must be given, as options or in the --config file")
     target = Path(chosen["out"])
-    if is_complete(target):
+    processes = launched_processes()
+    if processes.writes:
+        click.get_current_context().with_resource(new_adapter(target))
+    elif is_complete(target):
         raise RsgwmError(f"{target} already holds a finished adapter; choose another folder or remove it")
     config = train_config(console, asked.config, settings)
     saving = saving_options(target, asked.run, running)
@@ -95,7 +99,6 @@ def train(
 
         config = replace(config, validate_every=0, patience=0, select="last")
         asked.notes.append("there are no held-out rows: no validation")
-    processes = launched_processes()
     progress = console.progress if processes.writes else SILENT
     if processes.writes:
         for note in asked.notes:

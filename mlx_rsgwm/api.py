@@ -8,6 +8,7 @@ Each function opens what it is given by name, calls one function of the package,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import DEFAULT_BASE
 from mlx_rsgwm.merging.merge import merge as merge_adapters
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.models.adapter import Adapter, is_complete
+from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base, load_base
-from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.checkpoints import Saving, new_adapter
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish
 from mlx_rsgwm.training.loop import train as train_adapter
@@ -111,11 +112,11 @@ def train(
     chosen = _config(config, settings)
     rows, held = _training_rows(data, held_out, mask_prompt)
     folder = None if out is None else Path(out)
-    if folder is not None and is_complete(folder):
-        raise RsgwmError(f"{folder} already holds a finished adapter; choose another folder or remove it")
-    saving = None if folder is None else Saving(folder, resume="continue")
-    adapter = train_adapter(_base(base, progress), rows, chosen, held, progress=progress, saving=saving)
-    if saving is not None:
+    if folder is None:
+        return train_adapter(_base(base, progress), rows, chosen, held, progress=progress)
+    saving = Saving(folder, resume="continue")
+    with new_adapter(folder):
+        adapter = train_adapter(_base(base, progress), rows, chosen, held, progress=progress, saving=saving)
         finish(adapter, saving)
     return adapter
 
@@ -157,14 +158,13 @@ def merge(
         drafter = rs.merge(["pool/change", "pool/prices"], "drafter", role="draft", tau=0.3)
     """
     folder = None if out is None else Path(out)
-    if folder is not None and is_complete(folder):
-        raise RsgwmError(f"{folder} already holds a finished adapter; choose another folder or remove it")
     options = MergeOptions(method, role, parameters, tuple(weights), rank, seed)
-    merged = merge_adapters(adapters, options, progress)
-    for warning in merged.manifest["merge"]["warnings"]:
-        progress.warning(warning)
-    if folder is not None:
-        merged.save(folder)
+    with new_adapter(folder) if folder is not None else nullcontext():
+        merged = merge_adapters(adapters, options, progress)
+        for warning in merged.manifest["merge"]["warnings"]:
+            progress.warning(warning)
+        if folder is not None:
+            merged.save(folder)
     return merged
 
 

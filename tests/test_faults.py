@@ -26,6 +26,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import LOCK_FILE, exclusive
 from mlx_rsgwm.core.safetensors_io import write_safetensors
+from mlx_rsgwm.models import adapter as adapters
 from mlx_rsgwm.models.adapter import Adapter
 
 PROGRAM = "import sys; from mlx_rsgwm.cli.main import main; sys.argv[0] = 'rsgwm'; main()"
@@ -255,6 +256,31 @@ def test_two_processes_cannot_write_one_folder(work, tiny_base, held):
     assert run(*commands(work, tiny_base, out)["merge"][0]).exit_code == 0
     assert not (out / LOCK_FILE).exists()
     Adapter.load(out)
+
+
+@pytest.mark.parametrize("kind", ["train", "merge"])
+def test_what_a_process_killed_at_its_very_end_left_goes_with_the_next_command(work, tiny_base, tmp_path, kind):
+    out = tmp_path / "out"
+    command, _ = commands(work, tiny_base, out)[kind]
+    assert run(*command).exit_code == 0
+    finished = sorted(file.relative_to(out) for file in out.rglob("*"))
+    (out / LOCK_FILE).touch()
+    (out / adapters.UNFINISHED_FILE).touch()
+    (out / ".x.1-00000000ffff-0.tmp.safetensors").touch()
+    for step in out.glob("checkpoints/step-*"):
+        (step / "state.safetensors").touch()
+    assert "already holds a finished adapter" in one_line(run(*command))
+    assert sorted(file.relative_to(out) for file in out.rglob("*")) == finished
+
+
+def test_of_two_commands_that_write_one_folder_one_wins(work, tiny_base, tmp_path):
+    """The other is refused, whichever came first, or finds the finished one: never are both content."""
+    pool = [work / "pool" / "change", work / "pool" / "groups"]
+    started = [start(["merge", *pool, "--role", role, "--out", tmp_path / "out"]) for role in ("draft", "verify")]
+    codes = [child.wait() for child in started]
+    assert sorted(codes) == [0, 2], [child.stderr.read() for child in started]
+    winner = ("draft", "verify")[codes.index(0)]
+    assert files.read_json(tmp_path / "out" / "manifest.json")["merge"]["role"] == winner
 
 
 def test_a_lock_is_for_one_at_a_time_and_leaves_nothing(tmp_path):

@@ -55,7 +55,7 @@ def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -
     names = _tensor_names(adapter, base, config)
     require_space(out, sum(value.nbytes for value in adapter.weights.values()) * 2 + 2**20)
     make_folder(out.absolute().parent)
-    with files.new_file(out) as temporary:
+    with files.new_file(out, replace=False) as temporary:
         writer = gguf.GGUFWriter(str(temporary), architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

@@ -95,7 +95,7 @@ def model_to_gguf(folder: Path, out: Path, dtype: str | None = None, progress: P
     metadata = {**_metadata(source, KINDS[kind][1], title), **words}
     require_space(out, sum(4 * source.arrays[name].size for name in plan) + 2**24)
     make_folder(out.absolute().parent)
-    with files.new_file(out) as temporary:
+    with files.new_file(out, replace=False) as temporary:
         with progress.task(f"writing {out.name}", len(plan)) as advance:
             digests = _write(temporary, source, plan, metadata, kind, advance)
         _check(temporary, out, source, digests)

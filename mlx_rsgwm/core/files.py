@@ -26,6 +26,7 @@ from mlx_rsgwm.core.temporary import remove_leftovers, temporary_file
 LARGEST_JSON = 256 << 20
 LARGEST_YAML = 16 << 20
 LARGEST_TEXT = 512 << 20  # rows of data are all in memory, as objects of several times this size
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # of file systems without them
 OTHER_KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -197,25 +198,40 @@ def expanded(name: str) -> Path:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """A name to write a file under, which becomes ``path`` in one step when the body is done and it is on the disk.
 
     When the body fails nothing is left; what killed processes left half written in the folder is removed.
 
     Raises:
-        RsgwmError: it cannot be written.
+        RsgwmError: it cannot be written; without ``replace`` also when there is a file by then.
     """
     remove_leftovers(path.parent)
     temporary = temporary_file(path)
     try:
         yield temporary
         flush(temporary)
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _link(temporary, path)
     except OSError as error:
         raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file its name unless another process was faster, which a rename would overwrite."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if is_present(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

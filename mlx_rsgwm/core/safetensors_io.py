@@ -71,6 +71,7 @@ def write_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapp
             mx.save_safetensors(name_for_mlx(temporary), dict(arrays), {"format": "mlx", **(metadata or {})})
         except RuntimeError as error:
             raise RsgwmError(f"cannot write {path}: {error}") from error
+        read_header(temporary)  # which a file that a full disk has cut does not survive
 
 
 def name_for_mlx(path: Path) -> str:

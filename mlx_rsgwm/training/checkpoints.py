@@ -25,11 +25,20 @@ import mlx.core as mx
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.core.folders import new_folder, require_space
+from mlx_rsgwm.core.folders import exclusive, new_folder, require_space
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
-from mlx_rsgwm.models.adapter import CONFIG_FILE, FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, LoraSpec
+from mlx_rsgwm.models.adapter import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    UNFINISHED_FILE,
+    WEIGHTS_FILE,
+    LoraSpec,
+    is_complete,
+)
 from mlx_rsgwm.training.snapshots import FOLDER as SNAPSHOTS
 
 FOLDER = "checkpoints"
@@ -135,6 +144,26 @@ def prune(folder: Path, keep: int, with_state: int) -> None:
     for path in (folder / FOLDER).glob("*"):
         if path.is_dir() and not (path / MANIFEST_FILE).is_file():
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def new_adapter(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for an adapter that the body makes, so that of two commands one makes it and the other says so.
+
+    Raises:
+        RsgwmError: it holds a finished one, or another process is writing it.
+    """
+    with exclusive(folder):
+        if is_complete(folder):
+            drop_state(folder)
+            raise RsgwmError(f"{folder} already holds a finished adapter; choose another folder or remove it")
+        yield
+
+
+def drop_state(folder: Path) -> None:
+    """Remove what only an unfinished run needs: whoever finished it may have been killed before."""
+    (folder / UNFINISHED_FILE).unlink(missing_ok=True)
+    prune(folder, len(checkpoint_folders(folder)), with_state=0)
 
 
 def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) -> Checkpoint | None:

@@ -10,12 +10,13 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.distributed import ALONE, Processes
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.folder import base_difference
-from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.checkpoints import Saving, drop_state
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train
 from mlx_rsgwm.training.memory import MemoryOptions
@@ -55,16 +56,18 @@ def train_pool(
     trained = []
     for member in members[processes.rank :: processes.size]:
         folder = saving.folder / member.name
-        if is_complete(folder):
-            progress.message(f"{member.name}: finished before")
-            continue
-        own = replace(saving, folder=folder)
-        adapter = train(
-            base, member.data, config, member.held_out, f"train {member.name}", progress, own, memory=memory
-        )
-        adapter.manifest["task"] = member.name
-        finish(adapter, own)
-        trained.append(member.name)
+        with exclusive(folder):
+            if is_complete(folder):
+                drop_state(folder)
+                progress.message(f"{member.name}: finished before")
+                continue
+            own = replace(saving, folder=folder)
+            adapter = train(
+                base, member.data, config, member.held_out, f"train {member.name}", progress, own, memory=memory
+            )
+            adapter.manifest["task"] = member.name
+            finish(adapter, own)
+            trained.append(member.name)
     return trained
 
 

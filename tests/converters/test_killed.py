@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -190,3 +191,22 @@ def test_temporary_names_fit_wherever_the_final_one_does(tmp_path):
         assert (tmp_path / name).read_text() == name
         assert len(os.fsencode(temporary.temporary_file(tmp_path / name).name)) < 255
     assert temporary.temporary_file(tmp_path / "a.safetensors").suffix == ".safetensors"
+
+
+def write_beside_another(path):
+    with files.new_file(path, replace=False) as temporary:
+        temporary.write_text("mine")
+        path.write_text("other")
+
+
+def test_a_file_that_came_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    for link in (os.link, lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links"))):
+        monkeypatch.setattr(os, "link", link)
+        with files.new_file(tmp_path / "b", replace=False) as new:
+            new.write_text("first")
+        with pytest.raises(RsgwmError, match="File exists"):
+            write_beside_another(tmp_path / "a")
+        assert [(tmp_path / name).read_text() for name in "ab"] == ["other", "first"]
+        (tmp_path / "a").unlink()
+        (tmp_path / "b").unlink()
+    assert list(tmp_path.iterdir()) == []
