@@ -16,7 +16,7 @@ from mlx_rsgwm.cli.main import rsgwm
 COMMANDS = {
     "ask": ["ask", "What is 2 + 2?"],
     "chat": ["chat"],
-    "eval": ["eval", "--task", "change", "--limit", 2, "--timed", 0],
+    "eval": ["eval", "--task", "change", "--items", 2, "--timed", 0],
     "calibrate": ["calibrate", "--task", "change", "--items", 2],
 }
 SHORT = ["--max-tokens", 2, "--attempts", 1, "--quiet"]
