@@ -62,9 +62,9 @@ class Draft:
         """What the verifier reads of it: drafts of equal content get equal scores."""
         return self.tokens, self.finished
 
-    def scored(self, signals: Signals | None, score: float, threshold: float) -> Draft:
-        """The same draft after the verifier spoke: accepted at or above ``threshold``."""
-        return replace(self, signals=signals, score=score, accepted=score >= threshold)
+    def scored(self, signals: Signals | None, score: float, accepted: bool) -> Draft:
+        """The same draft after the verifier spoke."""
+        return replace(self, signals=signals, score=score, accepted=accepted)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import Calibration, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
-from mlx_rsgwm.inference.policy import LoopConfig, Trial
+from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide
 from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, can_batch, remembering
 from mlx_rsgwm.inference.scheduler import BatchScheduler
 from mlx_rsgwm.inference.scores import SCORES, Scorer
@@ -39,6 +39,46 @@ from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 ALONE_FROM = 0.85
 
 Reads = Callable[[Sequence[str], Sequence[Draft]], list[Signals]]
+
+
+class _Trial:
+    """A question under way: its drafts in order, of which the last may wait for the verifier."""
+
+    def __init__(self, config: LoopConfig) -> None:
+        self._config = config
+        self.drafts: list[Draft] = []
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the last draft is to be scored."""
+        return bool(self.drafts) and self.drafts[-1].state == "drafted"
+
+    @property
+    def over(self) -> bool:
+        """Whether the last draft was accepted, or no further attempt is left."""
+        return self.drafts[-1].state == "accepted" or len(self.drafts) == self._config.attempts
+
+    def add(self, draft: Draft) -> Draft:
+        """The drafter spoke."""
+        self.drafts.append(draft)
+        return draft
+
+    def earlier_alike(self) -> Draft | None:
+        """A scored draft of the same content as the last one, whose score holds for that, too."""
+        return next((draft for draft in self.drafts[:-1] if draft.content == self.drafts[-1].content), None)
+
+    def score(self, signals: Signals | None, score: float) -> Draft:
+        """The verifier spoke of the last draft."""
+        self.drafts[-1] = self.drafts[-1].scored(signals, score, accepts(score, self._config.threshold))
+        return self.drafts[-1]
+
+    def answer(self) -> Answer:
+        """What the loop returns of the drafts so far, all scored."""
+        scores = [draft.score for draft in self.drafts if draft.score is not None]
+        decision = decide(scores, self._config.threshold)
+        refused = self._config.abstain and not decision.accepted
+        text = None if refused else self.drafts[decision.chosen].text
+        return Answer(text, scores[decision.chosen], decision.accepted, decision.attempts)
 
 
 class DraftVerify:
@@ -126,7 +166,7 @@ class DraftVerify:
         reads = partial(
             self.reader.signals, needs=self.scorer(self.config.score).needs, parts=parts, lower_cache=lower_cache
         )
-        trial = Trial(self.config)
+        trial = _Trial(self.config)
         for drafted in self._attempts(question, prompt, lower_cache):
             yield trial.add(drafted)
             self._score([(question, trial)], reads)
@@ -156,7 +196,7 @@ class DraftVerify:
                     decoder.step([(0, other) for other in beside])
             yield self._with_text(decoder.ended[0, attempt])
 
-    def _score(self, trials: Sequence[tuple[str, Trial]], reads: Reads) -> None:
+    def _score(self, trials: Sequence[tuple[str, _Trial]], reads: Reads) -> None:
         """Score the last draft of every (question, trial); what an earlier draft said already is not read again."""
         alike = [trial.earlier_alike() for _, trial in trials]
         new = [pair for pair, earlier in zip(trials, alike, strict=True) if earlier is None]
@@ -199,7 +239,7 @@ class DraftVerify:
                     yield index, step
             return
         scheduler = BatchScheduler(self._decoder(), questions, prompts, batch_rows)
-        trials: dict[int, Trial] = {}
+        trials: dict[int, _Trial] = {}
         while not scheduler.over:
             writing = self._write(scheduler, self._attempts_after(0))
             yield from self._drafted(scheduler, trials)
@@ -213,25 +253,23 @@ class DraftVerify:
                     yield index, trial.answer()
                     del trials[index]
                     scheduler.done(index)
-                elif len(trial.drafts) == trial.requested:
-                    further = self._attempts_after(trial.requested)
-                    trial.requested = further[-1]
-                    scheduler.want(index, further)
+                elif len(trial.drafts) == scheduler.attempts(index):  # all that were begun
+                    scheduler.want(index, self._attempts_after(len(trial.drafts)))
 
     def _attempts_after(self, made: int) -> Sequence[int]:
         """The attempts that a question makes next, side by side, after those that were ``made``."""
         alone = self.config.mode == "sequential" or (made == 0 and self._goes_alone())
         return range(made + 1, (made + 1 if alone else self.config.attempts) + 1)
 
-    def _drafted(self, scheduler: BatchScheduler, trials: dict[int, Trial]) -> Iterator[tuple[int, Draft]]:
+    def _drafted(self, scheduler: BatchScheduler, trials: dict[int, _Trial]) -> Iterator[tuple[int, Draft]]:
         """The next draft of every question under way that has one ended and none to be scored."""
         for index in scheduler.under_way:
-            trial = trials.setdefault(index, Trial(self.config, scheduler.attempts(index)))
+            trial = trials.setdefault(index, _Trial(self.config))
             ended = None if trial.waiting else scheduler.ended(index, len(trial.drafts) + 1)
             if ended is not None:
                 yield index, trial.add(self._with_text(ended))
 
-    def _score_many(self, trials: Sequence[tuple[str, Trial]], batch_rows: int, scheduler: BatchScheduler) -> None:
+    def _score_many(self, trials: Sequence[tuple[str, _Trial]], batch_rows: int, scheduler: BatchScheduler) -> None:
         lower_cache = self._lower_cache(scheduler.prefixes)
         needs = self.scorer(self.config.score).needs
         self._score(

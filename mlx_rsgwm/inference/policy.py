@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.inference.draft import Answer, Draft, Signals
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
 
@@ -52,54 +51,15 @@ class Decision:
     accepted: bool
 
 
+def accepts(score: float, threshold: float) -> bool:
+    """Whether a draft of this score is accepted."""
+    return score >= threshold
+
+
 def decide(scores: Sequence[float], threshold: float) -> Decision:
     """The first score at or above ``threshold`` wins; with none, the best one (the earliest of equals)."""
     for index, score in enumerate(scores):
-        if score >= threshold:
+        if accepts(score, threshold):
             return Decision(index, index + 1, True)
     best = max(range(len(scores)), key=lambda index: (scores[index], -index))
     return Decision(best, len(scores), False)
-
-
-class Trial:
-    """A question under way: its drafts in order, of which the last may wait for the verifier.
-
-    ``requested``: attempts that are being written side by side, where many questions are under way.
-    """
-
-    def __init__(self, config: LoopConfig, requested: int = 0) -> None:
-        self._config = config
-        self.requested = requested
-        self.drafts: list[Draft] = []
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the last draft is to be scored."""
-        return bool(self.drafts) and self.drafts[-1].state == "drafted"
-
-    @property
-    def over(self) -> bool:
-        """Whether the last draft was accepted, or no further attempt is left."""
-        return self.drafts[-1].state == "accepted" or len(self.drafts) == self._config.attempts
-
-    def add(self, draft: Draft) -> Draft:
-        """The drafter spoke."""
-        self.drafts.append(draft)
-        return draft
-
-    def earlier_alike(self) -> Draft | None:
-        """A scored draft of the same content as the last one, whose score holds for that, too."""
-        return next((draft for draft in self.drafts[:-1] if draft.content == self.drafts[-1].content), None)
-
-    def score(self, signals: Signals | None, score: float) -> Draft:
-        """The verifier spoke of the last draft."""
-        self.drafts[-1] = self.drafts[-1].scored(signals, score, self._config.threshold)
-        return self.drafts[-1]
-
-    def answer(self) -> Answer:
-        """What the loop returns of the drafts so far, all scored."""
-        scores = [draft.score for draft in self.drafts if draft.score is not None]
-        decision = decide(scores, self._config.threshold)
-        refused = self._config.abstain and not decision.accepted
-        text = None if refused else self.drafts[decision.chosen].text
-        return Answer(text, scores[decision.chosen], decision.accepted, decision.attempts)

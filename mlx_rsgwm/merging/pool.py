@@ -187,7 +187,7 @@ class Pool:
                     streamed = [source for source in self.sources if source.folder]
                     _check_finite(streamed, "importance ", lambda source: source.importance(signal))
                 yield
-            except Exception:
+            except (RsgwmError, ArithmeticError, RuntimeError, ValueError):
                 _wait(hashed)
                 _check_finite(self.sources, "", Source.weights)
                 raise
