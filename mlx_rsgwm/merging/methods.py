@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ from mlx_rsgwm.merging.families.regmean import regmean
 from mlx_rsgwm.merging.families.rsgwm import rsgwm, survey
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.merging.parameters import Parameter
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.steps.elementwise import elementwise
 from mlx_rsgwm.merging.steps.masks import NORMALISATIONS, SCOPES
@@ -28,41 +29,6 @@ from mlx_rsgwm.merging.weights import LARGEST_WEIGHT, cancel
 
 # The drafter keeps the top 70 % of a task's parameters, the verifier the top 50 %.
 ROLE_TAU: Mapping[str, float] = MappingProxyType({"draft": 0.30, "verify": 0.50})
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A method's parameter: its default, what it means, and its range or choices. None: it has to be found out."""
-
-    default: Any
-    meaning: str
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-    open_high: bool = False
-    choices: tuple[Any, ...] = ()
-    whole: bool = False
-
-    def problem(self, name: str, value: Any) -> str | None:
-        """Why ``value`` cannot be; None when it can."""
-        if self.choices:
-            return None if value in self.choices else f"{name} must be one of {_listed(self.choices)}, found {value!r}"
-        if self.low is None and self.high is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f"{name} must be a number, found {value!r}"
-        if self.whole and value % 1:
-            return f"{name} must be a whole number, found {value!r}"
-        low, high = (
-            (-float("inf") if self.low is None else self.low),
-            (float("inf") if self.high is None else self.high),
-        )
-        above = value > low if self.open_low else value >= low
-        below = value < high if self.open_high else value <= high
-        if above and below and abs(value) != float("inf"):
-            return None
-        ends = f"{'(' if self.open_low else '['}{low:g}, {high:g}{')' if self.open_high else ']'}"
-        return f"{name} must be in {ends}, found {value}"
 
 
 @dataclass(frozen=True)
@@ -105,8 +71,6 @@ def spaces(*allowed: str) -> Parameter:
     return Parameter(allowed[0], "merge the factors A and B, or the products ΔW", choices=allowed)
 
 
-LAMBDA = Parameter(1.0, "factor on the merged update", 0, open_low=True)
-
 _RSGWM = Method(
     rsgwm,
     "importance-weighted mean of what each adapter's top parameters changed, for a role",
@@ -138,10 +102,7 @@ def _check_elementwise(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def _elementwise(row: task_vectors.Row) -> Method:
-    parameters = {
-        name: Parameter(row.defaults[name], task_vectors.MEANINGS[name], **vars(allowed))
-        for name, allowed in row.ranges.items()
-    }
+    parameters = {name: replace(parameter, default=row.defaults[name]) for name, parameter in row.parameters.items()}
     return Method(
         elementwise(row.merge),
         row.summary,
@@ -194,7 +155,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             combine.combination(combine.weighted_sum),
             "weighted sum",
             "Ilharco et al., 2023; mergekit task_arithmetic",
-            {"lambda": LAMBDA},
+            {"lambda": task_vectors.LAMBDA},
             sums=True,
             remedy=SUM_REMEDY,
         ),
@@ -213,7 +174,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             combine.combination(combine.weighted_sum),
             "weighted sum without truncation: the ranks add up",
             "PEFT cat, with exact scales",
-            {"lambda": LAMBDA},
+            {"lambda": task_vectors.LAMBDA},
             rank="sum",
             sums=True,
             remedy=SUM_REMEDY,
@@ -282,7 +243,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "density": Parameter(1.0, "share of an aligned update's entries that is kept", 0, 1, open_low=True),
                 "part": Parameter("v", "what is merged: V_t, or diag(S) V_t", choices=("v", "sv")),
                 "threshold": Parameter(1e-4, "singular values up to this are dropped", 0),
-                "lambda": LAMBDA,
+                "lambda": task_vectors.LAMBDA,
             },
         ),
         "lego": Method(
@@ -371,7 +332,3 @@ def weight_problems(options: MergeOptions, count: int) -> list[str]:
         elif (as_sum or method.scales) and max(map(abs, weights)) > LARGEST_WEIGHT:
             problems.append(f"weights must not be above {LARGEST_WEIGHT:g} for {name}")
     return problems
-
-
-def _listed(choices: tuple[Any, ...]) -> str:
-    return ", ".join(str(choice) for choice in choices)

@@ -24,7 +24,7 @@ from mlx_rsgwm.inference.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THR
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
-from mlx_rsgwm.merging.methods import find_method, resolved, weight_problems
+from mlx_rsgwm.merging.methods import ROLE_TAU, find_method, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import SIGNALS
 from mlx_rsgwm.training.config import TrainConfig
@@ -103,8 +103,8 @@ class MergeSection:
     """How both roles are merged; ``parameters`` are the method's own (``rsgwm merge --list`` shows them)."""
 
     method: str = "rsgwm"
-    tau_draft: float = 0.30
-    tau_verify: float = 0.50
+    tau_draft: float = ROLE_TAU["draft"]
+    tau_verify: float = ROLE_TAU["verify"]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
     rank: int | None = None

@@ -7,13 +7,14 @@ or by an elected sign.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm.merging.parameters import Parameter
 from mlx_rsgwm.merging.steps.sign_election import ELECTIONS, NORMALISATIONS, elected_sum, settle, weighted_sum
 from mlx_rsgwm.merging.steps.sparsify import RESCALES, keep_count, sparsified
 from mlx_rsgwm.models.linux_cpu import ones_where, order_statistics
@@ -96,21 +97,10 @@ def _varying(deltas: Sequence[mx.array], share: float) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Range:
-    """What a parameter may be: a number from ``low`` to ``high``, or one of ``choices``."""
-
-    low: float = 0.0
-    high: float = float("inf")
-    open_low: bool = False
-    open_high: bool = False
-    choices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Row:
     """One method of the family: ``merge(deltas, weights, key, **parameters)``, and what its parameters may be.
 
-    ``defaults`` and ``ranges`` name the same parameters; ``merge`` has the defaults already. ``lambda`` is among them
+    ``defaults`` and ``parameters`` name the same ones; ``merge`` has the defaults already. ``lambda`` is among them
     but is none of ``merge``'s: it multiplies the update once, and in factor space ``merge`` runs for either factor.
     """
 
@@ -118,48 +108,48 @@ class Row:
     summary: str
     source: str
     defaults: Mapping[str, Any]
-    ranges: Mapping[str, Range]
+    parameters: Mapping[str, Parameter]
 
 
-DENSITY = Range(0, 1, open_low=True)
-LAMBDA = Range(0, open_low=True)
-ELECTION = Range(choices=ELECTIONS)
-NORMALISE = Range(choices=NORMALISATIONS)
-RESCALE = Range(choices=RESCALES)
-# What is chosen by magnitude has no probability to divide by.
-RESCALE_CHOSEN = Range(choices=("none", "l1"))
-
-MEANINGS: Mapping[str, str] = MappingProxyType(
-    {
-        "density": "share of an update's entries that is kept",
-        "epsilon": "keep probabilities run from density - epsilon to density + epsilon by rank of magnitude",
-        "gamma": "share of an update's entries, the largest, that is dropped as outliers",
-        "rescale": "kept entries are divided by their probability (density), or brought to the old L1 norm (l1)",
-        "election": "the sign of an entry: of the weighted sum, or of the majority",
-        "normalise": "divide by the sum of the (agreeing) weights, or not",
-        "select_topk": "share of the entries, those that vary most between adapters, that is kept",
-        "lambda": "factor on the merged update",
-    }
+DENSITY = Parameter(1.0, "share of an update's entries that is kept", 0, 1, open_low=True)
+TOPK = replace(DENSITY, meaning="share of the entries, those that vary most between adapters, that is kept")
+LAMBDA = Parameter(1.0, "factor on the merged update", 0, open_low=True)
+EPSILON = Parameter(
+    0.0,
+    "keep probabilities run from density - epsilon to density + epsilon by rank of magnitude",
+    0,
+    0.5,
+    open_high=True,
 )
+GAMMA = Parameter(0.0, "share of an update's entries, the largest, that is dropped as outliers", 0, 1, open_high=True)
+ELECTION = Parameter("none", "the sign of an entry: of the weighted sum, or of the majority", choices=ELECTIONS)
+NORMALISE = Parameter("weights", "divide by the sum of the (agreeing) weights, or not", choices=NORMALISATIONS)
+RESCALE = Parameter(
+    "none",
+    "kept entries are divided by their probability (density), or brought to the old L1 norm (l1)",
+    choices=RESCALES,
+)
+# What is chosen by magnitude has no probability to divide by.
+RESCALE_CHOSEN = replace(RESCALE, choices=("none", "l1"))
 
 
 def _row(
     sparsification: str,
     summary: str,
     source: str,
-    ranges: Mapping[str, Range],
+    parameters: Mapping[str, Parameter],
     **defaults: Any,
 ) -> Row:
     defaults = {"normalise": "weights", "lambda": 1.0, **defaults}
     own = {name: value for name, value in defaults.items() if name != "lambda"}
     merge = partial(merge_task_vectors, sparsification=sparsification, **own)
-    return Row(merge, summary, source, defaults, {**ranges, "normalise": NORMALISE, "lambda": LAMBDA})
+    return Row(merge, summary, source, defaults, {**parameters, "normalise": NORMALISE, "lambda": LAMBDA})
 
 
 _MAGNITUDE = {"density": DENSITY, "rescale": RESCALE_CHOSEN}
 _RANDOM = {"density": DENSITY, "rescale": RESCALE}
-_DELLA = {**_RANDOM, "epsilon": Range(0, 0.5, open_high=True)}
-_OUTLIERS = {**_MAGNITUDE, "gamma": Range(0, 1, open_high=True)}
+_DELLA = {**_RANDOM, "epsilon": EPSILON}
+_OUTLIERS = {**_MAGNITUDE, "gamma": GAMMA}
 _ELECTED = {"election": ELECTION}
 
 # Weights are 1 each unless the user says otherwise, so every row is a mean by default; where mergekit (DARE,
@@ -256,7 +246,7 @@ FAMILY: Mapping[str, Row] = MappingProxyType(
             "keep what differs most, weight by energy, elect signs, average what agrees",
             "Wan et al., 2024 (arXiv 2408.07990); mergekit sce",
             {"select_topk": 1.0, "lambda": 1.0},
-            {"select_topk": DENSITY, "lambda": LAMBDA},
+            {"select_topk": TOPK, "lambda": LAMBDA},
         ),
     }
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.linalg.lowrank import Factors
-from mlx_rsgwm.merging.families.task_vectors import FAMILY, MEANINGS, check, merge_task_vectors, sce
+from mlx_rsgwm.merging.families.task_vectors import FAMILY, check, merge_task_vectors, sce
 from mlx_rsgwm.merging.layer import DenseUpdates, Layer
 from mlx_rsgwm.merging.steps import sign_election
 from mlx_rsgwm.merging.steps.elementwise import elementwise
@@ -367,16 +367,12 @@ def test_identical_adapters_at_full_density_merge_to_themselves(name):
 @pytest.mark.parametrize("name", list(FAMILY))
 def test_a_table_row_is_complete(name):
     row = FAMILY[name]
-    assert row.defaults.keys() == row.ranges.keys() <= MEANINGS.keys()
+    assert row.defaults.keys() == row.parameters.keys()
     assert row.summary
     assert row.source
     for parameter, value in row.defaults.items():
-        allowed = row.ranges[parameter]
-        if allowed.choices:
-            assert value in allowed.choices
-        else:
-            assert allowed.low < value or (value == allowed.low and not allowed.open_low)
-            assert value < allowed.high or (value == allowed.high and not allowed.open_high)
+        assert row.parameters[parameter].problem(parameter, value) is None
+        assert row.parameters[parameter].problem(parameter, "no such value")
     assert check(row.defaults) == []
     own = {key: value for key, value in row.defaults.items() if key != "lambda"}
     deltas = random_deltas(seed=5)
