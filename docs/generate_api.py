@@ -16,7 +16,7 @@ from mlx_rsgwm.core.progress import SILENT
 PAGE = Path(__file__).with_name("api.md")
 # The exported functions, in the order in which a job uses them.
 FUNCTIONS = (
-    "build_corpus", "load_questions", "load_base", "train", "merge", "calibrate",
+    "build_corpus", "load_questions", "load_base", "load_adapter", "train", "merge", "open_pipeline", "calibrate",
     "evaluate", "convert", "fuse", "parity",
 )  # fmt: skip
 HEAD = """# Python
@@ -25,7 +25,7 @@ HEAD = """# Python
 
 Every name below is in `mlx_rsgwm.__all__`, which is the contract: what is not there may change. Names are imported when
 they are first used. Defaults are those of the command line. A path may be a `str` or a `Path`. What a user can mend is
-raised as `rs.RsgwmError`, in one line.
+raised as `rs.RsgwmError`, in one line. `examples/demo.py` is the whole job in twenty lines.
 
 This page is written by `python docs/generate_api.py` from the docstrings.
 """

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from mlx_rsgwm.inference.calibration import Calibration
     from mlx_rsgwm.inference.draft import Answer, Draft
     from mlx_rsgwm.inference.loop import DraftVerify
+    from mlx_rsgwm.inference.open import open_pipeline
     from mlx_rsgwm.models.adapter import Adapter
+    from mlx_rsgwm.models.adapter_sources import load_adapter
     from mlx_rsgwm.models.base import Base, load_base
     from mlx_rsgwm.training.config import TrainConfig
 
@@ -40,7 +42,9 @@ _HOMES = {
     "inference.calibration": ("Calibration",),
     "inference.draft": ("Answer", "Draft"),
     "inference.loop": ("DraftVerify",),
+    "inference.open": ("open_pipeline",),
     "models.adapter": ("Adapter",),
+    "models.adapter_sources": ("load_adapter",),
     "models.base": ("Base", "load_base"),
     "training.config": ("TrainConfig",),
 }
@@ -66,9 +70,11 @@ __all__ = [
     "convert",
     "evaluate",
     "fuse",
+    "load_adapter",
     "load_base",
     "load_questions",
     "merge",
+    "open_pipeline",
     "parity",
     "train",
 ]

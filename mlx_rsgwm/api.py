@@ -21,21 +21,22 @@ from mlx_rsgwm.data.corpus import Corpus
 from mlx_rsgwm.data.loading import load_data
 from mlx_rsgwm.data.mlx_lm_rows import Examples
 from mlx_rsgwm.data.questions import Question
-from mlx_rsgwm.data.row_hashes import RowRecord, record_of
+from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.evaluation.calibration_set import calibrate as fit_calibration
-from mlx_rsgwm.evaluation.contamination import check_overlap
+from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, rows_trained_on
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.journal import Journal
 from mlx_rsgwm.evaluation.report.folder import summarise, write_report
 from mlx_rsgwm.evaluation.runner import describe_run
 from mlx_rsgwm.evaluation.runner import evaluate as run_questions
 from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
-from mlx_rsgwm.inference.calibration import Calibration, save_calibration
+from mlx_rsgwm.inference.calibration import Calibration, calibration_folder, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import DEFAULT_BASE
 from mlx_rsgwm.merging.merge import merge as merge_adapters
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.training.checkpoints import Saving, new_adapter
 from mlx_rsgwm.training.config import TrainConfig
@@ -122,7 +123,7 @@ def train(
 
 
 def merge(
-    adapters: Sequence[Adapter | str | Path],
+    adapters: AdapterSource | Sequence[AdapterSource],
     out: str | Path | None = None,
     *,
     method: str = MergeOptions.method,
@@ -130,19 +131,22 @@ def merge(
     weights: Sequence[float] = (),
     rank: int | None = None,
     seed: int = DEFAULT_SEED,
+    base: str | Path | None = None,
     progress: Progress = SILENT,
     **parameters: Any,
 ) -> Adapter:
     """One adapter from several of one base, with a diagnosis of what came out in its manifest.
 
     Args:
-        adapters: at least two; those given as folders are read a module at a time.
+        adapters: at least two, each as for :func:`load_adapter`, or a folder of them; folders are read a module at a
+            time.
         out: the folder to write; None keeps the adapter in memory.
         method: a name of ``rsgwm merge --list``.
         role: ``draft``, ``verify``, or one of your own.
         weights: one for each adapter; none for equal ones.
         rank: of the result; None for the highest of the sources (of ``cat`` their sum).
         seed: of random masks and sketches.
+        base: the base that adapters of other formats are read for; None for the one that they name.
         progress: told of modules and warnings.
         parameters: the method's own (``tau``, ``density``, …).
 
@@ -183,7 +187,7 @@ def calibrate(
     Args:
         pipeline: uses the result from here on.
         questions: with gold answers, neither trained on nor to be tested on (``split="calibration"``).
-        save: keep it beside the verifier, where that has a folder.
+        save: keep it beside the verifier (of one that has no folder of ours: in the cache), for other runs.
         allow_overlap: take questions that were trained on.
         seed: of the perturbed answers and of resampling.
         batch_rows: drafts made at a time.
@@ -196,11 +200,11 @@ def calibrate(
 
         rs.calibrate(pipeline, rs.load_questions("change", split="calibration", limit=24))
     """
-    check_overlap(questions, _trained_on(pipeline), allow_overlap, "calibration")
+    trained_on = rows_trained_on(_adapters(pipeline), str(pipeline.slots.base.path), progress)
+    check_overlap(questions, trained_on, allow_overlap, "calibration")
     calibration = fit_calibration(pipeline, questions, seed, batch_rows, progress)
-    folder = pipeline.slots.adapter(pipeline.verifier).path if pipeline.verifier is not None else None
-    if save and folder is not None:
-        save_calibration(folder, calibration)
+    if save and pipeline.verifier is not None:
+        save_calibration(calibration_folder(pipeline.slots.adapter(pipeline.verifier)), calibration)
     pipeline.calibration = calibration
     pipeline.config = replace(pipeline.config, score=calibration.score, threshold=calibration.threshold)
     return calibration
@@ -242,10 +246,9 @@ def evaluate(
 
         result = rs.evaluate(pipeline, rs.load_questions("change", limit=50), "report")
     """
-    calibrated = pipeline.calibration.row_hashes if pipeline.calibration else None
-    seen = _trained_on(pipeline)
-    if calibrated:
-        seen["calibration"] = RowRecord.from_description(calibrated, "the calibration")
+    seen = rows_seen(_adapters(pipeline), str(pipeline.slots.base.path), progress)
+    if pipeline.calibration and pipeline.calibration.row_hashes:  # also one that is not stored
+        seen["calibration"] = RowRecord.from_description(pipeline.calibration.row_hashes, "the calibration")
     overlap = check_overlap(questions, seen, allow_overlap, "test")
     first = pipeline.config.sampling.seed
     seeds = tuple(range(first, first + sampling_seeds))
@@ -269,14 +272,17 @@ def evaluate(
         return write_report(folder, records, attempts, metadata, seed=first)
 
 
-def convert(adapter: str | Path, out: str | Path, to: str, *, base: str | Path | None = None) -> Path:
-    """Write an adapter in another format, without changing a bit of its updates, and prove it by reading it back.
+def convert(
+    adapter: AdapterSource, out: str | Path, to: str, *, base: str | Path | None = None, progress: Progress = SILENT
+) -> Path:
+    """Write an adapter in another format, read it back, and compare: the same values, or an error.
 
     Args:
-        adapter: an adapter folder: ours, mlx-lm's, or PEFT's.
+        adapter: as for :func:`load_adapter`.
         out: a new folder; for ``gguf`` a file.
-        to: ``peft``, ``mlx`` (from PEFT) or ``gguf``.
+        to: ``peft``, ``mlx`` or ``gguf``.
         base: the base's name; None for the one that the adapter records.
+        progress: told of what the source does not say.
 
     Raises:
         RsgwmError: what has no counterpart in that format (every reason at once), no base, ``out`` is not empty.
@@ -285,19 +291,19 @@ def convert(adapter: str | Path, out: str | Path, to: str, *, base: str | Path |
 
         rs.convert("drafter", "drafter-peft", to="peft")
     """
-    if to not in CONVERSIONS:
-        raise RsgwmError(f"an adapter is converted to {', '.join(CONVERSIONS)}, not to {to!r}")
-    return CONVERSIONS[to](Path(adapter), Path(out), None if base is None else str(base))
+    from mlx_rsgwm.converters.convert import write_as
+
+    return write_as(load_adapter(adapter, base, progress=progress), Path(out), to, _text(base), progress)
 
 
 def fuse(
-    adapter: str | Path, out: str | Path, *, base: str | Path | None = None, format: str = "keep",
+    adapter: AdapterSource, out: str | Path, *, base: str | Path | None = None, format: str = "keep",
     min_share: float = 0.9, progress: Progress = SILENT,
 ) -> dict[str, Any]:  # fmt: skip
     """Work an adapter into its base and write the model, once most of the update is known to survive in its format.
 
     Args:
-        adapter: the adapter's folder.
+        adapter: as for :func:`load_adapter`.
         out: the new folder.
         base: the base's name; None for the one that the adapter records.
         format: ``keep``, ``float32``, ``float16``, ``bfloat16``, ``8bit``, ``4bit`` or ``3bit``.
@@ -317,17 +323,16 @@ def fuse(
     """
     from mlx_rsgwm.converters.fuse.fuse import fuse as fuse_adapter
 
-    name = None if base is None else str(base)
-    return fuse_adapter(adapter, name, Path(out), target=format, min_share=min_share, progress=progress)
+    return fuse_adapter(adapter, _text(base), Path(out), target=format, min_share=min_share, progress=progress)
 
 
 def parity(
-    adapter: str | Path, *, base: str | Path | None = None, tolerance: float = 1e-3, progress: Progress = SILENT
+    adapter: AdapterSource, *, base: str | Path | None = None, tolerance: float = 1e-3, progress: Progress = SILENT
 ) -> dict[str, Any]:
     """Compare an adapter's logits in MLX with torch and PEFT, layer by layer (needs ``mlx-rsgwm[torch]``).
 
     Args:
-        adapter: the adapter's folder.
+        adapter: as for :func:`load_adapter`.
         base: the base's name; None for the one that the adapter records.
         tolerance: largest difference of two float32 logits that passes.
         progress: told of what is compared.
@@ -344,7 +349,7 @@ def parity(
     """
     from mlx_rsgwm.converters.parity.check import check_parity
 
-    return check_parity(adapter, None if base is None else str(base), tolerance=tolerance, progress=progress)
+    return check_parity(adapter, _text(base), tolerance=tolerance, progress=progress)
 
 
 def _config(config: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
@@ -369,41 +374,10 @@ def _training_rows(
     return rows, held_out if isinstance(held_out, (Corpus, Examples)) else beside
 
 
-def _trained_on(pipeline: DraftVerify) -> dict[str, RowRecord]:
+def _adapters(pipeline: DraftVerify) -> dict[str, Adapter | Path]:
     named = {"drafter": pipeline.drafter, "verifier": pipeline.verifier}
-    return {role: record_of(pipeline.slots.adapter(name).manifest, role) for role, name in named.items() if name}
+    return {role: pipeline.slots.adapter(name) for role, name in named.items() if name}
 
 
-def _base_name(adapter: Path, base: str | Path | None) -> str:
-    name = base or (Adapter.load(adapter, lazy=True).manifest.get("base") or {}).get("name")
-    if not name:
-        raise RsgwmError(f"{adapter} does not say which base model it is for; give base")
-    return str(name)
-
-
-def _to_peft(adapter: Path, out: Path, base: str | None) -> Path:
-    from mlx_rsgwm.converters.peft.bulk import to_peft_verified
-
-    return to_peft_verified(adapter, base, out).out
-
-
-def _to_mlx(adapter: Path, out: Path, base: str | None) -> Path:
-    from mlx_rsgwm.converters.base_layers import read_base_layers
-    from mlx_rsgwm.converters.peft.bulk import from_peft_verified
-    from mlx_rsgwm.models.base import resolve_base
-
-    if base is None:
-        raise RsgwmError(f"{adapter}: give the base model that this PEFT adapter is for")
-    return from_peft_verified(adapter, read_base_layers(base, resolve_base(base)), out).out
-
-
-def _to_gguf(adapter: Path, out: Path, base: str | None) -> Path:
-    from mlx_rsgwm.converters.base_layers import read_base_layers
-    from mlx_rsgwm.converters.gguf.adapter import to_gguf
-    from mlx_rsgwm.models.base import resolve_base
-
-    name = _base_name(adapter, base)
-    return to_gguf(Adapter.load(adapter), read_base_layers(name, resolve_base(name)), out)
-
-
-CONVERSIONS = {"peft": _to_peft, "mlx": _to_mlx, "gguf": _to_gguf}
+def _text(name: str | Path | None) -> str | None:
+    return None if name is None else str(name)

@@ -1,0 +1,59 @@
+"""An adapter in memory, written in any of the formats, and read back from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_rsgwm.converters.base_layers import read_base_layers
+from mlx_rsgwm.converters.gguf.adapter import to_gguf
+from mlx_rsgwm.converters.peft.convert import require_empty, to_peft
+from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.adapter_sources import load_adapter
+from mlx_rsgwm.models.base import recorded_base, resolve_base
+
+FORMATS = ("peft", "mlx", "gguf")
+
+
+def write_as(adapter: Adapter, out: Path, to: str, base: str | None = None, progress: Progress = SILENT) -> Path:
+    """Write ``adapter`` in the format ``to`` of :data:`FORMATS`, and compare what is read back from there.
+
+    Raises:
+        CheckFailed: what is read back differs; it is left for inspection.
+        RsgwmError: what has no counterpart in that format, no base, ``out`` is there already.
+    """
+    if to not in FORMATS:
+        raise RsgwmError(f"an adapter is converted to {', '.join(FORMATS)}, not to {to!r}")
+    if base is not None:
+        name, path = base, resolve_base(base, progress)
+    elif adapter.base_name:
+        name, path = recorded_base(adapter.base_name, adapter.where, progress)
+    else:
+        raise RsgwmError(f"{adapter.where} does not say which base model it is for; give base")
+    if to == "gguf":
+        to_gguf(adapter, read_base_layers(name, path), out)
+    elif to == "peft":
+        to_peft(adapter, name, out)
+    else:
+        require_empty(out)
+        adapter.save(out)
+    _compare(adapter, load_adapter(out, name), out)
+    return out
+
+
+def _compare(adapter: Adapter, written: Adapter, out: Path) -> None:
+    """Raise unless both hold the same values in every array, as float32, and the same scale."""
+    names = sorted(adapter.weights.keys() ^ written.weights.keys())
+    if not names:
+        pairs = {name: (value, written.weights[name]) for name, value in adapter.weights.items()}
+        names = [
+            name
+            for name, (first, second) in pairs.items()
+            if first.shape != second.shape
+            or not mx.array_equal(first.astype(mx.float32), second.astype(mx.float32)).item()
+        ]
+    if names or adapter.spec.scale != written.spec.scale:
+        raise CheckFailed(f"{out} was written, but reads back otherwise ({names[0] if names else 'its scale'})")
