@@ -163,8 +163,9 @@ def merge(
     """
     folder = None if out is None else Path(out)
     options = MergeOptions(method, role, parameters, tuple(weights), rank, seed)
+    sources: list[AdapterSource] = [adapters] if isinstance(adapters, AdapterSource) else [*adapters]
     with new_adapter(folder) if folder is not None else nullcontext():
-        merged = merge_adapters(adapters, options, progress)
+        merged = merge_adapters(sources, options, progress, base=base)
         for warning in merged.manifest["merge"]["warnings"]:
             progress.warning(warning)
         if folder is not None:
