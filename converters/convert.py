@@ -1,4 +1,4 @@
-"""An adapter in memory, written in any of the formats, and read back from there."""
+"""An adapter from any source, written in any of the formats, and read back from there."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mlx_rsgwm.converters.peft.convert import require_empty, to_peft
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.adapter_sources import load_adapter
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import recorded_base, resolve_base
 
 FORMATS = ("peft", "mlx", "gguf")
 
 
-def write_as(adapter: Adapter, out: Path, to: str, base: str | None = None, progress: Progress = SILENT) -> Path:
-    """Write ``adapter`` in the format ``to`` of :data:`FORMATS`, and compare what is read back from there.
+def convert(source: AdapterSource, out: Path, to: str, base: str | None = None, progress: Progress = SILENT) -> Path:
+    """Write an adapter in the format ``to`` of :data:`FORMATS`, and compare what is read back from there.
 
     Raises:
         CheckFailed: what is read back differs; it is left for inspection.
@@ -27,6 +27,7 @@ def write_as(adapter: Adapter, out: Path, to: str, base: str | None = None, prog
     """
     if to not in FORMATS:
         raise RsgwmError(f"an adapter is converted to {', '.join(FORMATS)}, not to {to!r}")
+    adapter = load_adapter(source, base, progress=progress)
     if base is not None:
         name, path = base, resolve_base(base, progress)
     elif adapter.base_name:

@@ -36,7 +36,7 @@ from mlx_rsgwm.inference.open import DEFAULT_BASE
 from mlx_rsgwm.merging.merge import merge as merge_adapters
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
+from mlx_rsgwm.models.adapter_sources import AdapterSource
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.training.checkpoints import Saving, new_adapter
 from mlx_rsgwm.training.config import TrainConfig
@@ -292,9 +292,9 @@ def convert(
 
         rs.convert("drafter", "drafter-peft", to="peft")
     """
-    from mlx_rsgwm.converters.convert import write_as
+    from mlx_rsgwm.converters.convert import convert as convert_adapter
 
-    return write_as(load_adapter(adapter, base, progress=progress), Path(out), to, _text(base), progress)
+    return convert_adapter(adapter, Path(out), to, _text(base), progress)
 
 
 def fuse(
