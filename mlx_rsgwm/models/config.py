@@ -349,7 +349,7 @@ def _misread(meant: Any, names: list[str]) -> Iterator[str]:
 def _misplaced(meant: Any, model: Any) -> Iterator[str]:
     """Windows that mlx-lm would put on other layers."""
     arguments = getattr(getattr(model, "language_model", model), "args", None)
-    pattern, kinds = getattr(arguments, "sliding_window_pattern", None), getattr(meant, "layer_types", None)
+    pattern, kinds = getattr(arguments, "sliding_window_pattern", None), getattr(meant, "layer_types", None) or ()
     if isinstance(pattern, int) and pattern and kinds and _pattern(list(kinds)) != pattern:
         yield f"layer_types {list(kinds)} (it has a window on all but every layer of {pattern})"
     if getattr(meant, "model_type", "") == "exaone4" and meant.sliding_window and "sliding_attention" not in kinds:
