@@ -60,7 +60,7 @@ _CUT_NUMBER = re.compile(r"[\d.,/%]*\d[\d.,/%]*\Z")
 REFUSAL = re.compile(
     r"\bI(?:'m| am) (?:sorry|unable|not able|not sure)|\bI (?:do not|don['’]t|cannot|can['’]t|can not) "
     r"(?:know|answer|solve|help|determine|provide|assist|have)|\bas an AI\b|\b(?:cannot|can['’]t|can not) be "
-    r"(?:determined|answered|solved)|\bnot enough information\b|"
+    r"(?:determined|answered|solved)|\bnot enough information\b|\bneed more (?:information|details|data)\b|"
     r"\bimpossible to (?:say|determine|know|tell|give|provide)\b",
     re.IGNORECASE,
 )

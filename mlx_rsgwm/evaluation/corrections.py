@@ -76,11 +76,12 @@ _VALUE_DENIED = re.compile(
 )
 _NUMBER_RIGHT = re.compile(rf"(?P<number>{_NUMBER})(?:\s[^\W\d]+)?\s{_IS}\s(?:the\s)?{_RIGHT}\b", re.IGNORECASE)
 _STANDS = re.compile(
-    rf"(?<!not )(?<!nicht )(?<!pas )(?<!in)\b{_RIGHT}\b(?!\s+(?:final\s+)?(?:answer|value|total|result|number|amount|"
+    rf"(?<!in)\b{_RIGHT}\b(?!\s+(?:final\s+)?(?:answer|value|total|result|number|amount|"
     r"sum|one|figure|Antwort|Zahl|réponse|valeur|respuesta)\b)|\b(?:confirmed|consistent|checks out|matches|"
     r"as expected|makes sense|yes|ja|oui|sí|stimmt)\b",
     re.IGNORECASE,
 )
+_NEGATED = re.compile(rf"\b(?:{words('denial', spaced=True)})\s(?:[^\W\d]+\s){{0,2}}$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def _puts_forward(text: str, position: int) -> bool:
 
 def confirms(text: str) -> bool:
     """Whether a text calls something right ("Was that wrong? No, it is correct.")."""
-    return _STANDS.search(text) is not None
+    return any(
+        not _NEGATED.search(text[max(0, match.start() - 24) : match.start()]) for match in _STANDS.finditer(text)
+    )
 
 
 def denies(text: str) -> bool:

@@ -51,7 +51,7 @@ LANGUAGES = {
             r"|(?:actually|wait|hmm+),? I(?:['’]m| am) not (?:sure|certain)(?: (?:that |if |whether )?(?:this|that|it) "
             r"is (?:right|correct))?|let me (?:redo|fix|correct)|(?:scrap|forget|disregard|ignore|scratch|strike) "
             r"(?:that|this)|or rather|make "
-            r"that|oops|sorry|(?:that|it) (?:isn['’]t|is not|can['’]t be)(?=[.!\n]|$)"
+            r"that|w?h?oops|sorry|(?:that|it) (?:isn['’]t|is not|can['’]t be)(?=[.!\n]|$)"
         ),
         pause=(
             r"wait(?!\s(?:until|till|for|times?|at|in|to|on)\b)|hmm+|hm|actually|i mean|i meant|not quite|i stand "
@@ -131,7 +131,7 @@ LANGUAGES = {
         pause="espera|perdón|en realidad|mejor dicho|lo siento|corrijo",
         correction="corrección",
         link="es|son|serían?|respuesta|perdón",
-        denial="no (?:es|son)",
+        denial=r"no (?:es|son)|(?<=,\s)no",
         bound="más de|menos de|al menos",
         range_from="de|entre",
         range_to="a|y",
@@ -150,7 +150,7 @@ LANGUAGES = {
         pause="aspetta|anzi|in realtà|scus[ai]|scusate",
         correction="correzione",
         link="sono|è|risposta|la",
-        denial="non (?:è|sono)",
+        denial="non(?: (?:è|sono))?",
         bound="più di|meno di|almeno",
         range_from="da|tra|fra",
         range_to="a|e",

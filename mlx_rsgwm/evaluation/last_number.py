@@ -42,10 +42,11 @@ _CHECK = re.compile(
     r"(?:verify|check|checking|verification)\b",
     re.IGNORECASE,
 )
+_MODAL = re.compile(r"\b(?:could|might|may)\b(?![^=]*=)", re.IGNORECASE)
 _RELATIVE_TIME = re.compile(r"\s+[a-z]+\s+(?:later|earlier|ago)\b", re.IGNORECASE)
 _GIVEN = re.compile(r"\b(?:the|these|those|all|her|his|their|its|both)\s+[$€£]?$", re.IGNORECASE)
 _REASON = re.compile(
-    r"[,;]?\s\(?(?:because|since|given that|assuming|as long as|if)\b|"
+    r"[,;]?\s\(?(?:because|since|given that|assuming|as long as|if|by [^\W\d]+ing)\b|"
     r"\smore(?:\s[^\W\d]+){0,3}\sto\b|,?\s(?:which|that)\s(?:is|was|are)\s[$€£]?[0-9][\d.,]*\s(?:[^\W\d]+\s)?"
     r"(?:more|fewer|less|higher|lower|older|younger|longer|shorter|bigger|smaller)\b",
     re.IGNORECASE,
@@ -60,8 +61,10 @@ _CHATTER = re.compile(
     r"source|disclaimer|copyright|\*\s*note)",
     re.IGNORECASE,
 )
+_YEAR = re.compile(r"\b(?:by|in|since|until)\s(?:1[5-9]|20)[0-9]{2}$", re.IGNORECASE)
 _REASON_FIRST = re.compile(
-    r"\W*(?:since|because|as|given that|if|when|although|while|with|after|out of)\b[^,]*,\s", re.IGNORECASE
+    r"\W*(?:since|because|as|given that|if|when|although|while|with|after|out of|at|in|on|for|by)\b[^,]*,\s",
+    re.IGNORECASE,
 )
 _COPULA = rf"(?:\b(?:{words('copula')}|are|were|be|had|sind|sont|son|sono|são|zijn)|['’]s)\b"
 _IS = re.compile(_COPULA, re.IGNORECASE)
@@ -94,6 +97,8 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
         reading = _concluded(sentence, pieces[index - 1] if index else "", commas)
         if reading is not NOTHING and reading.value is not None:
             checked = next((before for before in range(1, index + 1) if _CHECK.match(pieces[before])), None)
+            if checked is None and index and _MODAL.search(sentence) and re.search(r"[0-9]", "".join(pieces[:index])):
+                checked = index
             if checked is not None and last_number("\n".join(pieces[:checked]), commas).value != reading.value:
                 return AMBIGUOUS
         if reading is not NOTHING:
@@ -151,7 +156,12 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     if reason is not None:
         numbers = [number for number in numbers if number.end <= reason.start()] or numbers
     numbers = [number for number in numbers if not _RELATIVE_TIME.match(sentence, number.end)]
-    plain = [number for number in numbers if not _GIVEN.search(sentence[max(0, number.start - 16) : number.start])]
+    plain = [
+        number
+        for number in numbers
+        if not _GIVEN.search(sentence[max(0, number.start - 16) : number.start])
+        and not _YEAR.search(sentence[max(0, number.start - 8) : number.end])
+    ]
     numbers = plain or numbers
     if not numbers:
         return NOTHING
@@ -159,7 +169,7 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         gap = sentence[numbers[-2].end : numbers[-1].start]
         if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or COMPOUND.fullmatch(gap) or not gap.strip(" ,;|")):
             return AMBIGUOUS
-        if numbers[-2].value not in (None, numbers[-1].value) and not _follows(sentence, numbers[-2], numbers[-1]):
+        if numbers[-2].value not in (None, numbers[-1].value) and not _follows(sentence, numbers):
             return AMBIGUOUS
     correction = find_correction(sentence[numbers[-1].end :], as_reading(numbers[-1]).value)
     if correction is not None:
@@ -182,16 +192,18 @@ def _two_results(sentence: str, position: int, result: Quantity, left: Sequence[
     if len(operands) < 2 or operands[0].value in (result.value, *(number.value for number in operands[1:])):
         return False
     gap = sentence[operands[0].end : operands[1].start]
-    return bool(re.search(r"\b(?:and|while)\b|;", gap)) and not _CONCLUSION.search(gap)
+    return bool(re.search(r"\b(?:and|while)\b|;", gap)) and not re.search(r"\b(?:so|then|thus|total|altogether)\b", gap)
 
 
-def _follows(sentence: str, given: Quantity, last: Quantity) -> bool:
+def _follows(sentence: str, numbers: Sequence[Quantity]) -> bool:
     """Whether the last of several numbers is said to come of what stands before it."""
+    given, last = numbers[-2], numbers[-1]
     gap, before = sentence[given.end : last.start], sentence[: given.start]
     label = _NEXT_LABEL.fullmatch(gap)
     if label is not None and re.search(r"[:=]\s?[$€£]?$", before):  # "Boys: 14, Girls: 16"
         return _TOTAL.search(label[1]) is not None
-    if _CONCLUSION.search(gap) or _ALL.match(sentence, last.end):
+    since_first = re.sub("[:=]", " ", sentence[numbers[0].end : last.start])
+    if _CONCLUSION.search(gap) or _CONCLUSION.search(since_first) or _ALL.match(sentence, last.end):
         return True
     return bool(_IS.search(gap)) and not _IS_BEFORE.search(before)
 

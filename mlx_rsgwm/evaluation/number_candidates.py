@@ -41,7 +41,8 @@ RENAMED = re.compile(r"\b(?:(?:which|that) (?:is|equals|makes|means|rounds|comes
 _DENIED_BEFORE = re.compile(
     rf"(?:\b(?:{words('denial', spaced=True)})|≠|{words('denial', spaced=False)})"
     r"(?:\s+(?:be|equal to|equal|just|only|simply|the|really|exactly))*\s*[$€£]?$"
-    r"|\b(?:not possible|impossible|not true|not the case)\s(?:that|for)\b[^.,;]*$",
+    r"|\b(?:(?:not possible|impossible|not true|not the case)\s(?:that|for)|"
+    r"(?:do|does|did|would)(?:n['’]t| not)\s(?:think|believe))\b[^.,;]*$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
