@@ -80,8 +80,11 @@ _TOTAL = re.compile(r"total|sum|answer|result|left|profit|cost|altogether|ans|ge
 _PARENTHESIS = re.compile(r"\((?!or\b)[^()\n]{0,200}\)")
 
 
-def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
-    """The number that a text ends with, as far as its last sentence with one leaves no choice."""
+def last_number(text: str, decimal_commas: bool | None = None, confirm: bool = True) -> Reading:
+    """The number that a text ends with, as far as its last sentence with one leaves no choice.
+
+    ``confirm``: a number in a check, or in what only could be, has to be what the text came to before.
+    """
     commas = writes_decimal_commas(text) if decimal_commas is None else decimal_commas
     if re.fullmatch(r"\W*[0-9]+!\W*", text):
         return AMBIGUOUS  # a factorial, or joy
@@ -95,11 +98,11 @@ def last_number(text: str, decimal_commas: bool | None = None) -> Reading:
                 continue
             return NOTHING
         reading = _concluded(sentence, pieces[index - 1] if index else "", commas)
-        if reading is not NOTHING and reading.value is not None:
+        if confirm and reading.value is not None:
             checked = next((before for before in range(1, index + 1) if _CHECK.match(pieces[before])), None)
             if checked is None and index and _MODAL.search(sentence) and re.search(r"[0-9]", "".join(pieces[:index])):
                 checked = index
-            if checked is not None and last_number("\n".join(pieces[:checked]), commas).value != reading.value:
+            if checked is not None and last_number("\n".join(pieces[:checked]), commas, False).value != reading.value:
                 return AMBIGUOUS
         if reading is not NOTHING:
             return AMBIGUOUS if _hedged(sentence, pieces[index - 1] if index else "") else reading
