@@ -352,7 +352,8 @@ def _misplaced(meant: Any, model: Any) -> Iterator[str]:
     pattern, kinds = getattr(arguments, "sliding_window_pattern", None), getattr(meant, "layer_types", None) or ()
     if isinstance(pattern, int) and pattern and kinds and _pattern(list(kinds)) != pattern:
         yield f"layer_types {list(kinds)} (it has a window on all but every layer of {pattern})"
-    if getattr(meant, "model_type", "") == "exaone4" and meant.sliding_window and "sliding_attention" not in kinds:
+    windowed = "sliding_attention" in (kinds or ())
+    if getattr(meant, "model_type", "") == "exaone4" and meant.sliding_window and not windowed:
         yield f"sliding_window {meant.sliding_window} without a layer that has one (transformers rotates none then)"
 
 
