@@ -128,8 +128,8 @@ def write_checkpoint(
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The whole checkpoints of an adapter folder, newest first."""
-    found = [path for path in (folder / FOLDER).glob("step-*") if (path / MANIFEST_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    folders = [path for path in (folder / FOLDER).glob("step-*") if (path / MANIFEST_FILE).is_file()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def prune(folder: Path, keep: int, with_state: int) -> None:
@@ -175,16 +175,16 @@ def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) 
         RsgwmError: there are checkpoints but ``resume`` refuses, or they are of a run that differs (every field that
             differs is named with both values), or all of them are damaged.
     """
-    found = checkpoint_folders(saving.folder)
-    if not found:
+    unfinished = checkpoint_folders(saving.folder)
+    if not unfinished:
         return None
     if saving.resume == "refuse":
         raise RsgwmError(
-            f"{saving.folder} holds an unfinished run ({found[0].name}); continue it with --resume, "
+            f"{saving.folder} holds an unfinished run ({unfinished[0].name}); continue it with --resume, "
             "or remove the folder, or choose another"
         )
     damaged = []
-    for path in found:
+    for path in unfinished:
         manifest = _intact(path)
         if manifest is None:
             damaged.append(path.name)

@@ -72,8 +72,8 @@ def collect_importance(
         for indices in plan:
             batch = make_batch([rows[index] for index in indices])
             with lazily():
-                loss, found = gradients_of(model, batch)
-            flat: Any = tree_flatten(found)
+                loss, gradients = gradients_of(model, batch)
+            flat: Any = tree_flatten(gradients)
             for signal in ("all", batch.role):
                 batches[signal] += 1
                 for name, gradient in flat:

@@ -50,18 +50,18 @@ def target_modules(model: Any, spec: LoraSpec) -> dict[str, nn.Module]:
         RsgwmError: a key that matches nothing, more layers than there are, a rank above a layer's dimensions.
     """
     inside = {name for block in model.layers for name, _ in block.named_modules()}
-    whole = dict(model.named_modules())
-    unmatched = sorted(set(spec.keys) - inside - set(whole))
+    present = dict(model.named_modules())
+    unmatched = sorted(set(spec.keys) - inside - set(present))
     if unmatched:
         known = [name for name, module in model.layers[-1].named_modules() if hasattr(module, "weight")]
         blocks = {id(module) for block in model.layers for module in block.modules()}
-        known += [name for name, module in whole.items() if hasattr(module, "weight") and id(module) not in blocks]
+        known += [name for name, module in present.items() if hasattr(module, "weight") and id(module) not in blocks]
         raise RsgwmError(f"no layer has a module {', '.join(unmatched)}; {_meant(unmatched, sorted(known))}")
     if spec.num_layers > len(model.layers):
         raise RsgwmError(f"num_layers is {spec.num_layers}, but the model has {len(model.layers)} layers")
     blocks = model.layers if spec.num_layers == -1 else model.layers[-spec.num_layers :]
     wanted = {id(module) for block in blocks for name, module in block.named_modules() if name in spec.keys}
-    modules = {name: module for name, module in whole.items() if id(module) in wanted or name in spec.keys}
+    modules = {name: module for name, module in present.items() if id(module) in wanted or name in spec.keys}
     problems = []
     for name, module in modules.items():
         embedding = isinstance(module, EMBEDDINGS)

@@ -84,12 +84,12 @@ def estimate(
     item = _item_size(model)
     scores = 0 if mx.default_device() == mx.gpu else 2 * rows * heads * length * length
     block = item * (rows * length * (12 * hidden + 5 * mlp) + scores)
-    kept = len(model.layers) * item * rows * length * hidden + block if recompute else len(model.layers) * block
+    activations = len(model.layers) * item * rows * length * hidden + block if recompute else len(model.layers) * block
     return MemoryEstimate(
         weights=size - trained_bytes,
         adapter=trained_bytes * (2 if accumulate == 1 else 3),  # and its gradient, and the sum of gradients
         moments=MOMENTS * trained_bytes,
-        activations=kept,
+        activations=activations,
         logits=trained * int(text["vocab_size"]) * (item + 12),
     )
 
@@ -137,10 +137,10 @@ def memory_now() -> dict[str, int]:
 
 def memory_line() -> str:
     """:func:`memory_now` for people."""
-    found = {name: f"{value / 1e6:.0f}" for name, value in memory_now().items()}
+    megabytes = {name: f"{value / 1e6:.0f}" for name, value in memory_now().items()}
     return (
-        f"memory: active {found['active']}, cache {found['cache']}, peak {found['peak']}, "
-        f"process peak {found['process_peak']} MB"
+        f"memory: active {megabytes['active']}, cache {megabytes['cache']}, peak {megabytes['peak']}, "
+        f"process peak {megabytes['process_peak']} MB"
     )
 
 
