@@ -13,11 +13,12 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import PATH
 from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
+from mlx_rsgwm.models.base import DEFAULT_BASE
 
 
 @click.command()
 @click.option("--config", "file", type=PATH, help="YAML of settings: ours, or one of mlx_lm.lora.")
-@shared.base("smollm2-135m")
+@shared.base(DEFAULT_BASE)
 @shared.corpus(name="folder")
 @click.option("--held-out", type=PATH, help="As --corpus: scored, never trained.  [default: valid.jsonl beside it]")
 @shared.mask_prompt(None)
@@ -30,16 +31,11 @@ from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_co
 def train(
     console: Console,
     file: Path | None,
-    base_name: str | None,
     folder: Path | None,
-    held_out: Path | None,
-    mask_prompt: bool | None,
-    all_turns: bool,
-    test: bool,
-    warm_start: Path | None,
     out: Path | None,
     settings: Mapping[str, Any],
     running: Mapping[str, Any],
+    **options: Any,
 ) -> None:
     """Train one adapter and keep its importance, Adam's second moment of every parameter.
 
@@ -51,75 +47,18 @@ def train(
       rsgwm train --config lora_config.yaml
       mlx.launch -n 2 -- rsgwm train --corpus corpus/change --out pool/change
     """
-    from mlx_rsgwm.core.distributed import launched_processes
-    from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.core.progress import SILENT
-    from mlx_rsgwm.data.loading import load_data, load_test
-    from mlx_rsgwm.models.adapter import is_complete
-    from mlx_rsgwm.models.base import load_base
-    from mlx_rsgwm.training.checkpoints import new_adapter
-    from mlx_rsgwm.training.loop import finish
-    from mlx_rsgwm.training.loop import train as train_adapter
+    from mlx_rsgwm.training.job import make_job, run_job, target_folder
     from mlx_rsgwm.training.mlx_lm_yaml import TrainingFile, read_training_file
-    from mlx_rsgwm.training.reporting import NO_REPORTS, open_reports
-    from mlx_rsgwm.training.warm_start import WarmStart
 
     asked = read_training_file(file) if file else TrainingFile()
-    chosen: dict[str, Any] = {
-        "base": base_name or asked.run.get("base") or "smollm2-135m",
-        "data": folder or asked.run.get("data"),
-        "out": out or asked.run.get("out"),
-        "held_out": held_out or asked.run.get("held_out"),
-    }
-    missing = [flag for flag, name in (("--corpus", "data"), ("--out", "out")) if chosen[name] is None]
-    if missing:
-        raise RsgwmError(f"{' and '.join(missing)} must be given, as options or in the --config file")
-    target = Path(chosen["out"])
-    processes = launched_processes()
-    if processes.writes:
-        click.get_current_context().with_resource(new_adapter(target))
-    elif is_complete(target):
-        raise RsgwmError(f"{target} already holds a finished adapter; choose another folder or remove it")
+    target = target_folder(asked, folder, out)
     config = train_config(console, asked.config, settings)
     saving = saving_options(target, asked.run, running)
-    memory = memory_options(running)
-    mask = mask_prompt if mask_prompt is not None else bool(asked.run.get("mask_prompt", False))
-    reading: dict[str, Any] = {
-        "mask_prompt": mask,
-        "all_turns": (all_turns or asked.run.get("all_turns", False)) and mask_prompt is not False,
-        "features": asked.run.get("features"),
-    }
-    data = Path(chosen["data"])
-    corpus, held = load_data(data, Path(chosen["held_out"]) if chosen["held_out"] else None, **reading)
-    tested = load_test(data, **reading) if test or asked.run.get("test") else None
-    begin = warm_start or asked.run.get("warm_start")
-    weights = WarmStart.load(Path(begin)) if begin else None
-    if file and held is None and config.validate_every:  # mlx-lm goes on without validation, too
-        from dataclasses import replace
-
-        config = replace(config, validate_every=0, patience=0, select="last")
-        asked.notes.append("there are no held-out rows: no validation")
-    progress = console.progress if processes.writes else SILENT
-    if processes.writes:
-        for note in asked.notes:
-            progress.message(f"{file}: {note}")
-    services = [name.strip() for name in (running["report_to"] or asked.run.get("report_to") or "").split(",")]
-    services = [name for name in services if name]
-    base = load_base(chosen["base"], progress=progress)
-    reports = NO_REPORTS
-    if services and processes.writes:
-        project = running["project"] or asked.run.get("project") or "mlx-rsgwm"
-        reports = open_reports(services, project, target, config.describe())
-    try:
-        adapter = train_adapter(
-            base, corpus, config, held, progress=progress, saving=saving, reports=reports, memory=memory,
-            processes=processes, warm_start=weights, test=tested,
-        )  # fmt: skip
-    finally:
-        reports.close()
-    if not processes.writes:
+    given = {**options, **running, "folder": folder}
+    job = make_job(asked, given, config, saving, memory_options(running), file)
+    adapter = run_job(job, console.progress)
+    if adapter is None:  # another process writes and tells
         return
-    finish(adapter, saving)
     summary = summarise(target, adapter.manifest)
     console.line(render(summary, config.max_tokens))
     console.result(summary)

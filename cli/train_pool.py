@@ -11,10 +11,11 @@ import click
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
+from mlx_rsgwm.models.base import DEFAULT_BASE
 
 
 @click.command(name="train")
-@shared.base("smollm2-135m")
+@shared.base(DEFAULT_BASE)
 @shared.corpus("repeatable", multiple=True, name="folders")
 @shared.task("to build a corpus from; repeatable", required=False)
 @shared.draft_rows(102)
@@ -72,7 +73,7 @@ def train_pool(
     corpora |= {Path(task).stem: out / "data" / Path(task).stem for task in tasks}
     members = [pool.Member(name, *load_data(folder, None, mask_prompt)) for name, folder in corpora.items()]
     progress = console.progress if processes.writes else SILENT
-    base = load_base(base_name or "smollm2-135m", progress=progress)
+    base = load_base(base_name or DEFAULT_BASE, progress=progress)
     trained = pool.train_pool(base, members, config, saving, memory_options(running), progress, processes)
     processes.wait()
     if not processes.writes:

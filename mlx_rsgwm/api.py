@@ -31,12 +31,11 @@ from mlx_rsgwm.evaluation.runner import evaluate as run_questions
 from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
 from mlx_rsgwm.inference.calibration import Calibration, calibration_folder, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.open import DEFAULT_BASE
 from mlx_rsgwm.merging.merge import merge as merge_adapters
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource
-from mlx_rsgwm.models.base import Base, load_base
+from mlx_rsgwm.models.base import DEFAULT_BASE, Base, load_base
 from mlx_rsgwm.training.checkpoints import Saving, new_adapter
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish

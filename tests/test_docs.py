@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.commands import COMMANDS
+from mlx_rsgwm.cli.groups import find_command
 from mlx_rsgwm.cli.main import rsgwm
 
 ROOT = Path(__file__).parent.parent
@@ -49,11 +50,24 @@ def parse(words):
     return context
 
 
+def examples(name):
+    """Commands that the help of a command shows: lines after ``Examples``, and the sentence after ``Example``."""
+    for paragraph in re.split(r"\n\s*\n", find_command(name).help.replace("\b", "")):
+        if found := re.match(r"\s*Example\b[^:]*:\s+(rsgwm .*)", paragraph, re.DOTALL):
+            yield " ".join(found[1].split())
+        elif re.match(r"\s*Examples\b[^:]*:", paragraph):
+            for line in paragraph.strip().splitlines()[1:]:
+                yield re.sub(r"^(mlx\.launch .*? -- |echo .* \| )", "", line.strip())
+
+
 COMMANDS_SHOWN = [(page.name, words) for page in PAGES for words in shown(page)]
+COMMANDS_SHOWN += [(f"help of {name}", words) for name in COMMANDS for words in examples(name)]
 
 
 def test_there_are_commands_to_check():
-    assert len(COMMANDS_SHOWN) >= 35
+    assert len(COMMANDS_SHOWN) >= 90
+    without = {"demo", "doctor"}  # they need nothing
+    assert {name for name in COMMANDS if f"help of {name}" not in dict(COMMANDS_SHOWN)} == without
     pages = {page for page, _ in COMMANDS_SHOWN}
     assert {"README.md", "quick-start.md", "verifier.md", "benchmarks.md", "training.md", "merging.md"} <= pages
 

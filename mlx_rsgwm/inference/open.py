@@ -30,12 +30,11 @@ from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
-from mlx_rsgwm.models.base import Base, load_base, recorded_base, resolve_base
+from mlx_rsgwm.models.base import DEFAULT_BASE, Base, load_base, recorded_base, resolve_base
 from mlx_rsgwm.models.fit_check import check_made_for, names_other_base, other_base_note
 from mlx_rsgwm.models.folder import base_difference, fingerprint_of
 from mlx_rsgwm.models.slots import AdapterSlots
 
-DEFAULT_BASE = "smollm2-135m"
 ROLES = {"drafter": "draft", "verifier": "verify"}
 
 

@@ -34,6 +34,7 @@ from mlx_rsgwm.models.linux_cpu import quicken
 if TYPE_CHECKING:
     from mlx_rsgwm.models.tokenizer import BaseTokenizer
 
+DEFAULT_BASE = "smollm2-135m"  # an alias of ALIASES: no account, no Hub
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
