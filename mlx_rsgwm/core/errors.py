@@ -1,6 +1,7 @@
 """The errors a user may see: one readable line each, mapped to an exit code by the command line.
 
-Everything else that escapes is a bug and keeps its traceback.
+``cli/main.py`` (``explain``) turns these, and errors of options and of the system, into exit codes. Everything else
+that escapes is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

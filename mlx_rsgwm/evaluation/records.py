@@ -13,7 +13,7 @@ from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.evaluation.answers import STATUSES
-from mlx_rsgwm.inference.policy import decide
+from mlx_rsgwm.inference.policy import accepts, decide
 
 FORMER_STATUSES = {"refusal": "no_answer", "truncated": "cut_off"}  # in files written before they were renamed
 
@@ -96,7 +96,7 @@ class ItemRecord:
         elif not 0 <= self.chosen < self.attempts:
             problems.append(f"chosen is {self.chosen}, outside the {self.attempts} attempts")
         elif (score := self.drafts[self.chosen].scores.get(self.score_name)) is not None:
-            if self.accepted != (score >= self.threshold):
+            if self.accepted != accepts(score, self.threshold):
                 verb = "accepted" if self.accepted else "not accepted"
                 problems.append(f"{verb} with {self.score_name} {score} at threshold {self.threshold}")
         elif self.accepted:
@@ -157,9 +157,9 @@ def replay(record: ItemRecord, threshold: float, k: int, score_name: str | None 
         if name not in draft.scores:
             raise RsgwmError(f"item {record.id}: draft {len(scores) + 1} has no score {name!r}")
         scores.append(draft.scores[name])
-        if scores[-1] >= threshold:
+        if accepts(scores[-1], threshold):
             break
-    if scores[-1] < threshold and len(scores) < k:
+    if not accepts(scores[-1], threshold) and len(scores) < k:
         raise RsgwmError(f"item {record.id}: needs {k} recorded drafts, found {len(record.drafts)}")
     decision = decide(scores, threshold)
     return replace(

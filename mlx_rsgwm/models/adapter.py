@@ -253,7 +253,11 @@ class Adapter:
         return adapter
 
     def save(self, path: str | Path) -> Path:
-        """Write the folder: arrays and config by rename, manifest last, with the SHA-256 of every other file."""
+        """Write the folder: arrays and config by rename, manifest last, with the SHA-256 of every other file.
+
+        Adapters that are not in memory whole are written by ``converters/stream.py``, unfinished ones by
+        ``training/checkpoints.py``, in the same form.
+        """
         raise_problems(self.where, self.problems(), AdapterError)
         folder = Path(path)
         groups = (self.weights, self.full, self.importance, self.init, self.kept)
