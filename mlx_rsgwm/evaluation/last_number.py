@@ -78,6 +78,9 @@ _NAMED_LINE = re.compile(r"\W*([^\W\d][\w'’ ]{0,40}?)[\s*]*[-–:=)|][\s*]*[$�
 _NEXT_LABEL = re.compile(r"(?:\s[^\W\d]+)?\W+([^\W\d][\w ]{0,30}?)\s?[:=]\s?[$€£]?")
 _TOTAL = re.compile(r"total|sum|answer|result|left|profit|cost|altogether|ans|gesamt|suma", re.IGNORECASE)
 _PARENTHESIS = re.compile(r"\((?!or\b)[^()\n]{0,200}\)")
+_REASON_ASIDE = re.compile(r"\((?:since|because|as|given that)\b[^()\n]{0,200}\)", re.IGNORECASE)
+# "= 7, but with his extra 2 it is 9": the equation is not what the sentence comes to.
+_QUALIFIED = re.compile(r"[,;]\s(?:but|although|though|however|yet|except that)\b", re.IGNORECASE)
 
 
 def last_number(text: str, decimal_commas: bool | None = None, confirm: bool = True) -> Reading:
@@ -129,6 +132,8 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         return as_reading(quantities(variable[1], commas)[0], stated=False)
     if _listed(sentence, line_before):
         return AMBIGUOUS
+    without_reason = _REASON_ASIDE.sub("", sentence)
+    sentence = without_reason if quantities(without_reason, commas) else sentence
     equals = list(_EQUALS.finditer(sentence))
     right = [number for number in quantities(sentence, commas) if equals and number.end > equals[-1].end()]
     left = [number for number in quantities(sentence, commas) if right and number.end <= equals[-1].start()]
@@ -141,7 +146,9 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     if right and len(equals) > 1 and _two_results(sentence, equals[-2].end(), right[0], operands):
         return AMBIGUOUS
     if right and not OPERATOR.match(sentence, right[0].end) and find_correction(sentence[right[0].end :]) is None:
-        if not alone(sentence, right[0], right[1:]):
+        qualified = _QUALIFIED.search(sentence, right[0].end)
+        later = [number for number in right[1:] if qualified and number.start > qualified.end()]
+        if not alone(sentence, right[0], right[1:]) or (later and later[-1].value != right[0].value):
             return AMBIGUOUS
         return as_reading(_renamed(sentence, right), stated=False)
     outside = _PARENTHESIS.sub(

@@ -65,7 +65,7 @@ _BOUND_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _BOUND_AFTER = re.compile(
-    r"\s?(?:[<>](?!=?[<>])|[≤≥]|\\(?:leq?|geq?|lt|gt)(?:slant)?\b|\+(?=[\s.,]|$))|"
+    r"\s?(?:[<>](?!=?[<>])|[≤≥]|\\(?:leq?|geq?|lt|gt)(?:slant)?\b|\+(?=[\s.,]|$)(?!\s+\(?[-$€£]?\s?\.?[0-9]))|"
     r"(?:\s[^\W\d]+)?\s(?:or|and) (?:more|less|fewer|higher|lower|greater|above|below|over|under|up)\b|"
     r"(?:\s[^\W\d]+)?\s(?:at (?:most|least)|tops|max(?:imum)?|minimum)\b",
     re.IGNORECASE,
