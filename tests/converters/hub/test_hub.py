@@ -252,7 +252,7 @@ def test_pull_reads_as_from_peft_does(monkeypatch, folder, tiny_base, tmp_path):
 
     def pull(out, *options):
         return CliRunner().invoke(
-            rsgwm_command, ["pull", REPO, str(tmp_path / out), "--base", str(tiny_base), *options]
+            rsgwm_command, ["hub", "pull", REPO, "--out", str(tmp_path / out), "--base", str(tiny_base), *options]
         )
 
     told = pull("told")
@@ -266,7 +266,7 @@ def test_pull_reads_as_from_peft_does(monkeypatch, folder, tiny_base, tmp_path):
     assert pull("language", "--language-only").exit_code == 0
     contrary = pull("refused", "--keep-peft", "--strict")
     assert contrary.exit_code == 2
-    assert "--peft keeps the adapter as it is" in str(contrary.exception) + contrary.output
+    assert "--keep-peft keeps the adapter as it is" in str(contrary.exception) + contrary.output
 
 
 def test_a_dry_run_sends_nothing_and_shows_everything(hub, rsgwm, folder):
