@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.gguf.adapter import to_gguf
@@ -13,7 +14,7 @@ from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
-from mlx_rsgwm.models.base import recorded_base, resolve_base
+from mlx_rsgwm.models.fit_check import base_of
 
 FORMATS = ("peft", "mlx", "gguf")
 
@@ -28,12 +29,7 @@ def convert(source: AdapterSource, out: Path, to: str, base: str | None = None, 
     if to not in FORMATS:
         raise RsgwmError(f"an adapter is converted to {', '.join(FORMATS)}, not to {to!r}")
     adapter = load_adapter(source, base, progress=progress)
-    if base is not None:
-        name, path = base, resolve_base(base, progress)
-    elif adapter.base_name:
-        name, path = recorded_base(adapter.base_name, adapter.where, progress)
-    else:
-        raise RsgwmError(f"{adapter.where} does not say which base model it is for; give base")
+    name, path = base_of(adapter, base, progress)
     if to == "gguf":
         to_gguf(adapter, read_base_layers(name, path), out)
     elif to == "peft":
@@ -46,15 +42,18 @@ def convert(source: AdapterSource, out: Path, to: str, base: str | None = None, 
 
 
 def _compare(adapter: Adapter, written: Adapter, out: Path) -> None:
-    """Raise unless both hold the same values in every array, as float32, and the same scale."""
-    names = sorted(adapter.weights.keys() ^ written.weights.keys())
+    """Raise unless both hold the same values in every array, as float32, and the same alpha."""
+    before, after = ({**one.weights, **one.full} for one in (adapter, written))
+    names = sorted(before.keys() ^ after.keys())
     if not names:
-        pairs = {name: (value, written.weights[name]) for name, value in adapter.weights.items()}
+        pairs = {name: (value, after[name]) for name, value in before.items()}
         names = [
             name
             for name, (first, second) in pairs.items()
             if first.shape != second.shape
             or not mx.array_equal(first.astype(mx.float32), second.astype(mx.float32)).item()
         ]
-    if names or adapter.spec.scale != written.spec.scale:
+    # GGUF keeps alpha = scale · rank as float32, which a scale of 0.1 does not come back from in float64.
+    alphas = [np.float32(one.spec.scale * one.spec.rank) for one in (adapter, written)]
+    if names or alphas[0] != alphas[1]:
         raise CheckFailed(f"{out} was written, but reads back otherwise ({names[0] if names else 'its scale'})")

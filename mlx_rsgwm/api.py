@@ -21,6 +21,7 @@ from mlx_rsgwm.data.loading import load_data
 from mlx_rsgwm.data.mlx_lm_rows import Examples
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
+from mlx_rsgwm.evaluation.answers import REFUSAL
 from mlx_rsgwm.evaluation.calibration_set import calibrate as fit_calibration
 from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, rows_trained_on
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
@@ -251,7 +252,9 @@ def evaluate(
     overlap = check_overlap(questions, seen, allow_overlap, "test")
     first = pipeline.config.sampling.seed
     seeds = tuple(range(first, first + sampling_seeds))
-    about = describe_run(pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed)
+    about = describe_run(
+        pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=REFUSAL.pattern
+    )
     metadata: dict[str, Any] = {
         **about,
         "base": pipeline.slots.base.describe(),

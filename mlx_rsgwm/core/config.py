@@ -11,7 +11,7 @@ from reprlib import repr as brief
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 
@@ -30,7 +30,6 @@ Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
-STRICT = ConfigDict(extra="forbid")
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -67,10 +67,6 @@ _DOUBT = re.compile(
     re.IGNORECASE,
 )
 _DETERMINER = re.compile(r"\s+(?:[a-z]|one\b|[A-Z][a-z])")
-_VERDICT_BEFORE = re.compile(
-    r"(?:\b(?:is|be|say|says|answer|but|so|therefore|thus|hence|then|definitely|probably|clearly|simply|wait|actually)\b|[:=,>\n]|^)\W*$",
-    re.IGNORECASE,
-)
 _INTERRUPTED = re.compile(
     r"[,;.…–—-]\s*(?:no,?\s+)?(?:wait|oops|scratch that|hold on|i mean|or rather)\b|"
     rf"[,;…–—-]\s*(?:{words('no')})\s?[,:]",

@@ -103,13 +103,13 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def require_both_classes(self, folder: Path) -> None:
+    def require_both_classes(self, verifier: str) -> None:
         """Raise when it was fitted on drafts that were all right or all wrong: it cannot tell one from the other."""
         if self.correct in (0, self.drafts):
             raise RsgwmError(
-                f"{folder / FILE} was fitted on {self.drafts} drafts of which {'all' if self.correct else 'none'} were "
-                "right, so its score and threshold say nothing; calibrate again with other questions (rsgwm "
-                "calibrate), or give --score and --threshold"
+                f"the calibration of {verifier} was fitted on {self.drafts} drafts of which "
+                f"{'all' if self.correct else 'none'} were right, so its score and threshold say nothing; calibrate "
+                "again with other questions (rsgwm calibrate), or give --score and --threshold"
             )
 
     def differences(self, made_for: Mapping[str, Any]) -> list[str]:

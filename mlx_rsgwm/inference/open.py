@@ -21,7 +21,6 @@ from mlx_rsgwm.inference.calibration import (
     UNCALIBRATED_THRESHOLD,
     Calibration,
     NothingToTellApart,
-    calibration_folder,
     identity,
     stored_calibration,
 )
@@ -97,7 +96,7 @@ def open_pipeline(
     if calibration == "stored":
         calibration = stored_calibration(loaded["verifier"]) if "verifier" in loaded else None
     if calibration is not None and "auto" in (score, threshold):
-        calibration.require_both_classes(calibration_folder(loaded["verifier"]))
+        calibration.require_both_classes(loaded["verifier"].where if "verifier" in loaded else "the bare base")
     spoken = _template_of(loaded["drafter"], template)
     asked_in = find_template(verify_template) if isinstance(verify_template, str) else verify_template
     if not isinstance(base, Base):

@@ -171,6 +171,8 @@ def test_score_and_threshold_are_settled_once(base, make_adapter, tmp_path):
     save_calibration(verifier, replace(calibration, correct=0))
     with pytest.raises(RsgwmError, match="fitted on 12 drafts of which none were right"):
         settled()
+    with pytest.raises(RsgwmError, match="calibration of the bare base was fitted"):
+        open_pipeline(drafter, None, base, calibration=replace(calibration, correct=0))
 
 
 def test_without_a_template_it_is_asked_for(base, make_adapter, tmp_path):

@@ -214,3 +214,19 @@ def test_what_is_read_goes_to_peft_again(adapter_sources, tmp_path):
         assert found.keys() == expected.keys()
         assert all(mx.array_equal(found[name], value) for name, value in expected.items())
     assert from_peft(out).spec.scale == 2.0
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "gguf"])
+def test_an_adapter_goes_to_every_format_and_reads_back(to, make_adapter, make_base_of, tmp_path):
+    """Also with a scale whose alpha a float32 does not hold exactly."""
+    from mlx_rsgwm.converters.convert import convert
+
+    adapter = make_adapter(1, scale=0.1)
+    out = convert(adapter, tmp_path / f"out.{to}", to)
+    found = load_adapter(out, adapter.base_name)
+    assert found.weights.keys() == adapter.weights.keys()
+    assert all(mx.array_equal(found.weights[name], value) for name, value in adapter.weights.items())
+    assert found.spec.scale == pytest.approx(0.1, rel=1e-7)
+    with pytest.raises(AdapterError, match="pass the base it was made for"):
+        convert(adapter, tmp_path / "other", to, str(make_base_of(1)))
+    assert not (tmp_path / "other").exists()

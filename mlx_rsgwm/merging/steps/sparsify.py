@@ -13,7 +13,6 @@ import mlx.core as mx
 
 from mlx_rsgwm.models.linux_cpu import ones_where, order_statistics
 
-SPARSIFICATIONS = ("none", "magnitude", "bernoulli", "della", "breadcrumbs")
 RESCALES = ("none", "density", "l1")
 
 TINY = 1e-30
