@@ -49,11 +49,11 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         built: T = _checker(checked).validate_python(dict(values))
         return built
     except ValidationError as error:
-        for found in error.errors():
-            name = ".".join(str(part) for part in found["loc"])
-            message = found["msg"].lower().replace("a valid tuple", "a list")
+        for detail in error.errors():
+            name = ".".join(str(part) for part in detail["loc"])
+            message = detail["msg"].lower().replace("a valid tuple", "a list")
             message = re.sub(r"a dictionary or an instance of \w+", "keys and values", message)
-            problems.append(f"{name}: {message}, found {brief(found['input'])}")
+            problems.append(f"{name}: {message}, found {brief(detail['input'])}")
     raise_problems(where, problems)
     raise AssertionError("unreachable: a ValidationError always has errors")
 

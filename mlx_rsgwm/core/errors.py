@@ -33,9 +33,9 @@ class CheckFailed(RsgwmError):
 
 def raise_problems(where: str, problems: Iterable[str], error: type[RsgwmError] = RsgwmError) -> None:
     """Raise one error that names ``where`` and lists every problem; do nothing when there is none."""
-    found = list(problems)
-    if found:
-        shown = found if len(found) <= 8 else [*found[:8], f"and {len(found) - 8} more"]
+    listed = list(problems)
+    if listed:
+        shown = listed if len(listed) <= 8 else [*listed[:8], f"and {len(listed) - 8} more"]
         raise error(f"{where}: " + "; ".join(shown))
 
 

@@ -63,12 +63,12 @@ def open_regular(path: Path, largest: int | None = None) -> BinaryIO:
         raise RsgwmError(f"cannot read {path}: {why}") from error
 
 
-def _check_regular(path: Path, found: os.stat_result, largest: int | None) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = OTHER_KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+def _check_regular(path: Path, status: os.stat_result, largest: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = OTHER_KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise RsgwmError(f"{path} is {kind}, not a file")
-    if largest is not None and found.st_size > largest:
-        raise RsgwmError(f"{path} has {found.st_size >> 20} MB, which is more than such a file can have")
+    if largest is not None and status.st_size > largest:
+        raise RsgwmError(f"{path} has {status.st_size >> 20} MB, which is more than such a file can have")
 
 
 def is_present(path: Path) -> bool:

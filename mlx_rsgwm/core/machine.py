@@ -66,9 +66,9 @@ class Diagnosis:
 def diagnose(cache: Path) -> Diagnosis:
     """Examine this machine; takes seconds. ``cache`` is the folder base models are kept in, which may not exist."""
     machine = examine_machine(cache)
-    found = all_versions()
+    installed = all_versions()
     gflops = matmul_gflops()
-    return Diagnosis(machine, found, gflops, find_problems(machine, gflops))
+    return Diagnosis(machine, installed, gflops, find_problems(machine, gflops))
 
 
 def examine_machine(cache: Path) -> Machine:
@@ -130,8 +130,8 @@ def free_memory() -> int | None:
 
 def free_in_meminfo(text: str) -> int | None:
     """``MemAvailable`` of Linux's ``/proc/meminfo``, in bytes."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else None
 
 
 def free_in_vm_stat(text: str) -> int | None:
@@ -143,13 +143,13 @@ def free_in_vm_stat(text: str) -> int | None:
 
 def all_versions() -> dict[str, str]:
     """Versions of what shapes results, then of Python and the optional packages."""
-    found = {**versions(), "python": platform.python_version()}
+    installed = {**versions(), "python": platform.python_version()}
     for package in ("torch", "peft"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def matmul_gflops(size: int = 1024, seconds: float = 0.5) -> float:
@@ -221,9 +221,9 @@ def missed_core(library: str = "") -> str:
     if not library or os.environ.get("OPENBLAS_CORETYPE"):
         return ""
     try:
-        found = ctypes.CDLL(library)
-        found.openblas_get_corename.restype = ctypes.c_char_p
-        core = found.openblas_get_corename().decode()
+        blas = ctypes.CDLL(library)
+        blas.openblas_get_corename.restype = ctypes.c_char_p
+        core = blas.openblas_get_corename().decode()
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except (OSError, AttributeError):
         return ""

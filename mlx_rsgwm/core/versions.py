@@ -13,10 +13,10 @@ def versions() -> dict[str, str]:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for package in ("mlx-rsgwm", "mlx", "mlx-lm", "numpy", "transformers"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed

@@ -62,10 +62,10 @@ def build_corpus(
     file_questions: list[str] = []
     splits: dict[str, str] = {}
     for task in names:
-        own = is_question_file(task)
-        wanted = None if own else max(draft_rows, 2 * verify_rows, 1)
+        own_file = is_question_file(task)
+        wanted = None if own_file else max(draft_rows, 2 * verify_rows, 1)
         chosen = select_questions(task, "train", wanted, seed, None if data is None else Path(data), offset, split)
-        made = make_rows(chosen.questions, draft_rows, verify_rows, seed, at_most=own)
+        made = make_rows(chosen.questions, draft_rows, verify_rows, seed, at_most=own_file)
         judged = sum(row.role == "verify" for row in made)
         if chosen.note(task):
             progress.message(chosen.note(task))

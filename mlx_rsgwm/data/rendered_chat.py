@@ -370,7 +370,7 @@ def _leaves(value: Any) -> Iterator[str]:
 def _shared(left: Sequence[Any], right: Sequence[Any]) -> int:
     """How many items two sequences have in common at their beginning."""
     pairs = enumerate(zip(left, right, strict=False))
-    return next((index for index, (ours, others) in pairs if ours != others), min(len(left), len(right)))
+    return next((index for index, (token, others) in pairs if token != others), min(len(left), len(right)))
 
 
 def _squeezed(text: str) -> str:

@@ -107,8 +107,8 @@ def collect(
     if not questions:
         raise RsgwmError("there are no held-out questions")
     header = header_of(pipeline, questions)
-    if file is not None and (kept := kept_drafts(file, header, len(questions))) is not None:
-        return kept
+    if file is not None and (stored := kept_drafts(file, header, len(questions))) is not None:
+        return stored
     texts = [question.question for question in questions]
     drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
     signals = judging.read_all(pipeline, texts, drafted, batch_rows, progress)

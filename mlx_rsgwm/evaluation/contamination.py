@@ -77,8 +77,8 @@ def without_numbers(text: str) -> str:
 
 def triples(text: str) -> frozenset[tuple[str, ...]]:
     """Runs of three words; a shorter text is one run."""
-    found = words(text)
-    return frozenset(tuple(found[start : start + WORDS]) for start in range(max(1, len(found) - WORDS + 1)))
+    tokens = words(text)
+    return frozenset(tuple(tokens[start : start + WORDS]) for start in range(max(1, len(tokens) - WORDS + 1)))
 
 
 def find_contamination(test: Sequence[Question], train: Mapping[str, str]) -> list[Match]:
@@ -91,16 +91,16 @@ def find_contamination(test: Sequence[Question], train: Mapping[str, str]) -> li
     masked = {without_numbers(text): name for name, text in reversed(list(train.items()))}
     shingles = {name: triples(text) for name, text in train.items()}
     index: dict[tuple[str, ...], list[str]] = {}
-    for name, found in shingles.items():
-        for triple in found:
+    for name, row_triples in shingles.items():
+        for triple in row_triples:
             index.setdefault(triple, []).append(name)
     matches = []
     for question in test:
-        own = triples(question.question)
-        shared = Counter(name for triple in own for name in index.get(triple, ()))
+        question_triples = triples(question.question)
+        shared = Counter(name for triple in question_triples for name in index.get(triple, ()))
         best, share = "", 0.0
         for name, count in shared.most_common(50):
-            jaccard = count / (len(own) + len(shingles[name]) - count)
+            jaccard = count / (len(question_triples) + len(shingles[name]) - count)
             if jaccard > share:
                 best, share = name, jaccard
         if (same := exact.get(" ".join(words(question.question)))) is not None:
@@ -163,7 +163,7 @@ def rows_trained_on(
 
     ``base`` names the base that they are used with; None is the one that they record.
     """
-    described = {role: _manifest_of(one) for role, one in adapters.items()}
+    described = {role: _manifest_of(adapter) for role, adapter in adapters.items()}
     recorded = (manifest["base"].get("name") for manifest in described.values() if manifest.get("base"))
     fused = rows_fused(base or next(recorded, None), progress)
     return {role: record_of(manifest, role) for role, manifest in described.items()} | fused
@@ -183,8 +183,8 @@ def rows_seen(
 ) -> dict[str, RowRecord]:
     """As :func:`rows_trained_on`, with what each adapter's calibration was fitted on."""
     seen = rows_trained_on(adapters, base, progress)
-    for role, one in adapters.items():
-        calibration = (one if isinstance(one, Path) else calibration_folder(one)) / CALIBRATION_FILE
+    for role, adapter in adapters.items():
+        calibration = (adapter if isinstance(adapter, Path) else calibration_folder(adapter)) / CALIBRATION_FILE
         if files.is_present(calibration):
             name = f"{role}'s calibration"
             fitted = files.read_json_object(calibration).get(KEY)
@@ -272,8 +272,8 @@ def check_overlap(questions: Sequence[Question], seen: Mapping[str, RowRecord], 
     keys = [row_keys(question.question) for question in questions]
     by = {role: sum(map(record.has, keys)) for role, record in seen.items()}
     everything = union(seen)
-    shared = [question.id for question, own in zip(questions, keys, strict=True) if everything.has(own)]
-    found = Overlap(
+    shared = [question.id for question, key in zip(questions, keys, strict=True) if everything.has(key)]
+    overlap = Overlap(
         len(shared),
         len(questions),
         {role: count for role, count in by.items() if count},
@@ -282,22 +282,22 @@ def check_overlap(questions: Sequence[Question], seen: Mapping[str, RowRecord], 
         len(questions) - len({row_hash(question.question) for question in questions}),
     )
     if shared and not allow:
-        counts = ", ".join(f"{role} {count}" for role, count in found.by.items())
+        counts = ", ".join(f"{role} {count}" for role, count in overlap.by.items())
         raise RsgwmError(
             f"{len(shared)} of {len(questions)} {doing} questions were trained or calibrated on ({counts}), such as "
             f"{shared[0]}; give other questions, or the {doing} share of a file of which only a share was trained on "
             f"(--split {doing}), or --allow-overlap, and the overlap stands above the result"
         )
-    return found
+    return overlap
 
 
 def training_questions(folders: Iterable[Path]) -> dict[str, str]:
     """Question texts of corpus folders by ``folder/row id``; a question used twice is there once."""
-    found: dict[str, str] = {}
+    questions: dict[str, str] = {}
     seen: set[str] = set()
     for folder in folders:
         for row in load_corpus(folder).rows:
             if row.question not in seen:
                 seen.add(row.question)
-                found[f"{folder.name}/{row.id}"] = row.question
-    return found
+                questions[f"{folder.name}/{row.id}"] = row.question
+    return questions

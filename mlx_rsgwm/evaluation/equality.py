@@ -61,9 +61,9 @@ def is_correct(value: str | None, gold: str) -> bool:
     """True when ``value`` means the same as ``gold``."""
     if value is None or _differ_in_form(value, gold):
         return False
-    ours, theirs = canonical(value), canonical(gold)
-    if ours == theirs or not ours or not theirs:
-        return ours == theirs and bool(ours)
+    answer, expected = canonical(value), canonical(gold)
+    if answer == expected or not answer or not expected:
+        return answer == expected and bool(answer)
     if parse_number(value) is not None and parse_number(gold) is not None:
         return False
     if "," in value + gold and "." in value + gold:  # "3,5" and "3.5"; two numbers in a list are no decimal
@@ -84,14 +84,21 @@ def _could_be_mathematics(value: str, gold: str) -> bool:
     return bool(_LOOKS_MATHEMATICAL.search(gold) and _LOOKS_MATHEMATICAL.search(value))
 
 
-def _same_amount(value: str, gold: str, ours: Amount | None, theirs: Amount | None) -> bool:
+def _same_amount(value: str, gold: str, value_amount: Amount | None, gold_amount: Amount | None) -> bool:
     """Whether amounts are equal; one side may leave the unit out, but not a word that multiplies ("5 million")."""
-    if ours is not None and theirs is not None and ours.value is not None and theirs.value is not None:
-        if "" in (ours.unit, theirs.unit) or ours.unit == theirs.unit:
-            return ours.value == theirs.value
-        return convertible(ours.unit, theirs.unit) and in_base_unit(ours) == in_base_unit(theirs)
-    other = value if theirs is not None and theirs.value is not None else gold
-    amount = theirs if theirs is not None and theirs.value is not None else ours
+    if (
+        value_amount is not None
+        and gold_amount is not None
+        and value_amount.value is not None
+        and gold_amount.value is not None
+    ):
+        if "" in (value_amount.unit, gold_amount.unit) or value_amount.unit == gold_amount.unit:
+            return value_amount.value == gold_amount.value
+        return convertible(value_amount.unit, gold_amount.unit) and in_base_unit(value_amount) == in_base_unit(
+            gold_amount
+        )
+    other = value if gold_amount is not None and gold_amount.value is not None else gold
+    amount = gold_amount if gold_amount is not None and gold_amount.value is not None else value_amount
     assert amount is not None
     number = parse_number(other)
     number = read_power(other) if number is None else number
@@ -107,15 +114,17 @@ def _differ_in_form(value: str, gold: str) -> bool:
     variables = [re.match(r"\s*\$?\s*([a-zA-Z])\s*=(?!.*=)", text) for text in (value, gold)]
     if variables[0] and variables[1] and variables[0][1].casefold() != variables[1][1].casefold():
         return True
-    ours, theirs = read_amount(value), read_amount(gold)
+    value_amount, gold_amount = read_amount(value), read_amount(gold)
     if (
-        ours
-        and theirs
-        and ours.unit
-        and theirs.unit
-        and ours.unit != theirs.unit
-        and not (None not in (ours.value, theirs.value) and convertible(ours.unit, theirs.unit))
-        and "°" not in (ours.unit, theirs.unit)
+        value_amount
+        and gold_amount
+        and value_amount.unit
+        and gold_amount.unit
+        and value_amount.unit != gold_amount.unit
+        and not (
+            None not in (value_amount.value, gold_amount.value) and convertible(value_amount.unit, gold_amount.unit)
+        )
+        and "°" not in (value_amount.unit, gold_amount.unit)
     ):
         return True
     brackets = [_bracket(value), _bracket(gold)]
@@ -146,8 +155,8 @@ def same_mathematics(value: str, gold: str) -> bool:
 def parse_mathematics(text: str) -> list[Any]:
     """What math-verify reads in a text: a SymPy value and the string it came from, or an empty list."""
     math_verify = load_math_verify()
-    found: list[Any] = math_verify.parse(text, parsing_timeout=_seconds())
-    return found
+    parsed: list[Any] = math_verify.parse(text, parsing_timeout=_seconds())
+    return parsed
 
 
 def load_math_verify() -> Any:

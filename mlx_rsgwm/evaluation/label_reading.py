@@ -210,9 +210,9 @@ def _mentioned(text: str, options: Mapping[str, str], stated: bool = False) -> R
         if denied[index + 1] and _DENIED_AFTER.match(text, standing[index + 1].end()):
             gap = text[standing[index].end() : standing[index + 1].start()]
             denied[index] = denied[index] or bool(_BESIDE.fullmatch(gap))
-    kept = [match for match, no in zip(standing, denied, strict=True) if not no]
-    if kept and len({match["letter"] for match in kept}) == 1:
-        last = kept[-1]
+    affirmed = [match for match, no in zip(standing, denied, strict=True) if not no]
+    if affirmed and len({match["letter"] for match in affirmed}) == 1:
+        last = affirmed[-1]
         if (
             stated
             or last["open"]
@@ -221,17 +221,17 @@ def _mentioned(text: str, options: Mapping[str, str], stated: bool = False) -> R
             or not text[last.end() :].strip(" .!*\"')\n")
         ):
             return Reading(last["letter"], stated=stated or bool(last["open"]))
-    for before, after in pairwise(kept):
+    for before, after in pairwise(affirmed):
         if (
             _BESIDE.fullmatch(text[before.end() : after.start()])
             and before["letter"] != after["letter"]
-            and after is kept[-1]
+            and after is affirmed[-1]
         ):
             return AMBIGUOUS
-    if len(kept) > 1:
+    if len(affirmed) > 1:
         if stated:
             return AMBIGUOUS
-        last = kept[-1]
+        last = affirmed[-1]
         chosen = _CHOOSE.search(text[max(0, last.start() - 40) : last.start()])
         ends = _ends_with(text, last, options)
         return Reading(last["letter"], stated=False) if chosen or ends else NOTHING

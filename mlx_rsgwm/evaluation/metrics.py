@@ -57,8 +57,8 @@ class Table:
 
     def to_dict(self) -> dict[str, Any]:
         """Rates as ``{value, low, high, n}``, the rest as plain JSON values."""
-        found = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value.to_dict() if isinstance(value, Rate) else value for name, value in found.items()}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value.to_dict() if isinstance(value, Rate) else value for name, value in values.items()}
 
 
 def final(record: ItemRecord, mode: Mode) -> DraftRecord:
@@ -95,7 +95,7 @@ def table(
     accepted = [record.returned for record in records if record.accepted]
     wrong = [draft for draft in accepted if not draft.correct]
     energy = [record.energy_j for record in records if record.energy_j is not None and not alone]
-    found = Table(
+    rates = Table(
         mode=mode,
         n=n,
         accuracy=share(sum(draft.correct for draft in finals), n),
@@ -116,8 +116,8 @@ def table(
         tokens_verified=None if alone else sum(record.verified_tokens for record in records) / n,
         energy_j=sum(energy) / len(energy) if energy else None,
     )
-    check_identities(found, max_attempts)
-    return found
+    check_identities(rates, max_attempts)
+    return rates
 
 
 def identity_problems(
@@ -156,16 +156,16 @@ def identity_problems(
     return problems
 
 
-def check_identities(found: Table, max_attempts: int | None = None) -> None:
+def check_identities(rates: Table, max_attempts: int | None = None) -> None:
     """Raise AssertionError with the values when the rows of a table contradict each other."""
     problems = identity_problems(
-        found.accuracy.value,
-        found.wrong_rate.value,
-        found.no_answer_rate.value + found.cut_off_rate.value,
-        _value(found.accept_rate),
-        _value(found.accepted_and_correct),
-        _value(found.false_accept_rate),
-        found.average_attempts,
+        rates.accuracy.value,
+        rates.wrong_rate.value,
+        rates.no_answer_rate.value + rates.cut_off_rate.value,
+        _value(rates.accept_rate),
+        _value(rates.accepted_and_correct),
+        _value(rates.false_accept_rate),
+        rates.average_attempts,
         max_attempts,
     )
     if problems:
@@ -253,13 +253,13 @@ def verifier_auroc(records: Sequence[ItemRecord], seed: int = 0) -> dict[str, di
 
     Drafts of one item are resampled together. Those without an answer count as not right.
     """
-    found: dict[str, dict[str, Rate | None]] = {}
+    by_score: dict[str, dict[str, Rate | None]] = {}
     for name in score_names(records):
-        found[name] = {}
+        by_score[name] = {}
         for label, count in (("all", None), ("first", 1)):
             scores, correct, ids = scored_drafts(records, name, count)
-            found[name][label] = auroc(scores, correct, groups=ids, seed=seed)
-    return found
+            by_score[name][label] = auroc(scores, correct, groups=ids, seed=seed)
+    return by_score
 
 
 def compare(records: Sequence[ItemRecord]) -> PairedTest:

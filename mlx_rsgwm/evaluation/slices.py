@@ -93,9 +93,9 @@ def newest_revision(hub: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        found = HfApi().dataset_info(hub).sha
+        revision = HfApi().dataset_info(hub).sha
     except Exception as error:  # the Hub client raises its own, httpx's and the disk's errors; all mean the same
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RsgwmError(f"cannot ask the Hub for {hub}: {reason}; give a local folder with --questions") from error
-    assert found is not None
-    return found
+    assert revision is not None
+    return revision

@@ -32,7 +32,7 @@ class Judged:
     correct: Sequence[Sequence[bool]]
 
     def __post_init__(self) -> None:
-        if [len(one) for one in self.signals] != [len(one) for one in self.correct]:
+        if [len(item) for item in self.signals] != [len(item) for item in self.correct]:
             raise ValueError("signals and labels must have the same drafts")
 
     def __len__(self) -> int:
@@ -41,8 +41,8 @@ class Judged:
     @property
     def flat(self) -> tuple[list[Signals], np.ndarray, np.ndarray]:
         """Signals, labels and the item of every draft."""
-        signals = [one for item in self.signals for one in item]
-        labels = np.array([one for item in self.correct for one in item], dtype=bool)
+        signals = [signal for item in self.signals for signal in item]
+        labels = np.array([flag for item in self.correct for flag in item], dtype=bool)
         return signals, labels, np.repeat(np.arange(len(self)), [len(item) for item in self.signals])
 
     @property
@@ -118,12 +118,15 @@ def fit(
         )
     _, labels, _ = fitted_on.flat
     pairs, truth, _ = (perturbed or Judged((), ())).flat
-    found = {name: _fit_score(name, fitted_on, method, seed) for name in SCORES}
-    fitted = {name: one for name, one in found.items() if one is not None}
-    auroc = {name: area_under_roc(one.unseen, labels) if one else None for name, one in found.items()}
-    easier = {name: area_under_roc(one.scorer.values(pairs), truth) if one else None for name, one in found.items()}
+    fits = {name: _fit_score(name, fitted_on, method, seed) for name in SCORES}
+    fitted = {name: score_fit for name, score_fit in fits.items() if score_fit is not None}
+    auroc = {name: area_under_roc(score_fit.unseen, labels) if score_fit else None for name, score_fit in fits.items()}
+    easier = {
+        name: area_under_roc(score_fit.scorer.values(pairs), truth) if score_fit else None
+        for name, score_fit in fits.items()
+    }
     if score == "auto":
-        score = max((one for one in fitted if one in scores), key=lambda name: _merit(auroc[name], easier[name]))
+        score = max((name for name in fitted if name in scores), key=lambda name: _merit(auroc[name], easier[name]))
     chosen = fitted[score]
     held: RiskBound | None = None
     if target is not None and testing is not None:
@@ -133,10 +136,12 @@ def fit(
         score=score,
         threshold=best_threshold(chosen.unseen, labels) if held is None else held.threshold,
         combination=fitted["combined"].scorer.combination if "combined" in fitted else None,
-        curves={name: one.curve for name, one in fitted.items() if one.curve is not None},
+        curves={name: score_fit.curve for name, score_fit in fitted.items() if score_fit.curve is not None},
         auroc=auroc,
         perturbed_auroc=easier,
-        reliability={name: one.reliability for name, one in fitted.items() if one.reliability is not None},
+        reliability={
+            name: score_fit.reliability for name, score_fit in fitted.items() if score_fit.reliability is not None
+        },
         items=len(drafts),
         drafts=count,
         correct=right,
@@ -145,8 +150,8 @@ def fit(
     )
 
 
-def _merit(own: float | None, easier: float | None) -> float:
-    return next((found for found in (own, easier) if found is not None), 0.5)
+def _merit(auroc: float | None, easier: float | None) -> float:
+    return next((value for value in (auroc, easier) if value is not None), 0.5)
 
 
 @dataclass(frozen=True)
@@ -171,11 +176,11 @@ def _fit_score(name: str, drafts: Judged, method: str, seed: int) -> _Fitted | N
         scorer = Scorer(name)
         raw = scorer.values(signals)
     methods = [] if method == "none" or not drafts.enough else [*METHODS] if method == "auto" else [method]
-    tried = {one: _calibrated_unseen(one, raw, labels, items, seed) for one in methods}
-    losses = {one: _log_loss(values, labels) for one, values in tried.items() if values is not None}
+    tried = {candidate: _calibrated_unseen(candidate, raw, labels, items, seed) for candidate in methods}
+    losses = {candidate: _log_loss(values, labels) for candidate, values in tried.items() if values is not None}
     if not losses:
         return _Fitted(scorer, raw)
-    best = min(losses, key=lambda one: losses[one])
+    best = min(losses, key=lambda candidate: losses[candidate])
     calibrated = tried[best]
     assert calibrated is not None
     reliability = Reliability(

@@ -114,8 +114,8 @@ class DraftVerify:
             raise RsgwmError(f"{self.warnings[0]}; use the template in its manifest, or --template-mismatch warn")
         self.tokenizer = slots.base.tokenizer
         self.parts = split_head(slots.model)
-        own = {*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id} - {None}
-        self.end_ids = frozenset(own) | template.stop_ids(self.tokenizer)
+        eos_ids = {*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id} - {None}
+        self.end_ids = frozenset(eos_ids) | template.stop_ids(self.tokenizer)
         if not self.end_ids:
             self.warnings.append("the base's tokenizer has no end-of-text token: every draft runs to --max-tokens")
         self.batches = can_batch(slots.model)

@@ -196,11 +196,11 @@ def find_base(adapters: Sequence[Adapter], given: str | None, progress: Progress
         RsgwmError: adapters of several bases, a base that is not the recorded one (its fingerprint differs), or none
             to be found.
     """
-    made_for = [one for one in adapters if one.base_fingerprint is not None]
-    if any(_other_base(made_for[0], one) for one in made_for[1:]):
-        told = ", ".join(f"{one.where} for {one.base_name} ({_brief(one)})" for one in made_for)
+    made_for = [candidate for candidate in adapters if candidate.base_fingerprint is not None]
+    if any(_other_base(made_for[0], candidate) for candidate in made_for[1:]):
+        told = ", ".join(f"{candidate.where} for {candidate.base_name} ({_brief(candidate)})" for candidate in made_for)
         raise RsgwmError(f"adapters of different bases cannot be used together: {told}")
-    recorded = [one for one in adapters if one.base_name]
+    recorded = [candidate for candidate in adapters if candidate.base_name]
     if given is None and recorded:
         name, folder = recorded_base(str(recorded[0].base_name), recorded[0].where, progress)
     else:
@@ -216,9 +216,9 @@ def find_base(adapters: Sequence[Adapter], given: str | None, progress: Progress
     return name
 
 
-def _other_base(one: Adapter, other: Adapter) -> str:
+def _other_base(adapter: Adapter, other: Adapter) -> str:
     """In what the bases of two adapters differ; empty where they do not, or where one does not say."""
-    recorded = one.base_fingerprint, other.base_fingerprint
+    recorded = adapter.base_fingerprint, other.base_fingerprint
     return base_difference(recorded[0], recorded[1], chat=False) if recorded[0] and recorded[1] else ""
 
 
@@ -243,7 +243,7 @@ def pair_problems(drafter: Adapter, verifier: Adapter) -> list[str]:
 
 def pair_doubts(drafter: Adapter, verifier: Adapter) -> list[str]:
     """What a user should know of a pair that can be used: it is another one than merges of one pool make."""
-    places = [one.path or one.origin for one in (drafter, verifier)]
+    places = [adapter.path or adapter.origin for adapter in (drafter, verifier)]
     if places[0] is not None and places[0] == places[1]:
         return [f"drafter and verifier are the same adapter, {drafter.where}"]
     drafted, verified = _sources(drafter), _sources(verifier)
@@ -289,8 +289,12 @@ def _sources(adapter: Adapter) -> dict[str, str]:
     """Names of the adapters it was merged from, by the hash of their manifests."""
     merged = adapter.manifest.get("merge")
     sources = merged.get("sources") if isinstance(merged, dict) else None
-    listed = [one for one in sources if isinstance(one, dict)] if isinstance(sources, list) else []
-    return {str(one.get("manifest_sha256")): str(one.get("name")) for one in listed if one.get("manifest_sha256")}
+    listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    return {
+        str(source.get("manifest_sha256")): str(source.get("name"))
+        for source in listed
+        if source.get("manifest_sha256")
+    }
 
 
 def _listed(sources: dict[str, str]) -> str:

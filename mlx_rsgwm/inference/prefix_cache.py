@@ -68,8 +68,8 @@ def _prefilled(
         states, between = read_on(hidden, split, ids[:, start : start + PREFILL_STEP], caches)
         mx.eval(states, [cache.state for cache in caches])
         middle += [] if between is None else [between]
-    whole = mx.concatenate(middle, axis=1) if middle else None
-    return Prefilled(tuple(map(tuple, prompts)), tuple(caches), states[:, -1], whole)
+    middle_states = mx.concatenate(middle, axis=1) if middle else None
+    return Prefilled(tuple(map(tuple, prompts)), tuple(caches), states[:, -1], middle_states)
 
 
 def read_on(
@@ -95,16 +95,16 @@ def after_prompts(
     owner = mx.array([place[row[:start]] for row, start in zip(rows, starts, strict=True)])
     rest = [row[start:] for row, start in zip(rows, starts, strict=True)]
     length = -(-max(map(len, rest)) // step) * step
-    kept = [select_rows(cache, owner) for cache in read.caches]
-    return hidden(mx.array(right_padded(rest, length)), cache=kept)
+    rows_of_prefix = [select_rows(cache, owner) for cache in read.caches]
+    return hidden(mx.array(right_padded(rest, length)), cache=rows_of_prefix)
 
 
 def right_padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
     """Rows of ids as int32 (rows, length), zeros after their ends: causal attention keeps padding there from all."""
-    found = np.zeros((len(rows), length), dtype=np.int32)
+    padded = np.zeros((len(rows), length), dtype=np.int32)
     for index, row in enumerate(rows):
-        found[index, : len(row)] = row
-    return found
+        padded[index, : len(row)] = row
+    return padded
 
 
 def remembering(model: Any, hidden: Hidden, prompt: Sequence[int]) -> Hidden:
@@ -155,7 +155,7 @@ class LowerLayerCache:
             prefix for tokens, prefix in self.prefixes.items()
             if row == tokens or (prefix.caches and row[: len(tokens)] == tokens)
         )  # fmt: skip
-        prefix = max(fitting, key=lambda one: len(one.tokens), default=None)
+        prefix = max(fitting, key=lambda candidate: len(candidate.tokens), default=None)
         if prefix is None:
             return None
         middle = prefix.middle
@@ -180,22 +180,25 @@ class _Remembered:
         if self._kept is None:
             caches = [_fresh([0] * rows) for _ in range(self._count)]
             states = self._layers(inputs, cache=caches)
-            mx.eval(states, [one.state for one in caches])
-            self._kept = [select_rows(one, mx.array([0]), self._shared) for one in caches], states[:1, : self._shared]
+            mx.eval(states, [cache.state for cache in caches])
+            self._kept = (
+                [select_rows(cache, mx.array([0]), self._shared) for cache in caches],
+                states[:1, : self._shared],
+            )
             return states
         first, known = self._kept
         known = mx.repeat(known, rows, axis=0)
         if inputs.shape[1] == self._shared:
             return known
-        caches = [select_rows(one, mx.zeros(rows, dtype=mx.int32)) for one in first]
+        caches = [select_rows(cache, mx.zeros(rows, dtype=mx.int32)) for cache in first]
         return mx.concatenate([known, self._layers(inputs[:, self._shared :], cache=caches)], axis=1)
 
 
 def _fresh(padding: list[int]) -> BatchKVCache:
     cache: Any = BatchKVCache(padding)
     cache.step = GROWTH
-    found: BatchKVCache = cache
-    return found
+    batch_cache: BatchKVCache = cache
+    return batch_cache
 
 
 def select_rows(cache: Any, rows: mx.array, length: int | None = None, start: int = 0) -> BatchKVCache:
@@ -206,21 +209,21 @@ def select_rows(cache: Any, rows: mx.array, length: int | None = None, start: in
     taken.left_padding = cache.left_padding[rows] - start
     taken.keys, taken.values = (x[rows, :, start:end] for x in (cache.keys, cache.values))
     taken.offset, taken._idx = cache.offset[rows] - (cache._idx - end), end - start
-    found: BatchKVCache = taken
-    return found
+    batch_cache: BatchKVCache = taken
+    return batch_cache
 
 
 def concat(first: Any, second: Any) -> BatchKVCache:
     """A new cache with the rows of two; those of the shorter one are padded on the left."""
     end = max(first._idx, second._idx)
-    found: Any = _fresh([0] * (first.keys.shape[0] + second.keys.shape[0]))
-    found.left_padding = mx.concatenate([one.left_padding + (end - one._idx) for one in (first, second)])
+    result: Any = _fresh([0] * (first.keys.shape[0] + second.keys.shape[0]))
+    result.left_padding = mx.concatenate([part.left_padding + (end - part._idx) for part in (first, second)])
     for name in ("keys", "values"):
         padded = [
-            mx.pad(getattr(one, name)[:, :, : one._idx], [(0, 0), (0, 0), (end - one._idx, 0), (0, 0)])
-            for one in (first, second)
+            mx.pad(getattr(part, name)[:, :, : part._idx], [(0, 0), (0, 0), (end - part._idx, 0), (0, 0)])
+            for part in (first, second)
         ]
-        setattr(found, name, mx.concatenate(padded))
-    found.offset, found._idx = mx.concatenate([first.offset, second.offset]), end
-    cache: BatchKVCache = found
+        setattr(result, name, mx.concatenate(padded))
+    result.offset, result._idx = mx.concatenate([first.offset, second.offset]), end
+    cache: BatchKVCache = result
     return cache

@@ -138,18 +138,18 @@ def risk_bound(ordering: Items, test: Items, target: Target) -> RiskBound:
     Raises:
         CheckFailed: no threshold can be promised; says what was seen and how many items it would take.
     """
-    found: RiskBound | None = None
+    passing: RiskBound | None = None
     for threshold in sequence(ordering, target):
         accepted, wrong = test.counts(threshold)
         bound = upper_bound(wrong, accepted, target.confidence)
         if bound > target.far:
             break
-        found = RiskBound(
+        passing = RiskBound(
             threshold, target.far, target.confidence, test.scores.shape[1], len(test.scores), accepted, wrong, bound
         )
-    if found is None:
+    if passing is None:
         raise CheckFailed(refusal(ordering, test, target))
-    return found
+    return passing
 
 
 def refusal(ordering: Items, test: Items, target: Target) -> str:

@@ -92,12 +92,12 @@ def _from_candidates(
     highest, colder = mx.max(logits, axis=-1, keepdims=True), 1 / temperature
     probabilities = exp((values - highest) * colder) / exp((logits - highest) * colder).sum(axis=-1, keepdims=True)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
-    kept = mx.where(before < top_p, probabilities, 0.0)
-    cumulative = mx.cumsum(kept, axis=-1)
+    nucleus = mx.where(before < top_p, probabilities, 0.0)
+    cumulative = mx.cumsum(nucleus, axis=-1)
     if rows is not None:
-        candidates, kept, cumulative = candidates[rows], kept[rows], cumulative[rows]
+        candidates, nucleus, cumulative = candidates[rows], nucleus[rows], cumulative[rows]
     mass = cumulative[:, -1:]
     index = mx.sum(cumulative <= uniform[:, None] * mass, axis=-1)
-    index = mx.minimum(index, mx.sum(kept > 0, axis=-1) - 1)
+    index = mx.minimum(index, mx.sum(nucleus > 0, axis=-1) - 1)
     certain = mass[:, 0] >= min(top_p, 1.0) - 1e-6 if candidates.shape[-1] < logits.shape[-1] else mass[:, 0] >= 0
     return mx.take_along_axis(candidates, index[:, None], axis=-1)[:, 0], certain

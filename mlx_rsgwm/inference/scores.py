@@ -32,26 +32,26 @@ SLOWEST = 1e-3  # smallest slope of a calibration: a better draft never gets a l
 def logit(probability: Sequence[float] | np.ndarray) -> np.ndarray:
     """log(p / (1 − p)), float64, finite at 0 and 1."""
     clipped = np.clip(np.asarray(probability, dtype=np.float64), EDGE, 1 - EDGE)
-    found: np.ndarray = np.log(clipped) - np.log1p(-clipped)
-    return found
+    log_odds: np.ndarray = np.log(clipped) - np.log1p(-clipped)
+    return log_odds
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + e⁻ˣ), float64."""
-    found: np.ndarray = 0.5 * (1 + np.tanh(0.5 * np.asarray(x, dtype=np.float64)))
-    return found
+    probabilities: np.ndarray = 0.5 * (1 + np.tanh(0.5 * np.asarray(x, dtype=np.float64)))
+    return probabilities
 
 
 def features(signals: Sequence[Signals]) -> np.ndarray:
     """What the combined score weighs: (drafts, ``FEATURES``) float64."""
     rows = []
-    for one in signals:
-        if one.yesno is None or one.mean is None or one.minimum is None:
+    for signal in signals:
+        if signal.yesno is None or signal.mean is None or signal.minimum is None:
             raise ValueError("the combined score needs the verdict and the log-probabilities of a draft")
-        rows.append([one.yesno, max(one.mean, FLOOR_NATS), max(one.minimum, FLOOR_NATS), one.tokens])
-    found = np.array(rows, dtype=np.float64).reshape(-1, len(FEATURES))
-    found[:, 0] = logit(found[:, 0])
-    return found
+        rows.append([signal.yesno, max(signal.mean, FLOOR_NATS), max(signal.minimum, FLOOR_NATS), signal.tokens])
+    matrix = np.array(rows, dtype=np.float64).reshape(-1, len(FEATURES))
+    matrix[:, 0] = logit(matrix[:, 0])
+    return matrix
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def fit_combination(signals: Sequence[Signals], correct: Sequence[bool] | np.nda
     """Fit the logistic model, regularised (L2, C = 1 on standardised features); both classes must be there."""
     from sklearn.linear_model import LogisticRegression
 
-    found = features(signals)
-    means, scales = found.mean(axis=0), found.std(axis=0)
+    matrix = features(signals)
+    means, scales = matrix.mean(axis=0), matrix.std(axis=0)
     scales[scales < 1e-9] = 1.0
     model = LogisticRegression(C=1.0, max_iter=1000)
-    model.fit((found - means) / scales, np.asarray(correct, dtype=bool))
+    model.fit((matrix - means) / scales, np.asarray(correct, dtype=bool))
     return Combination(
         means=tuple(means.tolist()),
         scales=tuple(scales.tolist()),
@@ -201,8 +201,8 @@ class Scorer:
         """The scores that are compared with the threshold, (drafts,) float64 in [0, 1]."""
         if self.combination is not None:
             return self.combination.values(signals)
-        found: list[Any] = [getattr(one, self.name) for one in signals]
-        return np.array(found, dtype=np.float64)
+        values: list[Any] = [getattr(signal, self.name) for signal in signals]
+        return np.array(values, dtype=np.float64)
 
     def value(self, signals: Signals) -> float:
         """The score of one draft."""
@@ -224,10 +224,10 @@ def out_of_fold(items: Sequence[int] | np.ndarray, labels: np.ndarray, seed: int
         return None
     fold_of = {int(key): place % count for place, key in enumerate(np.random.default_rng(seed).permutation(keys))}
     folds = np.array([fold_of[int(item)] for item in items])
-    found = np.zeros(len(folds))
+    predictions = np.zeros(len(folds))
     for fold in range(count):
         inside, outside = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
         if labels[outside].all() or not labels[outside].any():
             return None
-        found[inside] = fit(outside)(inside)
-    return found
+        predictions[inside] = fit(outside)(inside)
+    return predictions

@@ -72,9 +72,9 @@ def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
     model is not taken to doubt because it writes "yes" where the template has " Yes". A token that begins both is left
     out of both.
     """
-    own = template.verdict_ids(tokenizer)
+    first_ids = template.verdict_ids(tokenizer)
     spelled = []
-    for text, first in zip((template.yes, template.no), own, strict=True):
+    for text, first in zip((template.yes, template.no), first_ids, strict=True):
         word = text.strip()
         spellings = {
             space + form for space in ("", " ") for form in (word, word.lower(), word.upper(), word.capitalize())
@@ -82,8 +82,8 @@ def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
         encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in sorted(spellings)]
         spelled.append({first, *(ids[0] for ids in encoded if len(ids) == 1)})
     yes, no = spelled
-    shared = (yes & no) - set(own)
-    return tuple(sorted(yes - shared - {own[1]})), tuple(sorted(no - shared - {own[0]}))
+    shared = (yes & no) - set(first_ids)
+    return tuple(sorted(yes - shared - {first_ids[1]})), tuple(sorted(no - shared - {first_ids[0]}))
 
 
 def read(
@@ -125,11 +125,11 @@ def read(
     )
     signals, at, judged = [], 0, iter(yes)
     for reading in readings:
-        own = None
+        answer_logprobs = None
         if reading.completion is not None:
-            own = logprobs[at : at + len(reading.completion)]
+            answer_logprobs = logprobs[at : at + len(reading.completion)]
             at += len(reading.completion)
-        signals.append(signals_of(own, next(judged) if reading.verdict_prompt is not None else None))
+        signals.append(signals_of(answer_logprobs, next(judged) if reading.verdict_prompt is not None else None))
     return signals
 
 

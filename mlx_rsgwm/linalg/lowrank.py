@@ -71,8 +71,10 @@ def owner_matrix(ranks: tuple[int, ...]) -> mx.array:
 
 def stack(updates: Sequence[Factors], coefficients: mx.array | Sequence[float] | None = None) -> Factors:
     """Σ_t c_t a_t b_t as one pair of factors of rank Σ r_t, exactly; coefficients are 1 unless given."""
-    scaled = [one.b if coefficients is None else one.b * coefficients[index] for index, one in enumerate(updates)]
-    return Factors(mx.concatenate([one.a for one in updates], axis=1), mx.concatenate(scaled, axis=0))
+    scaled = [
+        update.b if coefficients is None else update.b * coefficients[index] for index, update in enumerate(updates)
+    ]
+    return Factors(mx.concatenate([update.a for update in updates], axis=1), mx.concatenate(scaled, axis=0))
 
 
 def truncate(update: Factors, rank: int) -> Truncated:
@@ -106,8 +108,8 @@ def truncate_dense(update: mx.array, rank: int, key: mx.array, exact: bool | Non
     for _ in range(POWER_ITERATIONS):
         basis = _orthonormal(update @ _orthonormal(update.T @ basis))
     sketched = truncate(Factors(basis, basis.T @ update), rank)
-    kept = cross(sketched.factors, sketched.factors)
-    return Truncated(sketched.factors, mx.maximum(mx.square(update).sum() - kept, 0.0), False)
+    square = cross(sketched.factors, sketched.factors)
+    return Truncated(sketched.factors, mx.maximum(mx.square(update).sum() - square, 0.0), False)
 
 
 def _truncate_whole(update: mx.array, rank: int) -> Truncated:

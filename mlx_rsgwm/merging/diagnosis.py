@@ -81,8 +81,8 @@ def diagnosis(
             overall[name] = [sum(column) / len(column) for column in zip(*values, strict=True)]
         else:
             overall[name] = sum(values) / len(values)
-    whole = sum(allowance**2 for allowance in allowances.values()) ** 0.5
-    return {"overall": _summary(overall, whole), "modules": modules}
+    combined = sum(allowance**2 for allowance in allowances.values()) ** 0.5
+    return {"overall": _summary(overall, combined), "modules": modules}
 
 
 def warnings_of(diagnosed: Mapping[str, Any], weights: Sequence[float]) -> list[str]:
@@ -113,7 +113,7 @@ def _norms(row: Mapping[str, Any]) -> list[float]:
 def _summary(row: Mapping[str, Any], allowance: float) -> dict[str, Any]:
     norm, norms = max(row["square"], 0.0) ** 0.5, _norms(row)
     discarded = max(row["discarded"], 0.0)
-    present = [one for one in norms if one]
+    present = [size for size in norms if size]
     mean = sum(present) / len(present) if present else 0.0
     count = len(norms)
     return {
@@ -121,7 +121,7 @@ def _summary(row: Mapping[str, Any], allowance: float) -> dict[str, Any]:
         "source_norms": norms,
         "norm_share": _ratio(norm, mean),
         "growth": _ratio(norm, allowance),
-        "cosines": [_cosine(dot, norm, one) for dot, one in zip(row["dots"], norms, strict=True)],
+        "cosines": [_cosine(dot, norm, other_norm) for dot, other_norm in zip(row["dots"], norms, strict=True)],
         "cosine_to_mean_product": _cosine(sum(row["dots"]) / count, norm, max(row["mean_square"], 0.0) ** 0.5),
         "discarded": discarded / (norm**2 + discarded) if discarded else 0.0,
         **{name.removeprefix("note/"): value for name, value in row.items() if name.startswith("note/")},
@@ -163,8 +163,8 @@ def _refuse_sources(plain: Mapping[str, Any], labels: Sequence[str]) -> None:
 def refuse_objections(objections: Mapping[str, Mapping[str, mx.array]], method: str, remedy: str) -> None:
     """Raise with what the method itself says against merging these adapters, and in which modules."""
     where: dict[str, list[str]] = {}
-    for module, own in objections.items():
-        for reason, holds in own.items():
+    for module, reasons in objections.items():
+        for reason, holds in reasons.items():
             if holds.item():
                 where.setdefault(reason, []).append(module)
     problems = [

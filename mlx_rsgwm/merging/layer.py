@@ -32,7 +32,7 @@ class DenseUpdates(Sequence[mx.array]):
         return self.factors[index].dense()
 
     def __iter__(self) -> Iterator[mx.array]:
-        return (one.dense() for one in self.factors)
+        return (update.dense() for update in self.factors)
 
 
 @dataclass(frozen=True)

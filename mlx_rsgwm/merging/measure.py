@@ -30,15 +30,15 @@ Row = Mapping[str, Any]
 
 def measured_beside(updates: Sequence[Factors], merged: Factors) -> bool:
     """Whether :func:`inner_products` takes these, in a thread beside the merge, once all arrays are evaluated."""
-    return applies() and sum(one.rank for one in updates) + merged.rank <= STACKED_RANK
+    return applies() and sum(update.rank for update in updates) + merged.rank <= STACKED_RANK
 
 
 def inner_products(updates: Sequence[Factors], merged: Factors) -> dict[str, Any]:
     """A row's ``square``, ``squares``, ``dots`` and ``mean_square`` as numbers, from evaluated arrays."""
     everything = (*updates, merged)
-    a = np.concatenate([np.array(one.a, copy=False) for one in everything], axis=1)
-    b = np.concatenate([np.array(one.b, copy=False) for one in everything], axis=0)
-    starts = np.cumsum([0, *(one.rank for one in updates)])
+    a = np.concatenate([np.array(update.a, copy=False) for update in everything], axis=1)
+    b = np.concatenate([np.array(update.b, copy=False) for update in everything], axis=0)
+    starts = np.cumsum([0, *(update.rank for update in updates)])
     with np.errstate(over="ignore", invalid="ignore"):
         pieces = ((a.T @ a) * (b @ b.T)).astype(np.float64)  # symmetric: NumPy has BLAS do half the work
         products = np.add.reduceat(np.add.reduceat(pieces, starts, axis=0), starts, axis=1)
@@ -52,14 +52,14 @@ def inner_products(updates: Sequence[Factors], merged: Factors) -> dict[str, Any
 
 def measure(updates: Sequence[Factors], merged: Factors) -> dict[str, mx.array]:
     """The same as arrays, not yet evaluated, of whatever number and ranks. Time is linear in T."""
-    if sum(one.rank for one in updates) + merged.rank <= STACKED_RANK:
+    if sum(update.rank for update in updates) + merged.rank <= STACKED_RANK:
         stacked = stack((*updates, merged))
-        pieces, own = _products(stacked, stacked), merged.rank
-        owners = owner_matrix(tuple(one.rank for one in updates))
+        pieces, rank = _products(stacked, stacked), merged.rank
+        owners = owner_matrix(tuple(update.rank for update in updates))
         # Sources apart from the result: where that is not finite, they may well be.
-        sources = pieces[:-own, :-own]
+        sources = pieces[:-rank, :-rank]
         squares, square_of_sum = ((sources @ owners) * owners).sum(axis=0), sources.sum()
-        square, dots = pieces[-own:, -own:].sum(), pieces[-own:, :-own].sum(axis=0) @ owners
+        square, dots = pieces[-rank:, -rank:].sum(), pieces[-rank:, :-rank].sum(axis=0) @ owners
     else:
         squares, square_of_sum = _squares(updates)
         square, dots = cross(merged, merged), _dots(merged, updates)
@@ -87,7 +87,7 @@ class Batch:
         row["discarded"] = merged.discarded
         if measured_beside(module.factors, merged.factors):
             self.jobs.append((module.name, module.factors, merged.factors))
-            self.arrays += [part for one in (*module.factors, merged.factors) for part in (one.a, one.b)]
+            self.arrays += [part for factors in (*module.factors, merged.factors) for part in (factors.a, factors.b)]
         else:
             row |= measure(module.factors, merged.factors)
         self.arrays.append(dict(row))
@@ -131,21 +131,21 @@ def _squares(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
     """‖ΔW_t‖² of every update, (T,), and ‖Σ_t ΔW_t‖², by whichever takes less time."""
     rows, columns = updates[0].a.shape[0], updates[0].b.shape[1]
     # Of a sum every product is taken; a pair is taken once, but the later of its stacks is made anew.
-    if sum(one.rank for one in updates) * (rows + columns) < 3 * rows * columns:
+    if sum(update.rank for update in updates) * (rows + columns) < 3 * rows * columns:
         return _squares_by_pairs(updates)
     return _squares_by_sum(updates)
 
 
 def _squares_by_pairs(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
-    squares, whole = [], mx.array(0.0)
+    squares, total = [], mx.array(0.0)
     for index, (some, owners) in enumerate(_stacks(updates)):
         products = _products(some, some)
         squares.append(((products @ owners) * owners).sum(axis=0))
-        whole = whole + products.sum()
+        total = total + products.sum()
         for later, _ in islice(_stacks(updates), index + 1, None):
-            whole = whole + 2 * _products(some, later).sum()
-            mx.eval(whole)  # before the next stack is made
-    return mx.concatenate(squares), whole
+            total = total + 2 * _products(some, later).sum()
+            mx.eval(total)  # before the next stack is made
+    return mx.concatenate(squares), total
 
 
 def _squares_by_sum(updates: Sequence[Factors]) -> tuple[mx.array, mx.array]:
@@ -169,10 +169,10 @@ def _dots(merged: Factors, updates: Sequence[Factors]) -> mx.array:
 
 def _stacks(updates: Sequence[Factors]) -> Iterator[tuple[Factors, mx.array]]:
     """Some updates after the others stacked, so that never all are in memory twice, with their owner matrix."""
-    step = max(1, STACKED_RANK // max(one.rank for one in updates))
+    step = max(1, STACKED_RANK // max(update.rank for update in updates))
     for start in range(0, len(updates), step):
         some = updates[start : start + step]
-        yield stack(some), owner_matrix(tuple(one.rank for one in some))
+        yield stack(some), owner_matrix(tuple(update.rank for update in some))
 
 
 def _products(first: Factors, second: Factors) -> mx.array:

@@ -92,17 +92,17 @@ def _merged(
     computing, batch = Batch(), Batch()
     with progress.task(f"merge by {options.method}", len(pool.modules)) as advance, measuring(rows) as measure_jobs:
         for module in _modules(pool, method, options, parameters):
-            found = _compressed(method.merge(module), rank, module.key)
-            a, b = _padded(found.factors, rank)
-            ranks[module.name] = min(found.factors.rank, a.shape[0], b.shape[1])
+            compressed = _compressed(method.merge(module), rank, module.key)
+            a, b = _padded(compressed.factors, rank)
+            ranks[module.name] = min(compressed.factors.rank, a.shape[0], b.shape[1])
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
             batch.arrays += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], module.objections]
             if diagnosed:
-                rows[module.name] = batch.diagnose(module, found)
+                rows[module.name] = batch.diagnose(module, compressed)
             allowed[module.name] = _allowance(method, module)
             objections[module.name] = module.objections
             batch.entries += a.shape[0] * b.shape[1]
-            batch.held += sum(one.a.size + one.b.size for one in module.factors)
+            batch.held += sum(factors.a.size + factors.b.size for factors in module.factors)
             if batch.entries >= BATCH_ENTRIES or batch.held >= BATCH_FACTORS:
                 mx.async_eval(batch.arrays)
                 # A batch that is much larger than meant is one module's: two of those would be in memory.
@@ -145,26 +145,26 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
     initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):
-        override = next((one for one in options.overrides if one.covers(name)), None)
-        own = resolved(options, override.parameters) if override else parameters
+        override = next((candidate for candidate in options.overrides if candidate.covers(name)), None)
+        module_parameters = resolved(options, override.parameters) if override else parameters
         weights = (override.weights if override else ()) or options.weights or (1.0,) * len(factors)
         start = initial.pop(f"{name}.lora_a", None)
         yield Layer(
             name=name,
             factors=factors,
             scales=scales,
-            weights=weights if sums(method, own) or method.scales else brought_near_one(weights),
+            weights=weights if sums(method, module_parameters) or method.scales else brought_near_one(weights),
             key=mx.random.key(module_seed(options.seed, name)),
             importances=importance,
             initial_a=None if start is None else start.astype(mx.float32),
             grams=gram,
             survey=survey,
-            parameters=own,
+            parameters=module_parameters,
         )
 
 
-def _compressed(found: Factors | mx.array, rank: int, key: mx.array) -> Truncated:
-    return truncate(found, rank) if isinstance(found, Factors) else truncate_dense(found, rank, key)
+def _compressed(merged: Factors | mx.array, rank: int, key: mx.array) -> Truncated:
+    return truncate(merged, rank) if isinstance(merged, Factors) else truncate_dense(merged, rank, key)
 
 
 def _padded(factors: Factors, rank: int) -> tuple[mx.array, mx.array]:
@@ -216,7 +216,7 @@ def _manifest(
     parameters: Mapping[str, Any],
     rank: int,
     ranks: Mapping[str, int],
-    found: dict[str, Any] | None,
+    diagnosis: dict[str, Any] | None,
 ) -> dict[str, Any]:
     first = pool.sources[0].manifest
     hashes = {source.template_hash for source in pool.sources}
@@ -239,9 +239,9 @@ def _manifest(
             "warnings": [
                 *pool.warnings,
                 *_rank_warning(options, ranks),
-                *(warnings_of(found, options.weights) if found else ()),
+                *(warnings_of(diagnosis, options.weights) if diagnosis else ()),
             ],
-            **({"diagnosis": found} if found else {}),
+            **({"diagnosis": diagnosis} if diagnosis else {}),
         },
         "versions": versions(),
         **({"untied": True} if any(source.untied for source in pool.sources) else {}),

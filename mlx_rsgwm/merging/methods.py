@@ -194,7 +194,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             combine.combination(combine.karcher),
             "Riemannian mean of the directions at the mean length",
             "mergekit karcher",
-            {"iterations": Parameter(10, "at most so many steps", 1, 1000, whole=True)},
+            {"iterations": Parameter(10, "at most so many steps", 1, 1000, integer=True)},
         ),
         "model_stock": Method(
             combine.combination(combine.model_stock),
@@ -251,15 +251,15 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "cluster the rank-one units of all adapters; a cluster is a unit of the result",
             "Zhao et al., 2025 (arXiv 2409.16167); scaling: the docstring",
             {
-                "clusters": Parameter(0, "number of units; 0 for the highest rank of the pool", 0, whole=True),
+                "clusters": Parameter(0, "number of units; 0 for the highest rank of the pool", 0, integer=True),
                 "output": Parameter(
                     "mean",
                     "norm of the result: of a sum, of one adapter, or of the units",
                     choices=("sum", "mean", "none"),
                 ),
                 "signs": Parameter("aligned", "whether a unit may be turned round", choices=("aligned", "kept")),
-                "restarts": Parameter(8, "of the clustering", 1, 1000, whole=True),
-                "iterations": Parameter(30, "of the clustering", 1, 1000, whole=True),
+                "restarts": Parameter(8, "of the clustering", 1, 1000, integer=True),
+                "iterations": Parameter(30, "of the clustering", 1, 1000, integer=True),
             },
             scales=True,
         ),
@@ -292,20 +292,20 @@ def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> 
             problems.append(f"{options.method} has no parameter {name!r}; it takes {known}")
         elif value is not None and (problem := method.parameters[name].problem(name, value)):
             problems.append(problem)
-    found = {
+    settled = {
         name: parameter.default if given.get(name) is None else given[name]
         for name, parameter in method.parameters.items()
     }
-    if "tau" in found and found["tau"] is None:
-        found["tau"] = ROLE_TAU.get(options.role)
-        if found["tau"] is None:
+    if "tau" in settled and settled["tau"] is None:
+        settled["tau"] = ROLE_TAU.get(options.role)
+        if settled["tau"] is None:
             problems.append(f"role {options.role!r} has no tau of its own; give one, in (0, 1)")
-    if "signal" in found:
-        found["signal"] = {"per_role": options.role, "shared": "all"}.get(found["signal"], found["signal"])
+    if "signal" in settled:
+        settled["signal"] = {"per_role": options.role, "shared": "all"}.get(settled["signal"], settled["signal"])
     if not problems and method.check:
-        problems += method.check(found)
+        problems += method.check(settled)
     raise_problems("merge options", problems)
-    return found
+    return settled
 
 
 def sums(method: Method, parameters: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ class Parameter:
     open_low: bool = False
     open_high: bool = False
     choices: tuple[Any, ...] = ()
-    whole: bool = False
+    integer: bool = False
 
     def problem(self, name: str, value: Any) -> str | None:
         """Why ``value`` cannot be; None when it can."""
@@ -27,7 +27,7 @@ class Parameter:
             return None
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"{name} must be a number, found {value!r}"
-        if self.whole and value % 1:
+        if self.integer and value % 1:
             return f"{name} must be a whole number, found {value!r}"
         low, high = (
             (-float("inf") if self.low is None else self.low),

@@ -107,8 +107,8 @@ class Source:
         """True when both recorded lora_a at initialisation, and the same one."""
         if not (self.has_initial and other.has_initial):
             return False
-        mine, theirs = ((one.manifest.get("files") or {}).get(INIT_FILE) for one in (self, other))
-        if self.folder and other.folder and mine and mine == theirs:
+        mine, other_hash = ((source.manifest.get("files") or {}).get(INIT_FILE) for source in (self, other))
+        if self.folder and other.folder and mine and mine == other_hash:
             return True
         return self._initial_digest == other._initial_digest
 
@@ -162,7 +162,7 @@ class Pool:
             RsgwmError: no adapter, adapters of different bases, modules of one name with different shapes; every
                 problem at once.
         """
-        sources = tuple(Source.of(one) for one in load_adapters(adapters, lazy=True, hashes=False))
+        sources = tuple(Source.of(adapter) for adapter in load_adapters(adapters, lazy=True, hashes=False))
         if not sources:
             raise RsgwmError("no adapters to merge")
         raise_problems("the pool cannot be merged", _misfits(sources))
@@ -181,7 +181,9 @@ class Pool:
             AdapterError: naming the files that were changed, or the arrays that are not finite.
         """
         with ThreadPoolExecutor(HASHING_THREADS) as workers:
-            hashed = [workers.submit(check_hashes, one.folder, one.manifest) for one in self.sources if one.folder]
+            hashed = [
+                workers.submit(check_hashes, source.folder, source.manifest) for source in self.sources if source.folder
+            ]
             try:
                 if signal is not None:
                     streamed = [source for source in self.sources if source.folder]
@@ -200,8 +202,8 @@ class Pool:
 
     def shape(self, module: str) -> tuple[int, int]:
         """(in, out) of a module."""
-        found = next(source.shapes[module] for source in self.sources if module in source.shapes)
-        return found[0], found[2]
+        shape = next(source.shapes[module] for source in self.sources if module in source.shapes)
+        return shape[0], shape[2]
 
     def factor_problems(self) -> list[str]:
         """Why these adapters cannot be merged factor by factor; empty when they can."""
@@ -335,13 +337,13 @@ def _doubts(sources: Sequence[Source]) -> list[str]:
 
 def _check_finite(sources: Sequence[Source], what: str, arrays_of: Callable[[Source], Arrays]) -> None:
     for source in sources:
-        found = not_finite(arrays_of(source), drop=True)
-        raise_problems(source.label, [f"{what}{name} has values that are not finite" for name in found], AdapterError)
+        names = not_finite(arrays_of(source), drop=True)
+        raise_problems(source.label, [f"{what}{name} has values that are not finite" for name in names], AdapterError)
 
 
 def _wait(hashed: Sequence[Future[None]]) -> None:
-    for one in hashed:
-        one.result()
+    for job in hashed:
+        job.result()
 
 
 def _digest(arrays: Arrays) -> str:

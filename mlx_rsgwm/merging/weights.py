@@ -33,5 +33,5 @@ def shares(weights: Sequence[float]) -> mx.array:
     if min(weights) >= 0:
         plain = mx.array(list(weights))
         return plain / plain.sum()
-    whole = math.fsum(weights)
-    return mx.array([weight / whole for weight in weights])
+    total = math.fsum(weights)
+    return mx.array([weight / total for weight in weights])

@@ -125,8 +125,8 @@ class Adapter:
         recorded = self.base_fingerprint
         template = self.manifest.get("template")
         # Of other kinds nobody knows what they were trained with.
-        ours = self.manifest.get("kind") in ("trained", "checkpoint", "merged")
-        chat = not weights_only and (template.get("chat") is not False if isinstance(template, dict) else ours)
+        written_here = self.manifest.get("kind") in ("trained", "checkpoint", "merged")
+        chat = not weights_only and (template.get("chat") is not False if isinstance(template, dict) else written_here)
         difference = "" if recorded is None else base_difference(recorded, fingerprint, chat)
         if not difference or recorded is None:
             return ""
@@ -166,48 +166,52 @@ class Adapter:
 
     def problems(self) -> list[str]:
         """Everything wrong inside the adapter itself: names, shapes, ranks, values that are not finite."""
-        found = self.shape_problems()
+        problems = self.shape_problems()
         groups = (("", self.weights), ("", self.full), ("importance ", self.importance), ("init ", self.init))
         for label, group in groups:
-            found += [f"{label}{name} has values that are not finite" for name in not_finite(group)]
-        return found
+            problems += [f"{label}{name} has values that are not finite" for name in not_finite(group)]
+        return problems
 
     def shape_problems(self) -> list[str]:
         """What is wrong with names, shapes and ranks; no value is read."""
-        found = []
+        problems = []
         for module in self.modules():
             a, b = self.weights.get(f"{module}.lora_a"), self.weights.get(f"{module}.lora_b")
             if a is None or b is None:
-                found.append(f"{module} has no lora_{'a' if a is None else 'b'}")
+                problems.append(f"{module} has no lora_{'a' if a is None else 'b'}")
             elif a.ndim == 2 and b.ndim == 2:
                 if a.shape[1] != self.spec.rank or b.shape[0] != self.spec.rank:
-                    found.append(f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}")
+                    problems.append(
+                        f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}"
+                    )
             elif a.ndim == 3 and b.ndim == 3:
                 if a.shape[1] != self.spec.rank or b.shape[2] != self.spec.rank or a.shape[0] != b.shape[0]:
-                    found.append(f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}")
+                    problems.append(
+                        f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}"
+                    )
             else:
-                found.append(f"{module}: lora_a has shape {a.shape} and lora_b {b.shape}")
+                problems.append(f"{module}: lora_a has shape {a.shape} and lora_b {b.shape}")
             if self.spec.fine_tune_type == "dora" and f"{module}.m" not in self.weights:
-                found.append(f"{module} has no magnitude m")
+                problems.append(f"{module} has no magnitude m")
         leaves = {"lora_a", "lora_b"} | ({"m"} if self.spec.fine_tune_type == "dora" else set())
-        found += [f"unknown array {name}" for name in self.weights if name.rpartition(".")[2] not in leaves]
+        problems += [f"unknown array {name}" for name in self.weights if name.rpartition(".")[2] not in leaves]
         if not self.spec.is_full:
-            found += [f"unknown array {name}" for name in self.full if name.rpartition(".")[2] not in FULL_LEAVES]
+            problems += [f"unknown array {name}" for name in self.full if name.rpartition(".")[2] not in FULL_LEAVES]
         for group in (self.weights, self.importance, self.init):
             kinds = {name: value.dtype for name, value in group.items()}
             wrong = {name: kind for name, kind in kinds.items() if not mx.issubdtype(kind, mx.floating)}
-            found += [f"{name} has the type {str(kind).rpartition('.')[2]}" for name, kind in wrong.items()]
+            problems += [f"{name} has the type {str(kind).rpartition('.')[2]}" for name, kind in wrong.items()]
         if not self.weights and not self.full:
-            found.append("holds no arrays")
+            problems.append("holds no arrays")
         for name, value in self.importance.items():
             signal, _, parameter = name.partition("/")
             weight = self.weights.get(parameter)
             if not signal.isidentifier() or weight is None or weight.shape != value.shape:
-                found.append(f"importance {name} {value.shape} has no weight of its shape")
+                problems.append(f"importance {name} {value.shape} has no weight of its shape")
         for name, value in self.init.items():
             if name not in self.weights or self.weights[name].shape != value.shape:
-                found.append(f"init {name} {value.shape} has no weight of its shape")
-        return found
+                problems.append(f"init {name} {value.shape} has no weight of its shape")
+        return problems
 
     @classmethod
     def load(cls, path: str | Path, lazy: bool = False, hashes: bool = True, scale: float | None = None) -> Adapter:
@@ -243,8 +247,8 @@ class Adapter:
         spec = spec.covering(modules, depth if isinstance(depth, int) else None)
         importance, metadata = _read_optional(folder / IMPORTANCE_FILE, lazy)
         init, _ = _read_optional(folder / INIT_FILE, lazy)
-        kept, _ = _read_optional(folder / KEPT_FILE, lazy=True)
-        adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept)
+        kept_arrays, _ = _read_optional(folder / KEPT_FILE, lazy=True)
+        adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept_arrays)
         if "base" not in manifest and isinstance(model := config.get("model"), str):  # as mlx_lm.lora was given it
             adapter.named_base = model
         raise_problems(str(folder), adapter.shape_problems() if lazy else adapter.problems(), AdapterError)
@@ -313,13 +317,13 @@ def put_beside(
         )
     recorded = adapter.manifest.get("files") or {}
     known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE)
-    kept = {other: digest for other, digest in recorded.items() if other != name} or {
+    digests = {other: digest for other, digest in recorded.items() if other != name} or {
         other: files.sha256_file(folder / other) for other in known if other != name and (folder / other).is_file()
     }
     require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
     with exclusive(folder):
         if name in recorded:
-            files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": kept})
+            files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": digests})
         write_safetensors(folder / name, dict(arrays), dict(metadata))
         adapter.manifest = {
             "kind": "imported",
@@ -329,7 +333,7 @@ def put_beside(
             **entries,
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "files": {**kept, name: files.sha256_file(folder / name)},
+            "files": {**digests, name: files.sha256_file(folder / name)},
         }
         files.write_json(folder / MANIFEST_FILE, adapter.manifest)
     return folder
@@ -342,12 +346,12 @@ def is_complete(path: str | Path) -> bool:
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     """What changes when another process replaces or rewrites a file of the folder."""
-    found = {}
+    stamps = {}
     for name in (MANIFEST_FILE, CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE):
         with suppress(OSError):
             stat = (folder / name).stat()
-            found[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    return found
+            stamps[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return stamps
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _read(place: _Place, base: str | Path | None, lazy: bool, hashes: bool, prog
     reader = _reader_of(place.path)
     if reader is None:
         if inside := _inside(place.path):
-            shown = ", ".join(one.name for one in inside[:SHOWN]) + (", …" if len(inside) > SHOWN else "")
+            shown = ", ".join(folder.name for folder in inside[:SHOWN]) + (", …" if len(inside) > SHOWN else "")
             raise RsgwmError(f"{place.label or place.path} is a folder of adapters ({shown}); name one of them")
         adapter = Adapter.load(place.path, lazy=lazy, hashes=hashes)
     else:
@@ -110,9 +110,9 @@ def load_adapters(
         if inside:
             left = _left_out(place.path, inside)
             passed = f"; {', '.join(left)} passed over, no adapter" if left else ""
-            progress.message(f"{source} is a pool: {', '.join(one.name for one in inside)}{passed}")
+            progress.message(f"{source} is a pool: {', '.join(folder.name for folder in inside)}{passed}")
         places = [_Place(path, f"{place.label}/{path.name}" if place.label else "") for path in inside] or [place]
-        adapters += [_read(one, base, lazy, hashes, progress) for one in places]
+        adapters += [_read(location, base, lazy, hashes, progress) for location in places]
     return adapters
 
 
@@ -145,13 +145,13 @@ def _inside(path: Path) -> list[Path]:
     """The adapters that a folder which is none holds, by name."""
     if not path.is_dir() or (path / WEIGHTS_FILE).is_file():
         return []
-    below = sorted(one for one in path.iterdir() if not one.name.startswith("."))
-    return [one for one in below if (one / WEIGHTS_FILE).is_file() or _reader_of(one) is not None]
+    below = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    return [entry for entry in below if (entry / WEIGHTS_FILE).is_file() or _reader_of(entry) is not None]
 
 
 def _left_out(path: Path, inside: Sequence[Path]) -> list[str]:
     """The other folders of a pool."""
-    return sorted(one.name for one in set(path.iterdir()) - set(inside) if one.is_dir() and one.name[0] != ".")
+    return sorted(entry.name for entry in set(path.iterdir()) - set(inside) if entry.is_dir() and entry.name[0] != ".")
 
 
 def _tell_base(adapter: Adapter, given: str | None, progress: Progress) -> None:

@@ -125,10 +125,10 @@ def model_classes(config: dict[str, Any]) -> tuple[Any, Any]:
         def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
             inner = {name.removeprefix(GPT2_PREFIX): value for name, value in weights.items()}
             dropped = (".attn.bias", ".attn.masked_bias")  # masks; a head is compared with its embedding elsewhere
-            kept = {name: value for name, value in inner.items() if not name.endswith(dropped)}
+            remaining = {name: value for name, value in inner.items() if not name.endswith(dropped)}
             if any(name.startswith(GPT2_PREFIX) for name in weights):
-                kept.pop("lm_head.weight", None)
-            return dict(super().sanitize(kept))
+                remaining.pop("lm_head.weight", None)
+            return dict(super().sanitize(remaining))
 
     return Prefixed, arguments
 
@@ -367,7 +367,7 @@ def _foreign_part(meant: Any) -> Iterator[str]:
         yield f"partial_rotary_factor {part} (this architecture rotates whole heads)"
 
 
-def _alike(one: Any, other: Any) -> bool:
-    if one == other:
+def _alike(value: Any, other: Any) -> bool:
+    if value == other:
         return True
-    return any(one in group and other in group for group in SAME_ACTIVATION if isinstance(one, str))
+    return any(value in group and other in group for group in SAME_ACTIVATION if isinstance(value, str))

@@ -21,15 +21,15 @@ def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
 
     With ``drop`` an array leaves the mapping once it is checked, so that lazy ones need the memory of a few of them.
     """
-    found: list[str] = []
+    broken: list[str] = []
     everything = list(arrays)
     for start in range(0, len(everything), CHECKED_TOGETHER):
         names = everything[start : start + CHECKED_TOGETHER]
         bad: Any = mx.stack([_has_infinite(arrays[name]) for name in names]).tolist()
-        found += [name for name, one in zip(names, bad, strict=True) if one]
+        broken += [name for name, flag in zip(names, bad, strict=True) if flag]
         for name in names if drop else ():
             del arrays[name]
-    return found
+    return broken
 
 
 def _has_infinite(array: mx.array) -> mx.array:

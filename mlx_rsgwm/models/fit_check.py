@@ -30,7 +30,7 @@ def names_other_base(adapter: Adapter, name: str) -> bool:
     recorded, given = hub_name(adapter.named_base), hub_name(name)
     if not recorded or Path(recorded).name.casefold() == Path(given).name.casefold():
         return False
-    folders = [local_base(one) for one in (adapter.named_base, name)]
+    folders = [local_base(place) for place in (adapter.named_base, name)]
     try:
         prints = [weights_fingerprint(folder) for folder in folders if folder is not None]
     except RsgwmError:  # one of them is not whole
@@ -127,7 +127,7 @@ def fitting_modules(base: Base, adapter: Adapter) -> dict[str, nn.Module]:
     adapter.require_factors_only("be read here")
     check_made_for(adapter, base.name, base.fingerprint)
     known = dict(base.model.named_modules())
-    found: dict[str, nn.Module] = {}
+    fitting: dict[str, nn.Module] = {}
     problems = []
     for name, a, b in adapter.factors():
         module = known.get(name)
@@ -137,17 +137,17 @@ def fitting_modules(base: Base, adapter: Adapter) -> dict[str, nn.Module]:
             inputs, outputs = linear_shape(module)
             problems.append(f"{name}: adapter is {a.shape[0]}→{b.shape[1]}, the model's layer {inputs}→{outputs}")
         else:
-            found[name] = module
+            fitting[name] = module
     raise_problems(f"{adapter.where} does not fit {base.name}", problems, AdapterError)
-    return found
+    return fitting
 
 
 def find_module(model: nn.Module, name: str) -> Any:
     """The module of that full name; None where there is none."""
-    found: Any = model
+    node: Any = model
     for part in name.split("."):
         try:
-            found = found[int(part)] if isinstance(found, list) else found[part]
+            node = node[int(part)] if isinstance(node, list) else node[part]
         except (KeyError, IndexError, ValueError, TypeError):
             return None
-    return found
+    return node

@@ -71,8 +71,8 @@ def rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     older = ("rope_theta", "partial_rotary_factor")
     scaling = {key: value for key, value in table.items() if key not in older}
-    found = {key: table[key] for key in older if key in table}
-    return found if scaling.get("rope_type", "default") == "default" else {**found, "rope_scaling": scaling}
+    fields = {key: table[key] for key in older if key in table}
+    return fields if scaling.get("rope_type", "default") == "default" else {**fields, "rope_scaling": scaling}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -81,15 +81,15 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         RsgwmError: there are none (pickle files are named), or shards are missing.
     """
-    found = sorted(path.glob("model*.safetensors"))
+    paths = sorted(path.glob("model*.safetensors"))
     index = path / "model.safetensors.index.json"
     if files.is_present(index):
         shards = files.read_json_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise RsgwmError(f"{index} has no weight_map from tensor to file")
-        missing = sorted(set(shards.values()) - {file.name for file in found})
+        missing = sorted(set(shards.values()) - {file.name for file in paths})
         raise_problems(str(path), [f"{shard} is in the index but not in the folder" for shard in missing])
-    if not found:
+    if not paths:
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise RsgwmError(
@@ -97,7 +97,7 @@ def weight_files(path: Path) -> list[Path]:
                 "only .safetensors is read, so convert it where you trust it"
             )
         raise RsgwmError(f"{path} holds no model*.safetensors")
-    return found
+    return paths
 
 
 def fingerprint_of(path: Path) -> str:
@@ -116,7 +116,7 @@ def base_difference(recorded: str, present: str, chat: bool = True) -> str:
     """
     names = ("weights", "tokenizer", "chat template") if chat else ("weights", "tokenizer")
     parts = zip(names, recorded.split("-"), present.split("-"), strict=False)
-    return next((name for name, one, other in parts if one != other), "")
+    return next((name for name, value, other in parts if value != other), "")
 
 
 def weights_fingerprint(path: Path) -> str:
@@ -201,8 +201,8 @@ def _count_parameters(entries: Mapping[str, Mapping[str, Any]], quantization: Ma
             continue
         count = math.prod(entry["shape"])
         if packed and leaf == "weight":
-            own = quantization.get(module)
-            bits = (own if isinstance(own, dict) else quantization).get("bits", 4)
+            override = quantization.get(module)
+            bits = (override if isinstance(override, dict) else quantization).get("bits", 4)
             count = count * 32 // bits
         total += count
     return total

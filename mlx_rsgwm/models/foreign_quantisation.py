@@ -66,9 +66,9 @@ def _unread_variant(method: str, settings: Mapping[str, Any], config: Mapping[st
         schemes = groups.values() if isinstance(groups, dict) else ()
         weights = [scheme.get("weights") if isinstance(scheme, dict) else None for scheme in schemes]
         usual = all(
-            isinstance(one, dict)
-            and (one.get("num_bits"), one.get("group_size"), one.get("symmetric", True)) == (4, 32, True)
-            for one in weights
+            isinstance(scheme, dict)
+            and (scheme.get("num_bits"), scheme.get("group_size"), scheme.get("symmetric", True)) == (4, 32, True)
+            for scheme in weights
         )
         if usual and _model_mentions(config, "weight_packed"):
             return ""

@@ -35,9 +35,9 @@ def calls_wrapped(model: nn.Module, names: Iterable[str], wrap: Callable[[str, C
     try:
         for name, module in modules.items():
             kind: Any = type(module)
-            own = {"__call__": wrap(name, kind.__call__), "__module__": kind.__module__}
+            namespace = {"__call__": wrap(name, kind.__call__), "__module__": kind.__module__}
             hooked.append((module, kind))
-            module.__class__ = type(kind.__name__, (kind,), own)
+            module.__class__ = type(kind.__name__, (kind,), namespace)
         yield
     finally:
         for module, kind in reversed(hooked):

@@ -121,12 +121,12 @@ def order_statistics(values: mx.array, *places: int) -> mx.array:
     if not applies():  # Metal sorts for a partition too
         ordered = mx.partition(values, places[0]) if len(places) == 1 else mx.sort(values)
         return ordered[..., list(places)]
-    rest, start, found = np.array(values, copy=False), 0, []
+    rest, start, picked = np.array(values, copy=False), 0, []
     for place in places:
         rest = np.partition(rest, place - start)[..., place - start :]
         start = place
-        found.append(rest[..., 0])
-    return mx.array(np.stack(found, axis=-1))
+        picked.append(rest[..., 0])
+    return mx.array(np.stack(picked, axis=-1))
 
 
 @contextmanager

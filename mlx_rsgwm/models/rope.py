@@ -190,11 +190,11 @@ def _yarn(angles: np.ndarray, table: Mapping[str, Any]) -> Rotation:
     low, high = max(low, 0), min(high, dims - 1)
     high = high + 0.001 if low == high else high
     ramp = np.clip((np.arange(dims // 2) - low) / (high - low), 0, 1)
-    own = table.get("attention_factor")
-    if own is None:
+    attention_factor = table.get("attention_factor")
+    if attention_factor is None:
         up, down = table.get("mscale"), table.get("mscale_all_dim")
-        own = _mscale(factor, up) / _mscale(factor, down) if up and down else _mscale(factor, 1.0)
-    return Rotation(angles / factor * ramp + angles * (1 - ramp), float(own))
+        attention_factor = _mscale(factor, up) / _mscale(factor, down) if up and down else _mscale(factor, 1.0)
+    return Rotation(angles / factor * ramp + angles * (1 - ramp), float(attention_factor))
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -204,11 +204,11 @@ def _mscale(factor: float, weight: float) -> float:
 def _longrope(angles: np.ndarray, table: Mapping[str, Any]) -> Rotation:
     original = table["original_max_position_embeddings"]
     factor = table.get("factor") or table["longest"] / original
-    own = table.get("attention_factor")
-    if own is None:
-        own = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    attention_factor = table.get("attention_factor")
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     short, long = (np.asarray(table[key], dtype=np.float64) for key in ("short_factor", "long_factor"))
-    return Rotation(angles / short, float(own), angles / long, int(original))
+    return Rotation(angles / short, float(attention_factor), angles / long, int(original))
 
 
 KINDS = {

@@ -69,12 +69,12 @@ class Slots(nn.Module):
     def _update(self, x: mx.array, y: mx.array, apply: Callable[[mx.array, mx.array, LowRank], mx.array]) -> mx.array:
         runs = self.active.runs
         if len(runs) == 1:
-            found = self._factors.get(runs[0][0] or "")
-            return y if found is None else apply(x, y, found)
+            factors = self._factors.get(runs[0][0] or "")
+            return y if factors is None else apply(x, y, factors)
         parts = []
         for name, start, stop in runs:
-            found = self._factors.get(name or "")
-            parts.append(y[start:stop] if found is None else apply(x[start:stop], y[start:stop], found))
+            factors = self._factors.get(name or "")
+            parts.append(y[start:stop] if factors is None else apply(x[start:stop], y[start:stop], factors))
         return mx.concatenate(parts, axis=0)
 
 
@@ -223,9 +223,9 @@ class AdapterSlots:
         """
         lowest = len(self.model.layers)
         for module in (module for name in names for module in self.adapter(name).modules()):
-            found = LAYER.match(module)
-            if found:
-                lowest = min(lowest, int(found[1]))
+            match = LAYER.match(module)
+            if match:
+                lowest = min(lowest, int(match[1]))
             elif module != "lm_head":
                 return 0
         return lowest

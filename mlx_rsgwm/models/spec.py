@@ -155,7 +155,9 @@ def _chosen_scale(config: Mapping[str, Any], where: str, scale: float | None) ->
         for value in possible:
             if math.isclose(value, scale, rel_tol=1e-6):
                 return value
-        raise AdapterError(f"{where}: its scale can be {' or '.join(f'{one:g}' for one in possible)}, not {scale:g}")
+        raise AdapterError(
+            f"{where}: its scale can be {' or '.join(f'{candidate:g}' for candidate in possible)}, not {scale:g}"
+        )
     if len(possible) == 1:
         return possible[0]
     older, newer = possible

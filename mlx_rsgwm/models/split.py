@@ -26,7 +26,7 @@ def split_head(model: nn.Module) -> Parts:
     and where it would change the logits the whole model is the "hidden" part and the head is the identity.
     """
 
-    def whole(ids: mx.array, cache: Any = None) -> mx.array:
+    def all_layers(ids: mx.array, cache: Any = None) -> mx.array:
         return model(ids, cache=cache)
 
     def identity(hidden: mx.array) -> mx.array:
@@ -34,7 +34,7 @@ def split_head(model: nn.Module) -> Parts:
 
     trunk = getattr(model, "model", None)
     if trunk is None or not hasattr(trunk, "embed_tokens"):
-        return whole, identity
+        return all_layers, identity
 
     def hidden(ids: mx.array, cache: Any = None) -> mx.array:
         return trunk(ids, cache=cache)
@@ -44,10 +44,10 @@ def split_head(model: nn.Module) -> Parts:
         return model.lm_head(states) if "lm_head" in model else trunk.embed_tokens.as_linear(states)
 
     probe = mx.arange(4)[None]
-    expected, found = model(probe), head(hidden(probe))
-    if expected.shape == found.shape and mx.allclose(expected, found, rtol=1e-3, atol=1e-3).item():
+    expected, composed = model(probe), head(hidden(probe))
+    if expected.shape == composed.shape and mx.allclose(expected, composed, rtol=1e-3, atol=1e-3).item():
         return hidden, head
-    return whole, identity
+    return all_layers, identity
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def split_layers(model: nn.Module, count: int) -> LayerSplit | None:
     probe = mx.arange(4)[None]
     caches = [KVCache() for _ in layers]
     try:
-        found = upper(lower(probe, cache=caches[:count]), cache=caches[count:])
+        composed = upper(lower(probe, cache=caches[:count]), cache=caches[count:])
     except (TypeError, IndexError, AttributeError):
         return None
     expected = hidden(probe)
-    same = expected.shape == found.shape and mx.allclose(expected, found, rtol=1e-3, atol=1e-3).item()
+    same = expected.shape == composed.shape and mx.allclose(expected, composed, rtol=1e-3, atol=1e-3).item()
     return LayerSplit(count, lower, upper) if same else None

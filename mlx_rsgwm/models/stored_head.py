@@ -43,13 +43,13 @@ def refuse_other_head(path: Path, modules: Iterable[str]) -> None:
     )
 
 
-def _same_bytes(one: Stored, other: Stored) -> bool:
+def _same_bytes(stored: Stored, other: Stored) -> bool:
     """Whether two arrays on disk have the same dtype, shape and bits, read a piece at a time."""
-    if any(one[1][key] != other[1][key] for key in ("dtype", "shape")):
+    if any(stored[1][key] != other[1][key] for key in ("dtype", "shape")):
         return False
-    begin, end = one[1]["data_offsets"]
-    with open_regular(one[0]) as left, open_regular(other[0]) as right:
-        left.seek(one[2] + begin)
+    begin, end = stored[1]["data_offsets"]
+    with open_regular(stored[0]) as left, open_regular(other[0]) as right:
+        left.seek(stored[2] + begin)
         right.seek(other[2] + other[1]["data_offsets"][0])
         sizes = (min(PIECE, end - place) for place in range(begin, end, PIECE))
         return all(left.read(size) == right.read(size) for size in sizes)

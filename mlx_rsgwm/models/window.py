@@ -15,8 +15,10 @@ import mlx.nn as nn
 def modules_of(model: nn.Module) -> list[ModuleType]:
     """The modules of mlx-lm that a model's layers are written in, the outermost first."""
     names = dict.fromkeys(type(part).__module__ for part in (model, *(module for _, module in model.named_modules())))
-    own = [name for name in names if name.startswith("mlx_lm.models.") and not name.endswith((".base", ".rope_utils"))]
-    return [sys.modules[name] for name in own]
+    model_names = [
+        name for name in names if name.startswith("mlx_lm.models.") and not name.endswith((".base", ".rope_utils"))
+    ]
+    return [sys.modules[name] for name in model_names]
 
 
 def source_of(modules: Sequence[ModuleType]) -> str:
@@ -37,5 +39,5 @@ def unapplied_window(meant: Any, model: nn.Module, source: str) -> int | None:
     if getattr(meant, "use_sliding_window", True) is False:
         return None
     applied = re.search(r"\bsliding_window\b", re.sub(r"^    sliding_window.*$", "", source, flags=re.MULTILINE))
-    own = getattr(getattr(model, "args", None), "layer_types", None)
-    return None if applied and not (own and "sliding_attention" not in own) else int(window)
+    layer_types = getattr(getattr(model, "args", None), "layer_types", None)
+    return None if applied and not (layer_types and "sliding_attention" not in layer_types) else int(window)

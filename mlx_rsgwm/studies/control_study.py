@@ -87,26 +87,26 @@ def corpora(run: Path) -> dict[str, Corpus]:
         RsgwmError: not a recipe folder, or one that was not finished.
     """
     missing = [name for name in ("drafter", "verifier") if not is_complete(run / name)]
-    found = {folder.name: load_corpus(folder) for folder in sorted((run / "data").glob("*")) if folder.is_dir()}
-    missing += [f"pool/{name}" for name in found if not is_complete(run / "pool" / name)]
-    if missing or not found:
+    by_task = {folder.name: load_corpus(folder) for folder in sorted((run / "data").glob("*")) if folder.is_dir()}
+    missing += [f"pool/{name}" for name in by_task if not is_complete(run / "pool" / name)]
+    if missing or not by_task:
         raise RsgwmError(f"{run} lacks {', '.join(missing or ['data'])}; give the folder of a finished rsgwm run")
-    return found
+    return by_task
 
 
 def train_controls(base: Base, run: Path, out: Path, progress: Progress = SILENT) -> dict[str, Path]:
     """Train the joint adapter and the direct verifier below ``out`` unless they are there; returns their folders."""
-    found = corpora(run)
-    manifest = files.read_json_object(run / "pool" / next(iter(found)) / "manifest.json")
+    by_task = corpora(run)
+    manifest = files.read_json_object(run / "pool" / next(iter(by_task)) / "manifest.json")
     config = TrainConfig.from_mapping(manifest["config"])
-    template = next(iter(found.values())).template
+    template = next(iter(by_task.values())).template
     folders = {}
     for name, role in TRAINED.items():
-        rows = [row for corpus in found.values() for row in corpus.rows if role in (None, row.role)]
+        rows = [row for corpus in by_task.values() for row in corpus.rows if role in (None, row.role)]
         if not rows:
             continue  # a pool without verifier pairs has no direct verifier
         folders[name] = out / name
-        source = {"controls": name, "sources": {task: corpus.hash for task, corpus in found.items()}}
+        source = {"controls": name, "sources": {task: corpus.hash for task, corpus in by_task.items()}}
         corpus = save_corpus(out / "data" / name, rows, template, source)
         if is_complete(folders[name]):
             data = files.read_json_object(folders[name] / "manifest.json").get("data") or {}

@@ -62,17 +62,17 @@ def systems_on_drafts(records: Sequence[ItemRecord], k: int, rules: Mapping[str,
     """
     rule = rules["verifier"]
     reference = _replayed(records, rule, k)
-    found = [
+    systems = [
         System("drafter once", "the first draft", tuple(records), "drafter"),
         System(REFERENCE, f"merged verifier, {rule.score} ≥ {rule.threshold:.3f}", tuple(reference), accepts=True),
     ]
     for name, label in (("self", "drafter + self-verify"), ("direct", "directly trained verifier")):
         if name in rules:
             note = f"{rules[name].score} ≥ {rules[name].threshold:.3f}"
-            found.append(System(label, note, tuple(_replayed(records, rules[name], k)), accepts=True))
+            systems.append(System(label, note, tuple(_replayed(records, rules[name], k)), accepts=True))
     best = replace(rule, threshold=BEYOND)
     accepted = _random_accept(reference)
-    found += [
+    systems += [
         System(f"best of {k}", f"all {k} drafts, the best {rule.score}", tuple(_replayed(records, best, k))),
         System(f"majority of {k}", f"all {k} drafts, the commonest answer", tuple(_vote(r, k) for r in records)),
         System("random accept", "accepts drafts at draft–verify's rate, by lot", tuple(accepted), accepts=True),
@@ -80,8 +80,8 @@ def systems_on_drafts(records: Sequence[ItemRecord], k: int, rules: Mapping[str,
     for label, cost in (("drafted", 0.0), ("drafted + verified", 1.0)):
         voted = _budgeted_votes(records, reference, cost)
         note = f"as many drafts as draft–verify's {label} tokens pay for"
-        found.append(System(f"majority, equal {label} tokens", note, tuple(voted)))
-    return found
+        systems.append(System(f"majority, equal {label} tokens", note, tuple(voted)))
+    return systems
 
 
 def _replayed(records: Sequence[ItemRecord], rule: LoopRule, k: int) -> list[ItemRecord]:
@@ -128,14 +128,14 @@ def _random_accept(reference: Sequence[ItemRecord]) -> list[ItemRecord]:
     looked = sum(record.attempts for record in reference)
     rate = sum(record.accepted for record in reference) / looked
     k = max(record.attempts for record in reference)
-    found = []
+    replayed = []
     for record in reference:
         drafts = tuple(
             replace(draft, scores={**draft.scores, "random": _lot(record, number)})
             for number, draft in enumerate(record.drafts)
         )
-        found.append(replay(replace(record, drafts=drafts), 1 - rate, k, "random"))
-    return found
+        replayed.append(replay(replace(record, drafts=drafts), 1 - rate, k, "random"))
+    return replayed
 
 
 def _lot(record: ItemRecord, number: int) -> float:
@@ -150,20 +150,20 @@ def summarise_controls(systems: Sequence[System], k: int, seed: int = 0) -> dict
     units; Holm corrects each over all systems.
     """
     reference = next(system for system in systems if system.name == REFERENCE)
-    ours = by_seed(reference.records)
-    ceiling = {s: metrics.any_of_k(rows, k) for s, rows in ours.items()}
-    rows = [_system_row(system, ours, reference, seed) for system in systems]
+    reference_by_seed = by_seed(reference.records)
+    ceiling = {s: metrics.any_of_k(rows, k) for s, rows in reference_by_seed.items()}
+    rows = [_system_row(system, reference_by_seed, reference, seed) for system in systems]
     for key in ("mcnemar_p", "p_value"):
         others = [row for row in rows if row.get(key) is not None]
         for row, corrected in zip(others, holm([row[key] for row in others]), strict=True):
             row[f"{key}_holm"] = corrected
-    first = {s: metrics.table(r, "drafter").accuracy.value for s, r in ours.items()}
-    loop = {s: metrics.table(r, "draft_verify").accuracy.value for s, r in ours.items()}
+    first = {s: metrics.table(r, "drafter").accuracy.value for s, r in reference_by_seed.items()}
+    loop = {s: metrics.table(r, "draft_verify").accuracy.value for s, r in reference_by_seed.items()}
     closed = [metrics.gap_closed(loop[s], first[s], c.value if c else None) for s, c in ceiling.items()]
     return {
         "k": k,
-        "seeds": list(ours),
-        "n": len(next(iter(ours.values()))),
+        "seeds": list(reference_by_seed),
+        "n": len(next(iter(reference_by_seed.values()))),
         "any_of_k": {"values": [plain(rate) for rate in ceiling.values()]},
         "gap_closed": spread(closed),
         "false_accepts_against_self": _far_drop(systems, seed),
@@ -172,7 +172,7 @@ def summarise_controls(systems: Sequence[System], k: int, seed: int = 0) -> dict
 
 
 def _system_row(
-    system: System, ours: Mapping[int, Sequence[ItemRecord]], reference: System, seed: int
+    system: System, reference_rows: Mapping[int, Sequence[ItemRecord]], reference: System, seed: int
 ) -> dict[str, Any]:
     seeds = by_seed(system.records)
     tables = [metrics.table(rows, system.mode) for rows in seeds.values()]
@@ -193,8 +193,10 @@ def _system_row(
         row[name] = None
         if system.accepts:
             accepted = [not record.returned.correct for record in system.records if record.accepted]
-            kept = [record.id for record in system.records if record.accepted]
-            flags, of = (accepted, kept) if name == "false_accept_rate" else ([r.accepted for r in system.records], ids)
+            accepted_ids = [record.id for record in system.records if record.accepted]
+            flags, of = (
+                (accepted, accepted_ids) if name == "false_accept_rate" else ([r.accepted for r in system.records], ids)
+            )
             row[name] = plain(_over_items(flags, of, seed)) if flags else None
             row[f"{name}_seeds"] = spread([rate.value if (rate := getattr(table, name)) else None for table in tables])
     alone = system.mode == "drafter"
@@ -202,8 +204,8 @@ def _system_row(
     row["attempts"] = 1.0 if alone else sum(record.attempts for record in system.records) / count
     row["tokens_drafted"] = sum(r.first.tokens if alone else r.drafted_tokens for r in system.records) / count
     row["tokens_verified"] = 0.0 if alone else sum(r.verified_tokens for r in system.records) / count
-    if system.name != REFERENCE and set(seeds) == set(ours):
-        first, second = correct_matrix(seeds, system.mode), correct_matrix(ours, reference.mode)
+    if system.name != REFERENCE and set(seeds) == set(reference_rows):
+        first, second = correct_matrix(seeds, system.mode), correct_matrix(reference_rows, reference.mode)
         test = mcnemar([bool(flag) for flag in first[:, 0]], [bool(flag) for flag in second[:, 0]])
         gap = mean_difference(first, second, seed=seed)
         row |= {"difference": gap.to_dict(), "p_value": gap.p_value, "mcnemar_p": test.p_value}
@@ -225,12 +227,12 @@ def _far_drop(systems: Sequence[System], seed: int) -> dict[str, Any] | None:
     if "drafter + self-verify" not in known:
         return None
     columns = [list(by_item(known[name].records).values()) for name in ("drafter + self-verify", REFERENCE)]
-    found = paired_bootstrap(columns[0], columns[1], false_accept_rate, seed=seed)
+    drop = paired_bootstrap(columns[0], columns[1], false_accept_rate, seed=seed)
     rates = [false_accept_rate(column) for column in columns]
-    if found is None or rates[0] is None or rates[1] is None:
+    if drop is None or rates[0] is None or rates[1] is None:
         return None
     return {
-        **found.to_dict(),
+        **drop.to_dict(),
         "self": rates[0],
         "ours": rates[1],
         "relative": rates[1] / rates[0] - 1 if rates[0] else None,
@@ -263,7 +265,7 @@ def control_notes(summary: Mapping[str, Any]) -> list[str]:
     shown = ", ".join(ABSENT if value is None else f"{value:.2f}" for value in closed["values"])
     middle = ABSENT if closed["median"] is None else f"{closed['median']:.2f}"
     ceiling = ", ".join(f"{rate['value']:.3f}" for rate in summary["any_of_k"]["values"] if rate)
-    found = [
+    notes = [
         f"{summary['n']} items, K = {summary['k']}, sampling seeds {', '.join(map(str, summary['seeds']))}; shares are "
         "over all seeds with 95 % bootstrap intervals over items (one seed: Wilson), tokens are means per item.",
         f"Any of K drafts right (the ceiling): {ceiling}. Share of that gap closed by draft–verify: {shown}; median "
@@ -274,8 +276,8 @@ def control_notes(summary: Mapping[str, Any]) -> list[str]:
     drop = summary["false_accepts_against_self"]
     if drop:
         relative = "" if drop["relative"] is None else f" ({drop['relative']:+.0%})"
-        found.append(
+        notes.append(
             f"False accepts: {drop['self']:.3f} when the drafter verifies itself, {drop['ours']:.3f} with the verifier"
             f"{relative}; difference {drop['value']:+.3f} [{drop['low']:+.3f}, {drop['high']:+.3f}]."
         )
-    return found
+    return notes

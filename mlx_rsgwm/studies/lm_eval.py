@@ -41,8 +41,8 @@ def question_of(context: str) -> str:
 
     A prompt of another form is the question itself. Few-shot examples are left out: adapters here are trained without.
     """
-    found = _ASKED.search(context)
-    return found[1].strip() if found else context.strip()
+    match = _ASKED.search(context)
+    return match[1].strip() if match else context.strip()
 
 
 def until(text: str, stops: Sequence[str]) -> str:
@@ -86,19 +86,19 @@ def make_model(pipeline: DraftVerify, role: str = "pipeline", batch_rows: int = 
 def loglikelihood(pipeline: DraftVerify, context: str, continuation: str) -> tuple[float, bool]:
     """Nats of a continuation after a context by the drafter, and whether greedy decoding would write it."""
     tokenizer = pipeline.tokenizer
-    whole = list(tokenizer.encode(context + continuation))
+    tokens = list(tokenizer.encode(context + continuation))
     start = len(tokenizer.encode(context)) if context else 0
     if start == 0:
         begin = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         if begin is None:
             raise RsgwmError("the base's tokenizer has no end-of-text token to put before a text without a context")
-        whole, start = [begin, *whole], 1
-    if start >= len(whole):
+        tokens, start = [begin, *tokens], 1
+    if start >= len(tokens):
         return 0.0, True
     hidden, head = pipeline.parts
     with pipeline.slots.using(pipeline.drafter):
-        logits = head(hidden(mx.array([whole[:-1]]))[0, start - 1 :]).astype(mx.float32)
-        chosen = mx.array(whole[start:])
+        logits = head(hidden(mx.array([tokens[:-1]]))[0, start - 1 :]).astype(mx.float32)
+        chosen = mx.array(tokens[start:])
         scores = mx.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
         greedy = mx.all(mx.argmax(logits, axis=-1) == chosen)
         mx.eval(scores, greedy)
@@ -108,10 +108,10 @@ def loglikelihood(pipeline: DraftVerify, context: str, continuation: str) -> tup
 def drive(pipeline: DraftVerify, tasks: Sequence[Any], role: str, limit: int | None, seed: int) -> dict[str, Any]:
     """``lm_eval.simple_evaluate`` on our model; ``tasks`` are names, or configurations as mappings. Zero-shot."""
     lm_eval = load_lm_eval()
-    found: dict[str, Any] = lm_eval.simple_evaluate(
+    results: dict[str, Any] = lm_eval.simple_evaluate(
         make_model(pipeline, role), tasks=list(tasks), num_fewshot=0, limit=limit, bootstrap_iters=0, random_seed=seed
     )
-    return found
+    return results
 
 
 @dataclass(frozen=True)
@@ -158,21 +158,21 @@ def lm_eval_readings(texts: Sequence[str], golds: Sequence[str]) -> dict[str, li
     filters, options = gsm8k_filters()
     stops = options.pop("until")
     cut = [until(text, stops) for text in texts]
-    found = {}
+    readings = {}
     for name, (pattern, group) in filters.items():
         values = [row[0] for row in RegexFilter(pattern, group).apply([[text] for text in cut], [{} for _ in cut])]
         rows = []
         for value, gold in zip(values, golds, strict=True):
             score = exact_match_hf_evaluate(predictions=[value], references=[f"#### {gold}"], **options)["exact_match"]
             rows.append((None if value == "[invalid]" else value, bool(math.isclose(float(score), 1.0))))
-        found[name] = rows
-    return found
+        readings[name] = rows
+    return readings
 
 
-def _same_number(theirs: str | None, ours: str | None) -> bool:
-    if theirs is None or ours is None:
-        return theirs is ours
-    return is_correct(theirs.strip("$").rstrip(".,"), ours)
+def _same_number(harness_value: str | None, value: str | None) -> bool:
+    if harness_value is None or value is None:
+        return harness_value is value
+    return is_correct(harness_value.strip("$").rstrip(".,"), value)
 
 
 def disagreements(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
@@ -184,12 +184,12 @@ def disagreements(records: Sequence[ItemRecord]) -> list[dict[str, Any]]:
     rows = [(record, number, draft) for record in records for number, draft in enumerate(record.drafts, 1)]
     if any(name not in draft.readings for _, _, draft in rows for name in PAIRS.values()):
         raise RsgwmError("lm_eval's GSM8K filters read numbers; these drafts are not of a task with numbers")
-    theirs = lm_eval_readings([draft.text for _, _, draft in rows], [record.gold for record, _, _ in rows])
-    found = []
+    harness_readings = lm_eval_readings([draft.text for _, _, draft in rows], [record.gold for record, _, _ in rows])
+    differing = []
     for name, extractor in PAIRS.items():
-        for (record, number, draft), (value, correct) in zip(rows, theirs[name], strict=True):
-            ours = draft.readings[extractor]
-            if correct != ours.correct or not _same_number(value, ours.value):
-                sides = (name, value, correct, extractor, ours.value, ours.correct)
-                found.append(asdict(Disagreement(record.id, number, record.gold, *sides, draft.text)))
-    return found
+        for (record, number, draft), (value, correct) in zip(rows, harness_readings[name], strict=True):
+            reading = draft.readings[extractor]
+            if correct != reading.correct or not _same_number(value, reading.value):
+                sides = (name, value, correct, extractor, reading.value, reading.correct)
+                differing.append(asdict(Disagreement(record.id, number, record.gold, *sides, draft.text)))
+    return differing

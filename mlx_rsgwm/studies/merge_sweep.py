@@ -130,7 +130,7 @@ class Outcome:
                 **{name: value[name] for name in value if name != "key"},
                 "drafts": tuple((str(text), bool(correct)) for text, correct in value["drafts"]),
                 "gold": tuple((float(nats), int(count)) for nats, count in value["gold"]),
-                "scores": {name: tuple(found) for name, found in value["scores"].items()},
+                "scores": {name: tuple(values) for name, values in value["scores"].items()},
             }
         )
 
@@ -267,7 +267,10 @@ class Sweep:
     def _depends_on(self, candidate: Candidate) -> Any:
         """What a candidate's outcome depends on beyond the plan's items and the labelled answers."""
         if candidate.variant is not None:
-            options = [plain({**vars(one), "parameters": resolved(one)}) for one in self._both(candidate.variant)]
+            options = [
+                plain({**vars(merge_options), "parameters": resolved(merge_options)})
+                for merge_options in self._both(candidate.variant)
+            ]
             sources = [self._identities[source.name] for source in self.plan.pool]
             if "grams" in find_method(candidate.variant.method).needs:
                 grams = [source / GRAMS_FILE for source in self.plan.pool if isinstance(source, Path)]

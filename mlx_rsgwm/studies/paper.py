@@ -104,23 +104,23 @@ def _corrected(row: PaperRow) -> float:
 
 def footnotes(table: int) -> list[str]:
     """Every violated identity of a table, and what its comparison of rows gets wrong."""
-    found = [problem for row in TABLES[table] for problem in arithmetic_problems(row)]
+    notes = [problem for row in TABLES[table] for problem in arithmetic_problems(row)]
     if table == 1:
-        single, ours = TABLES[1]
-        drop = 1 - _corrected(ours) / _corrected(single)
-        found.append(
+        single, pair = TABLES[1]
+        drop = 1 - _corrected(pair) / _corrected(single)
+        notes.append(
             f"with the corrected rates false accepts fall by {drop:.0%}, not by the 53 % the paper states; "
             "eight rows stand in the table, the text promises seven"
         )
-        found.append(
+        notes.append(
             "Single-GWM has an accept rate and 1.42 attempts, so it is no drafter alone: read here as the drafter that "
             "verifies itself in the same loop"
         )
     if table == 2:
-        found.append(
+        notes.append(
             "the largest swing of the false-accept rate is the threshold's (0.158), not that of prompt alignment "
             "(0.053)"
         )
     n = TABLES[table][0].n
-    found.append(f"n = {n}: the paper prints no interval; those beside its accuracies are Wilson's, 95 %")
-    return found
+    notes.append(f"n = {n}: the paper prints no interval; those beside its accuracies are Wilson's, 95 %")
+    return notes

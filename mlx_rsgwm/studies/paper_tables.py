@@ -122,7 +122,7 @@ def measure(
         records = _measure_row(row, base, runs[row.variant], questions, settings[row.variant], out, progress)
         write_items(out / f"{file_name(row.name)}.jsonl", records)
         measured.append(row_summary(row, records, printed, settings[row.variant].config.attempts))
-    found = {
+    result = {
         "table": table,
         "n": len(questions),
         "seeds": list(settings[ROWS[table][0].variant].seeds),
@@ -131,8 +131,8 @@ def measure(
         "base": base.describe(),
         **({"overlap": dict(overlap)} if overlap is not None else {}),
     }
-    files.write_json(out / f"table-{table}.json", found)
-    return found
+    files.write_json(out / f"table-{table}.json", result)
+    return result
 
 
 def file_name(name: str) -> str:
@@ -174,7 +174,7 @@ def row_summary(row: Row, records: Sequence[ItemRecord], printed: PaperRow, atte
         values = [getattr(table, name) for table in tables]
         values = [value.value if hasattr(value, "value") else value for value in values]
         seeds[name] = spread(values)
-    theirs = {name: getattr(printed, PRINTED.get(name, name), None) for name in COLUMNS}
+    printed_rates = {name: getattr(printed, PRINTED.get(name, name), None) for name in COLUMNS}
     interval = share(round(printed.accuracy * printed.n), printed.n).to_dict()
     return {
         "name": row.name,
@@ -185,23 +185,23 @@ def row_summary(row: Row, records: Sequence[ItemRecord], printed: PaperRow, atte
         "verifier": row.verifier,
         "ours": {name: first[name] for name in COLUMNS},
         "seeds": seeds,
-        "paper": {**theirs, "n": printed.n, "accuracy_interval": interval},
+        "paper": {**printed_rates, "n": printed.n, "accuracy_interval": interval},
     }
 
 
-def table_rows(found: Mapping[str, Any]) -> list[list[str]]:
+def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Ours and the paper's in turn, first row the head; columns nobody has are left out."""
     names = [
         name
         for name in COLUMNS
-        if any(row["paper"][name] is not None or row["ours"][name] is not None for row in found["rows"])
+        if any(row["paper"][name] is not None or row["ours"][name] is not None for row in result["rows"])
     ]
     rows = [["", "n", *(COLUMNS[name] for name in names)]]
-    for row in found["rows"]:
-        several = len(found["seeds"]) > 1
-        ours = [_cell(row["ours"][name], row["seeds"][name] if several else None) for name in names]
+    for row in result["rows"]:
+        several = len(result["seeds"]) > 1
+        cells = [_cell(row["ours"][name], row["seeds"][name] if several else None) for name in names]
         paper = [_printed(row["paper"], name) for name in names]
-        rows.append([f"{row['name']}, here", str(found["n"]), *ours])
+        rows.append([f"{row['name']}, here", str(result["n"]), *cells])
         rows.append([f"{row['name']}, paper", str(row["paper"]["n"]), *paper])
     return rows
 
@@ -209,7 +209,7 @@ def table_rows(found: Mapping[str, Any]) -> list[list[str]]:
 def _cell(value: Any, seeds: Mapping[str, Any] | None) -> str:
     if seeds is not None and seeds["median"] is not None:
         digits = 3 if isinstance(value, Mapping) else 2
-        shown = ", ".join(ABSENT if one is None else f"{one:.{digits}f}" for one in seeds["values"])
+        shown = ", ".join(ABSENT if number is None else f"{number:.{digits}f}" for number in seeds["values"])
         return f"{seeds['median']:.{digits}f} ({shown})"
     if isinstance(value, Mapping):
         return f"{value['value']:.3f} [{value['low']:.2f}, {value['high']:.2f}]"
@@ -224,9 +224,9 @@ def _printed(paper: Mapping[str, Any], name: str) -> str:
     return ABSENT if value is None else f"{value:g}"
 
 
-def table_notes(found: Mapping[str, Any]) -> list[str]:
+def table_notes(result: Mapping[str, Any]) -> list[str]:
     """How our rows are to be read, then what is wrong with the paper's."""
-    seeds = found["seeds"]
+    seeds = result["seeds"]
     shown = (
         f"ours: median of sampling seeds {', '.join(map(str, seeds))} (each in brackets)"
         if len(seeds) > 1
@@ -235,14 +235,14 @@ def table_notes(found: Mapping[str, Any]) -> list[str]:
     rules = "; ".join(
         f"{row['name']}: {row['score']} ≥ {row['threshold']:.3f}"
         + ("" if row["aligned"] else ", verifier asked in other words")
-        for row in found["rows"]
+        for row in result["rows"]
     )
     told = [f"{shown}. {rules}"]
-    if found["table"] == 3:
+    if result["table"] == 3:
         told.append(
             "the paper does not define its variants; read here as "
             + "; ".join(
                 f"{name}: {', '.join(settings) or 'the recipe as it is'}" for name, settings in VARIANTS.items()
             )
         )
-    return told + [f"[{number}] {note}" for number, note in enumerate(found["footnotes"], 1)]
+    return told + [f"[{number}] {note}" for number, note in enumerate(result["footnotes"], 1)]

@@ -80,7 +80,7 @@ class Meter:
         up to there its draft is known. Only what follows is drafted token by token.
         """
         greedy = Sampling(0.0, 1.0, self.max_tokens, 0)
-        found: dict[int, Draft] = {}
+        drafts: dict[int, Draft] = {}
         begun: dict[int, tuple[int, ...]] = {}
         nats = [0.0] * len(self.texts)
         for indices in self._batches([len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True)]):
@@ -88,31 +88,31 @@ class Meter:
                 pairs = [(self.prompts[index], self.completions[index]) for index in indices]
                 followed = follow(self._parts, pairs)
             for index, (nats[index], choices) in zip(indices, followed, strict=True):
-                own = _until_it_differs(self.completions[index], choices)
-                ended = own[-1] in self._end_ids
-                known = own[:-1] if ended else own
+                prefix = _until_it_differs(self.completions[index], choices)
+                ended = prefix[-1] in self._end_ids
+                known = prefix[:-1] if ended else prefix
                 if ended or len(known) >= self.max_tokens:
-                    found[index] = Draft(1, known[: self.max_tokens], ended and len(known) < self.max_tokens)
+                    drafts[index] = Draft(1, known[: self.max_tokens], ended and len(known) < self.max_tokens)
                 else:
                     begun[index] = known
         rest = self.written(slot, {index: self.prompts[index] + known for index, known in begun.items()}, greedy)
         for index, known in begun.items():
             tokens = known + rest[index].tokens
             finished = rest[index].finished and len(tokens) < self.max_tokens
-            found[index] = Draft(1, tokens[: self.max_tokens], finished)
-        return [found[index] for index in range(len(self.texts))], nats
+            drafts[index] = Draft(1, tokens[: self.max_tokens], finished)
+        return [drafts[index] for index in range(len(self.texts))], nats
 
     def written(self, slot: str | None, prompts: Mapping[int, tuple[int, ...]], sampling: Sampling) -> dict[int, Draft]:
         """Drafts that go on from ``prompts``, by index of the question."""
-        found: dict[int, Draft] = {}
+        drafts: dict[int, Draft] = {}
         places = list(prompts)
         for rows in self._batches([len(prompts[index]) for index in places]):
             indices = [places[row] for row in rows]
             requests = [DraftRequest(prompts[index], self.texts[index], 1) for index in indices]
             with self.slots.using(slot):
                 drafted = draft(self.slots.model, self._parts, self._end_ids, requests, sampling)
-            found.update(zip(indices, drafted, strict=True))
-        return found
+            drafts.update(zip(indices, drafted, strict=True))
+        return drafts
 
     def scores(self, slot: str | None, answers: Sequence[Labelled]) -> dict[str, tuple[float, ...]]:
         """Every score of every labelled answer; equal answers to a question are read once."""
@@ -126,14 +126,14 @@ class Meter:
             )
             for answer in first.values()
         ]
-        found: dict[tuple[int, tuple[int, ...]], Signals] = {}
+        by_answer: dict[tuple[int, tuple[int, ...]], Signals] = {}
         keys = list(first)
         for rows in self._batches([len(reading.verdict_prompt or ()) for reading in readings]):
             with self.slots.using(slot):
                 signals = read(self._parts, [readings[row] for row in rows], self._verdicts)
-            found.update(zip((keys[row] for row in rows), signals, strict=True))
-        each = [found[answer.question, answer.tokens] for answer in answers]
-        return {score: tuple(float(getattr(one, score) or 0.0) for one in each) for score in JUDGED_BY}
+            by_answer.update(zip((keys[row] for row in rows), signals, strict=True))
+        each = [by_answer[answer.question, answer.tokens] for answer in answers]
+        return {score: tuple(float(getattr(signal, score) or 0.0) for signal in each) for score in JUDGED_BY}
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Positions of rows of like length, ``batch_rows`` at a time."""
@@ -158,9 +158,9 @@ def follow(
     logits = head(states.reshape(-1, states.shape[-1])[batch.positions]).astype(mx.float32)
     losses: Any = cross_entropy(logits, batch.targets).tolist()
     choices: Any = mx.argmax(logits, axis=-1).tolist()
-    found, at = [], 0
+    stretches, at = [], 0
     for _, completion in rows:
         stop = at + len(completion)
-        found.append((sum(losses[at:stop]), tuple(choices[at:stop])))
+        stretches.append((sum(losses[at:stop]), tuple(choices[at:stop])))
         at = stop
-    return found
+    return stretches

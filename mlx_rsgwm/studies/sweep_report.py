@@ -50,20 +50,20 @@ def _sections(summary: Mapping[str, Any]) -> list[Section]:
                 ),
             ]
         )
-    found: list[Section] = [("Drafting", drafting), ("Judging", judging)]
+    parts: list[Section] = [("Drafting", drafting), ("Judging", judging)]
     for reference in rows[0]["retention"] if rows else ():
         title = (
             "Retention against each family's own adapter" if reference == "own" else f"Retention against {reference}"
         )
-        kept = [row for row in rows if row["kind"] == "merge"]
+        merges = [row for row in rows if row["kind"] == "merge"]
         head = ["", *rows[0]["retention"][reference]]
-        found.append(
-            (title, [head, *([_label(row), *map(show, row["retention"][reference].values())] for row in kept)])
+        parts.append(
+            (title, [head, *([_label(row), *map(show, row["retention"][reference].values())] for row in merges)])
         )
     if summary["refused"]:
         body = [[name, f"{r['sweeps']} of {summary['sweeps']}", r["reason"]] for name, r in summary["refused"].items()]
-        found.append(("Refused", [["", "sweeps", "why"], *body]))
-    return found
+        parts.append(("Refused", [["", "sweeps", "why"], *body]))
+    return parts
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -73,10 +73,10 @@ def summarise(sweeps: Sequence[Measured], seed: int = 0, resamples: int = RESAMP
     if any(_tasks(other) != tasks for other in sweeps):
         raise RsgwmError("the sweeps differ in tasks; summarise each by itself")
     rng = np.random.default_rng(seed)
-    strata = [stratum for index, one in enumerate(sweeps) for stratum in _strata(index, one, rng, resamples)]
+    strata = [stratum for index, sweep in enumerate(sweeps) for stratum in _strata(index, sweep, rng, resamples)]
     names = [outcome.name for outcome in sweeps[0].outcomes]
     names = [name for name in names if all(any(o.name == name for o in other.outcomes) for other in sweeps)]
-    columns = {name: [next(o for o in one.outcomes if o.name == name) for one in sweeps] for name in names}
+    columns = {name: [next(o for o in sweep.outcomes if o.name == name) for sweep in sweeps] for name in names}
     refused = {
         name: [outcome.refused for outcome in column if outcome.refused]
         for name, column in columns.items()
@@ -98,15 +98,17 @@ def summarise(sweeps: Sequence[Measured], seed: int = 0, resamples: int = RESAMP
         "best": best,
         "rows": rows,
         "refused": {name: {"sweeps": len(reasons), "reason": reasons[0]} for name, reasons in refused.items()},
-        "about": [dict(one.about) for one in sweeps],
+        "about": [dict(sweep.about) for sweep in sweeps],
     }
 
 
 def _correct(rows: Sequence[dict[str, Any]]) -> None:
     """Beside the p of every merge that was compared with the best one: Holm's, over all of them."""
-    found = [row["against_best"]["accuracy"] for row in rows]
-    for one, corrected in zip(found, holm([one["p_value"] for one in found]), strict=True):
-        one["p_value_holm"] = corrected
+    comparisons = [row["against_best"]["accuracy"] for row in rows]
+    for comparison, corrected in zip(
+        comparisons, holm([comparison["p_value"] for comparison in comparisons]), strict=True
+    ):
+        comparison["p_value_holm"] = corrected
 
 
 def _tasks(measured: Measured) -> list[str]:
@@ -114,7 +116,7 @@ def _tasks(measured: Measured) -> list[str]:
 
 
 def _strata(index: int, measured: Measured, rng: np.random.Generator, resamples: int) -> list[Stratum]:
-    found = []
+    strata = []
     for task in _tasks(measured):
         items = np.array([n for n, question in enumerate(measured.questions) if question.task == task])
         place = {item: position for position, item in enumerate(items.tolist())}
@@ -125,8 +127,8 @@ def _strata(index: int, measured: Measured, rng: np.random.Generator, resamples:
             owners[name] = np.array([place[measured.answers[n].question] for n in chosen], dtype=np.int64)
             correct[name] = np.array([measured.answers[n].correct for n in chosen], dtype=bool)
         counts = item_counts(rng, len(items), resamples)
-        found.append(Stratum(index, task, items, answers, owners, correct, counts))
-    return found
+        strata.append(Stratum(index, task, items, answers, owners, correct, counts))
+    return strata
 
 
 class _Table:
@@ -180,16 +182,19 @@ class _Table:
         }
 
     def _references(self) -> dict[str, dict[str, str]]:
-        own = {task: self.own[task] for task in self.tasks if task in self.own}
-        return {**({"own": own} if own else {}), **{extra: dict.fromkeys(self.tasks, extra) for extra in self.extras}}
+        own_adapters = {task: self.own[task] for task in self.tasks if task in self.own}
+        return {
+            **({"own": own_adapters} if own_adapters else {}),
+            **{extra: dict.fromkeys(self.tasks, extra) for extra in self.extras},
+        }
 
     def _shown_auroc(self, name: str, score: str, subset: str, count: int) -> dict[str, Any] | None:
-        found = self.auroc[name, score, subset]
-        return found.to_dict(count) if np.isfinite(found.value) else None
+        auroc = self.auroc[name, score, subset]
+        return auroc.to_dict(count) if np.isfinite(auroc.value) else None
 
     def _against(self, name: str, best: Mapping[str, Any]) -> dict[str, Any]:
         paired = mcnemar(self._all_hits(best["accuracy"]), self._all_hits(name))
-        found: dict[str, Any] = {
+        differences: dict[str, Any] = {
             "accuracy": {
                 **paired.to_dict(),
                 **self.accuracy[name].minus(self.accuracy[best["accuracy"]]),
@@ -200,13 +205,13 @@ class _Table:
         for score in JUDGED_BY:
             if best["auroc"][score] is not None:
                 reference = self.auroc[best["auroc"][score], score, "all"]
-                found[f"auroc/{score}"] = self.auroc[name, score, "all"].minus(reference)
-        return found
+                differences[f"auroc/{score}"] = self.auroc[name, score, "all"].minus(reference)
+        return differences
 
     def _retention(self, name: str, reference: str, task: str) -> dict[str, Any] | None:
         """Accuracy over that of ``reference`` on one task; None where that is 0."""
-        own, of = self._mean(name, self._hits, task), self._mean(reference, self._hits, task)
-        return None if not of.value else own.over(of).to_dict(sum(len(s.items) for s in self.strata if s.task == task))
+        mean, of = self._mean(name, self._hits, task), self._mean(reference, self._hits, task)
+        return None if not of.value else mean.over(of).to_dict(sum(len(s.items) for s in self.strata if s.task == task))
 
     def _task_rate(self, name: str, task: str) -> dict[str, Any]:
         hits = self._all_hits(name, task)

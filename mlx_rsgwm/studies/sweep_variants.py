@@ -46,20 +46,20 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
     Raises:
         RsgwmError: unknown methods and parameters, values out of range; all in one error.
     """
-    found: list[Variant] = []
+    variants: list[Variant] = []
     for piece in (part.strip() for text in texts for part in text.split(",") if part.strip()):
         left, equals, value = piece.partition("=")
         # Names of methods may hold a colon themselves, names of parameters not.
         method, colon, name = left.rpartition(":") if equals else (left, ":", "")
         if method == "all" and not equals:
-            found += [Variant(known) for known in METHODS if ":" not in known]
+            variants += [Variant(known) for known in METHODS if ":" not in known]
         elif colon:
-            found.append(Variant(method))
+            variants.append(Variant(method))
         if equals:
-            if not found or not name:
+            if not variants or not name:
                 raise RsgwmError(f"--methods: expected METHOD:NAME=VALUE, found {piece!r}")
-            found[-1] = replace(found[-1], parameters={**found[-1].parameters, name: value})
-    return _distinct([one for variant in found for one in _expanded(variant)])
+            variants[-1] = replace(variants[-1], parameters={**variants[-1].parameters, name: value})
+    return _distinct([expanded for variant in variants for expanded in _expanded(variant)])
 
 
 def _expanded(variant: Variant) -> list[Variant]:
@@ -68,7 +68,7 @@ def _expanded(variant: Variant) -> list[Variant]:
 
 
 def _distinct(variants: Sequence[Variant]) -> list[Variant]:
-    kept: dict[Any, Variant] = {}
+    distinct: dict[Any, Variant] = {}
     problems = []
     for variant in variants:
         try:
@@ -77,9 +77,9 @@ def _distinct(variants: Sequence[Variant]) -> list[Variant]:
             problems.append(str(error).removeprefix("merge options: "))
         else:
             method = METHODS[variant.method]
-            kept.setdefault((method.merge, method.rank, json.dumps(merges, default=str)), variant)
+            distinct.setdefault((method.merge, method.rank, json.dumps(merges, default=str)), variant)
     raise_problems("--methods", problems)
-    return list(kept.values())
+    return list(distinct.values())
 
 
 def _value(text: str) -> Any:

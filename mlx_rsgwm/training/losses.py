@@ -32,9 +32,9 @@ def held_out_nats(model: Any, rows: Sequence[TokenRow], batch_size: int) -> dict
     sums: dict[str, tuple[float, int]] = {}
     for indices in plan_epoch(rows, batch_size, seed=0, epoch=0):
         batch = make_batch([rows[index] for index in indices])
-        found: Any = batch_nats(hidden, head, batch).item()
+        batch_sum: Any = batch_nats(hidden, head, batch).item()
         nats, count = sums.get(batch.role, (0.0, 0))
-        sums[batch.role] = (nats + found, count + batch.trained_tokens)
+        sums[batch.role] = (nats + batch_sum, count + batch.trained_tokens)
     return sums
 
 

@@ -106,20 +106,20 @@ def device_limit() -> tuple[int, str]:
     return total, "the machine's memory"
 
 
-def check_estimate(found: MemoryEstimate, enforce: bool = True) -> str:
+def check_estimate(estimate: MemoryEstimate, enforce: bool = True) -> str:
     """The estimate against the limit, as one line; advice when it is tight.
 
     Raises:
         RsgwmError: it does not fit and ``enforce`` is set.
     """
     limit, source = device_limit()
-    line = f"{found.line()}, {source} {limit / 1e6:.0f} MB"
-    if found.total <= 0.8 * limit:
+    line = f"{estimate.line()}, {source} {limit / 1e6:.0f} MB"
+    if estimate.total <= 0.8 * limit:
         return line
     advice = "a smaller batch size with more accumulation, recompute (gradient checkpointing), a lower max_tokens"
-    if found.weights > 0.5 * limit:
+    if estimate.weights > 0.5 * limit:
         advice = f"a quantised base (4-bit), {advice}"
-    if found.total > limit and enforce:
+    if estimate.total > limit and enforce:
         raise RsgwmError(f"{line}: the run does not fit; try {advice}, or skip this check with --ignore-memory")
     return f"{line}: tight; if it fails try {advice}"
 

@@ -61,12 +61,19 @@ def train_pool(
                 drop_state(folder)
                 progress.message(f"{member.name}: finished before")
                 continue
-            own = replace(saving, folder=folder)
+            member_saving = replace(saving, folder=folder)
             adapter = train(
-                base, member.data, config, member.held_out, f"train {member.name}", progress, own, memory=memory
+                base,
+                member.data,
+                config,
+                member.held_out,
+                f"train {member.name}",
+                progress,
+                member_saving,
+                memory=memory,
             )
             adapter.manifest["task"] = member.name
-            finish(adapter, own)
+            finish(adapter, member_saving)
             trained.append(member.name)
     return trained
 

@@ -103,10 +103,10 @@ class Run:
                 # For the averaging of checkpoints; a run that was asked to end does not wait for it.
                 held_out = self._held_out_now() if scored else None
                 self.seconds = earlier + time.monotonic() - started
-                kept = write_checkpoint(
+                checkpoint = write_checkpoint(
                     saving.folder, self.config.spec(), self.checkpoint(held_out), identity, about, saving.keep
                 )
-                progress.message(f"{self.label}: saved {kept}; {memory_line()}")
+                progress.message(f"{self.label}: saved {checkpoint}; {memory_line()}")
 
         with progress.task(self.label, len(self.plan)) as advance, self._recomputing():
             if self.done:
@@ -280,8 +280,8 @@ class Run:
             batch = make_batch([self.rows[index] for index in chosen])
             padded += batch.padded_tokens
             with lazily():
-                part, found = self._loss_and_gradients(self.model, batch, total)
-            flat = dict(tree_flatten(found))
+                part, flat_gradients = self._loss_and_gradients(self.model, batch, total)
+            flat = dict(tree_flatten(flat_gradients))
             if position == 0:
                 loss, gradients = part, {name: flat[name] for name in self.start}
             else:

@@ -57,8 +57,8 @@ def compare_runs(
     if not common:
         raise RsgwmError(f"{names[0]} and {names[1]} have no item in common")
     for name in common:
-        one, other = runs[0][name][0], runs[1][name][0]
-        if (one.question, one.gold) != (other.question, other.gold):
+        item, other = runs[0][name][0], runs[1][name][0]
+        if (item.question, item.gold) != (other.question, other.gold):
             raise RsgwmError(
                 f"item {name!r} asks something else in {names[1]} than in {names[0]}; compare runs of one slice"
             )
@@ -105,10 +105,10 @@ def false_accept_rate(items: Sequence[Sequence[ItemRecord]]) -> float | None:
     return sum(not record.returned.correct for record in accepted) / len(accepted) if accepted else None
 
 
-def comparison_rows(found: Mapping[str, Any]) -> list[list[str]]:
+def comparison_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     """One row per rate, first row the head."""
     rows = [["", "A", "B", "B − A", "only A", "only B", "McNemar p", "Holm", "permutation p", "shown from"]]
-    for rate, row in found["rates"].items():
+    for rate, row in comparison["rates"].items():
         gap, test, smallest = row["difference"], row["mcnemar"], row["smallest_difference"]
         rows.append([
             rate.replace("_", " "), f"{row['first']:.3f}", f"{row['second']:.3f}",
@@ -116,25 +116,25 @@ def comparison_rows(found: Mapping[str, Any]) -> list[list[str]]:
             str(test["only_first"]), str(test["only_second"]), f"{test['p_value']:.4f}",
             f"{row['mcnemar_p_holm']:.4f}", f"{gap['p_value']:.4f}", ABSENT if smallest is None else f"{smallest:.3f}",
         ])  # fmt: skip
-    far = found["false_accept_rate"]
+    far = comparison["false_accept_rate"]
     if far:
         rates = [f"{far[name]:.3f}" for name in ("first", "second")]
         rows.append(["false accept rate", *rates, show_difference(far), *[""] * 6])
     return rows
 
 
-def comparison_notes(found: Mapping[str, Any]) -> list[str]:
+def comparison_notes(comparison: Mapping[str, Any]) -> list[str]:
     """What was compared and how far it can be trusted."""
-    seeds = [", ".join(map(str, run)) for run in found["seeds"]]
+    seeds = [", ".join(map(str, run)) for run in comparison["seeds"]]
     left = (
-        f"; {found['left_out'][0]} and {found['left_out'][1]} items only in one of them"
-        if any(found["left_out"])
+        f"; {comparison['left_out'][0]} and {comparison['left_out'][1]} items only in one of them"
+        if any(comparison["left_out"])
         else ""
     )
     return [
-        f"A: {found['of'][0]} of {found['runs'][0]} (sampling seeds {seeds[0]}); B: {found['of'][1]} of "
-        f"{found['runs'][1]} ({seeds[1]}); {found['n']} items in common{left}.",
+        f"A: {comparison['of'][0]} of {comparison['runs'][0]} (sampling seeds {seeds[0]}); B: {comparison['of'][1]} of "
+        f"{comparison['runs'][1]} ({seeds[1]}); {comparison['n']} items in common{left}.",
         "Intervals and permutation p: items as units, seeds averaged. McNemar: first seeds, exact; Holm over them. "
         "“Shown from”: the smallest difference found with 80 % power; fewer than "
-        f"{found['fewest_discordant']} items, all in one run's favour, are never significant.",
+        f"{comparison['fewest_discordant']} items, all in one run's favour, are never significant.",
     ]

@@ -55,8 +55,8 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
-    found: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
-    return found
+    means: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
+    return means
 
 
 def plot_curves(folders: Sequence[Path], out: Path) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def inline_svg(draw: Draw, size: Size, label: str) -> str:
     assert viewbox is not None
     rest = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", rest, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', rest))
-    rest = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", rest)
+    rest = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", rest)
     rest = re.sub(r">\s*\n\s*<", ">\n<", rest).strip()
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {viewbox[0]} role="img" '

@@ -58,19 +58,19 @@ def p_shown(value: float) -> str:
 
 def sections(summary: Mapping[str, Any]) -> list[Section]:
     """Titles and tables (first row is the head) shared by the terminal, the Markdown and the page."""
-    found: list[Section] = [
+    parts: list[Section] = [
         ("Draft–verify against the drafter alone", _main(summary)),
         ("Families", _families(summary)),
         ("Verifier", _scores(summary)),
         ("Ceiling", _ceiling(summary)),
     ]
     if len(summary["readings"]) > 1:
-        found.append(("The same drafts by other extractors", _readings(summary)))
+        parts.append(("The same drafts by other extractors", _readings(summary)))
     if len(summary["pass_at_k"]) > 1:
-        found.append(("Several drafts", _several(summary)))
+        parts.append(("Several drafts", _several(summary)))
     if summary["seeds"]:
-        found.append((f"Sampling seeds {', '.join(map(str, summary['seeds']['seeds']))}", _seeds(summary["seeds"])))
-    return found
+        parts.append((f"Sampling seeds {', '.join(map(str, summary['seeds']['seeds']))}", _seeds(summary["seeds"])))
+    return parts
 
 
 def _main(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -95,11 +95,11 @@ def _families(summary: Mapping[str, Any]) -> list[list[str]]:
 def _scores(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = [["verifier score", "drafts", "n", "AUROC", "average precision", "Brier", "ECE", "AURC (best)"]]
     for name, labels in summary["verifier"].items():
-        for label, found in labels.items():
+        for label, quality in labels.items():
             used = f"{name} (used)" if name == summary["score"] else name
-            best = ABSENT if found["aurc_best"] is None else f"{found['aurc_best']:.3f}"
-            cells = [show(found[key]) for key in ("auroc", "average_precision", "brier", "ece")]
-            rows.append([used, label, str(found["n"]), *cells, f"{show(found['aurc'])} ({best})"])
+            best = ABSENT if quality["aurc_best"] is None else f"{quality['aurc_best']:.3f}"
+            cells = [show(quality[key]) for key in ("auroc", "average_precision", "brier", "ece")]
+            rows.append([used, label, str(quality["n"]), *cells, f"{show(quality['aurc'])} ({best})"])
     return rows
 
 
@@ -151,8 +151,8 @@ def headline(summary: Mapping[str, Any]) -> str:
 def notes(summary: Mapping[str, Any]) -> list[str]:
     """What must be said beside the tables, the headline first."""
     paired = summary["paired"]
-    found = [headline(summary)] if headline(summary) else []
-    found += [
+    lines = [headline(summary)] if headline(summary) else []
+    lines += [
         f"{summary['n']} items, K = {summary['k']}, score {summary['score']}, threshold {summary['threshold']:g}; "
         "brackets are 95 % intervals (Wilson for shares; bootstrap over items for the rest).",
         f"Same items: only draft–verify right on {paired['only_second']}, only the drafter on {paired['only_first']}, "
@@ -161,28 +161,28 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     smallest = paired.get("smallest_difference")
     floor = f"no test shows fewer than {paired['fewest_discordant']} items, all in one system's favour"
     shown = f"a difference of {smallest:.3f} would be shown with 80 % power, and " if smallest is not None else ""
-    found.append(f"What {summary['n']} items can show at 5 %: {shown}{floor}.")
+    lines.append(f"What {summary['n']} items can show at 5 %: {shown}{floor}.")
     if summary["seeds"]:
         gap = summary["seeds"]["difference"]
-        found.append(
+        lines.append(
             f"Over all sampling seeds (items as units): difference {gap['value']:+.3f} [{gap['low']:+.3f}, "
             f"{gap['high']:+.3f}], permutation p {p_shown(gap['p_value'])}. "
             "The tables above are those of the first seed."
         )
-    found += [told["note"] for told in summary["metadata"].get("tasks") or () if told.get("note")]
+    lines += [told["note"] for told in summary["metadata"].get("tasks") or () if told.get("note")]
     unknown = (summary.get("overlap") or {}).get("not_recorded")
     if unknown:
-        found.append(not_recorded(unknown))
+        lines.append(not_recorded(unknown))
     if repeated := (summary.get("overlap") or {}).get("repeated"):
-        found.append(f"{repeated_items(repeated, summary['overlap']['asked'])}.")
+        lines.append(f"{repeated_items(repeated, summary['overlap']['asked'])}.")
     contamination = summary["metadata"].get("contamination")
     if contamination:
-        found.append(
+        lines.append(
             f"Contamination: of {contamination['test']} test questions {contamination['exact']} stand in the "
             f"{contamination['train']} training questions word for word, {contamination['numbers']} with other "
             f"numbers, {contamination['near']} nearly."
         )
-    return found
+    return lines
 
 
 def render_table(summary: Mapping[str, Any]) -> str:

@@ -70,7 +70,8 @@ def summarise(
         },
         "readings": _readings(rows),
         "verifier_auroc": {
-            name: {label: plain(found.auroc) for label, found in labels.items()} for name, labels in quality.items()
+            name: {label: plain(label_quality.auroc) for label, label_quality in labels.items()}
+            for name, labels in quality.items()
         },
         "verifier": {name: {label: q.to_dict() for label, q in labels.items()} for name, labels in quality.items()},
         "oracle": {
@@ -82,13 +83,13 @@ def summarise(
         },
         "pass_at_k": {str(count): plain(metrics.pass_at_k(rows, count, seed)) for count in range(1, recorded + 1)},
         "majority_at_k": {str(count): plain(metrics.majority_of_k(rows, count)) for count in range(1, recorded + 1)},
-        "attempts": {str(count): found for count, found in sorted(Counter(r.attempts for r in rows).items())},
+        "attempts": {str(count): items for count, items in sorted(Counter(r.attempts for r in rows).items())},
         "latency_ms": {
             "drafter": [record.first.latency_ms for record in rows if record.first.latency_ms is not None],
             "draft_verify": [record.latency_ms for record in rows if record.latency_ms is not None],
         },
         "sweep": {
-            name: {str(at): found.to_dict() for at, found in metrics.sweep(rows, THRESHOLDS, k, name).items()}
+            name: {str(at): rates.to_dict() for at, rates in metrics.sweep(rows, THRESHOLDS, k, name).items()}
             for name in quality
         },
         "seeds": _seeds(seeds, k, seed) if len(seeds) > 1 else None,
@@ -109,18 +110,20 @@ def _paired(records: Sequence[ItemRecord]) -> dict[str, Any]:
 def _readings(records: Sequence[ItemRecord]) -> dict[str, Any]:
     """The same generations by every extractor that all of them were read with."""
     names = [set(draft.readings) for record in records for draft in record.drafts]
-    common = [name for name in records[0].first.readings if all(name in found for found in names)] if names else []
-    found = {}
+    common = (
+        [name for name in records[0].first.readings if all(name in readings for readings in names)] if names else []
+    )
+    by_extractor = {}
     for name in common:
         read = [read_with(record, name) for record in records]
-        found[name] = {
+        by_extractor[name] = {
             mode: {
                 key: plain(getattr(metrics.table(read, mode), key))
                 for key in ("accuracy", "wrong_rate", "no_answer_rate", "cut_off_rate")
             }
             for mode in MODES
         }
-    return found
+    return by_extractor
 
 
 SEED_ROWS = (
@@ -131,14 +134,14 @@ SEED_ROWS = (
 
 def _seeds(seeds: Mapping[int, Sequence[ItemRecord]], k: int, seed: int) -> dict[str, Any]:
     """Tuples and medians over seeds, and the difference over all of them with items as units."""
-    found: dict[str, Any] = {"seeds": list(seeds)}
+    spreads: dict[str, Any] = {"seeds": list(seeds)}
     for mode in MODES:
         tables = [metrics.table(rows, mode, max_attempts=k).to_dict() for rows in seeds.values()]
-        found[mode] = {name: spread([_value(table[name]) for table in tables]) for name in SEED_ROWS}
-        found[mode]["accuracy_all_seeds"] = plain(_pooled(list(seeds.values()), mode, seed))
+        spreads[mode] = {name: spread([_value(table[name]) for table in tables]) for name in SEED_ROWS}
+        spreads[mode]["accuracy_all_seeds"] = plain(_pooled(list(seeds.values()), mode, seed))
     first, second = (correct_matrix(seeds, mode) for mode in MODES)
-    found["difference"] = mean_difference(first, second, seed=seed).to_dict()
-    return found
+    spreads["difference"] = mean_difference(first, second, seed=seed).to_dict()
+    return spreads
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -156,8 +159,8 @@ def correct_matrix(seeds: Mapping[int, Sequence[ItemRecord]], mode: metrics.Mode
     order = [record.id for record in next(iter(seeds.values()))]
     columns = []
     for rows in seeds.values():
-        found = {record.id: float(metrics.final(record, mode).correct) for record in rows}
-        columns.append([found[name] for name in order])
+        correct = {record.id: float(metrics.final(record, mode).correct) for record in rows}
+        columns.append([correct[name] for name in order])
     return np.asarray(columns, dtype=np.float64).T
 
 

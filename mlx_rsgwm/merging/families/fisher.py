@@ -78,14 +78,14 @@ def fisher(layer: Layer) -> Factors | mx.array:
     of whole models; an adapter's F is of that size itself (measured: 2e-8 for A, 1e-6 for B), and the result
     then little but the mean. ``weights`` are the λ.
     """
-    parameters, found = layer.parameters, layer.survey
-    assert isinstance(found, Survey)
+    parameters, pool_survey = layer.parameters, layer.survey
+    assert isinstance(pool_survey, Survey)
     count = len(layer.factors)
     minimum = parameters["minimum"]
     relative = parameters["floor"] == "relative"
     offset = TINY if relative else minimum
-    normalisers = found.norms + offset if parameters["normalise"] == "l2" else mx.ones((count,))
-    floors = minimum * found.roots if relative else mx.full((count,), minimum)
+    normalisers = pool_survey.norms + offset if parameters["normalise"] == "l2" else mx.ones((count,))
+    floors = minimum * pool_survey.roots if relative else mx.full((count,), minimum)
 
     means = [FisherMean()] if parameters["space"] == "product" else [FisherMean(), FisherMean()]
     for index, (factors, importance) in enumerate(zip(layer.factors, layer.importances, strict=True)):

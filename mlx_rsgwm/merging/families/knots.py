@@ -34,21 +34,21 @@ def shared_basis(updates: Sequence[Factors], threshold: float) -> SharedBasis:
     Q [R_1ᵀ-blocks of R] diag(Q_1ᵀ … Q_Tᵀ), and only the core of Σ r_t columns is decomposed. fusion_bench's
     ``subspace_alignment`` decomposes the dense one.
     """
-    basis, upper = mx.linalg.qr(mx.concatenate([one.b for one in updates], axis=0).T, stream=mx.cpu)
+    basis, upper = mx.linalg.qr(mx.concatenate([update.b for update in updates], axis=0).T, stream=mx.cpu)
     bases, blocks, start = [], [], 0
-    for one in updates:
-        own, own_upper = mx.linalg.qr(one.a, stream=mx.cpu)
-        bases.append(own)
-        blocks.append(upper[:, start : start + one.rank] @ own_upper.T)
-        start += one.rank
+    for update in updates:
+        right, own_upper = mx.linalg.qr(update.a, stream=mx.cpu)
+        bases.append(right)
+        blocks.append(upper[:, start : start + update.rank] @ own_upper.T)
+        start += update.rank
     u, sigma, vt = svd(mx.concatenate(blocks, axis=1))
     # What is not a number is kept too, so that it shows in the result.
-    kept: Any = mx.logical_not(sigma <= threshold).sum().item()
+    count: Any = mx.logical_not(sigma <= threshold).sum().item()
     rights, start = [], 0
-    for own in bases:
-        rights.append(Factors(own, vt[:kept, start : start + own.shape[1]].T))
-        start += own.shape[1]
-    return SharedBasis(basis @ u[:, :kept], sigma[:kept], tuple(rights))
+    for right in bases:
+        rights.append(Factors(right, vt[:count, start : start + right.shape[1]].T))
+        start += right.shape[1]
+    return SharedBasis(basis @ u[:, :count], sigma[:count], tuple(rights))
 
 
 MERGES: Mapping[str, Callable[..., mx.array]] = MappingProxyType(
@@ -73,19 +73,19 @@ def knots(layer: Layer) -> Factors:
         RsgwmError: every singular value is at or below ``threshold``, though the updates are not zero.
     """
     parameters = layer.parameters
-    found = shared_basis(layer.factors, parameters["threshold"])
-    if not found.values.size:
+    shared = shared_basis(layer.factors, parameters["threshold"])
+    if not shared.values.size:
         return _nothing(layer)
-    layer.notes["directions"] = mx.array(float(found.values.size))
+    layer.notes["directions"] = mx.array(float(shared.values.size))
     # The singular values go with one side or the other.
-    inner, outer = (1.0, found.values) if parameters["part"] == "v" else (found.values, 1.0)
-    rights = DenseUpdates([Factors(one.a, one.b * inner) for one in found.rights])
+    inner, outer = (1.0, shared.values) if parameters["part"] == "v" else (shared.values, 1.0)
+    rights = DenseUpdates([Factors(right.a, right.b * inner) for right in shared.rights])
     merged = MERGES[parameters["merge"]](rights, layer.weights, layer.key, density=parameters["density"])
-    return Factors(merged, parameters["lambda"] * (found.left * outer).T)
+    return Factors(merged, parameters["lambda"] * (shared.left * outer).T)
 
 
 def _nothing(layer: Layer) -> Factors:
-    if mx.max(mx.stack([cross(one, one) for one in layer.factors])).item() == 0:
+    if mx.max(mx.stack([cross(update, update) for update in layer.factors])).item() == 0:
         return layer.factors[0]
     raise RsgwmError(
         f"{layer.name}: no singular value of the updates is above knots' threshold "

@@ -33,7 +33,7 @@ def lego(layer: Layer) -> Factors:
     units = balanced_units(layer.factors, layer.weights)
     squares = mx.square(units).sum(axis=1)
     ranks = mx.stack([(part > 0).sum() for part in _split(squares, layer.factors)]).astype(mx.float32)
-    size = min(parameters["clusters"] or max(one.rank for one in layer.factors), len(squares))
+    size = min(parameters["clusters"] or max(update.rank for update in layer.factors), len(squares))
     aligned = parameters["signs"] == "aligned"
     gram = units @ units.T
     members = cluster(gram, size, layer.key, parameters["restarts"], parameters["iterations"], aligned)
@@ -57,8 +57,8 @@ def lego(layer: Layer) -> Factors:
 def balanced_units(updates: Sequence[Factors], weights: Sequence[float]) -> mx.array:
     """(Σ r, in + out): the units [a_j; w b_j] with |a_j| = |w b_j|; a unit whose product is zero is zero."""
     rows = []
-    for one, weight in zip(updates, weights, strict=True):
-        a, b = one.a.T, one.b * weight
+    for update, weight in zip(updates, weights, strict=True):
+        a, b = update.a.T, update.b * weight
         lengths = [mx.sqrt(mx.square(part).sum(axis=1, keepdims=True)) for part in (a, b)]
         common = mx.sqrt(lengths[0]) * mx.sqrt(lengths[1])
         shares = [mx.where(common > 0, common / mx.maximum(length, TINY), 0.0) for length in lengths]
@@ -112,8 +112,8 @@ def _seeds(
 
 def _split(values: mx.array, updates: Sequence[Factors]) -> list[mx.array]:
     ends, total = [], 0
-    for one in updates[:-1]:
-        total += one.rank
+    for update in updates[:-1]:
+        total += update.rank
         ends.append(total)
     parts: Any = mx.split(values, ends)
     return list(parts)

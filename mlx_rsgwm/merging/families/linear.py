@@ -34,9 +34,9 @@ def combination(coefficients: Coefficients) -> Callable[[Layer], Factors]:
     """The method Σ_t c_t ΔW_t with these (T,) coefficients, as stacked factors of rank Σ r_t."""
 
     def method(layer: Layer) -> Factors:
-        found = coefficients(layer)
-        layer.notes["coefficients"] = found
-        return stack(layer.factors, found)
+        chosen = coefficients(layer)
+        layer.notes["coefficients"] = chosen
+        return stack(layer.factors, chosen)
 
     return method
 
@@ -51,7 +51,7 @@ def linear(layer: Layer) -> Factors:
         return combination(weighted_mean)(layer)
     means = weighted_mean(layer)
     a, b = (
-        sum((getattr(one, leaf) * means[index] for index, one in enumerate(layer.factors)), mx.array(0.0))
+        sum((getattr(update, leaf) * means[index] for index, update in enumerate(layer.factors)), mx.array(0.0))
         for leaf in ("a", "b")
     )
     return Factors(a, b)
@@ -75,12 +75,12 @@ def survey_norms(pool: Pool, parameters: Mapping[str, Any]) -> mx.array:
     """
     squares = mx.zeros((len(pool.sources),))
     for _, factors in pool.updates():
-        squares = squares + mx.stack([cross(one, one) for one in factors])
+        squares = squares + mx.stack([cross(update, update) for update in factors])
         mx.eval(squares)
-    found: Any = squares.tolist()
+    values: Any = squares.tolist()
     raise_problems(
         "the pool cannot be brought to one norm",
-        [f"{source.label} changes nothing" for source, square in zip(pool.sources, found, strict=True) if square == 0],
+        [f"{source.label} changes nothing" for source, square in zip(pool.sources, values, strict=True) if square == 0],
     )
     return mx.sqrt(squares)
 
@@ -95,12 +95,12 @@ def norm_equalised(layer: Layer) -> mx.array:
     if layer.parameters["definition"] == "global":
         weights = mx.array(layer.weights)
         inverse = weights / layer.survey
-        whole = inverse.sum()
+        total = inverse.sum()
         layer.objections["the weights cancel once they are divided by the adapters' norms"] = (
-            mx.abs(whole) <= CANCELLING * mx.abs(inverse).sum()
+            mx.abs(total) <= CANCELLING * mx.abs(inverse).sum()
         )
-        return inverse / whole
-    norms, present = _norms(mx.stack([cross(one, one) for one in layer.factors]))
+        return inverse / total
+    norms, present = _norms(mx.stack([cross(update, update) for update in layer.factors]))
     logarithm = mx.log(norms).mean() * (len(layer.factors) / mx.maximum(present.sum(), 1))  # of a missing one it is 0
     return shares(layer.weights) * mx.exp(logarithm) / norms * present
 

@@ -73,20 +73,20 @@ def keep_masks(count: int, size: int, density: float, key: mx.array) -> mx.array
     return drawn(density, (count, size), key)
 
 
-def weighted_sum(kept: mx.array, weights: mx.array) -> mx.array:
+def weighted_sum(pruned: mx.array, weights: mx.array) -> mx.array:
     """Σ_t w_t δ_t of (T, n) deltas, (n,): the last step of PEFT's ``task_arithmetic``."""
-    return weights @ kept
+    return weights @ pruned
 
 
-def elected_mean(kept: mx.array, weights: mx.array, method: str) -> mx.array:
+def elected_mean(pruned: mx.array, weights: mx.array, method: str) -> mx.array:
     """Mean of w_t δ_t over the tasks whose δ_t has the elected sign: (T, n) pruned deltas to (n,).
 
     ``method`` total elects the sign of the sum of all δ_t, frequency that of the sum of their signs; 0 elects plus.
     """
-    ones = mx.ones((kept.shape[0],))  # a product with it sums in half the time of sum(axis=0) on the CPU
-    votes = ones @ (kept if method == "total" else mx.sign(kept))
+    ones = mx.ones((pruned.shape[0],))  # a product with it sums in half the time of sum(axis=0) on the CPU
+    votes = ones @ (pruned if method == "total" else mx.sign(pruned))
     elected = mx.sign(mx.sign(votes) + 0.5)
-    agreeing = mx.maximum(kept * elected, 0.0)
+    agreeing = mx.maximum(pruned * elected, 0.0)
     return elected * (weights @ agreeing) / mx.maximum(ones @ mx.sign(agreeing), 1.0)
 
 
@@ -97,8 +97,8 @@ def stacked(layer: Layer) -> Factors:
     the highest rank of the pool; PEFT decomposes the dense sum for it, which gives the same.
     """
     pairs = list(zip(layer.factors, layer.weights, layer.scales, strict=True))
-    a = mx.concatenate([one.a * (weight * scale) for one, weight, scale in pairs], axis=1)
-    return Factors(a, mx.concatenate([one.b / scale for one, _, scale in pairs], axis=0))
+    a = mx.concatenate([update.a * (weight * scale) for update, weight, scale in pairs], axis=1)
+    return Factors(a, mx.concatenate([update.b / scale for update, _, scale in pairs], axis=0))
 
 
 def in_factor_space(layer: Layer, rule: Rule) -> Factors:
@@ -117,8 +117,8 @@ def in_factor_space(layer: Layer, rule: Rule) -> Factors:
     if rule.dropped == "none":
         pairs = [layer.factors[index] for index in chosen]
         rescaled = [root / scale for root, scale in zip(roots, scales, strict=True)]
-        a = sign_election.weighted_sum((one.a for one in pairs), signed, normalise="none")
-        return Factors(a, sign_election.weighted_sum((one.b for one in pairs), rescaled, normalise="none"))
+        a = sign_election.weighted_sum((pair.a for pair in pairs), signed, normalise="none")
+        return Factors(a, sign_election.weighted_sum((pair.b for pair in pairs), rescaled, normalise="none"))
     a = mx.stack([layer.factors[index].a for index in chosen])
     b = mx.stack([layer.factors[index].b for index in chosen])
     if len(set(scales)) == 1 and scales[0] > 0:  # moves no threshold and no election, so it can wait
@@ -165,15 +165,15 @@ def in_product_space(layer: Layer, rule: Rule) -> mx.array:
     """
     least = None
     if rule.dropped == "magnitude":
-        found = []
+        parts = []
         for delta in layer.dense_updates:
-            found.append(thresholds(mx.abs(delta).reshape(1, -1), layer.parameters["density"]))
-            mx.eval(found)
-        least = mx.concatenate(found)
+            parts.append(thresholds(mx.abs(delta).reshape(1, -1), layer.parameters["density"]))
+            mx.eval(parts)
+        least = mx.concatenate(parts)
     spans = list(bands(layer))
     merged = []
     for (start, stop), key in zip(spans, mx.random.split(layer.key, len(spans)), strict=True):
-        deltas = mx.stack([one.a[start:stop] @ one.b for one in layer.factors])
+        deltas = mx.stack([update.a[start:stop] @ update.b for update in layer.factors])
         flat = deltas.reshape(deltas.shape[0], -1)
         large = None if least is None else mx.abs(flat) >= least
         merged.append(_applied(layer, rule, flat, layer.weights, large, key).reshape(deltas.shape[1:]))
@@ -191,7 +191,7 @@ def bands(layer: Layer) -> Iterator[tuple[int, int]]:
 def _of_one_rank(layer: Layer) -> list[int]:
     """Which adapters to merge: all, or, when ranks differ, those that adapt this module at all."""
     chosen = list(range(len(layer.factors)))
-    if len({one.rank for one in layer.factors}) > 1:
+    if len({update.rank for update in layer.factors}) > 1:
         chosen = [index for index in chosen if not _is_missing(layer.factors[index])]
     ranks = [layer.factors[index].rank for index in chosen]
     if len(set(ranks)) > 1:

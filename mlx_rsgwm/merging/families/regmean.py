@@ -35,7 +35,7 @@ def regmean(layer: Layer) -> Factors:
         solved = _solve(layer, ridge)
         if solved is not None:
             layer.notes["ridge"] = mx.array(ridge)
-            return Factors(solved, mx.concatenate([one.b for one in layer.factors], axis=0))
+            return Factors(solved, mx.concatenate([update.b for update in layer.factors], axis=0))
         ridge = max(10 * ridge, 1e-7)
     raise RsgwmError(
         f"{layer.name}: RegMean's Gram matrices are singular or not finite; collect them on more rows "
@@ -46,14 +46,14 @@ def regmean(layer: Layer) -> Factors:
 def weighted_grams(layer: Layer, ridge: float) -> list[mx.array]:
     """w_t times G_t with its ridge and its off-diagonal entries reduced, (in, in) float64 on the CPU stream."""
     share = layer.parameters["off_diagonal"]
-    found = []
+    grams = []
     with mx.stream(mx.cpu):
         for gram, weight in zip(layer.grams, layer.weights, strict=True):
             wide = gram.astype(mx.float64)
             diagonal = mx.diagonal(wide)
             added = (1 - share) * diagonal + ridge * diagonal.mean()
-            found.append(weight * (share * wide + mx.diag(added)))
-    return found
+            grams.append(weight * (share * wide + mx.diag(added)))
+    return grams
 
 
 def _solve(layer: Layer, ridge: float) -> mx.array | None:
@@ -63,8 +63,8 @@ def _solve(layer: Layer, ridge: float) -> mx.array | None:
     """
     with mx.stream(mx.cpu):
         total = right = None
-        for gram, one in zip(weighted_grams(layer, ridge), layer.factors, strict=True):
-            columns = gram @ one.a.astype(mx.float64)
+        for gram, update in zip(weighted_grams(layer, ridge), layer.factors, strict=True):
+            columns = gram @ update.a.astype(mx.float64)
             total = gram if total is None else total + gram
             right = columns if right is None else mx.concatenate([right, columns], axis=1)
             mx.eval(total, right)

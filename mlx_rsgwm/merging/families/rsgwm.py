@@ -41,15 +41,15 @@ def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
     pool.require_signal(parameters["signal"])
     for index, source in enumerate(pool.sources):
         if product:
-            found_mean, found = _survey_products(pool, index, parameters, wide)
+            found_mean, pooled = _survey_products(pool, index, parameters, wide)
         else:
             # Sorted, so that a sum does not depend on the order in a file.
             arrays = dict(sorted(source.importance(parameters["signal"]).items()))
             found_mean = mean_of(arrays.values())
-            found = _pooled_thresholds(arrays, parameters) if wide else {}
-        mx.eval(found_mean, found)
+            pooled = _pooled_thresholds(arrays, parameters) if wide else {}
+        mx.eval(found_mean, pooled)
         divisors.append(found_mean * (update_norm(pool, index) if norm else 1) if mean else mx.array(1.0))
-        thresholds.append(found)
+        thresholds.append(pooled)
     return Survey(tuple(divisors), tuple(thresholds))
 
 
@@ -146,15 +146,15 @@ def _thresholds(layer: Layer, index: int, importance: tuple[mx.array, mx.array])
     if scope == "module":
         both = quantile(mx.concatenate([s_a.reshape(-1), s_b.reshape(-1)]), tau)
         return both, both
-    found: Survey = layer.survey
-    return found.thresholds[index]["lora_a"], found.thresholds[index]["lora_b"]
+    pool_survey: Survey = layer.survey
+    return pool_survey.thresholds[index]["lora_a"], pool_survey.thresholds[index]["lora_b"]
 
 
 def _weight(layer: Layer, index: int, importance: mx.array) -> mx.array:
-    found: Survey = layer.survey
+    pool_survey: Survey = layer.survey
     if layer.parameters["normalise"] == "rank":
         return layer.weights[index] * ranks(importance)
-    return importance * (layer.weights[index] / found.divisors[index])
+    return importance * (layer.weights[index] / pool_survey.divisors[index])
 
 
 def _product(layer: Layer) -> mx.array:

@@ -43,7 +43,7 @@ def merge_task_vectors(
     pass, one update at a time; float32 of the updates' shape.
     """
     keys = mx.random.split(key, len(deltas))
-    kept = (
+    sparse = (
         sparsified(
             delta,
             sparsification,
@@ -57,8 +57,8 @@ def merge_task_vectors(
         for index, delta in enumerate(deltas)
     )
     if election == "none":
-        return weighted_sum(kept, weights, normalise)
-    return elected_sum(kept, weights, election, normalise)
+        return weighted_sum(sparse, weights, normalise)
+    return elected_sum(sparse, weights, election, normalise)
 
 
 def sce(
@@ -76,11 +76,11 @@ def sce(
     """
     mask = _varying(deltas, select_topk) if select_topk < 1 else None
 
-    def kept() -> Iterator[mx.array]:
+    def masked_updates() -> Iterator[mx.array]:
         return (delta if mask is None else delta * ones_where(mask) for delta in deltas)
 
-    energies = [mx.square(update).mean() * weight for update, weight in zip(kept(), weights, strict=True)]
-    return elected_sum(kept(), energies, ballots=weights)
+    energies = [mx.square(update).mean() * weight for update, weight in zip(masked_updates(), weights, strict=True)]
+    return elected_sum(masked_updates(), energies, ballots=weights)
 
 
 def _varying(deltas: Sequence[mx.array], share: float) -> mx.array:
@@ -141,8 +141,8 @@ def _row(
     **defaults: Any,
 ) -> Row:
     defaults = {"normalise": "weights", "lambda": 1.0, **defaults}
-    own = {name: value for name, value in defaults.items() if name != "lambda"}
-    merge = partial(merge_task_vectors, sparsification=sparsification, **own)
+    options = {name: value for name, value in defaults.items() if name != "lambda"}
+    merge = partial(merge_task_vectors, sparsification=sparsification, **options)
     return Row(merge, summary, source, defaults, {**parameters, "normalise": NORMALISE, "lambda": LAMBDA})
 
 

@@ -20,14 +20,14 @@ def elementwise(merge: Callable[..., mx.array]) -> Callable[[Layer], Factors | m
     """
 
     def method(layer: Layer) -> Factors | mx.array:
-        own: dict[str, Any] = {
+        options: dict[str, Any] = {
             name: value for name, value in layer.parameters.items() if name not in ("space", "lambda")
         }
         factor = layer.parameters["lambda"]
         if layer.parameters["space"] == "product":
-            return factor * merge(layer.dense_updates, layer.weights, layer.key, **own)
+            return factor * merge(layer.dense_updates, layer.weights, layer.key, **options)
         key_a, key_b = mx.random.split(layer.key)
-        a = merge([one.a for one in layer.factors], layer.weights, key_a, **own)
-        return Factors(a, factor * merge([one.b for one in layer.factors], layer.weights, key_b, **own))
+        a = merge([update.a for update in layer.factors], layer.weights, key_a, **options)
+        return Factors(a, factor * merge([update.b for update in layer.factors], layer.weights, key_b, **options))
 
     return method

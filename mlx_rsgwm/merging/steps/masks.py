@@ -50,18 +50,23 @@ class Histogram:
         low = int(position)
         places = (low, min(low + 1, int(ends[-1]) - 1))
         bins = [int(np.searchsorted(ends, place, side="right")) for place in places]
-        inside = {one: np.zeros(1 << FINE_BITS, dtype=np.int64) for one in bins}
+        inside = {coarse: np.zeros(1 << FINE_BITS, dtype=np.int64) for coarse in bins}
         for values in again:
             bits = _bits(values)
-            for one, counts in inside.items():
+            for coarse, counts in inside.items():
                 outside = mx.array(1 << FINE_BITS, dtype=mx.uint32)
-                fine = mx.where(bits >> FINE_BITS == one, bits & ((1 << FINE_BITS) - 1), outside)
+                fine = mx.where(bits >> FINE_BITS == coarse, bits & ((1 << FINE_BITS) - 1), outside)
                 counts += _counted(fine, (1 << FINE_BITS) + 1)[:-1]
         below, above = (
             _value(
-                one, int(np.searchsorted(np.cumsum(inside[one]), place - (ends[one - 1] if one else 0), side="right"))
+                coarse,
+                int(
+                    np.searchsorted(
+                        np.cumsum(inside[coarse]), place - (ends[coarse - 1] if coarse else 0), side="right"
+                    )
+                ),
             )
-            for place, one in zip(places, bins, strict=True)
+            for place, coarse in zip(places, bins, strict=True)
         )
         return below + (above - below) * (position - low)
 
@@ -107,13 +112,13 @@ class MaskedMean:
 
     def add(self, delta: mx.array, importance: mx.array, mask: mx.array) -> None:
         """One task's Δ_t, s_t and m_t (bool)."""
-        kept = ones_where(mask).astype(mx.float32)  # once: each product with booleans would convert them again
-        weight = importance * kept
+        ones = ones_where(mask).astype(mx.float32)  # once: each product with booleans would convert them again
+        weight = importance * ones
         self._numerator = self._numerator + weight * delta
         self._denominator = self._denominator + weight
-        self._keepers = self._keepers + kept
-        self._shares.append(kept.mean())
-        del kept, weight  # named, they would be kept while the sums are evaluated
+        self._keepers = self._keepers + ones
+        self._shares.append(ones.mean())
+        del ones, weight  # named, they would be kept while the sums are evaluated
         mx.eval(self._numerator, self._denominator, self._keepers, self._shares[-1])
 
     def mean(self, epsilon: float) -> mx.array:

@@ -35,8 +35,8 @@ def weighted_sum(updates: Iterable[mx.array], weights: Sequence[float], normalis
     """
     if normalise == "weights" and cancel(weights):
         raise RsgwmError("weights sum to zero, so there is no mean; give others, or normalise none")
-    whole = sum(weights)
-    shares = [weight / whole if normalise == "weights" else weight for weight in weights]
+    weight_sum = sum(weights)
+    shares = [weight / weight_sum if normalise == "weights" else weight for weight in weights]
     alike = len(set(shares)) == 1  # then one product instead of one each
     total = mx.array(0.0)
     for update, share in zip(updates, shares, strict=True):

@@ -49,12 +49,12 @@ def sparsified(
             mask = drawn(density, delta.shape, key)
         else:
             mask = mx.random.bernoulli(probability, delta.shape, key=key)
-    kept = delta * ones_where(mask)
+    masked = delta * ones_where(mask)
     if rescale == "density":
-        return kept / probability
+        return masked / probability
     if rescale == "l1":
-        return kept * (mx.abs(delta).sum() / mx.maximum(mx.abs(kept).sum(), TINY))
-    return kept
+        return masked * (mx.abs(delta).sum() / mx.maximum(mx.abs(masked).sum(), TINY))
+    return masked
 
 
 def drawn(probability: float, shape: Sequence[int], key: mx.array) -> mx.array:
@@ -106,9 +106,9 @@ def breadcrumbs_mask(delta: mx.array, density: float, gamma: float) -> mx.array:
     density pass 1 together, fewer outliers are dropped, never fewer entries kept. bool of ``delta``'s shape.
     """
     magnitudes = mx.abs(delta)
-    kept = keep_count(delta.size, density)
-    bottom = max(0, delta.size - kept - int(gamma * delta.size))
-    lowest, highest = order_statistics(magnitudes.reshape(-1), bottom, bottom + kept - 1)
+    count = keep_count(delta.size, density)
+    bottom = max(0, delta.size - count - int(gamma * delta.size))
+    lowest, highest = order_statistics(magnitudes.reshape(-1), bottom, bottom + count - 1)
     return (magnitudes >= lowest) & (magnitudes <= highest)
 
 
