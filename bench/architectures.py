@@ -102,8 +102,10 @@ def save_model(name: str, folder: Path) -> None:
 def rename_arrays(file: Path, prefix: str) -> None:
     """Drop a prefix of every name, and the tied head, as the published file of an older model has them."""
     arrays: Any = mx.load(str(file))
-    kept = {name.removeprefix(prefix): value for name, value in arrays.items() if not name.startswith("lm_head")}
-    mx.save_safetensors(str(file), kept, {"format": "pt"})
+    trunk_arrays = {
+        name.removeprefix(prefix): value for name, value in arrays.items() if not name.startswith("lm_head")
+    }
+    mx.save_safetensors(str(file), trunk_arrays, {"format": "pt"})
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -177,10 +179,10 @@ def saved_modules(model: Any) -> list[str]:
     """A choice of norms of a model, by full name, and its head where it is one of its own."""
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     norms = [name for name, kind in kinds.items() if "Norm" in kind and "visual" not in name and "vision" not in name]
-    own = [name for name in norms if getattr(model.get_submodule(name), "weight", None) is not None]
+    norm_names = [name for name in norms if getattr(model.get_submodule(name), "weight", None) is not None]
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     tied = tied or getattr(model.config, "tie_word_embeddings", False)
-    return list(dict.fromkeys([*own[:4], *own[-1:], *([] if tied else heads_of(model))]))
+    return list(dict.fromkeys([*norm_names[:4], *norm_names[-1:], *([] if tied else heads_of(model))]))
 
 
 def heads_of(model: Any) -> list[str]:
@@ -198,9 +200,9 @@ def attempt(trial: Callable[[], Finding]) -> Finding:
         return Finding(crash=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def compare(one: np.ndarray, other: np.ndarray, bare: np.ndarray) -> Finding:
+def compare(values: np.ndarray, other: np.ndarray, bare: np.ndarray) -> Finding:
     size = float(np.abs(other).max())
-    return Finding(float(np.abs(one - other).max()) / size, float(np.abs(other - bare).max()) / size)
+    return Finding(float(np.abs(values - other).max()) / size, float(np.abs(other - bare).max()) / size)
 
 
 def sweep(name: str, work: Path, trials: tuple[str, ...] = ("linear", "saved", "to")) -> Row:
@@ -236,7 +238,11 @@ def sweep(name: str, work: Path, trials: tuple[str, ...] = ("linear", "saved", "
     def saved() -> Finding:
         model = state["model"]
         targets = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
-        inner = [one for one in targets if one not in heads_of(model) and "vis" not in one and "out_proj" not in one]
+        inner = [
+            target
+            for target in targets
+            if target not in heads_of(model) and "vis" not in target and "out_proj" not in target
+        ]
         return converted("saved", target_modules=inner[:1], modules_to_save=saved_modules(model))
 
     def to() -> Finding:
@@ -317,7 +323,7 @@ def main() -> None:
             work.mkdir(parents=True)
             row = sweep(name, work)
         rows.append(row)
-        print(name, *(f"{trial}: {cell(found)};" for trial, found in row.findings.items()), flush=True)
+        print(name, *(f"{trial}: {cell(seen)};" for trial, seen in row.findings.items()), flush=True)
     counts: dict[str, int] = {"bases that differ or do not load": 0}
     for row in rows:
         for trial, finding in row.findings.items():

@@ -129,13 +129,16 @@ def _tables(config: Any) -> Iterator[dict[str, Any]]:
     usual = getattr(config, "rope_parameters", None)
     if not isinstance(usual, dict) or not usual:
         return
-    kept = ("partial_rotary_factor", "mrope_section", "rope_theta")
+    shared = ("partial_rotary_factor", "mrope_section", "rope_theta")
     for table in ROPES:
         if all(isinstance(value, dict) for value in usual.values()):
-            for kind, own in usual.items():
-                yield {**copy.deepcopy(usual), kind: {**{key: own[key] for key in kept if key in own}, **table}}
+            for kind, rotation in usual.items():
+                yield {
+                    **copy.deepcopy(usual),
+                    kind: {**{key: rotation[key] for key in shared if key in rotation}, **table},
+                }
         else:
-            yield {**{key: usual[key] for key in kept if key in usual}, **table}
+            yield {**{key: usual[key] for key in shared if key in usual}, **table}
 
 
 def main() -> None:
@@ -154,11 +157,11 @@ def main() -> None:
             continue
         text = config.get_text_config() if ARCHITECTURES[name].get("text") else config
         for key, value in changes(text):
-            logits, _, found = compare(name, {key: value})
+            logits, _, outcome = compare(name, {key: value})
             moved = logits is not None and (logits.shape != usual.shape or np.abs(logits - usual).max() > 1e-5)
-            counts[found.split(":")[0].split(" by")[0] if moved else "no effect"] += 1
-            if moved and found.startswith(("WRONG", "crash")):
-                print(f"  {key} = {json.dumps(value)[:120]}: {found}", flush=True)
+            counts[outcome.split(":")[0].split(" by")[0] if moved else "no effect"] += 1
+            if moved and outcome.startswith(("WRONG", "crash")):
+                print(f"  {key} = {json.dumps(value)[:120]}: {outcome}", flush=True)
     print(json.dumps(counts))
 
 

@@ -17,22 +17,22 @@ def conditions() -> dict[str, Any]:
     """
     if sys.platform == "darwin":
         power, mode, heat = (_output("pmset", "-g", what) for what in ("batt", "custom", "therm"))
-        found = {"power": power_in(power), "low_power_mode": low_power_in(mode), "thermal": thermal_in(heat)}
+        state = {"power": power_in(power), "low_power_mode": low_power_in(mode), "thermal": thermal_in(heat)}
     else:
-        found = linux_conditions(Path("/sys"))
-    return {**found, "load": round(os.getloadavg()[0], 2)}
+        state = linux_conditions(Path("/sys"))
+    return {**state, "load": round(os.getloadavg()[0], 2)}
 
 
 def power_in(text: str) -> str | None:
     """Where macOS takes its power from, of ``pmset -g batt``."""
-    found = re.search(r"drawing from '(AC|Battery) Power'", text)
-    return None if found is None else {"AC": "mains", "Battery": "battery"}[found[1]]
+    match = re.search(r"drawing from '(AC|Battery) Power'", text)
+    return None if match is None else {"AC": "mains", "Battery": "battery"}[match[1]]
 
 
 def low_power_in(text: str) -> bool | None:
     """Whether low power mode is on in the present profile, of ``pmset -g custom``."""
-    found = re.search(r"lowpowermode\s+(\d)", text)
-    return None if found is None else found[1] != "0"
+    match = re.search(r"lowpowermode\s+(\d)", text)
+    return None if match is None else match[1] != "0"
 
 
 def thermal_in(text: str) -> str | None:

@@ -82,11 +82,11 @@ def measure(dtype: mx.Dtype, trials: int) -> dict[str, Any]:
         convert_to_peft(source, "base", plain)
         shutil.rmtree(plain / SIDECAR_FOLDER)
         for trial in range(trials + 1):
-            copied, there, ours, back = (folder / f"{name}-{trial}" for name in ("copied", "there", "ours", "back"))
+            copied, there, imported, back = (folder / f"{name}-{trial}" for name in ("copied", "there", "ours", "back"))
             work: dict[str, Callable[[], Any]] = {
                 "copy": partial(copy, source / WEIGHTS_FILE, copied),
                 "to_peft": partial(convert_to_peft, source, "base", there),
-                "from_peft": partial(convert_from_peft, plain, base, ours),
+                "from_peft": partial(convert_from_peft, plain, base, imported),
                 "back": partial(convert_from_peft, there, base, back),
             }
             for name, run in work.items():
@@ -95,11 +95,11 @@ def measure(dtype: mx.Dtype, trials: int) -> dict[str, Any]:
                 if trial:
                     seconds[name].append(time.perf_counter() - started)
         size = (source / WEIGHTS_FILE).stat().st_size
-    found = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "megabytes": size / 1e6,
-        "seconds": found,
-        **{f"{name}_over_copy": found[name] / found["copy"] for name in seconds if name != "copy"},
+        "seconds": medians,
+        **{f"{name}_over_copy": medians[name] / medians["copy"] for name in seconds if name != "copy"},
     }
 
 
@@ -109,10 +109,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     result = {name: measure(getattr(mx, name), arguments.trials) for name in ("float32", "bfloat16")}
-    for name, found in result.items():
-        shown = ", ".join(f"{key} {value * 1e3:.0f} ms" for key, value in found["seconds"].items())
-        ratios = ", ".join(f"{found[f'{one}_over_copy']:.2f}" for one in ("to_peft", "from_peft", "back"))
-        print(f"{name}, {found['megabytes']:.0f} MB: {shown}; over the copy {ratios}")
+    for name, row in result.items():
+        shown = ", ".join(f"{key} {value * 1e3:.0f} ms" for key, value in row["seconds"].items())
+        ratios = ", ".join(f"{row[f'{step}_over_copy']:.2f}" for step in ("to_peft", "from_peft", "back"))
+        print(f"{name}, {row['megabytes']:.0f} MB: {shown}; over the copy {ratios}")
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

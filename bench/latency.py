@@ -112,7 +112,7 @@ def measure_latency(config: LatencyConfig, progress: Progress = SILENT) -> dict[
     rows: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rsgwm-bench-")))
-        mlx = stack.enter_context(side_process("MLX", MlxSide, config, folder, own=False))
+        mlx = stack.enter_context(side_process("MLX", MlxSide, config, folder, without_mlx=False))
         torch = stack.enter_context(side_process("torch", TorchSide, config, device, mlx.facts))
         advance = stack.enter_context(progress.task("latency", total))
         for work in (work for work in ORDER if work in config.chosen):
@@ -173,15 +173,15 @@ def interleave(
     mlx: Trial, torch: Trial, config: LatencyConfig, advance: Callable[[], None]
 ) -> tuple[list[Times], list[Times]]:
     """Times of the trials after the warm-up; MLX goes first in even trials, torch in odd ones."""
-    found: dict[str, list[Times]] = {"mlx": [], "torch": []}
+    times_of: dict[str, list[Times]] = {"mlx": [], "torch": []}
     sides = [("mlx", mlx), ("torch", torch)]
     for number in range(config.warmup + config.trials):
         for name, trial in sides if number % 2 == 0 else sides[::-1]:
             times = trial()
             if number >= config.warmup:
-                found[name].append(times)
+                times_of[name].append(times)
         advance()
-    return found["mlx"], found["torch"]
+    return times_of["mlx"], times_of["torch"]
 
 
 def summarise(names: Sequence[str], mlx: Sequence[Times], torch: Sequence[Times]) -> list[dict[str, Any]]:
@@ -189,7 +189,7 @@ def summarise(names: Sequence[str], mlx: Sequence[Times], torch: Sequence[Times]
     rows = []
     for index, work in enumerate(names):
         quartiles = {
-            side: [round(float(one), 3) for one in np.percentile([times[index] for times in trials], (25, 50, 75))]
+            side: [round(float(value), 3) for value in np.percentile([times[index] for times in trials], (25, 50, 75))]
             for side, trials in (("mlx_ms", mlx), ("torch_ms", torch))
         }
         medians = {side: values[1] for side, values in quartiles.items()}
@@ -221,7 +221,7 @@ def random_adapter(base: Base, rank: int, seed: int, keys: Sequence[str] = KEYS)
     key = mx.random.key(seed)
     weights = {}
     for name, module in base.model.named_modules():
-        if name.startswith("model.layers.") and name.endswith(tuple("." + one for one in keys)):
+        if name.startswith("model.layers.") and name.endswith(tuple("." + ending for ending in keys)):
             out_dims, in_dims = module.weight.shape
             if isinstance(module, nn.QuantizedLinear):
                 in_dims = in_dims * 32 // module.bits
@@ -303,8 +303,8 @@ def _one_line_errors() -> Iterator[None]:
 def main() -> None:
     """Time what the arguments say; the last line is the rows as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for one in fields(LatencyConfig):
-        parser.add_argument(f"--{one.name.replace('_', '-')}", type=type(one.default), default=one.default)
+    for setting in fields(LatencyConfig):
+        parser.add_argument(f"--{setting.name.replace('_', '-')}", type=type(setting.default), default=setting.default)
     parser.add_argument("--out", type=Path, help="JSON file to write; the table and the plot go beside it.")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")

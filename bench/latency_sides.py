@@ -50,9 +50,9 @@ class MlxSide:
         others = [random_adapter(self.base, first.spec.rank, seed, first.spec.keys) for seed in seeds]
         self.pool: list[Path] = []
         for number, adapter in enumerate([first, *others]):
-            own = in_dtype(adapter, self.base, self.dtype)
-            self.pool.append(own.save(folder / f"adapter-{number}"))
-            to_peft(own, config.base, folder / f"adapter-{number}-peft")
+            converted = in_dtype(adapter, self.base, self.dtype)
+            self.pool.append(converted.save(folder / f"adapter-{number}"))
+            to_peft(converted, config.base, folder / f"adapter-{number}-peft")
         self.question = question_of(self.base.tokenizer, config.prompt_tokens)
         self.stack = ExitStack()
         self.adapted = False

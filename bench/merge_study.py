@@ -98,12 +98,12 @@ def questions(task: str, split: str, count: int, seed: int) -> list[Question]:
     if task not in GENERATED:
         return generate(task, count, seed, split)
     rng = random.Random(f"{task}/{seed}")
-    found: dict[str, str] = {}
-    while len(found) < count:
+    golds: dict[str, str] = {}
+    while len(golds) < count:
         text, gold = GENERATED[task](rng)
         if split_of(text) == split:
-            found[text] = gold
-    return [Question(f"{task}-{split}-{seed}-{n}", task, t, "", gold) for n, (t, gold) in enumerate(found.items())]
+            golds[text] = gold
+    return [Question(f"{task}-{split}-{seed}-{n}", task, t, "", gold) for n, (t, gold) in enumerate(golds.items())]
 
 
 def training_rows(task: str, seed: int) -> list[CorpusRow]:
@@ -148,8 +148,8 @@ def collect(base: Base, pool: str, folder: Path) -> None:
         adapter = Adapter.load(folder / family.task)
         if not (folder / family.task / GRAMS_FILE).is_file():
             corpus = load_corpus(folder / "data" / family.task)
-            found, metadata = collect_grams(base, adapter, corpus, progress=LineProgress())
-            save_grams(adapter, base, corpus, found, metadata)
+            grams, metadata = collect_grams(base, adapter, corpus, progress=LineProgress())
+            save_grams(adapter, base, corpus, grams, metadata)
 
 
 def sweep(base: Base, pool: str, seed: int, folder: Path, methods: Sequence[str]) -> Measured:
@@ -188,22 +188,24 @@ def main() -> None:
             collect(base, pool, options.folder / pool / f"seed-{seed}")
     if options.stage == "train":
         return
-    found: dict[str, Any] = {}
+    summaries: dict[str, Any] = {}
     for pool in pools:
         methods = options.methods or METHODS
         runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods) for seed in seeds]
-        found[pool] = write_sweep(options.folder / pool, runs)
-        print(f"\n{pool}\n\n{render_table(found[pool])}\n", flush=True)
+        summaries[pool] = write_sweep(options.folder / pool, runs)
+        print(f"\n{pool}\n\n{render_table(summaries[pool])}\n", flush=True)
         if options.plots:
-            plot(found[pool], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")
+            plot(summaries[pool], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")
     if options.results:
-        files.write_json(options.results, found)
-    print(json.dumps({pool: brief(summary) for pool, summary in found.items()}))
+        files.write_json(options.results, summaries)
+    print(json.dumps({pool: brief(summary) for pool, summary in summaries.items()}))
 
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The last line's object of one pool."""
-    ours = [row for row in summary["rows"] if row["kind"] == "merge" and row["name"].startswith(("rsgwm", "paper"))]
+    shown_rows = [
+        row for row in summary["rows"] if row["kind"] == "merge" and row["name"].startswith(("rsgwm", "paper"))
+    ]
     return {
         "n": sum(summary["tasks"].values()),
         "best": summary["best"],
@@ -213,7 +215,7 @@ def brief(summary: Mapping[str, Any]) -> dict[str, Any]:
                 "tied": row["against_best"]["accuracy"]["tied"],
                 "auroc": {score: row["auroc"][score]["all"]["value"] for score in JUDGED_BY},
             }
-            for row in ours
+            for row in shown_rows
         },
     }
 

@@ -49,8 +49,8 @@ def _setting(setting: Mapping[str, Any]) -> str:
 def remark(row: Mapping[str, Any]) -> str:
     """What a reader of one row must know: that MLX loses, that the times varied."""
     varied = [name for side, name in SIDES.items() if spread(row, side) > UNSTEADY]
-    found = ["MLX is slower"] if row["ratio"] < 1 else []
-    return "; ".join([*found, *([f"unsteady: {', '.join(varied)}"] if varied else [])])
+    remarks = ["MLX is slower"] if row["ratio"] < 1 else []
+    return "; ".join([*remarks, *([f"unsteady: {', '.join(varied)}"] if varied else [])])
 
 
 def spread(row: Mapping[str, Any], side: str) -> float:
@@ -192,13 +192,13 @@ def _spread_note(row: Mapping[str, Any]) -> str:
     return "" if row["differs"] else "within the spread"
 
 
-def comparison_table(found: Mapping[str, Any]) -> str:
+def comparison_table(comparison: Mapping[str, Any]) -> str:
     """A comparison as text for people."""
     rows = [["", "", "before ms", "after ms", "faster", ""]]
-    for row in found["rows"]:
+    for row in comparison["rows"]:
         times = [f"{row[name]:.1f}" for name in ("before_ms", "after_ms")]
         rows.append([row["work"], row["side"], *times, f"{row['ratio']:.2f}×", _spread_note(row)])
     lines = [tables.aligned(rows)]
     for name, label in (("only_before", "only before"), ("only_after", "only after")):
-        lines += [f"{label}: {', '.join(found[name])}"] if found[name] else []
-    return "\n".join([*lines, *found["settings"]])
+        lines += [f"{label}: {', '.join(comparison[name])}"] if comparison[name] else []
+    return "\n".join([*lines, *comparison["settings"]])

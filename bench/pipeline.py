@@ -80,7 +80,7 @@ def latencies(pipelines: dict[str, DraftVerify], questions: Sequence[str], trial
     names = list(sides)
     for run in sides.values():
         run(questions[0])
-    found: dict[str, list[float]] = {name: [] for name in names}
+    by_name: dict[str, list[float]] = {name: [] for name in names}
     for index, question in enumerate(questions):
         best, said = dict.fromkeys(names, float("inf")), {}
         for trial in range(trials):
@@ -92,10 +92,10 @@ def latencies(pipelines: dict[str, DraftVerify], questions: Sequence[str], trial
         answers = {(said[mode].text, said[mode].attempts, said[mode].accepted) for mode in MODES}
         assert len(answers) == 1, f"the modes disagree on {question!r}: {answers}"
         for name, seconds in best.items():
-            found[name].append(seconds)
+            by_name[name].append(seconds)
         shown = ", ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in best.items())
         print(f"item {index + 1}, {said['parallel'].attempts} attempts, ms: {shown}", flush=True)
-    return found
+    return by_name
 
 
 def one_by_one(

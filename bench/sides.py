@@ -51,15 +51,17 @@ class SideProcess:
 
 
 @contextmanager
-def side_process(name: str, make: Callable[..., Any], *arguments: Any, own: bool = True) -> Iterator[SideProcess]:
+def side_process(
+    name: str, make: Callable[..., Any], *arguments: Any, without_mlx: bool = True
+) -> Iterator[SideProcess]:
     """Start ``make(*arguments)``, a function of a module, in a new process; its ``facts`` come back first.
 
-    ``own``: without what :data:`FOR_MLX` names; else with this process's environment.
+    ``without_mlx``: without what :data:`FOR_MLX` names; else with this process's environment.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
-    with _environment(dict.fromkeys(FOR_MLX) if own else {}):
+    with _environment(dict.fromkeys(FOR_MLX) if without_mlx else {}):
         process.start()
     there.close()
     try:

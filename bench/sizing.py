@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     each = seconds_per_entry(read_json_object(arguments.growth))
-    found = {name: size(shape, each) for name, shape in BASES.items()}
-    for name, row in found.items():
+    sizes = {name: size(shape, each) for name, shape in BASES.items()}
+    for name, row in sizes.items():
         print(
             f"{name}: base {row['base_gb']:.1f} GB, adapter {row['adapter_parameters'] / 1e6:.1f}M parameters, "
             f"training {row['training_gb']:.1f} GB"
@@ -110,7 +110,7 @@ def main() -> None:
                 f"  {count:>4} adapters: {pool['disk_gb']:.1f} GB on disk, merge {pool['merge_hours'] * 60:.1f} min "
                 f"and {pool['merge_gb']:.1f} GB, all in slots {pool['resident_gb']:.1f} GB"
             )
-    result = {"seconds_per_parameter_and_adapter": each, "bases": found}
+    result = {"seconds_per_parameter_and_adapter": each, "bases": sizes}
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))

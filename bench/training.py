@@ -211,9 +211,9 @@ def padding_shares(rows: Sequence[TokenRow]) -> dict[str, float]:
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import iterate_batches
 
-    theirs = list(iterate_batches(CacheDataset(Rows(rows)), BATCH_SIZE, 2048))
-    cells = sum(ids[:, :-1].size for ids, _ in theirs)
-    used = sum(int((lengths[:, 1] - 1).sum().item()) for _, lengths in theirs)
+    peer_batches = list(iterate_batches(CacheDataset(Rows(rows)), BATCH_SIZE, 2048))
+    cells = sum(ids[:, :-1].size for ids, _ in peer_batches)
+    used = sum(int((lengths[:, 1] - 1).sum().item()) for _, lengths in peer_batches)
     return {"ours": round(padded / (padded + real), 4), "mlx_lm": round(1 - used / cells, 4)}
 
 
@@ -250,14 +250,14 @@ def main() -> None:
         path = resolve_base(options.base)
         with ExitStack() as stack:
 
-            def start(name: str, make: Any, *arguments: Any, own: bool = False) -> SideProcess:
-                return stack.enter_context(side_process(name, make, *arguments, own=own))
+            def start(name: str, make: Any, *arguments: Any, without_mlx: bool = False) -> SideProcess:
+                return stack.enter_context(side_process(name, make, *arguments, without_mlx=without_mlx))
 
             sides = {"ours": start("this project", OurSide, options.base, folder / "corpus")}
             for name, quickened in (("mlx_lm", False), ("mlx_lm_quickened", True)):
                 sides[name] = start(name, MlxLmSide, path, rows, folder, quickened)
             if not options.no_torch:
-                sides["torch"] = start("torch", TorchSide, path, rows, own=True)
+                sides["torch"] = start("torch", TorchSide, path, rows, without_mlx=True)
             seconds = measure(sides, options.trials)
             facts = {name: side.facts for name, side in sides.items()}
     trained = sum(len(row.tokens) - row.prompt_length for row in rows)

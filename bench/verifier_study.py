@@ -129,9 +129,9 @@ def corpora(demo: Path, out: Path, name: str) -> dict[str, Path]:
     questions, drafts, correct = read_drafts(out, "train")
     folders = {}
     for task in TASKS:
-        own = [index for index, question in enumerate(questions) if question.task == task]
-        labelled = [[(d.text, c) for d, c in zip(drafts[i], correct[i], strict=True)] for i in own]
-        mixed = make_mixed_rows([questions[i] for i in own], labelled, PAIRS, settings["share"], SEED)
+        indices = [index for index, question in enumerate(questions) if question.task == task]
+        labelled = [[(d.text, c) for d, c in zip(drafts[i], correct[i], strict=True)] for i in indices]
+        mixed = make_mixed_rows([questions[i] for i in indices], labelled, PAIRS, settings["share"], SEED)
         before = load_corpus(demo / "data" / task)
         rows = [row for row in before.rows if row.role == "draft"] + mixed.rows
         folders[task] = out / "corpora" / name / task
@@ -175,13 +175,15 @@ def read_stage(base: Any, demo: Path, out: Path, name: str) -> None:
         questions, drafts, correct = read_drafts(out, split)
         signals = read_all(pipeline, [question.question for question in questions], drafts)
         make_folder(path.parent)
-        files.write_json(path, {"signals": [[asdict(one) for one in item] for item in signals], "correct": correct})
+        files.write_json(
+            path, {"signals": [[asdict(signal) for signal in item] for item in signals], "correct": correct}
+        )
         print(f"{name}, {split}: read in {time.process_time() - started:.0f} processor s", flush=True)
 
 
 def judged(out: Path, name: str, split: str) -> Judged:
-    found = files.read_json(out / "read" / name / f"{split}.json")
-    return Judged([[Signals(**one) for one in item] for item in found["signals"]], found["correct"])
+    stored = files.read_json(out / "read" / name / f"{split}.json")
+    return Judged([[Signals(**signal) for signal in item] for item in stored["signals"]], stored["correct"])
 
 
 def interval(values: Sequence[float] | np.ndarray) -> list[float]:
@@ -213,7 +215,7 @@ def scores_of(name: str, out: Path) -> dict[str, Any]:
     calibration = fit(judged(out, name, "calibration"))
     test = judged(out, name, "test")
     signals, labels, owners = test.flat
-    found: dict[str, Any] = {"picked": calibration.score, "scores": {}}
+    scores: dict[str, Any] = {"picked": calibration.score, "scores": {}}
     for score in SCORES:
         scorer = calibration.scorer(score)
         raw, curve = scorer.values(signals), calibration.curves[score]
@@ -221,11 +223,11 @@ def scores_of(name: str, out: Path) -> dict[str, Any]:
         rate = auroc(values.tolist(), labels.tolist(), groups=owners.tolist())
         assert rate is not None
         items = test.scored(scorer)
-        own = calibration if score == calibration.score else fit(judged(out, name, "calibration"), score=score)
-        threshold = own.threshold
+        calibrated = calibration if score == calibration.score else fit(judged(out, name, "calibration"), score=score)
+        threshold = calibrated.threshold
         best, best_interval = gap_closed(items, None)
         loop, loop_interval = gap_closed(items, threshold)
-        found["scores"][score] = {
+        scores["scores"][score] = {
             "auroc": rate.to_dict(),
             "auroc_calibration_items": calibration.auroc[score],
             "gap_closed_best_of_3": [best, best_interval],
@@ -235,7 +237,7 @@ def scores_of(name: str, out: Path) -> dict[str, Any]:
             "ece_before": _ece(raw, labels, owners),
             "ece_after": _ece(values, labels, owners),
         }
-    return found
+    return scores
 
 
 def _ece(scores: np.ndarray, labels: np.ndarray, owners: np.ndarray) -> list[Any]:
@@ -254,7 +256,7 @@ def promises_of(name: str, out: Path) -> dict[str, Any]:
     """What is promised and what is kept: once as the command would do it, and over many random divisions."""
     calibration, test = judged(out, name, "calibration"), judged(out, name, "test")
     everything = Judged([*calibration.signals, *test.signals], [*calibration.correct, *test.correct])
-    found: dict[str, Any] = {}
+    by_rate: dict[str, Any] = {}
     for far in TARGETS:
         once: dict[str, Any]
         try:
@@ -281,7 +283,7 @@ def promises_of(name: str, out: Path) -> dict[str, Any]:
             accepted, wrong = unseen.scored(made.scorer(made.score)).counts(made.threshold)
             realised.append(wrong / max(accepted, 1))
             accepts.append(accepted / len(unseen))
-        found[str(far)] = {
+        by_rate[str(far)] = {
             "once": once,
             "divisions": SPLITS_TRIED,
             "promised": len(realised),
@@ -290,7 +292,7 @@ def promises_of(name: str, out: Path) -> dict[str, Any]:
             "accept_rate_mean": float(np.mean(accepts)) if accepts else None,
             "above_target": int(sum(value > far for value in realised)),
         }
-    return found
+    return by_rate
 
 
 def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
@@ -316,20 +318,20 @@ def _draw(figure: Any, summary: Mapping[str, Any], out: Path) -> None:
     raw = calibration.scorer(calibration.score).values(signals)
     after = calibration.curves[calibration.score].probabilities(raw)
     for values, label in ((raw, "before"), (after, "after")):
-        filled = [one for one in reliability(values, labels) if one.n >= 5]
-        rates = [one.correct.to_dict() for one in filled]
-        x = [one.mean_score for one in filled]
+        filled = [bin_ for bin_ in reliability(values, labels) if bin_.n >= 5]
+        rates = [bin_.correct.to_dict() for bin_ in filled]
+        x = [bin_.mean_score for bin_ in filled]
         middle.errorbar(x, [r["value"] for r in rates], yerr=spread_of(rates), marker="o", capsize=2, label=label)
     middle.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     middle.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share right", title=f"{best}, {calibration.score}")
     middle.legend()
-    for far, found in summary["promises"].items():
-        if found["realised_mean"] is not None:
-            mean, (low, high) = found["realised_mean"], found["realised_spread"]
+    for far, promise in summary["promises"].items():
+        if promise["realised_mean"] is not None:
+            mean, (low, high) = promise["realised_mean"], promise["realised_spread"]
             # Where few divisions promise, rounding is all the spread there is.
             errors = [[max(mean - low, 0)], [max(high - mean, 0)]]
             right.errorbar([float(far)], [mean], yerr=errors, marker="s", color="C0", capsize=3)
-        rate = found["once"].get("realised")
+        rate = promise["once"].get("realised")
         if rate:
             value, spread = [rate["value"]], spread_of([rate])
             right.errorbar([float(far) + 0.006], value, yerr=spread, marker="o", color="C1", capsize=3)
@@ -346,7 +348,9 @@ def report_stage(out: Path, path: Path | None) -> None:
     plain = test.scored(Scorer("mean_logprob"))
     verifiers = {name: scores_of(name, out) for name in names}
     ranked = [
-        (found["auroc"]["value"], name, score) for name in names for score, found in verifiers[name]["scores"].items()
+        (quality["auroc"]["value"], name, score)
+        for name in names
+        for score, quality in verifiers[name]["scores"].items()
     ]
     _, best, score = max(ranked)
     summary = {
@@ -358,11 +362,11 @@ def report_stage(out: Path, path: Path | None) -> None:
         "best": {"verifier": best, "score": score},
         "promises": promises_of(best, out),
     }
-    for name, found in verifiers.items():
-        for one, row in found["scores"].items():
+    for name, quality in verifiers.items():
+        for used, row in quality["scores"].items():
             rate = row["auroc"]
             print(
-                f"{name:<15} {one:<13} AUROC {rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]  gap closed: "
+                f"{name:<15} {used:<13} AUROC {rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}]  gap closed: "
                 f"best of 3 {row['gap_closed_best_of_3']}, loop {row['gap_closed_loop']}  "
                 f"ECE {row['ece_before'][0]:.3f} → {row['ece_after'][0]:.3f} ({row['method']})"
             )

@@ -61,9 +61,9 @@ def mlx_forward(model: nn.Module, prompt: Sequence[int], forced: Sequence[int]) 
     from mlx_lm.models.cache import make_prompt_cache
 
     hidden, head = split_head(model)
-    whole = mx.array([prompt])
-    tokens = [mx.array([[one]]) for one in forced]
-    mx.eval(whole, tokens)
+    tokens_in = mx.array([prompt])
+    tokens = [mx.array([[token]]) for token in forced]
+    mx.eval(tokens_in, tokens)
 
     def step(token: mx.array, cache: list[Any]) -> mx.array:
         return mx.argmax(head(hidden(token, cache=cache)[:, -1]), axis=-1)
@@ -72,7 +72,7 @@ def mlx_forward(model: nn.Module, prompt: Sequence[int], forced: Sequence[int]) 
         cache = make_prompt_cache(model)
         mx.synchronize()
         started = time.perf_counter()
-        mx.eval(step(whole, cache))
+        mx.eval(step(tokens_in, cache))
         filled = time.perf_counter()
         picked = []
         for token in tokens:
@@ -95,8 +95,8 @@ def torch_forward(
     import torch
     from transformers import DynamicCache
 
-    whole = torch.tensor([list(prompt)], device=device)
-    tokens = [torch.tensor([[one]], device=device) for one in forced]
+    tokens_in = torch.tensor([list(prompt)], device=device)
+    tokens = [torch.tensor([[token]], device=device) for token in forced]
     synchronize = synchronizer(device)
 
     def step(token: Any, cache: Any) -> Any:
@@ -109,7 +109,7 @@ def torch_forward(
             before(0)
             synchronize()
             started = time.perf_counter()
-            step(whole, cache)
+            step(tokens_in, cache)
             synchronize()
             filled = timed_since(started)
             before(1)
@@ -167,10 +167,10 @@ def torch_training(model: Any, device: str, rows: Sequence[Sequence[int]]) -> Tr
         optimizer.zero_grad()
         loss.item()
         synchronize()
-        found = timed_since(started)
+        timed = timed_since(started)
         for value in trained:
             value.requires_grad_(False)
-        return found
+        return timed
 
     return trial
 
@@ -205,10 +205,10 @@ def torch_merge(model: Any, device: str, names: Sequence[str]) -> Trial:
         with torch.inference_mode():
             model.add_weighted_adapter(list(names), weights, "merged", combination_type="ties", density=DENSITY)
         synchronize()
-        found = timed_since(started)
+        timed = timed_since(started)
         model.set_adapter(names[0])
         model.delete_adapter("merged")
-        return found
+        return timed
 
     return trial
 
@@ -227,9 +227,9 @@ def mlx_loop(base: Base, pool: Sequence[Path], question: str, attempts: int, new
         mx.synchronize()
         started = time.perf_counter()
         answer = pipeline.answer(question)
-        found = timed_since(started)
+        timed = timed_since(started)
         assert answer.attempts == attempts, "a draft was accepted"
-        return found
+        return timed
 
     return trial
 
@@ -274,13 +274,13 @@ def torch_loop(
         started = time.perf_counter()
         with torch.inference_mode():
             for _ in range(rounds):
-                whole = draft()
+                sequence = draft()
                 model.set_adapter(verifier)
-                logits = model(input_ids=whole, logits_to_keep=new_tokens + 1).logits[:, :-1].float()
-                logits.log_softmax(-1).gather(-1, whole[:, length:, None]).mean((1, 2)).exp().tolist()
+                logits = model(input_ids=sequence, logits_to_keep=new_tokens + 1).logits[:, :-1].float()
+                logits.log_softmax(-1).gather(-1, sequence[:, length:, None]).mean((1, 2)).exp().tolist()
         synchronize()
         elapsed = timed_since(started)
-        assert whole.shape[1] == length + new_tokens, "a draft ended early"
+        assert sequence.shape[1] == length + new_tokens, "a draft ended early"
         return elapsed
 
     return trial
@@ -298,5 +298,5 @@ def fuse_mlx(model: nn.Module) -> None:
 
 def training_rows(vocabulary: int, rows: int, length: int, seed: int) -> list[list[int]]:
     """Seeded token ids, every row of one length: no padding on either side."""
-    found: list[list[int]] = np.random.default_rng(seed + 1).integers(0, vocabulary, (rows, length)).tolist()
-    return found
+    drawn: list[list[int]] = np.random.default_rng(seed + 1).integers(0, vocabulary, (rows, length)).tolist()
+    return drawn

@@ -78,14 +78,14 @@ def chat(console: Console, **loop: Any) -> None:
         if not text:
             break
         try:
-            found = _answer_one(console, pipeline, text)
+            answer = _answer_one(console, pipeline, text)
         except RsgwmError as error:
             console.line(str(error))
             continue
         except KeyboardInterrupt:
             console.line("(stopped)")
             continue
-        asked, accepted = asked + 1, accepted + bool(found["accepted"])
+        asked, accepted = asked + 1, accepted + bool(answer["accepted"])
     console.line(f"{asked} questions, {accepted} answers accepted")
     console.result({"asked": asked, "accepted": accepted})
 

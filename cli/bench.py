@@ -94,9 +94,9 @@ def bench_compare(console: Console, before: Path, after: Path, anyway: bool) -> 
     """
     from mlx_rsgwm.bench.outcome import compare, comparison_table, load_outcome
 
-    found = compare(load_outcome(before), load_outcome(after), anyway)
-    console.line(comparison_table(found))
-    console.result(found)
+    comparison = compare(load_outcome(before), load_outcome(after), anyway)
+    console.line(comparison_table(comparison))
+    console.result(comparison)
 
 
 def _base_of(adapter: Path | None) -> str:

@@ -82,31 +82,31 @@ def calibrate(
         console.progress.message(note)
     uncalibrated = {"score": UNCALIBRATED_SCORE, "threshold": UNCALIBRATED_THRESHOLD}
     pipeline = build_pipeline(console, {**options, **pair, **uncalibrated}, calibration=None)
-    found = fit_calibration(
+    fitted = fit_calibration(
         pipeline, drawn.questions, console.seed, batch_rows, console.progress,
         score=score, method=method, target=target, file=file, record=drawn.record,
     )  # fmt: skip
     kept_in = calibration_folder(pair["verifier"])
-    save_calibration(kept_in, found)
-    console.line(render(found))
+    save_calibration(kept_in, fitted)
+    console.line(render(fitted))
     console.line(f"calibration: {kept_in}")
-    console.result({"out": str(kept_in), **found.to_dict(), "overlap": drawn.overlap.headline("NOT HELD OUT")})
+    console.result({"out": str(kept_in), **fitted.to_dict(), "overlap": drawn.overlap.headline("NOT HELD OUT")})
 
 
-def render(found: Calibration) -> str:
+def render(calibration: Calibration) -> str:
     """The text a person reads."""
     from mlx_rsgwm.core.tables import aligned, show
 
     rows = [["score", "AUROC", "on perturbed gold", "calibration", "ECE before → after"]]
-    for name, own in found.auroc.items():
-        reliable = found.reliability.get(name)
-        method = found.curves[name].method if name in found.curves else "none"
+    for name, auroc in calibration.auroc.items():
+        reliable = calibration.reliability.get(name)
+        method = calibration.curves[name].method if name in calibration.curves else "none"
         errors = f"{reliable.ece_before:.3f} → {reliable.ece_after:.3f}" if reliable else show(None)
-        rows.append([name, _three(own), _three(found.perturbed_auroc[name]), method, errors])
-    lines = [f"{found.drafts} drafts of {found.items} items, {found.correct} right", aligned(rows)]
-    lines.append(f"in use: {found.score}, accepted from {found.threshold:.3f} on")
-    if found.promise is not None:
-        lines.append(f"promised: {found.promise}")
+        rows.append([name, _three(auroc), _three(calibration.perturbed_auroc[name]), method, errors])
+    lines = [f"{calibration.drafts} drafts of {calibration.items} items, {calibration.correct} right", aligned(rows)]
+    lines.append(f"in use: {calibration.score}, accepted from {calibration.threshold:.3f} on")
+    if calibration.promise is not None:
+        lines.append(f"promised: {calibration.promise}")
     return "\n".join(lines)
 
 

@@ -50,18 +50,18 @@ def convert_to_peft(
     from mlx_rsgwm.core.folders import new_folder
     from mlx_rsgwm.models.adapter_sources import load_adapter
 
-    def one(source: Path | str, target: Path) -> Converted:
+    def convert(source: Path | str, target: Path) -> Converted:
         peft.require_empty(target)
         with new_folder(target) as work:
             if verify:
-                found = to_peft_verified(source, base_name, work, console.progress)
+                converted = to_peft_verified(source, base_name, work, console.progress)
             else:
-                found = peft.convert_to_peft(source, base_name, work, console.progress)
+                converted = peft.convert_to_peft(source, base_name, work, console.progress)
             if certificate is not None:
                 embed_certificate(certificate, load_adapter(source, base_name, lazy=True), work)
-        return found._replace(out=target)
+        return converted._replace(out=target)
 
-    _run(console, adapter, out, is_mlx, is_whole_peft, one, "PEFT adapter")
+    _run(console, adapter, out, is_mlx, is_whole_peft, convert, "PEFT adapter")
 
 
 @click.command("from-peft")
@@ -96,11 +96,11 @@ def convert_from_peft(
         raise click.UsageError("missing option --base")
     layers = read_base_layers(base_name, resolve_base(base_name, console.progress))
 
-    def one(source: Path, target: Path) -> Converted:
+    def convert(source: Path, target: Path) -> Converted:
         reading = Reading(strict=strict, language_only=language_only)
         return (from_peft_verified if verify else peft.convert_from_peft)(source, layers, target, reading)
 
-    _run(console, folder, out, is_peft, is_complete, one, "adapter")
+    _run(console, folder, out, is_peft, is_complete, convert, "adapter")
 
 
 @click.command("from-mlx")
@@ -163,14 +163,14 @@ def convert_to_gguf(console: Console, source: Path | str, out: Path, base_name: 
         console.result(written)
         return
 
-    def one(folder: Path | str, target: Path) -> Converted:
+    def convert(folder: Path | str, target: Path) -> Converted:
         adapter = load_adapter(folder, base_name, progress=console.progress)
         name, path = base_of(adapter, base_name, console.progress)
         to_gguf(adapter, shared_base_layers(name, path), target, dtype or "f32")
         return Converted(target, name, adapter.spec, len(adapter.modules()))
 
     kind = dtype or "f32"
-    _run(console, source, out, is_mlx, Path.is_file, one, f"GGUF adapter ({kind})", ".gguf", dtype=kind)
+    _run(console, source, out, is_mlx, Path.is_file, convert, f"GGUF adapter ({kind})", ".gguf", dtype=kind)
 
 
 @click.command("from-gguf")
@@ -241,7 +241,7 @@ def _run(
     out: Path,
     is_adapter: Callable[[Path], bool],
     is_result: Callable[[Path], bool],
-    one: Callable[[Any, Path], Converted],
+    convert: Callable[[Any, Path], Converted],
     noun: str,
     suffix: str = "",
     **about: Any,
@@ -253,23 +253,29 @@ def _run(
     from mlx_rsgwm.converters.peft.bulk import adapter_folders, convert_all
 
     if isinstance(source, str) or is_adapter(source) or not adapter_folders(source, is_adapter):
-        _tell(console, out, noun, one(source, out), **about)
+        _tell(console, out, noun, convert(source, out), **about)
     else:
-        _report(console, convert_all(source, out, is_adapter, is_result, one, suffix, console.progress))
+        _report(console, convert_all(source, out, is_adapter, is_result, convert, suffix, console.progress))
 
 
-def _tell(console: Console, out: Path, noun: str, found: Converted, **about: Any) -> None:
+def _tell(console: Console, out: Path, noun: str, result: Converted, **about: Any) -> None:
     console.line(
-        f"{out}: {noun} for {found.base}, rank {found.spec.rank}, scale {found.spec.scale:g}, {found.modules} modules"
+        f"{out}: {noun} for {result.base}, rank {result.spec.rank}, scale {result.spec.scale:g}, "
+        f"{result.modules} modules"
     )
-    for note in found.notes:
+    for note in result.notes:
         console.line(f"note: {note}")
-    console.result({"out": out, **_facts(found), **about})
+    console.result({"out": out, **_facts(result), **about})
 
 
-def _facts(found: Converted) -> dict[str, Any]:
-    facts = {"base": found.base, "rank": found.spec.rank, "scale": found.spec.scale, "modules": found.modules}
-    return {**facts, "notes": list(found.notes)} if found.notes else facts
+def _facts(result: Converted) -> dict[str, Any]:
+    facts = {
+        "base": result.base,
+        "rank": result.spec.rank,
+        "scale": result.spec.scale,
+        "modules": result.modules,
+    }
+    return {**facts, "notes": list(result.notes)} if result.notes else facts
 
 
 def _report(console: Console, outcomes: Sequence[Outcome]) -> None:
@@ -285,9 +291,11 @@ def _report(console: Console, outcomes: Sequence[Outcome]) -> None:
     failed = [outcome for outcome in outcomes if outcome.error]
     console.result(
         {
-            "converted": [{"out": one.out, **_facts(one.converted)} for one in outcomes if one.converted],
-            "kept": [one.out for one in outcomes if one.converted is None and not one.error],
-            "failed": [{"source": one.source, "error": one.error} for one in failed],
+            "converted": [{"out": entry.out, **_facts(entry.converted)} for entry in outcomes if entry.converted],
+            "kept": [entry.out for entry in outcomes if entry.converted is None and not entry.error],
+            "failed": [{"source": entry.source, "error": entry.error} for entry in failed],
         }
     )
-    raise_problems(f"{len(failed)} of {len(outcomes)} adapters were not converted", [str(one.error) for one in failed])
+    raise_problems(
+        f"{len(failed)} of {len(outcomes)} adapters were not converted", [str(entry.error) for entry in failed]
+    )

@@ -49,12 +49,12 @@ def lm_eval(
             chosen.append(read_yaml(read_text(Path(task), LARGEST_YAML), task))
         else:
             chosen.append(task)
-    found = drive(build_pipeline(console, loop), chosen, role, items, console.seed)
-    for name, scores in found["results"].items():
+    results = drive(build_pipeline(console, loop), chosen, role, items, console.seed)
+    for name, scores in results["results"].items():
         for key, value in scores.items():
             if isinstance(value, float):
                 console.line(f"{name}: {key} {value:.4f}")
-    plain = json.loads(json.dumps({"results": found["results"], "samples": found.get("samples")}, default=str))
+    plain = json.loads(json.dumps({"results": results["results"], "samples": results.get("samples")}, default=str))
     if out is not None:
         write_json(out, plain)
         console.line(f"results: {out}")

@@ -48,18 +48,20 @@ def grams(
         raise RsgwmError(f"{adapter_folder} already has Gram matrices; pass --replace to replace them")
     data, _ = load_data(corpus, None)
     base = load_base_for([adapter], base_name, console.progress)
-    found, metadata = collect_grams(base, adapter, data, batch_rows, max_tokens, rows, console.seed, console.progress)
-    save_grams(adapter, base, data, found, metadata)
+    collected, metadata = collect_grams(
+        base, adapter, data, batch_rows, max_tokens, rows, console.seed, console.progress
+    )
+    save_grams(adapter, base, data, collected, metadata)
     size = (adapter_folder / GRAMS_FILE).stat().st_size
-    matrices = len({id(gram) for gram in found.values()})
+    matrices = len({id(gram) for gram in collected.values()})
     console.line(
-        f"{adapter_folder}: {matrices} Gram matrices for {len(found)} modules from {metadata['tokens']} tokens "
+        f"{adapter_folder}: {matrices} Gram matrices for {len(collected)} modules from {metadata['tokens']} tokens "
         f"({size / 1e6:.0f} MB)"
     )
     console.result(
         {
             "adapter": str(adapter_folder),
-            "modules": len(found),
+            "modules": len(collected),
             "matrices": matrices,
             "rows": int(metadata["rows"]),
             "tokens": int(metadata["tokens"]),

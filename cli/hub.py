@@ -107,7 +107,7 @@ def pull(
 
     if keep_peft and (strict or language_only):
         raise RsgwmError("--keep-peft keeps the adapter as it is; leave out --strict and --language-only")
-    found = hub.pull(
+    pulled = hub.pull(
         repo,
         out,
         base=base_name,
@@ -116,7 +116,7 @@ def pull(
         reading=Reading(strict=strict, language_only=language_only),
         progress=console.progress,
     )
-    console.line(f"{out}: {repo} for {found['base'] or 'a base it does not name'}, {found['layout']} layout")
-    for note in found.get("notes", ()):
+    console.line(f"{out}: {repo} for {pulled['base'] or 'a base it does not name'}, {pulled['layout']} layout")
+    for note in pulled.get("notes", ()):
         console.line(f"note: {note}")
-    console.result(found)
+    console.result(pulled)

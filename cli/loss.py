@@ -43,11 +43,11 @@ def loss(
     from mlx_rsgwm.models.adapter_sources import load_adapters
     from mlx_rsgwm.training.losses import held_out_loss
 
-    loaded = {one.where: one for one in load_adapters(adapters, base_name, progress=console.progress)}
+    loaded = {adapter.where: adapter for adapter in load_adapters(adapters, base_name, progress=console.progress)}
     examples, _ = load_data(corpus, None)
     base = load_base_for(list(loaded.values()), base_name, console.progress)
-    found, dropped = examples.token_rows(base.tokenizer, max_tokens, "drop")
-    chosen = found[:rows] if rows else found
+    token_rows, dropped = examples.token_rows(base.tokenizer, max_tokens, "drop")
+    chosen = token_rows[:rows] if rows else token_rows
     for note in row_notes(chosen):
         console.progress.message(f"{corpus}: {note}")
     slots = slots_of(base, loaded)

@@ -109,12 +109,17 @@ def merge(
     if not dry_run:
         assert out is not None
         merged.save(out)
-    _tell(console, [one.where for one in loaded], merged.manifest["merge"], "nothing written" if dry_run else str(out))
+    _tell(
+        console,
+        [adapter.where for adapter in loaded],
+        merged.manifest["merge"],
+        "nothing written" if dry_run else str(out),
+    )
 
 
 def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out: str) -> None:
-    found = merge["diagnosis"]
-    overall = found["overall"]
+    diagnosis = merge["diagnosis"]
+    overall = diagnosis["overall"]
     console.line(
         f"{out}: {merge['method']} of {len(adapters)} adapters for the {merge['role']} role, rank {merge['rank']}"
     )
@@ -127,12 +132,12 @@ def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out:
     console.line(f"lost to the rank: {overall['discarded']:.2%} of the squared norm")
     for suffix, what in (("_a", "lora_a"), ("_b", "lora_b"), ("", "the update")):
         if f"kept{suffix}" in overall:
-            kept = ", ".join(f"{share:.0%}" for share in overall[f"kept{suffix}"])
+            shown = ", ".join(f"{share:.0%}" for share in overall[f"kept{suffix}"])
             both = overall[f"overlap{suffix}"]
-            console.line(f"kept of {what}: {kept}; by all adapters {both:.0%} of what any keeps")
-    worst = min(found["modules"].items(), key=lambda item: item[1]["norm_share"])
+            console.line(f"kept of {what}: {shown}; by all adapters {both:.0%} of what any keeps")
+    worst = min(diagnosis["modules"].items(), key=lambda item: item[1]["norm_share"])
     console.line(f"weakest module: {worst[0]}, norm {worst[1]['norm_share']:.3f} of the sources' mean")
-    console.result({"out": out, "merge": {**merge, "diagnosis": found}})
+    console.result({"out": out, "merge": {**merge, "diagnosis": diagnosis}})
 
 
 def _list(console: Console) -> None:

@@ -93,7 +93,7 @@ def merge_sweep(
     variants = parse_variants(methods or DEFAULT_METHODS)
     adapters = load_adapters(pool, base_name, progress=console.progress)
     beside = {name: load_adapter(source, base_name, progress=console.progress) for name, source in _extras(extras)}
-    seen = rows_seen({f"pool/{one.name}": one for one in adapters} | beside, base_name, console.progress)
+    seen = rows_seen({f"pool/{adapter.name}": adapter for adapter in adapters} | beside, base_name, console.progress)
     chosen = {
         task: select_questions(task, "test", items, console.seed, folder, split=split, seen=union(seen))
         for task in tasks or _known_tasks(adapters)
@@ -104,11 +104,11 @@ def merge_sweep(
         if line and processes.writes:
             console.progress.message(line)
     plan = Plan(
-        pool=tuple(one.own_folder or one for one in adapters),
+        pool=tuple(adapter.own_folder or adapter for adapter in adapters),
         variants=tuple(variants),
         questions=tuple(questions),
         template=_template(template_name, adapters),
-        extras={name: one.own_folder or one for name, one in beside.items()},
+        extras={name: adapter.own_folder or adapter for name, adapter in beside.items()},
         judged=judged or items,
         max_tokens=max_tokens,
         weights=weights,

@@ -74,10 +74,10 @@ def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | 
     if out is not None:
         page_writer(out)
     first, second = (read_report(run)[1] for run in (run_a, run_b))
-    found = compare_runs(first, second, modes, (str(run_a), str(run_b)), console.seed)
-    console.line(aligned(comparison_rows(found)))
-    console.line("\n".join(comparison_notes(found)))
+    comparison = compare_runs(first, second, modes, (str(run_a), str(run_b)), console.seed)
+    console.line(aligned(comparison_rows(comparison)))
+    console.line("\n".join(comparison_notes(comparison)))
     if out is not None:
-        write_page(out, f"{run_a} and {run_b}", [("", comparison_rows(found))], comparison_notes(found))
+        write_page(out, f"{run_a} and {run_b}", [("", comparison_rows(comparison))], comparison_notes(comparison))
         console.line(f"comparison: {out}")
-    console.result(found)
+    console.result(comparison)

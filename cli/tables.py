@@ -103,14 +103,14 @@ def tables(
     base = load_base(default.base, progress=console.progress)
     folder_of_table = out / f"table-{table}"
     told = {**asdict(overlap), "headline": overlap.headline()}
-    found = measure(table, base, runs, questions, measured, folder_of_table, console.progress, told)
-    rows, notes = table_rows(found), table_notes(found)
+    measurement = measure(table, base, runs, questions, measured, folder_of_table, console.progress, told)
+    rows, notes = table_rows(measurement), table_notes(measurement)
     for suffix in PAGES:
         write_page(folder_of_table / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap.lines(), *notes])
     console.line("\n".join([*overlap.lines(), TITLES[table]]))
     console.line(aligned(rows))
     console.line("\n".join(notes))
-    console.result(found)
+    console.result(measurement)
 
 
 def _asked(slices: Sequence[Slice], seen: Mapping[str, RowRecord]) -> list[Question]:

@@ -99,12 +99,12 @@ def _build(
     from mlx_rsgwm.data.template import find_template
 
     for task in tasks:
-        own = is_question_file(task)
-        wanted = None if own else max(draft_rows, 2 * verify_rows, 1)
+        own_file = is_question_file(task)
+        wanted = None if own_file else max(draft_rows, 2 * verify_rows, 1)
         chosen = select_questions(task, "train", wanted, console.seed, questions)
         if chosen.note(task):
             console.progress.message(chosen.note(task))
-        rows = make_rows(chosen.questions, draft_rows, verify_rows, console.seed, at_most=own)
+        rows = make_rows(chosen.questions, draft_rows, verify_rows, console.seed, at_most=own_file)
         provenance = {"seed": console.seed, "tasks": [task], "split": chosen.split}
         folder = out / "data" / Path(task).stem
         save_corpus(folder, rows, find_template(template_name), provenance, chosen.file_questions)

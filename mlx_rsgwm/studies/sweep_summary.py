@@ -140,7 +140,9 @@ class _Table:
         self.strata = strata
         self.columns = columns
         self.tasks = _tasks(sweeps[0])
-        self.own = {outcome.task: name for name, column in columns.items() for outcome in column[:1] if outcome.task}
+        self.task_adapters = {
+            outcome.task: name for name, column in columns.items() for outcome in column[:1] if outcome.task
+        }
         self.extras = [name for name, column in columns.items() if column[0].kind == "extra"]
         self.accuracy = {name: self._mean(name, self._hits) for name in columns}
         self.nll = {name: self._mean(name, self._loss) for name in columns}
@@ -182,7 +184,7 @@ class _Table:
         }
 
     def _references(self) -> dict[str, dict[str, str]]:
-        own_adapters = {task: self.own[task] for task in self.tasks if task in self.own}
+        own_adapters = {task: self.task_adapters[task] for task in self.tasks if task in self.task_adapters}
         return {
             **({"own": own_adapters} if own_adapters else {}),
             **{extra: dict.fromkeys(self.tasks, extra) for extra in self.extras},

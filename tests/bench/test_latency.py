@@ -112,7 +112,7 @@ class Echo:
 
 def test_a_side_has_a_process_and_libraries_of_its_own(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    with sides.side_process("echo", Echo, 3) as own, sides.side_process("echo", Echo, 0, own=False) as shared:
+    with sides.side_process("echo", Echo, 3) as own, sides.side_process("echo", Echo, 0, without_mlx=False) as shared:
         assert len({os.getpid(), own.facts["pid"], shared.facts["pid"]}) == 3
         assert set(own.facts["environment"].values()) == {None}
         assert shared.facts["environment"]["OPENBLAS_NUM_THREADS"] == "1"
