@@ -37,10 +37,6 @@ class Console:
         """Print text for people (it may hold newlines)."""
         click.echo(text, err=self.json)
 
-    def warn(self, text: str) -> None:
-        """Print a warning on standard error, with ``--quiet`` too: it is about what the result is worth."""
-        click.echo(f"warning: {text}", err=True)
-
     def result(self, mapping: Mapping[str, Any]) -> None:
         """Print the command's result as JSON, with ``--json`` only. Call it once, at the end.
 

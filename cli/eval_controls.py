@@ -96,7 +96,7 @@ def controls(
     )
     adapters = [Adapter.load(path, lazy=True, hashes=False) for path in pair.values()]
     for doubt in check_pair(*adapters):
-        console.warn(doubt)
+        console.progress.warning(f"warning: {doubt}")
     summary = run_controls(load_base_for(adapters, base_name, console.progress), plan, console.progress)
     for line in dict.fromkeys((*drawn.notes, *overlap.lines())):
         console.line(line)

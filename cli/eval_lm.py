@@ -36,10 +36,9 @@ def lm_eval(
 
     Example: rsgwm lm-eval --task gsm8k --items 20 --as drafter --out lm-eval.json
     """
-    import json
-
     from mlx_rsgwm.core.config import read_yaml
     from mlx_rsgwm.core.files import LARGEST_YAML, read_text, write_json
+    from mlx_rsgwm.core.resume import plain
     from mlx_rsgwm.studies.lm_eval import drive, load_lm_eval
 
     load_lm_eval()
@@ -54,8 +53,8 @@ def lm_eval(
         for key, value in scores.items():
             if isinstance(value, float):
                 console.line(f"{name}: {key} {value:.4f}")
-    plain = json.loads(json.dumps({"results": results["results"], "samples": results.get("samples")}, default=str))
+    scored = plain({"results": results["results"], "samples": results.get("samples")})
     if out is not None:
-        write_json(out, plain)
+        write_json(out, scored)
         console.line(f"results: {out}")
-    console.result({"results": plain["results"]})
+    console.result({"results": scored["results"]})

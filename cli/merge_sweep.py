@@ -80,7 +80,7 @@ def merge_sweep(
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
-    from mlx_rsgwm.inference.open import find_base
+    from mlx_rsgwm.inference.open import find_base, template_of
     from mlx_rsgwm.models.adapter_sources import load_adapter, load_adapters
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.studies.merge_sweep import Plan, Sweep
@@ -107,7 +107,7 @@ def merge_sweep(
         pool=tuple(adapter.own_folder or adapter for adapter in adapters),
         variants=tuple(variants),
         questions=tuple(questions),
-        template=_template(template_name, adapters),
+        template=template_of(adapters, template_name),
         extras={name: adapter.own_folder or adapter for name, adapter in beside.items()},
         judged=judged or items,
         max_tokens=max_tokens,
@@ -141,18 +141,6 @@ def _known_tasks(adapters: Sequence[Any]) -> list[str]:
     if unknown:
         raise RsgwmError(f"there are no held-out items for {', '.join(unknown)}; say what to evaluate on with --task")
     return list(dict.fromkeys(tasks))
-
-
-def _template(name: str | None, adapters: Sequence[Any]) -> Any:
-    from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.data.template import Template, find_template
-
-    if name:
-        return find_template(name)
-    for adapter in adapters:
-        if adapter.manifest.get("template"):
-            return Template.from_description(adapter.manifest["template"])
-    raise RsgwmError("no adapter of the pool says which prompt template it was trained with; give --template")
 
 
 def _extras(texts: Sequence[str]) -> list[tuple[str, str]]:

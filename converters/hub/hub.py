@@ -175,7 +175,7 @@ def pull(
 
 def _kept_mlx(folder: Path, repo: str, out: Path, base: str | None, keep_peft: bool) -> dict[str, Any]:
     if keep_peft:
-        raise RsgwmError(f"{repo} has mlx-lm's layout, not PEFT's; leave --peft out")
+        raise RsgwmError(f"{repo} has mlx-lm's layout, not PEFT's; leave --keep-peft out")
     adapter = Adapter.load(folder)
     _copy(folder, out)
     named = base or (adapter.manifest.get("base") or {}).get("name")

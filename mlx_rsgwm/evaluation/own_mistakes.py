@@ -17,10 +17,10 @@ from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.data.corpus import Corpus, CorpusRow, save_corpus
 from mlx_rsgwm.data.hard_negatives import MixedRows, make_mixed_rows
 from mlx_rsgwm.data.select import Selection, select_questions
-from mlx_rsgwm.data.template import Template, find_template
+from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation.judging import label_drafts
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.open import load_base_for, slots_of
+from mlx_rsgwm.inference.open import load_base_for, slots_of, template_of
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.adapter import Adapter
@@ -90,7 +90,7 @@ def build_from_mistakes(
         if selection.note(task):
             tell(selection.note(task))
     adapters = load_adapters(sources, base, progress=progress)
-    template = _template(plan.template, adapters, str(sources[0]))
+    template = template_of(adapters, plan.template)
     pipelines = _drafters(adapters, base, template, plan, progress)
     rows: list[CorpusRow] = []
     counts = {}
@@ -106,15 +106,6 @@ def build_from_mistakes(
         counts[task] = _counts([correct for item in drafts for _, correct in item], mixed)
         _tell_task(tell, task, counts[task], mixed.missing)
     return save_corpus(out, rows, template, _about(plan, adapters, counts), _texts(chosen)), counts
-
-
-def _template(name: str | None, adapters: Sequence[Adapter], source: str) -> Template:
-    described = [adapter.manifest["template"] for adapter in adapters if adapter.manifest.get("template")]
-    if name:
-        return find_template(name)
-    if not described:
-        raise RsgwmError(f"{source} does not say which prompt template it was trained with; give --template")
-    return Template.from_description(described[0])
 
 
 def _drafters(

@@ -97,7 +97,7 @@ def open_pipeline(
         calibration = stored_calibration(loaded["verifier"]) if "verifier" in loaded else None
     if calibration is not None and "auto" in (score, threshold):
         calibration.require_both_classes(loaded["verifier"].where if "verifier" in loaded else "the bare base")
-    spoken = _template_of(loaded["drafter"], template)
+    spoken = template_of([loaded["drafter"]], template)
     asked_in = find_template(verify_template) if isinstance(verify_template, str) else verify_template
     if not isinstance(base, Base):
         base = load_base_for(list(loaded.values()), None if base is None else str(base), progress)
@@ -135,12 +135,19 @@ def slots_of(base: Base, adapters: Mapping[str, AdapterSource]) -> AdapterSlots:
     return slots
 
 
-def _template_of(drafter: Adapter, given: str | Template | None) -> Template:
+def template_of(adapters: Sequence[Adapter], given: str | Template | None = None) -> Template:
+    """The ``given`` template, else the one that the first of ``adapters`` which records any was trained with.
+
+    Raises:
+        RsgwmError: none of that name, or none is recorded.
+    """
     if given is not None:
         return find_template(given) if isinstance(given, str) else given
-    if not drafter.manifest.get("template"):
-        raise RsgwmError(f"{drafter.where} does not say which prompt template it was trained with; give --template")
-    return Template.from_description(drafter.manifest["template"])
+    described = next((one.manifest["template"] for one in adapters if one.manifest.get("template")), None)
+    if described is None:
+        names, verb = ", ".join(one.where for one in adapters), "does" if len(adapters) == 1 else "do"
+        raise RsgwmError(f"{names} {verb} not say which prompt template it was trained with; give --template")
+    return Template.from_description(described)
 
 
 def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
