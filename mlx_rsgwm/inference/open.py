@@ -143,11 +143,12 @@ def template_of(adapters: Sequence[Adapter], given: str | Template | None = None
     """
     if given is not None:
         return find_template(given) if isinstance(given, str) else given
-    described = next((one.manifest["template"] for one in adapters if one.manifest.get("template")), None)
-    if described is None:
-        names, verb = ", ".join(one.where for one in adapters), "does" if len(adapters) == 1 else "do"
-        raise RsgwmError(f"{names} {verb} not say which prompt template it was trained with; give --template")
-    return Template.from_description(described)
+    recorded = [adapter.manifest["template"] for adapter in adapters if adapter.manifest.get("template")]
+    if not recorded:
+        names = ", ".join(adapter.where for adapter in adapters)
+        said = f"{names} does not say" if len(adapters) == 1 else f"none of {names} says"
+        raise RsgwmError(f"{said} which prompt template it was trained with; give --template")
+    return Template.from_description(recorded[0])
 
 
 def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
