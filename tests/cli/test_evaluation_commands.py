@@ -135,6 +135,9 @@ def test_tables_refuse_what_will_be_trained_on_before_training(recipe, tmp_path,
     assert not (tmp_path / "t").exists()
 
 
+PAIR = ("--drafter", "{run}/drafter", "--verifier", "{run}/verifier")  # read before the questions
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -149,16 +152,16 @@ def test_tables_refuse_what_will_be_trained_on_before_training(recipe, tmp_path,
         (["eval", "--task", "change", "--items", "0"], "not in the range x>=1"),
         (["eval", "--task", "change", "--timed", "-1"], "not in the range x>=0"),
         (["eval", "--task", "change", "--refusal", "("], "is not a regular expression"),
-        (["eval", "--task", "change", "--corpus", "{tmp}/none"], "none does not exist"),
-        (["eval", "--task", "{tmp}/twice.jsonl"], "is already that of line 1"),
-        (["eval", "--task", "{tmp}/missing-gold.jsonl"], "no gold answer"),
+        (["eval", *PAIR, "--task", "change", "--corpus", "{tmp}/none"], "none does not exist"),
+        (["eval", *PAIR, "--task", "{tmp}/twice.jsonl"], "is already that of line 1"),
+        (["eval", *PAIR, "--task", "{tmp}/missing-gold.jsonl"], "no gold answer"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, arguments, message):
+def test_bad_input_is_one_line(run, tmp_path, arguments, message):
     row = {"question": "q", "answer": "1", "id": "a"}
     (tmp_path / "twice.jsonl").write_text(2 * (json.dumps(row) + "\n"))
     (tmp_path / "missing-gold.jsonl").write_text(json.dumps({**row, "answer": ""}) + "\n")
-    found = invoke(*(argument.format(tmp=tmp_path) for argument in arguments), "--json")
+    found = invoke(*(argument.format(tmp=tmp_path, run=run) for argument in arguments), "--json")
     assert found.exit_code == 2, found.output
     errors = [line for line in found.stderr.splitlines() if line.startswith("rsgwm: error:")]
     assert len(errors) == 1

@@ -7,11 +7,14 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation import metrics
-from mlx_rsgwm.evaluation.metrics import Draft, ItemRecord
+from mlx_rsgwm.evaluation.metrics import ItemRecord
+from mlx_rsgwm.evaluation.records import DraftRecord
 
 
 def draft(value, correct, score, finished=True, latency=None):
-    return Draft(f"#### {value}", value, correct, {"yesno": score, "mean_logprob": score / 2}, 5, finished, latency)
+    return DraftRecord(
+        f"#### {value}", value, correct, {"yesno": score, "mean_logprob": score / 2}, 5, finished, latency
+    )
 
 
 def record(name, drafts, threshold=0.7, k=3, task="add", latency=None):
@@ -171,4 +174,4 @@ def test_records_round_trip_and_check_themselves(records):
     with pytest.raises(RsgwmError, match="not accepted with yesno"):
         replace(records[0], accepted=False)
     with pytest.raises(RsgwmError, match="without an answer"):
-        Draft("", None, True)
+        DraftRecord("", None, True)

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation import metrics
-from mlx_rsgwm.evaluation.metrics import Draft, ItemRecord
+from mlx_rsgwm.evaluation.metrics import ItemRecord
+from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.evaluation.report import folder as report
 
 
@@ -21,7 +22,7 @@ def make_records(n=24, k=3):
             right = rng.random() < 0.5
             value = "1" if right else rng.choice(["2", None])
             score = min(1.0, max(0.0, rng.random() * 0.6 + 0.4 * right))
-            drafts.append(Draft("text ▸ #### 1", value, right, {"yesno": score, "mean_logprob": rng.random()}, 4))
+            drafts.append(DraftRecord("text ▸ #### 1", value, right, {"yesno": score, "mean_logprob": rng.random()}, 4))
         row = ItemRecord(f"i{index}", f"family|{index % 4}", "q", "1", tuple(drafts), "yesno", 2.0, False, 1, 0)
         records.append(metrics.replay(row, 0.7, k))
     return records
@@ -68,8 +69,8 @@ def test_text_and_markdown_show_every_row_with_interval_and_n():
 
 def test_missing_drafts_leave_dashes(tmp_path):
     records = [
-        ItemRecord("a", "t", "q", "1", (Draft("1", "1", True, {"yesno": 0.9}),), "yesno", 0.7, True, 1, 0),
-        ItemRecord("b", "t", "q", "1", (Draft("1", "1", True, {"yesno": 0.8}),), "yesno", 0.7, True, 1, 0),
+        ItemRecord("a", "t", "q", "1", (DraftRecord("1", "1", True, {"yesno": 0.9}),), "yesno", 0.7, True, 1, 0),
+        ItemRecord("b", "t", "q", "1", (DraftRecord("1", "1", True, {"yesno": 0.8}),), "yesno", 0.7, True, 1, 0),
     ]
     summary = report.write_report(tmp_path, records, 3)
     assert summary["oracle"] == {"any_of_k": None, "majority_of_k": None, "gap_closed": None}
@@ -113,7 +114,7 @@ def test_any_task_name_can_be_drawn_and_tabled(tmp_path):
 
 
 def test_drafts_that_were_cut_off_are_told_as_such():
-    cut = Draft("so 3 +", None, False, {"yesno": 0.1}, 4, finished=False)
+    cut = DraftRecord("so 3 +", None, False, {"yesno": 0.1}, 4, finished=False)
     records = [ItemRecord(f"i{index}", "t", "q", "1", (cut,), "yesno", 0.5, False, 1, 0) for index in range(4)]
     text = report.render_table(report.summarise(records, 1))
     shown = {line[:38].strip(): line[38:].split()[0] for line in text.split("\n")[3:8]}
@@ -122,5 +123,5 @@ def test_drafts_that_were_cut_off_are_told_as_such():
 
 
 def test_records_of_earlier_versions_are_read():
-    old = Draft("x", None, False, status="refusal"), Draft("x", None, False, status="truncated")
+    old = DraftRecord("x", None, False, status="refusal"), DraftRecord("x", None, False, status="truncated")
     assert [draft.status for draft in old] == ["no_answer", "cut_off"]
