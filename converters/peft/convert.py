@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,9 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
-from mlx_rsgwm.models.base import ALIASES, recorded_base, resolve_base
+from mlx_rsgwm.models.base import ALIASES, local_base, recorded_base, resolve_base
+from mlx_rsgwm.models.fit_check import check_made_for
+from mlx_rsgwm.models.folder import fingerprint_of
 
 
 class Converted(NamedTuple):
@@ -79,17 +82,29 @@ def convert_to_peft(source: AdapterSource, base_name: str | None, out: Path, pro
     name, folder = base_name or adapter.base_name, adapter.path
     if not name:
         raise RsgwmError(f"{adapter.where} does not say which base model it is for; give --base")
-    found = Converted(out, name, adapter.spec, len(adapter.modules()))
+    if base_name is not None:
+        _check_named_base(adapter, base_name)
+    converted = Converted(out, name, adapter.spec, len(adapter.modules()))
     if folder is None:
         to_peft(adapter, name, out)
-        return found
+        return converted
 
     def weights() -> dict[str, mx.array]:
         return read_safetensors(folder / WEIGHTS_FILE, evaluate=False)[0]
 
     with ThreadPoolExecutor(1) as checker:  # on another core, while the arrays are written
         _write(adapter, weights, name, out, checker.submit(check_hashes, folder, adapter.manifest).result)
-    return found
+    return converted
+
+
+def _check_named_base(adapter: Adapter, name: str) -> None:
+    """Raise where the base that the PEFT folder is to name is on this machine, and is another than was trained on."""
+    place = local_base(name)
+    fingerprint = None
+    with suppress(RsgwmError):  # not whole, so nobody can tell; it is named and not read
+        fingerprint = fingerprint_of(place) if place is not None else None
+    if fingerprint is not None:
+        check_made_for(adapter, name, fingerprint, weights_only=True)
 
 
 def _write(

@@ -96,8 +96,8 @@ class Journal:
         """Take over what the other shards hold by now."""
         shards = self._first.parent.glob(f"{_literal(self._first.stem)}.*{_literal(self._first.suffix)}")
         for path in sorted({*shards, self._first} - {self.path}):
-            if path.is_file():
-                self._read(path, replace)
+            if path.is_file() and not self._read(path, replace) and replace and os.path.getsize(path):
+                path.unlink()  # of something else: the next run, which may not replace it, would be refused by it
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keep rows; they are on disk when this returns."""
@@ -124,6 +124,8 @@ class Journal:
                     self._take(files.parse_json(line.decode("utf-8")), where)
                 except (KeyError, TypeError, ValueError, AttributeError):
                     raise RsgwmError(f"{where} is damaged; delete the file to start anew") from None
+            if len(line) == LARGEST_ROW:  # a row that was cut off by a kill is shorter
+                raise RsgwmError(f"{path} line {number + 1} is longer than any row; delete the file to start anew")
             return complete
 
     def _is_of_something_else(self, path: Path, head: bytes, replace: bool) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_rsgwm.core import resume
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.resume import Journal, content_key, differing, read_stamp, stamped
 
@@ -79,6 +80,25 @@ def test_what_is_no_journal_of_this_is_refused_and_stays(tmp_path):
     path.write_text('{"about": {"seed": 2}}\n{"m": 4}\n')
     with pytest.raises(RsgwmError, match="line 2 is damaged"):
         rows_of(path, {"seed": 2})
+
+
+def test_a_shard_of_something_else_goes_with_what_it_belonged_to(tmp_path):
+    path = tmp_path / "j.jsonl"
+    for shard in (0, 1):
+        rows_of(path, {"seed": 1}, shard=shard)[0].append([{"n": shard}])
+    assert rows_of(path, {"seed": 2}, replace=True)[1] == []
+    assert rows_of(path, {"seed": 2})[1] == []  # nothing is left to be refused by
+    assert [file.name for file in tmp_path.iterdir()] == ["j.jsonl"]
+
+
+def test_a_row_longer_than_any_is_refused_and_what_follows_stays(tmp_path, monkeypatch):
+    path = tmp_path / "j.jsonl"
+    rows_of(path, {"seed": 1})[0].append([{"n": 0}, {"n": 1, "text": "x" * 500}, {"n": 2}])
+    before = path.read_bytes()
+    monkeypatch.setattr(resume, "LARGEST_ROW", 300)
+    with pytest.raises(RsgwmError, match="line 3 is longer than any row"):
+        rows_of(path, {"seed": 1})
+    assert path.read_bytes() == before
 
 
 def test_a_stamp_goes_before_the_work_and_comes_back_last(tmp_path):

@@ -541,6 +541,20 @@ def test_commands_convert_there_and_back(base_folder, tmp_path):
     assert "not an empty folder" in again.output
 
 
+def test_to_peft_names_no_other_base_than_was_trained_on(base_folder, tmp_path, make_torch_llama):
+    from mlx_rsgwm.converters.peft.convert import convert_to_peft
+
+    make_adapter(manifest={"base": load_base(str(base_folder)).describe()}).save(tmp_path / "ours")
+    other = make_torch_llama(tmp_path / "other", 7, 2, VOCABULARY)
+    with pytest.raises(AdapterError, match="pass the base it was made for"):
+        convert_to_peft(tmp_path / "ours", str(other), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+    convert_to_peft(tmp_path / "ours", "owner/not-here", tmp_path / "peft")  # nobody can tell
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "owner/not-here"
+    )
+
+
 def test_to_peft_without_a_known_base_asks_for_one(tmp_path):
     from click.testing import CliRunner
 
