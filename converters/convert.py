@@ -43,7 +43,7 @@ def convert(source: AdapterSource, out: Path, to: str, base: str | None = None, 
 
 def _compare(adapter: Adapter, written: Adapter, out: Path) -> None:
     """Raise unless both hold the same values in every array, as float32, and the same alpha."""
-    before, after = ({**one.weights, **one.full} for one in (adapter, written))
+    before, after = ({**side.weights, **side.full} for side in (adapter, written))
     names = sorted(before.keys() ^ after.keys())
     if not names:
         pairs = {name: (value, after[name]) for name, value in before.items()}
@@ -54,6 +54,6 @@ def _compare(adapter: Adapter, written: Adapter, out: Path) -> None:
             or not mx.array_equal(first.astype(mx.float32), second.astype(mx.float32)).item()
         ]
     # GGUF keeps alpha = scale · rank as float32, which a scale of 0.1 does not come back from in float64.
-    alphas = [np.float32(one.spec.scale * one.spec.rank) for one in (adapter, written)]
+    alphas = [np.float32(side.spec.scale * side.spec.rank) for side in (adapter, written)]
     if names or alphas[0] != alphas[1]:
         raise CheckFailed(f"{out} was written, but reads back otherwise ({names[0] if names else 'its scale'})")

@@ -100,13 +100,13 @@ def _transformers_arrays(name: str, value: mx.array, model_type: str, known: Nam
     """An array under transformers' name, as it was before mlx-lm's ``sanitize``; stacked experts one by one."""
     module, _, leaf = name.rpartition(".")
     names, link = Names(model_type), known.link(name)
-    if not (one := SWITCH.fullmatch(module)):
+    if not (match := SWITCH.fullmatch(module)):
         if link is not None and link.axes is None:
             raise RsgwmError(f"{describe_link(name, link)}, which is not undone; give the dense base")
         return {names.transformers_parameter(name): value if link is None else link.undo(value.astype(mx.float32))}
     if link is not None and link.scaled:
         value = value / mx.array(link.scale).reshape(*np.shape(link.scale), *[1] * (value.ndim - np.ndim(link.scale)))
-    block, projection = names.experts_block(module.rpartition(".")[0]), one["projection"]
+    block, projection = names.experts_block(module.rpartition(".")[0]), match["projection"]
     if model_type in KEEPS_BLOCK_SPARSE:
-        projection = next(old for old, ours in MIXTRAL.items() if ours == projection)
+        projection = next(old for old, merged_name in MIXTRAL.items() if merged_name == projection)
     return {f"{block}.experts.{expert}.{projection}.{leaf}": value[expert] for expert in range(value.shape[0])}

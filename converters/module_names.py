@@ -109,9 +109,9 @@ def transformers_parameter(name: str, model_type: str | None, bare: bool = False
         name = f"{PREFIXES.get(model_type or '', 'model')}.{name}"
     if model_type in TEXT_ONLY:
         name = name.replace("model.language_model.", "model.", 1)
-    if one := ONE_EXPERT.fullmatch(name.removesuffix(".weight")):
-        down = MIXTRAL.get(one["projection"], one["projection"]) == "down_proj"
-        return f"{one['block']}.experts.{'down_proj' if down else 'gate_up_proj'}"
+    if match := ONE_EXPERT.fullmatch(name.removesuffix(".weight")):
+        down = MIXTRAL.get(match["projection"], match["projection"]) == "down_proj"
+        return f"{match['block']}.experts.{'down_proj' if down else 'gate_up_proj'}"
     return name
 
 
@@ -126,9 +126,9 @@ def mlx_by_rule(module: str, model_type: str | None) -> str:
     """mlx-lm's name for a module of transformers where no base says otherwise; experts are not its business."""
     if model_type in KEEPS_BLOCK_SPARSE:
         module = BLOCK_MLP.sub(r"\1.block_sparse_moe\2", module)
-    for ours, theirs, types in sorted(ROOTS, key=lambda root: -len(root[1])):
-        if module.startswith(theirs) and (not types or model_type in types) and theirs != "lm_head":
-            return ours + module[len(theirs) :]
+    for mlx_root, saved_root, types in sorted(ROOTS, key=lambda root: -len(root[1])):
+        if module.startswith(saved_root) and (not types or model_type in types) and saved_root != "lm_head":
+            return mlx_root + module[len(saved_root) :]
     return module
 
 
@@ -136,9 +136,9 @@ def transformers_by_rule(module: str, model_type: str | None) -> str:
     """transformers' name for a module of mlx-lm where no base says otherwise; experts are not its business."""
     if model_type is None or model_type in KEEPS_BLOCK_SPARSE:
         module = BLOCK_SPARSE_MOE.sub(r"\1.mlp\2", module)
-    for ours, theirs, types in sorted(ROOTS, key=lambda root: -len(root[0])):
-        if module.startswith(ours) and (not types or model_type in types):
-            return theirs + module[len(ours) :]
+    for mlx_root, saved_root, types in sorted(ROOTS, key=lambda root: -len(root[0])):
+        if module.startswith(mlx_root) and (not types or model_type in types):
+            return saved_root + module[len(mlx_root) :]
     return module
 
 
@@ -177,25 +177,25 @@ class Names:
     def _transformers(self) -> dict[str, str]:
         """transformers' parameter by mlx-lm's, where it comes from one array of the checkpoint; experts left out."""
         assert self.weights is not None
-        found = {}
+        renamed = {}
         for name in self.weights.names():
             link = None if SWITCH.fullmatch(name.removesuffix(".weight")) else self.weights.link(name)
             sources = dict.fromkeys(link.sources) if link is not None else {}
             if len(sources) == 1:
-                found[name] = transformers_parameter(next(iter(sources)), self.model_type, self.bare)
-        return found
+                renamed[name] = transformers_parameter(next(iter(sources)), self.model_type, self.bare)
+        return renamed
 
     @cached_property
     def _mlx(self) -> dict[str, list[str]]:
         """mlx-lm's parameters by transformers', by the checkpoint's, and by what other classes of the model say."""
         assert self.weights is not None
-        found: dict[str, list[str]] = {}
-        for name, theirs in self._transformers.items():
+        by_alias: dict[str, list[str]] = {}
+        for name, saved_name in self._transformers.items():
             link = self.weights.link(name)
             assert link is not None
-            for alias in dict.fromkeys((theirs, *dict.fromkeys(link.sources), *_aliases(theirs))):
-                found.setdefault(alias, []).append(name)
-        return found
+            for alias in dict.fromkeys((saved_name, *dict.fromkeys(link.sources), *_aliases(saved_name))):
+                by_alias.setdefault(alias, []).append(name)
+        return by_alias
 
     def mlx_parameters(self, parameter: str) -> list[str]:
         """The parameters of mlx-lm that hold transformers' ``parameter``: several where mlx-lm splits it."""
@@ -227,8 +227,8 @@ class Names:
         """mlx-lm's stacked layers of experts in transformers' ``block``, up to the projection's name."""
         for name in self._switches.get(block, ()):
             return name
-        ours = mlx_by_rule(block, self.model_type)
-        return f"{ours}.{'experts' if self.model_type in PLAIN_EXPERTS else 'switch_mlp'}"
+        mlx_block = mlx_by_rule(block, self.model_type)
+        return f"{mlx_block}.{'experts' if self.model_type in PLAIN_EXPERTS else 'switch_mlp'}"
 
     def experts_block(self, switch: str) -> str:
         """transformers' block for mlx-lm's stacked layers ``switch``: the reverse of :meth:`switch_layers`."""
@@ -245,27 +245,27 @@ class Names:
         """transformers' block by mlx-lm's stacked layers."""
         if self.weights is None:
             return {}
-        found: dict[str, str] = {}
+        blocks: dict[str, str] = {}
         for name in self.weights.names():
-            one = SWITCH.fullmatch(name.removesuffix(".weight"))
-            switch = f"{one['block']}.{one['switch']}" if one else None
-            if one is None or switch in found:
+            match = SWITCH.fullmatch(name.removesuffix(".weight"))
+            switch = f"{match['block']}.{match['switch']}" if match else None
+            if match is None or switch in blocks:
                 continue
             link = self.weights.link(name)
-            theirs = transformers_parameter(link.source, self.model_type, self.bare) if link is not None else ""
-            if theirs.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-                found[str(switch)] = theirs.rpartition(".experts.")[0]
-        return found
+            saved_name = transformers_parameter(link.source, self.model_type, self.bare) if link is not None else ""
+            if saved_name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+                blocks[str(switch)] = saved_name.rpartition(".experts.")[0]
+        return blocks
 
     @cached_property
     def _switches(self) -> dict[str, list[str]]:
         """mlx-lm's stacked layers by every name that transformers, old or new, has for their block."""
-        found: dict[str, list[str]] = {}
+        by_source: dict[str, list[str]] = {}
         for switch, block in self._blocks.items():
             old = BLOCK_MLP.sub(r"\1.block_sparse_moe\2", block)
             for name in dict.fromkeys((block, old, *_aliases(block))):
-                found.setdefault(name, []).append(switch)
-        return found
+                by_source.setdefault(name, []).append(switch)
+        return by_source
 
 
 def _aliases(name: str) -> Iterable[str]:
@@ -282,23 +282,23 @@ def checkpoint_shapes(parameters: Mapping[str, tuple[int, ...]], model_type: str
 
     Names of its own are undone, convolutions have torch's order of axes, experts are apart.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    shapes_there: dict[str, tuple[int, ...]] = {}
     for name, shape in parameters.items():
         module, _, leaf = name.rpartition(".")
         keeps = model_type in KEEPS_BLOCK_SPARSE  # the checkpoint, too, has the older name
-        theirs = name if keeps else f"{transformers_by_rule(module, model_type)}.{leaf}"
-        one = SWITCH.fullmatch(module)
-        if one and len(shape) == 3:
-            block, projection = theirs.rpartition(f".{one['switch']}.")[0], one["projection"]
+        saved_name = name if keeps else f"{transformers_by_rule(module, model_type)}.{leaf}"
+        match = SWITCH.fullmatch(module)
+        if match and len(shape) == 3:
+            block, projection = saved_name.rpartition(f".{match['switch']}.")[0], match["projection"]
             if keeps:
-                projection = next(old for old, ours in MIXTRAL.items() if ours == projection)
+                projection = next(old for old, merged_name in MIXTRAL.items() if merged_name == projection)
             for expert in range(shape[0]):
-                found[f"{block}.experts.{expert}.{projection}.{leaf}"] = shape[1:]
+                shapes_there[f"{block}.experts.{expert}.{projection}.{leaf}"] = shape[1:]
         elif model_type == "gpt2":  # mlx-lm reads it without the prefix of the model below the head
             conv1d = len(shape) == 2 and module.endswith(CONV1D)
-            found[theirs.removeprefix("transformer.")] = shape[::-1] if conv1d else shape
+            shapes_there[saved_name.removeprefix("transformer.")] = shape[::-1] if conv1d else shape
         elif len(shape) == 3 and module.endswith(("conv1d", "conv")) and shape[2] == 1:
-            found[theirs] = (shape[0], shape[2], shape[1])
+            shapes_there[saved_name] = (shape[0], shape[2], shape[1])
         else:
-            found[theirs] = shape
-    return found
+            shapes_there[saved_name] = shape
+    return shapes_there

@@ -37,13 +37,13 @@ def resized_layers(base: BaseLayers, groups: Groups, problems: list[str]) -> tup
     Where LoRA is on a resized layer, its saved base weight is a replaced parameter from here on.
     """
     places = _token_parameters(base)
-    places |= {ours: name for ours, name in groups.saved_names(base.names).items() if ours in places}
-    saved = {ours: _saved(theirs, groups) for ours, theirs in places.items()}
-    sizes = {value.shape[0] for ours, value in saved.items() if value is not None and value.ndim}
-    olds = {base.layers[ours.rpartition(".")[0]].shape[0] for ours in places}
+    places |= {mlx_name: name for mlx_name, name in groups.saved_names(base.names).items() if mlx_name in places}
+    saved = {mlx_name: _saved(peft_name, groups) for mlx_name, peft_name in places.items()}
+    sizes = {value.shape[0] for mlx_name, value in saved.items() if value is not None and value.ndim}
+    olds = {base.layers[mlx_name.rpartition(".")[0]].shape[0] for mlx_name in places}
     if not sizes or len(olds) != 1 or sizes == olds:
         return base, 0
-    missing = [theirs for ours, theirs in places.items() if saved[ours] is None]
+    missing = [peft_name for mlx_name, peft_name in places.items() if saved[mlx_name] is None]
     if len(sizes) > 1 or missing:
         shown = f"without {', '.join(missing)}" if missing else f"to {' and '.join(map(str, sorted(sizes)))} rows"
         problems.append(
@@ -52,13 +52,13 @@ def resized_layers(base: BaseLayers, groups: Groups, problems: list[str]) -> tup
         )
         return base, 0
     (rows,) = sizes
-    for ours, theirs in places.items():
-        module = theirs.rpartition(".")[0]
-        if theirs not in groups.whole:
-            groups.whole[theirs] = groups.copies[module]
-        link = base.names.link(ours)
+    for mlx_name, peft_name in places.items():
+        module = peft_name.rpartition(".")[0]
+        if peft_name not in groups.full:
+            groups.full[peft_name] = groups.copies[module]
+        link = base.names.link(mlx_name)
         if link is not None and (isinstance(link.scale, np.ndarray) or isinstance(link.offset, np.ndarray)):
-            problems.append(f"{theirs}: mlx-lm multiplies its rows one by one, so it cannot have others")
+            problems.append(f"{peft_name}: mlx-lm multiplies its rows one by one, so it cannot have others")
     layers = {name: _with_rows(layer, rows, name, places) for name, layer in base.layers.items()}
     parameters = {
         name: (rows, *shape[1:]) if name in places else shape
@@ -112,14 +112,14 @@ def tokenizer_of(adapter: Adapter, base: Path) -> list[Path]:
     rows = rows_of(adapter.manifest)
     if not rows:
         return []
-    own = adapter.files_in
+    adapter_folder = adapter.files_in
     old_rows = _rows_in(base)
-    brought = own is not None and (own / "tokenizer.json").is_file()
+    brought = adapter_folder is not None and (adapter_folder / "tokenizer.json").is_file()
     what = f"{adapter.where} has a vocabulary of {rows} rows, the base {old_rows}"
     again = "put the one it was trained with into the PEFT folder (tokenizer.save_pretrained) and convert it again"
     if rows > old_rows and not brought:
         raise AdapterError(f"{what}, and it brings no tokenizer.json with the added tokens; {again}")
-    folder = own if own is not None and brought else base
+    folder = adapter_folder if adapter_folder is not None and brought else base
     count = count_ids(folder)
     if count > rows:
         raise AdapterError(f"{what}, and the tokenizer in {folder} has {count} tokens; {again}")
@@ -141,14 +141,16 @@ def _token_parameters(base: BaseLayers) -> dict[str, str]:
     """The parameters with a row a token: mlx-lm's names, and transformers'."""
     depth = min((name.count(".") for name in base.layers if is_embedding(name)), default=0)
     modules = [name for name in base.layers if is_head(name) or (is_embedding(name) and name.count(".") == depth)]
-    ours = [f"{name}.{leaf}" for name in modules for leaf in ("weight", "bias") if f"{name}.{leaf}" in base.parameters]
-    return {name: base.names.transformers_parameter(name) for name in ours}
+    mlx_names = [
+        f"{name}.{leaf}" for name in modules for leaf in ("weight", "bias") if f"{name}.{leaf}" in base.parameters
+    ]
+    return {name: base.names.transformers_parameter(name) for name in mlx_names}
 
 
 def _saved(parameter: str, groups: Groups) -> mx.array | None:
     """A parameter as PEFT's file has it, be it below LoRA."""
     module, _, leaf = parameter.rpartition(".")
-    return groups.whole.get(parameter, groups.copies.get(module) if leaf == "weight" else None)
+    return groups.full.get(parameter, groups.copies.get(module) if leaf == "weight" else None)
 
 
 def _with_rows(layer: Any, rows: int, name: str, places: Mapping[str, str]) -> Any:
@@ -190,7 +192,7 @@ def count_ids(folder: Path) -> int:
     ids = set(_vocabulary_of(folder).values())
     if (folder / "tokenizer_config.json").is_file():
         added = files.read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder")
-        ids |= {int(one) for one in added if str(one).isdigit()} if isinstance(added, dict) else set()
+        ids |= {int(token) for token in added if str(token).isdigit()} if isinstance(added, dict) else set()
     return max(ids, default=-1) + 1
 
 

@@ -64,8 +64,8 @@ def write_arrays(path: Path, arrays: dict[str, mx.array], metadata: Mapping[str,
                         file.write(part)
                     if len(reading) > 1:  # two batches in memory, no more
                         infinite += reading.pop(0).result()
-                for one in reading:
-                    infinite += one.result()
+                for job in reading:
+                    infinite += job.result()
         raise_problems(str(path), [f"{name} has values that are not finite" for name in infinite], AdapterError)
     return digest.hexdigest()
 

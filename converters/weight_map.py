@@ -138,12 +138,12 @@ class WeightMap:
             return self._links[name]
         kind = NUMBER.sub("#", name), self._made[name]
         pattern = self._kinds.get(kind)
-        found = self._like(name, pattern) if pattern is not None else None
-        if found is None:
-            found = self._measure(name)
+        link = self._like(name, pattern) if pattern is not None else None
+        if link is None:
+            link = self._measure(name)
             self._kinds[kind] = name
-        self._links[name] = found
-        return found
+        self._links[name] = link
+        return link
 
     def _like(self, name: str, pattern: str) -> Link | None:
         """The link of another layer's parameter of the same name and shape, carried over to this layer."""
@@ -195,7 +195,7 @@ class WeightMap:
 
     def _array(self, run: str, name: str) -> mx.array:
         if name not in self._runs.get(run, {}):
-            self._runs[run] = self._sanitize({one: self._marker(run, one) for one in self._shapes})
+            self._runs[run] = self._sanitize({source: self._marker(run, source) for source in self._shapes})
         return self._runs[run][name]
 
     def _untouched(self, name: str, run: str, value: float) -> bool:
@@ -212,8 +212,8 @@ class WeightMap:
         del self._runs[run][name]
         values = np.array((array[..., :1] if column else array).astype(mx.float32))
         if not column and values.size <= LARGE:
-            whole = values + np.float32(0.0)  # no negative zeros
-            self._digests[run, name] = hashlib.blake2b(whole.tobytes(), digest_size=16).digest()
+            cleaned = values + np.float32(0.0)  # no negative zeros
+            self._digests[run, name] = hashlib.blake2b(cleaned.tobytes(), digest_size=16).digest()
         return values
 
     def _digest(self, run: str, name: str) -> bytes:
@@ -248,9 +248,9 @@ class WeightMap:
             return None
         shape = offset.shape
         source = self._names[int(number.flat[0])]
-        whole = (number == number.flat[0]).all() and sorted(self._shapes[source]) == sorted(shape)
+        constant = (number == number.flat[0]).all() and sorted(self._shapes[source]) == sorted(shape)
         shift = _constant(offset)
-        if whole:
+        if constant:
             indices = [read(str(axis)) for axis in range(len(shape))]
             factor = _by_row(scale)
             for axes in permutations(range(len(shape))):
@@ -318,9 +318,9 @@ def _constant(values: np.ndarray) -> float | np.ndarray:
 
 def _by_row(scale: np.ndarray) -> float | np.ndarray | None:
     """One number, one a row, or None where columns differ."""
-    found = _constant(scale)
-    if not isinstance(found, np.ndarray):
-        return found
+    rule = _constant(scale)
+    if not isinstance(rule, np.ndarray):
+        return rule
     rows = scale.reshape(scale.shape[0], -1)
     return None if (rows != rows[:, :1]).any() else rows[:, 0].astype(np.float32)
 

@@ -128,16 +128,16 @@ def _fuse(
     model, config, replaced = _adapted_model(path, adapter, base_name)
     tokenizer = tokenizer_of(adapter, path)
     layers = _adapted_layers(model, adapter)
-    found = []
+    survivals = []
     with progress.task("measuring", len(layers)) as advance:
         for name in sorted(layers, key=model_order):
-            found.append(_survival(name, layers[name], stored_as(layers[name], target)))
+            survivals.append(_survival(name, layers[name], stored_as(layers[name], target)))
             advance(1, name)
-    total = _total(found)
+    total = _total(survivals)
     if total.share < min_share and not force:
         raise CheckFailed(
             f"only {total.share:.0%} of {adapter.where} survives in the format {target}, below {min_share:.0%} "
-            f"(least in {_worst(found)[0].module}, {_worst(found)[0].share:.0%}); "
+            f"(least in {_worst(survivals)[0].module}, {_worst(survivals)[0].share:.0%}); "
             "choose another --format (float16), or --force"
         )
     fused, config, form = _fused_model(path, model, config, layers, adapter, target)
@@ -154,11 +154,11 @@ def _fuse(
             "adapter": adapter.where,
             "format": target,
             **form,
-            "modules": sum(survival.norm > 0 for survival in found),
+            "modules": sum(survival.norm > 0 for survival in survivals),
             "replaced": replaced,
             "share": total.share,
             "error": total.error,
-            "worst": [vars(one) for one in _worst(found)],
+            "worst": [vars(survival) for survival in _worst(survivals)],
             "min_share": min_share,
             **_compare_logits(adapter, loaded_name, work, target, progress),
             "versions": versions(),
@@ -230,25 +230,28 @@ def _survival(name: str, layer: Any, stored: Stored) -> Survival:
     along = mx.sum(survived * update)
     beside = mx.sum(mx.square(survived - update))
     mx.eval(square, along, beside)
-    size, dot, off = (float(one.tolist()) for one in (square, along, beside))  # type: ignore[arg-type]
+    size, dot, off = (float(value.tolist()) for value in (square, along, beside))  # type: ignore[arg-type]
     if not size:
         return Survival(name, 1.0, 0.0, 0.0)
     return Survival(name, dot / size, (off / size) ** 0.5, size**0.5)
 
 
-def _total(found: list[Survival]) -> Survival:
+def _total(survivals: list[Survival]) -> Survival:
     """Over all modules, each by the square of its update's size."""
-    squares = [one.norm**2 for one in found]
-    whole = sum(squares)
-    if not whole:
+    squares = [survival.norm**2 for survival in survivals]
+    total = sum(squares)
+    if not total:
         return Survival("", 1.0, 0.0, 0.0)
-    share = sum(one.share * square for one, square in zip(found, squares, strict=True)) / whole
-    error = sum(one.error**2 * square for one, square in zip(found, squares, strict=True)) / whole
-    return Survival("", share, error**0.5, whole**0.5)
+    share = sum(survival.share * square for survival, square in zip(survivals, squares, strict=True)) / total
+    error = sum(survival.error**2 * square for survival, square in zip(survivals, squares, strict=True)) / total
+    return Survival("", share, error**0.5, total**0.5)
 
 
-def _worst(found: list[Survival]) -> list[Survival]:
-    return sorted((one for one in found if one.norm), key=lambda one: one.share)[:5] or found[:1]
+def _worst(survivals: list[Survival]) -> list[Survival]:
+    return (
+        sorted((survival for survival in survivals if survival.norm), key=lambda survival: survival.share)[:5]
+        or survivals[:1]
+    )
 
 
 # --- the fused model --------------------------------------------------------------------------------------------
@@ -289,7 +292,7 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
         base = load_base(base_name, "float32", progress)
         ids = probe_ids(base, TEXTS)
         if rows := rows_of(adapter.manifest):  # of a smaller vocabulary only what both have is compared
-            ids = [[one for one in text if one < rows] for text in ids]
+            ids = [[token for token in text if token < rows] for text in ids]
         bare = _logits(base, ids)
         bits = FORMATS[target]
         packed = bare
@@ -311,18 +314,18 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
         fused = _logits(load_base(str(out), "float32"), ids)
         advance(1, "the fused model")
     columns = min(bare.shape[-1], fused.shape[-1])
-    bare, packed, adapted, fused = (one[:, :columns] for one in (bare, packed, adapted, fused))
-    effect, found = adapted - bare, fused - packed
+    bare, packed, adapted, fused = (logits[:, :columns] for logits in (bare, packed, adapted, fused))
+    effect, change = adapted - bare, fused - packed
     square = float((effect * effect).sum())
     return {
-        "logit_share": float((effect * found).sum()) / square if square else 1.0,
-        "logit_error": (float(np.square(found - effect).sum()) / square) ** 0.5 if square else 0.0,
+        "logit_share": float((effect * change).sum()) / square if square else 1.0,
+        "logit_error": (float(np.square(change - effect).sum()) / square) ** 0.5 if square else 0.0,
         "max_abs_logit": float(np.abs(fused - adapted).max()),
     }
 
 
 def _logits(base: Base, ids: list[list[int]]) -> np.ndarray:
     model: Any = base.model
-    found = [np.array(model(mx.array([one]))[0].astype(mx.float32)).astype(np.float64) for one in ids if one]
+    logits = [np.array(model(mx.array([row]))[0].astype(mx.float32)).astype(np.float64) for row in ids if row]
     mx.clear_cache()
-    return np.concatenate(found)
+    return np.concatenate(logits)

@@ -108,8 +108,8 @@ def quantise(model: Any, config: dict[str, Any], bits: int) -> dict[str, Any]:
     from mlx_lm.utils import quantize_model
 
     with redirect_stdout(io.StringIO()):  # it prints a line of its own
-        _, found = quantize_model(model, config, GROUP_SIZE, bits)
-    return dict(found)
+        _, quantised = quantize_model(model, config, GROUP_SIZE, bits)
+    return dict(quantised)
 
 
 def _layer_like(plain: Any, weight: mx.array, stored: Stored | None) -> Any:

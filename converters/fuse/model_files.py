@@ -26,8 +26,8 @@ def write_model(model: Any, config: dict[str, Any], source: Path, tokenizer: lis
     """
     from mlx_lm.utils import save_config, save_model
 
-    whole = not isinstance(model, nn.Module)  # which is a dictionary, too
-    if whole:
+    as_stored = not isinstance(model, nn.Module)  # which is a dictionary, too
+    if as_stored:
         save_checkpoint(model, out)
     else:
         try:
@@ -46,7 +46,7 @@ def write_model(model: Any, config: dict[str, Any], source: Path, tokenizer: lis
         if (out / GENERATION_FILE).is_file():  # mlx-lm and transformers take its ids before config.json's
             files.write_json(out / GENERATION_FILE, _ending_with(files.read_json_object(out / GENERATION_FILE), end))
     # mlx-lm keeps no tower for images; a checkpoint has it still.
-    save_config(config, out / "config.json", keep_vision_config=whole)
+    save_config(config, out / "config.json", keep_vision_config=as_stored)
 
 
 def _ending_with(config: dict[str, Any], end: int) -> dict[str, Any]:

@@ -153,9 +153,9 @@ def _check(
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     if alpha != float(np.float32(adapter.spec.scale * adapter.spec.rank)):
         raise CheckFailed(f"{out}: alpha reads {alpha}, not {adapter.spec.scale * adapter.spec.rank}")
-    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     for name, value in _arrays(adapter, names, config, model_type):
-        if name not in found or not np.array_equal(found.pop(name), value.astype(kind)):
+        if name not in tensors or not np.array_equal(tensors.pop(name), value.astype(kind)):
             raise CheckFailed(f"{out}: {name} does not read as it was written")
-    if found:
-        raise CheckFailed(f"{out}: there is {next(iter(found))} too")
+    if tensors:
+        raise CheckFailed(f"{out}: there is {next(iter(tensors))} too")

@@ -102,13 +102,13 @@ class GgufFile:
             with open_regular(self.path) as file:
                 same = _stamp(file) == self.stamp
                 file.seek(tensor.start + start * tensor.row_bytes)
-                found = np.fromfile(file, dtype=np.uint8, count=size)
+                packed_rows = np.fromfile(file, dtype=np.uint8, count=size)
                 same = same and _stamp(file) == self.stamp
         except OSError as error:
             raise RsgwmError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if not same or found.size != size:
+        if not same or packed_rows.size != size:
             raise RsgwmError(f"{self.path} changed while it was read; start again once nothing writes to it")
-        return found.reshape(stop - start, tensor.row_bytes)
+        return packed_rows.reshape(stop - start, tensor.row_bytes)
 
 
 def open_gguf(path: Path) -> GgufFile:

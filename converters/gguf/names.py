@@ -28,16 +28,16 @@ def tensor_namer(model_type: str, layers: int) -> Any:
     import gguf
 
     architecture, _ = architecture_of(model_type)
-    kind = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    kind = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(kind, layers)
 
     def name_of(module: str) -> str | None:
-        theirs = module.removeprefix("language_model.")
-        if match := SWITCH.fullmatch(theirs):
-            theirs = f"{match['block']}.experts.{match['projection']}"
+        target = module.removeprefix("language_model.")
+        if match := SWITCH.fullmatch(target):
+            target = f"{match['block']}.experts.{match['projection']}"
             spare = f"{match['block'].replace('block_sparse_moe', 'mlp')}.experts.{match['projection']}"
-            return table.get_name(theirs) or table.get_name(spare)
-        return table.get_name(theirs)
+            return table.get_name(target) or table.get_name(spare)
+        return table.get_name(target)
 
     return name_of
 

@@ -96,24 +96,27 @@ def tensor_plan(gguf: GgufFile, config: Mapping[str, Any]) -> dict[str, tuple[st
     architecture = architecture_of(gguf)
     shapes = block_shapes(architecture, config)
     wanted = {}
-    for theirs, ours in architecture.outer.items():
-        wanted[f"{ours}.weight"] = (f"{theirs}.weight", shapes[theirs])
-        if theirs in architecture.biases:
-            wanted[f"{ours}.bias"] = (f"{theirs}.bias", shapes[theirs][:1])
+    for gguf_name, mlx_name in architecture.outer.items():
+        wanted[f"{mlx_name}.weight"] = (f"{gguf_name}.weight", shapes[gguf_name])
+        if gguf_name in architecture.biases:
+            wanted[f"{mlx_name}.bias"] = (f"{gguf_name}.bias", shapes[gguf_name][:1])
     if config["tie_word_embeddings"]:
         del wanted["lm_head.weight"]
     for layer in range(config["num_hidden_layers"]):
-        for theirs, ours in architecture.blocks.items():
-            wanted[f"model.layers.{layer}.{ours}.weight"] = (f"blk.{layer}.{theirs}.weight", shapes[theirs])
-            if theirs in architecture.biases:
-                wanted[f"model.layers.{layer}.{ours}.bias"] = (f"blk.{layer}.{theirs}.bias", shapes[theirs][:1])
+        for gguf_name, mlx_name in architecture.blocks.items():
+            wanted[f"model.layers.{layer}.{mlx_name}.weight"] = (f"blk.{layer}.{gguf_name}.weight", shapes[gguf_name])
+            if gguf_name in architecture.biases:
+                wanted[f"model.layers.{layer}.{mlx_name}.bias"] = (
+                    f"blk.{layer}.{gguf_name}.bias",
+                    shapes[gguf_name][:1],
+                )
     problems = []
     for name, shape in wanted.values():
-        found = gguf.tensors.get(name)
-        if found is None:
+        tensor = gguf.tensors.get(name)
+        if tensor is None:
             problems.append(f"tensor {name} is missing")
-        elif found.shape != shape:
-            problems.append(f"tensor {name} has shape {found.shape}, not {shape}")
+        elif tensor.shape != shape:
+            problems.append(f"tensor {name} has shape {tensor.shape}, not {shape}")
     known_names = {name for name, _ in wanted.values()} | {ROPE_FACTORS}
     problems += [f"tensor {name} is unknown" for name in gguf.tensors if name not in known_names]
     raise_problems(str(gguf.path), problems)
@@ -131,30 +134,30 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def _entries(gguf: GgufFile, plan: Mapping[str, tuple[str, tuple[int, ...]]], quantised: bool) -> dict[str, Entry]:
     """Every array of the safetensors file by name, in the order of writing."""
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for name, (source, shape) in plan.items():
         bits = packed_bits(gguf, source) if quantised else None
         if bits is None:
-            found[name] = Entry(source, "values", "F32", shape)
+            entries[name] = Entry(source, "values", "F32", shape)
             continue
         rows, columns = shape
-        found[name] = Entry(source, "weight", "U32", (rows, columns * bits // 32))
+        entries[name] = Entry(source, "weight", "U32", (rows, columns * bits // 32))
         for part in ("scales", "biases"):
-            found[f"{name.removesuffix('.weight')}.{part}"] = Entry(source, part, "F16", (rows, columns // GROUP))
-    return found
+            entries[f"{name.removesuffix('.weight')}.{part}"] = Entry(source, part, "F16", (rows, columns // GROUP))
+    return entries
 
 
 def _quantisation(gguf: GgufFile, plan: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
     """mlx-lm's ``quantization``: the commonest number of bits, and by name the modules that have another."""
     bits = {
-        name.removesuffix(".weight"): found
+        name.removesuffix(".weight"): width
         for name, (source, _) in plan.items()
-        if (found := packed_bits(gguf, source)) is not None
+        if (width := packed_bits(gguf, source)) is not None
     }
     if not bits:
         raise RsgwmError(f"{gguf.path} holds no matrix in {', '.join(BITS)}, which MLX computes with as they are")
     usual = Counter(bits.values()).most_common(1)[0][0]
-    others = {name: {"group_size": GROUP, "bits": own} for name, own in bits.items() if own != usual}
+    others = {name: {"group_size": GROUP, "bits": width} for name, width in bits.items() if width != usual}
     return {"group_size": GROUP, "bits": usual, **others}
 
 
@@ -200,10 +203,10 @@ def _heads_to_unpermute(name: str, config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _parts(gguf: GgufFile, entry: Entry, whole: bool, offset: float) -> Iterator[np.ndarray]:
+def _parts(gguf: GgufFile, entry: Entry, undivided: bool, offset: float) -> Iterator[np.ndarray]:
     """An entry's rows, a slice at a time or all at once."""
     tensor = gguf.tensors[entry.source]
-    step = tensor.rows if whole else max(1, SLICE_BYTES // (4 * tensor.shape[-1]))
+    step = tensor.rows if undivided else max(1, SLICE_BYTES // (4 * tensor.shape[-1]))
     for start in range(0, tensor.rows, step):
         if entry.part != "values":
             yield read_packed(gguf, entry.source, start, start + step)[entry.part]

@@ -206,12 +206,12 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[t
     The order among equals is that of transformers' ``generate_merges``.
     """
     index = {token: position for position, token in enumerate(tokens)}
-    found = []
+    scored = []
     for token, score in zip(tokens, scores, strict=True):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in index and token[i:] in index]
-        found += [(pair, score) for pair in sorted(cuts, key=lambda pair: (index[pair[0]], index[pair[1]]))]
-    found.sort(key=lambda item: (item[1], len(item[0][0]), len(item[0][1])), reverse=True)
-    return [pair for pair, _ in found]
+        scored += [(pair, score) for pair in sorted(cuts, key=lambda pair: (index[pair[0]], index[pair[1]]))]
+    scored.sort(key=lambda item: (item[1], len(item[0][0]), len(item[0][1])), reverse=True)
+    return [pair for pair, _ in scored]
 
 
 def _pair(merge: str) -> tuple[str, str]:
@@ -223,7 +223,7 @@ def _add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str], kinds: Sequ
     from tokenizers import AddedToken
 
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
-        marked = [token for token, found in zip(tokens, kinds, strict=False) if found == kind]
+        marked = [token for token, token_kind in zip(tokens, kinds, strict=False) if token_kind == kind]
         add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
         add([AddedToken(token, normalized=False, special=special) for token in marked])
 

@@ -67,13 +67,13 @@ def vocabulary(folder: Path, rows: int) -> dict[str, Any]:
     forms = _sentencepiece(tokens, merges) if pieces else _byte_level(merges)
     expected = [tokenizer.encode(text) for text in PROBES]
     for form in forms:
-        found = {**common, **form}
+        metadata = {**common, **form}
         try:
-            rebuilt, _ = rebuild(found, str(folder), rows)
+            rebuilt, _ = rebuild(metadata, str(folder), rows)
         except RsgwmError:
             continue
         if [rebuilt.encode(text).ids for text in PROBES] == expected:
-            return found
+            return metadata
     raise RsgwmError(
         f"{folder}: llama.cpp has no tokenizer known here that cuts text as this one does, and another would change "
         "every prompt; use llama.cpp's own convert_hf_to_gguf.py"
@@ -87,12 +87,12 @@ def _chat_templates(template: Any) -> dict[str, Any]:
     if not isinstance(template, dict) or not template:
         return {}
     others = {name: text for name, text in template.items() if name != "default"}
-    found: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
+    templates: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in others.items()}
     if others:
-        found["tokenizer.chat_templates"] = list(others)
+        templates["tokenizer.chat_templates"] = list(others)
     if "default" in template:
-        found["tokenizer.chat_template"] = template["default"]
-    return found
+        templates["tokenizer.chat_template"] = template["default"]
+    return templates
 
 
 def _further_ends(folder: Path, eos: int | None, rows: int) -> dict[str, int]:

@@ -131,17 +131,17 @@ def _plan(source: _Source) -> dict[str, str]:
         RsgwmError: naming every array without a place in the file, and every one missing.
     """
     names = {}
-    for theirs, ours in source.architecture.outer.items():
-        names[f"{ours}.weight"] = f"{theirs}.weight"
-        if theirs in source.architecture.biases:
-            names[f"{ours}.bias"] = f"{theirs}.bias"
+    for gguf_name, mlx_name in source.architecture.outer.items():
+        names[f"{mlx_name}.weight"] = f"{gguf_name}.weight"
+        if gguf_name in source.architecture.biases:
+            names[f"{mlx_name}.bias"] = f"{gguf_name}.bias"
     if source.settings["tie_word_embeddings"]:
         del names["lm_head.weight"]
     for layer in range(source.settings["num_hidden_layers"]):
-        for theirs, ours in source.architecture.blocks.items():
-            names[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
-            if theirs in source.architecture.biases:
-                names[f"model.layers.{layer}.{ours}.bias"] = f"blk.{layer}.{theirs}.bias"
+        for gguf_name, mlx_name in source.architecture.blocks.items():
+            names[f"model.layers.{layer}.{mlx_name}.weight"] = f"blk.{layer}.{gguf_name}.weight"
+            if gguf_name in source.architecture.biases:
+                names[f"model.layers.{layer}.{mlx_name}.bias"] = f"blk.{layer}.{gguf_name}.bias"
     problems = [f"{name} has no tensor in llama.cpp's {source.name}" for name in source.arrays.keys() - names.keys()]
     problems += [f"{name} is missing" for name in names.keys() - source.arrays.keys()]
     raise_problems(f"{source.path} has no GGUF form", sorted(problems))
@@ -158,7 +158,7 @@ def _title(architecture: str, tokens: list[str], name: str) -> str:
 def _metadata(source: _Source, file_type: int, title: str) -> dict[str, Any]:
     """Everything but the tokenizer; numbers as Python's int (uint32 in the file) and float (float32)."""
     name, settings = source.name, source.settings
-    found: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "general.type": "model",
         "general.name": title,
         "general.file_type": file_type,
@@ -178,15 +178,15 @@ def _metadata(source: _Source, file_type: int, title: str) -> dict[str, Any]:
     }
     if name == "gemma2":
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            found[f"{name}.{key}"] = float(settings[key])
+            metadata[f"{name}.{key}"] = float(settings[key])
     window = settings.get("sliding_window")
     if name == "phi3" or (window and name in ("gemma2", "gemma3")):
-        found[f"{name}.attention.sliding_window"] = window or 0  # without one llama.cpp has its own idea of Phi-3's
+        metadata[f"{name}.attention.sliding_window"] = window or 0  # without one llama.cpp has its own idea of Phi-3's
     scaling = settings.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type")) == "linear":
-        found[f"{name}.rope.scaling.type"] = "linear"
-        found[f"{name}.rope.scaling.factor"] = float(scaling["factor"])
-    return found
+        metadata[f"{name}.rope.scaling.type"] = "linear"
+        metadata[f"{name}.rope.scaling.factor"] = float(scaling["factor"])
+    return metadata
 
 
 def _rotated(source: _Source) -> int:
@@ -198,7 +198,7 @@ def _rotated(source: _Source) -> int:
 def _tensors(source: _Source, plan: Mapping[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor under GGUF's name, float32, as llama.cpp wants its rows and norms; arrays are consumed."""
     offset = np.float32(source.architecture.norm_offset)
-    for name, theirs in plan.items():
+    for name, gguf_name in plan.items():
         value = np.array(source.arrays.pop(name).astype(mx.float32))
         module, _, leaf = name.rpartition(".")
         heads = heads_of(module, source.settings) if source.architecture.interleaved else None
@@ -206,7 +206,7 @@ def _tensors(source: _Source, plan: Mapping[str, str]) -> Iterator[tuple[str, np
             value = permute_rows(value, heads)
         if module.endswith("norm") and offset:
             value = value + offset
-        yield theirs, value
+        yield gguf_name, value
         mx.clear_cache()
 
 
@@ -217,12 +217,12 @@ def _write(
     import gguf
 
     factors = _rope_factors(source)
-    kinds = {theirs: _kind_of(source.arrays[name].shape, kind) for name, theirs in plan.items()}
+    kinds = {gguf_name: _kind_of(source.arrays[name].shape, kind) for name, gguf_name in plan.items()}
     writer = gguf.GGUFWriter(str(path), source.name)
     try:
         for key, value in metadata.items():
             _add(writer, key, value)
-        shapes = {theirs: tuple(source.arrays[name].shape) for name, theirs in plan.items()}
+        shapes = {gguf_name: tuple(source.arrays[name].shape) for name, gguf_name in plan.items()}
         if factors is not None:
             kinds, shapes = {ROPE_FACTORS: "F32", **kinds}, {ROPE_FACTORS: factors.shape, **shapes}
         for name, shape in shapes.items():
@@ -332,17 +332,19 @@ def _check(path: Path, out: Path, source: _Source, digests: Mapping[str, tuple[s
 def _setting_problems(source: _Source, config: Mapping[str, Any]) -> list[str]:
     """Settings of the model that say something else in the file, or that llama.cpp does not know."""
     settings = source.settings
-    found = {**SILENT_FIELDS, **config}
-    keys = [key for key in found if key in settings]
+    settled = {**SILENT_FIELDS, **config}
+    keys = [key for key in settled if key in settings]
     problems = [
-        f"{key} is {settings[key]!r}, llama.cpp would take {found[key]!r}"
+        f"{key} is {settings[key]!r}, llama.cpp would take {settled[key]!r}"
         for key in keys
-        if key not in APART and not key.endswith("token_id") and not _equal(settings[key], found[key])
+        if key not in APART and not key.endswith("token_id") and not _equal(settings[key], settled[key])
     ]
-    if not _same_scaling(settings.get("rope_scaling"), found["rope_scaling"]):
-        problems.append(f"rope_scaling is {settings['rope_scaling']!r}, llama.cpp would take {found['rope_scaling']!r}")
+    if not _same_scaling(settings.get("rope_scaling"), settled["rope_scaling"]):
+        problems.append(
+            f"rope_scaling is {settings['rope_scaling']!r}, llama.cpp would take {settled['rope_scaling']!r}"
+        )
     kinds, depth = settings.get("layer_types"), settings["num_hidden_layers"]
-    expected = found.get("layer_types") or ["full_attention"] * depth
+    expected = settled.get("layer_types") or ["full_attention"] * depth
     if source.name == "gemma2":
         expected = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(depth)]
     if kinds and source.name != "phi3" and list(kinds) != expected:
@@ -350,13 +352,13 @@ def _setting_problems(source: _Source, config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
-        return bool(np.float32(one) == np.float32(other))
-    return bool(one == other)
+def _equal(value: Any, other: Any) -> bool:
+    if isinstance(value, (int, float)) and isinstance(other, (int, float)):
+        return bool(np.float32(value) == np.float32(other))
+    return bool(value == other)
 
 
-def _same_scaling(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+def _same_scaling(setting: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     """Whether two rope scalings are of one kind and have the same numbers."""
 
     def plain(scaling: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -365,5 +367,5 @@ def _same_scaling(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None
         rest = {key: value for key, value in scaling.items() if key not in ("rope_type", "type", "rope_theta")}
         return {"kind": scaling.get("rope_type", scaling.get("type")), **rest}
 
-    first, second = plain(one), plain(other)
+    first, second = plain(setting), plain(other)
     return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)

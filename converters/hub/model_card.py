@@ -76,14 +76,16 @@ def _origin(manifest: Mapping[str, Any]) -> list[str]:
     kind = manifest.get("kind")
     if kind == "merged":
         merge = manifest.get("merge") or {}
-        sources = [str(one.get("name") or "?") for one in merge.get("sources") or []]
+        sources = [str(source.get("name") or "?") for source in merge.get("sources") or []]
         rows += [("made by", f"merging {len(sources)} adapters by {merge.get('method')}"), ("role", merge.get("role"))]
         rows.append(("sources", ", ".join(sources)))
     elif kind == "trained":
         config, data = manifest.get("config") or {}, manifest.get("data") or {}
         rows.append(("made by", f"training, {config.get('epochs')} epochs, seed {manifest.get('seed')}"))
         counts = data.get("counts") or {}
-        tasks = [f"{task} ({', '.join(f'{n} {role}' for role, n in found.items())})" for task, found in counts.items()]
+        tasks = [
+            f"{task} ({', '.join(f'{n} {role}' for role, n in by_role.items())})" for task, by_role in counts.items()
+        ]
         rows.append(("data", "; ".join(tasks) or data.get("hash")))
         rows.append(("data hash", data.get("hash")))
     template = manifest.get("template") or {}

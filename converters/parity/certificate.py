@@ -31,14 +31,14 @@ def read_certificate(path: Path, adapter: Adapter) -> dict[str, Any]:
     Raises:
         RsgwmError: it is none, is another adapter's, or says that the check failed.
     """
-    found = files.read_json_object(path)
-    if found.get("format") != CERTIFICATE_FORMAT:
+    certificate = files.read_json_object(path)
+    if certificate.get("format") != CERTIFICATE_FORMAT:
         raise RsgwmError(f"{path} is no certificate of rsgwm parity")
-    if found.get("adapter_sha256") != adapter.weights_hash():
+    if certificate.get("adapter_sha256") != adapter.weights_hash():
         raise RsgwmError(f"{path} is the certificate of another adapter than {adapter.where}")
-    if found.get("passed") is not True:
+    if certificate.get("passed") is not True:
         raise RsgwmError(f"{path} says that the check failed; run rsgwm parity again once it is repaired")
-    return found
+    return certificate
 
 
 def embed_certificate(path: Path, adapter: Adapter, peft_folder: Path) -> None:

@@ -96,7 +96,7 @@ def probe_ids(base: Base, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         RsgwmError: the base's tokenizer leaves nothing of one of them.
     """
-    ids = [[int(one) for one in base.tokenizer.encode(text)] for text in texts]
+    ids = [[int(token) for token in base.tokenizer.encode(text)] for text in texts]
     if not all(ids):
         raise RsgwmError(
             f"the tokenizer of {base.name} makes no tokens of {texts[ids.index([])][:30]!r}…, so there is nothing to "
@@ -138,7 +138,7 @@ def _block_states(model: Any, tokens: list[int]) -> list[np.ndarray]:
 
 
 def _logits(model: Any, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.concatenate([np.array(model(mx.array([list(one)]))[0].astype(mx.float32)) for one in token_ids])
+    return np.concatenate([np.array(model(mx.array([list(ids)]))[0].astype(mx.float32)) for ids in token_ids])
 
 
 def _greedy(model: Any, text: Sequence[int], count: int) -> tuple[list[int], list[float]]:
@@ -178,11 +178,11 @@ def _probes(model: Any, layers: dict[str, Any], tokens: list[int]) -> dict[str, 
         if x_in is None:
             continue
         plain = (layer.embedding if hasattr(layer, "embedding") else layer.linear)(x_in)
-        whole = layer(x_in)
-        added = (whole - plain).astype(mx.float32)[0]
+        adapted = layer(x_in)
+        added = (adapted - plain).astype(mx.float32)[0]
         ids = x_in.dtype in (mx.int32, mx.int64, mx.uint32)
         inputs = np.array(x_in[0] if ids else x_in[0].astype(mx.float32))
-        probes[name] = Probe(inputs, np.array(added), float(mx.max(mx.abs(whole))))
+        probes[name] = Probe(inputs, np.array(added), float(mx.max(mx.abs(adapted))))
     return probes
 
 

@@ -74,8 +74,8 @@ def _torch_class(path: Path, wrapped: bool) -> Any:
     for auto in reversed(classes) if wrapped else classes:
         if type(config) in auto._model_mapping:
             return auto
-    own = getattr(transformers, str((config.architectures or [""])[0]), None)
-    return own if own is not None else transformers.AutoModelForCausalLM  # which says what it does not know
+    loader = getattr(transformers, str((config.architectures or [""])[0]), None)
+    return loader if loader is not None else transformers.AutoModelForCausalLM  # which says what it does not know
 
 
 def apply_peft(model: Any, peft_folder: Path, widen: bool) -> Any:

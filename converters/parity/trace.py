@@ -52,8 +52,8 @@ class Trace:
 
 def largest(values: np.ndarray) -> float:
     """Largest absolute value, huge where anything is not finite (NaN is not JSON, and agrees with nothing)."""
-    found = float(np.max(np.abs(values))) if values.size else 0.0
-    return found if np.isfinite(found) else float(np.finfo(np.float64).max)
+    size = float(np.max(np.abs(values))) if values.size else 0.0
+    return size if np.isfinite(size) else float(np.finfo(np.float64).max)
 
 
 def perplexity(logits: np.ndarray, texts: list[list[int]]) -> float | None:

@@ -82,14 +82,14 @@ def is_mlx(folder: Path) -> bool:
 
 def adapter_folders(root: Path, is_adapter: Callable[[Path], bool]) -> list[Path]:
     """Every adapter below ``root``, in order; links to folders are not followed, nor is an adapter looked into."""
-    found = []
+    folders = []
     for name, below, _ in os.walk(root, followlinks=False):
-        below[:] = sorted(one for one in below if not one.startswith("."))  # half-written folders have such names
+        below[:] = sorted(entry for entry in below if not entry.startswith("."))  # half-written folders have such names
         folder = Path(name)
         if is_adapter(folder):
-            found.append(folder)
+            folders.append(folder)
             below.clear()
-    return found
+    return folders
 
 
 def convert_all(

@@ -90,7 +90,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, (allowed, reason) in REQUIRED.items():
         value = config.get(name, allowed[0])
-        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
+        if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
             problems.append(f"{name} is {value!r}: {reason}")
     for name, value in config.items():
         if name in HARMLESS or name in UNDERSTOOD or name in REQUIRED or value in (None, False, {}, []):
@@ -132,7 +132,7 @@ def _value_problems(config: Mapping[str, Any]) -> list[str]:
         if not isinstance(table, Mapping):
             problems.append(f"{name} must map module names to numbers, found {table!r}")
             continue
-        problems += [f"{name}: {key!r} has {kind} {one!r}" for key, one in table.items() if not is_sound(one)]
+        problems += [f"{name}: {key!r} has {kind} {item!r}" for key, item in table.items() if not is_sound(item)]
         problems += [f"{name}: {reason}" for key in table if (reason := pattern_problem(key))]
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"):
         value = config.get(name)
@@ -140,15 +140,15 @@ def _value_problems(config: Mapping[str, Any]) -> list[str]:
             reason = pattern_problem(value) if name not in ("modules_to_save", "target_parameters") else "not a list"
             if reason:
                 problems.append(f"{name}: {reason}")
-        elif value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             problems.append(f"{name} must be a list of names, found {value!r}")
     tokens = config.get("trainable_token_indices") or []
     lists = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
-    if not all(isinstance(rows, list) and all(isinstance(one, int) for one in rows) for rows in lists):
+    if not all(isinstance(rows, list) and all(isinstance(row, int) for row in rows) for rows in lists):
         problems.append(f"trainable_token_indices must be token ids, or lists of them by module, found {tokens!r}")
     layers = config.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
-    if not all(isinstance(one, int) for one in numbers):
+    if not all(isinstance(number, int) for number in numbers):
         problems.append(f"layers_to_transform must be layer numbers, found {layers!r}")
     return problems
 
@@ -186,7 +186,7 @@ def _runs_away(items: Any, repeated: bool = False) -> bool:
             if _runs_away(inner, repeated or int(most) > 16):
                 return True
         elif name == "BRANCH":
-            if repeated or any(_runs_away(one, repeated) for one in value[1]):
+            if repeated or any(_runs_away(item, repeated) for item in value[1]):
                 return True
         elif name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
             inner = value if name == "ATOMIC_GROUP" else value[-1]
@@ -263,11 +263,11 @@ def selects(config: Mapping[str, Any], module: str) -> bool:
         return re.fullmatch(targets, module) is not None
     if module in targets:
         return True
-    return any(module.endswith("." + one) for one in targets) and _in_layers(config, module)
+    return any(module.endswith("." + target) for target in targets) and _in_layers(config, module)
 
 
 def _ends(name: str, ends: Iterable[str]) -> bool:
-    return any(name == one or name.endswith("." + one) for one in ends)
+    return any(name == end or name.endswith("." + end) for end in ends)
 
 
 def _is_parameter(name: str) -> bool:
@@ -279,9 +279,9 @@ def _excluded(config: Mapping[str, Any], module: str) -> bool:
     excluded = config.get("exclude_modules")
     if isinstance(excluded, str):
         return re.fullmatch(excluded, module) is not None
-    if any(module == one or module.endswith("." + one) for one in excluded or ()):
+    if any(module == name or module.endswith("." + name) for name in excluded or ()):
         return True
-    return any(re.match(rf"(^|.*\.){re.escape(one)}($|\..*)", module) for one in config.get("modules_to_save") or ())
+    return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in config.get("modules_to_save") or ())
 
 
 def _in_layers(config: Mapping[str, Any], module: str) -> bool:
@@ -290,8 +290,8 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
-            return int(found["layer"]) in (layers if isinstance(layers, list) else [layers])
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
+            return int(match["layer"]) in (layers if isinstance(layers, list) else [layers])
     return False
 
 
@@ -307,4 +307,4 @@ def saves_whole(config: Mapping[str, Any], module: str) -> bool:
     """Whether ``module`` is, or lies inside, one that PEFT trains and saves whole (``modules_to_save``)."""
     parts = module.split(".")
     ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(one.endswith(saved) for saved in config.get("modules_to_save") or () for one in ancestors)
+    return any(ancestor.endswith(saved) for saved in config.get("modules_to_save") or () for ancestor in ancestors)

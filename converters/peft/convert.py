@@ -194,9 +194,9 @@ def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Readin
         reading.notes.append(f"it replaces parameters of the base ({names}), which only rsgwm fuse can apply")
     rows = rows_of(adapter.manifest)
     reading.notes += [] if rows else tokenizer_notes(folder, base)
-    found = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
+    converted = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
     save_adapter(adapter, out, tokenizer_files(folder) if rows else ())
-    return found
+    return converted
 
 
 def check_peft(folder: Path) -> None:

@@ -17,9 +17,9 @@ from mlx_rsgwm.converters.peft.names import LORA_BIAS, SAVED, TOKENS
 
 
 def derive_parameters(
-    groups: Groups, config: Mapping[str, Any], base: BaseLayers | None, kept: dict[str, mx.array], derived: list[str]
+    groups: Groups, config: Mapping[str, Any], base: BaseLayers | None, beside: dict[str, mx.array], derived: list[str]
 ) -> list[str]:
-    """Put replaced parameters into ``groups.whole``: base values with trained token rows, biases plus lora_B's.
+    """Put replaced parameters into ``groups.full``: base values with trained token rows, biases plus lora_B's.
 
     Args:
         groups: its ``tokens`` and ``lora_biases`` are read.
@@ -37,14 +37,14 @@ def derive_parameters(
             problems.append(f"{name.rpartition('.')[0]}: {reason}")
             continue
         assert base is not None
-        if name in groups.whole:
-            kept[f"{name}{SAVED}"] = groups.whole[name]
-        groups.whole[name] = value
+        if name in groups.full:
+            beside[f"{name}{SAVED}"] = groups.full[name]
+        groups.full[name] = value
         derived.append(base.names.mlx_parameters(name)[0])
     for module, array in groups.tokens.items():
-        kept[f"{module}.{TOKENS}{SAVED}"] = array
+        beside[f"{module}.{TOKENS}{SAVED}"] = array
     for module, array in groups.lora_biases.items():
-        kept[f"{module}.{LORA_BIAS}{SAVED}"] = array
+        beside[f"{module}.{LORA_BIAS}{SAVED}"] = array
     return problems
 
 
@@ -85,16 +85,16 @@ def _replacements(
 
 def _base_value(name: str, groups: Groups, base: BaseLayers | None, what: str) -> tuple[Any, str | None]:
     """The parameter as the adapter or the base has it, or why it cannot be had."""
-    if name in groups.whole:
-        return groups.whole[name], None
+    if name in groups.full:
+        return groups.full[name], None
     if base is None:
         return None, f"{what} can only be converted for a base; give the base model"
-    ours = base.names.mlx_parameters(name)[0]
-    link = base.names.link(ours)
-    if ours not in base.parameters:
-        return None, f"{what} has no counterpart, for the base has no {ours} that could hold it"
-    if f"{ours.removesuffix('.weight')}.scales" in base.parameters:
-        return None, f"{what} has no counterpart in a quantised {ours}"
+    mlx_name = base.names.mlx_parameters(name)[0]
+    link = base.names.link(mlx_name)
+    if mlx_name not in base.parameters:
+        return None, f"{what} has no counterpart, for the base has no {mlx_name} that could hold it"
+    if f"{mlx_name.removesuffix('.weight')}.scales" in base.parameters:
+        return None, f"{what} has no counterpart in a quantised {mlx_name}"
     if link is not None and not link.plain:
-        return None, f"{what} has no counterpart in {ours}, which mlx-lm changes as it loads it"
-    return base.read_arrays({ours})[ours], None
+        return None, f"{what} has no counterpart in {mlx_name}, which mlx-lm changes as it loads it"
+    return base.read_arrays({mlx_name})[mlx_name], None

@@ -50,7 +50,7 @@ def join_gate_up(pairs: Mapping[str, Pair]) -> Pair:
     a = mx.concatenate([pairs[name][0] for name in names], axis=1)
     rows = []
     for name in GATE_UP:
-        blocks = [pairs[one][1] if one == name else mx.zeros_like(pairs[one][1]) for one in names]
+        blocks = [pairs[part][1] if part == name else mx.zeros_like(pairs[part][1]) for part in names]
         rows.append(mx.concatenate(blocks, axis=2))
     return a, mx.concatenate(rows, axis=1)
 
@@ -61,5 +61,5 @@ def parameter_names(config: Mapping[str, Any], experts: str) -> list[str]:
     return [
         name
         for name in ("gate_up_proj", "down_proj")
-        if any(f"{experts}.{name}" == one or f"{experts}.{name}".endswith("." + one) for one in targets)
+        if any(f"{experts}.{name}" == target or f"{experts}.{name}".endswith("." + target) for target in targets)
     ]

@@ -24,7 +24,7 @@ def other_towers(groups: Groups, base: BaseLayers, reading: Reading) -> list[str
     tables: tuple[dict[str, Any], ...] = (groups.pairs, groups.embeddings, groups.magnitudes, groups.copies)
     tables += (groups.tokens, groups.lora_biases)
     modules = {module: module for table in tables for module in table}
-    modules |= {name: name.rpartition(".")[0] for name in groups.whole}
+    modules |= {name: name.rpartition(".")[0] for name in groups.full}
     outside = {
         name: module
         for name, module in modules.items()
@@ -32,7 +32,7 @@ def other_towers(groups: Groups, base: BaseLayers, reading: Reading) -> list[str
     }
     if not outside:
         return []
-    for table in (*tables, groups.whole):
+    for table in (*tables, groups.full):
         for name in outside.keys() & table.keys():
             del table[name]
     reading.left_out += dict.fromkeys(outside.values())
@@ -51,30 +51,30 @@ def depth_problems(updates: Iterable[Update], groups: Groups, described: Mapping
     depth = (described or {}).get("num_layers")
     if depth is None:
         return []
-    names = [update.source for update in updates] + list(groups.whole)
+    names = [update.source for update in updates] + list(groups.full)
     beyond = sorted({layer for name in names if (layer := layer_of(name)) is not None and layer >= depth})
     return [f"layer {layer} is not in the base model, which has {depth} layers" for layer in beyond]
 
 
 def take_copies(groups: Groups, base: BaseLayers) -> dict[str, mx.array]:
-    """Take those parameters out of ``groups.whole`` whose values are the base's own: they are no change at all."""
+    """Take those parameters out of ``groups.full`` whose values are the base's own: they are no change at all."""
     embedding = next((f"{name}.weight" for name, layer in base.layers.items() if layer.kind == "embedding"), "")
     places = {}
-    for name in groups.whole:
-        ours = base.names.mlx_parameters(name)
+    for name in groups.full:
+        mlx_names = base.names.mlx_parameters(name)
         if base.tied and is_head(name.rpartition(".")[0]):  # its array is the embedding's
-            ours = [embedding]
-        link = base.names.link(ours[0])
-        if len(ours) == 1 and (link is None or link.axes is not None):
-            places[name] = ours[0]
+            mlx_names = [embedding]
+        link = base.names.link(mlx_names[0])
+        if len(mlx_names) == 1 and (link is None or link.axes is not None):
+            places[name] = mlx_names[0]
     present = base.read_arrays(set(places.values()))
     copies = {}
     for name, place in places.items():
-        value, link = groups.whole[name], base.names.link(place)
+        value, link = groups.full[name], base.names.link(place)
         if link is not None and sorted(value.shape) == sorted(base.parameters.get(place, ())):
             value = link.apply(value)
         if place in present and value.shape == present[place].shape and _same_values(value, present[place]):
-            copies[name] = groups.whole.pop(name)
+            copies[name] = groups.full.pop(name)
     return copies
 
 
@@ -86,13 +86,13 @@ def take_other_weights(groups: Groups, base: BaseLayers, reading: Reading) -> No
     names = {module: f"{base.names.mlx_module(module)}.weight" for module in groups.copies}
     present = base.read_arrays(set(names.values()))
     for module, value in groups.copies.items():
-        ours = names[module]
-        old, link = present.get(ours), base.names.link(ours)
-        packed = f"{ours.removesuffix('.weight')}.scales" in base.parameters
+        mlx_name = names[module]
+        old, link = present.get(mlx_name), base.names.link(mlx_name)
+        packed = f"{mlx_name.removesuffix('.weight')}.scales" in base.parameters
         if old is None or packed or (link is not None and not link.plain) or old.shape != value.shape:
             continue
-        if f"{module}.weight" not in groups.whole and not _same_but_for_rounding(value, old):
-            groups.whole[f"{module}.weight"] = value
+        if f"{module}.weight" not in groups.full and not _same_but_for_rounding(value, old):
+            groups.full[f"{module}.weight"] = value
             reading.notes.append(f"the weight below LoRA of {module} is not this base's, and replaces it")
 
 
@@ -101,9 +101,9 @@ def _same_but_for_rounding(value: mx.array, old: mx.array) -> bool:
     return any(_same_values(value, old.astype(kind)) for kind in (old.dtype, value.dtype, mx.bfloat16, mx.float16))
 
 
-def _same_values(one: mx.array, other: mx.array) -> bool:
+def _same_values(value: mx.array, other: mx.array) -> bool:
     """Whether two arrays hold the same numbers; widening to float32 is exact."""
-    return bool(mx.array_equal(one.astype(mx.float32), other.astype(mx.float32)).item())
+    return bool(mx.array_equal(value.astype(mx.float32), other.astype(mx.float32)).item())
 
 
 def fit_problems(updates: Iterable[Update], groups: Groups, base: BaseLayers) -> list[str]:
@@ -125,27 +125,27 @@ def fit_problems(updates: Iterable[Update], groups: Groups, base: BaseLayers) ->
             problems.append(f"{update.module} is {_shown(layer)} in the base, the adapter is for {b[1], a[0]}")
         elif (layer.kind == "embedding") != (update.source in groups.embeddings):
             problems.append(f"{update.source} is a {layer.kind} in the base, its arrays are for another kind")
-    for name, value in groups.whole.items():
+    for name, value in groups.full.items():
         places = base.names.mlx_parameters(name)
-        ours = places[0]
-        link = base.names.link(ours)
+        mlx_name = places[0]
+        link = base.names.link(mlx_name)
         if len(places) > 1 or (link is not None and link.axes is None):
             problems.append(f"{name}: {describe_link(' and '.join(places), link)}, so it cannot be replaced")
             continue
-        if ours not in base.parameters:
-            problems.append(f"the base has no {ours}")
+        if mlx_name not in base.parameters:
+            problems.append(f"the base has no {mlx_name}")
             continue
-        packed = f"{ours.removesuffix('.weight')}.scales" in base.parameters
-        layer = base.layers.get(ours.rpartition(".")[0])
+        packed = f"{mlx_name.removesuffix('.weight')}.scales" in base.parameters
+        layer = base.layers.get(mlx_name.rpartition(".")[0])
         if packed and (layer is None or layer.kind == "experts"):
-            problems.append(f"{ours} is quantised in the base and cannot be replaced")
+            problems.append(f"{mlx_name} is quantised in the base and cannot be replaced")
             continue
         # A packed layer is replaced by a dense one.
-        expected = layer.shape if packed and layer is not None else base.parameters[ours]
+        expected = layer.shape if packed and layer is not None else base.parameters[mlx_name]
         if link is not None and sorted(value.shape) == sorted(expected):
             value = link.apply(value)
         if tuple(value.shape) != expected:
-            problems.append(f"{ours} is {expected} in the base, {tuple(value.shape)} in the adapter")
+            problems.append(f"{mlx_name} is {expected} in the base, {tuple(value.shape)} in the adapter")
     return problems
 
 
@@ -162,7 +162,7 @@ def missing_problems(
     start = config.get("init_lora_weights", True)
     if reading.strict or not (start is True or start in ("gaussian", "eva")):
         noise = "" if reading.strict else f", and PEFT would fill them with noise (init_lora_weights is {start!r})"
-        return [f"the configuration selects {theirs}, but there are no arrays for it{noise}" for theirs in missing]
+        return [f"the configuration selects {name}, but there are no arrays for it{noise}" for name in missing]
     shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     reading.notes.append(f"selected, but without arrays, so left as in the base: {shown}")
     return []
@@ -176,13 +176,13 @@ def base_names_missing(config: Mapping[str, Any], base: BaseLayers, adapted: set
     missing = []
     experts = any(layer.kind == "experts" for layer in base.layers.values())
     for module, layer in base.layers.items():
-        theirs = base.names.transformers_module(module)
+        peft_name = base.names.transformers_module(module)
         if layer.kind != "linear" or module in adapted or not config.get("target_modules"):
             continue
-        if experts and needs_parameter(theirs, base.model_type):
+        if experts and needs_parameter(peft_name, base.model_type):
             continue
-        if selects(config, theirs):
-            missing.append(theirs)
+        if selects(config, peft_name):
+            missing.append(peft_name)
     return missing
 
 

@@ -47,10 +47,10 @@ class PeftFolder:
         arrays: dict[str, mx.array] = {}
         metadata: dict[str, str] = {}
         for file in self.weights:
-            found, extra = read_safetensors(file, evaluate=False)
-            twice = sorted(found.keys() & arrays.keys())
+            held, extra = read_safetensors(file, evaluate=False)
+            twice = sorted(held.keys() & arrays.keys())
             raise_problems(str(self.path), [f"{name} is in two shards" for name in twice], AdapterError)
-            arrays.update(found)
+            arrays.update(held)
             metadata.update(extra)
         return arrays, metadata
 
@@ -66,7 +66,7 @@ class Groups:
 
     ``tokens``: trained rows of embeddings. ``lora_biases``: biases that lora_B has.
     ``pairs``: a and b of linear layers and of stacked experts, 2-D as PEFT has them. ``embeddings``: the same for
-    embeddings. ``magnitudes``: DoRA's. ``whole``: trained parameters of the base by full name. ``copies``: unchanged
+    embeddings. ``magnitudes``: DoRA's. ``full``: trained parameters of the base by full name. ``copies``: unchanged
     weights of the base, which PEFT saves with an adapted embedding or head. ``beside``: what PEFT writes besides a
     saved module's weight when the vocabulary was resized, by name: the same again, and the untrained.
     """
@@ -74,7 +74,7 @@ class Groups:
     pairs: dict[str, dict[str, mx.array]] = field(default_factory=dict)
     embeddings: dict[str, dict[str, mx.array]] = field(default_factory=dict)
     magnitudes: dict[str, mx.array] = field(default_factory=dict)
-    whole: dict[str, mx.array] = field(default_factory=dict)
+    full: dict[str, mx.array] = field(default_factory=dict)
     copies: dict[str, mx.array] = field(default_factory=dict)
     tokens: dict[str, mx.array] = field(default_factory=dict)
     lora_biases: dict[str, mx.array] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Groups:
 
         Several classes of transformers may load one model, each with names of its own.
         """
-        saved = (*(f"{module}.weight" for module in self.copies), *self.whole)
+        saved = (*(f"{module}.weight" for module in self.copies), *self.full)
         return {names.mlx_parameters(name)[0]: name for name in saved}
 
 
@@ -121,8 +121,10 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
         raise AdapterError(f"{index} has no weight_map from array to file")
     shards = sorted(set(table.values()))
-    outside = [one for one in shards if Path(one).name != one or not one.endswith(".safetensors")]
-    raise_problems(str(index), [f"{one!r} is not a safetensors file of this folder" for one in outside], AdapterError)
+    outside = [shard for shard in shards if Path(shard).name != shard or not shard.endswith(".safetensors")]
+    raise_problems(
+        str(index), [f"{shard!r} is not a safetensors file of this folder" for shard in outside], AdapterError
+    )
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     raise_problems(str(folder), [f"{shard} is in the index but not in the folder" for shard in missing], AdapterError)
     return tuple(folder / shard for shard in shards)
@@ -172,9 +174,9 @@ def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], soun
             or saves_whole(config, module)
             or (leaf == "base_bias" and _is_outer(module))  # saved with the weight; PEFT loads it, whatever it holds
         ):
-            groups.whole[f"{module}.bias"] = value
+            groups.full[f"{module}.bias"] = value
         elif leaf == "weight" and (saves_whole(config, module) or _is_outer(module)):
-            groups.whole[f"{module}.weight"] = value
+            groups.full[f"{module}.weight"] = value
         else:
             problems.append(f"unknown array {name}{explain_name(name)}")
     for table, names in ((groups.pairs, PAIR), (groups.embeddings, EMBEDDING_PAIR)):
@@ -194,7 +196,7 @@ def group_arrays(arrays: Mapping[str, mx.array], config: Mapping[str, Any], soun
 
 def _written_beside(name: str, arrays: Mapping[str, mx.array]) -> str | None:
     """The weight that the array ``name`` repeats, or had before training; None for arrays of other kinds."""
-    ending = next((one for one in (SAVED_AGAIN, UNTRAINED) if name.endswith(one)), None)
+    ending = next((suffix for suffix in (SAVED_AGAIN, UNTRAINED) if name.endswith(suffix)), None)
     weight = f"{name.removesuffix(ending)}.weight" if ending else ""
     return weight if weight in arrays and name.startswith(PREFIX) else None
 

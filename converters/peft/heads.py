@@ -17,9 +17,9 @@ def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: B
     """Embedding and head: apart in PEFT, one in mlx-lm where the base ties them. Equal adapters become one."""
     embedding = next((update for update in updates if is_embedding(update.module)), None)
     head = next((update for update in updates if is_head(update.module)), None)
-    whole = {name.rpartition(".")[0] for name in groups.whole if name.endswith(".weight")}
-    whole_embedding = next((name for name in whole if is_embedding(name)), None)
-    whole_head = next((name for name in whole if is_head(name)), None)
+    modules = {name.rpartition(".")[0] for name in groups.full if name.endswith(".weight")}
+    whole_embedding = next((name for name in modules if is_embedding(name)), None)
+    whole_head = next((name for name in modules if is_head(name)), None)
     if embedding is None and head is None and whole_embedding is None and whole_head is None:
         return []
     if base is None:
@@ -31,9 +31,9 @@ def head_problems(updates: list[Update], groups: Groups, layout: Layout, base: B
         layout.tied = True
         return []
     if whole_embedding and whole_head and embedding is None and head is None:
-        one, other = f"{whole_embedding}.weight", f"{whole_head}.weight"
-        if same_bits(groups.whole[one], groups.whole[other]):
-            del groups.whole[other]
+        embedding_weight, other = f"{whole_embedding}.weight", f"{whole_head}.weight"
+        if same_bits(groups.full[embedding_weight], groups.full[other]):
+            del groups.full[other]
             layout.tied = True
             return []
     names = [update.source for update in (embedding, head) if update] + [n for n in (whole_embedding, whole_head) if n]
@@ -48,16 +48,16 @@ def head_trained_apart(groups: Groups, config: Mapping[str, Any]) -> bool:
     if config.get("ensure_weight_tying"):
         return False
     pairs = {module: pair for module, pair in groups.pairs.items() if is_head(module)}
-    whole = {name: value for name, value in groups.whole.items() if is_head(name.removesuffix(".weight"))}
-    embeddings = [name for name in groups.whole if is_embedding(name.removesuffix(".weight"))]
-    if not (pairs or whole or groups.embeddings or embeddings):
+    heads = {name: value for name, value in groups.full.items() if is_head(name.removesuffix(".weight"))}
+    embeddings = [name for name in groups.full if is_embedding(name.removesuffix(".weight"))]
+    if not (pairs or heads or groups.embeddings or embeddings):
         return False
-    if len(pairs) == len(groups.embeddings) == 1 and not whole and not embeddings:
-        (head, one), (embedding, other) = next(iter(pairs.items())), next(iter(groups.embeddings.items()))
-        same = same_bits(one["a"], other["b"].T) and same_bits(one["b"], other["a"].T)
+    if len(pairs) == len(groups.embeddings) == 1 and not heads and not embeddings:
+        (head, head_pair), (embedding, other) = next(iter(pairs.items())), next(iter(groups.embeddings.items()))
+        same = same_bits(head_pair["a"], other["b"].T) and same_bits(head_pair["b"], other["a"].T)
         return not same or scale_of(config, head) != scale_of(config, embedding)
-    if len(whole) == len(embeddings) == 1 and not pairs and not groups.embeddings:
-        return not same_bits(groups.whole[embeddings[0]], next(iter(whole.values())))
+    if len(heads) == len(embeddings) == 1 and not pairs and not groups.embeddings:
+        return not same_bits(groups.full[embeddings[0]], next(iter(heads.values())))
     return True
 
 
@@ -69,19 +69,19 @@ def hold_other(groups: Groups, base: BaseLayers, layout: Layout) -> None:
     head = next(f"{module}.weight" for module in base.layers if is_head(module))
     embedding = next(f"{module}.weight" for module in base.layers if is_embedding(module))
     saved = groups.saved_names(base.names)
-    names = {ours: saved.get(ours, base.names.transformers_parameter(ours)) for ours in (embedding, head)}
-    modules = {ours: name.removesuffix(".weight") for ours, name in names.items()}
-    for ours, other in ((head, embedding), (embedding, head)):
-        if modules[ours] in groups.copies or names[ours] in groups.whole:
+    names = {module: saved.get(module, base.names.transformers_parameter(module)) for module in (embedding, head)}
+    modules = {module: name.removesuffix(".weight") for module, name in names.items()}
+    for lacking, other in ((head, embedding), (embedding, head)):
+        if modules[lacking] in groups.copies or names[lacking] in groups.full:
             continue
         below = groups.copies.get(modules[other])
         if below is not None and below.shape[0] != base.layers[other.removesuffix(".weight")].shape[0]:
-            groups.whole[names[ours]] = below
-            layout.derived.append(ours)
-    if any(map(is_head, (*groups.pairs, *(name.removesuffix(".weight") for name in groups.whole)))):
+            groups.full[names[lacking]] = below
+            layout.derived.append(lacking)
+    if any(map(is_head, (*groups.pairs, *(name.removesuffix(".weight") for name in groups.full)))):
         return
     link, value = base.names.link(head), base.read_arrays({head})[head]
-    groups.whole[names[head]] = value if link is None else link.undo(value)
+    groups.full[names[head]] = value if link is None else link.undo(value)
     layout.derived.append(head)
 
 

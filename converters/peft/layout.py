@@ -33,7 +33,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
-        folded = {name: Folding(**one) for name, one in (value.get("folded") or {}).items()}
+        folded = {name: Folding(**entry) for name, entry in (value.get("folded") or {}).items()}
         names, derived = dict(value.get("names") or {}), list(value.get("derived") or [])
         untied, rows = bool(value.get("untied")), int(value.get("rows") or 0)
         return cls(names, value.get("experts"), folded, bool(value.get("tied")), derived, untied, rows)

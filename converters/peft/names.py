@@ -65,7 +65,7 @@ def parse_name(name: str) -> PeftName | None:
         return None
     name = name[len(PREFIX) :]
     leaves = sorted([*VARIANTS, *LEAVES], key=len, reverse=True)
-    leaf = next((one for one in leaves if name.endswith("." + one)), None)
+    leaf = next((candidate for candidate in leaves if name.endswith("." + candidate)), None)
     if leaf is None or ".lora_" in name[: -len(leaf)]:
         return None
     return PeftName(name[: -len(leaf) - 1], LEAVES[VARIANTS.get(leaf, leaf)])
@@ -73,22 +73,22 @@ def parse_name(name: str) -> PeftName | None:
 
 def explain_name(name: str) -> str:
     """A hint, in brackets, at what an unknown array is."""
-    found = next((text for part, text in HINTS.items() if part in name), None)
-    if found is None and not name.startswith(PREFIX):
-        found = f"PEFT's names begin with {PREFIX}"
-    return f" ({found})" if found else ""
+    hint = next((text for part, text in HINTS.items() if part in name), None)
+    if hint is None and not name.startswith(PREFIX):
+        hint = f"PEFT's names begin with {PREFIX}"
+    return f" ({hint})" if hint else ""
 
 
 def layer_of(module: str) -> int | None:
     """The number of the block a module sits in, or None outside of the blocks."""
-    found = BLOCK_MODULE.fullmatch(module)
-    return int(found["layer"]) if found else None
+    match = BLOCK_MODULE.fullmatch(module)
+    return int(match["layer"]) if match else None
 
 
 def key_of(module: str) -> str:
     """A module's name inside its block; its full name outside of the blocks."""
-    found = BLOCK_MODULE.fullmatch(module)
-    return found["key"] if found else module
+    match = BLOCK_MODULE.fullmatch(module)
+    return match["key"] if match else module
 
 
 def model_order(module: str) -> tuple[int, int, str]:

@@ -61,11 +61,11 @@ def read_raw(path: Path) -> dict[str, RawArray]:
         raise AdapterError(f"{path} is not a sound safetensors file: {str(error).splitlines()[0]}") from error
     data = np.memmap(path, dtype=np.uint8, mode="r")
     header.pop("__metadata__", None)
-    found = {}
+    arrays = {}
     for name, entry in header.items():
         if entry["dtype"] not in FORMS:
             raise AdapterError(f"{path}: {name} is {entry['dtype']}; only float32, float16 and bfloat16 are compared")
         start, end = entry["data_offsets"]
         values = data[8 + length + start : 8 + length + end].view(FORMS[entry["dtype"]])
-        found[name] = RawArray(entry["dtype"], values.reshape(entry["shape"]))
-    return found
+        arrays[name] = RawArray(entry["dtype"], values.reshape(entry["shape"]))
+    return arrays

@@ -70,37 +70,37 @@ def read_peft(
     problems = config_problems(config)
     sound = not problems
     arrays, metadata = folder.arrays()
-    groups, found = group_arrays(arrays, config, sound)
+    groups, wrong = group_arrays(arrays, config, sound)
     if not arrays:
-        found.append("holds no arrays")
+        wrong.append("holds no arrays")
     if not sound:
-        raise_problems(str(folder.path), problems + found, AdapterError)
+        raise_problems(str(folder.path), problems + wrong, AdapterError)
     sidecar = read_sidecar(folder.path, config, folder.sha256)
     layout = Layout()
     copies: dict[str, mx.array] = {}
     if base is not None:
-        found += other_towers(groups, base, reading)
+        wrong += other_towers(groups, base, reading)
         copies = take_copies(groups, base)
     with ExitStack() as stack:
         if base is not None and base.tied and head_trained_apart(groups, config):
             layout.untied = True
             if groups.tokens:
-                found.append("trained token rows beside a head apart from the embedding have no counterpart")
+                wrong.append("trained token rows beside a head apart from the embedding have no counterpart")
             base = stack.enter_context(untied_layers(base))
             hold_other(groups, base, layout)
         if base is not None:
-            before = set(groups.whole)
-            base, layout.rows = resized_layers(base, groups, found)
+            before = set(groups.full)
+            base, layout.rows = resized_layers(base, groups, wrong)
             if not layout.rows:
                 take_other_weights(groups, base, reading)
-            layout.derived += [base.names.mlx_parameters(name)[0] for name in groups.whole if name not in before]
-        return _read_groups(folder, groups, found, copies, sidecar, layout, base, described, reading, metadata)
+            layout.derived += [base.names.mlx_parameters(name)[0] for name in groups.full if name not in before]
+        return _read_groups(folder, groups, wrong, copies, sidecar, layout, base, described, reading, metadata)
 
 
 def _read_groups(
     folder: PeftFolder,
     groups: Groups,
-    found: list[str],
+    problems: list[str],
     copies: dict[str, mx.array],
     sidecar: Sidecar | None,
     layout: Layout,
@@ -113,13 +113,13 @@ def _read_groups(
     config = folder.config
     names = base.names if base is not None else Names((described or {}).get("model_type"))
     updates, wrong = build_updates(groups, config, sidecar, layout, names)
-    found += wrong + depth_problems(updates, groups, described)
-    found += head_problems(updates, groups, layout, base)
+    problems += wrong + depth_problems(updates, groups, described)
+    problems += head_problems(updates, groups, layout, base)
     beside: dict[str, mx.array] = {}
-    found += derive_parameters(groups, config, base, beside, layout.derived)
+    problems += derive_parameters(groups, config, base, beside, layout.derived)
     if base is not None:
-        found += fit_problems(updates, groups, base)
-        found += missing_problems(updates, config, base, reading)
+        problems += fit_problems(updates, groups, base)
+        problems += missing_problems(updates, config, base, reading)
     reading.notes += config_notes(config)
     if layout.untied:
         reading.notes.append(
@@ -129,9 +129,9 @@ def _read_groups(
         reading.notes.append(
             f"its vocabulary has {layout.rows} rows, not the base's; rsgwm fuse makes a model with its tokenizer"
         )
-    if not updates and not groups.whole and not found:
-        found.append("holds no LoRA arrays")
-    raise_problems(str(folder.path), list(dict.fromkeys(found)), AdapterError)
+    if not updates and not groups.full and not problems:
+        problems.append("holds no LoRA arrays")
+    raise_problems(str(folder.path), list(dict.fromkeys(problems)), AdapterError)
     if copies:
         reading.notes.append(f"saved with the base's own values, no change: {', '.join(copies)}")
     adapter = _assemble(folder, updates, groups, layout, sidecar, described, names)
@@ -155,10 +155,10 @@ def early_problems(folder: PeftFolder) -> list[str]:
     """What is wrong with an adapter whatever its base, so that none need be fetched for it."""
     problems = config_problems(folder.config)
     arrays, _ = folder.arrays()
-    groups, found = group_arrays(arrays, folder.config, not problems)
+    groups, wrong = group_arrays(arrays, folder.config, not problems)
     if not problems:
-        found += build_updates(groups, folder.config, None, Layout(), Names())[1]
-    return problems + found
+        wrong += build_updates(groups, folder.config, None, Layout(), Names())[1]
+    return problems + wrong
 
 
 def _assemble(
@@ -172,7 +172,7 @@ def _assemble(
 ) -> Adapter:
     """One rank and one scale for all; arrays of PEFT's that have no place here are kept beside them."""
     config = folder.config
-    kept = {f"{names.mlx_module(module)}.weight": value for module, value in groups.copies.items()}
+    kept_arrays = {f"{names.mlx_module(module)}.weight": value for module, value in groups.copies.items()}
     rank = max(update.rank for update in updates) if updates else int(config["r"])
     scale = common_scale(update.scale for update in updates) if updates else scale_of(config)
     if any(update.scale != scale for update in updates):
@@ -180,7 +180,7 @@ def _assemble(
     for update in updates:
         if update.has_factor:  # an original of its own is simpler than to find a product that divides back
             layout.folded[update.module] = Folding(NAMES[update.b.dtype], "float32", kept=True)
-            kept[f"{update.module}.factor"] = mx.array(update.factor, dtype=mx.float32)
+            kept_arrays[f"{update.module}.factor"] = mx.array(update.factor, dtype=mx.float32)
     weights = {}
     modules = [update.module for update in updates]
     while updates:
@@ -188,24 +188,24 @@ def _assemble(
         b = update.b
         if how := layout.folded.get(update.module):
             if how.kept:
-                kept[f"{update.module}.lora_b"] = b
+                kept_arrays[f"{update.module}.lora_b"] = b
             b = fold(b, update.scale / scale * update.factor, how.folded)
         weights[f"{update.module}.lora_a"], weights[f"{update.module}.lora_b"] = widen_rank(update.a, b, rank)
         if update.magnitude is not None:
             weights[f"{update.module}.m"] = update.magnitude
             if update.has_factor:
-                kept[f"{update.module}.m"] = update.magnitude
+                kept_arrays[f"{update.module}.m"] = update.magnitude
                 weights[f"{update.module}.m"] = scaled_magnitude(update.magnitude, update.factor)
     full = {}
-    for name, value in groups.whole.items():
-        (ours, *_), rule = names.mlx_parameters(name), names.by_rule
-        link = names.link(ours)
+    for name, value in groups.full.items():
+        (mlx_name, *_), rule = names.mlx_parameters(name), names.by_rule
+        link = names.link(mlx_name)
         if link is not None and not link.plain:
-            kept[f"{ours}.original"] = value
+            kept_arrays[f"{mlx_name}.original"] = value
             value = link.apply(value)
-        if rule.transformers_parameter(ours) != name:
-            layout.names[ours] = name
-        full[ours] = value
+        if rule.transformers_parameter(mlx_name) != name:
+            layout.names[mlx_name] = name
+        full[mlx_name] = value
     keys, num_layers = keys_of(modules, (described or {}).get("num_layers"))
     spec = LoraSpec(
         rank=rank,
@@ -215,7 +215,7 @@ def _assemble(
         num_layers=num_layers,
         fine_tune_type="dora" if config.get("use_dora") else "lora",
     )
-    return Adapter(spec, weights, origin=folder.path, full=dict(sorted(full.items())), kept=kept)
+    return Adapter(spec, weights, origin=folder.path, full=dict(sorted(full.items())), kept=kept_arrays)
 
 
 def _choose_foldings(

@@ -38,7 +38,7 @@ def _vocabulary_note(folder: Path, base: BaseLayers) -> str:
 
 
 def _template_note(folder: Path, base: Path) -> str:
-    own = chat_template_hash(folder)
-    if not own or own == chat_template_hash(base):
+    tokenizer_template = chat_template_hash(folder)
+    if not tokenizer_template or tokenizer_template == chat_template_hash(base):
         return ""
     return "its chat template is not the base's, which --template chat uses; copy it into the base's folder to use it"

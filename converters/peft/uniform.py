@@ -103,9 +103,9 @@ def choose_folding(b: mx.array, ratio: float) -> Folding:
     return Folding(dtype, "float32", kept=True)
 
 
-def same_bits(one: mx.array, other: mx.array) -> bool:
+def same_bits(array: mx.array, other: mx.array) -> bool:
     """Whether two arrays have the same dtype, shape and bytes."""
-    if one.dtype != other.dtype or one.shape != other.shape:
+    if array.dtype != other.dtype or array.shape != other.shape:
         return False
-    width = UNSIGNED[one.itemsize]
-    return bool(mx.array_equal(mx.contiguous(one).view(width), mx.contiguous(other).view(width)).item())
+    width = UNSIGNED[array.itemsize]
+    return bool(mx.array_equal(mx.contiguous(array).view(width), mx.contiguous(other).view(width)).item())

@@ -28,30 +28,30 @@ def build_updates(
     updates: list[Update] = []
     each: dict[tuple[str, str], dict[int, str]] = {}
     for module, pair in groups.pairs.items():
-        if one := ONE_EXPERT.fullmatch(module):
-            projection = MIXTRAL.get(one["projection"], one["projection"])
-            each.setdefault((one["block"], projection), {})[int(one["expert"])] = module
+        if match := ONE_EXPERT.fullmatch(module):
+            projection = MIXTRAL.get(match["projection"], match["projection"])
+            each.setdefault((match["block"], projection), {})[int(match["expert"])] = module
         elif module.endswith((".experts", ".experts.base_layer")):
-            found, wrong = _stacked(module, pair, config, sidecar, names)
-            updates += found
+            built, wrong = _stacked(module, pair, config, sidecar, names)
+            updates += built
             problems += wrong
             layout.experts = "stacked"
         elif reason := _unselected(module, config):
             problems.append(reason)
         else:
-            found, wrong = _linear(module, pair, config, groups, names)
-            updates += found
+            built, wrong = _linear(module, pair, config, groups, names)
+            updates += built
             problems += wrong
     for (block, projection), modules in each.items():
-        found, wrong = _gathered(block, projection, modules, groups, config, names)
-        updates += found
+        built, wrong = _gathered(block, projection, modules, groups, config, names)
+        updates += built
         problems += wrong
         layout.experts = "each"
     for module, pair in groups.embeddings.items():
         if reason := _unselected(module, config):
             problems.append(reason)
-        found, wrong = _linear(module, pair, config, groups, names)
-        updates += found
+        built, wrong = _linear(module, pair, config, groups, names)
+        updates += built
         problems += wrong
     if config.get("use_dora"):
         for update in updates:
@@ -84,13 +84,13 @@ def _unselected(module: str, config: Mapping[str, Any]) -> str | None:
 def default_source(module: str, experts: str | None, model_type: str | None) -> str:
     """What transformers calls an adapted module by rule; of experts the parameter, or the first one's layer."""
     names = Names(model_type)
-    one = SWITCH.fullmatch(module)
-    if one is None or experts is None:
+    match = SWITCH.fullmatch(module)
+    if match is None or experts is None:
         return names.transformers_module(module)
     block = names.experts_block(module.rpartition(".")[0])
     if experts == "each":
-        return f"{block}.experts.0.{one['projection']}"
-    return f"{block}.experts.{'gate_up_proj' if one['projection'] in GATE_UP else one['projection']}"
+        return f"{block}.experts.0.{match['projection']}"
+    return f"{block}.experts.{'gate_up_proj' if match['projection'] in GATE_UP else match['projection']}"
 
 
 def _linear(
@@ -98,20 +98,27 @@ def _linear(
 ) -> tuple[list[Update], list[str]]:
     """The update of a linear layer or an embedding in mlx-lm, or why there is none."""
     named = module if selects(config, module) else f"{module}.weight"
-    ours = names.mlx_modules(module)
-    link = names.link(f"{ours[0]}.weight")
+    mlx_names = names.mlx_modules(module)
+    link = names.link(f"{mlx_names[0]}.weight")
     magnitude = groups.magnitudes.get(module)
-    if len(ours) > 1:
-        return [], [f"{module} is split in mlx-lm into {', '.join(ours)}"]
+    if len(mlx_names) > 1:
+        return [], [f"{module} is split in mlx-lm into {', '.join(mlx_names)}"]
     factor: Any = 1.0
     if link is not None:
         if link.axes is None or link.shifted:
-            return [], [f"{module}: {describe_link(ours[0], link)}, so its update cannot be carried over"]
+            return [], [f"{module}: {describe_link(mlx_names[0], link)}, so its update cannot be carried over"]
         factor = link.scale
         if link.scaled and module in groups.embeddings and not isinstance(factor, float):
             return [], [f"{module}: mlx-lm multiplies the rows of this embedding one by one, which LoRA cannot follow"]
     update = Update(
-        ours[0], module, pair["a"].T, pair["b"].T, magnitude, rank_of(config, named), scale_of(config, named), factor
+        mlx_names[0],
+        module,
+        pair["a"].T,
+        pair["b"].T,
+        magnitude,
+        rank_of(config, named),
+        scale_of(config, named),
+        factor,
     )
     return [update], []
 
@@ -187,11 +194,11 @@ def _gathered(
         return [], [f"{block} has no {projection} of expert {', '.join(map(str, missing))}, only of others"]
     ordered = [modules[expert] for expert in sorted(modules)]
     pairs = [groups.pairs[module] for module in ordered]
-    ranks, scales = {rank_of(config, one) for one in ordered}, {scale_of(config, one) for one in ordered}
+    ranks, scales = {rank_of(config, source) for source in ordered}, {scale_of(config, source) for source in ordered}
     alike = all(len({(pair[leaf].shape, pair[leaf].dtype) for pair in pairs}) == 1 for leaf in "ab")
     if not alike or len(ranks) != 1 or len(scales) != 1:
         return [], [f"{block}: the experts' {projection} differ in rank, scale, shape or dtype"]
-    if reason := next((found for module in ordered if (found := _unselected(module, config))), None):
+    if reason := next((cause for module in ordered if (cause := _unselected(module, config))), None):
         return [], [reason]
     a, b = mx.stack([pair["a"] for pair in pairs]), mx.stack([pair["b"] for pair in pairs])
     switch = names.switch_layers(block)
@@ -203,9 +210,9 @@ def _gathered(
 
 def gate_up_of(modules: Iterable[str]) -> dict[str, list[str]]:
     """``{block: [gate_proj, up_proj]}`` of the adapted ones of every block's expert layers."""
-    found: dict[str, list[str]] = {}
+    by_block: dict[str, list[str]] = {}
     for module in modules:
-        one = SWITCH.fullmatch(module)
-        if one and one["projection"] in GATE_UP:
-            found.setdefault(one["block"], []).append(one["projection"])
-    return {block: sorted(names) for block, names in found.items()}
+        match = SWITCH.fullmatch(module)
+        if match and match["projection"] in GATE_UP:
+            by_block.setdefault(match["block"], []).append(match["projection"])
+    return {block: sorted(names) for block, names in by_block.items()}

@@ -71,16 +71,16 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
     """How many modules were compared, and every difference in the order in which a model runs through its layers."""
     opened = open_peft(peft)
     names = names or Names()
-    theirs, their_rest = _peft_sides(opened, names)
+    peft_sides, their_rest = _peft_sides(opened, names)
     config = files.read_json_object(adapter / CONFIG_FILE)
     arrays = read_raw(adapter / WEIGHTS_FILE)
-    kept = read_raw(adapter / KEPT_FILE) if files.is_present(adapter / KEPT_FILE) else {}
-    ours, our_rest = _mlx_sides(arrays, config)
-    folded = {name.removesuffix(".lora_b") for name in kept if name.endswith(".lora_b")}
+    kept_arrays = read_raw(adapter / KEPT_FILE) if files.is_present(adapter / KEPT_FILE) else {}
+    mlx_sides, our_rest = _mlx_sides(arrays, config)
+    folded = {name.removesuffix(".lora_b") for name in kept_arrays if name.endswith(".lora_b")}
     # What was saved with the base's own values is no part of the adapter and kept for the way back.
-    for name in (name.removesuffix(SAVED) for name in kept if name.endswith(SAVED)):
+    for name in (name.removesuffix(SAVED) for name in kept_arrays if name.endswith(SAVED)):
         ours_name = name if name in their_rest else names.mlx_parameters(name)[0]
-        if ours_name in their_rest and their_rest[ours_name].same_bits(kept[f"{name}{SAVED}"]):
+        if ours_name in their_rest and their_rest[ours_name].same_bits(kept_arrays[f"{name}{SAVED}"]):
             del their_rest[ours_name]
     manifest = files.read_json_object(adapter / MANIFEST_FILE) if files.is_present(adapter / MANIFEST_FILE) else {}
     source = manifest.get("source") or {}
@@ -88,36 +88,43 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
         if name not in their_rest:  # in a plain form PEFT's file has them
             our_rest.pop(name, None)
     for module in source.get("left_out") or ():  # --language-only says so when it converts
-        theirs.pop(names.mlx_module(module), None)
-        their_rest = {name: one for name, one in their_rest.items() if name.rpartition(".")[0] != module}
-    _untie(theirs, their_rest, ours, our_rest)
-    found = []
-    for module in sorted(theirs.keys() | ours.keys(), key=model_order):
-        if module not in ours or module not in theirs:
-            found.append(
-                Difference(module, f"only the {'PEFT' if module in theirs else 'MLX'} folder has arrays for it")
+        peft_sides.pop(names.mlx_module(module), None)
+        their_rest = {name: value for name, value in their_rest.items() if name.rpartition(".")[0] != module}
+    _untie(peft_sides, their_rest, mlx_sides, our_rest)
+    differences = []
+    for module in sorted(peft_sides.keys() | mlx_sides.keys(), key=model_order):
+        if module not in mlx_sides or module not in peft_sides:
+            differences.append(
+                Difference(module, f"only the {'PEFT' if module in peft_sides else 'MLX'} folder has arrays for it")
             )
         else:
-            found += [Difference(module, what) for what in _differences(theirs[module], ours[module], module in folded)]
+            differences += [
+                Difference(module, what)
+                for what in _differences(peft_sides[module], mlx_sides[module], module in folded)
+            ]
     for name in sorted(their_rest.keys() | our_rest.keys(), key=lambda name: model_order(name.rpartition(".")[0])):
         module, _, leaf = name.rpartition(".")
-        one, other = their_rest.get(name), our_rest.get(name)
-        if one is None or other is None:
-            found.append(Difference(module, f"only the {'MLX' if one is None else 'PEFT'} folder has its {leaf}"))
-        elif not _same_parameter(one, other, _link_of(name, names)):
-            found.append(Difference(module, f"its {leaf} differs"))
+        value, other = their_rest.get(name), our_rest.get(name)
+        if value is None or other is None:
+            differences.append(
+                Difference(module, f"only the {'MLX' if value is None else 'PEFT'} folder has its {leaf}")
+            )
+        elif not _same_parameter(value, other, _link_of(name, names)):
+            differences.append(Difference(module, f"its {leaf} differs"))
     if bool(config.get("fine_tune_type") == "dora") != bool(opened.config.get("use_dora")):
-        found.append(Difference(next(iter(sorted(ours, key=model_order)), ""), "only one of the two is DoRA"))
-    return len(theirs), sorted(found, key=lambda one: model_order(one.module))
+        differences.append(
+            Difference(next(iter(sorted(mlx_sides, key=model_order)), ""), "only one of the two is DoRA")
+        )
+    return len(peft_sides), sorted(differences, key=lambda difference: model_order(difference.module))
 
 
-def _differences(theirs: Side, ours: Side, kept: bool) -> Iterator[str]:
-    """What differs between the two updates of one module; ``kept``: its lora_b was folded and its original kept."""
-    if len(theirs.a) != len(ours.a):
-        yield f"{len(theirs.a)} experts in PEFT, {len(ours.a)} in MLX"
+def _differences(peft: Side, mlx: Side, folded: bool) -> Iterator[str]:
+    """What differs between the two updates of one module; ``folded``: its lora_b was folded and its original kept."""
+    if len(peft.a) != len(mlx.a):
+        yield f"{len(peft.a)} experts in PEFT, {len(mlx.a)} in MLX"
         return
-    for expert, (a1, b1, a2, b2) in enumerate(zip(theirs.a, theirs.b, ours.a, ours.b, strict=True)):
-        where = f" of expert {expert}" if len(theirs.a) > 1 else ""
+    for expert, (a1, b1, a2, b2) in enumerate(zip(peft.a, peft.b, mlx.a, mlx.b, strict=True)):
+        where = f" of expert {expert}" if len(peft.a) > 1 else ""
         if 2 * a2.shape[0] == a1.shape[0]:
             a1, b1 = _own_half(a1, b1, a2)
         rank = a1.shape[0]
@@ -129,14 +136,14 @@ def _differences(theirs: Side, ours: Side, kept: bool) -> Iterator[str]:
                 if not np.isfinite(value.values()).all():
                     yield f"lora_{leaf}{where} has values that are not finite in {side}"
                     return
-        if what := _effect(a1, b1, theirs.scale * theirs.factor, a2, b2, ours.scale):
+        if what := _effect(a1, b1, peft.scale * peft.factor, a2, b2, mlx.scale):
             yield what + where
             return
-        if a1.dtype != a2.dtype or (b1.dtype != b2.dtype and theirs.scale == ours.scale and not kept):
+        if a1.dtype != a2.dtype or (b1.dtype != b2.dtype and peft.scale == mlx.scale and not folded):
             yield f"{a1.dtype}, {b1.dtype} in PEFT, {a2.dtype}, {b2.dtype} in MLX{where}"
             return
         same_a = a1.same_bits(a2.take(a2.bits[:rank]))
-        same_b = theirs.scale != ours.scale or kept or b1.same_bits(b2.take(b2.bits[:, :rank]))
+        same_b = peft.scale != mlx.scale or folded or b1.same_bits(b2.take(b2.bits[:, :rank]))
         if not same_a or not same_b or a2.bits[rank:].any() or b2.bits[:, rank:].any():
             yield f"not the same bits in lora_{'b' if same_a else 'a'}{where}"
             return
@@ -151,28 +158,28 @@ def _link_of(name: str, names: Names) -> Link | None:
     return Link(weight.source, (0,), (), scale if isinstance(weight.scale, np.ndarray) else float(scale))
 
 
-def _same_parameter(theirs: RawArray, ours: RawArray, link: Link | None) -> bool:
+def _same_parameter(saved: RawArray, loaded: RawArray, link: Link | None) -> bool:
     """Whether our replaced parameter is theirs as mlx-lm would load it: to the bit, or as its type can hold it."""
     if link is None or link.plain or link.axes is None:
-        return theirs.same_bits(ours)
-    moved = theirs.take(theirs.bits.transpose(link.axes))
+        return saved.same_bits(loaded)
+    moved = saved.take(saved.bits.transpose(link.axes))
     if not link.scaled and not link.shifted:
-        return moved.same_bits(ours)
+        return moved.same_bits(loaded)
     rows = np.reshape(link.scale, (-1, *[1] * (moved.bits.ndim - 1))) if link.scaled else 1.0
     expected = moved.values() * rows + link.offset
-    step = {"F32": 2e-7, "F16": 1e-3, "BF16": 8e-3}[ours.dtype]
-    return ours.shape == moved.shape and bool(
-        (np.abs(ours.values() - expected) <= step * (np.abs(expected) + np.abs(link.offset))).all()
+    step = {"F32": 2e-7, "F16": 1e-3, "BF16": 8e-3}[loaded.dtype]
+    return loaded.shape == moved.shape and bool(
+        (np.abs(loaded.values() - expected) <= step * (np.abs(expected) + np.abs(link.offset))).all()
     )
 
 
 def _own_half(a: RawArray, b: RawArray, other_a: RawArray) -> tuple[RawArray, RawArray]:
     """The half of a pair's rank that is this projection's, where gate and up share the pair with zeros between them."""
     half = a.shape[0] // 2
-    for own, foreign in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
-        cut = a.take(a.bits[own])
+    for half_rows, foreign in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
+        cut = a.take(a.bits[half_rows])
         if not b.bits[:, foreign].any() and cut.same_bits(other_a):
-            return cut, b.take(b.bits[:, own])
+            return cut, b.take(b.bits[:, half_rows])
     return a, b
 
 
@@ -181,19 +188,19 @@ def _effect(
 ) -> str | None:
     """How the updates of a random input differ, or None where they do not."""
     x = np.random.default_rng(a1.shape[1]).standard_normal(a1.shape[1])
-    one = scale1 * (b1.values() @ (a1.values() @ x))
+    effect = scale1 * (b1.values() @ (a1.values() @ x))
     other = scale2 * (b2.values() @ (a2.values() @ x))
     size = np.abs(scale1) * (np.abs(b1.values()) @ (np.abs(a1.values()) @ np.abs(x)))
-    error = np.abs(one - other)
+    error = np.abs(effect - other)
     if (error <= TOLERANCE * size).all():
         return None
-    norm = float(one @ one)
-    factor = float(one @ other) / norm if norm else math.inf
+    norm = float(effect @ effect)
+    factor = float(effect @ other) / norm if norm else math.inf
     if not other.any():
         return "the update is zero in MLX, not in PEFT"
     if not norm:
         return "the update is zero in PEFT, not in MLX"
-    if np.abs(other - factor * one).max() <= 1e-4 * np.abs(other).max():
+    if np.abs(other - factor * effect).max() <= 1e-4 * np.abs(other).max():
         return f"the update in MLX is {factor:.6g} times that in PEFT (scale {scale2:g} against {np.mean(scale1):g})"
     return f"the updates differ by {math.sqrt(float(error @ error) / norm):.1e} of their size"
 
@@ -225,21 +232,21 @@ def _peft_sides(folder: PeftFolder, names: Names) -> tuple[dict[str, Side], dict
     for module, pair in pairs.items():
         if pair.keys() != {"a", "b"}:
             rest[f"{module}.lora_{next(iter(pair))}"] = next(iter(pair.values()))
-        elif one := ONE_EXPERT.fullmatch(module):
-            projection = MIXTRAL.get(one["projection"], one["projection"])
-            name = f"{names.switch_layers(one['block'])}.{projection}"
+        elif match := ONE_EXPERT.fullmatch(module):
+            projection = MIXTRAL.get(match["projection"], match["projection"])
+            name = f"{names.switch_layers(match['block'])}.{projection}"
             scale = _scale(config, module, pair["a"].shape[0])
-            singles.setdefault(name, {})[int(one["expert"])] = Side((pair["a"],), (pair["b"],), scale)
+            singles.setdefault(name, {})[int(match["expert"])] = Side((pair["a"],), (pair["b"],), scale)
         elif module.endswith((".experts", ".experts.base_layer")):
             sides |= _expert_sides(module, pair["a"], pair["b"], config, names)
         else:
             scale = _scale(config, module, pair["a"].shape[0])
-            ours = names.mlx_module(module)
-            link = names.link(f"{ours}.weight")
-            sides[ours] = Side((pair["a"],), (pair["b"],), scale, link.scale if link is not None else 1.0)
+            mlx_name = names.mlx_module(module)
+            link = names.link(f"{mlx_name}.weight")
+            sides[mlx_name] = Side((pair["a"],), (pair["b"],), scale, link.scale if link is not None else 1.0)
     for name, experts in singles.items():
         ordered = [experts[index] for index in sorted(experts)]
-        a, b = tuple(one.a[0] for one in ordered), tuple(one.b[0] for one in ordered)
+        a, b = tuple(side.a[0] for side in ordered), tuple(side.b[0] for side in ordered)
         sides[name] = Side(a, b, ordered[0].scale)
     return sides, rest
 
@@ -259,7 +266,7 @@ def _expert_sides(module: str, a: RawArray, b: RawArray, config: Mapping[str, An
     targeted = [
         name
         for name in ("gate_up_proj", "down_proj")
-        if any(f".{experts_name}.{name}".endswith("." + one) for one in config.get("target_parameters") or ())
+        if any(f".{experts_name}.{name}".endswith("." + target) for target in config.get("target_parameters") or ())
     ]
     parameter = targeted[0] if module != experts_name else targeted[-1]
     rank = int(config["r"])
@@ -275,10 +282,10 @@ def _expert_sides(module: str, a: RawArray, b: RawArray, config: Mapping[str, An
     if parameter == "down_proj":
         return {f"{block}.down_proj": Side(factors_a, tuple(map(b.take, factors_b)), scale)}
     half = b.shape[0] // 2
-    found = {}
+    sides = {}
     for name, rows in (("gate_proj", slice(0, half)), ("up_proj", slice(half, None))):
-        found[f"{block}.{name}"] = Side(factors_a, tuple(b.take(value[rows]) for value in factors_b), scale)
-    return found
+        sides[f"{block}.{name}"] = Side(factors_a, tuple(b.take(value[rows]) for value in factors_b), scale)
+    return sides
 
 
 # --- MLX's side -------------------------------------------------------------------------------------------------
@@ -304,16 +311,19 @@ def _mlx_sides(
 
 
 def _untie(
-    theirs: dict[str, Side], their_rest: dict[str, RawArray], ours: dict[str, Side], our_rest: dict[str, RawArray]
+    peft_sides: dict[str, Side],
+    their_rest: dict[str, RawArray],
+    mlx_sides: dict[str, Side],
+    our_rest: dict[str, RawArray],
 ) -> None:
     """Where MLX has one update or weight for a tied embedding and head, give its head a copy to be compared."""
-    embedding = next((name for name in ours if is_embedding(name)), None)
-    head = next((name for name in theirs if is_head(name)), None)
-    if embedding is not None and head is not None and head not in ours:
-        side = ours[embedding]
+    embedding = next((name for name in mlx_sides if is_embedding(name)), None)
+    head = next((name for name in peft_sides if is_head(name)), None)
+    if embedding is not None and head is not None and head not in mlx_sides:
+        side = mlx_sides[embedding]
         a, b = side.b[0], side.a[0]
-        ours[head] = Side((a.take(a.bits.T),), (b.take(b.bits.T),), side.scale)
-    whole = next((name for name in our_rest if is_embedding(name.removesuffix(".weight"))), None)
+        mlx_sides[head] = Side((a.take(a.bits.T),), (b.take(b.bits.T),), side.scale)
+    embedding_name = next((name for name in our_rest if is_embedding(name.removesuffix(".weight"))), None)
     head = next((name for name in their_rest if is_head(name.removesuffix(".weight"))), None)
-    if whole is not None and head is not None and head not in our_rest:
-        our_rest[head] = our_rest[whole]
+    if embedding_name is not None and head is not None and head not in our_rest:
+        our_rest[head] = our_rest[embedding_name]

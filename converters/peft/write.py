@@ -69,10 +69,10 @@ def unconvertible(adapter: Adapter) -> list[str]:
     for module in adapter.modules():
         a = adapter.weights.get(f"{module}.lora_a")
         if a is not None and a.ndim == 3:
-            one = SWITCH.fullmatch(module)
-            if one is None:
+            match = SWITCH.fullmatch(module)
+            if match is None:
                 problems.append(f"{module}: only experts with gate_proj, up_proj and down_proj have a known PEFT form")
-            elif one["switch"] == "experts" and not known:
+            elif match["switch"] == "experts" and not known:
                 problems.append(f"{module}: without its base, only experts named switch_mlp have a known PEFT form")
             if dora:
                 problems.append(f"{module}: PEFT has no DoRA on experts")
@@ -188,8 +188,8 @@ def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
         arrays |= _copies(adapter.kept, {_source_name(module, names, layout) for module in modules})
     copies = [name for name in adapter.kept if name.endswith(".weight")] if layout is not None else []
     for name in copies:
-        theirs = _source_name(name.removesuffix(".weight"), names, layout)
-        arrays[f"{PREFIX}{theirs}.base_layer.weight"] = adapter.kept[name]
+        peft_name = _source_name(name.removesuffix(".weight"), names, layout)
+        arrays[f"{PREFIX}{peft_name}.base_layer.weight"] = adapter.kept[name]
     return arrays
 
 
@@ -280,10 +280,10 @@ def _expert_arrays(switch: str, pairs: dict[str, tuple[mx.array, mx.array]], for
     return arrays
 
 
-def _copies(kept: Mapping[str, mx.array], adapted: set[str]) -> Arrays:
+def _copies(kept_arrays: Mapping[str, mx.array], adapted: set[str]) -> Arrays:
     """What came with the base's own values and is kept, under PEFT's names again."""
     arrays = {}
-    for name, value in kept.items():
+    for name, value in kept_arrays.items():
         if name.endswith(SAVED):
             module, _, leaf = name.removesuffix(SAVED).rpartition(".")
             wrapped = ".base_layer" if leaf == "bias" and module in adapted else ""
@@ -297,8 +297,8 @@ def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules
     for name in list(adapter.full):
         module, _, leaf = name.rpartition(".")
         wrapped = ".base_layer" if leaf == "bias" and module in modules else ""
-        theirs = (layout.names.get(name) if layout is not None else None) or names.transformers_parameter(name)
-        theirs = theirs.removesuffix(f".{leaf}")
+        peft_name = (layout.names.get(name) if layout is not None else None) or names.transformers_parameter(name)
+        peft_name = peft_name.removesuffix(f".{leaf}")
         value = adapter.full.pop(name)
         if layout is not None and name in layout.derived:
             continue
@@ -307,7 +307,7 @@ def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules
             value = adapter.kept[f"{name}.original"]
         elif link is not None:
             value = link.undo(value)
-        arrays[f"{PREFIX}{theirs}{wrapped}.{leaf}"] = value
+        arrays[f"{PREFIX}{peft_name}{wrapped}.{leaf}"] = value
         if tied and is_embedding(module):
             arrays[f"{PREFIX}{names.head}.{leaf}"] = value
     return arrays
@@ -338,11 +338,11 @@ def _plain_config(adapter: Adapter, joined: Mapping[str, list[str]], tied: bool,
                 alphas[f"{name}.gate_up_proj"] = alpha_for(spec.scale, 2 * spec.rank)
         if f"{switch}.down_proj" in experts:
             parameters.append(f"{name}.down_proj")
-    whole = [name.rpartition(".") for name in adapter.full]
-    saved = [names.transformers_module(module) for module, _, leaf in whole if leaf == "weight"]
+    full = [name.rpartition(".") for name in adapter.full]
+    saved = [names.transformers_module(module) for module, _, leaf in full if leaf == "weight"]
     if tied and any(map(is_embedding, saved)):
         saved.append(names.head)
-    biases = any(leaf == "bias" and names.transformers_module(module) not in saved for module, _, leaf in whole)
+    biases = any(leaf == "bias" and names.transformers_module(module) not in saved for module, _, leaf in full)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
