@@ -318,9 +318,9 @@ def _draw(figure: Any, summary: Mapping[str, Any], out: Path) -> None:
     raw = calibration.scorer(calibration.score).values(signals)
     after = calibration.curves[calibration.score].probabilities(raw)
     for values, label in ((raw, "before"), (after, "after")):
-        filled = [bin_ for bin_ in reliability(values, labels) if bin_.n >= 5]
-        rates = [bin_.correct.to_dict() for bin_ in filled]
-        x = [bin_.mean_score for bin_ in filled]
+        filled = [level for level in reliability(values, labels) if level.n >= 5]
+        rates = [level.correct.to_dict() for level in filled]
+        x = [level.mean_score for level in filled]
         middle.errorbar(x, [r["value"] for r in rates], yerr=spread_of(rates), marker="o", capsize=2, label=label)
     middle.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     middle.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share right", title=f"{best}, {calibration.score}")
@@ -333,8 +333,7 @@ def _draw(figure: Any, summary: Mapping[str, Any], out: Path) -> None:
             right.errorbar([float(far)], [mean], yerr=errors, marker="s", color="C0", capsize=3)
         rate = promise["once"].get("realised")
         if rate:
-            value, spread = [rate["value"]], spread_of([rate])
-            right.errorbar([float(far) + 0.006], value, yerr=spread, marker="o", color="C1", capsize=3)
+            right.errorbar([float(far) + 0.006], [rate["value"]], spread_of([rate]), marker="o", color="C1", capsize=3)
     right.plot([0, 0.25], [0, 0.25], color="grey", linewidth=0.8)
     right.set(
         xlim=(0, 0.25), ylim=(0, 0.35), xlabel="promised false-accept rate", ylabel="realised on unseen items",

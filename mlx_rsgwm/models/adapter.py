@@ -130,12 +130,10 @@ class Adapter:
         difference = "" if recorded is None else base_difference(recorded, fingerprint, chat)
         if not difference or recorded is None:
             return ""
-        made_for = self.base_name or "another base"
+        other = self.base_name or "another base"
         if difference != "weights":
-            return f"{self.where} was made for {made_for} with another {difference} than {name} has now"
-        return (
-            f"{self.where} was made for {made_for} (fingerprint {recorded[:12]}), not for {name} ({fingerprint[:12]})"
-        )
+            return f"{self.where} was made for {other} with another {difference} than {name} has now"
+        return f"{self.where} was made for {other} (fingerprint {recorded[:12]}), not for {name} ({fingerprint[:12]})"
 
     @property
     def template_hash(self) -> str | None:
@@ -306,8 +304,7 @@ def put_beside(
     """Write a file of arrays, ``name``, into the folder of a saved adapter, then the manifest with ``entries``.
 
     Weights and config are not touched. An adapter without a manifest gets one of kind ``imported`` with the description
-    of its ``base``. Killed in between,
-    the folder is what it was, at worst without the file's former version.
+    of its ``base``. Killed in between, the folder is what it was, at worst without the file's former version.
     """
     folder = adapter.own_folder
     if folder is None:
