@@ -7,7 +7,7 @@ of one question and its answer. What cannot be asked as it stands (a conversatio
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mlx_rsgwm.data.asked import said_by
@@ -48,6 +48,7 @@ def parse_own(row: Row) -> Parsed:
     last number of a sentence; ``"text"`` for all of the answer, marks and all.
     """
     question, answer, name = _question_and_answer(row)
+    _refuse_unshown_choices(row, question)
     row_id, task, rationale, asked = (_optional(row, name) for name in ("id", "task", "rationale", "answer_type"))
     if asked not in ("", "text", "number"):
         raise ValueError(f"answer_type must be text or number, found {asked[:40]!r}")
@@ -62,6 +63,29 @@ def parse_own(row: Row) -> Parsed:
         return Parsed(question, rationale, answer, row_id, task)
     solution, gold = _solution_and_gold(answer, asked == "number")
     return Parsed(question, solution or rationale, gold, row_id, task)
+
+
+def _refuse_unshown_choices(row: Row, question: str) -> None:
+    """Raise for choices beside the question that it does not show: nobody who is asked could know them."""
+    for name in ("choices", "options"):
+        unshown = [text for text in _texts(row.get(name)) if len(text) > 1 and text not in question]
+        if unshown:
+            raise ValueError(
+                f"it has {name} that its question does not show ({unshown[0][:40]!r}); write them into the question, "
+                "as (A) …, and the letter as the answer"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in lists and objects of lists."""
+    if isinstance(value, str):
+        yield value.strip()
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _solution_and_gold(answer: str, number: bool) -> tuple[str, str]:

@@ -92,6 +92,10 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any], list[str]]:
     try:
         supplied = supplied_fields(written, meant)
         model, config = load_model(path, lazy=True, model_config=supplied, get_model_classes=model_classes)
+    except SystemExit:  # as mlx-lm's module of OLMo 1 ends the process where ai2-olmo is not installed
+        raise RsgwmError(
+            f"{path} needs a package that is not installed for mlx-lm's model {written.get('model_type')!r}"
+        ) from None
     except Exception as error:  # any mismatch of config and weights may surface anywhere in mlx-lm
         told = first_line(error) if not str(error).startswith(("Received ", "Missing ")) else _names(error)
         method = quantisation_settings(written).get("quant_method")
@@ -283,7 +287,7 @@ def _module_of(config: Mapping[str, Any]) -> Any:
 
     try:
         model_class, _ = _get_classes(dict(config))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, SystemExit):
         return None
     return sys.modules[model_class.__module__]
 

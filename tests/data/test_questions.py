@@ -408,6 +408,8 @@ def test_rows_of_mlx_lm_are_questions(tmp_path, row, expected):
         ({"prompt": "Q", "completion": " "}, "no gold answer: completion is empty"),
         ({"prompt": ["Q"], "completion": "A"}, "prompt is not text"),
         ({"prompt": "Q", "answer": "A"}, "it has prompt, answer; rows need question and answer, or prompt"),
+        ({"question": "Which?", "choices": ["sea", "sky"], "answer": 1}, "choices that its question does not show"),
+        ({"question": "Which?", "options": {"A": "sea", "B": "sky"}, "answer": "B"}, "options that its question does"),
         ({"text": "Q A"}, "no question, it has text; rows need"),
         ({"instruction": "Q", "output": "A"}, "no question, it has instruction, output; rows need"),
         ({"conversations": [{"from": "human", "value": "Q"}]}, "no question, it has conversations; rows need"),

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models import config as config_module
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.folder import read_config
@@ -175,6 +176,18 @@ def test_settings_that_mlx_lm_passes_over_are_refused(tmp_path, kind, fields, wo
         open_model(tmp_path)
     assert words in str(caught.value)
     assert "config.json" in str(caught.value)
+
+
+def test_a_model_whose_module_ends_the_process_is_refused(tmp_path, monkeypatch):
+    """As mlx-lm's module of OLMo 1 does where ai2-olmo is not installed."""
+    save(tmp_path, "llama")
+
+    def leave(config):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(config_module, "model_classes", leave)
+    with pytest.raises(RsgwmError, match="needs a package that is not installed for mlx-lm's model 'llama'"):
+        open_model(tmp_path)
 
 
 def test_a_head_dim_that_transformers_derives_is_supplied(tmp_path):
