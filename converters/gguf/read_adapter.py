@@ -20,11 +20,11 @@ from mlx_rsgwm.converters.peft.convert import Converted, require_empty
 from mlx_rsgwm.converters.peft.read import keys_of
 from mlx_rsgwm.converters.peft.uniform import Update, common_scale, fold, widen_rank
 from mlx_rsgwm.core.dtypes import FLOATS
-from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
-from mlx_rsgwm.models.base import recorded_base, resolve_base
+from mlx_rsgwm.models.base import base_for
 from mlx_rsgwm.models.folder import read_config
 from mlx_rsgwm.models.token_layers import is_embedding
 
@@ -50,13 +50,7 @@ def from_gguf(path: Path, base_name: str | None, progress: Progress = SILENT) ->
     """
     gguf = open_gguf(path)
     _require_lora(gguf)
-    named = base_name or base_named_in(gguf)
-    if not named:
-        raise RsgwmError(f"{path} does not say which base model it is for; give --base")
-    if base_name:
-        name, folder = base_name, resolve_base(base_name, progress)
-    else:
-        name, folder = recorded_base(named, str(path), progress)
+    name, folder = base_for(str(path), base_name, base_named_in(gguf), progress)
     return read_gguf_adapter(gguf, shared_base_layers(name, folder))
 
 

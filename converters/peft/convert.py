@@ -36,7 +36,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
-from mlx_rsgwm.models.base import ALIASES, local_base, recorded_base, resolve_base
+from mlx_rsgwm.models.base import ALIASES, base_for, local_base, resolve_base
 from mlx_rsgwm.models.fit_check import check_made_for
 from mlx_rsgwm.models.folder import fingerprint_of
 
@@ -164,13 +164,7 @@ def from_peft_on(folder: Path, base_name: str | None, progress: Progress = SILEN
     Without a name it is the one that the folder records. What PEFT would only warn of is told.
     """
     check_peft(folder)
-    named = base_name or open_peft(folder).base_name
-    if not named:
-        raise RsgwmError(f"{folder} does not say which base model it is for; give --base")
-    if base_name:
-        name, path = base_name, resolve_base(base_name, progress)
-    else:
-        name, path = recorded_base(named, str(folder), progress)
+    name, path = base_for(str(folder), base_name, open_peft(folder).base_name, progress)
     reading = Reading()
     adapter = _evaluated(_read_on(folder, shared_base_layers(name, path), reading))
     for note in reading.notes:

@@ -189,6 +189,19 @@ def recorded_base(name: str, where: str, progress: Progress = SILENT) -> tuple[s
         ) from None
 
 
+def base_for(where: str, given: str | None, recorded: str | None, progress: Progress = SILENT) -> tuple[str, Path]:
+    """Name and folder of the base for the adapter ``where``: the ``given`` one, else the one that it records.
+
+    Raises:
+        RsgwmError: neither is named, or it cannot be had.
+    """
+    if given is not None:
+        return given, resolve_base(given, progress)
+    if not recorded:
+        raise RsgwmError(f"{where} does not say which base model it is for; give --base")
+    return recorded_base(recorded, where, progress)
+
+
 def cache_folder() -> Path:
     """Where fetched and converted bases live: ``$RSGWM_CACHE``, else the platform's place for caches."""
     chosen = os.environ.get("RSGWM_CACHE")

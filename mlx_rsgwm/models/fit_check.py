@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.base import ALIASES, Base, local_base, recorded_base, resolve_base
+from mlx_rsgwm.models.base import ALIASES, Base, base_for, local_base
 from mlx_rsgwm.models.folder import base_difference, fingerprint_of, weights_fingerprint
 from mlx_rsgwm.models.token_layers import is_head
 
@@ -68,12 +68,7 @@ def base_of(adapter: Adapter, given: str | None, progress: Progress = SILENT) ->
         AdapterError: its weights or tokenizer are not the recorded ones.
         RsgwmError: neither is there, or it cannot be had.
     """
-    if given is not None:
-        name, folder = given, resolve_base(given, progress)
-    elif adapter.base_name:
-        name, folder = recorded_base(adapter.base_name, adapter.where, progress)
-    else:
-        raise RsgwmError(f"{adapter.where} does not say which base model it is for; give --base")
+    name, folder = base_for(adapter.where, given, adapter.base_name, progress)
     check_made_for(adapter, name, fingerprint_of(folder), weights_only=True)
     return name, folder
 
