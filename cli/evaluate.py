@@ -66,8 +66,6 @@ def evaluate(
     Example: rsgwm eval --base smollm2-135m --drafter runs/demo/drafter --verifier runs/demo/verifier
     --task gsm8k --questions ../data --items 20 --out runs/gsm8k
     """
-    from dataclasses import asdict
-
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.folders import exclusive
@@ -82,10 +80,9 @@ def evaluate(
         training_questions,
         union,
     )
-    from mlx_rsgwm.evaluation.journal import FILE, Journal
-    from mlx_rsgwm.evaluation.report.folder import render_table, summarise, write_report
+    from mlx_rsgwm.evaluation.report.folder import render_table
+    from mlx_rsgwm.evaluation.reported_run import report_run
     from mlx_rsgwm.evaluation.runner import describe_run
-    from mlx_rsgwm.evaluation.runner import evaluate as run_items
     from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
     from mlx_rsgwm.inference.calibration import stored_calibration
 
@@ -126,28 +123,18 @@ def evaluate(
     about = describe_run(
         pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern
     )
-    journal = Journal(out / FILE, about, shard=processes.rank) if out is not None else None
-    records = run_items(
-        pipeline, questions, timed, batch_rows, progress,
-        seeds=seeds, drafts=drafts, journal=journal, refusal=wording, processes=processes,
+    summary = report_run(
+        pipeline, questions, about, overlap, out, timed=timed, batch_rows=batch_rows, seeds=seeds, drafts=drafts,
+        refusal=wording, seed=console.seed, progress=progress, processes=processes,
+        metadata={
+            "drafter": str(loop["drafter"]),
+            "verifier": str(loop["verifier"]),
+            "tasks": [told for _, told in slices],
+            "contamination": checked,
+        },
     )  # fmt: skip
-    if not processes.writes:
+    if summary is None:
         return
-    metadata = {
-        **about,
-        "base": pipeline.slots.base.describe(),
-        "drafter": str(loop["drafter"]),
-        "verifier": str(loop["verifier"]),
-        "tasks": [told for _, told in slices],
-        "seed": console.seed,
-        "contamination": checked,
-        "overlap": {**asdict(overlap), "headline": overlap.headline()},
-    }
-    attempts = pipeline.config.attempts
-    if out is not None:
-        summary = write_report(out, records, attempts, metadata, seed=console.seed)
-    else:
-        summary = summarise(records, attempts, metadata, seed=console.seed)
     console.line(render_table(summary))
     if out is not None:
         console.line(f"report: {out}")

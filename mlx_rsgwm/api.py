@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,8 @@ from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.evaluation.answers import REFUSAL
 from mlx_rsgwm.evaluation.calibration_set import calibrate as fit_calibration
 from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, rows_trained_on
-from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
-from mlx_rsgwm.evaluation.journal import Journal
-from mlx_rsgwm.evaluation.report.folder import summarise, write_report
+from mlx_rsgwm.evaluation.reported_run import report_run
 from mlx_rsgwm.evaluation.runner import describe_run
-from mlx_rsgwm.evaluation.runner import evaluate as run_questions
 from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
 from mlx_rsgwm.inference.calibration import Calibration, calibration_folder, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -255,23 +252,14 @@ def evaluate(
     about = describe_run(
         pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=REFUSAL.pattern
     )
-    metadata: dict[str, Any] = {
-        **about,
-        "base": pipeline.slots.base.describe(),
-        "seed": first,
-        "overlap": {**asdict(overlap), "headline": overlap.headline()},
-    }
-    attempts = pipeline.config.attempts
-    if out is None:
-        records = run_questions(pipeline, questions, timed, batch_rows, progress, seeds=seeds, drafts=drafts)
-        return summarise(records, attempts, metadata, seed=first)
-    folder = Path(out)
-    with exclusive(folder):
-        journal = Journal(folder / JOURNAL_FILE, about)
-        records = run_questions(
-            pipeline, questions, timed, batch_rows, progress, seeds=seeds, drafts=drafts, journal=journal
-        )
-        return write_report(folder, records, attempts, metadata, seed=first)
+    folder = None if out is None else Path(out)
+    with exclusive(folder) if folder is not None else nullcontext():
+        summary = report_run(
+            pipeline, questions, about, overlap, folder, timed=timed, batch_rows=batch_rows, seeds=seeds,
+            drafts=drafts, seed=first, metadata={}, progress=progress,
+        )  # fmt: skip
+    assert summary is not None  # this process is the only one
+    return summary
 
 
 def convert(

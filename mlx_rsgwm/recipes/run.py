@@ -31,9 +31,8 @@ from mlx_rsgwm.evaluation.contamination import (
     training_questions,
 )
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
-from mlx_rsgwm.evaluation.journal import Journal
-from mlx_rsgwm.evaluation.report.folder import write_report
-from mlx_rsgwm.evaluation.runner import describe_run, evaluate
+from mlx_rsgwm.evaluation.reported_run import report_run
+from mlx_rsgwm.evaluation.runner import describe_run
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
 from mlx_rsgwm.inference.calibration import NothingToTellApart, load_calibration, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -47,7 +46,7 @@ from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrat
 from mlx_rsgwm.recipes.schema import Recipe, folder_name, load_recipe, shipped_recipes
 from mlx_rsgwm.recipes.stages import Stage, Stages
 from mlx_rsgwm.training.checkpoints import Saving
-from mlx_rsgwm.training.loop import check_fit, finish, train
+from mlx_rsgwm.training.loop import check_layers, finish, train
 
 __all__ = ["Recipe", "Run", "load_recipe", "run_recipe", "shipped_recipes"]
 
@@ -86,7 +85,7 @@ class Run:
         plan = self._plan()
         if not all(self.stages.is_done(stage) for stage in plan if stage.name.startswith("train-")):
             check_questions(self.recipe)
-            check_fit(self.base.model, self.recipe.train)
+            check_layers(self.base.model, self.recipe.train)
         for stage in plan:
             self.stages.run(stage)
         return self._summary(time.monotonic() - started)
@@ -242,35 +241,26 @@ class Run:
         questions = asked(chosen)
         overlap = check_overlap(questions, seen, section.allow_overlap, "test")
         about = describe_run(pipeline, questions, section.batch_rows, timed=section.timed)
-        journal = Journal(self.out / "report" / JOURNAL_FILE, about, replace=True)
-        records = evaluate(pipeline, questions, section.timed, section.batch_rows, self.progress, journal=journal)
         calibration = load_calibration(self.out / "verifier")
         trained_on = training_questions(self._corpus(task) for task in self.recipe.data.tasks)
-        metadata: dict[str, Any] = {
-            **about,
-            "recipe": self.recipe.name,
-            "base": self.base.describe(),
-            "seed": self.recipe.seed,
-            "calibration": calibration.to_dict() if calibration else None,
-            "contamination": contamination(questions, trained_on),
-            "tasks": [
-                {
-                    "task": task,
-                    "split": selection.split,
-                    "items": len(selection.questions),
-                    "note": selection.note(task),
-                }
-                for task, selection in chosen.items()
-            ],
-            "overlap": {**asdict(overlap), "headline": overlap.headline()},
-        }
-        write_report(
-            self.out / "report",
-            records,
-            pipeline.config.attempts,
-            metadata,
-            seed=self.recipe.seed,
-        )
+        report_run(
+            pipeline, questions, about, overlap, self.out / "report", timed=section.timed,
+            batch_rows=section.batch_rows, seed=self.recipe.seed, replace=True, progress=self.progress,
+            metadata={
+                "recipe": self.recipe.name,
+                "calibration": calibration.to_dict() if calibration else None,
+                "contamination": contamination(questions, trained_on),
+                "tasks": [
+                    {
+                        "task": task,
+                        "split": selection.split,
+                        "items": len(selection.questions),
+                        "note": selection.note(task),
+                    }
+                    for task, selection in chosen.items()
+                ],
+            },
+        )  # fmt: skip
 
     def _export(self) -> None:
         section = self.recipe.export

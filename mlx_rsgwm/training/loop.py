@@ -247,7 +247,7 @@ def _course(run: Run) -> dict[str, Any]:
     }
 
 
-def check_fit(model: Any, config: TrainConfig) -> None:
+def check_layers(model: Any, config: TrainConfig) -> None:
     """Find out before any data is read whether ``config`` names layers that the model has, and a rank that they take.
 
     Raises:
