@@ -11,12 +11,11 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
-from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.models.base import load_base
+from tests.converters.sides import run
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -114,8 +113,3 @@ def test_internlm2_is_converted_and_fused(name, byte_level, save_random_peft, tm
     before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def run(*arguments):
-    result = CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output

@@ -9,15 +9,14 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
-from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.core.errors import AdapterError
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.slots import AdapterSlots
+from tests.converters.sides import invoke, mlx_logits, torch_base, torch_logits
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -67,23 +66,6 @@ def bases(tmp_path_factory, byte_level):
     return folder
 
 
-def torch_base(folder, rows=ROWS):
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
-    if rows != ROWS:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    return model
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([ids])).logits[0].float().numpy()
-
-
-def mlx_logits(folder, ids):
-    return np.array(load_base(str(folder), "float32").model(mx.array([ids]))[0])
-
-
 @pytest.fixture
 def make(save_random_peft):
     def make(base, folder, rows, added, ids, **settings):
@@ -97,13 +79,9 @@ def make(save_random_peft):
                 tokenizer.add_tokens([f"<|added {index}|>" for index in range(ROWS - len(tokenizer) + added)])
                 tokenizer.eos_token = "<|added 0|>"
                 tokenizer.save_pretrained(str(folder))
-            return logits(peft.PeftModel.from_pretrained(torch_base(base, rows), str(folder)), ids)
+            return torch_logits(peft.PeftModel.from_pretrained(torch_base(base, rows), str(folder)), ids)
 
     return make
-
-
-def run(*arguments):
-    return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
 
 
 def largest(one, other):
@@ -118,22 +96,22 @@ def test_a_resized_vocabulary_is_kept(make, name, bases, tmp_path):
     expected = make(base, tmp_path / "peft", rows, added, ids, **settings)
     if name == "padded alone":
         transformers.AutoTokenizer.from_pretrained(str(base)).save_pretrained(str(tmp_path / "peft"))
-    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base, "--verify")
+    converted = invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base, "--verify")
     assert converted.exit_code == 0, converted.output
     assert f"{rows} rows" in converted.output
-    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
+    fused = invoke("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
     assert fused.exit_code == 0, fused.output
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["vocab_size"] == rows
     assert largest(mlx_logits(tmp_path / "fused", ids), expected) < 1e-4
     loaded = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "fused"), dtype=torch.float32)
-    assert largest(logits(loaded, ids), expected) < 1e-4
+    assert largest(torch_logits(loaded, ids), expected) < 1e-4
     if added:
         tokenizer = load_base(str(tmp_path / "fused"), "float32").tokenizer
         end = tokenizer.convert_tokens_to_ids("<|added 0|>")
         assert json.loads((tmp_path / "fused" / "config.json").read_text())["eos_token_id"] == [1, end]
         assert end in tokenizer.eos_token_ids
         assert max(tokenizer.get_vocab().values()) == ROWS + added - 1
-    back = run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
+    back = invoke("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
     assert back.exit_code == 0, back.output
     before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("peft", "back"))
     assert before.keys() == after.keys()
@@ -151,16 +129,16 @@ def test_without_a_tokenizer_of_that_size_nothing_is_fused(make, bases, tmp_path
     tokenizer.add_tokens([f"<|added {index}|>" for index in range(ROWS - len(tokenizer) + 6)])
     tokenizer.save_pretrained(str(tmp_path / "many"))
     for name, text in (("peft", "no tokenizer.json"), ("old", "none of the added"), ("many", "has 326 tokens")):
-        converted = run("convert", "from-peft", tmp_path / name, "--out", tmp_path / f"{name} mlx", "--base", base)
+        converted = invoke("convert", "from-peft", tmp_path / name, "--out", tmp_path / f"{name} mlx", "--base", base)
         assert converted.exit_code == 0, converted.output
-        fused = run("fuse", tmp_path / f"{name} mlx", "--out", tmp_path / "fused", "--base", base)
+        fused = invoke("fuse", tmp_path / f"{name} mlx", "--out", tmp_path / "fused", "--base", base)
         assert fused.exit_code == 2, fused.output
         assert text in fused.stderr
         assert not (tmp_path / "fused").exists()
     adapter = Adapter.load(tmp_path / "peft mlx")
     with pytest.raises(AdapterError, match="rsgwm fuse"):
         AdapterSlots(load_base(str(base), "float32")).load("a", adapter)
-    parity = run("parity", tmp_path / "peft mlx", "--base", base)
+    parity = invoke("parity", tmp_path / "peft mlx", "--base", base)
     assert parity.exit_code == 2
     assert "rsgwm fuse" in parity.stderr
 
@@ -171,7 +149,7 @@ def test_a_head_that_was_not_saved_is_asked_for(make, bases, tmp_path):
     file = tmp_path / "peft" / "adapter_model.safetensors"
     arrays = {name: value for name, value in mx.load(str(file)).items() if "lm_head" not in name}
     mx.save_safetensors(str(file), arrays, {"format": "pt"})
-    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
+    converted = invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
     assert converted.exit_code == 2
     assert "without lm_head.weight" in converted.stderr
     assert "merge_and_unload" in converted.stderr
@@ -189,9 +167,11 @@ def test_an_embedding_saved_on_a_packed_base_is_dense_in_the_model(make, tied, r
     save_model(packed, model)
     save_config(config, packed / "config.json")
     make(base, tmp_path / "peft", rows, rows - ROWS, [1], **BOTH)
-    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", packed, "--verify")
+    converted = invoke(
+        "convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", packed, "--verify"
+    )
     assert converted.exit_code == 0, converted.output
-    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", packed, "--quiet", "--force")
+    fused = invoke("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", packed, "--quiet", "--force")
     assert fused.exit_code == 0, fused.output
     arrays = mx.load(str(tmp_path / "fused" / "model.safetensors"))
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")

@@ -10,11 +10,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
-from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.gguf.adapter import to_gguf
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
@@ -22,6 +20,7 @@ from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.training.warm_start import WarmStart
+from tests.converters.sides import invoke, mlx_logits, torch_base, torch_logits
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -57,16 +56,6 @@ def bases(tmp_path_factory, byte_level):
     return folder
 
 
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([IDS])).logits[0].float().numpy()
-
-
-def torch_base(folder):
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
-
-
 @pytest.fixture
 def make(save_random_peft):
     def make(base, folder, **settings):
@@ -75,21 +64,13 @@ def make(save_random_peft):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             save_random_peft(torch_base(base), folder, options)
-            return logits(peft.PeftModel.from_pretrained(torch_base(base), str(folder)))
+            return torch_logits(peft.PeftModel.from_pretrained(torch_base(base), str(folder)), IDS)
 
     return make
 
 
-def run(*arguments):
-    return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
-
-
 def largest(one, other):
     return float(np.abs(one - other).max())
-
-
-def mlx_logits(folder):
-    return np.array(load_base(str(folder), "float32").model(mx.array([IDS]))[0])
 
 
 CASES = [("Llama", name) for name in TRAINED] + [(kind, "head saved") for kind in ("Qwen3", "Gemma2")]
@@ -101,7 +82,7 @@ def test_a_head_apart_becomes_an_untied_model(make, kind, name, bases, tmp_path)
     extra = {"sliding_window": 32, "query_pre_attn_scalar": 8} if kind.startswith("Gemma") else {}
     base = bases(kind, **extra) if kind != "Gemma3" else gemma3(bases, tmp_path)
     expected = make(base, tmp_path / "peft", **TRAINED[name])
-    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
+    converted = invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
     if kind == "Gemma2":  # its class in mlx-lm has no head at all
         assert converted.exit_code == 2
         assert "gemma2" in converted.stderr
@@ -110,16 +91,16 @@ def test_a_head_apart_becomes_an_untied_model(make, kind, name, bases, tmp_path)
         return
     assert converted.exit_code == 0, converted.output
     assert "untied" in converted.output
-    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
+    fused = invoke("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
     assert fused.exit_code == 0, fused.output
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["tie_word_embeddings"] is False
     # mlx-lm rounds Gemma 3's embedding scale to bfloat16: its bare base is that far from torch already.
-    bound = 1e-4 if kind != "Gemma3" else 2 * largest(mlx_logits(base), logits(torch_base(base)))
+    bound = 1e-4 if kind != "Gemma3" else 2 * largest(mlx_logits(base, IDS), torch_logits(torch_base(base), IDS))
     assert bound < 5e-3
-    assert largest(mlx_logits(tmp_path / "fused"), expected) < bound
-    assert largest(logits(torch_base(tmp_path / "fused")), expected) < 1e-4
-    assert largest(mlx_logits(base), expected) > 0.1
-    back = run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
+    assert largest(mlx_logits(tmp_path / "fused", IDS), expected) < bound
+    assert largest(torch_logits(torch_base(tmp_path / "fused"), IDS), expected) < 1e-4
+    assert largest(mlx_logits(base, IDS), expected) > 0.1
+    back = invoke("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
     assert back.exit_code == 0, back.output
     before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("peft", "back"))
     assert before.keys() == after.keys()
@@ -142,7 +123,7 @@ def gemma3(bases, tmp_path):
 def test_commands_that_keep_the_base_tied_refuse_it_by_name(make, name, bases, tmp_path):
     make(bases("Llama"), tmp_path / "peft", **TRAINED[name])
     assert (
-        run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", bases("Llama")).exit_code
+        invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", bases("Llama")).exit_code
         == 0
     )
     for command in (
@@ -160,7 +141,7 @@ def test_commands_that_keep_the_base_tied_refuse_it_by_name(make, name, bases, t
             "plain",
         ),
     ):
-        result = run(*command)
+        result = invoke(*command)
         assert result.exit_code == 2, (command, result.output)
         assert "rsgwm fuse" in result.stderr, (command, result.stderr)
 
@@ -169,28 +150,28 @@ def test_commands_that_keep_the_base_tied_refuse_it_by_name(make, name, bases, t
 def test_changed_since_it_goes_back_with_its_head_apart(make, name, bases, tmp_path):
     base = bases("Llama")
     make(base, tmp_path / "peft", **TRAINED[name])
-    assert run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base).exit_code == 0
+    assert invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base).exit_code == 0
     adapter = Adapter.load(tmp_path / "mlx")
     replace(adapter, spec=replace(adapter.spec, scale=0.3)).save(tmp_path / "changed")
-    fused = run("fuse", tmp_path / "changed", "--out", tmp_path / "fused", "--base", base, "--quiet")
+    fused = invoke("fuse", tmp_path / "changed", "--out", tmp_path / "fused", "--base", base, "--quiet")
     assert fused.exit_code == 0, fused.output
-    back = run("convert", "to-peft", tmp_path / "changed", "--out", tmp_path / "back", "--base", base, "--verify")
+    back = invoke("convert", "to-peft", tmp_path / "changed", "--out", tmp_path / "back", "--base", base, "--verify")
     assert back.exit_code == 0, back.output
-    after = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")))
-    assert largest(mlx_logits(tmp_path / "fused"), after) < 1e-4
+    after = torch_logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")), IDS)
+    assert largest(mlx_logits(tmp_path / "fused", IDS), after) < 1e-4
 
 
 def test_a_replaced_embedding_goes_to_peft_as_embedding_and_head(make, bases, tmp_path):
     base = bases("Llama")
     make(base, tmp_path / "peft", target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    assert run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base).exit_code == 0
+    assert invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base).exit_code == 0
     adapter = Adapter.load(tmp_path / "mlx")
     assert list(adapter.full) == ["model.embed_tokens.weight"]
     replace(adapter, spec=replace(adapter.spec, scale=0.3)).save(tmp_path / "changed")
-    assert run("fuse", tmp_path / "changed", "--out", tmp_path / "fused", "--base", base, "--quiet").exit_code == 0
-    assert run("convert", "to-peft", tmp_path / "changed", "--out", tmp_path / "back", "--base", base).exit_code == 0
-    after = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")))
-    assert largest(mlx_logits(tmp_path / "fused"), after) < 1e-4
+    assert invoke("fuse", tmp_path / "changed", "--out", tmp_path / "fused", "--base", base, "--quiet").exit_code == 0
+    assert invoke("convert", "to-peft", tmp_path / "changed", "--out", tmp_path / "back", "--base", base).exit_code == 0
+    after = torch_logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")), IDS)
+    assert largest(mlx_logits(tmp_path / "fused", IDS), after) < 1e-4
 
 
 def test_merges_keep_heads_apart_or_refuse_them(make, bases, tmp_path):
@@ -203,22 +184,22 @@ def test_merges_keep_heads_apart_or_refuse_them(make, bases, tmp_path):
         make(base, tmp_path / f"{name} peft", **settings)
         if name == "tied":
             tie_pairs(tmp_path / f"{name} peft" / "adapter_model.safetensors")
-        converted = run("convert", "from-peft", tmp_path / f"{name} peft", "--out", tmp_path / name, "--base", base)
+        converted = invoke("convert", "from-peft", tmp_path / f"{name} peft", "--out", tmp_path / name, "--base", base)
         assert converted.exit_code == 0, converted.output
     for others in (("head saved",), ("tied",)):
         folders = [tmp_path / name for name in ("LoRA on the head", *others)]
-        merged = run("merge", *folders, "--method", "linear", "--out", tmp_path / "refused")
+        merged = invoke("merge", *folders, "--method", "linear", "--out", tmp_path / "refused")
         assert merged.exit_code == 2, merged.output
         assert "rsgwm fuse" in merged.stderr
     folders = [tmp_path / name for name in ("LoRA on the head", "LoRA on both")]
-    merged = run("merge", *folders, "--method", "linear", "--rank", "16", "--out", tmp_path / "merged")
+    merged = invoke("merge", *folders, "--method", "linear", "--rank", "16", "--out", tmp_path / "merged")
     assert merged.exit_code == 0, merged.output
     (folder,) = (file.parent for file in (tmp_path / "merged").rglob("adapters.safetensors"))
     assert json.loads((folder / "manifest.json").read_text())["untied"] is True
-    assert run("fuse", folder, "--out", tmp_path / "fused", "--base", base, "--quiet").exit_code == 0
-    assert run("convert", "to-peft", folder, "--out", tmp_path / "back", "--base", base).exit_code == 0
-    after = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")))
-    assert largest(mlx_logits(tmp_path / "fused"), after) < 1e-4
+    assert invoke("fuse", folder, "--out", tmp_path / "fused", "--base", base, "--quiet").exit_code == 0
+    assert invoke("convert", "to-peft", folder, "--out", tmp_path / "back", "--base", base).exit_code == 0
+    after = torch_logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "back")), IDS)
+    assert largest(mlx_logits(tmp_path / "fused", IDS), after) < 1e-4
 
 
 def tie_pairs(file):
@@ -233,7 +214,7 @@ def tie_pairs(file):
 def test_training_and_importance_name_fuse(make, bases, tmp_path):
     make(bases("Llama"), tmp_path / "peft", **TRAINED["LoRA on the head"])
     assert (
-        run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", bases("Llama")).exit_code
+        invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", bases("Llama")).exit_code
         == 0
     )
     base = load_base(str(bases("Llama")), "float32")
@@ -255,8 +236,10 @@ def test_a_quantised_tied_base_gets_a_dense_head(make, bases, tmp_path):
     save_model(quantised, model)
     save_config(config, quantised / "config.json")
     make(base, tmp_path / "peft", **TRAINED["head saved"])
-    assert run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", quantised).exit_code == 0
-    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", quantised, "--quiet", "--force")
+    assert (
+        invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", quantised).exit_code == 0
+    )
+    fused = invoke("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", quantised, "--quiet", "--force")
     assert fused.exit_code == 0, fused.output
     head = mx.load(str(tmp_path / "fused" / "model.safetensors"))["lm_head.weight"]
     saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
@@ -286,7 +269,7 @@ def test_a_head_with_a_bias(make, untied, trained, changed, tmp_path):
     expected = make(base, tmp_path / "peft", target_modules=["q_proj", *trained])
     if changed:
         change(tmp_path / "peft", "lm_head.base_layer.bias", lambda bias: bias + torch.linspace(-1, 1, len(bias)))
-        expected = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "peft")))
+        expected = torch_logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "peft")), IDS)
     converted_and_fused(base, expected, tmp_path)
     assert bool(Adapter.load(tmp_path / "mlx").full) is changed
 
@@ -300,13 +283,13 @@ def change(folder, name, function):
 
 
 def converted_and_fused(base, expected, tmp_path):
-    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base, "--verify")
+    converted = invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base, "--verify")
     assert converted.exit_code == 0, converted.output
-    fused = run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
+    fused = invoke("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
     assert fused.exit_code == 0, fused.output
-    assert largest(mlx_logits(tmp_path / "fused"), expected) < 1e-4
-    assert largest(logits(torch_base(tmp_path / "fused")), expected) < 1e-4
-    back = run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
+    assert largest(mlx_logits(tmp_path / "fused", IDS), expected) < 1e-4
+    assert largest(torch_logits(torch_base(tmp_path / "fused"), IDS), expected) < 1e-4
+    back = invoke("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
     assert back.exit_code == 0, back.output
     before, after = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("peft", "back"))
     assert before.keys() == after.keys()
@@ -321,7 +304,7 @@ def test_a_weight_below_lora_that_is_not_the_bases(make, untied, name, tmp_path)
     change(
         tmp_path / "peft", f"{name}.base_layer.weight", lambda weight: weight + torch.linspace(-1, 1, weight.shape[1])
     )
-    expected = logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "peft")))
+    expected = torch_logits(peft.PeftModel.from_pretrained(torch_base(base), str(tmp_path / "peft")), IDS)
     assert "is not this base's" in converted_and_fused(base, expected, tmp_path)
 
 
@@ -330,6 +313,6 @@ def test_a_weight_below_lora_that_was_only_rounded_is_no_change(make, untied, dt
     base = untied("Llama")
     make(base, tmp_path / "peft", target_modules=["q_proj", "lm_head"])
     change(tmp_path / "peft", "lm_head.base_layer.weight", lambda weight: weight.to(dtype))
-    converted = run("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
+    converted = invoke("convert", "from-peft", tmp_path / "peft", "--out", tmp_path / "mlx", "--base", base)
     assert converted.exit_code == 0, converted.output
     assert not Adapter.load(tmp_path / "mlx").full

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import warnings
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
 from mlx_rsgwm.bench.architecture_sizes import VISION
-from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.models.base import load_base
+from tests.converters.sides import mlx_logits, run, torch_base, torch_logits
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
-ROWS = 320
+AUTO_CLASS, ROWS = "AutoModelForImageTextToText", 320
 TEXT = {**TINY, "num_hidden_layers": 1, "vocab_size": ROWS}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 # class: (text_config, vision_config); the second has other names for the language model than mlx-lm, the third a
@@ -54,19 +51,6 @@ TRAINED = {
 CASES = [*((kind, "resized") for kind in KINDS), ("Qwen2VL", "resized and both trained"), ("Qwen2VL", "head apart")]
 
 
-def torch_base(folder, rows=ROWS):
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
-    model = transformers.AutoModelForImageTextToText.from_pretrained(str(folder), **options).eval()
-    if rows != ROWS:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    return model
-
-
-def torch_logits(model, ids):
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([ids])).logits[0].float().numpy()
-
-
 def save_base(kind, folder, byte_level):
     text, vision = KINDS[kind]
     torch.manual_seed(5)
@@ -87,8 +71,12 @@ def test_a_vocabulary_inside_text_config(kind, name, byte_level, save_random_pef
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings}
-        save_random_peft(torch_base(base, rows), tmp_path / "peft", options, save_embedding_layers=rows != ROWS)
-        expected = torch_logits(peft.PeftModel.from_pretrained(torch_base(base, rows), str(tmp_path / "peft")), ids)
+        save_random_peft(
+            torch_base(base, rows, AUTO_CLASS), tmp_path / "peft", options, save_embedding_layers=rows != ROWS
+        )
+        expected = torch_logits(
+            peft.PeftModel.from_pretrained(torch_base(base, rows, AUTO_CLASS), str(tmp_path / "peft")), ids
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(base))
     tokenizer.add_tokens([f"<|added {index}|>" for index in range(rows - len(tokenizer))])
     tokenizer.save_pretrained(str(tmp_path / "peft"))
@@ -96,24 +84,17 @@ def test_a_vocabulary_inside_text_config(kind, name, byte_level, save_random_pef
     run("fuse", tmp_path / "mlx", "--out", tmp_path / "fused", "--base", base, "--quiet")
     # mlx-lm rounds Gemma 3's embedding scale to bfloat16: its bare base is that far from torch already.
     bound = (
-        1e-4 if kind != "Gemma3" else 2 * largest(mlx_logits(base, ids[:-1]), torch_logits(torch_base(base), ids[:-1]))
+        1e-4
+        if kind != "Gemma3"
+        else 2 * largest(mlx_logits(base, ids[:-1]), torch_logits(torch_base(base, kind=AUTO_CLASS), ids[:-1]))
     )
     assert bound < 5e-3
     assert largest(mlx_logits(tmp_path / "fused", ids), expected) < bound
-    assert largest(torch_logits(torch_base(tmp_path / "fused"), ids), expected) < 1e-4
+    assert largest(torch_logits(torch_base(tmp_path / "fused", kind=AUTO_CLASS), ids), expected) < 1e-4
     run("convert", "to-peft", tmp_path / "mlx", "--out", tmp_path / "back", "--base", base)
     before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-def run(*arguments):
-    result = CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-
-
-def mlx_logits(folder, ids):
-    return np.array(load_base(str(folder), "float32").model(mx.array([ids]))[0].astype(mx.float32))
 
 
 def largest(values, expected):

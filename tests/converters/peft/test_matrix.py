@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
 from mlx_rsgwm.converters.peft.verify import require_equal
@@ -28,20 +29,7 @@ transformers = pytest.importorskip("transformers")
 
 VOCABULARY, LAYERS = 64, 3
 IDS = [[1, 5, 9, 2, 33, 60, 41, 8, 55, 3, 17], [7, 7, 1]]
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": LAYERS,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+SIZES = {**TINY, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
 DTYPES = ("float32", "float16", "bfloat16")
 FAMILIES = {
     "llama": ("Llama", {"tie_word_embeddings": False, "attention_bias": True}),
