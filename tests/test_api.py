@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -143,6 +144,39 @@ def test_defaults_are_those_of_the_command_line(pool, tmp_path):
         )
         assert by_library == by_command
         assert all(mx.array_equal(value, other.weights[name]).item() for name, value in merged.weights.items())
+
+
+def test_what_reads_back_otherwise_is_told(pool, tmp_path, monkeypatch):
+    from mlx_rsgwm.converters import convert as module
+
+    def changed(source, *rest, **more):
+        adapter = rs.load_adapter(source, *rest, **more)
+        if Path(source).name == "out":
+            name = next(iter(adapter.weights))
+            adapter.weights[name] = adapter.weights[name] + 1e-3
+        return adapter
+
+    rs.convert(pool[0], tmp_path / "right", to="mlx")
+    monkeypatch.setattr(module, "load_adapter", changed)
+    with pytest.raises(rs.CheckFailed, match="reads back otherwise"):
+        rs.convert(pool[0], tmp_path / "out", to="mlx")
+
+
+def test_questions_that_were_seen_are_refused(answering_base, tmp_path):
+    from mlx_rsgwm.data.row_hashes import RowRecord
+
+    corpus = rs.build_corpus("change", tmp_path / "corpus", draft_rows=8, verify_rows=0)
+    rs.train(corpus, tmp_path / "a", base=answering_base, steps=1)
+    pipeline = rs.open_pipeline(tmp_path / "a", base=answering_base, max_tokens=4)
+    trained = rs.load_questions("change", split="train", limit=4)
+    for ask in (rs.calibrate, rs.evaluate):
+        with pytest.raises(rs.RsgwmError, match=r"4 of 4 .* were trained"):
+            ask(pipeline, trained)
+    tested = rs.load_questions("change", limit=3)
+    seen = RowRecord.of(question.question for question in tested).describe()
+    pipeline.calibration = SimpleNamespace(row_hashes=seen)  # one that is kept nowhere
+    with pytest.raises(rs.RsgwmError, match=r"3 of 3 .*calibrated on"):
+        rs.evaluate(pipeline, tested)
 
 
 def test_unknown_conversions_are_refused(tmp_path):
