@@ -72,8 +72,11 @@ Gram = WholeGram | SketchedGram
 
 @lru_cache(maxsize=32)
 def test_matrix(width: int, rank: int, seed: int) -> mx.array:
-    """Ω (in, k) float32 with orthonormal columns, the same on every machine: QR of a Gaussian matrix by ``seed``."""
-    drawn = np.random.default_rng([seed, width, rank]).standard_normal((width, rank))
+    """Ω (in, k) float32 with orthonormal columns, the same on every machine: QR of a Gaussian matrix by ``seed``.
+
+    A smaller k has the first columns of a larger one, and so has its sketch.
+    """
+    drawn = np.random.default_rng([seed, width]).standard_normal((rank, width)).T
     basis, upper = np.linalg.qr(drawn)
     return mx.array((basis * np.sign(np.diag(upper))).astype(np.float32))
 

@@ -88,8 +88,7 @@ def test_a_test_matrix_is_orthonormal_and_follows_its_seed_and_shape() -> None:
     test = np.array(test_matrix(64, 16, 3))
     np.testing.assert_allclose(test.T @ test, np.eye(16), atol=1e-6)
     assert not np.array_equal(test, np.array(test_matrix(64, 16, 4)))
-    assert test_matrix(64, 8, 3).shape == (64, 8)
-    assert test[0, 0] == pytest.approx(float(test_matrix(64, 16, 3)[0, 0].item()))
+    np.testing.assert_allclose(np.array(test_matrix(64, 8, 3)), test[:, :8], atol=1e-6)
 
 
 def test_no_input_at_all_gives_zero() -> None:
