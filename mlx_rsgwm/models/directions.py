@@ -1,0 +1,174 @@
+"""``directions.safetensors``: second moments of the inputs of an adapter's modules, for each role it was trained on.
+
+Of each distinct input the file has, in float32, under ``{role}/{module}``::
+
+    .sketch    (in, k)   (XᵀX / n) Ω, with Ω = test_matrix(in, k, seed)
+    .diagonal  (in,)     the diagonal of XᵀX / n
+    .gram      (in, in)  instead of the two: XᵀX / n itself, where k is 0 or not below in
+
+An embedding's inputs are one-hot, so that its diagonal alone says everything. Modules that are handed the same input
+(the query, key and value projections) share one copy: ``shared`` in the metadata names its owner. ``tokens/{role}``
+there is n, ``rows/{role}`` counts the rows they come from. :mod:`mlx_rsgwm.training.directions` makes these files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
+from mlx_rsgwm.core.safetensors_io import read_safetensors
+from mlx_rsgwm.linalg.gram import Gram, SketchedGram, WholeGram, from_sketch, test_matrix
+from mlx_rsgwm.models.adapter import MANIFEST_FILE, WEIGHTS_FILE
+
+DIRECTIONS_FILE = "directions.safetensors"
+FORMER_FILE = "grams.safetensors"  # whole matrices of all rows together, until 0.2
+ALL = "all"
+FORMS = ({"gram"}, {"sketch", "diagonal"}, {"diagonal"})  # what a module's arrays may be
+RECENT = 2  # matrices that stay until others are asked for: a block's modules come in the order of their names
+
+Arrays = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: k, the seed of Ω, the tokens (n) of every role, and whose input a module shares."""
+
+    rank: int
+    seed: int
+    tokens: Mapping[str, int]
+    shared: Mapping[str, str]
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], where: str) -> Header:
+        """Raises AdapterError when the metadata is not what this project writes."""
+        try:
+            tokens = {name.partition("/")[2]: int(n) for name, n in metadata.items() if name.startswith("tokens/")}
+            shared = {str(name): str(owner) for name, owner in json.loads(metadata.get("shared", "{}")).items()}
+            return cls(int(metadata["k"]), int(metadata["seed"]), tokens, shared)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise AdapterError(f"{where}: what it says of its directions is damaged; collect them anew") from None
+
+
+class RoleGrams(Mapping[str, Gram]):
+    """Second moments by module, averaged over roles by their ``shares``; each is read when asked for, and not kept."""
+
+    def __init__(self, load: Callable[[], Arrays], header: Header, shares: Mapping[str, float], where: str) -> None:
+        self._load, self._header, self._shares, self._where = load, header, shares, where
+        self._arrays = load()
+        self._forms = _forms(self._arrays, next(iter(shares)))
+        raise_problems(where, _misshapen(self._arrays, self._forms, shares, header.rank), AdapterError)
+        self._owners = {name: name for name in self._forms}
+        self._owners |= {name: owner for name, owner in header.shared.items() if owner in self._forms}
+        self._recent: dict[str, Gram] = {}
+
+    def __getitem__(self, module: str) -> Gram:
+        owner = self._owners[module]
+        if owner not in self._recent:
+            gram = self._read(owner)
+            self._recent = dict([*self._recent.items()][1 - RECENT :]) | {owner: gram}
+        return self._recent[owner]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def _read(self, owner: str) -> Gram:
+        means = {leaf: self._mean(f"{owner}.{leaf}") for leaf in self._forms[owner]}
+        if not all(mx.all(mx.isfinite(mean)).item() for mean in means.values()):
+            raise AdapterError(f"{self._where}: the directions of {owner} are not finite; collect them anew")
+        if "gram" in means:
+            with mx.stream(mx.cpu):
+                return WholeGram(means["gram"].astype(mx.float64))
+        if "sketch" in means:
+            width, rank = means["sketch"].shape
+            return from_sketch(means["sketch"], means["diagonal"], test_matrix(width, rank, self._header.seed))
+        with mx.stream(mx.cpu):
+            rest = means["diagonal"].astype(mx.float64)
+            return SketchedGram(mx.zeros_like(rest)[:, None], rest, 0.0)
+
+    def _mean(self, name: str) -> mx.array:
+        """The average over roles of their arrays; they are dropped, and the file is opened again for a second time."""
+        names = {role: f"{role}/{name}" for role in self._shares}
+        if not all(stored in self._arrays for stored in names.values()):
+            self._arrays = self._load()
+        parts = [self._arrays.pop(stored) * self._shares[role] for role, stored in names.items()]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+
+def load_directions(folder: Path, role: str) -> RoleGrams:
+    """The second moments of ``role`` in an adapter folder, by module; of ``all``, those of all tokens there.
+
+    Raises:
+        AdapterError: the file is damaged, or it is of other weights than the folder's.
+        RsgwmError: there are none, or none of ``role``; too few tokens for k.
+    """
+    path = folder / DIRECTIONS_FILE
+    remedy = f"rsgwm directions collect {folder} --corpus ROWS"
+    if not files.is_present(path):
+        former = f"{FORMER_FILE} of an earlier version, which knows no roles, and " * files.is_present(
+            folder / FORMER_FILE
+        )
+        raise RsgwmError(f"{folder} has {former}no directions; collect them: {remedy}")
+    manifest = files.read_json_object(folder / MANIFEST_FILE) if files.is_present(folder / MANIFEST_FILE) else {}
+    hashes = manifest.get("files") or {}
+    _, metadata = read_safetensors(path, evaluate=False)
+    if DIRECTIONS_FILE not in hashes or metadata.get("weights_sha256") != hashes.get(WEIGHTS_FILE):
+        raise AdapterError(f"{path} belongs to earlier weights of this folder; collect it anew: {remedy}")
+    return role_grams(lambda: read_safetensors(path, evaluate=False)[0], metadata, role, str(folder))
+
+
+def role_grams(load: Callable[[], Arrays], metadata: Mapping[str, str], role: str, where: str) -> RoleGrams:
+    """As :func:`load_directions`, of arrays that ``load`` gives and their ``metadata``."""
+    header = Header.of(metadata, where)
+    tokens = {name: n for name, n in header.tokens.items() if n > 0 and role in (name, ALL)}
+    remedy = f"rsgwm directions collect {where} --corpus ROWS --replace"
+    if not tokens:
+        roles = ", ".join(name for name, n in header.tokens.items() if n) or "none"
+        raise RsgwmError(f"{where} has no directions of the role {role} (there are {roles}); collect them: {remedy}")
+    count = sum(tokens.values())
+    if count < header.rank:
+        raise RsgwmError(
+            f"{where}: its directions of the role {role} come from {count} tokens, too few for k = {header.rank}; "
+            f"collect them on more rows ({remedy}), or set --k lower"
+        )
+    return RoleGrams(load, header, {name: n / count for name, n in tokens.items()}, where)
+
+
+def _forms(arrays: Mapping[str, mx.array], role: str) -> dict[str, list[str]]:
+    """Which arrays each module has, by module."""
+    forms: dict[str, list[str]] = {}
+    for name in sorted(arrays):
+        module, _, leaf = name.removeprefix(f"{role}/").rpartition(".")
+        if name.startswith(f"{role}/"):
+            forms.setdefault(module, []).append(leaf)
+    return forms
+
+
+def _misshapen(
+    arrays: Mapping[str, mx.array], forms: Mapping[str, list[str]], roles: Iterable[str], rank: int
+) -> list[str]:
+    """What of the arrays cannot be a second moment; no value is read."""
+    problems = [] if forms else ["it has no arrays of its roles"]
+    for module, leaves in forms.items():
+        shapes = {
+            f"{role}/{module}.{leaf}": (leaf, arrays.get(f"{role}/{module}.{leaf}"))
+            for role in roles
+            for leaf in leaves
+        }
+        width = next((array.shape[0] for _, array in shapes.values() if array is not None and array.ndim), 0)
+        expected = {"gram": (width, width), "diagonal": (width,), "sketch": (width, rank)}
+        wrong = [name for name, (leaf, array) in shapes.items() if array is None or array.shape != expected.get(leaf)]
+        if wrong or set(leaves) not in FORMS:
+            problems.append(f"the directions of {module} have other arrays or shapes than they need")
+    return problems
