@@ -61,7 +61,7 @@ class RoleGrams(Mapping[str, Gram]):
     def __init__(self, load: Callable[[], Arrays], header: Header, shares: Mapping[str, float], where: str) -> None:
         self._load, self._header, self._shares, self._where = load, header, shares, where
         self._arrays = load()
-        self._forms = _forms(self._arrays, next(iter(shares)))
+        self._forms = _forms(self._arrays, shares)
         raise_problems(where, _misshapen(self._arrays, self._forms, shares, header.rank), AdapterError)
         self._owners = {name: name for name in self._forms}
         self._owners |= {name: owner for name, owner in header.shared.items() if owner in self._forms}
@@ -145,14 +145,15 @@ def role_grams(load: Callable[[], Arrays], metadata: Mapping[str, str], role: st
     return RoleGrams(load, header, {name: n / count for name, n in tokens.items()}, where)
 
 
-def _forms(arrays: Mapping[str, mx.array], role: str) -> dict[str, list[str]]:
-    """Which arrays each module has, by module."""
-    forms: dict[str, list[str]] = {}
+def _forms(arrays: Iterable[str], roles: Iterable[str]) -> dict[str, list[str]]:
+    """Which arrays each module has in any of the roles."""
+    forms: dict[str, set[str]] = {}
     for name in sorted(arrays):
-        module, _, leaf = name.removeprefix(f"{role}/").rpartition(".")
-        if name.startswith(f"{role}/"):
-            forms.setdefault(module, []).append(leaf)
-    return forms
+        role, _, rest = name.partition("/")
+        module, _, leaf = rest.rpartition(".")
+        if role in roles:
+            forms.setdefault(module, set()).add(leaf)
+    return {module: sorted(leaves) for module, leaves in forms.items()}
 
 
 def _misshapen(
