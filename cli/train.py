@@ -52,7 +52,7 @@ def train(
 
     asked = read_training_file(file) if file else TrainingFile()
     target = target_folder(asked, folder, out)
-    config = train_config(console, asked.config, settings)
+    config = train_config(console, asked.config, settings, file)
     saving = saving_options(target, asked.run, running)
     given = {**options, **running, "folder": folder}
     job = make_job(asked, given, config, saving, memory_options(running), file)

@@ -13,6 +13,7 @@ import click
 from mlx_rsgwm.cli.console import Console
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import COUNT, INSIDE, POSITIVE, OneOf
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.training.config import FINE_TUNE_TYPES, LONG_ROWS, OPTIMIZERS, SCHEDULES, SELECTIONS, TrainConfig
 from mlx_rsgwm.training.reporting import SERVICES
 
@@ -93,8 +94,14 @@ def train_options(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def train_config(console: Console, from_file: Mapping[str, Any], settings: Mapping[str, Any]) -> TrainConfig:
-    """The :class:`TrainConfig` of a YAML's settings with the options that were given laid over them."""
+def train_config(
+    console: Console, from_file: Mapping[str, Any], settings: Mapping[str, Any], file: Path | None = None
+) -> TrainConfig:
+    """The :class:`TrainConfig` of a YAML's settings with the options that were given laid over them.
+
+    Raises:
+        RsgwmError: what is out of range, with the name of the ``file`` where there is one.
+    """
     given = {name: value for name, value in settings.items() if value is not None and value != ()}
     if console.seed_given or "seed" not in from_file:
         given["seed"] = console.seed
@@ -102,7 +109,10 @@ def train_config(console: Console, from_file: Mapping[str, Any], settings: Mappi
     assert set(given) <= known
     if set(given) & {"schedule", "warmup", "learning_rate"}:
         from_file = {name: value for name, value in from_file.items() if name != "lr_schedule"}
-    return TrainConfig.from_mapping({**from_file, **given})
+    try:
+        return TrainConfig.from_mapping({**from_file, **given})
+    except RsgwmError as error:
+        raise RsgwmError(f"{file}: {error}") if file else error from None
 
 
 def memory_options(running: Mapping[str, Any]) -> Any:

@@ -19,9 +19,10 @@ from mlx_rsgwm.core.json_lines import read_json_rows
 from mlx_rsgwm.data.asked import said_by
 from mlx_rsgwm.data.batching import NO_KEYS, TokenRow
 from mlx_rsgwm.data.corpus import fit_row
+from mlx_rsgwm.data.disputed import same_answer
 from mlx_rsgwm.data.question_files import TABLE_SUFFIXES
 from mlx_rsgwm.data.rendered_chat import ChatRenderer
-from mlx_rsgwm.data.row_hashes import KEY, RowKeys, RowRecord, contents_hash, row_hash, row_keys
+from mlx_rsgwm.data.row_hashes import KEY, RowKeys, RowRecord, contents_hash, folded, row_hash, row_keys
 from mlx_rsgwm.data.template import Template, Tokenizer
 
 FORMATS = {"completions": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
@@ -78,11 +79,13 @@ class Examples:
         if self.format != "text" and not getattr(tokenizer, "chat_template", None):
             raise RsgwmError(f"{self.path}: {self.format} rows need a chat template, and the base's tokenizer has none")
         render = self._text_row if self.format == "text" else partial(self._chat_row, ChatRenderer(tokenizer))
+        disputed = self._disputed()
         rows, dropped, problems = [], 0, []
         for number, row, keys in zip(self.numbers, self.rows, self.keys, strict=True):
             name = f"{self.path.name}:{number}"
             try:
                 tokens, prompt, untrained, notes = render(tokenizer, row)
+                notes = (*notes, DISPUTED) if number in disputed else notes
             except RsgwmError as error:
                 problems.append((name, str(error)))
                 continue
@@ -105,6 +108,17 @@ class Examples:
         if not rows:
             raise RsgwmError(f"every row of {self.path} is longer than {max_tokens} tokens; raise max_tokens")
         return rows, dropped
+
+    def _disputed(self) -> set[int]:
+        """Numbers of rows that ask what another one asks and are answered in another way."""
+        firsts: dict[str, tuple[int, str]] = {}
+        disputed: set[int] = set()
+        for number, row in zip(self.numbers, self.rows, strict=True) if self.format != "text" else ():
+            asked, answer = _asked_and_answer(row)
+            first, other = firsts.setdefault(asked, (number, answer))
+            if not same_answer(answer, other):
+                disputed |= {first, number}
+        return disputed
 
     def _text_row(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> Rendered:
         tokens, end = list(tokenizer.encode(row["text"])), tokenizer.eos_token_id
@@ -129,6 +143,7 @@ class Examples:
 Rendered = tuple[list[int], int, tuple[int, ...], tuple[str, ...]]
 
 
+DISPUTED = "the same prompt has two different answers, and all of them are trained"
 _CORPUS = "a corpus is made of questions and answers with: rsgwm data build"
 
 
@@ -215,6 +230,17 @@ def _contents(row: Mapping[str, Any]) -> bytes:
     calls = [json.dumps(message["tool_calls"], sort_keys=True) for message in messages if message.get("tool_calls")]
     question, answers = (said_by(messages, role) for role in ("user", "assistant"))
     return contents_hash("\n".join(question), "\n".join([*answers, *calls]))
+
+
+def _asked_and_answer(row: Mapping[str, Any]) -> tuple[str, str]:
+    """All that a row's last answer is an answer to, and that answer; without one that is text, "" answers."""
+    if "messages" not in row:
+        return folded(row["prompt"]), row["completion"]
+    *before, last = row["messages"]
+    answer = last.get("content")
+    asked = json.dumps([before, row.get("tools")], sort_keys=True, ensure_ascii=False)
+    plain = isinstance(answer, str) and not last.get("tool_calls")
+    return folded(asked), answer if plain else ""
 
 
 def _format_of(row: Any) -> str:

@@ -18,6 +18,8 @@ LONGEST_TASK = 80  # characters; charts and tables are labelled with it
 
 # The fields of a row in each form that it may have.
 FORMS = (("question", "answer"), ("prompt", "completion"), ("messages",))
+# Fields that files have beside a question, without which it often cannot be answered.
+CONTEXT = ("system", "instruction", "input", "context", "passage", "paragraph", "article", "story", "document")
 
 Row = Mapping[str, Any]
 
@@ -49,6 +51,7 @@ def parse_own(row: Row) -> Parsed:
     """
     question, answer, name = _question_and_answer(row)
     _refuse_unshown_choices(row, question)
+    _refuse_unshown_context(row, question)
     row_id, task, rationale, asked = (_optional(row, name) for name in ("id", "task", "rationale", "answer_type"))
     if asked not in ("", "text", "number"):
         raise ValueError(f"answer_type must be text or number, found {asked[:40]!r}")
@@ -73,6 +76,23 @@ def _refuse_unshown_choices(row: Row, question: str) -> None:
             raise ValueError(
                 f"it has {name} that its question does not show ({unshown[0][:40]!r}); write them into the question, "
                 "as (A) …, and the letter as the answer"
+            )
+
+
+def _refuse_unshown_context(row: Row, question: str) -> None:
+    """Raise for what stands beside the question and is not asked with it: a prompt, a passage, other messages."""
+    asked = " ".join(question.split())
+    beside: dict[str, list[str]] = {name: list(_texts(row.get(name))) for name in CONTEXT}
+    if "question" in row:
+        beside["prompt"] = list(_texts(row.get("prompt")))
+    if isinstance(messages := row.get("messages"), list) and all(isinstance(each, Mapping) for each in messages):
+        beside["messages"] = [text for role in ("system", "user") for text in said_by(messages, role)]
+    for name, texts in beside.items():
+        unshown = [text for text in texts if " ".join(text.split()) not in asked]
+        if unshown:
+            raise ValueError(
+                f"it has {name} beside its question ({unshown[0][:40]!r}), which would not be asked; write it into the "
+                f"question, or remove {name}"
             )
 
 

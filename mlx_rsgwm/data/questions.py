@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.json_lines import read_json_lines
@@ -39,6 +39,14 @@ class Question:
         """
         final = f"####\n{self.gold}" if "\n" in self.gold else f"#### {self.gold}"
         return f"{self.rationale}\n{final}" if self.rationale else final
+
+
+class OwnFile(NamedTuple):
+    """The questions of a user's own file, the rows that they stand in, and what those numbers count."""
+
+    questions: list[Question]
+    numbers: list[int]
+    unit: str
 
 
 def load_questions(
@@ -74,7 +82,7 @@ def load_questions(
         path = local_file(Path(data), task, split)
         where, rows = str(path), read_json_lines(path)
     unit = "row" if data is None else "line"
-    questions = _to_questions(where, rows, source.parse, task, f"{task}-{split}", unit)
+    questions, _ = _to_questions(where, rows, source.parse, task, f"{task}-{split}", unit)
     return select(questions, limit=limit, offset=offset, seed=seed)
 
 
@@ -94,11 +102,15 @@ def load_jsonl(
     Raises:
         RsgwmError: a missing or empty file, bad rows with their line numbers, duplicate ids.
     """
-    path = Path(path)
+    return select(read_own(Path(path), task).questions, limit=limit, offset=offset, seed=seed)
+
+
+def read_own(path: Path, task: str | None = None) -> OwnFile:
+    """Everything in a file of questions, as :func:`load_jsonl` reads it, in its order."""
     file = read_question_rows(path)
     name = path.stem[:LONGEST_TASK]
-    questions = _to_questions(str(path), file.rows, parse_own, task or name, path.stem, file.unit, task is None)
-    return select(questions, limit=limit, offset=offset, seed=seed)
+    read = _to_questions(str(path), file.rows, parse_own, task or name, path.stem, file.unit, task is None)
+    return OwnFile(*read, file.unit)
 
 
 def select(questions: list[Question], *, limit: int | None, offset: int = 0, seed: int | None = None) -> list[Question]:
@@ -121,8 +133,10 @@ def _to_questions(
     prefix: str,
     unit: str,
     row_task: bool = False,
-) -> list[Question]:
+) -> tuple[list[Question], list[int]]:
+    """The questions and the numbers of their rows."""
     questions: list[Question] = []
+    numbers: list[int] = []
     problems: list[tuple[str, str]] = []
     seen: dict[str, int] = {}
     for number, row in rows:
@@ -143,7 +157,8 @@ def _to_questions(
         seen[row_id] = number
         name = parsed.task if row_task and parsed.task else task
         questions.append(Question(row_id, name, parsed.question, parsed.rationale, parsed.gold))
+        numbers.append(number)
     raise_problems(where, grouped(problems))
     if not questions:
         raise RsgwmError(f"{where} is empty: no questions to read")
-    return questions
+    return questions, numbers

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.disputed import AnsweredRow, describe_disputes, find_disputes
 from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import SUFFIXES, is_question_file
-from mlx_rsgwm.data.questions import Question, load_jsonl, load_questions, select
+from mlx_rsgwm.data.questions import Question, load_questions, read_own, select
 from mlx_rsgwm.data.row_hashes import RowRecord, row_hash, share_of
 from mlx_rsgwm.data.synthetic import FAMILIES, SPLITS, generate
 
@@ -26,16 +27,22 @@ class Selection:
     """Questions and how they were chosen.
 
     ``split``: the data set's, or for a user's own file the share of its rows, or ``all``. ``file_questions`` are the
-    texts of all rows of that file, ``rows`` their number; empty and None for everything else.
+    texts of all rows of that file, ``rows`` their number; empty and None for everything else. ``disputes`` says which
+    of the rows to train on answer the same question in two ways.
     """
 
     questions: list[Question]
     split: str
     rows: int | None = None
     file_questions: tuple[str, ...] = ()
+    disputes: str = ""
 
     def note(self, task: str) -> str:
-        """One line on what was taken of a user's own file; empty where all was, and for everything else."""
+        """One line on what was taken of a user's own file, and what is odd about it; empty where nothing is to say."""
+        disputed = f"{task}: {self.disputes}, and all of them are trained" if self.disputes else ""
+        return "; ".join(line for line in (self._share(task), disputed) if line)
+
+    def _share(self, task: str) -> str:
         if self.rows is None or self.split == EVERY_ROW:
             return ""
         return (
@@ -80,7 +87,8 @@ def select_questions(
     ``shuffled`` orders files and data sets by ``seed``.
 
     Raises:
-        RsgwmError: an unknown task or split, no rows for the purpose, whatever reading raises.
+        RsgwmError: an unknown task or split, no rows for the purpose, whatever reading raises; rows of a file to
+            calibrate or test on that answer the same question in two ways.
     """
     order = seed if shuffled else None
     if is_question_file(task):
@@ -105,7 +113,7 @@ def _of_file(
 ) -> Selection:
     if split not in (None, EVERY_ROW, *SPLITS):
         raise RsgwmError(f"{task}: the split of a file is {', '.join(SPLITS)} or {EVERY_ROW}, found {split!r}")
-    questions = load_jsonl(Path(task))
+    questions, numbers, unit = read_own(Path(task))
     texts = tuple(question.question for question in questions)
     share = split or (purpose if purpose != "test" else _share_for_test(texts, seen))
     chosen = [question for question in questions if share in (EVERY_ROW, share_of(question.question))]
@@ -114,7 +122,13 @@ def _of_file(
             f"{task}: none of its {len(questions)} rows falls into its {share} share; give more rows, "
             f"or --split {EVERY_ROW} where the file serves nothing else"
         )
-    return Selection(select(chosen, limit=limit, offset=offset, seed=order), share, len(questions), texts)
+    rows = (AnsweredRow(number, each.question, each.gold) for number, each in zip(numbers, questions, strict=True))
+    found = find_disputes(row for row in rows if share in (EVERY_ROW, share_of(row.question)))
+    disputes = describe_disputes(found, unit) if found else ""
+    if disputes and purpose != "train":
+        raise RsgwmError(f"{task}: {disputes}; only one can be right: correct one row of each, or remove it")
+    taken = select(chosen, limit=limit, offset=offset, seed=order)
+    return Selection(taken, share, len(questions), texts, disputes)
 
 
 def _share_for_test(texts: Sequence[str], seen: RowRecord) -> str:

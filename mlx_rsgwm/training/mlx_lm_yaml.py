@@ -254,6 +254,9 @@ class _Translation:
             )
             return
         scale = numbers["scale"]
+        if scale <= 0:
+            self.problems.append(f"lora_parameters.scale must be above 0, found {scale:g}: B·A is multiplied by it")
+            return
         self.file.config |= {"rank": rank, "alpha": rank * scale, "dropout": numbers.get("dropout", 0.0)}
         self.file.notes.append(f"lora_parameters.scale → alpha = {rank * scale:g} (scale · rank)")
         if "alpha" in numbers:

@@ -211,12 +211,16 @@ def test_what_was_fused_into_a_base_is_known(trained, tiny_base, tmp_path):
 
 
 def test_items_asked_twice_are_told(trained, tiny_base, tmp_path):
-    rows = [{"id": n, "question": f"Which is {'abcab'[n]}?", "answer": str(n)} for n in range(5)]
+    rows = [{"id": n, "question": f"Which is {'abcab'[n]}?", "answer": str(n % 3)} for n in range(5)]
     result, told = evaluate(trained, tiny_base, "--task", write(tmp_path / "x.jsonl", rows), "--out", tmp_path / "r")
     line = "2 of 5 items ask what another item asks, and count each time"
     assert line in told
     assert f"{line}." in (tmp_path / "r" / "report.md").read_text()
     assert (result["n"], result["overlap"]["repeated"]) == (5, 2)
+    write(tmp_path / "x.jsonl", [{**row, "answer": str(row["id"])} for row in rows])
+    error, _ = invoke("eval", "--base", tiny_base, "--drafter", trained / "draft", "--verifier", trained / "verify",
+                      "--task", tmp_path / "x.jsonl", code=2)  # fmt: skip
+    assert "2 questions have two different gold answers: lines 1 ('0') and 4 ('3')" in error["error"]
 
 
 def test_two_files_of_one_name_are_no_pool(tmp_path):

@@ -261,6 +261,18 @@ def test_bad_input(tiny_base, corpora, tmp_path, arguments, message):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_file_that_is_out_of_range_is_named(tmp_path):
+    for key, text in (
+        ("learning_rate", "model: m\ndata: d\nadapter_path: o\nlearning_rate: 2"),
+        ("dropout", "model: m\ndata: d\nadapter_path: o\nlora_parameters: {rank: 8, scale: 20, dropout: 1.5}"),
+        ("warmup", "base: b\ndata: d\nout: o\nwarmup: 7"),
+    ):
+        (tmp_path / "mine.yaml").write_text(text)
+        refused = invoke("train", "--config", tmp_path / "mine.yaml")
+        assert refused.exit_code == 2
+        assert f"{tmp_path / 'mine.yaml'}: training config: {key} = " in refused.stderr
+
+
 def test_two_processes_train_as_one(launch, tiny_base, corpora, tmp_path):
     """8 rows of a role in batches of 7: shares of 4 and 3 rows, then one row for the first process alone."""
     run = ("train", "--base", tiny_base, "--corpus", corpora / "change", *SMALL, "--epochs", 3, "--dropout", 0)

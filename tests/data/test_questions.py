@@ -285,6 +285,40 @@ def test_answer_types(tmp_path):
 OWN = {"question": "Q", "answer": "A"}
 
 
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [
+        ({**OWN, "prompt": "You are a pirate."}, "prompt"),
+        ({**OWN, "context": "Q stands for quick."}, "context"),
+        ({**OWN, "input": "7, 8"}, "input"),
+        ({**OWN, "passage": ["One.", "Two."]}, "passage"),
+        ({**OWN, "system": "Be brief."}, "system"),
+        ({**OWN, "messages": [{"role": "user", "content": "Another?"}]}, "messages"),
+        ({"prompt": "Q", "completion": "A", "article": "Long."}, "article"),
+        ({"prompt": "Q", "completion": "A", "messages": [{"role": "system", "content": "Be brief."}]}, "messages"),
+    ],
+)
+def test_what_stands_beside_a_question_is_not_lost(tmp_path, row, lost):
+    with pytest.raises(RsgwmError, match=f"line 1: it has {lost} beside its question .*which would not be asked"):
+        load_jsonl(write(tmp_path / "mine.jsonl", row))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**OWN, "prompt": "Q"},
+        {**OWN, "prompt": ""},
+        {**OWN, "context": None, "passage": float("nan"), "input": []},
+        {"question": "Read this:\nOne.  Two.\nHow many?", "answer": "2", "passage": "One. Two."},
+        {**OWN, "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Long, so A"}]},
+        {"prompt": "Q", "completion": "A", "instruction": "Q"},
+        {**OWN, "source": "a book", "level": 3},
+    ],
+)
+def test_what_a_question_holds_may_stand_beside_it(tmp_path, row):
+    assert load_jsonl(write(tmp_path / "mine.jsonl", row))[0].gold in ("A", "2")
+
+
 @needs_data
 def test_math_golds_keep_their_meaning_as_rows_of_ones_own(tmp_path):
     questions = load_questions("math", "test", DATA)
@@ -383,7 +417,7 @@ def chat(*turns):
         ({"prompt": " Capital of France? ", "completion": " Paris"}, ("Capital of France?", "", "Paris")),
         ({"prompt": "Q", "completion": "COVID-19", "id": "c"}, ("Q", "", "COVID-19")),
         ({"prompt": "Q", "completion": 3.50}, ("Q", "", "3.5")),
-        ({"question": "asked", "answer": "A", "prompt": "other", "completion": "B"}, ("asked", "", "A")),
+        ({"question": "asked", "answer": "A", "prompt": "asked", "completion": "B"}, ("asked", "", "A")),
         (chat(("user", "Q\nmore"), ("assistant", "so\n#### 7")), ("Q\nmore", "so", "7")),
         (chat(("user", [{"text": "a"}, {"type": "text", "text": "b"}]), ("assistant", "A")), ("a\nb", "", "A")),
         (chat(("user", "Q"), ("assistant", "<think>\n3 or 4\n</think>\n\n4")), ("Q", "<think>\n3 or 4\n</think>", "4")),

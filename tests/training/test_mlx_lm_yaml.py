@@ -118,6 +118,11 @@ def test_the_shipped_example_of_mlx_lm_is_understood(tmp_path):
         ("model: m\nlora_parameters: {rank: 8, scale: 2, keys: []}", "keys must be a list of module names"),
         ("model: m\nlora_parameters: {rank: 8.5, scale: 2}", "lora_parameters.rank must be a whole number, found 8.5"),
         ("model: m\nlora_parameters: {rank: 8, scale: .nan}", "lora_parameters.scale must be a number"),
+        (
+            "model: m\nlora_parameters: {rank: 8, scale: 0}",
+            r"\.yaml .*: lora_parameters.scale must be above 0, found 0",
+        ),
+        ("model: m\nlora_parameters: {rank: 8, scale: -2.5}", "lora_parameters.scale must be above 0, found -2.5"),
         ("model: m\nlr_schedule: {name: join_schedules, arguments: [1e-4, 0.9]}", "name 'join_schedules' is unknown"),
         ("model: m\nlr_schedule: {name: cosine_decay, arguments: [1e-4]}", "takes 2 to 3 arguments, found 1"),
         ("model: m\nlr_schedule: {name: cosine_decay, arguments: [1e-4, 0]}", "lasts 0 steps"),
