@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,36 @@ from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base
 from mlx_rsgwm.models.folder import fingerprint_of
 from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
-from mlx_rsgwm.recipes.schema import Recipe, folder_name, load_recipe, shipped_recipes
+from mlx_rsgwm.recipes.schema import MergeSection, Recipe, folder_name, load_recipe, shipped_recipes
 from mlx_rsgwm.recipes.stages import Stage, Stages
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.loop import check_layers, finish, train
 
 __all__ = ["Recipe", "Run", "load_recipe", "run_recipe", "shipped_recipes"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A drafter and a verifier from one merge of the pool, with calibration and report, in ``folder``.
+
+    ``suffix`` ends the names of its stages.
+    """
+
+    folder: Path
+    section: MergeSection
+    suffix: str = ""
+
+    @property
+    def roles(self) -> dict[str, Path]:
+        return {role: self.folder / role for role in ("drafter", "verifier")}
+
+    @property
+    def calibration(self) -> Path:
+        return self.folder / "verifier" / CALIBRATION_FILE
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
 
 
 class Run:
@@ -60,6 +84,8 @@ class Run:
         self.progress = progress
         self.template = find_template(recipe.template)
         self.stages = Stages(out, progress)
+        self.pair = Pair(out, recipe.merge)
+        self.pairs = [self.pair, *([Pair(out / "paper", recipe.paper, "-paper")] if recipe.paper else [])]
         self._base: Base | None = None
         self._fingerprint = ""
 
@@ -92,19 +118,7 @@ class Run:
 
     def _plan(self) -> list[Stage]:
         """The stages in their order: all data before all training, so that too few questions are told at once."""
-        recipe, out = self.recipe, self.out
-        tasks = recipe.data.tasks
-        shared = {"base": self._fingerprint, "template": self.template.hash, "seed": recipe.seed}
-        asked = {
-            **shared,
-            "loop": asdict(recipe.loop),
-            "batch_rows": recipe.evaluate.batch_rows,
-            "folder": recipe.data.folder,
-        }
-        pair = (out / "drafter", out / "verifier")
-        calibration = pair[1] / CALIBRATION_FILE
-        corpora = tuple(self._corpus(task) for task in tasks)
-        tested = recipe.evaluate.tasks or tasks
+        recipe, tasks, shared = self.recipe, self.recipe.data.tasks, self._shared()
         return [
             *(
                 Stage(
@@ -133,24 +147,46 @@ class Run:
                 )
                 for task in tasks
             ),
+            *(stage for pair in self.pairs for stage in self._stages_of(pair)),
             Stage(
-                "merge",
-                {"tasks": tasks, "seed": recipe.seed, **asdict(recipe.merge)},
+                "export",
+                {**asdict(recipe.export), "base": recipe.base, "fingerprint": self._fingerprint},
+                tuple(self.pair.roles.values()),
+                (self.out / "export",),
+                self._export,
+                (CALIBRATION_FILE,),
+            ),
+        ]
+
+    def _stages_of(self, pair: Pair) -> list[Stage]:
+        """Merge, calibrate and evaluate one pair."""
+        recipe, tasks, roles = self.recipe, self.recipe.data.tasks, tuple(pair.roles.values())
+        tested = recipe.evaluate.tasks or tasks
+        asked = {
+            **self._shared(),
+            "loop": asdict(recipe.loop),
+            "batch_rows": recipe.evaluate.batch_rows,
+            "folder": recipe.data.folder,
+        }
+        return [
+            Stage(
+                f"merge{pair.suffix}",
+                {"tasks": tasks, "seed": recipe.seed, **asdict(pair.section)},
                 tuple(self._adapter(task) for task in tasks),
-                pair,
-                self._merge,
+                roles,
+                partial(self._merge, pair),
                 (CALIBRATION_FILE,),
             ),
             Stage(
-                "calibrate",
+                f"calibrate{pair.suffix}",
                 {**asked, "tasks": tasks, "items": recipe.data.calibration_items, "files": self._hashes(tasks)},
-                pair,
-                (calibration,),
-                self._calibrate,
+                roles,
+                (pair.calibration,),
+                partial(self._calibrate, pair),
                 (CALIBRATION_FILE,),
             ),
             Stage(
-                "evaluate",
+                f"evaluate{pair.suffix}",
                 {
                     **asked,
                     "name": recipe.name,
@@ -159,20 +195,16 @@ class Run:
                     **asdict(recipe.evaluate),
                     "files": self._hashes(tested),
                 },
-                (*corpora, *pair),
-                (out / "report",),
-                self._evaluate,
+                (*(self._corpus(task) for task in tasks), *roles),
+                (pair.report,),
+                partial(self._evaluate, pair),
                 resumed=(JOURNAL_FILE,),
             ),
-            Stage(
-                "export",
-                {**asdict(recipe.export), "base": recipe.base, "fingerprint": self._fingerprint},
-                pair,
-                (out / "export",),
-                self._export,
-                (CALIBRATION_FILE,),
-            ),
         ]
+
+    def _shared(self) -> dict[str, Any]:
+        """What every stage before the export depends on."""
+        return {"base": self._fingerprint, "template": self.template.hash, "seed": self.recipe.seed}
 
     def _hashes(self, tasks: Sequence[str]) -> dict[str, dict[str, str]]:
         """The bytes of the files that questions of ``tasks`` may come from."""
@@ -196,30 +228,27 @@ class Run:
         adapter.manifest["task"] = task
         finish(adapter, saving)
 
-    def _merge(self) -> None:
+    def _merge(self, pair: Pair) -> None:
         pool = [self._adapter(task) for task in self.recipe.data.tasks]
-        for role, folder in (("draft", "drafter"), ("verify", "verifier")):
-            options = replace(self.recipe.merge.options(role), seed=self.recipe.seed)
+        for role, folder in zip(("draft", "verify"), pair.roles.values(), strict=True):
+            options = replace(pair.section.options(role), seed=self.recipe.seed)
             merged = merge(pool, options, self.progress)
-            merged.save(self.out / folder)
+            merged.save(folder)
             for warning in merged.manifest["merge"]["warnings"]:
-                self.progress.message(f"warning: {folder}: {warning}")
-        self.progress.message(f"merged {len(pool)} adapters into {self.out / 'drafter'} and {self.out / 'verifier'}")
+                self.progress.message(f"warning: {folder.relative_to(self.out)}: {warning}")
+        self.progress.message(f"merged {len(pool)} adapters into {' and '.join(map(str, pair.roles.values()))}")
 
-    def _pipeline(self, score: str, threshold: float) -> DraftVerify:
-        slots = slots_of(self.base, self._roles())
+    def _pipeline(self, pair: Pair, score: str, threshold: float) -> DraftVerify:
+        slots = slots_of(self.base, pair.roles)
         config = self.recipe.loop.config(score, threshold, self.recipe.seed)
         return DraftVerify(slots, self.template, "drafter", "verifier", config)
 
-    def _roles(self) -> dict[str, Path]:
-        return {role: self.out / role for role in ("drafter", "verifier")}
-
-    def _calibrate(self) -> None:
-        (self.out / "verifier" / CALIBRATION_FILE).unlink(missing_ok=True)
+    def _calibrate(self, pair: Pair) -> None:
+        pair.calibration.unlink(missing_ok=True)
         if self.recipe.data.calibration_items == 0:
             return
-        pipeline = self._pipeline(SCORES[0], 0.5)
-        drawn = draw_to_calibrate(self.recipe, rows_trained_on(self._roles(), self.recipe.base))
+        pipeline = self._pipeline(pair, SCORES[0], 0.5)
+        drawn = draw_to_calibrate(self.recipe, rows_trained_on(pair.roles, self.recipe.base))
         for note in drawn.notes:
             self.progress.message(note)
         try:
@@ -230,21 +259,21 @@ class Run:
         except NothingToTellApart as error:
             self.progress.message(f"warning: not calibrated: {error}")
         else:
-            save_calibration(self.out / "verifier", calibration)
+            save_calibration(pair.roles["verifier"], calibration)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, pair: Pair) -> None:
         section = self.recipe.evaluate
-        score, threshold = self.recipe.loop.settled(load_calibration(self.out / "verifier"))
-        pipeline = self._pipeline(score, threshold)
-        seen = rows_seen(self._roles(), self.recipe.base)
+        score, threshold = self.recipe.loop.settled(load_calibration(pair.roles["verifier"]))
+        pipeline = self._pipeline(pair, score, threshold)
+        seen = rows_seen(pair.roles, self.recipe.base)
         chosen = draw_to_test(self.recipe, seen)
         questions = asked(chosen)
         overlap = check_overlap(questions, seen, section.allow_overlap, "test")
         about = describe_run(pipeline, questions, section.batch_rows, timed=section.timed)
-        calibration = load_calibration(self.out / "verifier")
+        calibration = load_calibration(pair.roles["verifier"])
         trained_on = training_questions(self._corpus(task) for task in self.recipe.data.tasks)
         report_run(
-            pipeline, questions, about, overlap, self.out / "report", timed=section.timed,
+            pipeline, questions, about, overlap, pair.report, timed=section.timed,
             batch_rows=section.batch_rows, seed=self.recipe.seed, replace=True, progress=self.progress,
             metadata={
                 "recipe": self.recipe.name,
@@ -267,7 +296,7 @@ class Run:
         for role, folder in self.peft_folders.items():
             shutil.rmtree(folder, ignore_errors=True)
             if section.peft:
-                to_peft(Adapter.load(self.out / role), self.recipe.base, folder)
+                to_peft(Adapter.load(self.pair.roles[role]), self.recipe.base, folder)
         (self.out / "export" / "parity.json").unlink(missing_ok=True)
         if section.parity:
             from mlx_rsgwm.converters.parity.check import check_parity
@@ -275,7 +304,7 @@ class Run:
             self._base = None
             peft = self.peft_folders["drafter"] if section.peft else None
             result = check_parity(
-                self.out / "drafter",
+                self.pair.roles["drafter"],
                 self.recipe.base,
                 peft_folder=peft,
                 tolerance=section.tolerance,
@@ -287,7 +316,7 @@ class Run:
                 raise CheckFailed(f"the drafter differs between MLX and torch: {'; '.join(result['failures'])}")
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        report = files.read_json_object(self.out / "report" / "report.json")
+        report = files.read_json_object(self.pair.report / "report.json")
         parity = self.out / "export" / "parity.json"
         summary = {
             "recipe": self.recipe.name,
@@ -295,6 +324,7 @@ class Run:
             "base": {"name": self.recipe.base, "fingerprint": self._fingerprint},
             "drafter": report["drafter"],
             "draft_verify": report["draft_verify"],
+            **({"draft_verify_paper": self._paper()} if self.recipe.paper else {}),
             "verifier_auroc": report["verifier_auroc"][report["score"]]["all"],
             "verifier": report["verifier_auroc"],
             "calibration": report["metadata"].get("calibration"),
@@ -303,15 +333,20 @@ class Run:
             "score": report["score"],
             "threshold": report["threshold"],
             "parity": files.read_json_object(parity) if parity.is_file() else None,
-            "adapters": {name: str(self.out / name) for name in ("drafter", "verifier")},
+            "adapters": {role: str(folder) for role, folder in self.pair.roles.items()},
             "peft": {name: str(folder) for name, folder in self.peft_folders.items() if folder.is_dir()},
-            "report": str(self.out / "report"),
+            "report": str(self.pair.report),
             "executed": self.stages.executed,
             "stage_seconds": self.stages.seconds,
             "seconds": round(seconds, 3),
         }
         files.write_json(self.out / "summary.json", summary)
         return summary
+
+    def _paper(self) -> dict[str, Any]:
+        """What came out of the paper's pair on the same questions."""
+        report = files.read_json_object(self.pairs[-1].report / "report.json")
+        return {**report["draft_verify"], "drafter": report["drafter"]}
 
     def _corpus(self, task: str) -> Path:
         return self.out / "data" / folder_name(task)

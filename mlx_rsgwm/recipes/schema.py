@@ -238,7 +238,10 @@ class ExportSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A job. Every section but ``data`` has defaults; ``train`` is a :class:`TrainConfig`."""
+    """A job. Every section but ``data`` has defaults; ``train`` is a :class:`TrainConfig`.
+
+    ``paper``: another merge of the same pool, calibrated and evaluated beside ``merge`` on the same questions.
+    """
 
     name: str
     data: DataSection
@@ -247,6 +250,7 @@ class Recipe:
     seed: int = DEFAULT_SEED
     train: TrainConfig = field(default_factory=TrainConfig)
     merge: MergeSection = field(default_factory=MergeSection)
+    paper: MergeSection | None = None
     loop: LoopSection = field(default_factory=LoopSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     export: ExportSection = field(default_factory=ExportSection)
@@ -260,7 +264,8 @@ class Recipe:
             problems.append("train.validate_every needs held-out rows, which a recipe does not set aside; leave it out")
         if self.train.fine_tune_type != "lora":
             problems.append(f"train.fine_tune_type is {self.train.fine_tune_type}; only lora adapters can be merged")
-        problems += self.merge.problems_with(self.data)
+        for section in (self.merge, self.paper):
+            problems += section.problems_with(self.data) if section else []
         problems += [
             f"evaluate.tasks: {problem}" for task in self.evaluate.tasks if (problem := self.data.problem_of(task))
         ]

@@ -104,6 +104,25 @@ def test_a_changed_run_that_was_killed_leaves_nothing_to_trust(recipe_file, tmp_
     assert contents(out) == written
 
 
+def test_the_papers_merge_beside_another(recipe_file, tmp_path):
+    sections = {"merge": {"method": "linear"}, "paper": {"method": "rsgwm"}}
+    summary = run_recipe(load_recipe(recipe_file(**sections), ["evaluate.timed=0"]), tmp_path / "both")
+    assert summary["executed"] == [*STAGES[:-1], "merge-paper", "calibrate-paper", "evaluate-paper", "export"]
+    beside = json.loads((tmp_path / "both" / "paper" / "report" / "report.json").read_text())
+    assert summary["draft_verify_paper"] == {**beside["draft_verify"], "drafter": beside["drafter"]}
+
+    alone = run_recipe(load_recipe(recipe_file(), ["evaluate.timed=0"]), tmp_path / "alone")
+    assert "draft_verify_paper" not in alone
+    for file in ("drafter/adapters.safetensors", "verifier/adapters.safetensors", "report/items.jsonl"):
+        of_paper = (tmp_path / "both" / "paper" / file).read_bytes()
+        assert of_paper == (tmp_path / "alone" / file).read_bytes()
+        assert of_paper != (tmp_path / "both" / file).read_bytes()
+
+    settings = ["evaluate.timed=0", "paper.tau_draft=0.4"]
+    again = run_recipe(load_recipe(recipe_file(**sections), settings), tmp_path / "both")
+    assert again["executed"] == ["merge-paper", "calibrate-paper", "evaluate-paper"]
+
+
 def contents(out):
     """Every file that does not hold times, by name."""
     return {
