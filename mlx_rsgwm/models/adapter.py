@@ -19,6 +19,7 @@ from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.folders import exclusive, require_space
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, write_safetensors
 from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.models.adapter_shapes import FULL_LEAVES, array_problems, factor_problems
 from mlx_rsgwm.models.finite import not_finite
 from mlx_rsgwm.models.folder import base_difference
 from mlx_rsgwm.models.spec import LoraSpec
@@ -28,12 +29,12 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
+DIRECTIONS_FILE = "directions.safetensors"
 INIT_FILE = "init.safetensors"
 KEPT_FILE = "kept.safetensors"
 MANIFEST_FILE = "manifest.json"
 UNFINISHED_FILE = ".unfinished"
 SIGNALS = ("all", "draft", "verify")
-FULL_LEAVES = ("weight", "bias")
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Adapter:
 
     ``weights``: ``{module}.lora_a`` (in, rank), ``{module}.lora_b`` (rank, out), for DoRA also ``{module}.m`` (out,).
     ``importance``: float32 arrays of the weights' shapes under ``all/``, ``draft/``, ``verify/`` + weight name, or
-    empty. ``init``: lora_a at initialisation under the weights' names, or empty. ``manifest``: provenance.
+    empty. ``directions``: second moments of the modules' inputs (:mod:`~mlx_rsgwm.models.directions`), or empty.
+    ``init``: lora_a at initialisation under the weights' names, or empty. ``manifest``: provenance.
     Layers of experts have three axes: ``lora_a`` (experts, rank, in), ``lora_b`` (experts, out, rank).
 
     ``full``: ``{module}.weight`` or ``.bias`` of the base that this adapter replaces, trained in another framework.
@@ -67,6 +69,8 @@ class Adapter:
     label: str = ""
     named_base: str = ""
     base_assumed: bool = False
+    directions: dict[str, mx.array] = field(default_factory=dict)
+    directions_metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -172,44 +176,7 @@ class Adapter:
 
     def shape_problems(self) -> list[str]:
         """What is wrong with names, shapes and ranks; no value is read."""
-        problems = []
-        for module in self.modules():
-            a, b = self.weights.get(f"{module}.lora_a"), self.weights.get(f"{module}.lora_b")
-            if a is None or b is None:
-                problems.append(f"{module} has no lora_{'a' if a is None else 'b'}")
-            elif a.ndim == 2 and b.ndim == 2:
-                if a.shape[1] != self.spec.rank or b.shape[0] != self.spec.rank:
-                    problems.append(
-                        f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}"
-                    )
-            elif a.ndim == 3 and b.ndim == 3:
-                if a.shape[1] != self.spec.rank or b.shape[2] != self.spec.rank or a.shape[0] != b.shape[0]:
-                    problems.append(
-                        f"{module}: lora_a {a.shape} and lora_b {b.shape} do not have rank {self.spec.rank}"
-                    )
-            else:
-                problems.append(f"{module}: lora_a has shape {a.shape} and lora_b {b.shape}")
-            if self.spec.fine_tune_type == "dora" and f"{module}.m" not in self.weights:
-                problems.append(f"{module} has no magnitude m")
-        leaves = {"lora_a", "lora_b"} | ({"m"} if self.spec.fine_tune_type == "dora" else set())
-        problems += [f"unknown array {name}" for name in self.weights if name.rpartition(".")[2] not in leaves]
-        if not self.spec.is_full:
-            problems += [f"unknown array {name}" for name in self.full if name.rpartition(".")[2] not in FULL_LEAVES]
-        for group in (self.weights, self.importance, self.init):
-            kinds = {name: value.dtype for name, value in group.items()}
-            wrong = {name: kind for name, kind in kinds.items() if not mx.issubdtype(kind, mx.floating)}
-            problems += [f"{name} has the type {str(kind).rpartition('.')[2]}" for name, kind in wrong.items()]
-        if not self.weights and not self.full:
-            problems.append("holds no arrays")
-        for name, value in self.importance.items():
-            signal, _, parameter = name.partition("/")
-            weight = self.weights.get(parameter)
-            if not signal.isidentifier() or weight is None or weight.shape != value.shape:
-                problems.append(f"importance {name} {value.shape} has no weight of its shape")
-        for name, value in self.init.items():
-            if name not in self.weights or self.weights[name].shape != value.shape:
-                problems.append(f"init {name} {value.shape} has no weight of its shape")
-        return problems
+        return [*factor_problems(self), *array_problems(self)]
 
     @classmethod
     def load(cls, path: str | Path, lazy: bool = False, hashes: bool = True, scale: float | None = None) -> Adapter:
@@ -247,6 +214,8 @@ class Adapter:
         init, _ = _read_optional(folder / INIT_FILE, lazy)
         kept_arrays, _ = _read_optional(folder / KEPT_FILE, lazy=True)
         adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept_arrays)
+        if DIRECTIONS_FILE in (manifest.get("files") or {}):  # large where they are whole: read when they are used
+            adapter.directions, adapter.directions_metadata = _read_optional(folder / DIRECTIONS_FILE, lazy=True)
         if "base" not in manifest and isinstance(model := config.get("model"), str):  # as mlx_lm.lora was given it
             adapter.named_base = model
         raise_problems(str(folder), adapter.shape_problems() if lazy else adapter.problems(), AdapterError)
@@ -262,7 +231,7 @@ class Adapter:
         """
         raise_problems(self.where, self.problems(), AdapterError)
         folder = Path(path)
-        groups = (self.weights, self.full, self.importance, self.init, self.kept)
+        groups = (self.weights, self.full, self.importance, self.directions, self.init, self.kept)
         require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
         with exclusive(folder):
             files.write_text(folder / UNFINISHED_FILE, "This folder is being written, or its writer was stopped.\n")
@@ -277,11 +246,17 @@ class Adapter:
         return folder
 
     def write_beside(self, folder: Path) -> list[str]:
-        """Write everything but weights and manifest into an existing folder; returns the names of the files."""
+        """Write everything but weights and manifest into an existing folder; returns the names of the files.
+
+        The weights must be there already, where there are any: directions say whose inputs they are of.
+        """
+        weights = folder / WEIGHTS_FILE
+        of_weights = {"weights_sha256": files.sha256_file(weights)} if self.directions and weights.is_file() else {}
         files.write_json(folder / CONFIG_FILE, self.spec.to_config())
         written = [CONFIG_FILE]
         for name, arrays, metadata in (
             (IMPORTANCE_FILE, self.importance, self.importance_metadata),
+            (DIRECTIONS_FILE, self.directions, {**self.directions_metadata, **of_weights}),
             (INIT_FILE, self.init, {}),
             (KEPT_FILE, self.kept, {}),
         ):
@@ -313,7 +288,7 @@ def put_beside(
             "(rsgwm convert, rsgwm hub pull)"
         )
     recorded = adapter.manifest.get("files") or {}
-    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE)
+    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, INIT_FILE, KEPT_FILE)
     digests = {other: digest for other, digest in recorded.items() if other != name} or {
         other: files.sha256_file(folder / other) for other in known if other != name and (folder / other).is_file()
     }
@@ -344,7 +319,7 @@ def is_complete(path: str | Path) -> bool:
 def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     """What changes when another process replaces or rewrites a file of the folder."""
     stamps = {}
-    for name in (MANIFEST_FILE, CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE):
+    for name in (MANIFEST_FILE, CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, INIT_FILE, KEPT_FILE):
         with suppress(OSError):
             stat = (folder / name).stat()
             stamps[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -24,9 +24,8 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.linalg.gram import Gram, SketchedGram, WholeGram, from_sketch, test_matrix
-from mlx_rsgwm.models.adapter import MANIFEST_FILE, WEIGHTS_FILE
+from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, MANIFEST_FILE, WEIGHTS_FILE
 
-DIRECTIONS_FILE = "directions.safetensors"
 FORMER_FILE = "grams.safetensors"  # whole matrices of all rows together, until 0.2
 ALL = "all"
 FORMS = ({"gram"}, {"sketch", "diagonal"}, {"diagonal"})  # what a module's arrays may be
