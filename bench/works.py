@@ -129,7 +129,9 @@ def torch_forward(
 
 @contextmanager
 def mlx_training(base: Base, rows: Sequence[Sequence[int]], spec: LoraSpec, trials: int) -> Iterator[Trial]:
-    """One step of this project's training, importance included: forward, backward, Adam; the layers go at the end."""
+    """One step of this project's training, importance and directions included: forward, backward, Adam; the layers go
+    at the end.
+    """
     data = [TokenRow("draft", tuple(row), 1, str(number)) for number, row in enumerate(rows)]
     config = TrainConfig(
         rank=spec.rank, alpha=spec.scale * spec.rank, dropout=0.0, keys=spec.keys, batch_size=len(rows), warmup=0.0,
@@ -144,7 +146,8 @@ def mlx_training(base: Base, rows: Sequence[Sequence[int]], spec: LoraSpec, tria
             run.step(keep_sum=False)  # ends with the loss's value
             return timed_since(started)
 
-        yield trial
+        with run.looking():
+            yield trial
 
 
 def torch_training(model: Any, device: str, rows: Sequence[Sequence[int]]) -> Trial:

@@ -49,6 +49,13 @@ FIELDS: tuple[tuple[str, str, click.ParamType, str], ...] = (
     ("--patience", "patience", COUNT, "Stop after so many scores without a new lowest; 0 for never."),
     ("--select", "select", OneOf(SELECTIONS), "Keep the weights of the last step, or of the best score."),
     ("--init-seed", "init_seed", COUNT, "Seed of lora_a: the same for every adapter of a pool."),
+    (
+        "--directions",
+        "directions",
+        COUNT,
+        "Columns of the sketches kept of the layers' inputs, for merging; 0 for none.",
+    ),
+    ("--directions-every", "directions_every", POSITIVE, "Every nth token goes into them."),
 )
 
 

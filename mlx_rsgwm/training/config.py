@@ -39,7 +39,8 @@ class TrainConfig:
     without a new lowest; ``select`` keeps the last weights or those of the lowest score. ``long_rows`` says what
     becomes of rows above ``max_tokens``. ``recompute`` trades time for memory: blocks keep their inputs only (gradient
     checkpointing). ``lr_schedule``, one of mlx-lm's, decides the rates instead of ``schedule`` and ``warmup``. ``eps``
-    and ``bias_correction`` are Adam's.
+    and ``bias_correction`` are Adam's. ``directions`` is k of the sketches that are kept of the modules' inputs
+    (:mod:`~mlx_rsgwm.training.directions`; 0 for none), of every nth token, n = ``directions_every``.
     """
 
     rank: int = 16
@@ -71,6 +72,8 @@ class TrainConfig:
     eps: float = 1e-8
     bias_correction: bool = True
     lr_schedule: RateSchedule | None = None
+    directions: int = 64
+    directions_every: int = 4
 
     def __post_init__(self) -> None:
         checks = {
@@ -98,6 +101,8 @@ class TrainConfig:
             "patience": self.patience >= 0,
             "select": self.select in SELECTIONS,
             "eps": 0 <= self.eps < 1,
+            "directions": self.directions >= 0,
+            "directions_every": self.directions_every >= 1,
             "seed": 0 <= self.seed < 2**32,
             "init_seed": 0 <= self.init_seed < 2**32,
         }
@@ -127,8 +132,8 @@ class TrainConfig:
     def describe(self) -> dict[str, Any]:
         """JSON object of all settings; those that came later are in it where they are not at their defaults."""
         values = {**asdict(self), "keys": list(self.keys)}
-        for name, default in (("eps", 1e-8), ("bias_correction", True), ("lr_schedule", None)):
-            if values[name] == default:
+        for name in ("eps", "bias_correction", "lr_schedule", "directions", "directions_every"):
+            if values[name] == getattr(TrainConfig, name):
                 del values[name]
         if self.lr_schedule:
             values["lr_schedule"]["arguments"] = list(self.lr_schedule.arguments)

@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.linalg.gram import test_matrix
 from mlx_rsgwm.models.hooks import inputs_seen
 from mlx_rsgwm.models.split import split_head
-from mlx_rsgwm.training.layers import factor_shape
 
 SEED = 0  # of Ω: one for all adapters, so that their sketches can be added up
 
@@ -50,19 +48,16 @@ def module_inputs(model: Any, names: Iterable[str]) -> tuple[dict[str, Input], d
     inputs: dict[str, Input] = {}
     owners: dict[str, str] = {}
     seen: list[tuple[mx.array, str]] = []
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
 
     def look(name: str, x: mx.array) -> None:
-        owner = next((owner for other, owner in seen if other is x), name)
-        if name in owners:
-            owner = owners[name]
-        owners[name] = owner
+        owner = owners.setdefault(name, next((owner for other, owner in seen if other is x), name))
         if owner != name:
             return
         seen.append((x, name))
         kind = "ids" if mx.issubdtype(x.dtype, mx.integer) else "states" if x.ndim > 2 else "targets"
         calls = inputs[name].calls + 1 if name in inputs else 1
-        inputs[name] = Input(factor_shape(modules[name])[0], calls, kind)
+        inputs[name] = Input(modules[name].lora_a.shape[0], calls, kind)
 
     hidden, head = split_head(model)
     training = model.training
@@ -75,7 +70,7 @@ def module_inputs(model: Any, names: Iterable[str]) -> tuple[dict[str, Input], d
 
 
 def token_positions(rows: Sequence[TokenRow], length: int, every: int, firsts: Sequence[int]) -> np.ndarray:
-    """Every nth position of each row of a batch of ``length`` columns, flattened; of row i from ``firsts[i]`` % every."""
+    """Every nth position of each row, flattened in a batch of ``length`` columns; of row i from ``firsts[i]`` % n."""
     ranges = [
         index * length + np.arange(first % every, len(row.tokens) - 1, every)
         for index, (row, first) in enumerate(zip(rows, firsts, strict=True))
@@ -115,7 +110,7 @@ class DirectionSums:
             yield
 
     def start(self, rows: Sequence[TokenRow], length: int, numbers: Sequence[int]) -> None:
-        """Begin a batch of rows of one role, padded to ``length``; ``numbers`` say where their every nth tokens begin."""
+        """Begin a batch of rows of one role, padded to ``length``; ``numbers``: where each one's nth tokens begin."""
         positions = token_positions(rows, length, self.every, numbers)
         self._role, self._sums = rows[0].role, {}
         self._targets = sum(row.trained_tokens for row in rows)
@@ -142,9 +137,10 @@ class DirectionSums:
         for name, number in taken.items():
             self.tokens[name] = self.tokens.get(name, 0) + number
 
-    def zeros(self, role: str) -> Arrays:
-        """Sums of no tokens of ``role``."""
-        return {name: mx.zeros_like(total) for name, total in self.totals.items() if name.startswith(f"{role}/")}
+    def complete(self, sums: Mapping[str, mx.array], role: str) -> Arrays:
+        """A step's sums with zeros for what no token of this process was handed to."""
+        names = [name for name in self.totals if name.startswith(f"{role}/")]
+        return {name: sums[name] if name in sums else mx.zeros_like(self.totals[name]) for name in names}
 
     def _shapes(self, entry: Input) -> dict[str, tuple[int, ...]]:
         """What is kept of an input."""
@@ -159,10 +155,8 @@ class DirectionSums:
         if self._positions is None:
             return
         entry = self.inputs[name]
-        if entry.of == "targets":  # make_batch puts the trained positions first and pads behind them
-            rows = x[: self._targets]
-        else:
-            rows = x.reshape(-1, *x.shape[2:])[self._positions]
+        # make_batch puts the trained positions first and pads behind them
+        rows = x[: self._targets] if entry.of == "targets" else x.reshape(-1, *x.shape[2:])[self._positions]
         for leaf, value in self._products(mx.stop_gradient(rows), entry).items():
             key = f"{self._role}/{name}.{leaf}"
             self._sums[key] = self._sums[key] + value if key in self._sums else value

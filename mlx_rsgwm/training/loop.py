@@ -1,8 +1,9 @@
 """Training one LoRA or DoRA adapter: mlx-lm's layers, our own loop.
 
 Loss is taken on completion tokens only, logits are computed only at their positions, batches hold one role each and
-are bucketed by length, and the second moment of the gradients is kept as importance. With a :class:`Saving` the run can
-be stopped at any moment; resumed later, its final weights are bit-identical.
+are bucketed by length, and two things are kept besides: the second moment of the gradients as importance, that of the
+layers' inputs as directions. With a :class:`Saving` the run can be stopped at any moment; resumed later, its final
+weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -101,10 +102,10 @@ def train(
         init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
         for note in warm_start.put_into(model, config.scale) if warm_start else ():
             tell(note)
-        need = _estimate(base, data.train.rows, config, processes)
+        run = Run(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
+        need = _estimate(base, data.train.rows, config, processes, run.directions.nbytes)
         tell(check_estimate(need, memory.enforce))
         _tell_few_steps(len(plan), config, tell)
-        run = Run(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
         if saving and processes.writes:
             stack.enter_context(exclusive(saving.folder))
         _begin(run, saving, identity, progress)
@@ -114,8 +115,8 @@ def train(
         after, tested = (_loss(model, rows.rows, config) for rows in (data.held_out, data.test))
         weights, importance = run.result()
         tell(memory_line())
-    arrays = importance.arrays()
-    mx.eval(weights, arrays)
+    arrays, directions = importance.arrays(), run.directions.arrays()
+    mx.eval(weights, arrays, directions)
     manifest = {
         "kind": "trained",
         **about,
@@ -126,7 +127,9 @@ def train(
         **({"test_loss": tested, "test_rows": data.test.counts()} if test else {}),
         **_course(run),
     }
-    return Adapter(config.spec(), weights, arrays, importance.metadata(), {} if warm_start else init, manifest)
+    adapter = Adapter(config.spec(), weights, arrays, importance.metadata(), {} if warm_start else init, manifest)
+    about_directions = {**run.directions.metadata(), "data_hash": corpus.hash, "source": "training"}
+    return replace(adapter, directions=directions, directions_metadata=about_directions)
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,9 @@ def _seen_before(corpus: TrainingData, data: _Data) -> dict[str, Any]:
     return {KEY: (data.before | corpus.record()).describe()} if data.before != RowRecord() else {}
 
 
-def _estimate(base: Base, rows: Sequence[TokenRow], config: TrainConfig, processes: Processes) -> MemoryEstimate:
+def _estimate(
+    base: Base, rows: Sequence[TokenRow], config: TrainConfig, processes: Processes, directions: int
+) -> MemoryEstimate:
     """Memory that the largest batch of this process needs; the LoRA layers must be in the model."""
     longest = max(rows, key=lambda row: len(row.tokens))
     share = -(-min(config.batch_size, len(rows)) // processes.size)
@@ -304,6 +309,7 @@ def _estimate(base: Base, rows: Sequence[TokenRow], config: TrainConfig, process
         share * longest.trained_tokens,
         config.accumulate,
         config.recompute,
+        directions,
     )
 
 

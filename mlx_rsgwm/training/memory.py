@@ -56,10 +56,11 @@ class MemoryEstimate:
     moments: int
     activations: int
     logits: int
+    directions: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapter + self.moments + self.activations + self.logits
+        return self.weights + self.adapter + self.moments + self.activations + self.logits + self.directions
 
     def line(self) -> str:
         """For people."""
@@ -68,13 +69,21 @@ class MemoryEstimate:
 
 
 def estimate(
-    model: Any, config: dict[str, Any], rows: int, length: int, trained: int, accumulate: int, recompute: bool
+    model: Any,
+    config: dict[str, Any],
+    rows: int,
+    length: int,
+    trained: int,
+    accumulate: int,
+    recompute: bool,
+    directions: int = 0,
 ) -> MemoryEstimate:
     """Estimate from the model's ``config``, ``rows`` × ``length`` tokens a batch and ``trained`` positions in it.
 
     A block keeps for its backward pass about 12 arrays of the hidden size, 5 of the MLP's, and twice the attention
     scores where attention is not fused (the CPU); with ``recompute`` its input alone, and one block at a time the rest.
-    Logits exist four times at their positions: product, float32, exponentials, gradient.
+    Logits exist four times at their positions: product, float32, exponentials, gradient. ``directions``: bytes of the
+    sums over inputs, which exist twice while a step's are added to them.
     """
     text = {**config, **(config.get("text_config") or {})}
     size, trained_bytes = _nbytes(model.parameters()), _nbytes(model.trainable_parameters())
@@ -91,6 +100,7 @@ def estimate(
         moments=MOMENTS * trained_bytes,
         activations=activations,
         logits=trained * int(text["vocab_size"]) * (item + 12),
+        directions=2 * directions,
     )
 
 

@@ -23,6 +23,7 @@ from mlx_rsgwm.models.linux_cpu import lazily
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.checkpoints import Checkpoint, Interruption, Saving, write_checkpoint
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at, make_optimizer
+from mlx_rsgwm.training.directions import DirectionSums
 from mlx_rsgwm.training.history import Score, Step, mean_loss
 from mlx_rsgwm.training.importance import Importance
 from mlx_rsgwm.training.layers import recomputed_blocks, trainable
@@ -52,6 +53,9 @@ class Run:
         self.start = trainable(model)
         self.optimizer = make_optimizer(config)
         self.importance = Importance({name: value.shape for name, value in self.start.items()}, config.beta2)
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in self.start) if config.directions else {}
+        roles = {rows[index].role for step in plan for index in step}
+        self.directions = DirectionSums(model, modules, roles, config.directions, config.directions_every)
         self.history: list[Step] = []
         self.scores: list[Score] = []
         self.before: dict[str, float] = {}
@@ -108,7 +112,7 @@ class Run:
                 )
                 progress.message(f"{self.label}: saved {checkpoint}; {memory_line()}")
 
-        with progress.task(self.label, len(self.plan)) as advance, self._recomputing():
+        with progress.task(self.label, len(self.plan)) as advance, self.looking():
             if self.done:
                 advance(self.done, "continued")
             while self.done < len(self.plan) and not self._out_of_patience():
@@ -156,7 +160,8 @@ class Run:
         self.optimizer.learning_rate = learning_rate_at(self.config, number, len(self.plan))
         updated = self.optimizer.apply_gradients(gradients, trainable(self.model))
         self.model.update(tree_unflatten(list(updated.items())))
-        mx.eval(loss, updated, self.optimizer.state, self.importance.moments, self.gradient_sum)
+        state = (self.optimizer.state, self.importance.moments, self.directions.totals, self.gradient_sum)
+        mx.eval(loss, updated, *state)
         value: Any = loss.item()
         if not math.isfinite(value):
             named = [self.rows[index].id for index in indices]
@@ -203,7 +208,7 @@ class Run:
         arrays: Arrays = {f"optimizer/{name}": self.optimizer.state[name] for name in ("step", "learning_rate")}
         for name in self.start:
             arrays |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[name].items()}
-        arrays |= self.importance.state("moments/")
+        arrays |= self.importance.state("moments/") | self.directions.state("directions/")
         arrays |= {f"gradient_sum/{name}": value for name, value in self.gradient_sum.items()}
         if self.best:
             arrays |= {f"best/{name}": value for name, value in self.best[0].items()}
@@ -214,6 +219,7 @@ class Run:
             "window_steps": len(window),
             "validation_loss": held_out,
             "importance_steps": self.importance.steps,
+            "directions": self.directions.counts(),
             "best_importance_steps": self.best[1].steps if self.best else None,
             "before": self.before,
             "scores": [asdict(score) for score in self.scores],
@@ -235,6 +241,8 @@ class Run:
             state[name] = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
         self.optimizer.state = state
         self.importance.restore(arrays, "moments/", record["importance_steps"])
+        if "directions" in record:  # which checkpoints until 0.2 have not
+            self.directions.restore(arrays, "directions/", record["directions"])
         self.gradient_sum = {
             name: arrays[f"gradient_sum/{name}"] for name in self.start if f"gradient_sum/{name}" in arrays
         }
@@ -263,8 +271,9 @@ class Run:
     def _differentiate(self) -> Any:
         hidden, head = split_head(self.model)
 
-        def loss_of(_: Any, batch: Batch, total: int) -> mx.array:
-            return batch_nats(hidden, head, batch) / total
+        def loss_of(_: Any, batch: Batch, total: int) -> tuple[mx.array, Arrays]:
+            loss = batch_nats(hidden, head, batch) / total
+            return loss, self.directions.end()
 
         return nn.value_and_grad(self.model, loss_of)
 
@@ -273,31 +282,43 @@ class Run:
         size = self.config.batch_size
         total = sum(self.rows[index].trained_tokens for index in indices)
         loss, gradients = mx.zeros(()), {name: mx.zeros(value.shape) for name, value in self.start.items()}
+        directions: Arrays = {}
         batches = [self.processes.share(indices[start : start + size]) for start in range(0, len(indices), size)]
         batches = [batch for batch in batches if batch]
         padded = 0
         for position, chosen in enumerate(batches):
-            batch = make_batch([self.rows[index] for index in chosen])
+            rows = [self.rows[index] for index in chosen]
+            batch = make_batch(rows)
             padded += batch.padded_tokens
+            self.directions.start(rows, batch.inputs.shape[1], [self.done + index for index in chosen])
             with lazily():
-                part, flat_gradients = self._loss_and_gradients(self.model, batch, total)
+                (part, sums), flat_gradients = self._loss_and_gradients(self.model, batch, total)
+            directions |= {name: directions[name] + sums[name] if name in directions else sums[name] for name in sums}
             flat = dict(tree_flatten(flat_gradients))
             if position == 0:
                 loss, gradients = part, {name: flat[name] for name in self.start}
             else:
                 loss, gradients = loss + part, {name: value + flat[name] for name, value in gradients.items()}
             if position + 1 < len(batches):
-                mx.eval(loss, gradients)  # or the activations of all batches would live at once
+                mx.eval(loss, gradients, directions)  # or the activations of all batches would live at once
         summed = self.processes.sum({**gradients, "/loss": loss, "/padded": mx.array(float(padded))})
         everywhere: Any = summed["/padded"].item() if self.processes.size > 1 else padded
         self.padded += int(everywhere)
+        # Not in one message with the gradients, whose bits would depend on what else is in it.
+        if self.processes.size > 1 and self.directions.totals:
+            directions = self.processes.sum(self.directions.complete(directions, self.rows[indices[0]].role))
+        self.directions.add(directions)
+        self.directions.count([self.rows[index] for index in indices], [self.done + index for index in indices])
         return summed["/loss"], {name: summed[name] for name in self.start}
 
     @contextmanager
-    def _recomputing(self) -> Iterator[None]:
+    def looking(self) -> Iterator[None]:
+        """Steps are taken inside: blocks are recomputed if the settings say so, and the modules' inputs are seen."""
+
         def next_seed() -> int:
             self._blocks += 1
             return step_seed(self.config.seed, self.done, self.processes.rank) ^ self._blocks
 
-        with recomputed_blocks(self.model, next_seed) if self.config.recompute else nullcontext():
+        recomputed = recomputed_blocks(self.model, next_seed) if self.config.recompute else nullcontext()
+        with recomputed, self.directions.watching():
             yield

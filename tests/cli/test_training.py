@@ -276,7 +276,7 @@ def test_a_file_that_is_out_of_range_is_named(tmp_path):
 def test_two_processes_train_as_one(launch, tiny_base, corpora, tmp_path):
     """8 rows of a role in batches of 7: shares of 4 and 3 rows, then one row for the first process alone."""
     run = ("train", "--base", tiny_base, "--corpus", corpora / "change", *SMALL, "--epochs", 3, "--dropout", 0)
-    run = (*run, "--batch-size", 7, "--save-every", 2)
+    run = (*run, "--batch-size", 7, "--save-every", 2, "--directions", 8)
     result(invoke(*run, "--out", tmp_path / "one", "--json"))
     told = launch(*run, "--out", tmp_path / "two")
     assert (tmp_path / "two" / "manifest.json").exists(), told
@@ -289,6 +289,14 @@ def test_two_processes_train_as_one(launch, tiny_base, corpora, tmp_path):
     assert one.manifest["tokens"]["real"] == two.manifest["tokens"]["real"]
     for name, value in one.importance.items():
         np.testing.assert_allclose(np.array(two.importance[name]), np.array(value), rtol=1e-2, atol=1e-5, err_msg=name)
+    assert one.directions_metadata == {
+        **two.directions_metadata,
+        "weights_sha256": one.directions_metadata["weights_sha256"],
+    }
+    assert one.directions
+    for name, value in one.directions.items():
+        scale = float(mx.abs(value).max().item())
+        np.testing.assert_allclose(np.array(two.directions[name]), np.array(value), atol=1e-4 * scale, err_msg=name)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, read_checkpoint
 from mlx_rsgwm.training.loop import finish, train
 
-RESULT = ("adapters.safetensors", "importance.safetensors", "init.safetensors")
+RESULT = ("adapters.safetensors", "importance.safetensors", "directions.safetensors", "init.safetensors")
 
 
 class Stop(Progress):
@@ -72,7 +72,7 @@ def complete(base, corpus, config, saving, progress=None, held_out=None):
 
 
 SETTINGS = [
-    {"dropout": 0.1, "epochs": 2},
+    {"dropout": 0.1, "epochs": 2, "directions": 8},
     {"fine_tune_type": "dora", "dropout": 0.1, "num_layers": 1},
     {
         "optimizer": "adamw", "weight_decay": 0.1, "clip": 0.5, "accumulate": 2, "batch_size": 2, "epochs": 2,

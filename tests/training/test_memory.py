@@ -33,7 +33,7 @@ def test_estimate_is_near_the_peak(tmp_path, config, recompute):
     with lora_layers(model, settings.spec(), 0):
         found = memory.estimate(model, values, 4, 201, 4 * 51, 1, recompute)
         run = Run(model, rows, [[0, 1, 2, 3]] * 2, [], settings, "x", ALONE)
-        with run._recomputing():
+        with run.looking():
             run.step(False)
             mx.clear_cache()
             mx.reset_peak_memory()
