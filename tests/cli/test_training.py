@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner

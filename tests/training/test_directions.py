@@ -1,4 +1,4 @@
-"""Directions recorded in training: against float64 Gram matrices of the same rows; and recording changes nothing else."""
+"""Directions recorded in training against float64 Gram matrices of the same rows; recording changes nothing else."""
 
 from __future__ import annotations
 
