@@ -92,6 +92,7 @@ def chat(console: Console, **loop: Any) -> None:
 
 def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[str, Any]:
     from mlx_rsgwm.inference.draft import Answer
+    from mlx_rsgwm.inference.pool import winner
 
     steps: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
@@ -108,9 +109,18 @@ def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[
             steps.append({"attempt": step.attempt, "text": step.text})
         else:
             verdict = "accepted" if step.accepted else f"below {pipeline.config.threshold:.3f}"
-            console.line(f"  {pipeline.config.score} {step.score:.3f}, {verdict}")
+            each = {} if step.signals is None else pipeline.by_adapter(step.signals, pipeline.config.score)
+            console.line(f"  {pipeline.config.score} {step.score:.3f}, {verdict}{_said_by(each)}")
             steps[-1] |= {"score": step.score, "accepted": step.accepted}
+            if each:
+                steps[-1] |= {"adapters": each, "won": winner(each)}
     return result
+
+
+def _said_by(each: dict[str, float]) -> str:
+    """What the adapters of a pool gave a draft, the highest first; nothing for a single verifier."""
+    ranked = sorted(each.items(), key=lambda entry: -entry[1])
+    return " (" + ", ".join(f"{name} {score:.3f}" for name, score in ranked) + ")" if ranked else ""
 
 
 def _answer_all(console: Console, pipeline: DraftVerify, asked: list[Asked], batch_rows: int) -> None:

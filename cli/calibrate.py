@@ -71,22 +71,25 @@ def calibrate(
         calibration_folder,
         save_calibration,
     )
+    from mlx_rsgwm.inference.pair import roles_of
     from mlx_rsgwm.inference.risk_control import Target
 
     target = None if target_far is None else Target(target_far, confidence)
-    pair = load_pair(console, options)
+    drafter, verifier = load_pair(console, options)
     base_name: Any = options["base_name"]
-    trained = rows_trained_on(pair, base_name, console.progress)
+    trained = rows_trained_on({"drafter": drafter, **roles_of(verifier)}, base_name, console.progress)
     drawn = draw_calibration(tasks, items, console.seed, folder, trained, allow_overlap, split=split)
     for note in drawn.notes:
         console.progress.message(note)
     uncalibrated = {"score": UNCALIBRATED_SCORE, "threshold": UNCALIBRATED_THRESHOLD}
-    pipeline = build_pipeline(console, {**options, **pair, **uncalibrated}, calibration=None)
+    pipeline = build_pipeline(
+        console, {**options, "drafter": drafter, "verifier": verifier, **uncalibrated}, calibration=None
+    )
     fitted = fit_calibration(
         pipeline, drawn.questions, console.seed, batch_rows, console.progress,
         score=score, method=method, target=target, file=file, record=drawn.record,
     )  # fmt: skip
-    kept_in = calibration_folder(pair["verifier"])
+    kept_in = calibration_folder(verifier, pipeline.combine)
     save_calibration(kept_in, fitted)
     console.line(render(fitted))
     console.line(f"calibration: {kept_in}")

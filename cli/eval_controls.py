@@ -65,7 +65,8 @@ def controls(
     from mlx_rsgwm.core.tables import aligned
     from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, rows_trained_on, union
     from mlx_rsgwm.evaluation.slices import Slice, read_slice
-    from mlx_rsgwm.inference.open import check_pair, load_base_for
+    from mlx_rsgwm.inference.open import load_base_for
+    from mlx_rsgwm.inference.pair import check_pair
     from mlx_rsgwm.inference.sampling import Sampling
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.studies.control_study import ControlPlan, corpora, run_controls

@@ -84,7 +84,8 @@ def evaluate(
     from mlx_rsgwm.evaluation.reported_run import report_run
     from mlx_rsgwm.evaluation.runner import describe_run
     from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
-    from mlx_rsgwm.inference.calibration import stored_calibration
+    from mlx_rsgwm.inference.calibration import calibration_folder, stored_calibration
+    from mlx_rsgwm.inference.pair import roles_of
 
     wording = REFUSAL if refusal is None else _pattern(refusal)
     processes = launched_processes()
@@ -94,11 +95,12 @@ def evaluate(
         click.get_current_context().with_resource(exclusive(out))
     processes.wait()  # whoever locks the folder clears half-written files out of it
     progress = console.progress if processes.writes else SILENT
-    pair = load_pair(console, loop)
-    adapters = rows_seen(pair, loop["base_name"], progress)
+    drafter, verifier = load_pair(console, loop)
+    pool_folder = calibration_folder(verifier, loop["combine"]) if len(verifier) > 1 else None
+    adapters = rows_seen({"drafter": drafter, **roles_of(verifier)}, loop["base_name"], progress, pool_folder)
     held_out: Sequence[Question] = ()
     notes: tuple[str, ...] = ()
-    if loop["score"] == "auto" and stored_calibration(pair["verifier"]) is None:
+    if loop["score"] == "auto" and stored_calibration(verifier, loop["combine"]) is None:
         count = max(4, 24 // len(tasks))
         drawn = draw_calibration(tasks, count, console.seed, folder, adapters, allow_overlap, only_known_files=True)
         held_out, notes = drawn.questions, drawn.notes
@@ -118,7 +120,9 @@ def evaluate(
     def calibrate_here(pipeline: DraftVerify) -> Calibration:
         return calibrate(pipeline, held_out, console.seed, batch_rows, progress)
 
-    pipeline = build_pipeline(console, {**loop, **pair}, calibrate_here if held_out else None)
+    pipeline = build_pipeline(
+        console, {**loop, "drafter": drafter, "verifier": verifier}, calibrate_here if held_out else None
+    )
     seeds = tuple(range(console.seed, console.seed + sampling_seeds))
     about = describe_run(
         pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern
@@ -128,7 +132,7 @@ def evaluate(
         refusal=wording, seed=console.seed, progress=progress, processes=processes,
         metadata={
             "drafter": str(loop["drafter"]),
-            "verifier": str(loop["verifier"]),
+            "verifier": ", ".join(map(str, loop["verifier"])),
             "tasks": [told for _, told in slices],
             "contamination": checked,
         },

@@ -29,6 +29,7 @@ from mlx_rsgwm.evaluation.runner import describe_run
 from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
 from mlx_rsgwm.inference.calibration import Calibration, calibration_folder, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.pair import roles_of
 from mlx_rsgwm.merging.merge import merge as merge_adapters
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter
@@ -200,8 +201,9 @@ def calibrate(
     trained_on = rows_trained_on(_adapters(pipeline), str(pipeline.slots.base.path), progress)
     check_overlap(questions, trained_on, allow_overlap, "calibration")
     calibration = fit_calibration(pipeline, questions, seed, batch_rows, progress)
-    if save and pipeline.verifier is not None:
-        save_calibration(calibration_folder(pipeline.slots.adapter(pipeline.verifier)), calibration)
+    verifier = [pipeline.slots.adapter(name) for name in pipeline.verifiers]
+    if save and verifier:
+        save_calibration(calibration_folder(verifier, pipeline.combine), calibration)
     pipeline.calibration = calibration
     pipeline.config = replace(pipeline.config, score=calibration.score, threshold=calibration.threshold)
     return calibration
@@ -365,8 +367,9 @@ def _training_rows(
 
 
 def _adapters(pipeline: DraftVerify) -> dict[str, Adapter | Path]:
-    named = {"drafter": pipeline.drafter, "verifier": pipeline.verifier}
-    return {role: pipeline.slots.adapter(name) for role, name in named.items() if name}
+    drafter, slots = pipeline.drafter, pipeline.slots
+    drafting = {} if drafter is None else {"drafter": slots.adapter(drafter)}
+    return drafting | roles_of([slots.adapter(name) for name in pipeline.verifiers])
 
 
 def _text(name: str | Path | None) -> str | None:

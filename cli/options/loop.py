@@ -12,9 +12,10 @@ import click
 from mlx_rsgwm.cli.console import Console
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import AUTO_SHARE, SOURCE, OneOf
-from mlx_rsgwm.cli.options.paths import SOURCES
+from mlx_rsgwm.cli.options.paths import SOURCES, SeveralOption
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.inference.policy import MODES, LoopConfig
+from mlx_rsgwm.inference.pool import RULES
 from mlx_rsgwm.inference.scores import SCORES
 
 if TYPE_CHECKING:
@@ -33,8 +34,17 @@ PIPELINE_OPTIONS = (
     click.option("--drafter", type=SOURCE, help=f"The drafter: {SOURCES}.  [default: {DEMO}/drafter]"),
     click.option(
         "--verifier",
+        cls=SeveralOption,
         type=SOURCE,
-        help=f"The verifier, likewise; give both or neither.  [default: {DEMO}/verifier]",
+        help="The verifier, likewise; give both or neither. Several, as pool/* or a folder of adapters, read each draft "
+        f"together.  [default: {DEMO}/verifier]",
+    ),
+    click.option(
+        "--combine",
+        type=OneOf(RULES),
+        default="max",
+        show_default=True,
+        help="What several verifiers say together; learned is fitted by rsgwm calibrate.",
     ),
     shared.attempts(),
     shared.temperature(),
@@ -94,7 +104,7 @@ def pipeline_options(command: F, hidden: bool = False) -> F:
     """Add the options that :func:`build_pipeline` needs; the command takes them as keywords and hands them on."""
 
     @functools.wraps(command)
-    def with_pair(*arguments: Any, drafter: Source | None, verifier: Source | None, **options: Any) -> Any:
+    def with_pair(*arguments: Any, drafter: Source | None, verifier: tuple[Source, ...], **options: Any) -> Any:
         drafter, verifier = settle_pair(drafter, verifier)
         return command(*arguments, drafter=drafter, verifier=verifier, **options)
 
@@ -104,16 +114,16 @@ def pipeline_options(command: F, hidden: bool = False) -> F:
     return decorated
 
 
-def settle_pair(drafter: Source | None, verifier: Source | None) -> tuple[Source, Source]:
+def settle_pair(drafter: Source | None, verifier: tuple[Source, ...]) -> tuple[Source, tuple[Source, ...]]:
     """Both sources: the demo's when none is given. With one of them the other is never guessed."""
     from mlx_rsgwm.core.errors import RsgwmError
 
-    if drafter is None and verifier is None:
-        return DEMO / "drafter", DEMO / "verifier"
-    if drafter is not None and verifier is not None:
+    if drafter is None and not verifier:
+        return DEMO / "drafter", (DEMO / "verifier",)
+    if drafter is not None and verifier:
         return drafter, verifier
-    given, missing = ("drafter", "verifier") if verifier is None else ("verifier", "drafter")
-    folder = drafter or verifier
+    given, missing = ("verifier", "drafter") if verifier else ("drafter", "verifier")
+    folder = drafter or verifier[0]
     beside = folder.parent / missing if isinstance(folder, Path) else None
     hint = f" (there is {beside})" if beside is not None and beside.is_dir() else ""
     raise RsgwmError(f"--{given} {folder} without --{missing}; give both{hint}")
@@ -133,12 +143,14 @@ def loop_options(experiments: bool = True) -> Callable[[F], F]:
     return decorate
 
 
-def load_pair(console: Console, options: Mapping[str, Any]) -> dict[str, Adapter]:
-    """Drafter and verifier for commands that look at them before a pipeline is opened with them."""
+def load_pair(console: Console, options: Mapping[str, Any]) -> tuple[Adapter, tuple[Adapter, ...]]:
+    """Drafter and verifiers for commands that look at them before a pipeline is opened with them."""
+    from mlx_rsgwm.inference.pair import load_verifier
     from mlx_rsgwm.models.adapter_sources import load_adapter
 
     base = options["base_name"]
-    return {role: load_adapter(options[role], base, progress=console.progress) for role in ("drafter", "verifier")}
+    drafter = load_adapter(options["drafter"], base, progress=console.progress)
+    return drafter, load_verifier(options["verifier"], base, console.progress)
 
 
 def build_pipeline(
@@ -150,7 +162,7 @@ def build_pipeline(
     """The pipeline that the options ask for; see :func:`~mlx_rsgwm.inference.open.open_pipeline`."""
     from mlx_rsgwm.inference.open import open_pipeline
 
-    names = ("attempts", "temperature", "top_p", "max_tokens", "verify_template", "template_mismatch")
+    names = ("combine", "attempts", "temperature", "top_p", "max_tokens", "verify_template", "template_mismatch")
     decisions = {name: options[name] for name in ("mode", "abstain") if name in options}
     return open_pipeline(
         options["drafter"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,31 @@ class AdapterSource(FilePath):
         if isinstance(value, str) and value.startswith("hf:/"):
             return value
         return super().convert(value, param, ctx)
+
+
+class SeveralOption(click.Option):
+    """An option that may be given more than once, and takes what a shell makes of a pattern: ``--verifier pool/*``.
+
+    Arguments after its value belong to it, too, as long as they are files or folders that are there.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, multiple=True, **settings)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """As click does it, with a look at the arguments that follow."""
+        super().add_to_parser(parser, ctx)
+        for name in self.opts:
+            option = parser._long_opt[name]
+            option.process = functools.partial(_process_with_rest, option.process)
+
+
+def _process_with_rest(process: Callable[[Any, Any], None], value: Any, state: Any) -> None:
+    from mlx_rsgwm.core.files import expanded
+
+    process(value, state)
+    while state.rargs and not state.rargs[0].startswith("-") and expanded(state.rargs[0]).exists():
+        process(state.rargs.pop(0), state)
 
 
 SOURCE = AdapterSource()

@@ -25,6 +25,7 @@ from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, ide
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.pool import together
 from mlx_rsgwm.inference.risk_control import Target
 from mlx_rsgwm.inference.scores import SCORES
 
@@ -48,19 +49,35 @@ class CalibrationItem:
 
 
 def header_of(pipeline: DraftVerify, questions: Sequence[Question]) -> dict[str, Any]:
-    """What a file of drafts of these questions begins with."""
+    """What a file of drafts of these questions begins with; not the rule of a pool, for each adapter is in it."""
+    made_for = {name: value for name, value in identity(pipeline).items() if name != "combine"}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "questions": files.sha256_json([[question.id, question.question, question.gold] for question in questions]),
         "seed": pipeline.config.sampling.seed,
-        **identity(pipeline),
+        **made_for,
     }
 
 
 def keep_drafts(file: Path, about: Mapping[str, Any], items: Sequence[CalibrationItem]) -> None:
     """Keep drafts in a journal."""
-    Journal(file, about, lambda row, where: None, replace=True).append(asdict(item) for item in items)
+    Journal(file, about, lambda row, where: None, replace=True).append(_row(item) for item in items)
+
+
+def _row(item: CalibrationItem) -> dict[str, Any]:
+    """An item as JSON has it; signals of a single verifier have nothing of each."""
+    row = asdict(item)
+    for signals in (*row["signals"], *row["pair"]):
+        if not signals["each"]:
+            del signals["each"]
+    return row
+
+
+def _combined(item: CalibrationItem, rule: str) -> CalibrationItem:
+    """The item as a pool of this rule has read it."""
+    signals, pair = (tuple(together(said.each or (said,), rule) for said in part) for part in (item.signals, item.pair))
+    return replace(item, signals=signals, pair=pair)
 
 
 def kept_drafts(file: Path, about: Mapping[str, Any], count: int) -> list[CalibrationItem] | None:
@@ -108,7 +125,7 @@ def collect(
         raise RsgwmError("there are no held-out questions")
     header = header_of(pipeline, questions)
     if file is not None and (stored := kept_drafts(file, header, len(questions))) is not None:
-        return stored
+        return [_combined(item, pipeline.combine) for item in stored]
     texts = [question.question for question in questions]
     drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
     signals = judging.read_all(pipeline, texts, drafted, batch_rows, progress)
@@ -174,6 +191,7 @@ def calibrate(
         target=target,
         made_for=identity(pipeline),
         seed=seed,
+        learned=pipeline.combine == "learned",
     )
     record = record or RowRecord.of(question.question for question in questions)
     calibration = replace(calibration, row_hashes=record.describe())

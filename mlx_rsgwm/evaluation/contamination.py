@@ -179,12 +179,22 @@ def rows_fused(base: str | None, progress: Progress = SILENT) -> dict[str, RowRe
 
 
 def rows_seen(
-    adapters: Mapping[str, Adapter | Path], base: str | None = None, progress: Progress = SILENT
+    adapters: Mapping[str, Adapter | Path],
+    base: str | None = None,
+    progress: Progress = SILENT,
+    pool_folder: Path | None = None,
 ) -> dict[str, RowRecord]:
-    """As :func:`rows_trained_on`, with what each adapter's calibration was fitted on."""
+    """As :func:`rows_trained_on`, with what each adapter's calibration was fitted on, and that of a pool that verifies,
+    which is in ``pool_folder``."""
     seen = rows_trained_on(adapters, base, progress)
-    for role, adapter in adapters.items():
-        calibration = (adapter if isinstance(adapter, Path) else calibration_folder(adapter)) / CALIBRATION_FILE
+    places = {
+        role: adapter if isinstance(adapter, Path) else calibration_folder([adapter])
+        for role, adapter in adapters.items()
+    }
+    if pool_folder is not None:
+        places["verifier"] = pool_folder
+    for role, folder in places.items():
+        calibration = folder / CALIBRATION_FILE
         if files.is_present(calibration):
             name = f"{role}'s calibration"
             fitted = files.read_json_object(calibration).get(KEY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.hard_negatives import Labelled
@@ -13,6 +14,30 @@ from mlx_rsgwm.evaluation.equality import is_correct
 from mlx_rsgwm.evaluation.records import DraftRecord, Reading
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.pool import winner
+
+
+@dataclass(frozen=True)
+class VerifierSaid:
+    """By the names of scores: their values for one draft, the tokens read for them, the values of a pool's adapters."""
+
+    scores: Mapping[str, float] = field(default_factory=dict)
+    verified: Mapping[str, int] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def won(self) -> dict[str, str]:
+        """By the names of scores: the adapter of the pool with the highest value."""
+        return {name: winner(values) for name, values in self.adapters.items()}
+
+    @classmethod
+    def joined(cls, said: Sequence[VerifierSaid]) -> VerifierSaid:
+        """What several verifiers said of a draft."""
+        return cls(
+            {name: value for part in said for name, value in part.scores.items()},
+            {name: value for part in said for name, value in part.verified.items()},
+            {name: value for part in said for name, value in part.adapters.items()},
+        )
 
 
 def judge(
@@ -78,30 +103,38 @@ def read_by(
     drafted: Sequence[Sequence[Draft]],
     batch_rows: int,
     prefix: str = "",
-) -> list[list[tuple[dict[str, float], dict[str, int]]]]:
+) -> list[list[VerifierSaid]]:
     """For every draft of every question: the scores ``names``, and how many tokens the verifier read for each.
 
     Scores that the verifier cannot give are left out; ``prefix`` is put before the names of the others.
     """
     scorers = {name: pipeline.scorer(name) for name in names if name in pipeline.scores}
     if not scorers:
-        return [[({}, {}) for _ in drafts] for drafts in drafted]
+        return [[VerifierSaid() for _ in drafts] for drafts in drafted]
     signals = read_all(pipeline, texts, drafted, batch_rows)
     columns = {name: [scorer.values(said).tolist() for said in signals] for name, scorer in scorers.items()}
     rows = []
     for index, (text, drafts) in enumerate(zip(texts, drafted, strict=True)):
         read = verified_tokens(pipeline, text, drafts)
-        rows.append([
-            ({prefix + name: columns[name][index][number] for name in scorers},
-             {prefix + name: read[number][name] for name in scorers})
-            for number in range(len(drafts))
-        ])  # fmt: skip
+        rows.append(
+            [
+                VerifierSaid(
+                    {prefix + name: columns[name][index][number] for name in scorers},
+                    {prefix + name: read[number][name] for name in scorers},
+                    {prefix + name: pipeline.by_adapter(signals[index][number], name) for name in scorers}
+                    if len(pipeline.verifiers) > 1
+                    else {},
+                )
+                for number in range(len(drafts))
+            ]
+        )
     return rows
 
 
 def verified_tokens(pipeline: DraftVerify, question: str, drafts: Sequence[Draft]) -> list[dict[str, int]]:
-    """How many tokens the verifier reads to give each of its scores to each draft, prompt included."""
-    template, tokenizer = pipeline.verify_template, pipeline.tokenizer
+    """How many tokens the verifier reads to give each of its scores to each draft, prompt included; a pool reads them
+    as often as it has adapters."""
+    template, tokenizer, readers = pipeline.verify_template, pipeline.tokenizer, max(1, len(pipeline.verifiers))
     prompt = len(pipeline.reader.prompt(question))
     counts = []
     for draft in drafts:
@@ -109,5 +142,6 @@ def verified_tokens(pipeline: DraftVerify, question: str, drafts: Sequence[Draft
         verdict = len(template.verify_prompt(tokenizer, question, draft.text.strip()))
         # Where the verdict is asked for after the draft, one reading serves both.
         both = verdict + likelihood if template.chat else verdict
-        counts.append({"mean_logprob": likelihood, "yesno": verdict, "combined": both})
+        tokens = {"mean_logprob": likelihood, "yesno": verdict, "combined": both}
+        counts.append({name: readers * count for name, count in tokens.items()})
     return counts

@@ -37,7 +37,8 @@ class DraftRecord:
     ``value`` is None without an answer, ``status`` then says why (``no_answer``, ``cut_off``); ``finished`` is False
     when the token limit cut the text. ``scores`` holds every verifier score that was computed, in [0, 1], ``verified``
     how many tokens the verifier read for each; ``readings`` what other extractors found. ``tokens`` counts the draft's
-    own tokens, ``latency_ms`` is the time to draft it.
+    own tokens, ``latency_ms`` is the time to draft it. Where a pool verifies, ``adapters`` holds for every score what
+    each adapter gave, ``won`` which gave most.
     """
 
     text: str
@@ -50,6 +51,8 @@ class DraftRecord:
     status: str = ""
     readings: Mapping[str, Reading] = field(default_factory=dict)
     verified: Mapping[str, int] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    won: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", FORMER_STATUSES.get(self.status, self.status))
@@ -128,15 +131,21 @@ class ItemRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object; :meth:`from_dict` reads it back equal."""
-        drafts = [
-            {
-                **asdict(replace(draft, scores={}, readings={}, verified={})),
-                "scores": dict(draft.scores),
-                "readings": {name: asdict(reading) for name, reading in draft.readings.items()},
-                "verified": dict(draft.verified),
-            }
-            for draft in self.drafts
-        ]
+        drafts = []
+        for draft in self.drafts:
+            plain = asdict(replace(draft, scores={}, readings={}, verified={}, adapters={}, won={}))
+            for name in ("adapters", "won"):  # of a pool alone
+                if not getattr(draft, name):
+                    del plain[name]
+            drafts.append(
+                {
+                    **plain,
+                    "scores": dict(draft.scores),
+                    "readings": {name: asdict(reading) for name, reading in draft.readings.items()},
+                    "verified": dict(draft.verified),
+                    **{name: dict(getattr(draft, name)) for name in ("adapters", "won") if name in plain},
+                }
+            )
         return {item.name: getattr(self, item.name) for item in fields(self)} | {"drafts": drafts}
 
     @classmethod

@@ -142,12 +142,9 @@ def _evaluate_block(
     for index, (question, drafts) in enumerate(zip(questions, drafted, strict=True)):
         judged = []
         for number, draft in enumerate(drafts):
-            scores: dict[str, float] = {}
-            verified: dict[str, int] = {}
-            for column in columns:
-                scores |= column[index][number][0]
-                verified |= column[index][number][1]
-            judged.append(judging.judge(question, draft, scores, verified, refusal))
+            said = judging.VerifierSaid.joined([column[index][number] for column in columns])
+            record = judging.judge(question, draft, said.scores, said.verified, refusal)
+            judged.append(replace(record, adapters=said.adapters, won=said.won) if said.adapters else record)
         records.append(_record(question, judged, config, scored=bool(verifiers[""][1])))
     return records
 
@@ -174,10 +171,13 @@ def _record(question: Question, drafts: Sequence[DraftRecord], config: LoopConfi
 
 def describe_run(pipeline: DraftVerify, questions: Sequence[Question], batch_rows: int, **more: Any) -> dict[str, Any]:
     """Everything the items of a run depend on, for its journal and its report: prompt and decoding included."""
-    adapters = {
-        role: pipeline.slots.adapter(name).files_hash() if name else None
-        for role, name in (("drafter", pipeline.drafter), ("verifier", pipeline.verifier))
+    names = {"drafter": pipeline.drafter, "verifier": next(iter(pipeline.verifiers), None)}
+    adapters: dict[str, Any] = {
+        role: pipeline.slots.adapter(name).files_hash() if name else None for role, name in names.items()
     }
+    if len(pipeline.verifiers) > 1:
+        adapters["verifier"] = {name: pipeline.slots.adapter(name).files_hash() for name in pipeline.verifiers}
+        adapters["combine"] = pipeline.combine
     return {
         "base": pipeline.slots.base.fingerprint,
         "adapters": adapters,

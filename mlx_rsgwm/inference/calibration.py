@@ -16,8 +16,9 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder
+from mlx_rsgwm.inference.pool import pool_key
 from mlx_rsgwm.inference.risk_control import RiskBound
-from mlx_rsgwm.inference.scores import SCORES, Combination, Curve, Scorer
+from mlx_rsgwm.inference.scores import SCORES, Combination, Curve, Logistic, Scorer, learned_count
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import cache_folder
 
@@ -57,6 +58,7 @@ class Calibration:
     (by cross-validation for what is fitted), None where one class is empty; ``perturbed_auroc`` on gold answers against
     perturbed ones, an easier question. ``made_for`` is what the figures depend on: base, template, adapters, sampling,
     attempts. ``row_hashes`` describes the questions (``data.row_hashes``), so that nothing is tested on them.
+    ``learned``: of a pool that verifies by the rule of that name, the fit for each score.
     """
 
     score: str
@@ -72,13 +74,16 @@ class Calibration:
     made_for: Mapping[str, Any] = field(default_factory=dict)
     promise: RiskBound | None = None
     row_hashes: Mapping[str, Any] = field(default_factory=dict)
+    learned: Mapping[str, Logistic] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = []
-        for name in (self.score, *self.curves):
+        for name in (self.score, *self.curves, *self.learned):
             if name not in SCORES:
                 problems.append(f"score must be one of {', '.join(SCORES)}, found {name!r}")
-        if self.score == "combined" and self.combination is None:
+        if self.learned and self.score not in self.learned:
+            problems.append(f"the score is {self.score}, which was not learned")
+        if self.score == "combined" and self.combination is None and not self.learned:
             problems.append("the score is combined, but there is no combination")
         if not 0 <= self.threshold <= 1:
             problems.append(f"threshold must be in [0, 1], found {self.threshold}")
@@ -89,10 +94,16 @@ class Calibration:
     @property
     def scores(self) -> tuple[str, ...]:
         """The scores that can be given."""
+        if self.learned:
+            return tuple(name for name in SCORES if name in self.learned)
         return tuple(name for name in SCORES if name != "combined" or self.combination is not None)
 
     def scorer(self, name: str) -> Scorer:
         """The scorer of a score by name."""
+        if self.learned:
+            if name not in self.learned:
+                raise RsgwmError(f"score {name} was not learned; there are {', '.join(self.scores)}")
+            return Scorer(name, learned=self.learned[name])
         return Scorer(name, self.combination if name == "combined" else None)
 
     def probability(self, name: str, value: float) -> float | None:
@@ -101,7 +112,10 @@ class Calibration:
         return None if curve is None else float(curve.probabilities([value])[0])
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        described = asdict(self)
+        if not self.learned:
+            del described["learned"]
+        return described
 
     def require_both_classes(self, verifier: str) -> None:
         """Raise when it was fitted on drafts that were all right or all wrong: it cannot tell one from the other."""
@@ -136,26 +150,53 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
     files.write_json(folder / FILE, {"format": FORMAT, "format_version": FORMAT_VERSION, **calibration.to_dict()})
 
 
-def calibration_folder(adapter: Adapter) -> Path:
-    """Where the calibration of a verifier is kept: its own folder; in our cache, by its content, if it has none."""
-    return adapter.own_folder or cache_folder() / "calibrations" / adapter.content_hash()[:32]
+def calibration_folder(verifier: Sequence[Adapter], rule: str = "max") -> Path:
+    """Where the calibration of a verifier is kept: its own folder; in our cache, by its content, if it has none.
+
+    That of several adapters is in the cache, by their weights and the rule that combines them.
+    """
+    if len(verifier) > 1:
+        return cache_folder() / "calibrations" / pool_key(verifier, rule)[:32]
+    return verifier[0].own_folder or cache_folder() / "calibrations" / verifier[0].content_hash()[:32]
 
 
-def stored_calibration(adapter: Adapter) -> Calibration | None:
-    """What was kept for a verifier, or None. Raises as :func:`load_calibration`."""
-    return load_calibration(calibration_folder(adapter))
+def stored_calibration(verifier: Sequence[Adapter], rule: str = "max") -> Calibration | None:
+    """What was kept for a verifier, or None; also for the bare base. Raises as :func:`load_calibration`."""
+    return load_calibration(calibration_folder(verifier, rule)) if verifier else None
+
+
+def learned_scorer(name: str, calibration: Calibration | None, rule: str, adapters: int) -> Scorer:
+    """The scorer of a pool whose rule, or whose calibration's, is ``learned``.
+
+    Raises:
+        RsgwmError: nothing was learned, or for another rule or another number of adapters.
+    """
+    if calibration is None or not calibration.learned:
+        raise RsgwmError(
+            "the learned rule has to be fitted first; calibrate the verifier with: rsgwm calibrate --combine learned"
+        )
+    if rule != "learned":
+        raise RsgwmError(f"the calibration is of a pool whose rule is learned, not {rule}; calibrate again")
+    scorer = calibration.scorer(name)
+    if scorer.learned is not None and len(scorer.learned.means) != learned_count(name, adapters):
+        raise RsgwmError(f"the calibration is not of a pool of {adapters} adapters; calibrate again")
+    return scorer
 
 
 def identity(pipeline: DraftVerify) -> dict[str, Any]:
     """What a calibration holds for: base, template, adapters by the SHA-256 of their weights, sampling, attempts."""
     sampling = pipeline.config.sampling
-    names = (pipeline.drafter, pipeline.verifier)
-    hashes = [None if name is None else pipeline.slots.adapter(name).weights_hash() for name in names]
+    slots, drafter = pipeline.slots, pipeline.drafter
+    hashes = [slots.adapter(name).weights_hash() for name in pipeline.verifiers]
     return {
         "base": pipeline.slots.base.fingerprint,
         "template": pipeline.verify_template.hash,
-        "drafter": hashes[0],
-        "verifier": hashes[1],
+        "drafter": None if drafter is None else slots.adapter(drafter).weights_hash(),
+        **(
+            {"verifier": hashes, "combine": pipeline.combine}
+            if len(hashes) > 1
+            else {"verifier": hashes[0] if hashes else None}
+        ),
         "attempts": pipeline.config.attempts,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

@@ -6,7 +6,7 @@ it has not seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,16 @@ from mlx_rsgwm.core.scoring import area_under_roc, brier, calibration_error
 from mlx_rsgwm.inference.calibration import Calibration, Reliability, best_threshold
 from mlx_rsgwm.inference.draft import Signals
 from mlx_rsgwm.inference.risk_control import Items, RiskBound, Target, risk_bound
-from mlx_rsgwm.inference.scores import METHODS, SCORES, Curve, Scorer, fit_combination, fit_curve, out_of_fold
+from mlx_rsgwm.inference.scores import (
+    METHODS,
+    SCORES,
+    Curve,
+    Scorer,
+    fit_combination,
+    fit_curve,
+    fit_learned,
+    out_of_fold,
+)
 
 # Fewer right or wrong drafts than this, or fewer items, and nothing is fitted.
 LEAST_OF_A_CLASS, LEAST_ITEMS = 8, 5
@@ -84,6 +93,7 @@ def fit(
     target: Target | None = None,
     made_for: Mapping[str, Any] | None = None,
     seed: int = DEFAULT_SEED,
+    learned: bool = False,
 ) -> Calibration:
     """Compare the scores, fit what is to be fitted and choose a threshold.
 
@@ -96,6 +106,7 @@ def fit(
         target: a false-accept rate to promise; half of the items is then kept apart to test thresholds with.
         made_for: see :class:`Calibration`.
         seed: of the folds and halves.
+        learned: the verifier is a pool, and what its adapters say is weighed by a fit instead of a rule.
 
     Raises:
         RsgwmError: an unknown name, or a fit asked for by name with too few drafts.
@@ -109,22 +120,26 @@ def fit(
     if target is not None:
         first, second = halves(len(drafts), seed)
         fitted_on, testing = drafts.take(first), drafts.take(second)
-    if not fitted_on.enough and (score == "combined" or method in METHODS):
+    if not fitted_on.enough and (learned or score == "combined" or method in METHODS):
         right, count = fitted_on.counts
+        wanted = "the learned rule" if learned else "the combined score" if score == "combined" else method
         raise RsgwmError(
-            f"fitting {'the combined score' if score == 'combined' else method} takes {LEAST_OF_A_CLASS} right and as "
+            f"fitting {wanted} takes {LEAST_OF_A_CLASS} right and as "
             f"many wrong drafts of at least {LEAST_ITEMS} items, found {right} right and {count - right} wrong of "
             f"{len(fitted_on)} items; give more items"
         )
     _, labels, _ = fitted_on.flat
     pairs, truth, _ = (perturbed or Judged((), ())).flat
-    fits = {name: _fit_score(name, fitted_on, method, seed) for name in SCORES}
+    fits = {name: _fit_score(name, fitted_on, method, seed, learned) for name in SCORES}
     fitted = {name: score_fit for name, score_fit in fits.items() if score_fit is not None}
     auroc = {name: area_under_roc(score_fit.unseen, labels) if score_fit else None for name, score_fit in fits.items()}
     easier = {
         name: area_under_roc(score_fit.scorer.values(pairs), truth) if score_fit else None
         for name, score_fit in fits.items()
     }
+    if not fitted or fitted.keys().isdisjoint(SCORES if score == "auto" else [score]):
+        wanted = "the learned rule" if learned else f"score {score}"
+        raise RsgwmError(f"{wanted} cannot be fitted: drafts of too few items are right, or wrong; give more items")
     if score == "auto":
         score = max((name for name in fitted if name in scores), key=lambda name: _merit(auroc[name], easier[name]))
     chosen = fitted[score]
@@ -136,6 +151,7 @@ def fit(
         score=score,
         threshold=best_threshold(chosen.unseen, labels) if held is None else held.threshold,
         combination=fitted["combined"].scorer.combination if "combined" in fitted else None,
+        learned={name: fit.scorer.learned for name, fit in fitted.items() if fit.scorer.learned is not None},
         curves={name: score_fit.curve for name, score_fit in fitted.items() if score_fit.curve is not None},
         auroc=auroc,
         perturbed_auroc=easier,
@@ -164,14 +180,18 @@ class _Fitted:
     reliability: Reliability | None = None
 
 
-def _fit_score(name: str, drafts: Judged, method: str, seed: int) -> _Fitted | None:
-    """One score; None for the combined one where there is too little to fit it."""
+def _fit_score(name: str, drafts: Judged, method: str, seed: int, learned: bool) -> _Fitted | None:
+    """One score; None for one that is to be fitted where there is too little to fit it."""
     signals, labels, items = drafts.flat
-    if name == "combined":
-        unseen = _combined_unseen(signals, labels, items, seed) if drafts.enough else None
+    if learned or name == "combined":
+
+        def fit_scorer(some: list[Signals], right: np.ndarray) -> Scorer:
+            return Scorer(name, learned=fit_learned(name, some, right)) if learned else _combined(some, right)
+
+        unseen = _unseen(fit_scorer, signals, labels, items, seed) if drafts.enough else None
         if unseen is None:
             return None
-        scorer, raw = Scorer(name, fit_combination(signals, labels)), unseen
+        scorer, raw = fit_scorer(signals, labels), unseen
     else:
         scorer = Scorer(name)
         raw = scorer.values(signals)
@@ -192,10 +212,22 @@ def _fit_score(name: str, drafts: Judged, method: str, seed: int) -> _Fitted | N
     return _Fitted(scorer, raw, fit_curve(best, raw, labels), reliability)
 
 
-def _combined_unseen(signals: list[Signals], labels: np.ndarray, items: np.ndarray, seed: int) -> np.ndarray | None:
+def _combined(signals: list[Signals], labels: np.ndarray) -> Scorer:
+    return Scorer("combined", fit_combination(signals, labels))
+
+
+def _unseen(
+    fit_scorer: Callable[[list[Signals], np.ndarray], Scorer],
+    signals: list[Signals],
+    labels: np.ndarray,
+    items: np.ndarray,
+    seed: int,
+) -> np.ndarray | None:
+    """The scores of drafts by a scorer that was fitted on other items."""
+
     def fitted(train: np.ndarray) -> Any:
-        combination = fit_combination([signals[index] for index in train], labels[train])
-        return lambda test: combination.values([signals[index] for index in test])
+        scorer = fit_scorer([signals[index] for index in train], labels[train])
+        return lambda test: scorer.values([signals[index] for index in test])
 
     return out_of_fold(items, labels, seed, fitted)
 

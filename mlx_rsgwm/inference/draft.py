@@ -18,13 +18,14 @@ class Signals:
 
     ``yesno``: P(yes) / (P(yes) + P(no)). ``mean`` and ``minimum``: of the draft's token log-probabilities, in nats,
     ``verifier.EMPTY`` for a draft without any. ``tokens``: how many there are, the end-of-text token included if
-    written.
+    written. ``each``: where the verifier is a pool, what each of its adapters said.
     """
 
     yesno: float | None
     mean: float | None
     minimum: float | None
     tokens: int
+    each: tuple[Signals, ...] = ()
 
     @property
     def mean_logprob(self) -> float | None:

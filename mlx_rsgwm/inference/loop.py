@@ -24,11 +24,12 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.batched_decode import BatchedDecoder
-from mlx_rsgwm.inference.calibration import Calibration, stored_calibration
+from mlx_rsgwm.inference.calibration import Calibration, learned_scorer, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide
-from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, can_batch, remembering
+from mlx_rsgwm.inference.pool import check_rule, scores_of_each
+from mlx_rsgwm.inference.prefix_cache import LowerLayerCache, can_batch
 from mlx_rsgwm.inference.scheduler import BatchScheduler
 from mlx_rsgwm.inference.scores import SCORES, Scorer
 from mlx_rsgwm.inference.verifier import Reader
@@ -39,6 +40,11 @@ from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 ALONE_FROM = 0.85
 
 Reads = Callable[[Sequence[str], Sequence[Draft]], list[Signals]]
+
+
+def _in_order(slots: AdapterSlots, names: Sequence[str]) -> tuple[str, ...]:
+    """The slots of a pool by their adapters' hashes, so that scores do not depend on how they are given."""
+    return tuple(names) if len(names) < 2 else tuple(sorted(names, key=lambda name: slots.adapter(name).weights_hash()))
 
 
 class _Trial:
@@ -84,6 +90,8 @@ class _Trial:
 class DraftVerify:
     """Drafter and verifier by slot name (None: the bare base) over one base, with one template.
 
+    A verifier may be several adapters; ``combine`` is the rule of :mod:`mlx_rsgwm.inference.pool`. ``verifiers``: their
+    slots, in an order that is theirs however they are given; empty for the bare base.
     ``verify_template``: other words for the verifier's question, to measure what misaligned prompts cost; the drafter
     keeps ``template``. ``on_mismatch``: an adapter that was trained with another template than it is used with is an
     error (refuse), or ``warnings`` says so (warn). ``calibration``: what makes the combined score and says what scores
@@ -95,11 +103,12 @@ class DraftVerify:
         slots: AdapterSlots,
         template: Template,
         drafter: str | None,
-        verifier: str | None,
+        verifier: str | Sequence[str] | None,
         config: LoopConfig,
         verify_template: Template | None = None,
         on_mismatch: str = "refuse",
         calibration: Calibration | Literal["stored"] | None = "stored",
+        combine: str = "max",
     ) -> None:
         if on_mismatch not in ("refuse", "warn"):
             raise RsgwmError(f"on_mismatch must be refuse or warn, found {on_mismatch!r}")
@@ -107,7 +116,9 @@ class DraftVerify:
         self.template = template
         self.verify_template = template if verify_template is None else verify_template
         self.drafter = drafter
-        self.verifier = verifier
+        self.verifiers = _in_order(slots, [verifier] if isinstance(verifier, str) else verifier or ())
+        check_rule(combine, len(self.verifiers))
+        self.combine = combine
         self.config = config
         self.warnings = self._template_mismatches()
         if self.warnings and on_mismatch == "refuse":
@@ -120,19 +131,24 @@ class DraftVerify:
             self.warnings.append("the base's tokenizer has no end-of-text token: every draft runs to --max-tokens")
         self.batches = can_batch(slots.model)
         caches = len(make_prompt_cache(slots.model)) if self.batches else None
-        self.reader = Reader(slots, verifier, self.verify_template, self.parts, caches)
-        if calibration == "stored":
-            calibration = stored_calibration(slots.adapter(verifier)) if verifier is not None else None
-        self.calibration = calibration
-        self.scorer(config.score)  # combined is refused here, not at the first draft
         self._splits: dict[int, LayerSplit | None] = {}
+        judges = self.verifiers or (None,)
+        self.reader = Reader(slots, judges, self.verify_template, self.parts, caches, self._split, combine)
+        if calibration == "stored":
+            calibration = stored_calibration([slots.adapter(name) for name in self.verifiers], combine)
+        self.calibration = calibration
+        if combine != "learned" or calibration is not None:
+            self.scorer(config.score)  # combined is refused here, not at the first draft
         # First drafts accepted, of all; one of two to begin with.
         self._accepted_first, self._asked = 1, 2
 
     def _template_mismatches(self) -> list[str]:
         """Which adapter was trained with another template than it is used with."""
         mismatches = []
-        uses = (("drafter", self.drafter, self.template), ("verifier", self.verifier, self.verify_template))
+        uses: list[tuple[str, str | None, Template]] = [("drafter", self.drafter, self.template)]
+        for name in self.verifiers:
+            role = "verifier" if len(self.verifiers) == 1 else f"verifier {name}"
+            uses.append((role, name, self.verify_template))
         for role, name, used in uses:
             trained_with = self.slots.adapter(name).template_hash if name is not None else None
             if trained_with is not None and trained_with != used.hash:
@@ -161,8 +177,8 @@ class DraftVerify:
         parts, lower_cache = self.parts, None
         if self.batches:
             reading_prompt = self.reader.prompt(question)
-            parts = (remembering(self.slots.model, self.parts[0], reading_prompt), self.parts[1])
-            lower_cache = self._lower_cache(prompt=reading_prompt)
+            parts = self.reader.remembering(reading_prompt)
+            lower_cache = self.reader.lower_cache(prompt=reading_prompt)
         reads = partial(
             self.reader.signals, needs=self.scorer(self.config.score).needs, parts=parts, lower_cache=lower_cache
         )
@@ -270,7 +286,7 @@ class DraftVerify:
                 yield index, trial.add(self._with_text(ended))
 
     def _score_many(self, trials: Sequence[tuple[str, _Trial]], batch_rows: int, scheduler: BatchScheduler) -> None:
-        lower_cache = self._lower_cache(scheduler.prefixes)
+        lower_cache = self.reader.lower_cache(scheduler.prefixes)
         needs = self.scorer(self.config.score).needs
         self._score(
             trials, partial(self.reader.signals_many, needs=needs, batch_rows=batch_rows, lower_cache=lower_cache)
@@ -311,17 +327,11 @@ class DraftVerify:
         return BatchedDecoder(self.slots.model, self.parts, self.end_ids, self.config.sampling, self._split())
 
     def _split(self) -> LayerSplit | None:
-        """The layers that neither adapter changes, apart from the rest; None where there are none."""
-        count = self.slots.first_changed(name for name in (self.drafter, self.verifier) if name is not None)
+        """The layers that no adapter changes, apart from the rest; None where there are none."""
+        count = self.slots.first_changed(name for name in (self.drafter, *self.verifiers) if name is not None)
         if count not in self._splits:
             self._splits[count] = split_layers(self.slots.model, count)
         return self._splits[count]
-
-    def _lower_cache(
-        self, prefixes: CachedPrefixes | None = None, prompt: Sequence[int] = ()
-    ) -> LowerLayerCache | None:
-        split = self._split()
-        return LowerLayerCache(self.slots.model, split, prefixes, prompt) if split is not None else None
 
     def _draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         with self.slots.using(self.drafter):
@@ -355,7 +365,13 @@ class DraftVerify:
 
     def scorer(self, score: str) -> Scorer:
         """What turns the verifier's signals into a score."""
+        if self.combine == "learned" or (self.calibration is not None and self.calibration.learned):
+            return learned_scorer(score, self.calibration, self.combine, len(self.verifiers))
         return Scorer(score) if self.calibration is None else self.calibration.scorer(score)
+
+    def by_adapter(self, signals: Signals, score: str) -> dict[str, float]:
+        """The score that each adapter of a pool gives a draft; empty for a single verifier."""
+        return dict(zip(self.verifiers, scores_of_each(self.scorer(score), signals), strict=False))
 
     def score_many(
         self, questions: Sequence[str], drafts: Sequence[Draft], score: str, batch_rows: int = 32

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template, find_template
 from mlx_rsgwm.inference.calibration import (
@@ -25,21 +25,21 @@ from mlx_rsgwm.inference.calibration import (
     stored_calibration,
 )
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.pair import VerifierSource, brief, check_pair, check_pool, load_verifier, other_base, roles_of
 from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.pool import check_rule
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import DEFAULT_BASE, Base, load_base, recorded_base, resolve_base
-from mlx_rsgwm.models.fit_check import check_made_for, names_other_base, other_base_note
-from mlx_rsgwm.models.folder import base_difference, fingerprint_of
+from mlx_rsgwm.models.fit_check import check_made_for, other_base_note
+from mlx_rsgwm.models.folder import fingerprint_of
 from mlx_rsgwm.models.slots import AdapterSlots
-
-ROLES = {"drafter": "draft", "verifier": "verify"}
 
 
 def open_pipeline(
     drafter: AdapterSource,
-    verifier: AdapterSource | None = None,
+    verifier: VerifierSource | None = None,
     base: str | Path | Base | None = None,
     *,
     template: str | Template | None = None,
@@ -54,6 +54,7 @@ def open_pipeline(
     seed: int = Sampling.seed,
     mode: str = LoopConfig.mode,
     abstain: bool = LoopConfig.abstain,
+    combine: str = "max",
     calibration: Calibration | Literal["stored"] | None = "stored",
     calibrate: Callable[[DraftVerify], Calibration] | None = None,
     progress: Progress = SILENT,
@@ -62,7 +63,7 @@ def open_pipeline(
 
     Args:
         drafter, verifier: as for :func:`~mlx_rsgwm.models.adapter_sources.load_adapter`; without a verifier the bare
-            base judges.
+            base judges. Several verifiers, or a folder of them, read each draft together.
         base: Hub id, folder, ``.gguf`` file, alias, or a loaded base; None: the one that the adapters record.
         template: the prompt template (``plain``, ``chat``, or one of your own); None: the one that the drafter was
             trained with. ``verify_template``: other words for the verifier's question.
@@ -73,6 +74,7 @@ def open_pipeline(
             (mean_logprob, 0.7), and says so.
         temperature, top_p, max_tokens, seed: of the drafts; see :class:`~mlx_rsgwm.inference.sampling.Sampling`.
         mode, abstain: see :class:`~mlx_rsgwm.inference.policy.LoopConfig`.
+        combine: what several verifiers say together: ``max``, ``mean``, or ``learned`` by the calibration.
         progress: told what is odd about the pair, its calibration and its base.
 
     Raises:
@@ -84,7 +86,8 @@ def open_pipeline(
         pipeline = rs.open_pipeline("runs/demo/drafter", "runs/demo/verifier")
         print(pipeline.answer("Ada has 12 pens and gets 7 more. How many pens does Ada have now?").text)
     """
-    loaded = _load_pair(drafter, verifier, base.name if isinstance(base, Base) else base, progress)
+    drafting, verifying = _load_pair(drafter, verifier, base.name if isinstance(base, Base) else base, progress)
+    check_rule(combine, len(verifying))
     config = LoopConfig(
         attempts,
         UNCALIBRATED_THRESHOLD if threshold == "auto" else threshold,
@@ -94,33 +97,38 @@ def open_pipeline(
         abstain,
     )
     if calibration == "stored":
-        calibration = stored_calibration(loaded["verifier"]) if "verifier" in loaded else None
+        calibration, needed = stored_calibration(verifying, combine), True
+    else:
+        needed = calibration is not None
     if calibration is not None and "auto" in (score, threshold):
-        calibration.require_both_classes(loaded["verifier"].where if "verifier" in loaded else "the bare base")
-    spoken = template_of([loaded["drafter"]], template)
+        calibration.require_both_classes(", ".join(adapter.where for adapter in verifying) or "the bare base")
+    spoken = template_of([drafting], template)
     asked_in = find_template(verify_template) if isinstance(verify_template, str) else verify_template
     if not isinstance(base, Base):
-        base = load_base_for(list(loaded.values()), None if base is None else str(base), progress)
-    slots = slots_of(base, loaded)
-    judge = "verifier" if "verifier" in loaded else None
-    pipeline = DraftVerify(slots, spoken, "drafter", judge, config, asked_in, template_mismatch, calibration)
+        base = load_base_for([drafting, *verifying], None if base is None else str(base), progress)
+    judges = roles_of(verifying)
+    slots = slots_of(base, {"drafter": drafting, **judges})
+    pipeline = DraftVerify(
+        slots, spoken, "drafter", [*judges], config, asked_in, template_mismatch, calibration, combine
+    )
     for warning in (*pipeline.warnings, *_calibration_doubts(pipeline)):
         progress.warning(f"warning: {warning}")
     pipeline.config = _settled(pipeline, config, score, threshold, calibrate, progress)
+    if needed:
+        pipeline.scorer(pipeline.config.score)  # a learned rule that was never fitted is refused before any draft
     return pipeline
 
 
 def _load_pair(
-    drafter: AdapterSource, verifier: AdapterSource | None, base: str | Path | None, progress: Progress
-) -> dict[str, Adapter]:
-    """``drafter`` and, where there is one, ``verifier``, known to be a pair; what is odd about it is told."""
-    sources = {"drafter": drafter, "verifier": verifier}
-    loaded = {
-        role: load_adapter(source, base, progress=progress) for role, source in sources.items() if source is not None
-    }
-    for doubt in check_pair(*loaded.values()) if len(loaded) == len(ROLES) else []:
+    drafter: AdapterSource, verifier: VerifierSource | None, base: str | Path | None, progress: Progress
+) -> tuple[Adapter, tuple[Adapter, ...]]:
+    """``drafter`` and the adapters that verify, known to belong together; what is odd about them is told."""
+    drafting = load_adapter(drafter, base, progress=progress)
+    verifying = load_verifier(verifier, None if base is None else str(base), progress)
+    doubts = check_pair(drafting, *verifying) if len(verifying) == 1 else []
+    for doubt in check_pool(drafting, verifying) if len(verifying) > 1 else doubts:
         progress.warning(f"warning: {doubt}")
-    return loaded
+    return drafting, verifying
 
 
 def slots_of(base: Base, adapters: Mapping[str, AdapterSource]) -> AdapterSlots:
@@ -205,8 +213,8 @@ def find_base(adapters: Sequence[Adapter], given: str | None, progress: Progress
             to be found.
     """
     made_for = [candidate for candidate in adapters if candidate.base_fingerprint is not None]
-    if any(_other_base(made_for[0], candidate) for candidate in made_for[1:]):
-        told = ", ".join(f"{candidate.where} for {candidate.base_name} ({_brief(candidate)})" for candidate in made_for)
+    if any(other_base(made_for[0], candidate) for candidate in made_for[1:]):
+        told = ", ".join(f"{candidate.where} for {candidate.base_name} ({brief(candidate)})" for candidate in made_for)
         raise RsgwmError(f"adapters of different bases cannot be used together: {told}")
     recorded = [candidate for candidate in adapters if candidate.base_name]
     if given is None and recorded:
@@ -222,92 +230,3 @@ def find_base(adapters: Sequence[Adapter], given: str | None, progress: Progress
         if given is None and adapter.base_fingerprint is None and names_other_base(adapter, name):
             progress.warning(f"warning: {other_base_note(adapter, name)}")
     return name
-
-
-def _other_base(adapter: Adapter, other: Adapter) -> str:
-    """In what the bases of two adapters differ; empty where they do not, or where one does not say."""
-    recorded = adapter.base_fingerprint, other.base_fingerprint
-    return base_difference(recorded[0], recorded[1], chat=False) if recorded[0] and recorded[1] else ""
-
-
-def pair_problems(drafter: Adapter, verifier: Adapter) -> list[str]:
-    """Why these two cannot be the pair that is asked for; empty where nothing speaks against it."""
-    roles = {"drafter": merge_role(drafter), "verifier": merge_role(verifier)}
-    folders = {"drafter": drafter.where, "verifier": verifier.where}
-    if (roles["drafter"], roles["verifier"]) == ("verify", "draft"):
-        return [f"drafter and verifier are swapped: {drafter.where} was merged to verify, {verifier.where} to draft"]
-    problems = [
-        f"{folders[name]} was merged to {roles[name]}, not to {wanted}; give another --{name}"
-        for name, wanted in ROLES.items()
-        if roles[name] in ROLES.values() and roles[name] != wanted
-    ]
-    if _other_base(drafter, verifier):
-        problems.append(
-            f"{drafter.where} was made for {drafter.base_name} ({_brief(drafter)}) and {verifier.where} for "
-            f"{verifier.base_name} ({_brief(verifier)})"
-        )
-    return problems
-
-
-def pair_doubts(drafter: Adapter, verifier: Adapter) -> list[str]:
-    """What a user should know of a pair that can be used: it is another one than merges of one pool make."""
-    places = [adapter.path or adapter.origin for adapter in (drafter, verifier)]
-    if places[0] is not None and places[0] == places[1]:
-        return [f"drafter and verifier are the same adapter, {drafter.where}"]
-    drafted, verified = _sources(drafter), _sources(verifier)
-    if drafted and verified and set(drafted) != set(verified):
-        return [
-            f"drafter and verifier come from different pools, or the pool was changed in between: {drafter.where} from "
-            f"{_listed(drafted)}, {verifier.where} from {_listed(verified)}"
-        ]
-    if unknown := [adapter.where for adapter in (drafter, verifier) if not _has_record(adapter)]:
-        return [
-            f"{' and '.join(unknown)} {'has' if len(unknown) == 1 else 'have'} no record of training or merging, so "
-            "that nobody can tell whether drafter and verifier belong together and were trained with the same prompts"
-        ]
-    if bool(drafted) != bool(verified):
-        merged, trained = (drafter, verifier) if drafted else (verifier, drafter)
-        return [f"{merged.where} was merged from {_listed(drafted or verified)}, {trained.where} was not merged"]
-    return []
-
-
-def _has_record(adapter: Adapter) -> bool:
-    """Whether its manifest says how it was made; what only names a base says nothing of that."""
-    return any(adapter.manifest.get(name) for name in ("merge", "template", "data"))
-
-
-def check_pair(drafter: Adapter, verifier: Adapter) -> list[str]:
-    """Doubts to tell, once there is no problem.
-
-    Raises:
-        RsgwmError: every problem of the pair.
-    """
-    raise_problems("these two are not a pair", pair_problems(drafter, verifier), RsgwmError)
-    return pair_doubts(drafter, verifier)
-
-
-def merge_role(adapter: Adapter) -> str | None:
-    """The role an adapter was merged for; None where it was not, or its manifest does not say."""
-    merged = adapter.manifest.get("merge")
-    role = merged.get("role") if isinstance(merged, dict) else None
-    return role if isinstance(role, str) else None
-
-
-def _sources(adapter: Adapter) -> dict[str, str]:
-    """Names of the adapters it was merged from, by the hash of their manifests."""
-    merged = adapter.manifest.get("merge")
-    sources = merged.get("sources") if isinstance(merged, dict) else None
-    listed = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
-    return {
-        str(source.get("manifest_sha256")): str(source.get("name"))
-        for source in listed
-        if source.get("manifest_sha256")
-    }
-
-
-def _listed(sources: dict[str, str]) -> str:
-    return ", ".join(sources.values())
-
-
-def _brief(adapter: Adapter) -> str:
-    return f"fingerprint {(adapter.base_fingerprint or '')[:12]}"

@@ -53,15 +53,15 @@ def can_batch(model: Any) -> bool:
 
 def prefill(model: Any, hidden: Hidden, prompts: Sequence[Sequence[int]], split: LayerSplit | None = None) -> Prefilled:
     """Read prompts, each in a row, with the adapter that is active."""
-    return _prefilled(len(make_prompt_cache(model)), hidden, prompts, split)
+    return _prefilled([1] * len(make_prompt_cache(model)), hidden, prompts, split)
 
 
 def _prefilled(
-    count: int, hidden: Hidden, prompts: Sequence[Sequence[int]], split: LayerSplit | None = None
+    copies: Sequence[int], hidden: Hidden, prompts: Sequence[Sequence[int]], split: LayerSplit | None = None
 ) -> Prefilled:
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    caches = [_fresh(padding) for _ in range(count)]
+    caches = [_fresh(padding * count) for count in copies]
     ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
     middle: list[mx.array] = []
     for start in range(0, longest, PREFILL_STEP):
@@ -83,19 +83,23 @@ def read_on(
 
 
 def after_prompts(
-    hidden: Hidden, caches: int, rows: Sequence[tuple[int, ...]], starts: Sequence[int], step: int
+    hidden: Hidden, copies: Sequence[int], rows: Sequence[tuple[int, ...]], starts: Sequence[int], step: int
 ) -> mx.array:
     """States (rows, rest, dims) of rows after their first ``starts`` tokens, which are those of prompts.
 
     A prompt of several rows is read once. The rest is padded on the right, to a multiple of ``step`` tokens.
+    ``copies``: of how many adapters each of the model's caches keeps the rows; ``hidden`` gives as many copies of rows.
     """
     prompts = list(dict.fromkeys(row[:start] for row, start in zip(rows, starts, strict=True)))
     place = {prompt: index for index, prompt in enumerate(prompts)}
-    read = _prefilled(caches, hidden, prompts)
+    read = _prefilled(copies, hidden, prompts)
     owner = mx.array([place[row[:start]] for row, start in zip(rows, starts, strict=True)])
     rest = [row[start:] for row, start in zip(rows, starts, strict=True)]
     length = -(-max(map(len, rest)) // step) * step
-    rows_of_prefix = [select_rows(cache, owner) for cache in read.caches]
+    rows_of_prefix = [
+        select_rows(cache, _in_copies(owner, len(prompts), count))
+        for cache, count in zip(read.caches, copies, strict=True)
+    ]
     return hidden(mx.array(right_padded(rest, length)), cache=rows_of_prefix)
 
 
@@ -107,13 +111,19 @@ def right_padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
     return padded
 
 
-def remembering(model: Any, hidden: Hidden, prompt: Sequence[int]) -> Hidden:
+def _in_copies(rows: mx.array, count: int, copies: int) -> mx.array:
+    """The places of some of ``count`` rows in a batch that holds the rows once for each adapter, one after another."""
+    return rows if copies == 1 else mx.concatenate([rows + count * copy for copy in range(copies)])
+
+
+def remembering(model: Any, hidden: Hidden, prompt: Sequence[int], copies: Sequence[int] | None = None) -> Hidden:
     """``hidden`` for ids (rows, length) that begin with one prompt, which is read in the first call and not again.
 
-    Rows that begin otherwise are read whole. The adapter must be the same one in every call.
+    Rows that begin otherwise are read whole. The adapters must be the same in every call; ``copies`` as in
+    :func:`after_prompts`.
     """
     start = mx.array(list(prompt))
-    go_on = _Remembered(hidden, len(make_prompt_cache(model)), len(prompt))
+    go_on = _Remembered(hidden, [1] * len(make_prompt_cache(model)) if copies is None else copies, len(prompt))
 
     def after(ids: mx.array, cache: Any = None) -> mx.array:
         if ids.shape[1] < len(prompt) or not mx.all(ids[:, : len(prompt)] == start).item():
@@ -131,15 +141,21 @@ class LowerLayerCache:
 
     Called with rows of ids and a length: their states (rows, length, dims), padded on the right; None where some row
     has no cached prefix to its end (a single row may go beyond it). ``prefixes`` by their tokens, as they are when it
-    is called. ``prompt`` is kept from one single row to the next that begins with it. The adapter must be the same
-    one in every call.
+    is called. ``prompt`` is kept from one single row to the next that begins with it. The adapters must be the same
+    in every call; for several, ``split.upper`` gives the rows of ``adapters`` copies.
     """
 
     def __init__(
-        self, model: Any, split: LayerSplit, prefixes: CachedPrefixes | None = None, prompt: Sequence[int] = ()
+        self,
+        model: Any,
+        split: LayerSplit,
+        prefixes: CachedPrefixes | None = None,
+        prompt: Sequence[int] = (),
+        adapters: int = 1,
     ) -> None:
         self._split, self._prompt = split, tuple(prompt)
-        self._go_on = _Remembered(split.upper, len(make_prompt_cache(model)) - split.count, len(prompt))
+        upper_layers = len(make_prompt_cache(model)) - split.count
+        self._go_on = _Remembered(split.upper, [adapters] * upper_layers, len(prompt))
         self.prefixes: CachedPrefixes = {} if prefixes is None else prefixes
 
     def __call__(self, rows: Sequence[tuple[int, ...]], length: int) -> mx.array | None:
@@ -169,28 +185,36 @@ class LowerLayerCache:
 
 
 class _Remembered:
-    """``layers``, which keep ``count`` caches, on inputs (rows, length, …) whose first ``shared`` never change."""
+    """``layers`` on inputs (rows, length, …) whose first ``shared`` never change; ``copies`` says of each of their
+    caches how many adapters it keeps the rows of."""
 
-    def __init__(self, layers: Hidden, count: int, shared: int) -> None:
-        self._layers, self._count, self._shared = layers, count, shared
+    def __init__(self, layers: Hidden, copies: Sequence[int], shared: int) -> None:
+        self._layers, self._copies, self._shared = layers, copies, shared
         self._kept: tuple[list[BatchKVCache], mx.array] | None = None
 
     def __call__(self, inputs: mx.array) -> mx.array:
         rows = inputs.shape[0]
         if self._kept is None:
-            caches = [_fresh([0] * rows) for _ in range(self._count)]
+            caches = [_fresh([0] * rows * count) for count in self._copies]
             states = self._layers(inputs, cache=caches)
             mx.eval(states, [cache.state for cache in caches])
+            first_rows = {count: _in_copies(mx.array([0]), rows, count) for count in self._copies}
             self._kept = (
-                [select_rows(cache, mx.array([0]), self._shared) for cache in caches],
-                states[:1, : self._shared],
+                [
+                    select_rows(cache, first_rows[count], self._shared)
+                    for cache, count in zip(caches, self._copies, strict=True)
+                ],
+                states[::rows, : self._shared],
             )
             return states
         first, known = self._kept
         known = mx.repeat(known, rows, axis=0)
         if inputs.shape[1] == self._shared:
             return known
-        caches = [select_rows(cache, mx.zeros(rows, dtype=mx.int32)) for cache in first]
+        owner = mx.zeros(rows, dtype=mx.int32)
+        caches = [
+            select_rows(cache, _in_copies(owner, 1, count)) for cache, count in zip(first, self._copies, strict=True)
+        ]
         return mx.concatenate([known, self._layers(inputs[:, self._shared :], cache=caches)], axis=1)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,21 +54,46 @@ def features(signals: Sequence[Signals]) -> np.ndarray:
     return matrix
 
 
+def pool_features(score: str, signals: Sequence[Signals]) -> np.ndarray:
+    """What the learned rule of a pool weighs for a score: (drafts, n) float64, adapter by adapter.
+
+    The verdict's log-odds for ``yesno``, the mean log-probability for ``mean_logprob``; for ``combined`` all
+    ``FEATURES`` of each, with the number of tokens at the end, once.
+    """
+    by_adapter = [list(said) for said in zip(*(signal.each for signal in signals), strict=True)]
+    if score == "combined":
+        matrices = [features(said) for said in by_adapter]
+        return np.concatenate([*(matrix[:, :3] for matrix in matrices), matrices[0][:, 3:]], axis=1)
+    if score == "yesno":
+        values: Any = [[signal.yesno for signal in said] for said in by_adapter]
+        return logit(np.array(values, dtype=np.float64)).T
+    values = [[signal.mean for signal in said] for said in by_adapter]
+    return np.maximum(np.array(values, dtype=np.float64), FLOOR_NATS).T
+
+
+def learned_count(score: str, adapters: int) -> int:
+    """How many :func:`pool_features` there are."""
+    return 3 * adapters + 1 if score == "combined" else adapters
+
+
 @dataclass(frozen=True)
-class Combination:
-    """A logistic model on the standardised :func:`features`."""
+class Logistic:
+    """A logistic model on standardised features."""
 
     means: tuple[float, ...]
     scales: tuple[float, ...]
     coefficients: tuple[float, ...]
     intercept: float
 
+    width: ClassVar[int] = 0  # how many there must be; 0 where that is not known beforehand
+
     def __post_init__(self) -> None:
         problems = []
+        count = self.width or len(self.means)
         for name in ("means", "scales", "coefficients"):
             values = getattr(self, name)
-            if len(values) != len(FEATURES):
-                problems.append(f"{name} must have {len(FEATURES)} numbers, found {len(values)}")
+            if len(values) != count:
+                problems.append(f"{name} must have {count} numbers, found {len(values)}")
             if not all(map(math.isfinite, values)):
                 problems.append(f"{name} must be finite, found {values}")
         if not all(scale > 0 for scale in self.scales):
@@ -77,27 +102,47 @@ class Combination:
             problems.append(f"intercept must be finite, found {self.intercept}")
         raise_problems("combined score", problems)
 
-    def values(self, signals: Sequence[Signals]) -> np.ndarray:
-        """(drafts,) float64 in (0, 1)."""
-        standard = (features(signals) - np.array(self.means)) / np.array(self.scales)
+    def of(self, matrix: np.ndarray) -> np.ndarray:
+        """Of features (drafts, n): (drafts,) float64 in (0, 1)."""
+        standard = (matrix - np.array(self.means)) / np.array(self.scales)
         return sigmoid(standard @ np.array(self.coefficients) + self.intercept)
 
 
+@dataclass(frozen=True)
+class Combination(Logistic):
+    """A logistic model on the standardised :func:`features`."""
+
+    width: ClassVar[int] = len(FEATURES)
+
+    def values(self, signals: Sequence[Signals]) -> np.ndarray:
+        """(drafts,) float64 in (0, 1)."""
+        return self.of(features(signals))
+
+
 def fit_combination(signals: Sequence[Signals], correct: Sequence[bool] | np.ndarray) -> Combination:
+    """The combined score of what one verifier says; see :func:`_fit_logistic`."""
+    return Combination(**_fit_logistic(features(signals), correct))
+
+
+def fit_learned(score: str, signals: Sequence[Signals], correct: Sequence[bool] | np.ndarray) -> Logistic:
+    """A score of what the adapters of a pool say; see :func:`_fit_logistic`."""
+    return Logistic(**_fit_logistic(pool_features(score, signals), correct))
+
+
+def _fit_logistic(matrix: np.ndarray, correct: Sequence[bool] | np.ndarray) -> dict[str, Any]:
     """Fit the logistic model, regularised (L2, C = 1 on standardised features); both classes must be there."""
     from sklearn.linear_model import LogisticRegression
 
-    matrix = features(signals)
     means, scales = matrix.mean(axis=0), matrix.std(axis=0)
     scales[scales < 1e-9] = 1.0
     model = LogisticRegression(C=1.0, max_iter=1000)
     model.fit((matrix - means) / scales, np.asarray(correct, dtype=bool))
-    return Combination(
-        means=tuple(means.tolist()),
-        scales=tuple(scales.tolist()),
-        coefficients=tuple(model.coef_[0].tolist()),
-        intercept=float(model.intercept_[0]),
-    )
+    return {
+        "means": tuple(means.tolist()),
+        "scales": tuple(scales.tolist()),
+        "coefficients": tuple(model.coef_[0].tolist()),
+        "intercept": float(model.intercept_[0]),
+    }
 
 
 @dataclass(frozen=True)
@@ -177,15 +222,16 @@ def _fit_isotonic(x: np.ndarray, labels: np.ndarray) -> Curve:
 
 @dataclass(frozen=True)
 class Scorer:
-    """One score: its name, and the combination if it is ``combined``."""
+    """One score: its name, and the combination if it is ``combined``; ``learned`` is the rule of a pool for it."""
 
     name: str
     combination: Combination | None = None
+    learned: Logistic | None = None
 
     def __post_init__(self) -> None:
         if self.name not in SCORES:
             raise RsgwmError(f"score must be one of {', '.join(SCORES)}, found {self.name!r}")
-        if (self.name == "combined") != (self.combination is not None):
+        if self.learned is None and (self.name == "combined") != (self.combination is not None):
             raise RsgwmError(
                 "the combined score has to be fitted first; calibrate the verifier with: rsgwm calibrate"
                 if self.combination is None
@@ -199,6 +245,8 @@ class Scorer:
 
     def values(self, signals: Sequence[Signals]) -> np.ndarray:
         """The scores that are compared with the threshold, (drafts,) float64 in [0, 1]."""
+        if self.learned is not None:
+            return self.learned.of(pool_features(self.name, signals)) if signals else np.zeros(0)
         if self.combination is not None:
             return self.combination.values(signals)
         values: list[Any] = [getattr(signal, self.name) for signal in signals]

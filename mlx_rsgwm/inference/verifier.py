@@ -12,7 +12,9 @@ import numpy as np
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.inference.draft import Draft, Signals
-from mlx_rsgwm.inference.prefix_cache import LowerLayerCache, after_prompts, right_padded
+from mlx_rsgwm.inference.pool import together
+from mlx_rsgwm.inference.pool_layers import PoolLayers, SplitOf
+from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, after_prompts, remembering, right_padded
 from mlx_rsgwm.models.linux_cpu import cross_entropy
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import Parts
@@ -91,13 +93,26 @@ def read(
     readings: Sequence[Reading],
     verdicts: VerdictIds,
     lower_cache: LowerLayerCache | None = None,
-    caches: int | None = None,
+    copies: Sequence[int] = (),
 ) -> list[Signals]:
-    """One forward pass over all readings; mean, minimum and number of token log-probabilities come together.
+    """:func:`read_by_each` for a single verifier."""
+    return read_by_each(parts, readings, verdicts, lower_cache, copies)[0]
 
-    Where the verifying prompt begins with the drafting prompt and the draft, as that of a plain template does, both
-    parts are read in one row. Rows that ``lower_cache`` knows are not read from the start. With ``caches``, how many
-    plain key–value caches the model keeps, a prompt that several rows begin with is read once.
+
+def read_by_each(
+    parts: Parts,
+    readings: Sequence[Reading],
+    verdicts: VerdictIds,
+    lower_cache: LowerLayerCache | None = None,
+    copies: Sequence[int] = (),
+    adapters: int = 1,
+) -> list[list[Signals]]:
+    """What each of the adapters, of which ``parts`` are (see :class:`PoolLayers`), says of all readings.
+
+    One forward pass; mean, minimum and number of token log-probabilities come together. Where the verifying prompt
+    begins with the drafting prompt and the draft, as that of a plain template does, both parts are read in one row.
+    Rows that ``lower_cache`` knows are not read from the start. With ``copies``, which says of each of the model's
+    plain key–value caches how many adapters' rows it keeps, a prompt that several rows begin with is read once.
     """
     rows: list[tuple[int, ...]] = []
     # How many of a row's tokens are the drafting prompt's, its last one left out; 0 where the row begins otherwise.
@@ -119,10 +134,15 @@ def read(
             begins = reading.verdict_prompt[: len(reading.prompt)] == reading.prompt
             starts.append(len(reading.prompt) - 1 if begins else 0)
             verdict.append((len(rows) - 1, len(reading.verdict_prompt) - 1))
-    common = starts if caches is not None and _worth_sharing(rows, starts) else None
-    logprobs, yes = (
-        _pass(parts, rows, likelihood, verdict, verdicts, lower_cache, common, caches or 0) if rows else ([], [])
-    )
+    if not rows:
+        return [_signals(readings, [], [])] * adapters
+    common = starts if copies and _worth_sharing(rows, starts) else None
+    passed = _pass(parts, rows, likelihood, verdict, verdicts, lower_cache, common, copies, adapters)
+    return [_signals(readings, logprobs, yes) for logprobs, yes in passed]
+
+
+def _signals(readings: Sequence[Reading], logprobs: Sequence[float], yes: Sequence[float]) -> list[Signals]:
+    """Signals of every reading from what the pass over all of them gave, in their order."""
     signals, at, judged = [], 0, iter(yes)
     for reading in readings:
         answer_logprobs = None
@@ -152,16 +172,18 @@ def _pass(
     verdicts: VerdictIds,
     lower_cache: LowerLayerCache | None,
     starts: Sequence[int] | None,
-    caches: int,
-) -> tuple[list[float], list[float]]:
-    """Log-probabilities (likelihood entries,) and shares of yes (verdict entries,) from one pass over ``rows``."""
+    copies: Sequence[int],
+    adapters: int,
+) -> list[tuple[list[float], list[float]]]:
+    """By each adapter: log-probabilities (likelihood entries,), shares of yes (verdict entries,); one pass over
+    ``rows``."""
     hidden, head = parts
     # A row by itself is not padded: what is known of its tokens can then be used up to the last.
     longest = max(map(len, rows))
     length = longest if len(rows) == 1 else _stepped(longest)
     states, first = lower_cache(rows, length) if lower_cache is not None else None, [0] * len(rows)
     if states is None and starts is not None:
-        states, first = after_prompts(hidden, caches, rows, starts, LENGTH_STEP), list(starts)
+        states, first = after_prompts(hidden, copies, rows, starts, LENGTH_STEP), list(starts)
     if states is None:
         states = hidden(mx.array(right_padded(rows, length)))
     width = states.shape[1]
@@ -169,36 +191,69 @@ def _pass(
     # Few shapes, so that little is compiled.
     picks = np.zeros(-(-len(places) // PICK_STEP) * PICK_STEP, dtype=np.int32)
     picks[: len(places)] = places
-    logits = head(states.reshape(-1, states.shape[-1])[mx.array(picks)]).astype(mx.float32)
-    logprobs: Any = []
-    yes: Any = []
-    if likelihood:
-        targets = mx.array(np.array([token for _, _, token in likelihood], dtype=np.int32))
-        logprobs = (-cross_entropy(logits[: len(likelihood)], targets)).tolist()
-    if verdict:
-        said = logits[len(likelihood) : len(places)]
-        yes_mass, no_mass = (mx.logsumexp(said[:, mx.array(ids)], axis=-1) for ids in verdicts)
-        yes = mx.sigmoid(yes_mass - no_mass).tolist()
-    return logprobs, yes
+    of_each = np.concatenate([picks + adapter * len(rows) * width for adapter in range(adapters)])
+    logits = head(states.reshape(-1, states.shape[-1])[mx.array(of_each)]).astype(mx.float32)
+    targets = mx.array(np.array([token for _, _, token in likelihood], dtype=np.int32))
+    passed: Any = []
+    for adapter in range(adapters):
+        at = adapter * len(picks)
+        logprobs, yes = [], []
+        if likelihood:
+            logprobs = (-cross_entropy(logits[at : at + len(likelihood)], targets)).tolist()
+        if verdict:
+            said = logits[at + len(likelihood) : at + len(places)]
+            yes_mass, no_mass = (mx.logsumexp(said[:, mx.array(ids)], axis=-1) for ids in verdicts)
+            yes = mx.sigmoid(yes_mass - no_mass).tolist()
+        passed.append((logprobs, yes))
+    return passed
 
 
 class Reader:
-    """The verifier at work: the adapter in a slot (None: the bare base), reading drafts in its own template.
+    """The verifier at work: the adapters in slots (None: the bare base), reading drafts in their own template.
 
-    ``caches``: how many plain key–value caches the model keeps, None where it keeps others.
+    Several adapters read each draft, and ``rule`` makes one reading of theirs (:mod:`mlx_rsgwm.inference.pool`).
+    ``caches``: how many plain key–value caches the model keeps, None where it keeps others. ``split_of``: the layers
+    that neither these adapters nor the drafter change, apart from the rest.
     """
 
     def __init__(
-        self, slots: AdapterSlots, adapter: str | None, template: Template, parts: Parts, caches: int | None
+        self,
+        slots: AdapterSlots,
+        adapters: Sequence[str | None],
+        template: Template,
+        parts: Parts,
+        caches: int | None,
+        split_of: SplitOf,
+        rule: str = "max",
     ) -> None:
         self.parts = parts
+        self.adapters = tuple(adapters)
         self.verdict_ids = verdict_ids(template, slots.base.tokenizer)
-        self._slots, self._adapter, self._template, self._caches = slots, adapter, template, caches
+        self._slots, self._template, self._caches, self._split_of = slots, template, caches, split_of
+        self._rule = rule
         self._tokenizer = slots.base.tokenizer
 
     def prompt(self, question: str) -> list[int]:
         """The token ids with which the reading of a draft begins."""
         return self._template.draft_prompt(self._tokenizer, question)
+
+    def _layers(self) -> PoolLayers:
+        shared = self._split_of() if self._caches is not None and len(self.adapters) > 1 else None
+        return PoolLayers(self._slots, self.adapters, self.parts, shared)
+
+    def remembering(self, prompt: Sequence[int]) -> Parts:
+        """The parts with which drafts after one prompt are read: the prompt once."""
+        layers = self._layers()
+        return remembering(self._slots.model, layers.hidden, prompt, layers.copies(self._caches or 0)), layers.head
+
+    def lower_cache(self, prefixes: CachedPrefixes | None = None, prompt: Sequence[int] = ()) -> LowerLayerCache | None:
+        """What reads on where the drafter's lower layers have read; None where every layer is somebody's own."""
+        split = self._split_of()
+        if split is None:
+            return None
+        return LowerLayerCache(
+            self._slots.model, self._layers().above(split), prefixes, prompt, adapters=len(self.adapters)
+        )
 
     def signals(
         self,
@@ -210,7 +265,7 @@ class Reader:
     ) -> list[Signals]:
         """What the verifier says of (question, draft) pairs, all in one forward pass.
 
-        ``parts`` if not the model's; what ``lower_cache`` knows is not read again.
+        ``parts`` of :meth:`remembering`; what ``lower_cache`` knows is not read again.
         """
         # A draft that ended by itself also chose to end; one that was cut off did not.
         end = () if self._tokenizer.eos_token_id is None else (self._tokenizer.eos_token_id,)
@@ -221,10 +276,13 @@ class Reader:
             )
             for question, draft in zip(questions, drafts, strict=True)
         ]
-        with self._slots.using(self._adapter):
-            if parts is not None:
-                return read(parts, readings, self.verdict_ids, lower_cache)
-            return read(self.parts, readings, self.verdict_ids, lower_cache, self._caches)
+        copies: Sequence[int] = ()
+        if parts is None:
+            layers = self._layers()
+            parts, copies = layers.parts, layers.copies(self._caches or 0)
+        with self._slots.using(self.adapters[0]):  # for the layers below all of them: whatever was active is not
+            by_each = read_by_each(parts, readings, self.verdict_ids, lower_cache, copies, len(self.adapters))
+        return [together(said, self._rule) for said in zip(*by_each, strict=True)]
 
     def signals_many(
         self,
@@ -235,7 +293,11 @@ class Reader:
         progress: Progress = SILENT,
         lower_cache: LowerLayerCache | None = None,
     ) -> list[Signals]:
-        """:meth:`signals` in batches of like questions; equal pairs are read once, and so are prompts of a batch."""
+        """:meth:`signals` in batches of like questions; equal pairs are read once, and so are prompts of a batch.
+
+        A batch has ``batch_rows`` drafts, or so many rows that as many adapters read.
+        """
+        size = max(1, batch_rows // len(self.adapters))
         pairs = [(question, draft.content) for question, draft in zip(questions, drafts, strict=True)]
         first = {pair: index for index, pair in reversed([*enumerate(pairs)])}
         order = sorted(
@@ -243,8 +305,8 @@ class Reader:
         )
         signals: dict[int, Signals] = {}
         with progress.task("verify", len(order)) as advance:
-            for start in range(0, len(order), batch_rows):
-                chunk = order[start : start + batch_rows]
+            for start in range(0, len(order), size):
+                chunk = order[start : start + size]
                 texts, chosen = [questions[index] for index in chunk], [drafts[index] for index in chunk]
                 signals.update(zip(chunk, self.signals(texts, chosen, needs, lower_cache=lower_cache), strict=True))
                 advance(len(chunk), "")

@@ -8,7 +8,8 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.inference import open as opening
-from mlx_rsgwm.inference.open import check_pair, find_base, pair_doubts, pair_problems
+from mlx_rsgwm.inference.open import find_base
+from mlx_rsgwm.inference.pair import check_pair, pair_doubts, pair_problems
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 POOL = [{"name": "change", "manifest_sha256": "a1"}, {"name": "groups", "manifest_sha256": "a2"}]

@@ -152,7 +152,7 @@ def test_a_prompt_of_several_drafts_is_read_once(base, model, name, parts):
     apart = [read((hidden, head), [reading], verdicts)[0] for reading in readings]
     plain = read((watched, head), readings, verdicts)
     count = len(read_here)
-    together = read((watched, head), readings, verdicts, caches=len(model.layers))
+    together = read((watched, head), readings, verdicts, copies=[1] * len(model.layers))
     for found in (plain, together):
         for one, other in zip(found, apart, strict=True):
             assert one.tokens == other.tokens
@@ -173,5 +173,5 @@ def test_prompts_of_one_draft_each_are_read_whole(base, model):
     hidden, head = split_head(model)
     calls = []
     watched = lambda ids, cache=None: calls.append(ids.shape) or hidden(ids, cache=cache)  # noqa: E731
-    read((watched, head), readings, verdict_ids(PLAIN, tokenizer), caches=len(model.layers))
+    read((watched, head), readings, verdict_ids(PLAIN, tokenizer), copies=[1] * len(model.layers))
     assert len(calls) == 1
