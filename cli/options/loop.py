@@ -36,8 +36,8 @@ PIPELINE_OPTIONS = (
         "--verifier",
         cls=SeveralOption,
         type=SOURCE,
-        help="The verifier, likewise; give both or neither. Several, as pool/* or a folder of adapters, read each draft "
-        f"together.  [default: {DEMO}/verifier]",
+        help="The verifier, likewise; give both or neither. Several, as pool/* or a folder of adapters, read each "
+        f"draft together.  [default: {DEMO}/verifier]",
     ),
     click.option(
         "--combine",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,8 @@ class SeveralOption(click.Option):
 
 
 def _process_with_rest(process: Callable[[Any, Any], None], value: Any, state: Any) -> None:
-    from mlx_rsgwm.core.files import expanded
-
     process(value, state)
-    while state.rargs and not state.rargs[0].startswith("-") and expanded(state.rargs[0]).exists():
+    while state.rargs and not state.rargs[0].startswith("-") and os.path.exists(os.path.expanduser(state.rargs[0])):
         process(state.rargs.pop(0), state)
 
 
