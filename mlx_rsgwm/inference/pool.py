@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.files import sha256_json
 from mlx_rsgwm.inference.draft import Signals
 from mlx_rsgwm.inference.scores import Scorer
-from mlx_rsgwm.models.adapter import Adapter
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.models.adapter import Adapter
 
 RULES = ("max", "mean", "learned")
 
