@@ -369,7 +369,7 @@ def _training_rows(
 def _adapters(pipeline: DraftVerify) -> dict[str, Adapter | Path]:
     drafter, slots = pipeline.drafter, pipeline.slots
     drafting = {} if drafter is None else {"drafter": slots.adapter(drafter)}
-    return drafting | roles_of([slots.adapter(name) for name in pipeline.verifiers])
+    return {**drafting, **roles_of([slots.adapter(name) for name in pipeline.verifiers])}
 
 
 def _text(name: str | Path | None) -> str | None:

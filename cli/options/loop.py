@@ -35,6 +35,7 @@ PIPELINE_OPTIONS = (
     click.option(
         "--verifier",
         cls=SeveralOption,
+        multiple=True,
         type=SOURCE,
         help="The verifier, likewise; give both or neither. Several, as pool/* or a folder of adapters, read each "
         f"draft together.  [default: {DEMO}/verifier]",

@@ -46,9 +46,6 @@ class SeveralOption(click.Option):
     Arguments after its value belong to it, too, as long as they are files or folders that are there.
     """
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, multiple=True, **settings)
-
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         """As click does it, with a look at the arguments that follow."""
         super().add_to_parser(parser, ctx)

@@ -137,13 +137,14 @@ class ItemRecord:
             for name in ("adapters", "won"):  # of a pool alone
                 if not getattr(draft, name):
                     del plain[name]
+                else:
+                    plain[name] = dict(getattr(draft, name))
             drafts.append(
                 {
                     **plain,
                     "scores": dict(draft.scores),
                     "readings": {name: asdict(reading) for name, reading in draft.readings.items()},
                     "verified": dict(draft.verified),
-                    **{name: dict(getattr(draft, name)) for name in ("adapters", "won") if name in plain},
                 }
             )
         return {item.name: getattr(self, item.name) for item in fields(self)} | {"drafts": drafts}

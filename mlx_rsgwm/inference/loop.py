@@ -146,9 +146,9 @@ class DraftVerify:
         """Which adapter was trained with another template than it is used with."""
         mismatches = []
         uses: list[tuple[str, str | None, Template]] = [("drafter", self.drafter, self.template)]
-        for name in self.verifiers:
-            role = "verifier" if len(self.verifiers) == 1 else f"verifier {name}"
-            uses.append((role, name, self.verify_template))
+        for verifier in self.verifiers:
+            role = "verifier" if len(self.verifiers) == 1 else f"verifier {verifier}"
+            uses.append((role, verifier, self.verify_template))
         for role, name, used in uses:
             trained_with = self.slots.adapter(name).template_hash if name is not None else None
             if trained_with is not None and trained_with != used.hash:

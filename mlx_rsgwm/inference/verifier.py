@@ -197,7 +197,8 @@ def _pass(
     passed: Any = []
     for adapter in range(adapters):
         at = adapter * len(picks)
-        logprobs, yes = [], []
+        logprobs: Any = []
+        yes: Any = []
         if likelihood:
             logprobs = (-cross_entropy(logits[at : at + len(likelihood)], targets)).tolist()
         if verdict:
