@@ -57,22 +57,22 @@ def describe_disputes(disputes: list[Dispute], unit: str) -> str:
     return f"{asked} two different gold answers: {shown}{more}"
 
 
-def same_answer(one: str, other: str) -> bool:
+def same_answer(answer: str, other: str) -> bool:
     """Whether two whole answers end in the same gold: what both mark, else all that they say.
 
     Of an answer with a mark and a long one without nobody can tell; they count as the same.
     """
-    marks = [marked_answer(text) for text in (one, other)]
-    if sum(mark is not None for mark in marks) == 1 and len((one, other)[marks[0] is not None]) > LONGEST_GOLD:
+    marks = [marked_answer(text) for text in (answer, other)]
+    if sum(mark is not None for mark in marks) == 1 and len((answer, other)[marks[0] is not None]) > LONGEST_GOLD:
         return True
-    golds = [text if mark is None else mark[1] for text, mark in zip((one, other), marks, strict=True)]
+    golds = [text if mark is None else mark[1] for text, mark in zip((answer, other), marks, strict=True)]
     return _same_gold(*golds)
 
 
-def _same_gold(one: str, other: str) -> bool:
-    if one == other or _plain(one) == _plain(other):
+def _same_gold(gold: str, other: str) -> bool:
+    if gold == other or _plain(gold) == _plain(other):
         return True
-    first, second = parse_number(one), parse_number(other)
+    first, second = parse_number(gold), parse_number(other)
     return first is not None and first == second
 
 

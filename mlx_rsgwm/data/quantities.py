@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from mlx_rsgwm.data.ideographs import IDEOGRAPHS, read_ideographs
 from mlx_rsgwm.data.number_words import NUMBER_WORDS, read_words, scale_after
 from mlx_rsgwm.data.numbers import CURRENCY, MAX_DIGITS, NUMERAL, POWER_OF_TEN, power_of_ten, read_numeral, write_number
 
@@ -63,9 +64,15 @@ _BELOW_ZERO = re.compile(
     r"\s?(?:°\s?[CF]?|degrees?(?: (?:Celsius|Fahrenheit|C|F))?)?\s?below (?:zero|freezing)\b", re.IGNORECASE
 )
 _AND_PART = re.compile(r"\s(?:and|&)\s(?:an?\s|one[ -])?(half|third|quarter)\b", re.IGNORECASE)
+# A hundredth of the money before it: "17 dollars and 50 cents", "17 рублей 50 копеек"; 元 has tenths, too.
 _CENTS = re.compile(
-    r"\s?(?:dollars?|euros?|pounds?|bucks)?,?\s(?:and\s)?([0-9]{1,2})\s(?:cents?|pence)\b", re.IGNORECASE
+    r"(?P<money>\s?(?:dollars?|euros?|pounds?|bucks?|francs?|franken|pesos?|rea(?:l|is)|rupees?|rou?bles?|руб\w*\.?|"
+    r"złot\w+|zł|kron\w+|kr\.?)(?![^\W\d]))?,?\s(?:(?:and|und|et|y|e|con|en|i|och|og|и)\s)?(?P<cents>[0-9]{1,2})\s"
+    r"(?:cents?|pence|centimes?|rappen|céntimos?|centavos?|centesim[io]|kope[ec]?ks?|копе\w+|коп\.?|grosz\w*|öre|øre|"
+    r"pais[ae])(?![^\W\d])",
+    re.IGNORECASE,
 )
+_JIAO = re.compile(r"\s?[元块塊](?P<jiao>[0-9])[角毛](?:(?P<fen>[0-9])分)?")
 _MONEY_WORD = re.compile(
     rf"\s?(?:{CURRENCY}|(?:EUR|USD|GBP|INR|CHF|euros?|dollars?|pesos|reais|rupees|rublos|pounds|Kronen|kronor|kroner|руб\w*|Franken)\b)",
     re.IGNORECASE,
@@ -210,11 +217,12 @@ def _scaled(text: str, quantity: Quantity, money: bool) -> Quantity:
     if scale is not None:
         quantity = replace(quantity, value=value * scale[0], end=scale[1], plain=value)
         value = value * scale[0]
-    cents = _CENTS.match(text, quantity.end)
-    if cents is not None and (
-        money or re.match(r"\s?(?:dollar|euro|pound|buck)", text[quantity.end : quantity.end + 8])
-    ):
-        quantity = replace(quantity, value=value + Fraction(int(cents[1]), 100), end=cents.end())
+    cents, jiao = _CENTS.match(text, quantity.end), _JIAO.match(text, quantity.end)
+    if cents is not None and (money or cents["money"]):
+        quantity = replace(quantity, value=value + Fraction(int(cents["cents"]), 100), end=cents.end())
+    elif jiao is not None:
+        part = Fraction(int(jiao["jiao"] + (jiao["fen"] or "0")), 100)
+        quantity = replace(quantity, value=value + part, end=jiao.end())
     return quantity
 
 
@@ -231,4 +239,9 @@ def word_quantities(text: str) -> list[Quantity]:
         if value is not None and _SIGN_WORD.search(before):
             value = -value
         numbers.append(Quantity(match.start(), match.end(), value, value is not None and value.denominator % 3 == 0))
-    return numbers
+    for match in IDEOGRAPHS.finditer(text):
+        value = read_ideographs(match)
+        if value is not None and _SIGN_WORD.search(text[max(0, match.start() - 24) : match.start()]):
+            value = -value
+        numbers.append(Quantity(match.start("number"), match.end("number"), value))
+    return sorted(numbers, key=lambda number: number.start)

@@ -123,8 +123,8 @@ def _of_file(
             f"or --split {EVERY_ROW} where the file serves nothing else"
         )
     rows = (AnsweredRow(number, each.question, each.gold) for number, each in zip(numbers, questions, strict=True))
-    found = find_disputes(row for row in rows if share in (EVERY_ROW, share_of(row.question)))
-    disputes = describe_disputes(found, unit) if found else ""
+    asked_twice = find_disputes(row for row in rows if share in (EVERY_ROW, share_of(row.question)))
+    disputes = describe_disputes(asked_twice, unit) if asked_twice else ""
     if disputes and purpose != "train":
         raise RsgwmError(f"{task}: {disputes}; only one can be right: correct one row of each, or remove it")
     taken = select(chosen, limit=limit, offset=offset, seed=order)

@@ -38,6 +38,7 @@ from mlx_rsgwm.evaluation.final_text import (
 )
 from mlx_rsgwm.evaluation.label_reading import options_of as options_of
 from mlx_rsgwm.evaluation.label_reading import read_choice, read_verdict
+from mlx_rsgwm.evaluation.last_number import last_number
 from mlx_rsgwm.evaluation.number_reading import after_correction, marked_number, stated_number, taken_back
 
 Status = Literal["answer", "no_answer", "cut_off"]
@@ -54,6 +55,8 @@ class Extraction:
 
 # One line of mathematics without a word: all of it, or its right side, is the answer.
 _BARE = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z](?![a-zA-Z])|[-+*/^=().,$\[\]{}\d \t])+")
+# A set, a point or an interval that a text ends with is the answer as a whole.
+_LIST_AT_END = re.compile(r"(?P<list>\\?[{(\[][^{}()\[\]\n]*\d\s*[,;][^{}()\[\]\n]*\d\s*\\?[)}\]])[\s.$*]*\Z")
 _LABELS = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 _ANSWER_WORD = re.compile(r"['\"*\s]*(?:the\s+)?(?:final\s+)?answer\b['\"*\s]*(?:is\b|[:=.])?['\"*\s]*", re.IGNORECASE)
 _CUT_NUMBER = re.compile(r"[\d.,/%]*\d[\d.,/%]*\Z")
@@ -114,6 +117,11 @@ def _math(text: str, options: Mapping[str, str], finished: bool) -> Reading:
     else:
         if RUNAWAY.search(text[-4000:]):
             return NOTHING
+        values = _LIST_AT_END.search(text[-4000:])
+        if values is not None:
+            return Reading(values["list"].replace("\\{", "{").replace("\\}", "}"), stated=False)
+        if "\\" not in text and "^" not in text and last_number(fold(text[-4000:])).ambiguous:
+            return AMBIGUOUS
         read = parse_mathematics(text[-4000:])
         return Reading(plain_number(str(read[-1])), stated=False) if read else NOTHING
     value = value.strip(" *`").rstrip(".").strip().strip("$").strip()

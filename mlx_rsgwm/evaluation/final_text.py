@@ -56,7 +56,8 @@ _IS_THE_ANSWER = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]*]*\s+(?=[\"'(*\\$\[]*[A-Z0-9\u0080-\uffff])|\n+")
 _ABBREVIATION = re.compile(
-    r"\b(?:approx|no|vs|mr|mrs|ms|dr|st|e\.g|i\.e|ca|bzw|mio|mrd|oz|lb|lbs|ft|hr|hrs|min|sq)\.$", re.IGNORECASE
+    r"\b(?:approx|no|vs|mr|mrs|ms|dr|st|e\.g|i\.e|ca|bzw|mio|mrd|oz|lb|lbs|ft|hr|hrs|min|sq|руб|коп|zł|kr)\.$",
+    re.IGNORECASE,
 )
 
 

@@ -34,7 +34,8 @@ _DENIED_AFTER = re.compile(
     re.IGNORECASE,
 )
 _BESIDE = re.compile(
-    r"[)\]\"'”*]*\s*(?:,|/|&|and|or|nor|und|oder|et|ou|y|o|,\s*(?:and|or))\s*[(\[\"'“*]*", re.IGNORECASE
+    r"[)\]\"'”*]*\s*(?:,|/|&|and|or|nor|und|oder|et|ou|y|o|,\s*(?:and|or))\s*(?:(?:option|choice)\s)?[(\[\"'“*]*",
+    re.IGNORECASE,
 )
 _WORD_AFTER_A = re.compile(r"[ \t]+[a-z]")
 _AFTER_LETTER = re.compile(
@@ -53,8 +54,8 @@ _LEADING_VERDICT = re.compile(
     re.IGNORECASE,
 )
 _BOTH = re.compile(
-    r"\b(?:neither\s+|both\s+|either\s+)?(?:yes|true)\W+(?:and|or|nor|&|/)\W*(?:no|false)\b|"
-    r"\b(?:neither\s+|both\s+|either\s+)?(?:no|false)\W+(?:and|or|nor|&|/)\W*(?:yes|true)\b|\b(?:yes|true)/(?:no|false)\b",
+    r"\b(?:neither\s+|both\s+|either\s+)?(?:yes|true)\W+(?:and|or|nor|&|/|\|)\W*(?:no|false)\b|"
+    r"\b(?:neither\s+|both\s+|either\s+)?(?:no|false)\W+(?:and|or|nor|&|/|\|)\W*(?:yes|true)\b|\b(?:yes|true)/(?:no|false)\b",
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
@@ -72,6 +73,32 @@ _INTERRUPTED = re.compile(
     rf"[,;…–—-]\s*(?:{words('no')})\s?[,:]",
     re.IGNORECASE,
 )
+_DOUBTED = r"(?<!no )(?<!without )doubt\w*|unclear|unsure|uncertain|unlikely|not (?:sure|certain|clear)"
+# Somebody may say so, or nobody would: no verdict. "if the answer is yes", "I doubt that it is no".
+_NOT_SAID = re.compile(
+    r"(?:\b(?:not|never|nobody|no one|none|cannot|hard|difficult|hesitate|could|might|may|some|many|most|people|others|"
+    r"anyone|who|one)\b|n['’]t\b)[^.!?;\n]{0,40}\b(?:say|says|said|saying|answer|answered|reply|claim|think|call it)\s"
+    r"(?:that\s|it is\s|either\s|both\s)?[\"'“*]*$"
+    rf"|\b(?:whether|{_DOUBTED})\b[^.!?;,\n]*$",
+    re.IGNORECASE,
+)
+_NOT_STATED = re.compile(
+    rf"(?:\b(?:whether|if|{_DOUBTED}|not (?:true|the case))\b|"
+    r"(?:n['’]t|\bnot) (?:think|believe|say|mean|know|sure)\b)[^.!?;\n]*$",
+    re.IGNORECASE,
+)
+# What names an option before its letter: "the correct option is b", "I would go with c)".
+_OPTION_SAID = re.compile(
+    r"\b(?:(?:correct|right|best|chosen|final|my|most [^\W\d]+)\s(?:option|choice|alternative|letter)\b[^.:=?\n]{0,30}?"
+    r"(?:\bis\b|\bwould be\b|[:=])|option that [^.:=?\n]{1,30}?\sis"
+    r"|(?:i|we)(?:['’]d| would|['’]ll| will)? (?:choose|pick|select|go with|opt for)(?:\s(?:option|choice|answer))?"
+    r"|richtige\s(?:option|antwort|wahl)\sist|(?:opción|respuesta|alternativa)\scorrecta\ses"
+    r"|(?:bonne|meilleure)\s(?:option|réponse)\sest)[\s*]*|正[确確](?:选项|選項|答案)(?:是|为|為|[：:])\s?",
+    re.IGNORECASE,
+)
+_LETTER_AFTER = re.compile(r"[\s\"'“‘(\[{*]*(?:(?:option|choice|letter|not)\s[(\[]?)?[A-Ja-j](?![\w'’])")
+# "b)" and "(b)" are letters of options whatever their case; "f(a)" is none.
+_BRACKETED = re.compile(r"(?:(?<![\w'’\\)])|(?<![\w'’\\)])\()[a-j](?=\))")
 # "Vitamin A", "Plan B": the letter belongs to a name.
 _NAME_BEFORE = re.compile(
     r"(?:\b(?:vitamins?|plan|hepatitis|type|group|team|grade|class|section|room|model|phase|train|company|machine|"
@@ -92,6 +119,7 @@ def options_of(question: str) -> dict[str, str]:
 
 def read_choice(text: str, options: Mapping[str, str], finished: bool = True) -> Reading:
     """The letter that is marked, boxed, stated, opens the text or ends it; else the one option whose words are said."""
+    text = _BRACKETED.sub(lambda match: match[0].upper(), text)
     for line in reversed(marked_lines(text)):
         if line:
             reading = _scope_letter(
@@ -114,6 +142,13 @@ def read_choice(text: str, options: Mapping[str, str], finished: bool = True) ->
             instead = _instead(text, place, reading.value)
             return reading if instead is None else _decided(_mentioned(instead, options, stated=True))
     text = fold(text)
+    for match in reversed(list(_OPTION_SAID.finditer(text[-LONGEST:]))):
+        scope = text[-LONGEST:][match.end() :].split("\n", 1)[0]
+        reading = _scope_letter(scope, options) if _LETTER_AFTER.match(scope) else NOTHING
+        if reading is not NOTHING:
+            place = Statement(0, scope, "said", end=len(text) - len(text[-LONGEST:]) + match.end())
+            instead = _instead(text, place, reading.value)
+            return reading if instead is None else _decided(_mentioned(instead, options, stated=True))
     named = list(
         re.finditer(
             r"(?:\b[Oo]ption\s[(\[]?(?=[a-jA-J]\b)|\b(?:option|choice|answer)\s+(?:is\s+)?[(\[\"'“*]*|[(\[\"'“*]*)((?<=ption\s)[a-j]|(?<=ption\s.)[a-j]|[A-J])[)\]\"'”*]*\s+(?:is|as)\s+(?:the\s+)?(?:\w+\s+)?(?:correct|right|best|answer)\b",
@@ -278,6 +313,8 @@ def read_verdict(text: str, finished: bool = True) -> Reading:
         if place.kind == "box" and len(set(place.boxes)) > 1:
             return AMBIGUOUS
         scope = next(iter(sentences(fold(_unbox(place.text)))), "")
+        if place.kind == "said" and _NOT_STATED.search(text[max(0, place.start - 80) : place.start]):
+            return AMBIGUOUS
         reading = _scope_verdict(scope, at_start=place.kind != "said")
         if reading is not NOTHING:
             instead = _instead(text, place)
@@ -285,10 +322,19 @@ def read_verdict(text: str, finished: bool = True) -> Reading:
     text = fold(text)
     leading = _LEADING_VERDICT.match(text)
     if leading is not None and not _BOTH.match(text[leading.start("word") :]):
+        if _both_verdicts(text, leading):
+            return AMBIGUOUS
         correction = _CORRECTION.search(text[: leading.end() + 60], leading.end())
         later = _last_verdict(text[correction.end() :]) if correction else NOTHING
         return later if later.value is not None else _verdict(leading)
     return _last_verdict(text)
+
+
+def _both_verdicts(text: str, leading: re.Match[str]) -> bool:
+    """Whether the other verdict follows the first one at once, or stands alone at the end ("Yes. No.")."""
+    after = text[leading.end() :].lstrip("\t\n .,;:!|/-–—)]}\"'”*")
+    others = (_LEADING_VERDICT.match(after), _LEADING_VERDICT.fullmatch(text.rstrip().splitlines()[-1].strip(" .!*")))
+    return any(other is not None and bool(other["yes"]) != bool(leading["yes"]) for other in others)
 
 
 def _scope_verdict(scope: str, at_start: bool) -> Reading:
@@ -298,7 +344,7 @@ def _scope_verdict(scope: str, at_start: bool) -> Reading:
         rf"[{_QUOTES}]*(?:(?P<yes>yes|true)|no|false)\b", scope, re.IGNORECASE
     )
     if leading is not None:
-        return _verdict(leading)
+        return AMBIGUOUS if _both_verdicts(scope, leading) else _verdict(leading)
     if at_start:
         return NOTHING
     for match in _VERDICT.finditer(scope):
@@ -315,6 +361,8 @@ def _verdict_at(text: str, match: re.Match[str]) -> Reading:
         return NOTHING
     word, before = match[0].lower(), text[max(0, match.start() - 40) : match.start()]
     if word == "no" and _DETERMINER.match(text, match.end()):
+        return NOTHING
+    if word in ("yes", "no") and _NOT_SAID.search(sentence):
         return NOTHING
     if _NEGATED.search(before):
         return AMBIGUOUS if word in ("yes", "no") else Reading("no" if word == "true" else "yes")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from mlx_rsgwm.data.quantities import Quantity, quantities, writes_decimal_commas
 from mlx_rsgwm.evaluation.corrections import find_correction
@@ -16,6 +17,7 @@ from mlx_rsgwm.evaluation.final_text import AMBIGUOUS, LONGEST, MOST, NOTHING, R
 from mlx_rsgwm.evaluation.languages import words
 from mlx_rsgwm.evaluation.number_candidates import (
     COMPOUND,
+    DIFFERENCE,
     OPERATOR,
     RENAMED,
     TWO_VALUES,
@@ -24,6 +26,7 @@ from mlx_rsgwm.evaluation.number_candidates import (
     candidates,
     rewritten,
     unscaled,
+    with_rest,
 )
 
 _COMPARED = re.compile(
@@ -32,6 +35,7 @@ _COMPARED = re.compile(
     r"\bthan\s+(?:[^\W\d]+\s+)?[$€£]?[0-9][\d.,]*[^\d=]*$",
     re.IGNORECASE,
 )
+_BESIDE = re.compile(r"(?:\s[^\W\d]+){0,3}(?:\s\(|,\s|,?\s(?:which|that|this)\s(?:is|was|are)\s)[$€£]?", re.IGNORECASE)
 _EQUALS = re.compile(
     r"(?:=|≈|\bequals\b|\bis equal to\b)\s*\(?(?:about|approximately|roughly)?\s*[$€£¥₹]?\s*(?=[-+–]?[$€£¥₹]?\.?[0-9])"
 )
@@ -162,6 +166,7 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         numbers = [number for number in numbers if number.end <= compared.start()]
         if not numbers:
             return AMBIGUOUS
+    numbers = _without_differences(sentence, numbers)
     reason = _REASON.search(sentence, numbers[0].end) if numbers else None
     if reason is not None:
         numbers = [number for number in numbers if number.end <= reason.start()] or numbers
@@ -177,6 +182,8 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         return NOTHING
     if len(numbers) > 1:
         gap = sentence[numbers[-2].end : numbers[-1].start]
+        if with_rest(sentence, numbers[-2], numbers[-1]):
+            return AMBIGUOUS
         if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or COMPOUND.fullmatch(gap) or not gap.strip(" ,;|")):
             return AMBIGUOUS
         if numbers[-2].value not in (None, numbers[-1].value) and not _follows(sentence, numbers):
@@ -186,6 +193,22 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         instead = quantities(correction.text, commas)
         return as_reading(instead[-1], stated=False) if len(instead) == 1 else AMBIGUOUS
     return as_reading(numbers[-1], stated=False)
+
+
+def _without_differences(sentence: str, numbers: Sequence[Quantity]) -> list[Quantity]:
+    """The numbers but those of "5 more than Tom's 7": both go where a value stands beside them, else both have none."""
+    for first, second in pairwise(numbers):
+        match = DIFFERENCE.match(sentence, first.end)
+        if match is None or match.end() < second.start:
+            continue
+        before = [number for number in numbers if number.end <= first.start]
+        after = [number for number in numbers if number.start >= second.end]
+        if after:
+            return after
+        if before and _BESIDE.fullmatch(sentence[before[-1].end : first.start]):
+            return before
+        return [replace(first, value=None)]
+    return list(numbers)
 
 
 def _listed(line: str, line_before: str) -> bool:

@@ -27,9 +27,37 @@ TWO_VALUES = re.compile(
 )
 COMPOUND = re.compile(
     r"\s?(?:feet|foot|ft|yards?|hours?|hrs?|h|minutes?|mins?|m|weeks?|days?|years?|months?|pounds?|lbs?|kg|km|meters?|"
-    r"degrees|'|°|r|remainder|rest),?\s?",
+    r"degrees|'|°|,?\s?(?:r|remainder|reste?|resto|остаток|余数?|餘|剩)),?\s?",
     re.IGNORECASE,
 )
+# What a number before or after it makes of it: "twice 8", "half of 20", "8的两倍".
+_MULTIPLIED_BEFORE = re.compile(
+    r"\b(?:twice|thrice|double|triple|treble|quadruple|half|"
+    r"(?:two|three|four|five|six|seven|eight|nine|ten|twelve|many|several) times|"
+    r"(?:half|double|triple|twice|thirds?|quarters?|fifths?|tenths?|square|(?:square |cube )?root|cube|multiple)\sof|"
+    r"(?:doppelte|dreifache|hälfte|viertel|drittel)\w*\svon|(?:le\s)?(?:double|triple|moitié|tiers|quart)\sde|"
+    r"(?:doble|triple|mitad|tercio|cuarto)\sde|(?:doppio|triplo|metà|terzo)\sdi|(?:dobro|triplo|metade|terço)\sde|"
+    r"(?:половин\w+|треть|четверть)\sот|(?:вдвое|втрое)(?:\s(?:больше|меньше))?)\s"
+    r"(?:as (?:much|many|long|old|tall|far|big|high|large|fast) as\s)?(?:the\s|[^\W\d]+['’]s\s)?[$€£]?$",
+    re.IGNORECASE,
+)
+_MULTIPLIED_AFTER = re.compile(r"\s?的(?:[一二两兩三四五六七八九十0-9]*倍|[一二三四五六七八九十]分之|一半|平方|立方)")
+# "5 more than Tom's 7": two numbers that only their sum, difference or product would answer.
+DIFFERENCE = re.compile(
+    r"\s?(?:%|percent)?(?:\s[^\W\d]+){0,3}?(?:\s(?:(?<!rather )(?<!other )than|above|below|on top of|in addition to|"
+    r"mehr als|weniger als|de (?:plus|moins) que|más que|menos que|as (?:many|much|long|old|tall|far|big|high) as)\s"
+    r"(?:[^\W\d][\w'’]*\s){0,4}?|\s(?:больше|меньше),? чем\s|\stimes\s(?:[^\W\d]+['’]s\s|the\s))"
+    r"[$€£]?(?=\.?[0-9])",
+    re.IGNORECASE,
+)
+_WITH_REST = re.compile(
+    r"(?:\s[^\W\d]+){0,4},?\s(?:with|and there (?:is|are)|and)\s(?:a remainder of\s|still\s)?[$€£]?", re.IGNORECASE
+)
+_LEAVING_REST = re.compile(r"(?:\s[^\W\d]+){0,4},?\sleaving\s[$€£]?", re.IGNORECASE)
+_REST_AFTER = re.compile(
+    r"(?:\s[^\W\d]+){0,2}\s(?:left[- ]?over|over|remaining|left behind|to spare|extra|left)\b", re.IGNORECASE
+)
+_OVER_AFTER = re.compile(r"(?:\s[^\W\d]+){0,2}\s(?:left[- ]?over|over)\b", re.IGNORECASE)
 OPERATOR = re.compile(
     r"\s*(?:[-+*×÷/]|[xX](?![a-z])|times|plus|minus|divided by|multiplied by|by|over)\s*[$€£]?\s*\(*\s*(?=[-0-9.])"
 )
@@ -87,6 +115,7 @@ def candidates(text: str, decimal_commas: bool, in_words: bool = False) -> list[
     numbers = quantities(text, decimal_commas)
     if in_words and not numbers:
         numbers = word_quantities(text)
+    numbers = [replace(number, value=None) if is_multiplied(text, number) else number for number in numbers]
     standing: list[Quantity] = []
     denied: set[Fraction | None] = set()
     for number in numbers:
@@ -162,6 +191,21 @@ def unscaled(sentence: str, right: Quantity) -> Quantity:
     return replace(right, value=right.plain) if value == right.plain else right
 
 
+def is_multiplied(text: str, number: Quantity) -> bool:
+    """Whether a word beside a number makes a multiple or a part of it ("twice 8"), so that it is not the value."""
+    before = text[max(0, number.start - 48) : number.start]
+    return bool(_MULTIPLIED_BEFORE.search(before) or _MULTIPLIED_AFTER.match(text, number.end))
+
+
+def with_rest(sentence: str, number: Quantity, other: Quantity) -> bool:
+    """Whether the second number is what a division leaves over ("6 candies with 2 left over")."""
+    gap = sentence[number.end : other.start]
+    return bool(
+        (_WITH_REST.fullmatch(gap) and _REST_AFTER.match(sentence, other.end))
+        or (_LEAVING_REST.fullmatch(gap) and _OVER_AFTER.match(sentence, other.end))
+    )
+
+
 def alone(sentence: str, number: Quantity, others: Sequence[Quantity]) -> bool:
     """Whether a number stands alone: no second value is offered beside it, and no operation on it is left open."""
     if OPERATOR.match(sentence, number.end):
@@ -170,6 +214,8 @@ def alone(sentence: str, number: Quantity, others: Sequence[Quantity]) -> bool:
         gap = sentence[number.end : other.start]
         if gap.strip() in (",", ";") and OPERATOR.match(sentence, other.end):
             continue  # "20; 4 * 5 = 20"
+        if "," not in gap and with_rest(sentence, number, other):
+            return False  # with a comma the rest is an aside
         if len(gap) <= 60 and (TWO_VALUES.fullmatch(gap) or COMPOUND.fullmatch(gap)):
             return other.value is not None and other.value == number.value
     return True

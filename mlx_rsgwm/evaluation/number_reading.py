@@ -25,7 +25,17 @@ from mlx_rsgwm.evaluation.final_text import (
 )
 from mlx_rsgwm.evaluation.languages import words
 from mlx_rsgwm.evaluation.last_number import last_number
-from mlx_rsgwm.evaluation.number_candidates import OPERATOR, RENAMED, alone, as_reading, candidates, rewritten, unscaled
+from mlx_rsgwm.evaluation.number_candidates import (
+    DIFFERENCE,
+    OPERATOR,
+    RENAMED,
+    alone,
+    as_reading,
+    candidates,
+    is_multiplied,
+    rewritten,
+    unscaled,
+)
 
 _ARITHMETIC = re.compile(
     r"(?:[\s0-9.,$€£%+\-–*×÷/()\[\]^√=]|(?<![A-Za-z])[xX](?![A-Za-z])|\b(?:of|times|plus|minus|divided by)\b)*="
@@ -74,7 +84,12 @@ def _first(text: str, commas: bool) -> Reading:
             return AMBIGUOUS
         result = rewritten(sentence, right[0], right[1:])
         return as_reading(unscaled(sentence, right[0]) if result is right[0] else result)
-    if _SHARE.match(sentence, number.end) or OPERATOR.match(sentence, number.end):  # "25% of 80, which is 20"
+    if (  # "25% of 80, which is 20", "twice 8, which is 16"
+        _SHARE.match(sentence, number.end)
+        or OPERATOR.match(sentence, number.end)
+        or DIFFERENCE.match(sentence, number.end)
+        or is_multiplied(sentence, number)
+    ):
         share = last_number(text, commas) if RENAMED.search(sentence, number.end) else NOTHING
         return AMBIGUOUS if share.value is None else share
     if re.search(r"\b(?:between|from|either|both)\s+[$€£]?$", before, re.IGNORECASE):

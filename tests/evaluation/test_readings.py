@@ -19,6 +19,7 @@ FILES = {
     "readings_last": 0.97,
     "readings_varied": 0.97,
     "readings_drafts": 0.97,
+    "readings_kinds": 0.97,
 }
 
 
