@@ -7,6 +7,7 @@ out is positive semidefinite, so its trace, which the diagonal of G tells exactl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,6 +38,19 @@ class WholeGram:
         with mx.stream(mx.cpu):
             return self.matrix @ columns.astype(mx.float64)
 
+    def dense(self) -> mx.array:
+        """G, (in, in) float64."""
+        return self.matrix
+
+    def regularised(self, weight: float, off_diagonal: float, ridge: float) -> WholeGram:
+        """``weight`` times G with its entries off the diagonal times ``off_diagonal`` and ``ridge`` · tr(G) / in added
+        to the diagonal.
+        """
+        with mx.stream(mx.cpu):
+            diagonal = self.diagonal()
+            added = (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
+            return WholeGram(weight * (off_diagonal * self.matrix + mx.diag(added)))
+
 
 @dataclass(frozen=True)
 class SketchedGram:
@@ -66,8 +80,38 @@ class SketchedGram:
             wide = columns.astype(mx.float64)
             return self.factor @ (self.factor.T @ wide) + self.rest[:, None] * wide
 
+    def dense(self) -> mx.array:
+        """What the sketch stands for, (in, in) float64: for where its columns are as many as the inputs."""
+        with mx.stream(mx.cpu):
+            return self.factor @ self.factor.T + mx.diag(self.rest)
+
+    def regularised(self, weight: float, off_diagonal: float, ridge: float) -> SketchedGram:
+        """As :meth:`WholeGram.regularised`, in the same form."""
+        with mx.stream(mx.cpu):
+            diagonal = self.diagonal()
+            added = (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
+            rest = weight * (off_diagonal * self.rest + added)
+            return SketchedGram(math.sqrt(weight * off_diagonal) * self.factor, rest, self.missed)
+
 
 Gram = WholeGram | SketchedGram
+
+
+def no_gram(width: int) -> SketchedGram:
+    """G of a module without inputs."""
+    with mx.stream(mx.cpu):
+        nothing = mx.zeros((width,)).astype(mx.float64)
+        return SketchedGram(nothing[:, None], nothing, 0.0)
+
+
+def plus(first: Gram, second: Gram) -> Gram:
+    """The sum of two: a sketch when both are and their columns are fewer than the inputs, else whole."""
+    with mx.stream(mx.cpu):
+        if isinstance(first, SketchedGram) and isinstance(second, SketchedGram):
+            factor = mx.concatenate([first.factor, second.factor], axis=1)
+            if factor.shape[1] < first.width:
+                return SketchedGram(factor, first.rest + second.rest, max(first.missed, second.missed))
+        return WholeGram(first.dense() + second.dense())
 
 
 @lru_cache(maxsize=32)

@@ -41,12 +41,14 @@ class Truncated:
     """An update at a given rank, and what that cost.
 
     ``discarded``: ‖ΔW − ab‖²_F, a float32 scalar; ab is a projection, so ‖ΔW‖²_F is ‖ab‖²_F and this. ``exact``: the
-    truncation is the best there is of this rank (Eckart–Young), not a sketch's.
+    truncation is the best there is of this rank (Eckart–Young), not a sketch's. ``lost``: of one in a metric, where
+    the projection is oblique, the share of ‖·‖² in that metric; else None.
     """
 
     factors: Factors
     discarded: mx.array
     exact: bool
+    lost: mx.array | None = None
 
 
 def cross(first: Factors, second: Factors) -> mx.array:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, overload
 
 import mlx.core as mx
 
+from mlx_rsgwm.linalg.gram import Gram
 from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.merging.pool_metric import PoolMetric, pool_metric
 
 
 class DenseUpdates(Sequence[mx.array]):
@@ -44,8 +47,8 @@ class Layer:
     (1.0 each by default). ``key``: a random key of this module's own (``mx.random.split`` it, one per adapter).
     ``importances``: T pairs (s_a, s_b) of importance arrays of ``factors``' shapes, to be walked over once and dropped
     pair by pair; or empty when the method asked for none. ``initial_a``: the shared lora_a at initialisation, or None.
-    ``grams``: T matrices XᵀX / n (in, in) of the module's inputs, or empty. ``survey``: what the method's pass over the
-    whole pool found, or None. ``notes``: where a method leaves what the diagnosis should say (scalars or short vectors,
+    ``grams``: T second moments of the module's inputs, or empty. ``survey``: what the method's pass over the whole pool
+    found, or None. ``notes``: where a method leaves what the diagnosis should say (scalars or short vectors,
     by name). ``objections``: where it leaves why it may have no answer here, and a bool scalar, true when it has none.
     """
 
@@ -56,11 +59,16 @@ class Layer:
     key: mx.array
     importances: Iterable[tuple[mx.array, mx.array]] = ()
     initial_a: mx.array | None = None
-    grams: tuple[mx.array, ...] = ()
+    grams: Sequence[Gram] = ()
     survey: Any = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notes: dict[str, mx.array] = field(default_factory=dict)
     objections: dict[str, mx.array] = field(default_factory=dict)
+
+    @cached_property
+    def metric(self) -> PoolMetric:
+        """The metric of the module's outputs. RsgwmError where ``grams`` give none."""
+        return pool_metric(self.name, self.grams, self.factors, self.weights, self.parameters)
 
     @property
     def dense_updates(self) -> DenseUpdates:

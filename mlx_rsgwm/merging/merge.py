@@ -17,12 +17,14 @@ from mlx_rsgwm.core.random_streams import module_seed
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.linalg.lowrank import Factors, Truncated, truncate, truncate_dense
+from mlx_rsgwm.linalg.metric import truncate_dense_in, truncate_in
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.measure import Batch, measuring
-from mlx_rsgwm.merging.methods import Method, find_method, resolved, sums, weight_problems
+from mlx_rsgwm.merging.methods import Method, find_method, needs_grams, resolved, sums, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.pool_metric import output_errors
 from mlx_rsgwm.merging.weights import brought_near_one
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
@@ -92,12 +94,13 @@ def _merged(
     computing, batch = Batch(), Batch()
     with progress.task(f"merge by {options.method}", len(pool.modules)) as advance, measuring(rows) as measure_jobs:
         for module in _modules(pool, method, options, parameters):
-            compressed = _compressed(method.merge(module), rank, module.key)
+            compressed = _compressed(module, method.merge(module), rank)
             a, b = _padded(compressed.factors, rank)
             ranks[module.name] = min(compressed.factors.rank, a.shape[0], b.shape[1])
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
             batch.arrays += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], module.objections]
             if diagnosed:
+                _note_outputs(module, compressed)
                 rows[module.name] = batch.diagnose(module, compressed)
             allowed[module.name] = _allowance(method, module)
             objections[module.name] = module.objections
@@ -141,7 +144,7 @@ def merged_spec(pool: Pool, rank: int) -> LoraSpec:
 def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Layer]:
     survey = method.survey(pool, parameters) if method.survey else None
     importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else repeat(())
-    grams: Any = pool.grams() if "grams" in method.needs else repeat(())
+    grams: Any = pool.grams(options.role) if needs_grams(method, parameters) else repeat(())
     initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):
@@ -163,8 +166,22 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
         )
 
 
-def _compressed(merged: Factors | mx.array, rank: int, key: mx.array) -> Truncated:
-    return truncate(merged, rank) if isinstance(merged, Factors) else truncate_dense(merged, rank, key)
+def _compressed(module: Layer, merged: Factors | mx.array, rank: int) -> Truncated:
+    in_metric = module.parameters.get("truncate") == "metric"
+    if isinstance(merged, Factors):
+        return truncate_in(module.metric.metric.gram, merged, rank) if in_metric else truncate(merged, rank)
+    if in_metric:
+        return truncate_dense_in(module.metric.metric.gram, merged, rank, module.key)
+    return truncate_dense(merged, rank, module.key)
+
+
+def _note_outputs(module: Layer, compressed: Truncated) -> None:
+    """What the result's outputs on the adapters' own inputs are like, where those are known."""
+    if compressed.lost is not None:
+        module.notes["output_discarded"] = compressed.lost
+    if module.grams:
+        errors = output_errors(module.grams, module.factors, compressed.factors, module.metric)
+        module.notes["output_errors"] = errors
 
 
 def _padded(factors: Factors, rank: int) -> tuple[mx.array, mx.array]:
@@ -199,7 +216,7 @@ def _usual_rank(method: Method, pool: Pool) -> int:
 def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any]) -> None:
     for override in options.overrides:
         resolved(options, override.parameters)
-        if fixed := {"space", "scope", "signal"} & set(override.parameters):
+        if fixed := {"space", "scope", "signal", "truncate"} & set(override.parameters):
             raise RsgwmError(f"merge options: {', '.join(sorted(fixed))} cannot differ between modules")
         if not any(override.covers(module) for module in pool.modules):
             raise RsgwmError(f"merge options: {override.pattern!r} finds no module; there is e.g. {pool.modules[0]}")

@@ -12,11 +12,14 @@ import mlx.core as mx
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.merging import pool_metric
 from mlx_rsgwm.merging.families import fisher, peft_compat, task_vectors
 from mlx_rsgwm.merging.families import linear as combine
+from mlx_rsgwm.merging.families.compress_then_merge import compress_then_merge
 from mlx_rsgwm.merging.families.knots import MERGES as KNOTS_MERGES
 from mlx_rsgwm.merging.families.knots import knots
 from mlx_rsgwm.merging.families.lego import lego
+from mlx_rsgwm.merging.families.regmean import PARAMETERS as REGMEAN
 from mlx_rsgwm.merging.families.regmean import regmean
 from mlx_rsgwm.merging.families.rsgwm import rsgwm, survey
 from mlx_rsgwm.merging.layer import Layer
@@ -133,7 +136,7 @@ def _peft(kind: str) -> Method:
     )
 
 
-METHODS: Mapping[str, Method] = MappingProxyType(
+_TABLE: Mapping[str, Method] = MappingProxyType(
     {
         "rsgwm": _RSGWM,
         "paper-literal": Method(
@@ -227,10 +230,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             regmean,
             "the update whose outputs are nearest to every adapter's on its own inputs",
             "Jin et al., 2023; fusion_bench regmean",
-            {
-                "off_diagonal": Parameter(1.0, "factor on the Gram matrices' entries off the diagonal", 0, 1),
-                "ridge": Parameter(1e-6, "times the mean of the diagonal, added to it", 0, 1),
-            },
+            REGMEAN,
             needs=("grams",),
             remedy="set a larger ridge (--set ridge=0.001), or collect the Gram matrices on more rows",
         ),
@@ -243,6 +243,18 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "density": Parameter(1.0, "share of an aligned update's entries that is kept", 0, 1, open_low=True),
                 "part": Parameter("v", "what is merged: V_t, or diag(S) V_t", choices=("v", "sv")),
                 "threshold": Parameter(1e-4, "singular values up to this are dropped", 0),
+                "lambda": task_vectors.LAMBDA,
+            },
+        ),
+        "compress_then_merge": Method(
+            compress_then_merge,
+            "bring the updates to two shared bases of the result's rank, merge their coordinates there",
+            "He et al., 2026 (arXiv 2606.03723), its authors' code",
+            {
+                "merge": Parameter("ties", "how the coordinates are merged", choices=tuple(KNOTS_MERGES)),
+                "density": Parameter(0.25, "share of the coordinates that is kept", 0, 1, open_low=True),
+                "beta": Parameter(0.25, "norms in the bases: 0 all alike, 1 as they are", 0, 1),
+                "components": Parameter(0, "number of directions; 0 for the highest rank of the pool", 0, integer=True),
                 "lambda": task_vectors.LAMBDA,
             },
         ),
@@ -266,6 +278,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         **{f"peft:{kind}": _peft(kind) for kind in peft_compat.TYPES},
     }
 )
+# Any result that is cut to a rank can be cut by what that does to its outputs, where the inputs' directions are known.
+_PLAIN = replace(pool_metric.PARAMETERS["truncate"], default="plain")
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        name: method
+        if name.startswith("peft:")
+        else replace(method, parameters={**method.parameters, "truncate": method.parameters.get("truncate", _PLAIN)})
+        for name, method in _TABLE.items()
+    }
+)
+
+
+def needs_grams(method: Method, parameters: Mapping[str, Any]) -> bool:
+    """Whether a merge with these parameters looks at the adapters' inputs."""
+    return "grams" in method.needs or parameters.get("truncate") == "metric"
 
 
 def find_method(name: str) -> Method:
@@ -318,14 +345,17 @@ def sums(method: Method, parameters: Mapping[str, Any]) -> bool:
 def weight_problems(options: MergeOptions, count: int) -> list[str]:
     """What is wrong with the weights of ``options`` for ``count`` adapters, those of single modules included."""
     method, name = find_method(options.method), options.method
-    as_sum = sums(method, resolved(options))
+    settled = resolved(options)
+    as_sum = sums(method, settled)
+    # By importance or by squared errors, and those are not below 0.
+    weighed = bool(method.needs) or needs_grams(method, settled)
     problems = []
     for weights in filter(None, (options.weights, *(override.weights for override in options.overrides))):
         if len(weights) != count:
             problems.append(f"{len(weights)} weights for {count} adapters; give one for each")
         elif not any(weights):
             problems.append("every weight is zero, so nothing would be merged")
-        elif method.needs and min(weights) < 0:  # importance and squared errors are weighed, and those are not below 0
+        elif weighed and min(weights) < 0:
             problems.append(f"{name} averages: weights must not be negative, found {min(weights)}")
         elif cancel(weights) and not as_sum:
             problems.append(f"weights must not sum to zero, {name} is a mean")

@@ -21,7 +21,9 @@ import numpy as np
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.files import sha256_file, sha256_json
 from mlx_rsgwm.core.safetensors_io import read_safetensors
+from mlx_rsgwm.linalg.gram import Gram, WholeGram
 from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.merging.pool_metric import ModuleGrams
 from mlx_rsgwm.models.adapter import (
     IMPORTANCE_FILE,
     INIT_FILE,
@@ -256,25 +258,21 @@ class Pool:
             else:
                 yield mx.zeros((rows, 1)), mx.zeros((1, columns))
 
-    def grams(self) -> Iterator[tuple[mx.array, ...]]:
-        """For every module, in the order of :meth:`updates`, the T matrices XᵀX / n (in, in); zero where none is.
+    def grams(self, role: str) -> Iterator[Sequence[Gram]]:
+        """For every module, in the order of :meth:`updates`, the T second moments of its inputs in rows of ``role``.
 
         Raises:
             RsgwmError: an adapter without collected matrices, and how to get them.
         """
         from mlx_rsgwm.training.grams import load_grams  # which loads mlx-lm, and a merge by other methods needs none
 
-        readers = []
+        readers: list[Mapping[str, Gram]] = []
         for source in self.sources:
             if source.folder is None:
-                raise RsgwmError(f"{source.label} is not saved, so it has no Gram matrices")
-            readers.append(load_grams(source.folder))
-        for module in self.modules:
-            width = self.shape(module)[0]
-            yield tuple(
-                readers[index].pop(module) if module in source.shapes else mx.zeros((width, width))
-                for index, source in enumerate(self.sources)
-            )
+                raise RsgwmError(f"{source.label} is not saved, so it has no Gram matrices of {role} rows")
+            arrays = load_grams(source.folder)
+            readers.append({name: WholeGram(value.astype(mx.float64, stream=mx.cpu)) for name, value in arrays.items()})
+        return (ModuleGrams(readers, module, self.shape(module)[0]) for module in self.modules)
 
     def require_signal(self, signal: str) -> None:
         """Raise unless every adapter has the importance of ``signal``."""

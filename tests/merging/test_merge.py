@@ -326,7 +326,7 @@ def test_modules_of_other_shapes_are_named(make_adapter):
         ({"method": "lego", "parameters": {"clusters": 4.5}}, "clusters must be a whole number, found 4.5"),
         ({"method": "lego", "parameters": {"clusters": float("inf")}}, "clusters must be a whole number, found inf"),
         ({"method": "ties", "parameters": {"space": "factor", "normalise": "none"}}, "use product"),
-        ({"method": "linear", "parameters": {"tau": 0.5}}, "linear has no parameter 'tau'; it takes space"),
+        ({"method": "linear", "parameters": {"tau": 0.5}}, "linear has no parameter 'tau'; it takes space, truncate"),
     ],
 )
 def test_bad_parameters(values, message):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.linalg.gram import WholeGram
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import METHODS, sums
 from mlx_rsgwm.merging.options import LARGEST, MergeOptions
@@ -219,18 +220,22 @@ REFERENCES = {
 TESTED = [name for name in METHODS if name != "paper-literal"]  # a preset of rsgwm for factor space
 
 
+def second_moment(x):
+    return WholeGram(mx.array((x.T @ x / len(x)).astype(np.float32)).astype(mx.float64, stream=mx.cpu))
+
+
 def run(method, updates, weights, monkeypatch, rank=FULL, **options):
     """The merged products in float64, by module, and the merge's manifest."""
     parameters = SETTINGS.get(method, {})
     adapters = [adapter(update) for update in updates]
     if "grams" in METHODS[method].needs:
 
-        def grams(pool):
+        def grams(pool, role):
             rng = np.random.default_rng(9)
             for module in pool.modules:
                 width = pool.shape(module)[0]
                 inputs = [rng.standard_normal((4 * width, width)) for _ in pool.sources]
-                yield tuple(mx.array((x.T @ x / len(x)).astype(np.float32)) for x in inputs)
+                yield tuple(second_moment(x) for x in inputs)
 
         monkeypatch.setattr(Pool, "grams", grams)
     found = merge(adapters, MergeOptions(method, parameters=parameters, weights=weights, rank=rank, **options))
@@ -333,12 +338,12 @@ def test_the_bound_names_the_module_the_limit_and_the_way_round_it(monkeypatch):
 def test_a_large_result_below_the_bound_is_told(monkeypatch):
     """RegMean on few, unlike rows: the directions without input are free."""
 
-    def grams(pool):
+    def grams(pool, role):
         rng = np.random.default_rng(0)
         for module in pool.modules:
             width = pool.shape(module)[0]
             inputs = [rng.standard_normal((3 * width, width)) * 10.0 ** -rng.uniform(0, 2, width) for _ in pool.sources]
-            yield tuple(mx.array((x.T @ x / len(x)).astype(np.float32)) for x in inputs)
+            yield tuple(second_moment(x) for x in inputs)
 
     monkeypatch.setattr(Pool, "grams", grams)
     merged = merge([adapter(A), adapter(B)], MergeOptions("regmean", rank=FULL, parameters={"off_diagonal": 1.0}))

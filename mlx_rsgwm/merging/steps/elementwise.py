@@ -10,6 +10,9 @@ import mlx.core as mx
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging.layer import Layer
 
+# Parameters that say what is done before or after the entries are merged.
+NOT_OF_ENTRIES = ("space", "lambda", "truncate")
+
 
 def elementwise(merge: Callable[..., mx.array]) -> Callable[[Layer], Factors | mx.array]:
     """The method that runs ``merge(deltas, weights, key, **parameters)`` in the space that ``space`` names.
@@ -21,7 +24,7 @@ def elementwise(merge: Callable[..., mx.array]) -> Callable[[Layer], Factors | m
 
     def method(layer: Layer) -> Factors | mx.array:
         options: dict[str, Any] = {
-            name: value for name, value in layer.parameters.items() if name not in ("space", "lambda")
+            name: value for name, value in layer.parameters.items() if name not in NOT_OF_ENTRIES
         }
         factor = layer.parameters["lambda"]
         if layer.parameters["space"] == "product":

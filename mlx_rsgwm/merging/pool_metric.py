@@ -1,0 +1,143 @@
+"""The metric in which a module's outputs are compared across a pool: M = Σ w_t Ḡ_t over its adapters' input moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import mlx.core as mx
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.linalg.gram import Gram, no_gram, plus
+from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.linalg.metric import Metric, energy, factorised, inner
+from mlx_rsgwm.merging.parameters import Parameter
+
+RAISES = 5  # of the ridge, tenfold each, before second moments are given up
+# An adapter whose outputs here have a norm a hundred times below the largest counts as if it were a hundred times.
+LARGEST_RATIO = 1e4
+
+PARAMETERS: Mapping[str, Parameter] = {
+    "balance": Parameter(
+        "relative",
+        "an adapter's error counts relative to its own outputs, or as it is",
+        choices=("relative", "equal"),
+    ),
+    "off_diagonal": Parameter(1.0, "factor on the second moments' entries off the diagonal", 0, 1),
+    "ridge": Parameter(1e-6, "times the mean of the diagonal, added to it", 0, 1),
+    "truncate": Parameter(
+        "metric", "what the rank keeps: the outputs on these inputs, or the update", choices=("metric", "plain")
+    ),
+}
+
+
+class ModuleGrams(Sequence[Gram]):
+    """The T second moments of the inputs of ``module`` (``width`` long), each read when asked for and not kept; zero
+    where an adapter has no such module.
+    """
+
+    def __init__(self, readers: Sequence[Mapping[str, Gram]], module: str, width: int) -> None:
+        self._readers, self._module, self._width = readers, module, width
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    @overload
+    def __getitem__(self, index: int) -> Gram: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Gram]: ...
+    def __getitem__(self, index: int | slice) -> Gram | Sequence[Gram]:
+        if isinstance(index, slice):
+            return ModuleGrams(self._readers[index], self._module, self._width)
+        reader = self._readers[index]
+        return reader[self._module] if self._module in reader else no_gram(self._width)
+
+
+@dataclass(frozen=True)
+class PoolMetric:
+    """``metric`` M = Σ w_t Ḡ_t; ``seen`` [w_1 Ḡ_1 a_1 … w_T Ḡ_T a_T], (in, Σ r) float64; ``outputs`` the T
+    ‖X_t ΔW_t‖²_F / n; ``weights`` the w_t; ``ridge`` the one in Ḡ_t.
+    """
+
+    metric: Metric
+    seen: mx.array
+    outputs: tuple[float, ...]
+    weights: tuple[float, ...]
+    ridge: float
+
+
+def pool_metric(
+    name: str,
+    grams: Sequence[Gram],
+    factors: Sequence[Factors],
+    weights: Sequence[float],
+    parameters: Mapping[str, Any],
+) -> PoolMetric:
+    """From T second moments G_t and updates a_t b_t of the module ``name``, and the user's weights.
+
+    Ḡ_t is G_t with its entries off the diagonal times ``off_diagonal``, and ``ridge`` · tr(G_t) / in added to its
+    diagonal. w_t is the user's weight, with ``balance`` relative over ‖X_t ΔW_t‖². The ridge is added to every G_t and
+    not to their sum alone, so that equal updates stay as they are and directions without any input get the mean. Where
+    the data is too little for a sound solution (fewer tokens than inputs) it is raised tenfold until it suffices.
+
+    Raises:
+        RsgwmError: the second moments are zero or not finite.
+    """
+    settled = {key: parameters.get(key, parameter.default) for key, parameter in PARAMETERS.items()}
+    outputs = _outputs(grams, factors)
+    balanced = _balanced(weights, outputs) if settled["balance"] == "relative" else tuple(weights)
+    ridge = settled["ridge"]
+    for _ in range(RAISES):
+        total, seen = _summed(grams, factors, balanced, settled["off_diagonal"], ridge)
+        if (metric := factorised(total)) is not None:
+            return PoolMetric(metric, seen, outputs, balanced, ridge)
+        ridge = max(10 * ridge, 1e-7)
+    raise RsgwmError(
+        f"{name}: the second moments of its inputs are singular or not finite; collect them on more rows "
+        "(rsgwm adapter grams ADAPTER --corpus ROWS --replace), or set off_diagonal below 1"
+    )
+
+
+def output_errors(grams: Sequence[Gram], factors: Sequence[Factors], merged: Factors, metric: PoolMetric) -> mx.array:
+    """‖X_t (ΔW − ΔW_t)‖² / ‖X_t ΔW_t‖² of the T adapters, (T,) float32; 0 where an adapter has no output here."""
+    errors = []
+    with mx.stream(mx.cpu):
+        for gram, update, output in zip(grams, factors, metric.outputs, strict=True):
+            seen = gram.times(merged.a)
+            error = inner(merged, seen, merged) - 2 * inner(update, seen, merged) + output
+            errors.append(mx.maximum(error, 0.0) / output if output > 0 else mx.zeros_like(error))
+        return mx.stack(errors).astype(mx.float32)
+
+
+def _outputs(grams: Sequence[Gram], factors: Sequence[Factors]) -> tuple[float, ...]:
+    energies = [energy(gram, update) for gram, update in zip(grams, factors, strict=True)]
+    mx.eval(energies)
+    return tuple(float(value.item()) for value in energies)  # type: ignore[arg-type]
+
+
+def _balanced(weights: Sequence[float], outputs: Sequence[float]) -> tuple[float, ...]:
+    """The weights over the outputs' squared norms, the largest of which is 1. Without output nothing is relative to it:
+    such an adapter counts like the one with the largest, no more than any other.
+    """
+    largest = max(outputs)
+    if not 0 < largest < float("inf"):
+        return tuple(weights)
+    sizes = [max(output / largest, 1 / LARGEST_RATIO) if output > 0 else 1.0 for output in outputs]
+    return tuple(weight / size for weight, size in zip(weights, sizes, strict=True))
+
+
+def _summed(
+    grams: Sequence[Gram], factors: Sequence[Factors], weights: Sequence[float], off_diagonal: float, ridge: float
+) -> tuple[Gram, mx.array]:
+    """Σ w_t Ḡ_t, and the w_t Ḡ_t a_t side by side."""
+    total: Gram | None = None
+    columns = []
+    for gram, update, weight in zip(grams, factors, weights, strict=True):
+        part = gram.regularised(weight, off_diagonal, ridge)
+        columns.append(part.times(update.a))
+        total = part if total is None else plus(total, part)
+        mx.eval(columns[-1], total.diagonal())  # before the next is read
+    assert total is not None
+    with mx.stream(mx.cpu):
+        return total, mx.concatenate(columns, axis=1)
