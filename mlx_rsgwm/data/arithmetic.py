@@ -22,11 +22,12 @@ from mlx_rsgwm.data.arithmetic_parser import (
     additive,
     evaluate,
     literals,
+    lone,
     terms,
 )
 from mlx_rsgwm.data.arithmetic_tokens import READINGS, Token, normalised, tokens_of
 from mlx_rsgwm.data.arithmetic_units import converted, excuse
-from mlx_rsgwm.data.numbers import decimals_needed, write_number
+from mlx_rsgwm.data.numbers import decimals_needed
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ _ANNOTATION = re.compile(r"<<([^<>\n]{1,200})>>")
 # In front of an expression these words change its value, or make its first number a name.
 _CHANGING = set(
     "twice double triple thrice half halb hälfte moitié mitad metà doble doppelt of von de du di product quotient sqrt "
-    "root log ln sin cos tan sec max min gcd lcm negative minus than by from not".split()
+    "root log ln sin cos tan sec max min gcd lcm negative minus than by from to not".split()
 )
 _SO = {"so", "then", "thus", "therefore", "hence", "also", "and", "that"}
+_ARTICLES = {"the", "her", "his", "their", "its", "those", "these"}
 _TOTALS = {"total", "sum", "cost", "price", "amount", "number", "value"}
 _NAMED = set(
     "day days week weeks month year years step page pages chapter question problem part grade room no number item level "
@@ -127,7 +129,7 @@ def _verdicts(text: str, tokens: Sequence[Token]) -> Iterator[tuple[int, FalseEq
             right = starts[index + 2] if alone else None
         if left is None or right is None or left.node is None or right.node is None:
             continue
-        if isinstance(left.node, Literal) and isinstance(right.node, Literal):
+        if lone(left.node) and lone(right.node):
             continue
         if not (_may_begin(tokens, left) and _may_end(text, tokens, right)) or _unmeant(text, tokens, left, right):
             continue
@@ -191,6 +193,10 @@ def _may_begin(tokens: Sequence[Token], run: Run) -> bool:
         return True
     before = tokens[run.first - 1]
     earlier = tokens[run.first - 2] if run.first > 1 else None
+    if before.kind == "newline" and earlier is not None and (
+        earlier.kind == "op" or (tokens[run.first].kind == "op" and earlier.kind in ("number", "close"))
+    ):
+        return False  # the second line of an expression
     if before.kind in ("newline", "equals", "open"):
         return before.kind != "open" or earlier is None or earlier.kind != "word" or before.space
     if before.kind == "compare":
@@ -200,7 +206,7 @@ def _may_begin(tokens: Sequence[Token], run: Run) -> bool:
         colon = before.text == ":" and earlier is not None and earlier.kind == "number" and before.space and not named
         return tokens[run.first].space and not colon or before.text in "“„«'\"（，。、*#|；：,"
     if before.kind in ("close", "percent", "number"):
-        return before.kind == "close" and tokens[run.first].space
+        return before.text == ")" and tokens[run.first].space and tokens[run.first].kind != "open"
     if before.text == "*" and (earlier is None or earlier.kind == "newline"):
         return True  # a bullet
     if before.kind != "word" or (isinstance(run.node, Literal) and before.text.lower() not in _SO):
@@ -210,6 +216,8 @@ def _may_begin(tokens: Sequence[Token], run: Run) -> bool:
 
 def _word_may_precede(tokens: Sequence[Token], run: Run, before: Token, earlier: Token | None) -> bool:
     word = before.text.rstrip(".").lower()
+    if word in _ARTICLES and earlier is not None:
+        return earlier.text.lower() not in _CHANGING
     if word in _CHANGING:
         return word in ("of", "de", "von", "di") and earlier is not None and earlier.text.lower() in _TOTALS
     letter = len(word) == 1 and word.isalpha() and word < "\u0900" and word not in ("a", "y", "e", "o", "i", "и", "у", "в")
@@ -222,9 +230,12 @@ def _may_end(text: str, tokens: Sequence[Token], run: Run) -> bool:
     if run.end >= len(tokens):
         return True
     after = tokens[run.end]
-    if after.kind in ("op", "other", "command", "number", "percent", "money"):
+    last = tokens[run.end - 1].kind
+    if after.kind in ("op", "other", "command", "percent"):
         return False
-    if after.kind == "open" and not after.space:
+    if after.kind in ("number", "money") and last != "word":
+        return False
+    if after.kind == "open" and (not after.space or last == "close"):
         return False
     if after.kind == "word" and not after.space and after.text.isascii():
         return False
@@ -259,9 +270,13 @@ def _verdict(text: str, tokens: Sequence[Token], left: Run, right: Run, goes_on:
     pairs = list(_values(tokens, left, right))
     if any(_same(a, b, left.node, right.node) for a, b in pairs) or _loose_start(tokens, left, right.node):
         return None
+    first = re.match(r"\d+(?= \d{3})", right.node.text) if isinstance(right.node, Literal) else None
+    if first is not None and pairs[0][0] == int(first[0]):
+        return None  # "= 12 200-gram bars"
     if goes_on and isinstance(right.node, Operation) and any(a == _opening(right.node) for a, _ in pairs):
         return None  # a running total: "3 + 4 = 7 × 2 = 14"
     _check_units(left.node, right.node, *pairs[0])
+    _check_habits(left.node, right.node, *pairs[0])
     if re.match(r"\d+-\d+/\d+(?!\d)", text[tokens[left.first].start : tokens[left.end - 1].end]):
         raise Unreadable  # "2-1/2": two and a half
     written = re.sub(r"\s+", " ", text[tokens[left.first].start : tokens[right.end - 1].end]).strip()
@@ -281,7 +296,8 @@ def _values(tokens: Sequence[Token], left: Run, right: Run) -> Iterator[tuple[Fr
             yield a, nodes[1].value  # "10 / 50 × 100 = 20%"
     assert left.node is not None and right.node is not None
     percent = any(literal.percent for literal in literals(right.node))
-    if percent or (additive(left.node) and additive(right.node)):
+    hundred = any(literal.percent and literal.value == 100 for literal in literals(left.node))
+    if percent or hundred or (additive(left.node) and additive(right.node)):
         yield evaluate(left.node, Way("unit")), evaluate(right.node, Way("unit"))
 
 
@@ -347,6 +363,30 @@ def _check_units(left: Node, right: Node, a: Fraction, b: Fraction) -> None:
         raise Unreadable
 
 
-def shown(value: Fraction) -> str:
-    """A side's value for people."""
-    return write_number(value)
+def _check_habits(left: Node, right: Node, a: Fraction, b: Fraction) -> None:
+    """Refuse to say anything of what people write with a sign of equality and do not mean as one.
+
+    Raises:
+        Unreadable: a share of something ("4/7 = $24"), or a step between two computations that was rounded.
+    """
+    if _is_share(left) and (isinstance(left, Literal) or _counts(right)):
+        raise Unreadable
+    if isinstance(left, Literal) and len(left.unit) > 1:
+        raise Unreadable  # "then 60 kW would cost = …"
+    operations = isinstance(left, Operation) and isinstance(right, Operation)
+    decimals = any("." in literal.text or "," in literal.text for literal in literals(right))
+    if operations and decimals and not (additive(left) and additive(right)) and abs(a - b) * 200 < abs(a):
+        raise Unreadable
+
+
+def _is_share(node: Node) -> bool:
+    """A percentage, or a proper fraction of two plain numbers."""
+    if isinstance(node, Literal):
+        return node.percent
+    top, bottom = node.operands[0], node.operands[-1]
+    plain = isinstance(top, Literal) and isinstance(bottom, Literal) and not top.unit and not bottom.unit
+    return node.sign == "/" and plain and abs(evaluate(node, Way())) < 1
+
+
+def _counts(node: Node) -> bool:
+    return any(literal.unit for literal in literals(node))

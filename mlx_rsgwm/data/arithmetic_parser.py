@@ -190,7 +190,7 @@ class Parser:
         if closed is None or closed.text != OPENING[opened.text]:
             raise Unreadable
         self.position += 1
-        unit = self._unit()
+        unit = self._unit(glued=True)
         return node if not unit else _with_unit(node, unit)
 
     def _argument(self) -> Node:
@@ -224,20 +224,21 @@ class Parser:
         return token is not None and token.kind in ("op", "equals")
 
     def _mixed_part(self, integer: Token) -> Fraction | None:
-        r"""The 1/2 of "2 1/2" and of ``2\frac{1}{2}``."""
+        r"""The 1/2 of "2 1/2", "2 and 1/2" and of ``2\frac{1}{2}``."""
         if not integer.text.isdigit():
             return None
-        tokens = self.tokens[self.position : self.position + 7]
-        kinds, start = [token.kind for token in tokens], tokens[0].text if tokens else ""
+        start = self.position + (self.position < len(self.tokens) and self.tokens[self.position].text == "and")
+        tokens = self.tokens[start : start + 7]
+        kinds, first = [token.kind for token in tokens], tokens[0].text if tokens else ""
         if kinds[:3] == ["number", "op", "number"] and tokens[1].text == "/" and not tokens[2].space:
             top, bottom, length = tokens[0], tokens[2], 3
-        elif start == "\\frac" and kinds[1:] == ["open", "number", "close", "open", "number", "close"]:
+        elif first == "\\frac" and kinds[1:] == ["open", "number", "close", "open", "number", "close"]:
             top, bottom, length = tokens[2], tokens[5], 7
         else:
             return None
         if not (top.text.isdigit() and bottom.text.isdigit()) or not 0 < int(top.text) < int(bottom.text):
             return None
-        self.position += length
+        self.position = start + length
         return Fraction(int(top.text), int(bottom.text))
 
     def _unit(self, glued: bool = False) -> Unit:
@@ -248,9 +249,12 @@ class Parser:
             if token.kind == "money" and not words and (following is None or following.kind not in ("number", "open")):
                 words.append(token.text)
             elif token.text in ("/", "-") and following is not None and following.kind == "word" and (words or glued):
-                if token.text == "-" and (token.space or following.space):
+                if token.text == "-" and (token.space or following.space or len(following.text) < 3):
                     break
                 words.append("/")
+            elif token.text == "^" and words and following is not None and following.kind == "number":
+                self.position += 1
+                words.append("^")  # "cm^2"
             elif token.kind == "word":
                 word = token.text.rstrip(".")
                 if word.lower() in _SENTENCE:
@@ -265,7 +269,8 @@ class Parser:
     def _check_unit(self, token: Token, word: str, following: Token | None, tight: bool) -> None:
         called = following is not None and following.text == "(" and not following.space
         short = word.isascii() and (word not in GLUED and len(word) < 4 if tight else len(word) == 1)
-        if called or (short and (tight or (word not in KNOWN and word.lower() != "a"))):
+        article = word == "a" and following is not None and following.kind == "word"
+        if called or (short and (tight or (word not in KNOWN and not article))):
             raise Unreadable
 
 
@@ -291,6 +296,11 @@ def terms(node: Node) -> list[Literal]:
     if isinstance(node, Operation) and node.sign in "+-":
         return [term for side in node.operands for term in ([side] if isinstance(side, Literal) else terms(side))]
     return []
+
+
+def lone(node: Node) -> bool:
+    """Whether it is one number, signed or not."""
+    return isinstance(node, Literal) or (node.sign == "±" and isinstance(node.operands[0], Literal))
 
 
 def additive(node: Node) -> bool:

@@ -19,18 +19,17 @@ OPENING = {"(": ")", "[": "]", "{": "}"}
 # How digits are grouped: by commas, by points, or (in "2+3=5,3+4=7") by neither.
 READINGS = ("point", "separate", "comma")
 _GAPS = r"[1-9]\d{0,2}(?:(?:\u00a0\d{3})+|(?: \d{3})+|(?:'\d{3})+|(?:’\d{3})+|(?:_\d{3})+)(?!\d)"
-_EXPONENT = r"(?:[eE][-+]?\d{1,3}(?![\w]))?"
 _NUMBERS = {
     "point": rf"(?:(?:{_GAPS}|\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d{{1,2}}(?:,\d{{2}})+,\d{{3}}(?!\d)|\d+)(?:\.\d+)?|\.\d+)",
     "separate": rf"(?:(?:{_GAPS}|\d+)(?:\.\d+)?|\.\d+)",
     "comma": rf"(?:{_GAPS}|\d{{1,3}}(?:\.\d{{3}})+(?!\d)|\d+)(?:,\d+)?",
 }
-_GLUED_ON = {"point": r"[.,]\d", "separate": r"\.\d", "comma": r"[.,]\d"}
+_GLUED_ON = {"point": r"[.,]\d", "separate": r"\.\d|,\d{3}(?!\d)", "comma": r"[.,]\d"}
 
 _WORD = r"[^\W\d_]+(?:['’.-][^\W\d_]+)*\.?"
 _TOKEN = {
     reading: re.compile(
-        rf"(?P<number>{number}{_EXPONENT})(?P<glued>{_GLUED_ON[reading]})?|(?P<percent>%)"
+        rf"(?P<number>{number})(?P<glued>{_GLUED_ON[reading]})?|(?P<percent>%)"
         r"|(?P<compare>[<>:!=]=+|=+>|->|[<>≤≥≠≈≡~→⇒])|(?P<equals>=)|(?P<op>[+\-–*×÷/^]|√)|(?P<command>\\[a-zA-Z]+)"
         r"|(?P<open>[(\[{])|(?P<close>[)\]}])|(?P<money>[$€£¥₹₩₽₺₫₴₦₱¢฿])"
         rf"|(?P<newline>\n)|(?P<space>[ \t\u00a0]+)|(?P<word>{_WORD}|°(?:[CF]\b)?)"
@@ -60,7 +59,8 @@ _LATEX = tuple(
         (r"\\(?:begin|end)\s*\{[^{}]*\}(?:\{[^{}]*\})?|\\\\(?:\[[^\]\n]{0,10}\])?|\\[\[\]]", "\n"),
         (r"(?<=\d)(?:\{,\}|,\\!)(?=\d)", ","),
         (r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", "\u00a0"),
-        (r"\\[,;:! ()]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad|boxed|fbox|phantom)(?![a-zA-Z])|[&~]", " "),
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
+        (r"\\[,;:! ()]|\\(?:displaystyle|q?quad|boxed|fbox|phantom)(?![a-zA-Z])|[&~]", " "),
         (r"(?<!\\)\$+", " "),
         (r"\\([$%#])", r"\1"),
         (r"\\(?:times|cdot|ast)(?![a-zA-Z])", "×"),
@@ -114,7 +114,7 @@ def normalised(text: str) -> str:
             text = pattern.sub(replacement, text)
     text = re.sub(r"(?<=[\d)])\*\*(?=[\d(-])", "^", text)
     text = re.sub(r"\*\*|__|`", "", text)
-    text = re.sub(r"(?<=[\d)])\s?[xX]\s?(?=[$€£]?[\d(])|(?<=[\w)]) [xX] (?=[$€£]?[\d(])", " × ", text)
+    text = re.sub(r"(?<=[\d)]) ?[xX] ?(?=[$€£]?[\d(])|(?<=[\w)]) [xX] (?=[$€£]?[\d(])", " × ", text)
     for pattern, replacement in _WORDS:
         text = pattern.sub(replacement, text)
     return _OF.sub(r"\g<left> × ", text)
@@ -137,7 +137,8 @@ def tokens_of(text: str, reading: str) -> list[Token]:
         value = None
         if kind == "number":
             value = _value(match["number"], reading)
-            if value is None or match["glued"] or _in_a_name(text, match.start()):
+            point = reading == "comma" and "," in match[0] and text[match.start() - 1 : match.start()] in OPENING
+            if value is None or match["glued"] or point or _in_a_name(text, match.start()):
                 kind = "other"
         tokens.append(Token(kind, match[0], match.start(), match.end(), space, value))
         space = kind == "newline"
@@ -152,7 +153,7 @@ def _in_a_name(text: str, start: int) -> bool:
 
 def _value(text: str, reading: str) -> Fraction | None:
     """Exact value; None for too many digits and for codes ("007", "05")."""
-    if len(text) > MAX_DIGITS or re.match(r"0\d", text):
+    if len(text) > MAX_DIGITS or re.match(r"0\d", text) or (reading == "comma" and re.search(r",0{4,}$", text)):
         return None
     plain = re.sub(r"[ \u00a0'’_]", "", text)
     plain = plain.replace(".", "").replace(",", ".") if reading == "comma" else plain.replace(",", "")
