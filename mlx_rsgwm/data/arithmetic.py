@@ -25,7 +25,19 @@ from mlx_rsgwm.data.arithmetic_parser import (
     lone,
     terms,
 )
-from mlx_rsgwm.data.arithmetic_tokens import READINGS, Token, normalised, tokens_of
+from mlx_rsgwm.data.arithmetic_runs import (
+    OTHER_SYSTEM,
+    Run,
+    after_break,
+    before_break,
+    break_at,
+    find_runs,
+    may_begin,
+    may_end,
+    run_at,
+    unmeant,
+)
+from mlx_rsgwm.data.arithmetic_tokens import MAX_TEXT, READINGS, Token, normalised, tokens_of
 from mlx_rsgwm.data.arithmetic_units import converted, excuse
 from mlx_rsgwm.data.numbers import decimals_needed
 
@@ -44,57 +56,28 @@ class FalseEquation:
         return f"{self.text} is false"
 
 
-@dataclass(frozen=True)
-class Run:
-    """An expression in the text from token ``first`` up to ``end``; ``node`` is None where it cannot be read."""
-
-    first: int
-    end: int
-    node: Node | None
-
-
 _ANNOTATION = re.compile(r"<<([^<>\n]{1,200})>>")
-# In front of an expression these words change its value, or make its first number a name.
-_CHANGING = set(
-    "twice double triple thrice half halb hälfte moitié mitad metà doble doppelt of von de du di product quotient sqrt "
-    "root log ln sin cos tan sec max min gcd lcm negative minus than by from to not".split()
-)
-_SO = {"so", "then", "thus", "therefore", "hence", "also", "and", "that"}
-_ARTICLES = {"the", "her", "his", "their", "its", "those", "these"}
-_TOTALS = {"total", "sum", "cost", "price", "amount", "number", "value"}
-_NAMED = set(
-    "day days week weeks month year years step page pages chapter question problem part grade room no number item level "
-    "round game group table figure section lesson row column case phase stage team class person exercise jan january "
-    "feb february mar march apr april may june july aug august sep sept september oct october nov november dec "
-    "december étape schritt tag paso día шаг день".split()
-)
-# What stands right after an equation and takes it back or limits it.
-_TAKEN_BACK = re.compile(
-    r"\s*(?:[,(\[]\s*)?(?:\?|(?:which |that |this )?(?:is|was) (?:wrong|false|incorrect|not)\b|(?:wrong|false|incorrect)\b"
-    r"|\\?p?mod\b|remainder\b|rem\b|rest\b|reste\b|resto\b|остаток\b|余|r\s?\d|rounded|rounding|round\b|approx|about|or so"
-    r"|gerundet|arrondi|more than|less than|fewer than|times (?:more|less|as)|in (?:binary|base)|\(mod|(?:a|p)\.?m\b"
-    r"|o['’]clock|!\s?[=+*/-]|:\s?\d|\.\(|\.\\|squared|cubed|to the)",
-    re.IGNORECASE,
-)
-_NOT_MEANT = re.compile(
-    r"\b(?:binary|hexadecimal|octal|modulo|mod|base[- ]?(?:\d+|two|eight|ten|sixteen)|not true|false that|wrong that|"
-    r"incorrect|suppose|instead of|is it)\b|\?\?",
-    re.IGNORECASE,
-)
-_CLOCK = {"am", "pm", "a.m", "p.m", "o'clock", "o’clock", "uhr"}
 _WAYS = (Way(), Way("relative"), Way(loose=True))
+_OWN = re.compile(
+    r"(?<!\w)[a-zA-Z]\s*\$?(?:[*×∗⋆★@#◊]|\\(?:star|ast|times|diamond|oplus|otimes)\b)"
+    r"\s*\$?[a-zA-Z]\s*\$?\s*(?:=|to mean|is defined)"
+)
 
 
-def false_equations(text: str) -> list[FalseEquation]:
+def false_equations(text: str, question: str = "") -> list[FalseEquation]:
     """Every equation in ``text`` whose two sides are read whole and differ, in order of appearance.
 
     The time is bounded on any input: at most ``arithmetic_tokens.MAX_TEXT`` characters are read, and of an expression
     at most ``MAX_TERMS`` numbers, ``MAX_DEPTH`` levels and ``MAX_DIGITS`` digits.
+
+    Args:
+        question: what the text answers; where it speaks of other bases or makes its own operation of a sign ("a * b =
+            a^2 + b"), nothing is claimed.
     """
-    if "=" not in text and "＝" not in text and not re.search(r"\d", text):
+    if not any(character.isnumeric() for character in text) or OTHER_SYSTEM.search(question) or _OWN.search(question):
         return []
-    annotated = [match[1] for match in _ANNOTATION.finditer(text)]
-    equations = [equation for part in annotated for equation in _in_plain(part)]
+    text = text[:MAX_TEXT]
+    equations = _in_plain(";\n".join(match[1] for match in _ANNOTATION.finditer(text)))
     said = {(equation.left, equation.right) for equation in equations}
     return equations + [e for e in _in_plain(_ANNOTATION.sub("", text)) if (e.left, e.right) not in said]
 
@@ -102,8 +85,10 @@ def false_equations(text: str) -> list[FalseEquation]:
 def _in_plain(text: str) -> list[FalseEquation]:
     """Of every sign of equality what each reading of commas makes of it: false is what holds in none."""
     plain = normalised(text)
+    if "=" not in plain:
+        return []
     verdicts: dict[int, list[FalseEquation | None]] = {}
-    for reading in READINGS if re.search(r"\d[.,]\d", plain) else READINGS[:1]:
+    for reading in READINGS if re.search(r"\d,\d|\d\.\d{3}", plain) else READINGS[:1]:
         for place, verdict in _verdicts(plain, tokens_of(plain, reading)):
             verdicts.setdefault(place, []).append(verdict)
     equations = []
@@ -116,24 +101,24 @@ def _in_plain(text: str) -> list[FalseEquation]:
 
 def _verdicts(text: str, tokens: Sequence[Token]) -> Iterator[tuple[int, FalseEquation | None]]:
     """Every sign of equality that joins two expressions: where it stands, and what is false about it."""
-    runs = _runs(tokens)
+    runs = find_runs(tokens)
     starts = {run.first: run for run in runs}
     ends = {run.end: run for run in runs}
     for index, token in enumerate(tokens):
         if token.kind != "equals":
             continue
-        left = ends.get(index) or ends.get(_before_break(tokens, index))
+        left = ends.get(index) or ends.get(before_break(tokens, index))
         right = starts.get(index + 1)
-        if right is None and _break_at(tokens, index + 1) and index + 2 in starts:
-            alone = _break_at(tokens, starts[index + 2].end) or starts[index + 2].end == len(tokens)
+        if right is None and break_at(tokens, index + 1) and index + 2 in starts:
+            alone = break_at(tokens, starts[index + 2].end) or starts[index + 2].end == len(tokens)
             right = starts[index + 2] if alone else None
         if left is None or right is None or left.node is None or right.node is None:
             continue
         if lone(left.node) and lone(right.node):
             continue
-        if not (_may_begin(tokens, left) and _may_end(text, tokens, right)) or _unmeant(text, tokens, left, right):
+        if not (may_begin(tokens, left) and may_end(text, tokens, right)) or unmeant(text, tokens, left, right):
             continue
-        goes_on = right.end < len(tokens) and tokens[_after_break(tokens, right.end)].kind == "equals"
+        goes_on = right.end < len(tokens) and tokens[after_break(tokens, right.end)].kind == "equals"
         try:
             verdict = _verdict(text, tokens, left, right, goes_on)
         except Unreadable:
@@ -141,132 +126,9 @@ def _verdicts(text: str, tokens: Sequence[Token]) -> Iterator[tuple[int, FalseEq
         yield token.start, verdict
 
 
-def _break_at(tokens: Sequence[Token], index: int) -> bool:
-    return index < len(tokens) and tokens[index].kind == "newline"
-
-
-def _before_break(tokens: Sequence[Token], index: int) -> int:
-    return index - 1 if index and tokens[index - 1].kind == "newline" else index
-
-
-def _after_break(tokens: Sequence[Token], index: int) -> int:
-    return index + 1 if _break_at(tokens, index) and index + 1 < len(tokens) else index
-
-
-def _runs(tokens: Sequence[Token]) -> list[Run]:
-    """The expressions of a text, in order, each as long as it can be."""
-    runs, index = [], 0
-    while index < len(tokens):
-        token = tokens[index]
-        begins = token.kind in ("number", "money", "open") or token.text in ("√", "\\frac") or _is_sign(tokens, index)
-        if not begins:
-            index += 1
-            continue
-        run = _run(tokens, index)
-        if run.node is None and (token.kind in ("open", "money") or token.text in "+-–"):
-            index += 1  # a bracket of the sentence, a bullet
-            continue
-        runs.append(run)
-        index = max(run.end, index + 1)
-    return runs
-
-
-def _is_sign(tokens: Sequence[Token], index: int) -> bool:
-    if tokens[index].text not in ("-", "–", "+") or tokens[index].kind != "op":
-        return False
-    before = tokens[index - 1] if index else None
-    return before is None or before.kind in ("newline", "equals", "stop", "compare", "open")
-
-
-def _run(tokens: Sequence[Token], index: int) -> Run:
-    parser = Parser(tokens, index)
-    try:
-        node: Node | None = parser.expression()
-    except Unreadable:
-        node = None
-    return Run(index, parser.position, node)
-
-
-def _may_begin(tokens: Sequence[Token], run: Run) -> bool:
-    """Whether what stands before an expression leaves it as it is."""
-    if not run.first:
-        return True
-    before = tokens[run.first - 1]
-    earlier = tokens[run.first - 2] if run.first > 1 else None
-    if before.kind == "newline" and earlier is not None and (
-        earlier.kind == "op" or (tokens[run.first].kind == "op" and earlier.kind in ("number", "close"))
-    ):
-        return False  # the second line of an expression
-    if before.kind in ("newline", "equals", "open"):
-        return before.kind != "open" or earlier is None or earlier.kind != "word" or before.space
-    if before.kind == "compare":
-        return True
-    if before.kind == "stop":
-        named = run.first > 2 and tokens[run.first - 3].kind == "word"
-        colon = before.text == ":" and earlier is not None and earlier.kind == "number" and before.space and not named
-        return tokens[run.first].space and not colon or before.text in "“„«'\"（，。、*#|；：,"
-    if before.kind in ("close", "percent", "number"):
-        return before.text == ")" and tokens[run.first].space and tokens[run.first].kind != "open"
-    if before.text == "*" and (earlier is None or earlier.kind == "newline"):
-        return True  # a bullet
-    if before.kind != "word" or (isinstance(run.node, Literal) and before.text.lower() not in _SO):
-        return False
-    return _word_may_precede(tokens, run, before, earlier)
-
-
-def _word_may_precede(tokens: Sequence[Token], run: Run, before: Token, earlier: Token | None) -> bool:
-    word = before.text.rstrip(".").lower()
-    if word in _ARTICLES and earlier is not None:
-        return earlier.text.lower() not in _CHANGING
-    if word in _CHANGING:
-        return word in ("of", "de", "von", "di") and earlier is not None and earlier.text.lower() in _TOTALS
-    letter = len(word) == 1 and word.isalpha() and word < "\u0900" and word not in ("a", "y", "e", "o", "i", "и", "у", "в")
-    counted = earlier is not None and earlier.kind == "number" and word in ("and", "und", "et", "y", "e")
-    return not (word in _NAMED or letter or (counted and tokens[run.first + 1].text == "/"))
-
-
-def _may_end(text: str, tokens: Sequence[Token], run: Run) -> bool:
-    """Whether what stands after an expression leaves it as it is."""
-    if run.end >= len(tokens):
-        return True
-    after = tokens[run.end]
-    last = tokens[run.end - 1].kind
-    if after.kind in ("op", "other", "command", "percent"):
-        return False
-    if after.kind in ("number", "money") and last != "word":
-        return False
-    if after.kind == "open" and (not after.space or last == "close"):
-        return False
-    if after.kind == "word" and not after.space and after.text.isascii():
-        return False
-    return _TAKEN_BACK.match(text, tokens[run.end - 1].end) is None
-
-
-def _unmeant(text: str, tokens: Sequence[Token], left: Run, right: Run) -> bool:
-    """Whether the line or the units say that no usual sum is meant: other bases, clocks, ranges, codes."""
-    start, end = tokens[left.first].start, tokens[right.end - 1].end
-    line = text[text.rfind("\n", 0, start) + 1 : start]
-    if _NOT_MEANT.search(line[-200:]) or re.match(r"[^\n.;]{0,40}\b(?:in binary|in base|mod \d)", text[end:]):
-        return True
-    units = {word.lower() for run in (left, right) if run.node for literal in literals(run.node) for word in literal.unit}
-    if units & _CLOCK or units & {"more", "less"} and "than" in units or units & {"remainder", "rest", "rounded", "mod"}:
-        return True
-    return any(_is_range(text, tokens, run) for run in (left, right))
-
-
-def _is_range(text: str, tokens: Sequence[Token], run: Run) -> bool:
-    """"2-4 people", "pages 5–10", "5/10/2024"."""
-    written = text[tokens[run.first].start : tokens[run.end - 1].end]
-    if re.fullmatch(r"\d{1,2}/\d{1,2}/(?:19|20)\d\d", written) or re.match(r"\d{3}-\d{4}\b", written):
-        return True
-    match = re.match(r"(\d+)[-–](\d+)(?![\d.,/*×+])", written)
-    named = run.first > 0 and tokens[run.first - 1].kind == "word"
-    lone = match is not None and not re.search(r"[+×*÷/]", written)
-    return lone and match is not None and int(match[1]) < int(match[2]) and (named or len(written) > match.end())
-
-
 def _verdict(text: str, tokens: Sequence[Token], left: Run, right: Run, goes_on: bool) -> FalseEquation | None:
-    assert left.node is not None and right.node is not None
+    assert left.node is not None
+    assert right.node is not None
     pairs = list(_values(tokens, left, right))
     if any(_same(a, b, left.node, right.node) for a, b in pairs) or _loose_start(tokens, left, right.node):
         return None
@@ -294,7 +156,8 @@ def _values(tokens: Sequence[Token], left: Run, right: Run) -> Iterator[tuple[Fr
         yield a, b
         if isinstance(nodes[1], Literal) and nodes[1].percent:
             yield a, nodes[1].value  # "10 / 50 × 100 = 20%"
-    assert left.node is not None and right.node is not None
+    assert left.node is not None
+    assert right.node is not None
     percent = any(literal.percent for literal in literals(right.node))
     hundred = any(literal.percent and literal.value == 100 for literal in literals(left.node))
     if percent or hundred or (additive(left.node) and additive(right.node)):
@@ -314,7 +177,7 @@ def _loose_start(tokens: Sequence[Token], left: Run, right: Node) -> bool:
     """Whether it holds when a minus in front is a dash or a bullet: "- 3 + 5 = 8"."""
     if tokens[left.first].text not in ("-", "–") or not tokens[left.first + 1].space:
         return False
-    rest = _run(tokens, left.first + 1)
+    rest = run_at(tokens, left.first + 1)
     return rest.end == left.end and rest.node is not None and evaluate(rest.node, Way()) == evaluate(right, Way())
 
 
@@ -337,10 +200,16 @@ def _rounded(exact: Fraction, source: Node, written: Fraction, node: Node) -> bo
         node = node.operands[0]
     if not isinstance(node, Literal):
         return False
-    decimals = max(len(re.sub(r"[eE].*", "", part)) if (part := re.split(r"[.,]", node.text)[-1]) != node.text else 0, 0)
+    decimals = max(
+        len(re.sub(r"[eE].*", "", part)) if (part := re.split(r"[.,]", node.text)[-1]) != node.text else 0, 0
+    )
     places = decimals + (2 if node.percent and written != node.value else 0)
     needed = decimals_needed(exact)
-    if (not decimals and not node.percent) or (additive(source) and places < 2) or (needed is not None and needed <= places):
+    if (
+        (not decimals and not node.percent)
+        or (additive(source) and places < 2)
+        or (needed is not None and needed <= places)
+    ):
         return False
     return abs(exact - written) < Fraction(1, 10**places)
 

@@ -21,14 +21,19 @@ _UNIT_WORDS = 5
 _SIGNS = {"+": "+", "-": "-", "–": "-", "×": "*", "*": "*", "÷": "/", "/": "/"}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 # Words that are no units: the sentence goes on.
-_SENTENCE = set(
+_SENTENCE_WORDS = (
     "and or so then but because which that is was are therefore thus hence where when if und oder also et ou donc y o "
-    "entonces и или".split()
+    "entonces и или"
 )
+_SENTENCE = set(_SENTENCE_WORDS.split())
 
 
 class Unreadable(Exception):
     """What stands there is no expression, or is not to be guessed."""
+
+
+class TooLong(Unreadable):
+    """More terms or levels than are read."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,9 @@ class Parser:
     def _atom(self) -> Node:
         token = self._peek()
         self.terms += 1
-        if token is None or self.terms > MAX_TERMS:
+        if self.terms > MAX_TERMS:
+            raise TooLong
+        if token is None:
             raise Unreadable
         if token.kind == "open":
             return self._group(token)
@@ -181,7 +188,7 @@ class Parser:
     def _deeper(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable
+            raise TooLong
 
     def _group(self, opened: Token) -> Node:
         self.position += 1

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from mlx_rsgwm.data.digits import MAX_DIGITS, fold_digits
 
-MAX_TEXT = 20_000  # characters that are read; what stands further back in a draft is no longer looked at
+MAX_TEXT = 10_000  # characters that are read; what stands further back in a draft is no longer looked at
 OPENING = {"(": ")", "[": "]", "{": "}"}
 
 # How digits are grouped: by commas, by points, or (in "2+3=5,3+4=7") by neither.
@@ -79,7 +79,10 @@ _WORDS = tuple(
     for pattern, replacement in (
         (r"(?<=\d)\s?(?:percent|per cent|prozent|pour cent|por ciento|процентов|процента)\b", "%"),
         (rf"(?<=\d)\s+(?:times|multiplied by|mal|fois|multiplié par|veces|por|умножить на)\b{_AFTER}", " × "),
-        (rf"(?<=[\d\w])\s+(?:divided by|geteilt durch|divisé par|dividido (?:por|entre)|разделить на)\b{_AFTER}", " ÷ "),
+        (
+            rf"(?<=[\d\w])\s+(?:divided by|geteilt durch|divisé par|dividido (?:por|entre)|разделить на)\b{_AFTER}",
+            " ÷ ",
+        ),
         (rf"(?<=[\d\w])\s+(?:plus|más|mais|плюс)\b{_AFTER}", " + "),
         (rf"(?<=[\d\w])\s+(?:minus|moins|menos|meno|минус)\b{_AFTER}", " - "),
         (rf"(?<=\d)\s?[加]\s?{_AFTER}", "+"),
@@ -88,8 +91,8 @@ _WORDS = tuple(
         (rf"(?<=\d)\s?(?:除以|割る)\s?{_AFTER}", "÷"),
         (r"(?<=\d)\s?等于\s?(?=[-$]?\d)", " = "),
         (
-            r"\b(?:is equal to|are equal to|equals?|ist gleich|est égal à|égale(?:nt)?|fait|es igual a|é igual a|равно|равняется)"
-            rf"\b{_AFTER}",
+            r"\b(?:(?:is|are) equal to|equals?|ist gleich|est égal à|égale(?:nt)?|fait|es igual a|é igual a|равно"
+            rf"|равняется)\b{_AFTER}",
             " = ",
         ),
         # "6 times 7 is 42", where an operator was said in words.
@@ -106,7 +109,7 @@ _OF = re.compile(
 def normalised(text: str) -> str:
     """``text`` in one spelling of digits, operators, LaTeX and Markdown; at most ``MAX_TEXT`` characters of it."""
     text = _VULGAR.sub(_vulgar, text[:MAX_TEXT])
-    text = fold_digits(text)
+    text = fold_digits(text)[:MAX_TEXT]
     if "\\" in text:
         for _ in range(2):
             text = _TEXT_MACRO.sub(r" \1 ", text)

@@ -1,4 +1,4 @@
-"""Units in equations: which of them measure the same thing, and whether they excuse an equation that fails as it stands.
+"""Units in equations: which measure the same thing, and whether they excuse an equation that fails as it stands.
 
 Only what is exact by definition is known; "1 month = 30 days" is not. Where units differ and are not known, nothing
 is claimed.
@@ -14,7 +14,8 @@ _TABLE = {
     "time": {1: "second seconds sec secs s", 60: "minute minutes min mins Minuten", 3600: "hour hours hr hrs h Stunden",
              86400: "day days Tage", 604800: "week weeks wk wks Wochen"},
     "length": {1: "mm millimeters millimetres", 10: "cm centimeters centimetres centimeter centimetre",
-               1000: "m meters metres meter metre Meter", 10**6: "km kilometers kilometres kilometer kilometre Kilometer"},
+               1000: "m meters metres meter metre Meter",
+               10**6: "km kilometers kilometres kilometer kilometre Kilometer"},
     "imperial": {1: "inch inches", 12: "foot feet ft", 36: "yard yards yd yds", 63360: "mile miles"},
     "mass": {1: "mg milligrams", 1000: "g gram grams Gramm", 10**6: "kg kilogram kilograms kilo kilos Kilogramm",
              10**9: "tonne tonnes"},
@@ -26,10 +27,14 @@ _TABLE = {
     "count": {2: "pair pairs couple couples", 12: "dozen dozens", 20: "score", 100: "hundred hundreds",
               1000: "thousand thousands k Tausend", 10**6: "million millions Millionen", 10**9: "billion billions"},
 }  # fmt: skip
-KNOWN = {word: (kind, factor) for kind, sizes in _TABLE.items() for factor, words in sizes.items() for word in words.split()}
-GLUED = {"mm", "cm", "km", "mg", "kg", "lb", "lbs", "oz", "ft", "ml", "mL", "hr", "hrs", "min", "mins", "sec", "secs", "mph"}
+KNOWN = {
+    word: (kind, factor) for kind, sizes in _TABLE.items() for factor, words in sizes.items() for word in words.split()
+}
+_GLUED_WORDS = "mm cm km mg kg lb lbs oz ft ml mL hr hrs min mins sec secs mph"
+GLUED = set(_GLUED_WORDS.split())
 # Words after a number that name no unit: what was done with the things, or which of them.
-_BESIDE = set("left remaining more total altogether each sold spent given lost gone away in of for the a an per".split())
+_BESIDE_WORDS = "left remaining more total altogether each sold spent given lost gone away in of for the a an per"
+_BESIDE = set(_BESIDE_WORDS.split())
 
 Unit = tuple[str, ...]
 
