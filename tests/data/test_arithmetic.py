@@ -25,7 +25,6 @@ AS_WRITTEN = {
     "lines",
     "label",
     "odd",
-    "zh",
     "hi",
 }
 DRAFTS = [json.loads(line) for line in Path(__file__).with_name("arithmetic.jsonl").read_text().splitlines()]
