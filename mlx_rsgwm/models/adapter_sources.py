@@ -6,6 +6,8 @@ other than mlx-lm's are read through a table that converters fill (``file_reader
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,11 +99,13 @@ def load_adapters(
 ) -> list[Adapter]:
     """:func:`load_adapter` of every source, in order; a folder whose subfolders are adapters stands for them, sorted.
 
+    A pattern, ``pool/*``, stands for what it matches, as in a shell.
+
     Raises:
-        As :func:`load_adapter`.
+        RsgwmError: a pattern that matches nothing; and as :func:`load_adapter`.
     """
     adapters: list[Adapter] = []
-    for source in sources:
+    for source in (place for given in sources for place in _matches(given)):
         if isinstance(source, Adapter):
             adapters.append(source)
             continue
@@ -114,6 +118,17 @@ def load_adapters(
         places = [_Place(path, f"{place.label}/{path.name}" if place.label else "") for path in inside] or [place]
         adapters += [_read(location, base, lazy, hashes, progress) for location in places]
     return adapters
+
+
+def _matches(source: AdapterSource) -> list[AdapterSource]:
+    """What a pattern of paths matches, sorted; any other source by itself."""
+    text = "" if isinstance(source, Adapter) else str(source)
+    if not glob.has_magic(text) or os.path.lexists(text):
+        return [source]
+    matched = sorted(glob.glob(os.path.expanduser(text)))
+    if not matched:
+        raise RsgwmError(f"{text} matches nothing; name adapters, or a folder of them")
+    return [Path(match) for match in matched]
 
 
 def _locate(source: str | Path, progress: Progress) -> _Place:
