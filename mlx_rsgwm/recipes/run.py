@@ -34,7 +34,7 @@ from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.reported_run import report_run
 from mlx_rsgwm.evaluation.runner import describe_run
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
-from mlx_rsgwm.inference.calibration import NothingToTellApart, load_calibration, save_calibration
+from mlx_rsgwm.inference.calibration import NothingToTellApart, calibration_folder, load_calibration, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.scores import SCORES
@@ -43,7 +43,7 @@ from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base
 from mlx_rsgwm.models.folder import fingerprint_of
 from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
-from mlx_rsgwm.recipes.schema import MergeSection, Recipe, folder_name, load_recipe, shipped_recipes
+from mlx_rsgwm.recipes.schema import MERGED, MergeSection, Recipe, folder_name, load_recipe, shipped_recipes
 from mlx_rsgwm.recipes.stages import Stage, Stages
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.loop import check_layers, finish, train
@@ -55,20 +55,26 @@ __all__ = ["Recipe", "Run", "load_recipe", "run_recipe", "shipped_recipes"]
 class Pair:
     """A drafter and a verifier from one merge of the pool, with calibration and report, in ``folder``.
 
-    ``suffix`` ends the names of its stages.
+    ``suffix`` ends the names of its stages. ``verifiers``: the folders in it that verify.
     """
 
     folder: Path
     section: MergeSection
     suffix: str = ""
+    verifiers: tuple[str, ...] = (MERGED,)
 
     @property
     def roles(self) -> dict[str, Path]:
         return {role: self.folder / role for role in ("drafter", "verifier")}
 
     @property
+    def asked(self) -> dict[str, Path]:
+        """The folders that answer, by their slots: the drafter, and who verifies."""
+        return {"drafter": self.folder / "drafter", **{name: self.folder / name for name in self.verifiers}}
+
+    @property
     def calibration(self) -> Path:
-        return self.folder / "verifier" / CALIBRATION_FILE
+        return self.folder / (MERGED if self.verifiers == (MERGED,) else "pool-verifier") / CALIBRATION_FILE
 
     @property
     def report(self) -> Path:
@@ -84,7 +90,7 @@ class Run:
         self.progress = progress
         self.template = find_template(recipe.template)
         self.stages = Stages(out, progress)
-        self.pair = Pair(out, recipe.merge)
+        self.pair = Pair(out, recipe.merge, verifiers=recipe.verifiers)
         self.pairs = [self.pair, *([Pair(out / "paper", recipe.paper, "-paper")] if recipe.paper else [])]
         self._base: Base | None = None
         self._fingerprint = ""
@@ -161,10 +167,12 @@ class Run:
     def _stages_of(self, pair: Pair) -> list[Stage]:
         """Merge, calibrate and evaluate one pair."""
         recipe, tasks, roles = self.recipe, self.recipe.data.tasks, tuple(pair.roles.values())
+        read = tuple({**pair.roles, **pair.asked}.values())
+        judged = () if pair.calibration.parent in roles else (pair.calibration,)
         tested = recipe.evaluate.tasks or tasks
         asked = {
             **self._shared(),
-            "loop": asdict(recipe.loop),
+            "loop": recipe.loop.describe(),
             "batch_rows": recipe.evaluate.batch_rows,
             "folder": recipe.data.folder,
         }
@@ -180,7 +188,7 @@ class Run:
             Stage(
                 f"calibrate{pair.suffix}",
                 {**asked, "tasks": tasks, "items": recipe.data.calibration_items, "files": self._hashes(tasks)},
-                roles,
+                read,
                 (pair.calibration,),
                 partial(self._calibrate, pair),
                 (CALIBRATION_FILE,),
@@ -195,7 +203,7 @@ class Run:
                     **asdict(recipe.evaluate),
                     "files": self._hashes(tested),
                 },
-                (*(self._corpus(task) for task in tasks), *roles),
+                (*(self._corpus(task) for task in tasks), *read, *judged),
                 (pair.report,),
                 partial(self._evaluate, pair),
                 resumed=(JOURNAL_FILE,),
@@ -239,16 +247,20 @@ class Run:
         self.progress.message(f"merged {len(pool)} adapters into {' and '.join(map(str, pair.roles.values()))}")
 
     def _pipeline(self, pair: Pair, score: str, threshold: float) -> DraftVerify:
-        slots = slots_of(self.base, pair.roles)
+        slots = slots_of(self.base, pair.asked)
         config = self.recipe.loop.config(score, threshold, self.recipe.seed)
-        return DraftVerify(slots, self.template, "drafter", "verifier", config)
+        return DraftVerify(
+            slots, self.template, "drafter", pair.verifiers, config,
+            calibration=load_calibration(pair.calibration.parent),
+            combine=self.recipe.loop.combine if len(pair.verifiers) > 1 else "max",
+        )  # fmt: skip
 
     def _calibrate(self, pair: Pair) -> None:
         pair.calibration.unlink(missing_ok=True)
         if self.recipe.data.calibration_items == 0:
             return
         pipeline = self._pipeline(pair, SCORES[0], 0.5)
-        drawn = draw_to_calibrate(self.recipe, rows_trained_on(pair.roles, self.recipe.base))
+        drawn = draw_to_calibrate(self.recipe, rows_trained_on(pair.asked, self.recipe.base))
         for note in drawn.notes:
             self.progress.message(note)
         try:
@@ -259,18 +271,21 @@ class Run:
         except NothingToTellApart as error:
             self.progress.message(f"warning: not calibrated: {error}")
         else:
-            save_calibration(pair.roles["verifier"], calibration)
+            save_calibration(pair.calibration.parent, calibration)
+            if len(pair.verifiers) > 1:  # where rsgwm ask looks for that of a pool
+                adapters = [pipeline.slots.adapter(name) for name in pipeline.verifiers]
+                save_calibration(calibration_folder(adapters, pipeline.combine), calibration)
 
     def _evaluate(self, pair: Pair) -> None:
         section = self.recipe.evaluate
-        score, threshold = self.recipe.loop.settled(load_calibration(pair.roles["verifier"]))
+        calibration = load_calibration(pair.calibration.parent)
+        score, threshold = self.recipe.loop.settled(calibration)
         pipeline = self._pipeline(pair, score, threshold)
-        seen = rows_seen(pair.roles, self.recipe.base)
+        seen = rows_seen(pair.asked, self.recipe.base, pool_folder=pair.calibration.parent)
         chosen = draw_to_test(self.recipe, seen)
         questions = asked(chosen)
         overlap = check_overlap(questions, seen, section.allow_overlap, "test")
         about = describe_run(pipeline, questions, section.batch_rows, timed=section.timed)
-        calibration = load_calibration(pair.roles["verifier"])
         trained_on = training_questions(self._corpus(task) for task in self.recipe.data.tasks)
         report_run(
             pipeline, questions, about, overlap, pair.report, timed=section.timed,
@@ -334,6 +349,7 @@ class Run:
             "threshold": report["threshold"],
             "parity": files.read_json_object(parity) if parity.is_file() else None,
             "adapters": {role: str(folder) for role, folder in self.pair.roles.items()},
+            **({} if self.pair.verifiers == (MERGED,) else {"verifiers": list(self.pair.verifiers)}),
             "peft": {name: str(folder) for name, folder in self.peft_folders.items() if folder.is_dir()},
             "report": str(self.pair.report),
             "executed": self.stages.executed,

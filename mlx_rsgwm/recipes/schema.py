@@ -5,8 +5,9 @@ A wrong value is found here, before the first stage, and not after an hour of tr
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.inference.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD, Calibration
 from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.pool import check_rule
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.merging.methods import ROLE_TAU, find_method, resolved, weight_problems
@@ -31,6 +33,7 @@ from mlx_rsgwm.training.config import TrainConfig
 
 FOLDER = Path(__file__).parent  # of the shipped recipes
 LARGEST_SEED = 2**32 - 1
+MERGED = "verifier"  # what the merge of a run makes to verify
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,11 @@ class MergeSection:
 
 @dataclass(frozen=True)
 class LoopSection:
-    """The draft–verify loop. ``score`` and ``threshold`` may be ``auto``: decided on the calibration items."""
+    """The draft–verify loop. ``score`` and ``threshold`` may be ``auto``: decided on the calibration items.
+
+    ``verifier``: folders of the run, ``verifier`` (the merged one), ``pool/change`` or patterns as ``pool/*``; several
+    read each draft together, by the rule ``combine``.
+    """
 
     attempts: int = 3
     score: str = "auto"
@@ -165,6 +172,8 @@ class LoopSection:
     temperature: float = 0.7
     top_p: float = 0.9
     max_tokens: int = 256
+    verifier: str | tuple[str, ...] = MERGED
+    combine: str = "max"
 
     def __post_init__(self) -> None:
         problems = []
@@ -174,6 +183,32 @@ class LoopSection:
             problems.append(f"threshold must be auto or a number in [0, 1], found {self.threshold!r}")
         raise_problems("recipe, loop", problems)
         self.config(SCORES[0], 0.5 if isinstance(self.threshold, str) else self.threshold, 0)
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as a stage's key has them: of verifier and rule nothing where they are the defaults."""
+        settings = asdict(self)
+        for name in ("verifier", "combine"):
+            if settings[name] == LoopSection.__dataclass_fields__[name].default:
+                del settings[name]
+        return settings
+
+    def verifiers_of(self, pool: Sequence[str]) -> tuple[str, ...]:
+        """The folders of the run that verify, where its pool's are ``pool``.
+
+        Raises:
+            RsgwmError: a name or pattern that none of them has, a rule for several where there is one.
+        """
+        known = (MERGED, *pool)
+        named: list[str] = []
+        for pattern in [self.verifier] if isinstance(self.verifier, str) else self.verifier:
+            matched = fnmatch.filter(known, "pool/*" if pattern.rstrip("/") == "pool" else pattern)
+            if not matched:
+                raise RsgwmError(f"loop.verifier: {pattern!r} matches none of {', '.join(known)}")
+            named += matched
+        if not named:
+            raise RsgwmError("loop.verifier is a list without a name")
+        check_rule(self.combine, len(set(named)))
+        return tuple(dict.fromkeys(named))
 
     def settled(self, calibration: Calibration | None) -> tuple[str, float]:
         """Score and threshold, ``auto`` by a calibration of that score, else as the paper has it."""
@@ -276,7 +311,18 @@ class Recipe:
             problems.append(
                 "loop.score or loop.threshold is auto or combined, so data.calibration_items must be at least 1"
             )
+        if self.loop.combine == "learned" and self.data.calibration_items == 0:
+            problems.append("loop.combine is learned, so data.calibration_items must be at least 1")
+        try:
+            _ = self.verifiers
+        except RsgwmError as error:
+            problems.append(str(error))
         raise_problems("recipe", problems)
+
+    @property
+    def verifiers(self) -> tuple[str, ...]:
+        """The folders of the run that verify."""
+        return self.loop.verifiers_of([f"pool/{folder_name(task)}" for task in self.data.tasks])
 
 
 def shipped_recipes() -> list[str]:

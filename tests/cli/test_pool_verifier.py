@@ -42,8 +42,8 @@ def folder(make_adapter, tmp_path, monkeypatch):
 def half_right(monkeypatch):
     """A tiny random model answers nothing right; let every draft with an even number of letters count as right."""
 
-    def judge(question, draft, scores, *more):
-        return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)
+    def judge(question, draft, scores, verified=None, *more):
+        return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores, verified=verified or {})
 
     monkeypatch.setattr(judging, "judge", judge)
 

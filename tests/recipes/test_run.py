@@ -6,8 +6,10 @@ import pytest
 import yaml
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.evaluation import judging
+from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.evaluation.report.folder import read_items
-from mlx_rsgwm.inference.calibration import Calibration
+from mlx_rsgwm.inference.calibration import Calibration, load_calibration
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.recipes.run import load_recipe, run_recipe, shipped_recipes
 from mlx_rsgwm.recipes.schema import LoopSection
@@ -294,3 +296,33 @@ def test_missing_recipes(tmp_path):
         load_recipe("demos")
     with pytest.raises(RsgwmError, match="does not exist"):
         load_recipe(str(tmp_path / "none.yaml"))
+
+
+def test_the_pool_of_a_run_verifies(recipe_file, tmp_path, monkeypatch):
+    """Calibrated and evaluated by all its adapters; the merged verifier is made and left alone."""
+    monkeypatch.setenv("RSGWM_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+
+    def judge(question, draft, scores, *more):
+        return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)
+
+    monkeypatch.setattr(judging, "judge", judge)
+    settings = ["loop.verifier=pool/*", "data.calibration_items=6", "evaluate.timed=0"]
+    recipe = load_recipe(recipe_file(), settings)
+    first = run_recipe(recipe, out)
+    assert first["executed"] == STAGES
+    assert first["verifiers"] == ["pool/change", "pool/groups"]
+    calibration = load_calibration(out / "pool-verifier")
+    assert len(calibration.made_for["verifier"]) == 2
+    assert (first["score"], first["threshold"]) == (calibration.score, calibration.threshold)
+    assert not (out / "verifier" / "calibration.json").exists()
+    (cached,) = (tmp_path / "cache" / "calibrations").iterdir()
+    assert load_calibration(cached) == calibration, "rsgwm ask --verifier out/pool finds it"
+    for item in read_items(out / "report" / "items.jsonl"):
+        for draft in item.drafts:
+            assert set(draft.adapters["mean_logprob"]) == {"pool/change", "pool/groups"}
+    assert run_recipe(recipe, out)["executed"] == []
+    mean = run_recipe(load_recipe(recipe_file(), [*settings, "loop.combine=mean"]), out)
+    assert mean["executed"] == ["calibrate", "evaluate"]
+    with pytest.raises(RsgwmError, match=r"loop.verifier: 'pool/x' matches none of verifier, pool/change, pool/groups"):
+        load_recipe(recipe_file(), ["loop.verifier=pool/x"])

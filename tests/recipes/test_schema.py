@@ -1,9 +1,11 @@
 """Recipes as people write them: what is odd but valid is read as it is meant, what is wrong is one line."""
 
+from dataclasses import asdict
+
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.recipes.schema import load_recipe
+from mlx_rsgwm.recipes.schema import LoopSection, load_recipe
 
 PLAIN = "name: r\ndata: {tasks: [change, compare], rows: 40}\n"
 DATA = "name: r\ndata: "
@@ -102,3 +104,30 @@ def test_what_is_wrong_is_one_line(read, name):
 
 def test_settings_are_laid_over_an_empty_section(read):
     assert read(f"{PLAIN}train:\n", ["train.rank=4"]).train.rank == 4
+
+
+def test_which_folders_of_a_run_verify():
+    pool = ("pool/change", "pool/groups")
+    for given, folders in (
+        ("verifier", ("verifier",)),
+        ("pool/*", pool),
+        ("pool", pool),
+        (("pool/groups", "verifier"), ("pool/groups", "verifier")),
+        (("pool/g*", "pool/*"), ("pool/groups", "pool/change")),
+    ):
+        assert LoopSection(verifier=given).verifiers_of(pool) == folders
+    for given, message in (
+        ("pool/x*", "'pool/x\\*' matches none of verifier, pool/change, pool/groups"),
+        ((), "a list without a name"),
+    ):
+        with pytest.raises(RsgwmError, match=message):
+            LoopSection(verifier=given).verifiers_of(pool)
+    with pytest.raises(RsgwmError, match="combine mean takes a verifier of several adapters"):
+        LoopSection(combine="mean").verifiers_of(pool)
+    with pytest.raises(RsgwmError, match="combine must be one of max, mean, learned, found 'sum'"):
+        LoopSection(verifier="pool", combine="sum").verifiers_of(pool)
+    # The keys of runs that name no verifier are what they were before one could.
+    assert LoopSection().describe().keys() == asdict(LoopSection()).keys() - {"verifier", "combine"}
+    assert LoopSection(verifier="pool/*", combine="mean").describe() == asdict(
+        LoopSection(verifier="pool/*", combine="mean")
+    )
