@@ -77,42 +77,41 @@ def test_however_a_pool_is_given_it_says_the_same(folder):
     assert all("adapters" not in step for step in single["steps"])
 
 
-@pytest.mark.parametrize("combine", ["max", "learned"])
-def test_calibrate_then_ask_then_eval(folder, half_right, combine):
+def test_calibrate_then_ask_then_eval(folder, half_right):
     pool = [folder / "pool" / name for name in NAMES]
-    pair = ("--drafter", folder / "drafter", "--verifier", *pool, "--combine", combine, *LOOP)
-    kept = ("--task", "change", "--items", 16, "--drafts-file", folder / "held.jsonl")
-    made, _ = result_of("calibrate", *pair, *kept, "--curve", "platt")
-    assert made["made_for"]["combine"] == combine
-    assert len(made["made_for"]["verifier"]) == 3
-    assert set(made.get("learned", {})) == ({"yesno", "mean_logprob", "combined"} if combine == "learned" else set())
-    stored = load_calibration(folder / "cache" / "calibrations" / made["out"].rpartition("/")[2])
-    assert stored.threshold == made["threshold"]
-    before = (folder / "held.jsonl").stat().st_mtime_ns
-    other = "mean" if combine == "max" else "max"
-    again = ("--drafter", folder / "drafter", "--verifier", *pool[::-1], "--combine", other, *LOOP)
-    assert result_of("calibrate", *again, *kept)[0]["out"] != made["out"]
-    assert (folder / "held.jsonl").stat().st_mtime_ns == before, "another rule takes the drafts that are there"
+    kept = ("--task", "change", "--items", 16, "--drafts-file", folder / "held.jsonl", "--curve", "platt")
+    written, made = [], {}
+    for combine, given in (("max", pool), ("learned", pool[::-1])):
+        pair = ("--drafter", folder / "drafter", "--verifier", *given, "--combine", combine, *LOOP)
+        made[combine], _ = result_of("calibrate", *pair, *kept)
+        assert made[combine]["made_for"]["combine"] == combine
+        assert len(made[combine]["made_for"]["verifier"]) == 3
+        stored = load_calibration(folder / "cache" / "calibrations" / made[combine]["out"].rpartition("/")[2])
+        assert stored.threshold == made[combine]["threshold"]
+        written.append((folder / "held.jsonl").stat().st_mtime_ns)
+    assert made["max"]["out"] != made["learned"]["out"]
+    assert written[0] == written[1], "another rule takes the drafts that are there"
+    assert "learned" not in made["max"]
+    assert set(made["learned"]["learned"]) == {"yesno", "mean_logprob", "combined"}
 
-    answer, told = result_of("ask", QUESTION, "--drafter", folder / "drafter", *pair[2:3], *pool[::-1], *pair[6:])
-    assert (answer["threshold"], answer["score_name"]) == (made["threshold"], made["score"])
-    assert "calibrated with another" not in told
-    assert set(answer["steps"][0]["adapters"]) == set(NAMES)
+    for combine, result in made.items():
+        pair = ("--drafter", folder / "drafter", "--verifier", *pool, "--combine", combine, *LOOP)
+        answer, told = result_of("ask", QUESTION, *pair)
+        assert (answer["threshold"], answer["score_name"]) == (result["threshold"], result["score"])
+        assert "calibrated with another" not in told
+        assert set(answer["steps"][0]["adapters"]) == set(NAMES)
 
-    report, _ = result_of("eval", *pair, "--task", "change", "--items", 4, "--timed", 1, "--out", folder / "report")
-    assert (report["score"], report["threshold"]) == (made["score"], made["threshold"])
+    pair = ("--drafter", folder / "drafter", "--verifier", folder / "pool", *LOOP)
+    report, _ = result_of("eval", *pair, "--task", "change", "--items", 4, "--timed", 0, "--out", folder / "report")
+    assert (report["score"], report["threshold"]) == (made["max"]["score"], made["max"]["threshold"])
     assert set(report["metadata"]["adapters"]["verifier"]) == set(NAMES)
     for item in read_items(folder / "report" / "items.jsonl"):
         for draft in item.drafts:
-            assert set(draft.scores) == set(draft.adapters) == {"yesno", "mean_logprob", "combined"}
+            assert set(draft.scores) <= set(draft.adapters) == {"yesno", "mean_logprob", "combined"}
             for score, values in draft.adapters.items():
                 assert draft.won[score] == max(values, key=values.get)
-            if combine == "max":
-                assert draft.scores["yesno"] == max(draft.adapters["yesno"].values())
+            assert draft.scores["yesno"] == max(draft.adapters["yesno"].values())
             assert draft.verified["mean_logprob"] % 3 == 0
-    assert (
-        invoke("eval", *pair, "--task", "change", "--items", 4, "--timed", 1, "--out", folder / "report").exit_code == 0
-    )
 
 
 def test_what_cannot_verify_is_refused_in_one_line(folder, make_base_of, make_adapter):
