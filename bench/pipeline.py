@@ -7,10 +7,13 @@ of the embedded families. Everything runs in one process. Latency: for every ite
 draft–verify in each mode, at batch 1, the order of the sides turning from item to item; all modes must give the same
 answers. Throughput: the same items through ``answer_many`` and through the loop that a script would be: mlx-lm's
 ``generate_step`` on a resident drafter and a plain forward pass of a resident verifier (two of mlx-lm's own models, so
-that it never has to switch), drafting the same tokens, as often as the loop decided.
+that it never has to switch), drafting the same tokens, as often as the loop decided. Pool: draft–verify with the run's
+pool (four adapters at most) as verifier against the merged one, all three drafts of every item scored by mean_logprob;
+``--pool-only`` measures nothing else.
 
 The last line is JSON: ``latency_ratio`` by mode (mean latency over the drafter's; ``latency_ratio_median`` of medians),
-``throughput_ratio``, ``memory_ratio`` (peak over base + adapters + key–value caches), ``switch_ms``.
+``throughput_ratio``, ``memory_ratio`` (peak over base + adapters + key–value caches), ``switch_ms``, ``pool``
+(``latency_ratio`` one question at a time, ``batched_ratio`` of the seconds that ``answer_many`` takes).
 """
 
 from __future__ import annotations
@@ -38,11 +41,13 @@ from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.prefix_cache import GROWTH
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.adapter import Adapter, is_complete
+from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.base import load_base, resolve_base
 from mlx_rsgwm.models.slots import AdapterSlots
 
 MODES = ("sequential", "parallel", "adaptive")
+LARGEST_POOL = 4
 
 
 def load(run: Path, base_name: str, max_tokens: int) -> dict[str, DraftVerify]:
@@ -195,6 +200,40 @@ def switch_ms(slots: AdapterSlots) -> float:
     return 1000 * statistics.median(times)
 
 
+def pool_cost(pipeline: DraftVerify, run: Path, questions: Sequence[str], batch_rows: int) -> dict[str, Any]:
+    """What a pool as verifier costs against the merged verifier, both in turn on every question."""
+    slots = pipeline.slots
+    pool = sorted(folder for folder in (run / "pool").iterdir() if is_complete(folder))[:LARGEST_POOL]
+    for folder in pool:
+        slots.load(folder.name, load_adapter(folder))
+    config = LoopConfig(3, 1.0, "mean_logprob", pipeline.config.sampling, "parallel")
+    sides = {
+        name: DraftVerify(slots, pipeline.template, "drafter", verifier, config)
+        for name, verifier in (("merged", "verifier"), ("pool", [folder.name for folder in pool]))
+    }
+    seconds = dict.fromkeys(sides, 0.0)
+    for side in sides.values():
+        side.answer(questions[0])
+        side.answer_many(questions[:4], batch_rows)
+    for index, question in enumerate(questions):
+        for name in sorted(sides, reverse=bool(index % 2)):
+            started = time.perf_counter()
+            sides[name].answer(question)
+            seconds[name] += time.perf_counter() - started
+    batched = {}
+    for name, side in sides.items():
+        started = time.perf_counter()
+        side.answer_many(questions, batch_rows)
+        batched[name] = time.perf_counter() - started
+    return {
+        "adapters": len(pool),
+        "latency_ratio": round(seconds["pool"] / seconds["merged"], 3),
+        "batched_ratio": round(batched["pool"] / batched["merged"], 3),
+        "latency_ms": {name: round(1000 * value / len(questions), 1) for name, value in seconds.items()},
+        "items_per_minute": {name: round(60 * len(questions) / value, 1) for name, value in batched.items()},
+    }
+
+
 def tinyllama_slots() -> AdapterSlots:
     """Slots on a model of TinyLlama's shapes, whose weights are never evaluated, with two random adapters."""
     from mlx_lm.models.llama import Model, ModelArgs
@@ -223,6 +262,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1)
     parser.add_argument("--batch-rows", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--pool-only", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     pipelines = load(options.run, options.base, options.max_tokens)
@@ -230,6 +270,9 @@ def main() -> None:
     questions = [q.question for family in FAMILIES for q in questions_for(family, "test", share, 7, None)][
         : options.items
     ]
+    if options.pool_only:
+        print(json.dumps({"pool": pool_cost(pipelines["parallel"], options.run, questions, options.batch_rows)}))
+        return
     seconds = latencies(pipelines, questions, options.trials)
     means, medians = (
         {name: kind(values) for name, values in seconds.items()} for kind in (statistics.mean, statistics.median)
@@ -247,6 +290,7 @@ def main() -> None:
             "smollm2-135m": round(switch_ms(pipelines["parallel"].slots), 4),
             "tinyllama shapes": round(switch_ms(tinyllama_slots()), 4),
         },
+        "pool": pool_cost(pipelines["parallel"], options.run, questions, options.batch_rows),
         "items": len(questions),
         "batch_rows": options.batch_rows,
         "score": pipelines["parallel"].config.score,
