@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_rsgwm.converters.peft.convert import Converted, require_empty
+from mlx_rsgwm.converters.peft.convert import Converted, replaced_notes, require_empty
 from mlx_rsgwm.core.folders import new_folder
 from mlx_rsgwm.models.adapter import Adapter
 
@@ -25,7 +25,7 @@ def convert_from_mlx(folder: Path, out: Path, scale: float | None = None) -> Con
     adapter = Adapter.load(folder, scale=scale)
     adapter.manifest = {"kind": "imported", **adapter.manifest}
     name = str((adapter.manifest.get("base") or {}).get("name") or "a base it does not name")
-    converted = Converted(out, name, adapter.spec, len(adapter.modules()))
+    converted = Converted(out, name, adapter.spec, len(adapter.modules()), tuple(replaced_notes(adapter)))
     with new_folder(out) as work:
         adapter.save(work)
     return converted

@@ -23,7 +23,7 @@ from mlx_rsgwm.converters.dense_base import dense_base
 from mlx_rsgwm.converters.module_names import SWITCH, Names
 from mlx_rsgwm.converters.parity.certificate import sign
 from mlx_rsgwm.converters.parity.mlx import exact_float32, probe_ids, trace_mlx
-from mlx_rsgwm.converters.parity.torch import import_torch, torch_device, trace_torch
+from mlx_rsgwm.converters.parity.torch import import_torch, quiet_libraries, torch_device, trace_torch
 from mlx_rsgwm.converters.parity.trace import Probe, Trace, perplexity
 from mlx_rsgwm.converters.parity.verdict import NOISE, compare, compare_continuations, first_difference
 from mlx_rsgwm.converters.peft.convert import to_peft
@@ -159,7 +159,8 @@ def _run_torch(
     """The same in torch, on the inputs that the adapted layers had in MLX."""
     probes = mlx_run.trace.probes
     modules = {module: torch_module(module, names) for module in probes}
-    trace = trace_torch(torch_path, peft_folder, device, dtype, mlx_run.token_ids, probes, modules, continuation)
+    with quiet_libraries():
+        trace = trace_torch(torch_path, peft_folder, device, dtype, mlx_run.token_ids, probes, modules, continuation)
     return replace(trace, probes=scaled_probes(trace.probes, names))
 
 

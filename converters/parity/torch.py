@@ -50,7 +50,7 @@ def load_torch_base(path: Path, device: str, dtype: str, attention: str = "eager
     ``wrapped``: as the model of text and images, where its language model could be loaded alone.
     """
     torch = import_torch()
-    with _quiet_transformers():
+    with quiet_libraries():
         try:
             model: Any = _torch_class(path, wrapped).from_pretrained(
                 str(path),
@@ -87,8 +87,7 @@ def apply_peft(model: Any, peft_folder: Path, widen: bool) -> Any:
     from peft import PeftModel
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of transformers, nothing a user can change
+        with quiet_libraries():
             adapted = PeftModel.from_pretrained(model, str(peft_folder), autocast_adapter_dtype=widen)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -237,14 +236,19 @@ def _greedy(model: Any, device: str, text: Sequence[int], count: int) -> list[in
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No loading bars of transformers inside our own progress."""
+def quiet_libraries() -> Iterator[None]:
+    """No loading bars and warnings of torch, transformers and PEFT: they speak of each other's use and of missing
+    kernels, which no user of ours can change, and whether the adapter is applied is measured."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

@@ -183,14 +183,23 @@ def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Readin
     require_empty(out)
     reading = reading or Reading()
     adapter = _read_on(folder, base, reading)
-    if adapter.full:
-        names = ", ".join(list(adapter.full)[:3]) + (" …" if len(adapter.full) > 3 else "")
-        reading.notes.append(f"it replaces parameters of the base ({names}), which only rsgwm fuse can apply")
+    reading.notes += replaced_notes(adapter)
     rows = rows_of(adapter.manifest)
     reading.notes += [] if rows else tokenizer_notes(folder, base)
     converted = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
     save_adapter(adapter, out, tokenizer_files(folder) if rows else ())
     return converted
+
+
+def replaced_notes(adapter: Adapter) -> list[str]:
+    """What to tell of an adapter that replaces parameters of its base, which mlx-lm has no place for."""
+    if not adapter.full:
+        return []
+    names = ", ".join(list(adapter.full)[:3]) + (" …" if len(adapter.full) > 3 else "")
+    return [
+        f"it replaces parameters of the base ({names}), which only rsgwm fuse can apply; "
+        "mlx_lm.generate and mlx_lm.fuse cannot use this folder"
+    ]
 
 
 def check_peft(folder: Path) -> None:

@@ -123,7 +123,8 @@ def _read_groups(
     reading.notes += config_notes(config)
     if layout.untied:
         reading.notes.append(
-            "its head is apart from the embedding, which the base ties; rsgwm fuse makes an untied model"
+            "its head is apart from the embedding, which the base ties; rsgwm fuse makes an untied model, and "
+            "mlx_lm.generate and mlx_lm.fuse cannot use this folder"
         )
     if layout.rows:
         reading.notes.append(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import shutil
+import warnings
 
 import mlx.core as mx
 import numpy as np
@@ -335,6 +337,22 @@ def test_float32_that_is_not_float32_is_noticed(monkeypatch):
 
 
 # --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_what_the_libraries_warn_of_is_not_passed_on(base_folder, adapter_folder):
+    """The deprecations among transformers and PEFT are nothing that a user of ours could change."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = check_parity(adapter_folder, str(base_folder), device="cpu", token_ids=[[1, 5, 9]], continuation=2)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert result["passed"]
+    assert not said
 
 
 def test_the_command_passes_and_fails_with_exit_codes(base_folder, adapter_folder, tmp_path):

@@ -236,6 +236,9 @@ def test_what_was_trained_of_the_saved_modules_still_counts(make, bases, tmp_pat
     assert result.exit_code == 0, result.output
     assert list(Adapter.load(out).full) == ["lm_head.weight"]
     assert "replaces parameters of the base (lm_head.weight), which only rsgwm fuse can apply" in result.output
+    assert "mlx_lm.generate and mlx_lm.fuse cannot use this folder" in result.output
+    again = CliRunner().invoke(rsgwm, ["convert", "from-mlx", str(out), "--out", str(tmp_path / "again")])
+    assert "mlx_lm.generate and mlx_lm.fuse cannot use this folder" in again.output
 
 
 # --- models of images and text ----------------------------------------------------------------------------------
