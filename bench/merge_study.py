@@ -27,8 +27,9 @@ from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import LineProgress
 from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, make_rows, save_corpus
 from mlx_rsgwm.data.questions import Question, load_jsonl
-from mlx_rsgwm.data.synthetic import NAMES, THINGS, generate, split_of
+from mlx_rsgwm.data.synthetic import generate, split_of
 from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.data.word_problems import NAMES, THINGS
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.studies.merge_sweep import Measured, Plan, Sweep

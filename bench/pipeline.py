@@ -31,8 +31,8 @@ import mlx.core as mx
 from mlx_rsgwm.bench.shapes import TINYLLAMA
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.select import questions_for
-from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.data.word_problems import PLAIN
 from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import load_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft
@@ -266,8 +266,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     pipelines = load(options.run, options.base, options.max_tokens)
-    share = -(-options.items // len(FAMILIES))
-    questions = [q.question for family in FAMILIES for q in questions_for(family, "test", share, 7, None)][
+    share = -(-options.items // len(PLAIN))
+    questions = [q.question for family in PLAIN for q in questions_for(family, "test", share, 7, None)][
         : options.items
     ]
     if options.pool_only:

@@ -9,6 +9,7 @@ What holds afterwards, by the kind of ``change``:
 - ``operand``, ``operation``: every equation of the wrong rationale is true; it answers another question.
 - ``slip``: exactly one equation is false, the one whose result was miscalculated; later ones are true again.
 - ``answer``: no equation leads to the gold answer, so only its last mention was changed; at most one is false.
+- the name of a mistake, where the question knows its likely ones (``SolvedQuestion``): every equation is true.
 - ``label``: a yes/no or lettered answer was exchanged; equations stay as they were.
 
 A text answer that holds nothing to change gets another row's answer of like kind (:func:`borrow`).
@@ -34,7 +35,7 @@ from mlx_rsgwm.data.equations import (
     value_of,
 )
 from mlx_rsgwm.data.numbers import LITERAL, decimals_needed, parse_number, read_literal, unfrac, write_number
-from mlx_rsgwm.data.questions import Question
+from mlx_rsgwm.data.questions import Question, SolvedQuestion, Wrong
 
 _UNIT = r"(?:\s?/?\s?[A-Za-z][A-Za-z'’]*(?![A-Za-z'’])){0,4}"
 # A number in running text: not part of a word, an index, a time or an ordinal.
@@ -44,15 +45,6 @@ _ADJACENT_AFTER = re.compile(rf"%?{_UNIT}\s*(?:[+*×÷/^=]|[-−–]\s*[0-9$(])|
 
 
 MOST_LENDERS = 500  # rows looked at for an answer to borrow
-
-
-@dataclass(frozen=True)
-class Wrong:
-    """A wrong solution: its rationale, its final answer, and what was changed (see the module's text)."""
-
-    rationale: str
-    gold: str
-    change: str
 
 
 def perturb(question: Question, rng: random.Random) -> Question | None:
@@ -110,6 +102,8 @@ def _bare(text: str) -> str:
 
 def make_wrong(question: Question, rng: random.Random) -> Wrong | None:
     """As :func:`perturb`, with the kind of change beside it."""
+    if isinstance(question, SolvedQuestion) and question.mistakes:
+        return rng.choice(question.mistakes)
     gold = question.gold.strip()
     if gold.lower() in ("yes", "no"):
         flipped = "no" if gold.lower() == "yes" else "yes"

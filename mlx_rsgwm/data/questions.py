@@ -41,6 +41,22 @@ class Question:
         return f"{self.rationale}\n{final}" if self.rationale else final
 
 
+@dataclass(frozen=True)
+class Wrong:
+    """A wrong solution: its rationale, its final answer, and what was changed (see ``data.perturb``)."""
+
+    rationale: str
+    gold: str
+    change: str
+
+
+@dataclass(frozen=True)
+class SolvedQuestion(Question):
+    """A question whose likely mistakes are known: wrong solutions in which every equation is true."""
+
+    mistakes: tuple[Wrong, ...] = ()
+
+
 class OwnFile(NamedTuple):
     """The questions of a user's own file, the rows that they stand in, and what those numbers count."""
 
