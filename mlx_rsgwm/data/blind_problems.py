@@ -12,6 +12,7 @@ import random
 from collections.abc import Mapping
 from fractions import Fraction
 
+from mlx_rsgwm.data.equations import OPERATIONS
 from mlx_rsgwm.data.questions import Wrong
 from mlx_rsgwm.data.word_problems import NAMES, THINGS, Family, Problem
 
@@ -34,8 +35,7 @@ def worked(steps: Steps) -> tuple[str, int] | None:
     """The equations, one a line, and the last result; None where a result is no positive whole number."""
     lines, value = [], Fraction(0)
     for left, sign, right in steps:
-        results = {"+": left + right, "-": left - right, "*": left * right, "/": Fraction(left, right)}
-        value = Fraction(results[sign])
+        value = OPERATIONS[sign](Fraction(left), Fraction(right))
         if value <= 0 or value.denominator != 1:
             return None
         lines.append(f"{left} {sign} {right} = {value}")

@@ -1,8 +1,8 @@
 """The embedded task families: seeded word problems that a 135M model learns and still gets wrong.
 
 They exist so that the whole line (train, merge, draft, verify) runs on a fresh machine in minutes. Questions are
-generated, never stored; a seed and a count name a data set. The demo's are ``PLAIN``; in those of ``BLIND`` wrong drafts
-calculate rightly, so that only a verifier can tell them from right ones.
+generated, never stored; a seed and a count name a data set. The demo's are ``PLAIN``; in those of ``BLIND`` wrong
+drafts calculate rightly, so that only a verifier can tell them from right ones.
 """
 
 from __future__ import annotations
