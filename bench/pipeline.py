@@ -267,9 +267,7 @@ def main() -> None:
     options = parser.parse_args()
     pipelines = load(options.run, options.base, options.max_tokens)
     share = -(-options.items // len(PLAIN))
-    questions = [q.question for family in PLAIN for q in questions_for(family, "test", share, 7, None)][
-        : options.items
-    ]
+    questions = [q.question for family in PLAIN for q in questions_for(family, "test", share, 7, None)][: options.items]
     if options.pool_only:
         print(json.dumps({"pool": pool_cost(pipelines["parallel"], options.run, questions, options.batch_rows)}))
         return
