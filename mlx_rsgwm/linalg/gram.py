@@ -8,11 +8,14 @@ out is positive semidefinite, so its trace, which the diagonal of G tells exactl
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
+
+Columns = mx.array | np.ndarray
 
 # Eigenvalues of ΩᵀGΩ below this share of the largest are rounding errors of float32 sums.
 SMALLEST_SHARE = 1e-7
@@ -20,25 +23,28 @@ SMALLEST_SHARE = 1e-7
 
 @dataclass(frozen=True)
 class WholeGram:
-    """G as it is: ``matrix`` (in, in) float64 on the CPU stream."""
+    """G as it is: ``matrix`` (in, in) float64."""
 
-    matrix: mx.array
+    matrix: np.ndarray
 
     @property
     def width(self) -> int:
         """in: the length of an input."""
         return int(self.matrix.shape[0])
 
-    def diagonal(self) -> mx.array:
+    def diagonal(self) -> np.ndarray:
         """The diagonal of G, (in,)."""
-        return mx.diagonal(self.matrix, stream=mx.cpu)
+        return np.diagonal(self.matrix)
 
-    def times(self, columns: mx.array) -> mx.array:
+    def times(self, columns: Columns) -> np.ndarray:
         """G @ columns, (in, m) float64."""
-        with mx.stream(mx.cpu):
-            return self.matrix @ columns.astype(mx.float64)
+        return self.matrix @ float64(columns)
 
-    def dense(self) -> mx.array:
+    def between(self, left: Columns, right: Columns) -> np.ndarray:
+        """leftᵀ G right, (m, n) float64."""
+        return float64(left).T @ (self.matrix @ float64(right))
+
+    def dense(self) -> np.ndarray:
         """G, (in, in) float64."""
         return self.matrix
 
@@ -46,22 +52,22 @@ class WholeGram:
         """``weight`` times G with its entries off the diagonal times ``off_diagonal`` and ``ridge`` · tr(G) / in added
         to the diagonal.
         """
-        with mx.stream(mx.cpu):
-            diagonal = self.diagonal()
-            added = (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
-            return WholeGram(weight * (off_diagonal * self.matrix + mx.diag(added)))
+        diagonal = self.diagonal()
+        matrix = self.matrix * (weight * off_diagonal)
+        matrix[np.diag_indices(self.width)] = weight * (diagonal + ridge * diagonal.mean())
+        return WholeGram(matrix)
 
 
 @dataclass(frozen=True)
 class SketchedGram:
-    """G ≈ factor factorᵀ + diag(rest): ``factor`` (in, k) and ``rest`` (in,) ≥ 0, float64 on the CPU stream.
+    """G ≈ factor factorᵀ + diag(rest): ``factor`` (in, k) and ``rest`` (in,) ≥ 0, float64.
 
     The diagonal is G's own. ``missed`` is tr(G − factor factorᵀ) / tr(G), in [0, 1]: a bound on the spectral and the
-    nuclear norm of what the factor leaves out, as a share of tr(G).
+    nuclear norm of what the factor leaves out, as a share of tr(G). Nothing (in, in) is formed but by ``dense``.
     """
 
-    factor: mx.array
-    rest: mx.array
+    factor: np.ndarray
+    rest: np.ndarray
     missed: float
 
     @property
@@ -69,49 +75,64 @@ class SketchedGram:
         """in: the length of an input."""
         return int(self.factor.shape[0])
 
-    def diagonal(self) -> mx.array:
+    def diagonal(self) -> np.ndarray:
         """The diagonal of G, (in,)."""
-        with mx.stream(mx.cpu):
-            return mx.square(self.factor).sum(axis=1) + self.rest
+        return np.einsum("ik,ik->i", self.factor, self.factor) + self.rest
 
-    def times(self, columns: mx.array) -> mx.array:
-        """(factor factorᵀ + diag(rest)) @ columns, (in, m) float64; nothing (in, in) is formed."""
-        with mx.stream(mx.cpu):
-            wide = columns.astype(mx.float64)
-            return self.factor @ (self.factor.T @ wide) + self.rest[:, None] * wide
+    def times(self, columns: Columns) -> np.ndarray:
+        """(factor factorᵀ + diag(rest)) @ columns, (in, m) float64."""
+        wide = float64(columns)
+        return self.factor @ (self.factor.T @ wide) + self.rest[:, None] * wide
 
-    def dense(self) -> mx.array:
+    def between(self, left: Columns, right: Columns) -> np.ndarray:
+        """leftᵀ (factor factorᵀ + diag(rest)) right, (m, n) float64."""
+        first = float64(left)
+        second = first if right is left else float64(right)
+        seen = self.factor.T @ first
+        return seen.T @ (seen if right is left else self.factor.T @ second) + first.T @ (self.rest[:, None] * second)
+
+    def dense(self) -> np.ndarray:
         """What the sketch stands for, (in, in) float64: for where its columns are as many as the inputs."""
-        with mx.stream(mx.cpu):
-            return self.factor @ self.factor.T + mx.diag(self.rest)
+        return self.factor @ self.factor.T + np.diag(self.rest)
 
     def regularised(self, weight: float, off_diagonal: float, ridge: float) -> SketchedGram:
         """As :meth:`WholeGram.regularised`, in the same form."""
-        with mx.stream(mx.cpu):
-            diagonal = self.diagonal()
-            added = (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
-            rest = weight * (off_diagonal * self.rest + added)
-            return SketchedGram(math.sqrt(weight * off_diagonal) * self.factor, rest, self.missed)
+        diagonal = self.diagonal()
+        added = (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
+        rest = weight * (off_diagonal * self.rest + added)
+        return SketchedGram(math.sqrt(weight * off_diagonal) * self.factor, rest, self.missed)
 
 
 Gram = WholeGram | SketchedGram
 
 
+def float64(array: Columns) -> np.ndarray:
+    """An evaluated array for NumPy in float64: of MLX's float32, whose own float64 has the CPU stream only."""
+    return np.asarray(np.array(array, copy=False), dtype=np.float64)
+
+
 def no_gram(width: int) -> SketchedGram:
     """G of a module without inputs."""
-    with mx.stream(mx.cpu):
-        nothing = mx.zeros((width,)).astype(mx.float64)
-        return SketchedGram(nothing[:, None], nothing, 0.0)
+    return SketchedGram(np.zeros((width, 1)), np.zeros(width), 0.0)
 
 
-def plus(first: Gram, second: Gram) -> Gram:
-    """The sum of two: a sketch when both are and their columns are fewer than the inputs, else whole."""
-    with mx.stream(mx.cpu):
-        if isinstance(first, SketchedGram) and isinstance(second, SketchedGram):
-            factor = mx.concatenate([first.factor, second.factor], axis=1)
-            if factor.shape[1] < first.width:
-                return SketchedGram(factor, first.rest + second.rest, max(first.missed, second.missed))
-        return WholeGram(first.dense() + second.dense())
+def total(grams: Iterable[Gram]) -> Gram:
+    """Σ G_t: a sketch when all are and their columns fewer than the inputs, else whole; they are asked for in turn."""
+    sketches: list[SketchedGram] = []
+    matrix: np.ndarray | None = None
+    for gram in grams:
+        if isinstance(gram, SketchedGram):
+            sketches.append(gram)
+        else:
+            matrix = gram.matrix if matrix is None else matrix + gram.matrix
+        if matrix is not None or sum(sketch.factor.shape[1] for sketch in sketches) >= gram.width:
+            for dense in (sketches.pop().dense() for _ in range(len(sketches))):
+                matrix = dense if matrix is None else matrix + dense
+    if matrix is not None:
+        return WholeGram(matrix)
+    factor = np.concatenate([sketch.factor for sketch in sketches], axis=1)
+    rest = np.sum([sketch.rest for sketch in sketches], axis=0)
+    return SketchedGram(factor, rest, max(sketch.missed for sketch in sketches))
 
 
 @lru_cache(maxsize=32)
@@ -134,16 +155,11 @@ def from_sketch(sketch: mx.array, diagonal: mx.array, test: mx.array) -> Sketche
     Tropp, Yurtsever, Udell, Cevher, 2017 (arXiv 1706.05736), algorithm 3, with small eigenvalues left out in place of
     their shift: expected nuclear error ≤ (1 + p / (k − p − 1)) Σ_{j>p} λ_j for every p < k − 1 and a Gaussian Ω.
     """
-    with mx.stream(mx.cpu):
-        wide, basis = sketch.astype(mx.float64), test.astype(mx.float64)
-        core = basis.T @ wide
-        values, vectors = mx.linalg.eigh((core + core.T) / 2, stream=mx.cpu)
-        sound = values > SMALLEST_SHARE * mx.maximum(values[-1], 0.0)
-        roots = mx.where(sound, mx.rsqrt(mx.where(sound, values, 1.0)), 0.0)
-        factor = wide @ (vectors * roots)
-        trace = diagonal.astype(mx.float64)
-        rest = trace - mx.square(factor).sum(axis=1)
-        missed = rest.sum() / mx.maximum(trace.sum(), 1e-300)
-        mx.eval(factor, rest, missed)
-        share = float(missed.item())  # type: ignore[arg-type]
-        return SketchedGram(factor, mx.maximum(rest, 0.0), min(max(share, 0.0), 1.0))
+    wide, basis, squares = float64(sketch), float64(test), float64(diagonal)
+    core = basis.T @ wide
+    values, vectors = np.linalg.eigh((core + core.T) / 2)
+    sound = values > SMALLEST_SHARE * max(values[-1], 0.0)
+    factor = wide @ (vectors[:, sound] / np.sqrt(values[sound])) if sound.any() else np.zeros((len(squares), 1))
+    rest = squares - np.einsum("ik,ik->i", factor, factor)
+    share = rest.sum() / max(squares.sum(), 1e-300)
+    return SketchedGram(factor, np.maximum(rest, 0.0), float(min(max(share, 0.0), 1.0)))

@@ -21,7 +21,7 @@ import numpy as np
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.files import sha256_file, sha256_json
 from mlx_rsgwm.core.safetensors_io import read_safetensors
-from mlx_rsgwm.linalg.gram import Gram, WholeGram
+from mlx_rsgwm.linalg.gram import Gram, WholeGram, float64
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging.pool_metric import ModuleGrams
 from mlx_rsgwm.models.adapter import (
@@ -271,7 +271,7 @@ class Pool:
             if source.folder is None:
                 raise RsgwmError(f"{source.label} is not saved, so it has no Gram matrices of {role} rows")
             arrays = load_grams(source.folder)
-            readers.append({name: WholeGram(value.astype(mx.float64, stream=mx.cpu)) for name, value in arrays.items()})
+            readers.append({name: WholeGram(float64(value)) for name, value in arrays.items()})
         return (ModuleGrams(readers, module, self.shape(module)[0]) for module in self.modules)
 
     def require_signal(self, signal: str) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.linalg.gram import Gram, no_gram, plus
+from mlx_rsgwm.linalg.gram import Gram, float64, no_gram, total
 from mlx_rsgwm.linalg.lowrank import Factors
-from mlx_rsgwm.linalg.metric import Metric, energy, factorised, inner
+from mlx_rsgwm.linalg.metric import Metric, energy, factorised
 from mlx_rsgwm.merging.parameters import Parameter
 
 RAISES = 5  # of the ridge, tenfold each, before second moments are given up
@@ -61,7 +62,7 @@ class PoolMetric:
     """
 
     metric: Metric
-    seen: mx.array
+    seen: np.ndarray
     outputs: tuple[float, ...]
     weights: tuple[float, ...]
     ridge: float
@@ -85,12 +86,12 @@ def pool_metric(
         RsgwmError: the second moments are zero or not finite.
     """
     settled = {key: parameters.get(key, parameter.default) for key, parameter in PARAMETERS.items()}
-    outputs = _outputs(grams, factors)
+    outputs = tuple(energy(gram, update) for gram, update in zip(grams, factors, strict=True))
     balanced = _balanced(weights, outputs) if settled["balance"] == "relative" else tuple(weights)
     ridge = settled["ridge"]
     for _ in range(RAISES):
-        total, seen = _summed(grams, factors, balanced, settled["off_diagonal"], ridge)
-        if (metric := factorised(total)) is not None:
+        weighted, seen = _summed(grams, factors, balanced, settled["off_diagonal"], ridge)
+        if (metric := factorised(weighted)) is not None:
             return PoolMetric(metric, seen, outputs, balanced, ridge)
         ridge = max(10 * ridge, 1e-7)
     raise RsgwmError(
@@ -102,18 +103,12 @@ def pool_metric(
 def output_errors(grams: Sequence[Gram], factors: Sequence[Factors], merged: Factors, metric: PoolMetric) -> mx.array:
     """‖X_t (ΔW − ΔW_t)‖² / ‖X_t ΔW_t‖² of the T adapters, (T,) float32; 0 where an adapter has no output here."""
     errors = []
-    with mx.stream(mx.cpu):
-        for gram, update, output in zip(grams, factors, metric.outputs, strict=True):
-            seen = gram.times(merged.a)
-            error = inner(merged, seen, merged) - 2 * inner(update, seen, merged) + output
-            errors.append(mx.maximum(error, 0.0) / output if output > 0 else mx.zeros_like(error))
-        return mx.stack(errors).astype(mx.float32)
-
-
-def _outputs(grams: Sequence[Gram], factors: Sequence[Factors]) -> tuple[float, ...]:
-    energies = [energy(gram, update) for gram, update in zip(grams, factors, strict=True)]
-    mx.eval(energies)
-    return tuple(float(value.item()) for value in energies)  # type: ignore[arg-type]
+    for gram, update, output in zip(grams, factors, metric.outputs, strict=True):
+        a = np.concatenate([float64(merged.a), float64(update.a)], axis=1)
+        b = np.concatenate([float64(merged.b), -float64(update.b)], axis=0)
+        error = np.sum(gram.between(a, a) * (b @ b.T))
+        errors.append(max(float(error), 0.0) / output if output > 0 else 0.0)
+    return mx.array(errors)
 
 
 def _balanced(weights: Sequence[float], outputs: Sequence[float]) -> tuple[float, ...]:
@@ -129,15 +124,14 @@ def _balanced(weights: Sequence[float], outputs: Sequence[float]) -> tuple[float
 
 def _summed(
     grams: Sequence[Gram], factors: Sequence[Factors], weights: Sequence[float], off_diagonal: float, ridge: float
-) -> tuple[Gram, mx.array]:
+) -> tuple[Gram, np.ndarray]:
     """Σ w_t Ḡ_t, and the w_t Ḡ_t a_t side by side."""
-    total: Gram | None = None
-    columns = []
-    for gram, update, weight in zip(grams, factors, weights, strict=True):
-        part = gram.regularised(weight, off_diagonal, ridge)
-        columns.append(part.times(update.a))
-        total = part if total is None else plus(total, part)
-        mx.eval(columns[-1], total.diagonal())  # before the next is read
-    assert total is not None
-    with mx.stream(mx.cpu):
-        return total, mx.concatenate(columns, axis=1)
+    columns: list[np.ndarray] = []
+
+    def parts() -> Iterator[Gram]:
+        for gram, update, weight in zip(grams, factors, weights, strict=True):
+            part = gram.regularised(weight, off_diagonal, ridge)
+            columns.append(part.times(update.a))
+            yield part
+
+    return total(parts()), np.concatenate(columns, axis=1)

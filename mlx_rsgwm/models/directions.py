@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.safetensors_io import read_safetensors
-from mlx_rsgwm.linalg.gram import Gram, SketchedGram, WholeGram, from_sketch, test_matrix
+from mlx_rsgwm.linalg.gram import Gram, SketchedGram, WholeGram, float64, from_sketch, test_matrix
 from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, MANIFEST_FILE, WEIGHTS_FILE
 
 FORMER_FILE = "grams.safetensors"  # whole matrices of all rows together, until 0.2
@@ -84,14 +85,12 @@ class RoleGrams(Mapping[str, Gram]):
         if not all(mx.all(mx.isfinite(mean)).item() for mean in means.values()):
             raise AdapterError(f"{self._where}: the directions of {owner} are not finite; collect them anew")
         if "gram" in means:
-            with mx.stream(mx.cpu):
-                return WholeGram(means["gram"].astype(mx.float64))
+            return WholeGram(float64(means["gram"]))
         if "sketch" in means:
             width, rank = means["sketch"].shape
             return from_sketch(means["sketch"], means["diagonal"], test_matrix(width, rank, self._header.seed))
-        with mx.stream(mx.cpu):
-            rest = means["diagonal"].astype(mx.float64)
-            return SketchedGram(mx.zeros_like(rest)[:, None], rest, 0.0)
+        rest = float64(means["diagonal"])
+        return SketchedGram(np.zeros((len(rest), 1)), rest, 0.0)
 
     def _mean(self, name: str) -> mx.array:
         """The average over roles of their arrays; they are dropped, and the file is opened again for a second time."""

@@ -221,7 +221,7 @@ TESTED = [name for name in METHODS if name != "paper-literal"]  # a preset of rs
 
 
 def second_moment(x):
-    return WholeGram(mx.array((x.T @ x / len(x)).astype(np.float32)).astype(mx.float64, stream=mx.cpu))
+    return WholeGram(x.T @ x / len(x))
 
 
 def run(method, updates, weights, monkeypatch, rank=FULL, **options):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.linalg.gram import Gram, WholeGram, from_sketch, no_gram, test_matrix
+from mlx_rsgwm.linalg.gram import Gram, WholeGram, float64, from_sketch, no_gram, test_matrix
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions, Override
 from mlx_rsgwm.merging.pool import Pool
@@ -44,7 +44,7 @@ ROTATION = np.linalg.qr(np.random.default_rng(7).standard_normal((INPUTS, INPUTS
 def as_gram(moment: np.ndarray, columns: int) -> Gram:
     whole = mx.array(moment.astype(np.float32))
     if not columns:
-        return WholeGram(whole.astype(mx.float64, stream=mx.cpu))
+        return WholeGram(float64(whole))
     test = test_matrix(INPUTS, columns, 0)
     return from_sketch(whole @ test, mx.diagonal(whole), test)
 

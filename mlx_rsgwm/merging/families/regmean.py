@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_rsgwm.linalg.gram import float64
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.linalg.metric import roots
 from mlx_rsgwm.merging import pool_metric
@@ -41,11 +43,10 @@ def regmean(layer: Layer) -> Factors:
     """
     metric = layer.metric
     layer.notes["ridge"] = mx.array(metric.ridge)
-    with mx.stream(mx.cpu):
-        b = mx.concatenate([update.b for update in layer.factors], axis=0)
-        if layer.parameters.get("source") != "span":
-            return Factors(metric.metric.solve(metric.seen).astype(mx.float32), b)
-        a = mx.concatenate([update.a for update in layer.factors], axis=1).astype(mx.float64)
-        # (aᵀMa)⁻¹ aᵀ [w_t Ḡ_t a_t]; what of a is linearly dependent adds nothing to the span.
-        _, outwards = roots(a.T @ metric.metric.gram.times(a))
-        return Factors((a @ (outwards @ (outwards.T @ (a.T @ metric.seen)))).astype(mx.float32), b)
+    b = mx.concatenate([update.b for update in layer.factors], axis=0)
+    if layer.parameters.get("source") != "span":
+        return Factors(mx.array(metric.metric.solve(metric.seen).astype(np.float32)), b)
+    a = np.concatenate([float64(update.a) for update in layer.factors], axis=1)
+    # (aᵀMa)⁻¹ aᵀ [w_t Ḡ_t a_t]; what of a is linearly dependent adds nothing to the span.
+    _, outwards = roots(metric.metric.gram.between(a, a))
+    return Factors(mx.array((a @ (outwards @ (outwards.T @ (a.T @ metric.seen)))).astype(np.float32)), b)

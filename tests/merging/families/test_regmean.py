@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.linalg.gram import Gram, SketchedGram, WholeGram, from_sketch, no_gram, test_matrix
+from mlx_rsgwm.linalg.gram import Gram, SketchedGram, WholeGram, float64, from_sketch, no_gram, test_matrix
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging.families.regmean import regmean
 from mlx_rsgwm.merging.layer import Layer
@@ -33,7 +33,7 @@ def gram_of(x: np.ndarray, rank: int = 0) -> Gram:
     """The second moment of rows, whole or as a sketch of ``rank`` columns."""
     moment = mx.array((x.T @ x / len(x)).astype(np.float32))
     if not rank:
-        return WholeGram(moment.astype(mx.float64, stream=mx.cpu))
+        return WholeGram(float64(moment))
     test = test_matrix(x.shape[1], rank, 0)
     return from_sketch(moment @ test, mx.diagonal(moment), test)
 
