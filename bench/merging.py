@@ -23,12 +23,14 @@ first merge from the folders adds to the resident set at its peak; of PEFT, what
 in memory, and its call.
 
 ``rsgwm_over_forward`` is the time of a default ``rsgwm`` merge of such a pool, importance included, over that of one
-forward pass of 512 tokens, logits and all, through a random model of TinyLlama's shapes in float32, in turns.
+forward pass of 512 tokens, logits and all, through a random model of TinyLlama's shapes in float32, in turns;
+``regmean_over_forward`` that of a default ``regmean``, with sketches of 64 columns of every input.
 
-``growth`` is time and peak memory of ``rsgwm`` and of ``linear`` (the exact mean, truncated) for T = 2 … 64 adapters of
-rank 16 (q/k/v/o of six layers of TinyLlama's shapes, 1.2M parameters), and of 1M … 200M parameters (rank 16, all linear
-modules of 8B-like layers, more and more layers, T = 4: one adapter under four names), each in a fresh process. Memory
-includes the result. An exponent is the slope of a straight line through the logarithms.
+``growth`` is time and peak memory of ``rsgwm``, of ``linear`` (the exact mean, truncated) and of ``regmean`` for T = 2
+… 64 adapters of rank 16 (q/k/v/o of six layers of TinyLlama's shapes, 1.2M parameters), and of 1M … 200M parameters
+(rank 16, all linear modules of 8B-like layers, more and more layers, T = 4: one adapter under four names; of
+``regmean`` up to 21M), each in a fresh process. Memory includes the result. An exponent is the slope of a straight line
+through the logarithms.
 
 The last line is JSON: these figures (``speedup``: seconds theirs / ours; ``memory``: ours / theirs), by method where
 there are several.
@@ -122,13 +124,20 @@ def _seconds(steps: Sequence[Mapping[str, float]], clock: str = "seconds") -> st
 
 
 def over_forward(folder: Path, trials: int, budget: float) -> dict[str, Any]:
-    """A default merge by importance over one forward pass, after one unmeasured step of each."""
-    folders = write_pool(folder / "important", ATTENTION, LAYERS, COUNT, importance=True)
-    with process_of("ours", "rsgwm", folders) as merge, process_of("forward", "", ()) as forward:
-        merge(), forward()
-        steps = in_turns({"rsgwm": merge, "forward": forward}, trials, budget)
-    print(f"rsgwm {_seconds(steps['rsgwm'])} s; forward {_seconds(steps['forward'])} s", flush=True)
-    return {"rsgwm_over_forward": round(ratio(steps["rsgwm"], steps["forward"]), 4), "forward_steps": steps}
+    """Default merges by importance and by directions over one forward pass, after one unmeasured step of each."""
+    folders = write_pool(folder / "important", ATTENTION, LAYERS, COUNT, importance=True, directions=True)
+    with (
+        process_of("ours", "rsgwm", folders) as rsgwm,
+        process_of("ours", "regmean", folders) as regmean,
+        process_of("forward", "", ()) as forward,
+    ):
+        sides = {"rsgwm": rsgwm, "regmean": regmean, "forward": forward}
+        for step in sides.values():
+            step()
+        steps = in_turns(sides, trials, budget)
+    print("; ".join(f"{name} {_seconds(steps[name])} s" for name in sides), flush=True)
+    ratios = {f"{name}_over_forward": round(ratio(steps[name], steps["forward"]), 4) for name in ("rsgwm", "regmean")}
+    return {**ratios, "forward_steps": steps}
 
 
 def processor() -> str:

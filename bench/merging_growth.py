@@ -15,25 +15,29 @@ from mlx_rsgwm.evaluation.report.figures import legend_below, write_figure
 
 GROWING_COUNTS = (2, 4, 8, 16, 32, 64)
 GROWING_LAYERS = (1, 4, 16, 64, 152)  # 1.3M … 199M parameters
+METHODS = {"rsgwm": "o", "linear": "s", "regmean": "^"}  # and their markers
+MOST_LAYERS = {"regmean": 16}  # one of which takes as long as a hundred of the others
 
 
 def grow(folder: Path) -> dict[str, Any]:
-    """Time and peak memory of two methods as the number of adapters grows, and as the adapters do."""
+    """Time and peak memory of three methods as the number of adapters grows, and as the adapters do."""
     rows: dict[str, list[dict[str, Any]]] = {"adapters": [], "parameters": []}
-    many = write_pool(folder / "many", ATTENTION, 6, max(GROWING_COUNTS), importance=True)
+    many = write_pool(folder / "many", ATTENTION, 6, max(GROWING_COUNTS), importance=True, directions=True)
     for count in GROWING_COUNTS:
-        rows["adapters"] += [_growing(method, many[:count], count) for method in ("rsgwm", "linear")]
+        rows["adapters"] += [_growing(method, many[:count], count) for method in METHODS]
     for layers in GROWING_LAYERS:
-        (adapter,) = write_pool(folder / f"layers-{layers}", WIDE, layers, 1, importance=True)
+        methods = [method for method in METHODS if layers <= MOST_LAYERS.get(method, layers)]
+        sketched = "regmean" in methods
+        (adapter,) = write_pool(folder / f"layers-{layers}", WIDE, layers, 1, importance=True, directions=sketched)
         names = [folder / f"layers-{layers}" / f"name-{index}" for index in range(COUNT)]
         for name in names:
             name.symlink_to(adapter, target_is_directory=True)
         parameters = layers * RANK * sum(map(sum, WIDE.values()))
-        rows["parameters"] += [_growing(method, names, parameters) for method in ("rsgwm", "linear")]
+        rows["parameters"] += [_growing(method, names, parameters) for method in methods]
     exponents = {
         f"{what}, {method}, {figure}": round(_slope([r for r in rows[what] if r["method"] == method], figure), 3)
         for what in rows
-        for method in ("rsgwm", "linear")
+        for method in METHODS
         for figure in ("seconds", "mb")
     }
     return {**rows, "exponents": exponents}
@@ -66,7 +70,7 @@ def _draw(figure: Any, growth: Mapping[str, Any]) -> None:
     ):
         for row, name in enumerate(labels):
             panel = axes[row][column]
-            for method, marker in (("rsgwm", "o"), ("linear", "s")):
+            for method, marker in METHODS.items():
                 points = [point for point in growth[what] if point["method"] == method]
                 panel.plot([p["size"] for p in points], [p[name] for p in points], marker=marker, label=method)
             if name == "mb":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_rsgwm.linalg.gram import test_matrix
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 Shapes = Mapping[str, tuple[int, int]]  # module inside a block: (in, out)
@@ -27,10 +29,38 @@ WIDE: Shapes = {
     "mlp.down_proj": (14336, 4096),
 }
 LAYERS, RANK, SCALE, COUNT = 22, 16, 2.0, 4
+# Sketches of the default size, of so many random tokens; a block's projections to queries, keys and values share one.
+COLUMNS, TOKENS = 64, 128
+SHARED = {
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+}
 
 
-def write_pool(folder: Path, shapes: Shapes, layers: int, count: int, importance: bool) -> list[Path]:
-    """``count`` random adapters from one lora_a initialisation; it and an importance are kept with ``importance``."""
+def random_directions(shapes: Shapes, layers: int) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Sketches of random inputs of role draft, and what such a file says of itself."""
+    arrays, shared = {}, {}
+    for layer in range(layers):
+        for name, (rows, _) in shapes.items():
+            module = f"model.layers.{layer}.{name}"
+            if name in SHARED:
+                shared[module] = f"model.layers.{layer}.{SHARED[name]}"
+                continue
+            x = mx.random.normal((TOKENS, rows)) * 0.99 ** mx.arange(rows)
+            arrays[f"draft/{module}.sketch"] = x.T @ (x @ test_matrix(rows, COLUMNS, 0)) / TOKENS
+            arrays[f"draft/{module}.diagonal"] = mx.square(x).mean(axis=0)
+            mx.eval(arrays)
+    about = {"k": str(COLUMNS), "seed": "0", "tokens/draft": str(TOKENS), "shared": json.dumps(shared)}
+    return arrays, about
+
+
+def write_pool(
+    folder: Path, shapes: Shapes, layers: int, count: int, importance: bool, directions: bool = False
+) -> list[Path]:
+    """``count`` random adapters from one lora_a initialisation; it and an importance are kept with ``importance``,
+    sketches of their inputs with ``directions``.
+    """
     modules = {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in shapes.items()}
     mx.random.seed(0)
     init = {f"{name}.lora_a": mx.random.uniform(-1, 1, (rows, RANK)) / rows**0.5 for name, (rows, _) in modules.items()}
@@ -46,5 +76,8 @@ def write_pool(folder: Path, shapes: Shapes, layers: int, count: int, importance
         adapter = Adapter(spec, weights, manifest={"kind": "trained"})
         if importance:
             adapter = replace(adapter, importance=recorded, init=init)
+        if directions:
+            arrays, about = random_directions(shapes, layers)
+            adapter = replace(adapter, directions=arrays, directions_metadata=about)
         written.append(adapter.save(folder / f"adapter-{index:02}"))
     return written
