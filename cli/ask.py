@@ -101,12 +101,17 @@ def _answer_one(console: Console, pipeline: DraftVerify, question: str) -> dict[
             state = "" if step.accepted else " (not accepted: the best of the drafts)"
             if step.text is None:
                 console.line(f"no answer: no draft reached {pipeline.config.threshold:.3f}")
+            elif step.false_equation is not None:
+                console.line(f"answer (not accepted: every draft states a false equation):\n{step.text.strip()}")
             else:
                 console.line(f"answer, score {step.score:.3f}{state}:\n{step.text.strip()}")
             result = {**_row(pipeline, step), "steps": steps}
         elif step.state == "drafted":
             console.line(f"draft {step.attempt}: {' / '.join(step.text.strip().splitlines())}")
             steps.append({"attempt": step.attempt, "text": step.text})
+        elif step.false_equation is not None:
+            console.line(f"  {step.false_equation} is false: not verified")
+            steps[-1] |= {"score": None, "accepted": False, "false_equation": step.false_equation}
         else:
             verdict = "accepted" if step.accepted else f"below {pipeline.config.threshold:.3f}"
             each = {} if step.signals is None else pipeline.by_adapter(step.signals, pipeline.config.score)
@@ -137,7 +142,8 @@ def _answer_all(console: Console, pipeline: DraftVerify, asked: list[Asked], bat
     for row in rows:
         shown = "no answer" if row["answer"] is None else " / ".join(row["answer"].splitlines())
         state = "accepted" if row["accepted"] else "not accepted"
-        console.line(f"{row['question']}\n  {shown} (score {row['score']:.3f}, {state}, {row['attempts']} attempts)")
+        why = f"{row['false_equation']} is false" if "false_equation" in row else f"score {row['score']:.3f}"
+        console.line(f"{row['question']}\n  {shown} ({why}, {state}, {row['attempts']} attempts)")
     console.result({"answers": rows, "batch_size": batch_rows})
 
 
@@ -149,6 +155,7 @@ def _row(pipeline: DraftVerify, answer: Any) -> dict[str, Any]:
         "threshold": pipeline.config.threshold,
         "accepted": answer.accepted,
         "attempts": answer.attempts,
+        **({"false_equation": answer.false_equation} if answer.false_equation is not None else {}),
     }
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @common_options
-@click.option("--check", is_flag=True, help="Exit with 3 when there is something to fix.")
-def doctor(console: Console, check: bool) -> None:
+@click.option("--exit-code", is_flag=True, help="Exit with 3 when there is something to fix.")
+def doctor(console: Console, exit_code: bool) -> None:
     """Examine this machine: chip, memory, disk, versions, speed of a matrix product, and what to fix."""
     from mlx_rsgwm.core.machine import diagnose
     from mlx_rsgwm.models.base import cache_folder
@@ -24,7 +24,7 @@ def doctor(console: Console, check: bool) -> None:
     diagnosis = diagnose(cache_folder())
     console.line(describe(diagnosis))
     console.result(diagnosis.describe())
-    if check and diagnosis.problems:
+    if exit_code and diagnosis.problems:
         raise CheckFailed("; ".join(f"{problem.what}: {problem.fix}" for problem in diagnosis.problems))
 
 

@@ -48,6 +48,7 @@ OPTIONS_BEFORE = {
     "report controls": {"--data": "--questions", "--limit": "--items"},
     "report tables": {"--limit": "--items"},
     "lm-eval": {"--limit": "--items"},
+    "doctor": {"--check": "--exit-code"},
     "convert to-gguf": {"--dtype": "--outtype"},
     "parity": {"--certificate": "--out"},
     "hub pull": {"--peft": "--keep-peft"},

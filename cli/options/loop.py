@@ -14,7 +14,7 @@ from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import AUTO_SHARE, SOURCE, OneOf
 from mlx_rsgwm.cli.options.paths import SOURCES, SeveralOption
 from mlx_rsgwm.data.template import TEMPLATES
-from mlx_rsgwm.inference.policy import MODES, LoopConfig
+from mlx_rsgwm.inference.policy import CHECKS, MODES, LoopConfig
 from mlx_rsgwm.inference.pool import RULES
 from mlx_rsgwm.inference.scores import SCORES
 
@@ -69,6 +69,13 @@ DECISION_OPTIONS = (
         default="auto",
         show_default=True,
         help="Score to accept from; auto is by the verifier's calibration, else 0.7.",
+    ),
+    click.option(
+        "--check",
+        type=OneOf(CHECKS),
+        default="auto",
+        show_default=True,
+        help="Do not accept a draft that states a false equation, whatever its score; auto: where answers are numbers.",
     ),
     click.option("--abstain", is_flag=True, help="Say nothing when no draft is accepted, instead of the best one."),
 )
@@ -164,7 +171,7 @@ def build_pipeline(
     from mlx_rsgwm.inference.open import open_pipeline
 
     names = ("combine", "attempts", "temperature", "top_p", "max_tokens", "verify_template", "template_mismatch")
-    decisions = {name: options[name] for name in ("mode", "abstain") if name in options}
+    decisions = {name: options[name] for name in ("mode", "abstain", "check") if name in options}
     return open_pipeline(
         options["drafter"],
         options["verifier"],

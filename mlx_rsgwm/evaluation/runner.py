@@ -61,7 +61,8 @@ def evaluate(
     Raises:
         RsgwmError: no questions, questions without gold or of one id.
     """
-    config = pipeline.config
+    config = replace(pipeline.config, check="none")  # the report replays the loop with a check on the same drafts
+    pipeline = pipeline.with_config(config)
     _check(questions, scores, config.score)
     if processes.size > 1 and journal is None:
         raise RsgwmError("several processes need a folder in which each keeps what it has done")
@@ -183,7 +184,7 @@ def describe_run(pipeline: DraftVerify, questions: Sequence[Question], batch_row
         "adapters": adapters,
         "template": pipeline.template.describe(),
         "verify_template": pipeline.verify_template.describe(),
-        "loop": asdict(pipeline.config),
+        "loop": {name: value for name, value in asdict(pipeline.config).items() if name != "check"},  # the report's
         "questions": files.sha256_json([asdict(question) for question in questions]),
         "items": len(questions),
         "batch_rows": batch_rows,

@@ -40,7 +40,8 @@ class Draft:
     ``attempt``: its number from 1; 0 for a given text. ``tokens``: ids without the end-of-text token. ``finished``: it
     ended by itself; False where the token limit cut it. ``text``: the tokens decoded, empty while nobody has asked.
     ``signals`` and ``score`` (in [0, 1]): what the verifier said; ``accepted``: whether the score reaches the
-    threshold. The three are None until then.
+    threshold. The three are None until then. ``false_equation``: what it states and is not so; such a draft is rejected
+    without a score, the verifier has not seen it.
     """
 
     attempt: int
@@ -50,6 +51,7 @@ class Draft:
     signals: Signals | None = None
     score: float | None = None
     accepted: bool | None = None
+    false_equation: str | None = None
 
     @property
     def state(self) -> State:
@@ -67,15 +69,24 @@ class Draft:
         """The same draft after the verifier spoke."""
         return replace(self, signals=signals, score=score, accepted=accepted)
 
+    def failed(self, false_equation: str) -> Draft:
+        """The same draft after a check that it did not pass."""
+        return replace(self, accepted=False, false_equation=false_equation)
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What is returned: the accepted draft, or the best-scored one marked as not accepted; no text if abstaining."""
+    """What is returned: the accepted draft, or the best-scored one marked as not accepted; no text if abstaining.
+
+    ``false_equation``: what the returned draft states and is not so, where every draft failed the check; its score is
+    then 0, the verifier has seen none.
+    """
 
     text: str | None
     score: float
     accepted: bool
     attempts: int
+    false_equation: str | None = None
 
 
 # A step of the loop. A Draft in state "drafted": the drafter spoke; in another: the verifier; the Answer ends it.

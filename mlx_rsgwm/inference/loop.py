@@ -27,7 +27,7 @@ from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import Calibration, learned_scorer, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
-from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide
+from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide, failed_check
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.prefix_cache import LowerLayerCache, can_batch
 from mlx_rsgwm.inference.scheduler import BatchScheduler
@@ -73,18 +73,24 @@ class _Trial:
         """A scored draft of the same content as the last one, whose score holds for that, too."""
         return next((draft for draft in self.drafts[:-1] if draft.content == self.drafts[-1].content), None)
 
+    def check(self, question: str) -> bool:
+        """Whether the last draft passes what needs no verifier; one that does not is rejected."""
+        failed = failed_check(self.drafts[-1].text, question, self._config.check)
+        if failed is not None:
+            self.drafts[-1] = self.drafts[-1].failed(failed)
+        return failed is None
+
     def score(self, signals: Signals | None, score: float) -> Draft:
         """The verifier spoke of the last draft."""
         self.drafts[-1] = self.drafts[-1].scored(signals, score, accepts(score, self._config.threshold))
         return self.drafts[-1]
 
     def answer(self) -> Answer:
-        """What the loop returns of the drafts so far, all scored."""
-        scores = [draft.score for draft in self.drafts if draft.score is not None]
-        decision = decide(scores, self._config.threshold)
-        refused = self._config.abstain and not decision.accepted
-        text = None if refused else self.drafts[decision.chosen].text
-        return Answer(text, scores[decision.chosen], decision.accepted, decision.attempts)
+        """What the loop returns of the drafts so far, all scored or rejected by a check."""
+        decision = decide([draft.score for draft in self.drafts], self._config.threshold)
+        chosen = self.drafts[decision.chosen]
+        text = None if self._config.abstain and not decision.accepted else chosen.text
+        return Answer(text, chosen.score or 0.0, decision.accepted, decision.attempts, chosen.false_equation)
 
 
 class DraftVerify:
@@ -213,7 +219,14 @@ class DraftVerify:
             yield self._with_text(decoder.ended[0, attempt])
 
     def _score(self, trials: Sequence[tuple[str, _Trial]], reads: Reads) -> None:
-        """Score the last draft of every (question, trial); what an earlier draft said already is not read again."""
+        """Check, then score the last draft of every (question, trial); what an earlier one said is not read again."""
+        if passed := [(question, trial) for question, trial in trials if trial.check(question)]:
+            self._score_passed(passed, reads)
+        for drafted in (trial.drafts[-1] for _, trial in trials):
+            if drafted.attempt == 1:
+                self._asked, self._accepted_first = self._asked + 1, self._accepted_first + bool(drafted.accepted)
+
+    def _score_passed(self, trials: Sequence[tuple[str, _Trial]], reads: Reads) -> None:
         alike = [trial.earlier_alike() for _, trial in trials]
         new = [pair for pair, earlier in zip(trials, alike, strict=True) if earlier is None]
         signals = reads([question for question, _ in new], [trial.drafts[-1] for _, trial in new])
@@ -221,12 +234,10 @@ class DraftVerify:
         read = iter(zip(signals, values, strict=True))
         for (_, trial), earlier in zip(trials, alike, strict=True):
             if earlier is None:
-                drafted = trial.score(*next(read))
+                trial.score(*next(read))
             else:
                 assert earlier.score is not None
-                drafted = trial.score(earlier.signals, earlier.score)
-            if drafted.attempt == 1:
-                self._asked, self._accepted_first = self._asked + 1, self._accepted_first + bool(drafted.accepted)
+                trial.score(earlier.signals, earlier.score)
 
     def _goes_alone(self) -> bool:
         return self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked

@@ -54,6 +54,7 @@ def open_pipeline(
     seed: int = Sampling.seed,
     mode: str = LoopConfig.mode,
     abstain: bool = LoopConfig.abstain,
+    check: str = "auto",
     combine: str = "max",
     calibration: Calibration | Literal["stored"] | None = "stored",
     calibrate: Callable[[DraftVerify], Calibration] | None = None,
@@ -73,6 +74,8 @@ def open_pipeline(
             without one what ``calibrate`` returns, called with the pipeline; without either the paper's reading
             (mean_logprob, 0.7), and says so.
         temperature, top_p, max_tokens, seed: of the drafts; see :class:`~mlx_rsgwm.inference.sampling.Sampling`.
+        check: ``auto`` does not accept a draft that states a false equation where its answer is a number,
+            ``arithmetic`` wherever it does, ``none`` leaves it to the verifier.
         mode, abstain: see :class:`~mlx_rsgwm.inference.policy.LoopConfig`.
         combine: what several verifiers say together: ``max``, ``mean``, or ``learned`` by the calibration.
         progress: told what is odd about the pair, its calibration and its base.
@@ -95,6 +98,7 @@ def open_pipeline(
         Sampling(temperature, top_p, max_tokens, seed),
         mode,
         abstain,
+        check,
     )
     if calibration == "stored":
         calibration, needed = stored_calibration(verifying, combine), True

@@ -5,21 +5,26 @@ The rule alone decides over scores, so an evaluation can apply another threshold
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
 
 MODES = ("adaptive", "parallel", "sequential")
+# Which drafts are not accepted if they state a false equation: those whose answer is a number, all, or none.
+CHECKS = ("auto", "arithmetic", "none")
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """Settings of the loop. ``attempts`` counts all drafts of a question, the first included.
 
-    ``abstain``: when no draft is accepted the answer has no text, instead of the best-scored draft's.
+    ``abstain``: when no draft is accepted the answer has no text, instead of the best-scored draft's. ``check``: one of
+    ``CHECKS``; a draft that fails is not shown to the verifier, and returned only where every draft fails.
     """
 
     attempts: int = 3
@@ -28,6 +33,7 @@ class LoopConfig:
     sampling: Sampling = field(default_factory=Sampling)
     mode: str = "adaptive"
     abstain: bool = False
+    check: str = "none"
 
     def __post_init__(self) -> None:
         problems = []
@@ -39,6 +45,8 @@ class LoopConfig:
             problems.append(f"score must be one of {', '.join(SCORES)}, found {self.score!r}")
         if self.mode not in MODES:
             problems.append(f"mode must be one of {', '.join(MODES)}, found {self.mode!r}")
+        if self.check not in CHECKS:
+            problems.append(f"check must be one of {', '.join(CHECKS)}, found {self.check!r}")
         raise_problems("draft–verify loop", problems, RsgwmError)
 
 
@@ -56,10 +64,26 @@ def accepts(score: float, threshold: float) -> bool:
     return score >= threshold
 
 
-def decide(scores: Sequence[float], threshold: float) -> Decision:
-    """The first score at or above ``threshold`` wins; with none, the best one (the earliest of equals)."""
+def decide(scores: Sequence[float | None], threshold: float) -> Decision:
+    """The first score at or above ``threshold`` wins; with none, the best one (the earliest of equals).
+
+    None stands for a draft that failed a check: never accepted, and best only among its like.
+    """
     for index, score in enumerate(scores):
-        if accepts(score, threshold):
+        if score is not None and accepts(score, threshold):
             return Decision(index, index + 1, True)
-    best = max(range(len(scores)), key=lambda index: (scores[index], -index))
+    known = [-1.0 if score is None else score for score in scores]
+    best = max(range(len(known)), key=lambda index: (known[index], -index))
     return Decision(best, len(scores), False)
+
+
+def failed_check(text: str, question: str, check: str) -> str | None:
+    """The false equation for which a draft is not accepted; None where it states none, or is not checked.
+
+    Under ``auto`` a draft is checked whose answer is a number: there is one in its last line.
+    """
+    lines = text.strip().splitlines()
+    if check == "none" or (check == "auto" and not (lines and re.search(r"\d", lines[-1]))):
+        return None
+    equations = false_equations(text, question)
+    return equations[0].text if equations else None

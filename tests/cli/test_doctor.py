@@ -54,7 +54,7 @@ def run(*arguments):
 
 def test_a_healthy_machine_has_nothing_to_fix(machine):
     machine()
-    result = run("--check")
+    result = run("--exit-code")
     assert result.exit_code == 0
     assert "nothing to fix" in result.stdout
     assert "180 GFLOP/s" in result.stdout
@@ -69,9 +69,9 @@ def test_a_healthy_machine_has_nothing_to_fix(machine):
         (180.0, {"system": "Darwin 24.0 arm64"}, "does not use the GPU"),
     ],
 )
-def test_a_problem_is_shown_and_only_check_fails(machine, gflops, changes, part):
+def test_a_problem_is_shown_and_only_exit_code_fails(machine, gflops, changes, part):
     machine(gflops, **changes)
-    shown, checked = run(), run("--check", "--json")
+    shown, checked = run(), run("--exit-code", "--json")
     assert shown.exit_code == 0
     assert part in shown.stdout
     assert "fix: " in shown.stdout
@@ -84,14 +84,14 @@ def test_a_problem_is_shown_and_only_check_fails(machine, gflops, changes, part)
 
 def test_a_gpu_is_not_blamed_for_its_blas(machine):
     machine(gflops=4.0, device="Metal GPU", system="Darwin 24.0 arm64", wired_limit=10**10)
-    result = run("--check")
+    result = run("--exit-code")
     assert result.exit_code == 0
     assert "wired limit 10.0 GB" in result.stdout
 
 
 def test_a_busy_machine_is_not_blamed_for_its_blas(machine):
     machine(gflops=12.0, openblas=True)
-    result = run("--check")
+    result = run("--exit-code")
     assert result.exit_code == 0
     assert "12 GFLOP/s with OpenBLAS" in result.stdout
 
@@ -109,7 +109,7 @@ def test_a_preload_that_does_not_exist_is_not_believed(monkeypatch):
 
 def test_unknown_memory_is_no_problem(machine):
     machine(memory=None, memory_free=None)
-    result = run("--check")
+    result = run("--exit-code")
     assert result.exit_code == 0
     assert "unknown" in result.stdout
 
@@ -143,7 +143,7 @@ def test_blis_on_one_core_is_told(machine, monkeypatch):
     monkeypatch.setenv("BLIS_NUM_THREADS", "8")
     assert not doctor.single_threaded_blis()
     machine(single_threaded_blis=True)
-    result = run("--check")
+    result = run("--exit-code")
     assert result.exit_code == 3
     assert "export BLIS_NUM_THREADS=8" in result.output
 

@@ -134,7 +134,7 @@ def test_an_opened_pipeline_answers_as_its_parts_do(base, make_adapter, tmp_path
     config = LoopConfig(2, 0.3, "yesno", Sampling(0.9, 0.8, 6, 5), "sequential", abstain=True)
     settings = {
         "attempts": 2, "threshold": 0.3, "score": "yesno", "temperature": 0.9, "top_p": 0.8, "max_tokens": 6, "seed": 5,
-        "mode": "sequential", "abstain": True,
+        "mode": "sequential", "abstain": True, "check": "none",
     }  # fmt: skip
     for judge in (verifier, None):
         parts = [None if path is None else Adapter.load(path) for path in (drafter, judge)]
