@@ -52,9 +52,8 @@ class WholeGram:
         """``weight`` times G with its entries off the diagonal times ``off_diagonal`` and ``ridge`` · tr(G) / in added
         to the diagonal.
         """
-        diagonal = self.diagonal()
         matrix = self.matrix * (weight * off_diagonal)
-        matrix[np.diag_indices(self.width)] = weight * (diagonal + ridge * diagonal.mean())
+        matrix[np.diag_indices(self.width)] += weight * added(self, off_diagonal, ridge)
         return WholeGram(matrix)
 
 
@@ -97,13 +96,17 @@ class SketchedGram:
 
     def regularised(self, weight: float, off_diagonal: float, ridge: float) -> SketchedGram:
         """As :meth:`WholeGram.regularised`, in the same form."""
-        diagonal = self.diagonal()
-        added = (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
-        rest = weight * (off_diagonal * self.rest + added)
+        rest = weight * (off_diagonal * self.rest + added(self, off_diagonal, ridge))
         return SketchedGram(math.sqrt(weight * off_diagonal) * self.factor, rest, self.missed)
 
 
 Gram = WholeGram | SketchedGram
+
+
+def added(gram: Gram, off_diagonal: float, ridge: float) -> np.ndarray:
+    """The diagonal (in,) that ``regularised`` adds to ``off_diagonal`` times the matrix."""
+    diagonal = gram.diagonal()
+    return (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
 
 
 def float64(array: Columns) -> np.ndarray:

@@ -58,10 +58,9 @@ def factorised(gram: Gram) -> Metric | None:
     return None if lower is None else Metric(gram, scale, lower / unit[:, None], factor)
 
 
-def energy(gram: Gram, update: Factors) -> float:
-    """‖X ΔW‖²_F / n = tr(bᵀ aᵀ G a b)."""
-    b = float64(update.b)
-    return float(np.sum(gram.between(update.a, update.a) * (b @ b.T)))
+def inner(first: Factors, moment: np.ndarray, second: Factors) -> float:
+    """⟨X a₁b₁, X a₂b₂⟩ / n, from ``moment`` = G a₂ (in, r₂)."""
+    return float(np.sum((float64(first.a).T @ moment) * (float64(first.b) @ float64(second.b).T)))
 
 
 def truncate_in(gram: Gram, update: Factors, rank: int) -> Truncated:

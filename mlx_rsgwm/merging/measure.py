@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -95,12 +95,15 @@ class Batch:
 
 
 @contextmanager
-def measuring(rows: Mapping[str, dict[str, Any]]) -> Iterator[Callable[[Sequence[Job]], None]]:
+def measuring(
+    rows: Mapping[str, dict[str, Any]], merged_by_numpy: bool = False
+) -> Iterator[Callable[[Sequence[Job]], None]]:
     """What takes inner products beside the merge, from jobs whose arrays are evaluated; ``rows`` has them all when the
     block ends.
 
     A batch waits for the one before, so no more factors are held than those of two. A thread a core takes every other
-    module: a product of 80 columns gains nothing from a second BLAS thread.
+    module: a product of 80 columns gains nothing from a second BLAS thread. With ``merged_by_numpy`` the merge itself
+    is NumPy's, and is left them all.
     """
     running: list[Future[None]] = []
 
@@ -120,7 +123,7 @@ def measuring(rows: Mapping[str, dict[str, Any]]) -> Iterator[Callable[[Sequence
         running.extend(workers.submit(measure_share, share) for share in shares if share)
 
     try:
-        with one_blas_thread():
+        with nullcontext() if merged_by_numpy else one_blas_thread():
             yield start
             finish()
     finally:

@@ -92,7 +92,11 @@ def _merged(
     objections: dict[str, Mapping[str, mx.array]] = {}
     ranks: dict[str, int] = {}
     computing, batch = Batch(), Batch()
-    with progress.task(f"merge by {options.method}", len(pool.modules)) as advance, measuring(rows) as measure_jobs:
+    by_numpy = needs_grams(method, parameters)
+    with (
+        progress.task(f"merge by {options.method}", len(pool.modules)) as advance,
+        measuring(rows, by_numpy) as measure_jobs,
+    ):
         for module in _modules(pool, method, options, parameters):
             compressed = _compressed(module, method.merge(module), rank)
             a, b = _padded(compressed.factors, rank)

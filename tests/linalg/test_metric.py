@@ -8,7 +8,7 @@ import pytest
 
 from mlx_rsgwm.linalg.gram import Gram, SketchedGram, WholeGram, no_gram, total
 from mlx_rsgwm.linalg.lowrank import EXACT_SIDE, Factors, truncate
-from mlx_rsgwm.linalg.metric import energy, factorised, solve_cholesky, truncate_dense_in, truncate_in
+from mlx_rsgwm.linalg.metric import factorised, inner, solve_cholesky, truncate_dense_in, truncate_in
 
 
 def sketch(rng: np.random.Generator, width: int, rank: int, ridge: float = 1e-3) -> SketchedGram:
@@ -84,10 +84,12 @@ def test_regularised_as_written(off_diagonal: float) -> None:
         np.testing.assert_allclose(whole(each.regularised(0.3, off_diagonal, 0.01)), expected, rtol=1e-9)
 
 
-def test_energy_is_that_of_the_outputs() -> None:
+def test_inner_products_are_those_of_the_outputs() -> None:
     rng = np.random.default_rng(4)
-    gram, change = sketch(rng, 40, 6), update(rng, 3)
-    assert energy(gram, change) == pytest.approx(cost(whole(gram), product(change)), rel=1e-9)
+    gram, change, other = sketch(rng, 40, 6), update(rng, 3), update(rng, 5)
+    expected = np.trace(product(other).T @ whole(gram) @ product(change))
+    assert inner(other, gram.times(change.a), change) == pytest.approx(expected, rel=1e-9)
+    assert inner(change, gram.times(change.a), change) == pytest.approx(cost(whole(gram), product(change)), rel=1e-9)
 
 
 def best(metric: np.ndarray, matrix: np.ndarray, rank: int) -> np.ndarray:
