@@ -6,7 +6,7 @@ Everything is computed from :class:`ItemRecord`, one per item, so that a report 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import comb
 from typing import Any, Literal
@@ -236,14 +236,20 @@ def score_names(records: Sequence[ItemRecord]) -> list[str]:
 
 
 def scored_drafts(
-    records: Sequence[ItemRecord], name: str, count: int | None = None
+    records: Sequence[ItemRecord],
+    name: str,
+    count: int | None = None,
+    passes: Callable[[ItemRecord, DraftRecord], bool] | None = None,
 ) -> tuple[list[float], list[bool], list[str]]:
-    """(scores, right or not, item ids) of the first ``count`` drafts of every item (None: of all) that have a score."""
+    """(scores, right or not, item ids) of the first ``count`` drafts of every item (None: of all) that have a score.
+
+    ``passes`` leaves out the drafts that it does not hold for.
+    """
     rows = [
         (draft.scores[name], draft.correct, record.id)
         for record in records
         for draft in record.drafts[:count]
-        if name in draft.scores
+        if name in draft.scores and (passes is None or passes(record, draft))
     ]
     return [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
 

@@ -21,6 +21,7 @@ from mlx_rsgwm.core.scoring import (
     least_area_under_risk,
     risk_coverage,
 )
+from mlx_rsgwm.evaluation.calculator import Passes, calculates_rightly
 from mlx_rsgwm.evaluation.metrics import score_names, scored_drafts
 from mlx_rsgwm.evaluation.records import ItemRecord
 from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc, bootstrapped, share
@@ -101,13 +102,17 @@ def quality(scores: Sequence[float], correct: Sequence[bool], groups: Sequence[s
     )
 
 
-def verifier_quality(records: Sequence[ItemRecord], seed: int = 0) -> dict[str, dict[str, Quality]]:
-    """For every score: its quality on ``all`` recorded drafts and on the ``first`` ones. Without an answer a draft is
-    not right."""
+def verifier_quality(
+    records: Sequence[ItemRecord], seed: int = 0, passes: Passes = calculates_rightly
+) -> dict[str, dict[str, Quality]]:
+    """For every score: its quality on ``all`` recorded drafts, on the ``first`` ones, and on those without a false
+    equation (``passed``), where a calculator is blind. Without an answer a draft is not right."""
+    subsets: dict[str, tuple[int | None, Passes | None]] = {
+        "all": (None, None),
+        "first": (1, None),
+        "passed": (None, passes),
+    }
     return {
-        name: {
-            label: quality(*scored_drafts(records, name, count), seed=seed)
-            for label, count in (("all", None), ("first", 1))
-        }
+        name: {label: quality(*scored_drafts(records, name, *subset), seed=seed) for label, subset in subsets.items()}
         for name in score_names(records)
     }

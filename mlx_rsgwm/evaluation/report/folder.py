@@ -63,6 +63,7 @@ def sections(summary: Mapping[str, Any]) -> list[Section]:
         ("Families", _families(summary)),
         ("Verifier", _scores(summary)),
         ("Ceiling", _ceiling(summary)),
+        ("Drafts without a false equation (passed by a calculator)", _calculator(summary)),
     ]
     if len(summary["readings"]) > 1:
         parts.append(("The same drafts by other extractors", _readings(summary)))
@@ -111,6 +112,21 @@ def _ceiling(summary: Mapping[str, Any]) -> list[list[str]]:
         [f"majority of {k}", show(oracle["majority_of_k"]), n],
         ["share of the oracle gap closed", show(oracle["gap_closed"]), n],
     ]
+
+
+def _calculator(summary: Mapping[str, Any]) -> list[list[str]]:
+    told = summary["calculator"]
+    rows = [["of the drafts that state none", "", "over the first", "n"]]
+    for key, label in (("passing_wrong", "share of wrong drafts"), ("passing_right", "share of right drafts")):
+        rate = told[key]
+        rows.append([f"{label} that are passed", show(rate), "", str(rate["n"] if rate else 0)])
+    best = {f"best by {name}": selection for name, selection in told["best"].items()}
+    selections = {"first, no verifier": told["control"], **best, "any right": told["any"]}
+    for label, selection in selections.items():
+        gap = selection["over_control"]
+        over = "" if gap is None else f"{gap['value']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+        rows.append([label, show(selection["accuracy"]), over, str(selection["accuracy"]["n"])])
+    return rows
 
 
 def _readings(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.evaluation import metrics
+from mlx_rsgwm.evaluation.calculator import calculator_slice
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, read_with
 from mlx_rsgwm.evaluation.stats.intervals import Rate, bootstrapped
 from mlx_rsgwm.evaluation.stats.paired import fewest_discordant, mean_difference, smallest_difference
@@ -81,6 +82,7 @@ def summarise(
                 checked.accuracy.value, alone.accuracy.value, ceiling.value if ceiling else None
             ),
         },
+        "calculator": calculator_slice(rows, k, seed).to_dict(),
         "pass_at_k": {str(count): plain(metrics.pass_at_k(rows, count, seed)) for count in range(1, recorded + 1)},
         "majority_at_k": {str(count): plain(metrics.majority_of_k(rows, count)) for count in range(1, recorded + 1)},
         "attempts": {str(count): items for count, items in sorted(Counter(r.attempts for r in rows).items())},

@@ -74,7 +74,7 @@ def test_missing_drafts_leave_dashes(tmp_path):
     ]
     summary = report.write_report(tmp_path, records, 3)
     assert summary["oracle"] == {"any_of_k": None, "majority_of_k": None, "gap_closed": None}
-    assert summary["verifier_auroc"] == {"yesno": {"all": None, "first": None}}
+    assert summary["verifier_auroc"] == {"yesno": {"all": None, "first": None, "passed": None}}
     assert summary["verifier"]["yesno"]["all"]["aurc"]["value"] == 0
     assert "–" in report.render_table(summary)
 
