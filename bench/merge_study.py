@@ -5,8 +5,10 @@
 Pool ``balanced``: the demo's four families, trained alike. Pool ``strain``: families that differ in their answers (a
 number after an equation, yes or no, a letter) and, by learning rate and length, at least fivefold in the norm of their
 updates. For every pool and seed one adapter a family from one initialisation, and one ``joint`` adapter on all the
-pool's rows. Data, training order and initialisation follow the seed. Then one merge sweep for each, and one table over
-the seeds of a pool. Whatever is finished in FOLDER is not made again.
+pool's rows. Data, training order and initialisation follow the seed. Training records the second moments of the layers'
+inputs whole; from them come the sketches of k columns that it would have kept (``k-32`` … beside the pool: a smaller
+sketch is the first columns of a larger one). Then one merge sweep for each, and one table over the seeds of a pool and
+a k. Whatever is finished in FOLDER is not made again.
 
 The last line is JSON: for every pool the best merge, and every reading of RS-GWM beside it.
 """
@@ -17,19 +19,22 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import LineProgress
-from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, make_rows, save_corpus
+from mlx_rsgwm.data.corpus import CorpusRow, make_rows, save_corpus
 from mlx_rsgwm.data.questions import Question, load_jsonl
 from mlx_rsgwm.data.synthetic import generate, split_of
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.data.word_problems import NAMES, THINGS
+from mlx_rsgwm.linalg.gram import test_matrix
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.studies.merge_sweep import Measured, Plan, Sweep
@@ -38,7 +43,6 @@ from mlx_rsgwm.studies.sweep_report import plot, render_table, write_sweep
 from mlx_rsgwm.studies.sweep_variants import parse_variants
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
-from mlx_rsgwm.training.grams import GRAMS_FILE, collect_grams, save_grams
 from mlx_rsgwm.training.loop import finish, train
 
 BASE = "smollm2-135m"
@@ -49,11 +53,14 @@ MAX_TOKENS = 32
 METHODS = (
     "linear,rsgwm,rsgwm:space=product,rsgwm:signal=shared,rsgwm:normalise=mean/rank,paper-literal",
     "linear:space=factor,norm_equalised,ties,dare_ties,sce,fisher,knots,model_stock",
-    "regmean,regmean:off_diagonal=0/0.9",
+    "regmean:truncate=metric/plain,balance=relative/equal,regmean:off_diagonal=0",
     "rsgwm:signal=shared,normalise=mean,rsgwm:tau=0.5,normalise=mean",
     "rsgwm:space=product,normalise=mean,rsgwm:space=product,signal=shared,normalise=mean",
 )
-COMMON: Mapping[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "num_layers": 16}
+SKETCHED = ("linear,regmean:truncate=metric/plain,balance=relative/equal",)  # merges of every k
+RANKS = (32, 64, 128)
+WHOLE = 1 << 20  # more columns than any layer of these bases has inputs
+COMMON: Mapping[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "num_layers": 16, "directions": WHOLE}
 
 
 def has(rng: random.Random) -> tuple[str, str]:
@@ -143,30 +150,41 @@ def train_pool(base: Base, pool: str, seed: int, folder: Path) -> None:
     train_one(base, everything, {}, folder / "joint", seed)
 
 
-def collect(base: Base, pool: str, folder: Path) -> None:
-    """Gram matrices of every adapter's inputs over its own training rows, for RegMean."""
-    for family in POOLS[pool]:
-        adapter = Adapter.load(folder / family.task)
-        if not (folder / family.task / GRAMS_FILE).is_file():
-            corpus = load_corpus(folder / "data" / family.task)
-            grams, metadata = collect_grams(base, adapter, corpus, progress=LineProgress())
-            save_grams(adapter, base, corpus, grams, metadata)
+def sketch(folder: Path, out: Path, rank: int) -> None:
+    """The adapter of ``folder`` with sketches of ``rank`` columns in place of whole matrices."""
+    if is_complete(out):
+        return
+    adapter = Adapter.load(folder)
+    seed, arrays = int(adapter.directions_metadata["seed"]), {}
+    for name, array in adapter.directions.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "gram" and rank < array.shape[0]:
+            arrays[f"{stem}.sketch"] = array @ test_matrix(array.shape[0], rank, seed)
+            arrays[f"{stem}.diagonal"] = mx.diagonal(array)
+        else:
+            arrays[name] = array
+    mx.eval(arrays)
+    metadata = {**adapter.directions_metadata, "k": str(rank)}
+    replace(adapter, directions=arrays, directions_metadata=metadata, path=None).save(out)
 
 
-def sweep(base: Base, pool: str, seed: int, folder: Path, methods: Sequence[str]) -> Measured:
-    """Every merge of one trained pool on its held-out questions."""
+def sweep(base: Base, pool: str, seed: int, folder: Path, methods: Sequence[str], rank: int | None = None) -> Measured:
+    """Every merge of one trained pool on its held-out questions; second moments are whole, or sketches of ``rank``."""
     tasks = [family.task for family in POOLS[pool]]
+    place = folder if rank is None else folder / f"k-{rank}"
+    for task in tasks if rank is not None else ():
+        sketch(folder / task, place / task, rank or 0)
     plan = Plan(
-        pool=tuple(folder / task for task in tasks),
+        pool=tuple(place / task for task in tasks),
         variants=tuple(parse_variants(methods)),
         questions=tuple(q for task in tasks for q in load_jsonl(folder / "test" / f"{task}.jsonl")),
         template=find_template("plain"),
-        extras={"joint": folder / "joint"},
+        extras={} if rank is not None else {"joint": folder / "joint"},
         judged=JUDGED_ITEMS,
         max_tokens=MAX_TOKENS,
         seed=seed,
     )
-    return Sweep(base, plan, folder / "sweep", LineProgress()).execute()
+    return Sweep(base, plan, place / "sweep", LineProgress()).execute()
 
 
 def main() -> None:
@@ -177,6 +195,7 @@ def main() -> None:
     parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: both")
     parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
     parser.add_argument("--methods", action="append", help="as of rsgwm pool sweep; default: those of the lab notes")
+    parser.add_argument("--rank", action="append", type=int, help="k of sketches, repeat; default: 32, 64, 128")
     parser.add_argument("--stage", choices=("train", "sweep"), help="stop after this one")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--plots", type=Path, help="folder for merge-study-<pool>.png")
@@ -186,17 +205,22 @@ def main() -> None:
     for pool in pools:
         for seed in seeds:
             train_pool(base, pool, seed, options.folder / pool / f"seed-{seed}")
-            collect(base, pool, options.folder / pool / f"seed-{seed}")
     if options.stage == "train":
         return
     summaries: dict[str, Any] = {}
     for pool in pools:
-        methods = options.methods or METHODS
-        runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods) for seed in seeds]
-        summaries[pool] = write_sweep(options.folder / pool, runs)
-        print(f"\n{pool}\n\n{render_table(summaries[pool])}\n", flush=True)
-        if options.plots:
-            plot(summaries[pool], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")
+        for rank in (None, *(RANKS if options.rank is None else options.rank)):
+            name, methods = (pool, METHODS) if rank is None else (f"{pool} k={rank}", SKETCHED)
+            runs = [
+                sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", options.methods or methods, rank)
+                for seed in seeds
+            ]
+            out = options.folder / pool / (f"k-{rank}" if rank else "")
+            make_folder(out)
+            summaries[name] = write_sweep(out, runs)
+            print(f"\n{name}\n\n{render_table(summaries[name])}\n", flush=True)
+            if options.plots and rank is None:
+                plot(summaries[name], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")
     if options.results:
         files.write_json(options.results, summaries)
     print(json.dumps({pool: brief(summary) for pool, summary in summaries.items()}))
