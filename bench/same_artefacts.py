@@ -35,7 +35,6 @@ def commands(base: str, methods: list[str]) -> Iterator[tuple[str, ...]]:
     for task in TASKS:
         yield ("data", "build", "--task", task, *SMALL_ROWS, "--out", f"data/{task}")
         yield ("train", "--data", f"data/{task}", "--base", base, *TRAINING, "--out", f"pool/{task}")
-        yield ("grams", "collect", f"pool/{task}", "--data", f"data/{task}", "--base", base)
     pool = [f"pool/{task}" for task in TASKS]
     for method in methods:
         yield ("merge", *pool, "--method", method, "--out", f"merged/{method.replace(':', '-')}")

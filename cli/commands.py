@@ -17,7 +17,7 @@ COMMANDS = {
     "pool sweep": ("mlx_rsgwm.cli.merge_sweep:merge_sweep", "Merge a pool by many methods and rank the merges."),
     "adapter loss": ("mlx_rsgwm.cli.loss:loss", "Loss of rows under the base and adapters on it."),
     "adapter importance": ("mlx_rsgwm.cli.importance:importance", "Collect importance for one trained elsewhere."),
-    "adapter grams": ("mlx_rsgwm.cli.grams:grams", "Collect Gram matrices of its inputs, for RegMean."),
+    "directions collect": ("mlx_rsgwm.cli.directions:collect", "Collect directions for one trained elsewhere."),
     "merge": ("mlx_rsgwm.cli.merge:merge", "Merge a pool into a drafter and a verifier."),
     "ask": ("mlx_rsgwm.cli.ask:ask", "Answer questions, showing the drafts and their scores."),
     "chat": ("mlx_rsgwm.cli.ask:chat", "Answer one question after another on a loaded model."),
@@ -49,7 +49,8 @@ COMMANDS = {
 GROUPS = {
     "data": "Corpora of draft rows and verifier pairs: build, negatives.",
     "pool": "Adapters that belong together: train, sweep.",
-    "adapter": "What an adapter knows of its data: loss, importance, grams.",
+    "adapter": "What an adapter knows of its data: loss, importance.",
+    "directions": "Second moments of the inputs of an adapter's layers: collect.",
     "report": "Pages, pictures and studies of runs: write, curves, controls, tables.",
     "convert": "Adapters and models in other formats: to-peft, from-peft, from-mlx, to-gguf, from-gguf, check.",
     "hub": "Adapters on the Hugging Face Hub: push, pull.",
@@ -59,7 +60,7 @@ GROUPS = {
 
 SECTIONS = {
     "Start": ("demo", "run", "help"),
-    "Data and training": ("data", "train", "pool", "adapter"),
+    "Data and training": ("data", "train", "pool", "adapter", "directions"),
     "Merge": ("merge",),
     "Answer": ("ask", "chat", "calibrate"),
     "Evaluate": ("eval", "compare", "report", "lm-eval"),

@@ -15,6 +15,7 @@ from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import module_seed
 from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.linalg.lowrank import Factors, Truncated, truncate, truncate_dense
 from mlx_rsgwm.linalg.metric import truncate_dense_in, truncate_in
@@ -29,6 +30,7 @@ from mlx_rsgwm.merging.weights import brought_near_one
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 from mlx_rsgwm.models.base import resolve_base
+from mlx_rsgwm.models.directions import ALL
 from mlx_rsgwm.models.fit_check import check_made_for
 from mlx_rsgwm.models.folder import fingerprint_of
 
@@ -148,7 +150,8 @@ def merged_spec(pool: Pool, rank: int) -> LoraSpec:
 def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Layer]:
     survey = method.survey(pool, parameters) if method.survey else None
     importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else repeat(())
-    grams: Any = pool.grams(options.role) if needs_grams(method, parameters) else repeat(())
+    role = options.role if options.role in ROLES else ALL
+    grams: Any = pool.grams(role) if needs_grams(method, parameters) else repeat(())
     initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):

@@ -232,7 +232,7 @@ _TABLE: Mapping[str, Method] = MappingProxyType(
             "Jin et al., 2023; fusion_bench regmean",
             REGMEAN,
             needs=("grams",),
-            remedy="set a larger ridge (--set ridge=0.01), or collect the Gram matrices on more rows",
+            remedy="set a larger ridge (--set ridge=0.01), or collect directions on more rows",
         ),
         "knots": Method(
             knots,

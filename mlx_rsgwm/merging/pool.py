@@ -21,7 +21,7 @@ import numpy as np
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.files import sha256_file, sha256_json
 from mlx_rsgwm.core.safetensors_io import read_safetensors
-from mlx_rsgwm.linalg.gram import Gram, WholeGram, float64
+from mlx_rsgwm.linalg.gram import Gram
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging.pool_metric import ModuleGrams
 from mlx_rsgwm.models.adapter import (
@@ -33,6 +33,7 @@ from mlx_rsgwm.models.adapter import (
     check_hashes,
 )
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
+from mlx_rsgwm.models.directions import load_directions, role_grams
 from mlx_rsgwm.models.finite import not_finite
 from mlx_rsgwm.models.folder import base_difference
 from mlx_rsgwm.models.token_layers import is_embedding
@@ -104,6 +105,21 @@ class Source:
         if self.held:
             return dict(self.held.init)
         return self._read(INIT_FILE) if self.has_initial else {}
+
+    def grams(self, role: str) -> Mapping[str, Gram]:
+        """Second moments of the modules' inputs in rows of ``role``, each read when it is asked for.
+
+        Raises:
+            RsgwmError: there are none, and how to get them.
+        """
+        if self.folder is not None:
+            return load_directions(self.folder, role)
+        directions, metadata = (self.held.directions, self.held.directions_metadata) if self.held else ({}, {})
+        if not directions:
+            raise RsgwmError(
+                f"{self.label} has no directions, and is no folder that they could be collected in; save it"
+            )
+        return role_grams(lambda: dict(directions), metadata, role, self.label)
 
     def shares_initial(self, other: Source) -> bool:
         """True when both recorded lora_a at initialisation, and the same one."""
@@ -262,16 +278,9 @@ class Pool:
         """For every module, in the order of :meth:`updates`, the T second moments of its inputs in rows of ``role``.
 
         Raises:
-            RsgwmError: an adapter without collected matrices, and how to get them.
+            RsgwmError: an adapter without directions of ``role``, and how to get them.
         """
-        from mlx_rsgwm.training.grams import load_grams  # which loads mlx-lm, and a merge by other methods needs none
-
-        readers: list[Mapping[str, Gram]] = []
-        for source in self.sources:
-            if source.folder is None:
-                raise RsgwmError(f"{source.label} is not saved, so it has no Gram matrices of {role} rows")
-            arrays = load_grams(source.folder)
-            readers.append({name: WholeGram(float64(value)) for name, value in arrays.items()})
+        readers = [source.grams(role) for source in self.sources]
         return (ModuleGrams(readers, module, self.shape(module)[0]) for module in self.modules)
 
     def require_signal(self, signal: str) -> None:

@@ -101,7 +101,7 @@ def pool_metric(
         ridge = max(10 * ridge, 1e-7)
     raise RsgwmError(
         f"{name}: the second moments of its inputs are singular or not finite; collect them on more rows "
-        "(rsgwm adapter grams ADAPTER --corpus ROWS --replace), or set off_diagonal below 1"
+        "(rsgwm directions collect ADAPTER --corpus ROWS --replace), or set off_diagonal below 1"
     )
 
 

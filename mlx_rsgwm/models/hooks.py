@@ -106,34 +106,3 @@ def _modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     if missing := [name for name in wanted if name not in present]:
         raise RsgwmError(f"the model has no module {', '.join(missing)}")
     return {name: present[name] for name in wanted}
-
-
-class GramSums:
-    """Sums of XᵀX over the inputs of layers, by :func:`inputs_seen` with :meth:`add`.
-
-    Layers handed the same array share one: ``owners`` tells whose.
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, mx.array] = {}
-        self.counts: dict[str, int] = {}
-        self.owners: dict[str, str] = {}
-        self._positions = mx.array([])
-        self._seen: list[tuple[mx.array, str]] = []
-
-    def start(self, positions: mx.array) -> None:
-        """Begin a batch of which ``positions`` (n,), into the flattened rows, are tokens and not padding."""
-        self._positions, self._seen = positions, []
-
-    def add(self, name: str, x: mx.array) -> None:
-        """Take the input (..., in) of the layer ``name``."""
-        owner = next((owner for other, owner in self._seen if other is x), name)
-        if self.owners.setdefault(name, owner) != owner:
-            raise RuntimeError(f"{name} shares its input with {self.owners[name]} in some batches only")
-        if owner != name:
-            return
-        self._seen.append((x, name))
-        rows = x.reshape(-1, x.shape[-1])[self._positions].astype(mx.float32)
-        product = rows.T @ rows
-        self.sums[name] = self.sums[name] + product if name in self.sums else product
-        self.counts[name] = self.counts.get(name, 0) + rows.shape[0]

@@ -26,7 +26,7 @@ from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.pool import check_rule
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
-from mlx_rsgwm.merging.methods import ROLE_TAU, find_method, resolved, weight_problems
+from mlx_rsgwm.merging.methods import ROLE_TAU, find_method, needs_grams, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import SIGNALS
 from mlx_rsgwm.training.config import TrainConfig
@@ -128,6 +128,11 @@ class MergeSection:
         for role in ("draft", "verify"):
             resolved(self.options(role))
 
+    @property
+    def needs_directions(self) -> bool:
+        """Whether the merge reads the second moments of the layers' inputs."""
+        return needs_grams(find_method(self.method), resolved(self.options("draft")))
+
     def problems_with(self, data: DataSection) -> list[str]:
         """What would stop the merge of a pool trained on ``data``."""
         count, method = len(data.tasks), find_method(self.method)
@@ -138,11 +143,6 @@ class MergeSection:
         if self.method == "slerp" and count != 2:
             problems.append(
                 f"slerp merges exactly two adapters, and data.tasks names {count}; use multislerp or karcher"
-            )
-        if "grams" in method.needs:
-            problems.append(
-                f"{self.method} needs matrices of the layers' inputs, which no recipe collects; run it with another "
-                "method, then rsgwm adapter grams on the pool and rsgwm merge"
             )
         signals = {resolved(self.options(role)).get("signal") for role in ("draft", "verify")}
         if unknown := sorted(str(signal) for signal in signals - {None, *SIGNALS}):
@@ -155,6 +155,11 @@ class MergeSection:
                         f"{self.method} needs importance for {signal!r}, and there are no rows that teach to {signal} "
                         f"for {', '.join(without)}; change data.rows or data.verify_share, or use signal shared"
                     )
+        if self.needs_directions and (without := [task for task in data.tasks if 0 in data.budget(task)]):
+            problems.append(
+                f"{self.method} needs directions of both roles, and there are no rows of one for {', '.join(without)}; "
+                "change data.rows or data.verify_share"
+            )
         return problems
 
 
@@ -301,6 +306,8 @@ class Recipe:
             problems.append(f"train.fine_tune_type is {self.train.fine_tune_type}; only lora adapters can be merged")
         for section in (self.merge, self.paper):
             problems += section.problems_with(self.data) if section else []
+            if section and section.needs_directions and not self.train.directions:
+                problems.append(f"{section.method} needs directions, and train.directions is 0")
         problems += [
             f"evaluate.tasks: {problem}" for task in self.evaluate.tasks if (problem := self.data.problem_of(task))
         ]

@@ -24,8 +24,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.resume import content_key, read_stamp, write_stamp
-from mlx_rsgwm.models.adapter import MANIFEST_FILE
-from mlx_rsgwm.training.grams import GRAMS_FILE
+from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, MANIFEST_FILE
 
 FOLDER = "stages"
 FORMER = ".former"  # below the run's folder: a folder for each stage
@@ -211,13 +210,13 @@ def _move(file: Path, place: Path) -> None:
 
 
 def _digest(file: Path) -> str:
-    """SHA-256 of a file; of an adapter's manifest, without what ``rsgwm adapter grams`` adds to it later."""
+    """SHA-256 of a file; of an adapter's manifest, without what ``rsgwm directions collect`` adds to it later."""
     if file.name == MANIFEST_FILE:
         with suppress(RsgwmError, ValueError):
             manifest = files.read_json_object(file)
             hashes = manifest.get("files")
-            manifest.pop("grams", None)
+            manifest.pop("directions", None)
             if isinstance(hashes, dict):
-                hashes.pop(GRAMS_FILE, None)
+                hashes.pop(DIRECTIONS_FILE, None)
             return files.sha256_json(manifest)
     return files.sha256_file(file)

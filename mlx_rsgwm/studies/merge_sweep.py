@@ -30,15 +30,14 @@ from mlx_rsgwm.evaluation.judging import judge
 from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.merging.merge import merge
-from mlx_rsgwm.merging.methods import find_method, resolved
+from mlx_rsgwm.merging.methods import find_method, needs_grams, resolved
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.models.adapter import CONFIG_FILE, Adapter
+from mlx_rsgwm.models.adapter import CONFIG_FILE, DIRECTIONS_FILE, Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.studies.sweep_meter import Labelled, Meter
 from mlx_rsgwm.studies.sweep_variants import ROLES, Variant
-from mlx_rsgwm.training.grams import GRAMS_FILE
 
 FORMAT_VERSION = 2
 ITEMS_FILE = "items.json"
@@ -272,8 +271,8 @@ class Sweep:
                 for merge_options in self._both(candidate.variant)
             ]
             sources = [self._identities[source.name] for source in self.plan.pool]
-            if "grams" in find_method(candidate.variant.method).needs:
-                grams = [source / GRAMS_FILE for source in self.plan.pool if isinstance(source, Path)]
+            if self._reads_directions(candidate.variant):
+                grams = [source / DIRECTIONS_FILE for source in self.plan.pool if isinstance(source, Path)]
                 return [sources, options, [files.sha256_file(path) if path.is_file() else "" for path in grams]]
             return [sources, options]
         return [candidate.kind, self._identities[candidate.name] if candidate.source else None]
@@ -288,12 +287,16 @@ class Sweep:
         task = task_of(candidate.name, adapter.manifest) if candidate.kind == "adapter" else ""
         return self._measure(Outcome(candidate.name, candidate.kind, task), "drafter", "drafter", answers)
 
+    def _reads_directions(self, variant: Variant) -> bool:
+        return any(needs_grams(find_method(variant.method), resolved(options)) for options in self._both(variant))
+
     def _both(self, variant: Variant) -> list[MergeOptions]:
         return [self.plan.options(variant, role) for role in ROLES]
 
     def _merge(self, variant: Variant, answers: Sequence[Labelled]) -> Outcome:
         draft, verify = self._both(variant)
-        same = resolved(draft) == resolved(verify)
+        # Of the same settings each role's directions make another merge.
+        same = resolved(draft) == resolved(verify) and not self._reads_directions(variant)
         diagnosis = {}
         try:
             for role, slot, options in (("draft", "drafter", draft), ("verify", "verifier", verify)):
@@ -326,13 +329,13 @@ class Sweep:
 
 
 def identity(source: Source) -> dict[str, str]:
-    """Hashes of the files of an adapter folder that merges read, but for the Gram matrices, which few need.
+    """Hashes of the files of an adapter folder that merges read, but for the directions, which few need.
 
     Of an adapter of another source, that of its content.
     """
     if isinstance(source, Adapter):
         return {"content": source.content_hash()}
-    names = [CONFIG_FILE, *sorted(path.name for path in source.glob("*.safetensors") if path.name != GRAMS_FILE)]
+    names = [CONFIG_FILE, *sorted(path.name for path in source.glob("*.safetensors") if path.name != DIRECTIONS_FILE)]
     return {name: files.sha256_file(source / name) for name in names if (source / name).is_file()}
 
 

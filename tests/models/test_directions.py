@@ -129,7 +129,10 @@ def test_too_few_tokens_for_k(folder: Path) -> None:
 
 
 def test_of_other_weights(folder: Path, make_adapter) -> None:
+    stale = (folder / DIRECTIONS_FILE).read_bytes()
     make_adapter(2, keys=("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")).save(folder)
+    refused(folder, "has no directions; collect them")  # an adapter that is saved over another takes its place
+    (folder / DIRECTIONS_FILE).write_bytes(stale)
     refused(folder, "belongs to earlier weights of this folder; collect it anew")
 
 

@@ -9,7 +9,6 @@ from mlx.utils import tree_flatten
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.adapter import LoraSpec
 from mlx_rsgwm.models.hooks import (
-    GramSums,
     block_names,
     calls_wrapped,
     inputs_seen,
@@ -159,19 +158,3 @@ def test_replaced_modules_compute_and_go_again(base):
     former.weight = weight
     assert dict(model.named_modules())[DOWN] is former
     same(model(IDS), plain)
-
-
-def test_gram_sums_leave_padding_out_and_share_an_input(model):
-    sums, seen = GramSums(), []
-    names = [Q_PROJ, Q_PROJ.replace("q_proj", "v_proj"), DOWN]
-    positions = mx.array([0, 1, 2, 3, 4, 5, 6, 7])  # of the second text only two tokens
-    sums.start(positions)
-    with (
-        inputs_seen(model, names, sums.add),
-        inputs_seen(model, [Q_PROJ], lambda name, x: seen.append(x)),
-    ):
-        model(IDS)
-    rows = np.array(seen[0]).reshape(12, -1)[:8].astype(np.float64)
-    np.testing.assert_allclose(np.array(sums.sums[Q_PROJ]), rows.T @ rows, rtol=1e-4, atol=1e-4)
-    assert sums.owners == {names[0]: names[0], names[1]: names[0], DOWN: DOWN}
-    assert sums.counts == {Q_PROJ: 8, DOWN: 8}

@@ -19,7 +19,7 @@ from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.verifier import verdict_ids
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, put_beside
+from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, WEIGHTS_FILE, Adapter, put_beside
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.studies import merge_sweep as module
 from mlx_rsgwm.studies.merge_sweep import Measured, Outcome, Plan, Sweep
@@ -27,7 +27,6 @@ from mlx_rsgwm.studies.sweep_meter import Labelled, Meter
 from mlx_rsgwm.studies.sweep_report import plot, render_markdown, render_table, write_sweep
 from mlx_rsgwm.studies.sweep_summary import summarise
 from mlx_rsgwm.studies.sweep_variants import Variant, parse_variants
-from mlx_rsgwm.training.grams import GRAMS_FILE
 from mlx_rsgwm.training.losses import held_out_loss
 
 TASKS = ("change", "compare")
@@ -199,12 +198,12 @@ def test_what_a_result_depends_on(base, pool, tmp_path, make_adapter):
     make_adapter(7).save(pool[1])
     assert made(plan) == everything
     with_grams = make_plan(pool, ("linear", "rsgwm", "regmean"))
-    assert made(with_grams) == ["regmean"]  # refused: there are no Gram matrices
+    assert made(with_grams) == ["regmean"]  # refused: there are no directions
     for folder in pool:
         adapter = Adapter.load(folder)
-        grams = {name: a @ a.T for name, a, _ in adapter.factors()}
-        weights = adapter.manifest["files"][WEIGHTS_FILE]
-        put_beside(adapter, GRAMS_FILE, grams, {"weights_sha256": weights, "shared": "{}"}, {}, {})
+        grams = {f"{role}/{name}.gram": a @ a.T for name, a, _ in adapter.factors() for role in ("draft", "verify")}
+        about = {"weights_sha256": adapter.manifest["files"][WEIGHTS_FILE], "k": "0", "seed": "0", "shared": "{}"}
+        put_beside(adapter, DIRECTIONS_FILE, grams, {**about, "tokens/draft": "9", "tokens/verify": "9"}, {}, {})
     assert made(with_grams) == ["regmean"]
     assert Sweep(base, with_grams, out).execute().outcomes[-1].drafts
 
