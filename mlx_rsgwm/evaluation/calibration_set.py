@@ -102,6 +102,8 @@ def explain(calibration: Calibration) -> str:
         f"AUROC on {calibration.drafts} held-out drafts of {calibration.items} items: {compared}; "
         f"using {calibration.score}, threshold {calibration.threshold:.3f}"
     )
+    if calibration.at_chance:
+        text += f"; {', '.join(calibration.at_chance)} not offered: no better than chance (its 95 % interval holds .5)"
     return text if calibration.promise is None else f"{text}; {calibration.promise}"
 
 

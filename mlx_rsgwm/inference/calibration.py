@@ -57,7 +57,8 @@ class Calibration:
     ``curves`` give the probability of being right for each score. ``auroc`` is per score, on the drafter's own drafts
     (by cross-validation for what is fitted), None where one class is empty; ``perturbed_auroc`` on gold answers against
     perturbed ones, an easier question. ``made_for`` is what the figures depend on: base, template, adapters, sampling,
-    attempts. ``row_hashes`` describes the questions (``data.row_hashes``), so that nothing is tested on them.
+    attempts. ``at_chance`` names what ``auto`` did not offer, for it told right from wrong no better than chance.
+    ``row_hashes`` describes the questions (``data.row_hashes``), so that nothing is tested on them.
     ``learned``: of a pool that verifies by the rule of that name, the fit for each score.
     """
 
@@ -74,6 +75,7 @@ class Calibration:
     made_for: Mapping[str, Any] = field(default_factory=dict)
     promise: RiskBound | None = None
     row_hashes: Mapping[str, Any] = field(default_factory=dict)
+    at_chance: tuple[str, ...] = ()
     learned: Mapping[str, Logistic] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

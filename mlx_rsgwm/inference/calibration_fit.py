@@ -31,6 +31,7 @@ from mlx_rsgwm.inference.scores import (
 
 # Fewer right or wrong drafts than this, or fewer items, and nothing is fitted.
 LEAST_OF_A_CLASS, LEAST_ITEMS = 8, 5
+RESAMPLES = 400  # behind the interval by which yesno is found to be at chance
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def fit(
     Args:
         drafts: the drafter's own drafts of held-out items.
         perturbed: gold and perturbed answers; they decide only where the drafts are all right or all wrong.
-        score: one of ``SCORES``, or ``auto``: the greatest AUROC, on items not fitted on, among ``scores``.
+        score: one of ``SCORES``, or ``auto``: the greatest AUROC, on items not fitted on, among ``scores``; ``yesno``
+            only where the interval of its AUROC lies above .5.
         scores: those to choose from.
         method: one of ``METHODS``, ``none``, or ``auto``: the least log loss on items not fitted on.
         target: a false-accept rate to promise; half of the items is then kept apart to test thresholds with.
@@ -140,8 +142,14 @@ def fit(
     if not fitted or fitted.keys().isdisjoint(SCORES if score == "auto" else [score]):
         wanted = "the learned rule" if learned else f"score {score}"
         raise RsgwmError(f"{wanted} cannot be fitted: drafts of too few items are right, or wrong; give more items")
+    at_chance: tuple[str, ...] = ()
     if score == "auto":
-        score = max((name for name in fitted if name in scores), key=lambda name: _merit(auroc[name], easier[name]))
+        offered = [name for name in fitted if name in scores]
+        judged = len(offered) > 1 and "yesno" in offered and auroc["yesno"] is not None
+        if judged and _at_chance(fitted["yesno"].unseen, fitted_on, seed):
+            at_chance = ("yesno",)
+            offered.remove("yesno")
+        score = max(offered, key=lambda name: _merit(auroc[name], easier[name]))
     chosen = fitted[score]
     held: RiskBound | None = None
     if target is not None and testing is not None:
@@ -163,7 +171,20 @@ def fit(
         correct=right,
         made_for=dict(made_for or {}),
         promise=held,
+        at_chance=at_chance,
     )
+
+
+def _at_chance(scores: np.ndarray, drafts: Judged, seed: int) -> bool:
+    """Whether the 95 % interval of the AUROC begins at or below .5; items are resampled with all their drafts."""
+    _, labels, items = drafts.flat
+    members = [np.flatnonzero(items == item) for item in range(len(drafts))]
+    rng, areas = np.random.default_rng([seed, 2]), []
+    for _ in range(RESAMPLES):
+        rows = np.concatenate([members[item] for item in rng.integers(len(members), size=len(members))])
+        areas.append(area_under_roc(scores[rows], labels[rows]))
+    known = [area for area in areas if area is not None]
+    return bool(known) and float(np.quantile(known, 0.025)) <= 0.5
 
 
 def _merit(auroc: float | None, easier: float | None) -> float:

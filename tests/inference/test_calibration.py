@@ -7,6 +7,7 @@ import pytest
 
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
 from mlx_rsgwm.core.scoring import area_under_roc, calibration_error
+from mlx_rsgwm.evaluation.calibration_set import explain
 from mlx_rsgwm.inference.calibration import (
     FILE,
     best_threshold,
@@ -172,3 +173,24 @@ def test_what_the_first_runs_wrote_is_still_read(tmp_path):
     (tmp_path / FILE).write_text(json.dumps({"score": "yesno", "threshold": 0.5}))
     with pytest.raises(RsgwmError, match="rsgwm calibrate"):
         load_calibration(tmp_path)
+
+
+def test_yesno_at_chance_is_not_offered_and_that_is_told():
+    useless = drawn(60, yesno=0.0, logprob=0.0, minimum=0.0)
+    found = fit(useless, scores=("yesno", "mean_logprob"))
+    assert (found.score, found.at_chance) == ("mean_logprob", ("yesno",))
+    assert fit(useless, scores=("yesno",)).score == "yesno"  # asked for alone: nothing else could be taken
+    assert fit(useless, score="yesno").at_chance == ()
+    better = fit(drawn(60, yesno=3.0, logprob=0.0), scores=("yesno", "mean_logprob"))
+    assert (better.score, better.at_chance) == ("yesno", ())
+    assert "yesno not offered: no better than chance" in explain(found)
+    assert "not offered" not in explain(better)
+
+
+def test_yesno_ahead_by_luck_alone_is_not_taken():
+    lucky = next(
+        candidate
+        for candidate in (drawn(12, yesno=0.0, logprob=0.0, seed=seed) for seed in range(40))
+        if (areas := fit(candidate, score="yesno").auroc)["yesno"] > max(0.55, areas["mean_logprob"])
+    )
+    assert fit(lucky, scores=("yesno", "mean_logprob")).score == "mean_logprob"
