@@ -150,8 +150,7 @@ def merged_spec(pool: Pool, rank: int) -> LoraSpec:
 def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Layer]:
     survey = method.survey(pool, parameters) if method.survey else None
     importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else repeat(())
-    role = options.role if options.role in ROLES else ALL
-    grams: Any = pool.grams(role) if needs_grams(method, parameters) else repeat(())
+    grams: Any = pool.grams(_role_of_inputs(options)) if needs_grams(method, parameters) else repeat(())
     initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):
@@ -171,6 +170,16 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
             survey=survey,
             parameters=module_parameters,
         )
+
+
+def _role_of_inputs(options: MergeOptions) -> str:
+    return options.role if options.role in ROLES else ALL
+
+
+def _mixture_note(method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> list[str]:
+    if not needs_grams(method, parameters) or _role_of_inputs(options) != ALL:
+        return []
+    return [f"role {options.role} has no directions of its own: those of all roles count, by their tokens"]
 
 
 def _compressed(module: Layer, merged: Factors | mx.array, rank: int) -> Truncated:
@@ -263,6 +272,7 @@ def _manifest(
             "warnings": [
                 *pool.warnings,
                 *_rank_warning(options, ranks),
+                *_mixture_note(find_method(options.method), options, parameters),
                 *(warnings_of(diagnosis, options.weights) if diagnosis else ()),
             ],
             **({"diagnosis": diagnosis} if diagnosis else {}),

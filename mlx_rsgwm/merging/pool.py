@@ -278,9 +278,16 @@ class Pool:
         """For every module, in the order of :meth:`updates`, the T second moments of its inputs in rows of ``role``.
 
         Raises:
-            RsgwmError: an adapter without directions of ``role``, and how to get them.
+            RsgwmError: adapters without directions of ``role`` or of a module, and how to get them.
         """
         readers = [source.grams(role) for source in self.sources]
+        problems = [
+            f"{source.label} has none of {missing[0]}; collect them: rsgwm directions collect {source.label} --corpus "
+            "ROWS --replace"
+            for source, reader in zip(self.sources, readers, strict=True)
+            if (missing := [name for name in source.shapes if name not in reader])
+        ]
+        raise_problems("the merge needs directions of every module", problems)
         return (ModuleGrams(readers, module, self.shape(module)[0]) for module in self.modules)
 
     def require_signal(self, signal: str) -> None:

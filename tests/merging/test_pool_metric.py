@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -144,3 +146,33 @@ def test_modules_are_not_cut_in_different_ways(inputs):
     options = MergeOptions("linear", overrides=(Override("0", {"truncate": "metric"}),))
     with pytest.raises(RsgwmError, match="truncate cannot differ between modules"):
         merge([adapter(0), adapter(1)], options)
+
+
+@pytest.mark.parametrize("role", ["draft", "all"])
+def test_a_mixture_of_roles_is_told(inputs, role):
+    merged = merge([adapter(0), adapter(1)], MergeOptions("regmean", role=role))
+    told = [line for line in merged.manifest["merge"]["warnings"] if "directions of its own" in line]
+    expected = "role all has no directions of its own: those of all roles count, by their tokens"
+    assert told == ([expected] if role == "all" else [])
+
+
+def test_directions_of_some_modules_only():
+    def with_directions(seed: int, names: tuple[str, ...]) -> Adapter:
+        about = {"k": "0", "seed": "0", "tokens/draft": "50"}
+        return replace(
+            adapter(seed),
+            directions={f"draft/{name}.gram": mx.eye(INPUTS) for name in names},
+            directions_metadata=about,
+        )
+
+    adapters = [with_directions(0, NAMES), with_directions(1, NAMES[:1])]
+    with pytest.raises(RsgwmError, match=r"needs directions of every module: .* has none of model\.layers\.1"):
+        merge(adapters, MergeOptions("regmean"))
+    mean = merge(
+        [with_directions(0, NAMES), with_directions(1, NAMES)],
+        MergeOptions("regmean", parameters={"balance": "equal"}, rank=2 * RANK),
+    )
+    for name in NAMES:
+        np.testing.assert_allclose(
+            product(mean, name), (product(adapter(0), name) + product(adapter(1), name)) / 2, atol=1e-4
+        )
