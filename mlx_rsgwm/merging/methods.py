@@ -251,7 +251,7 @@ _TABLE: Mapping[str, Method] = MappingProxyType(
             "bring the updates to two shared bases of the result's rank, merge their coordinates there",
             "He et al., 2026 (arXiv 2606.03723), its authors' code",
             {
-                "merge": Parameter("ties", "how the coordinates are merged", choices=tuple(KNOTS_MERGES)),
+                "merge": Parameter("linear", "how the coordinates are merged", choices=tuple(KNOTS_MERGES)),
                 "density": Parameter(0.25, "share of the coordinates that is kept", 0, 1, open_low=True),
                 "beta": Parameter(0.25, "norms in the bases: 0 all alike, 1 as they are", 0, 1),
                 "components": Parameter(0, "number of directions; 0 for the highest rank of the pool", 0, integer=True),

@@ -24,7 +24,8 @@ def compress_then_merge(layer: Layer) -> Factors:
 
     Parameters: ``components`` r, 0 for the highest rank of the pool; ``beta``: s_t brings ‖ΔW_t‖ to β ‖ΔW_t‖ + (1 − β)
     times the mean norm, so that at 0 every adapter has the same say in the bases, and at 1 the larger ones more;
-    ``merge`` linear | ties | dare_ties of the C_t, with ``density`` for the latter; ``lambda`` on the result.
+    ``merge`` linear | ties | dare_ties of the C_t, with ``density`` for the latter (its authors prefer ties, which kept
+    less than the mean on the demo's pool); ``lambda`` on the result.
 
     The bases are the Tucker decomposition of the tensor of the s_t ΔW_t in its first two modes, by alternating
     eigenproblems from the SVDs of its unfoldings (the authors' code: tensorly ``partial_tucker``), in the Σ r_t
