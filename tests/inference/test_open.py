@@ -184,3 +184,89 @@ def test_without_a_template_it_is_asked_for(base, make_adapter, tmp_path):
     with pytest.raises(RsgwmError, match="does not say which prompt template it was trained with; give --template"):
         open_pipeline(drafter, None, base)
     assert open_pipeline(drafter, None, base, template="plain").template.name == "plain"
+
+
+class Told:
+    """What a pipeline says while it is opened."""
+
+    def __init__(self):
+        from mlx_rsgwm.core.progress import Progress
+
+        self.lines = []
+        self.progress = Progress()
+        self.progress.message = self.progress.warning = self.lines.append
+
+
+@pytest.fixture
+def pool_of_three(base, make_adapter, tmp_path):
+    """Folders of three adapters, and of a drafter that says it was merged from them."""
+    from mlx_rsgwm.core.files import sha256_file
+
+    folders = [make_adapter(seed).save(tmp_path / "pool" / name) for seed, name in enumerate("abc")]
+    drafter = make_adapter(7)
+    sources = [{"name": path.name, "manifest_sha256": sha256_file(path / "manifest.json")} for path in folders]
+    drafter.manifest["merge"] = {"role": "draft", "sources": sources}
+    return drafter.save(tmp_path / "drafter"), folders
+
+
+def test_several_adapters_verify(base, pool_of_three, make_adapter, tmp_path):
+    from mlx_rsgwm.inference.open import open_pipeline
+
+    drafter, folders = pool_of_three
+    settings = {"threshold": 1, "score": "mean_logprob", "max_tokens": 5}
+    told = Told()
+    opened = open_pipeline(drafter, folders, base, progress=told.progress, **settings)
+    assert sorted(opened.verifiers) == ["a", "b", "c"]
+    assert not told.lines, "a pool that the drafter was merged from is as it should be"
+    answer = opened.answer(QUESTION)
+    for given in (folders[::-1], tmp_path / "pool", str(tmp_path / "pool" / "*"), [*map(Adapter.load, folders)]):
+        assert open_pipeline(drafter, given, base, **settings).answer(QUESTION) == answer
+    for given in ([folders[1]], folders[1]):
+        single = open_pipeline(drafter, given, base, **settings)
+        assert single.verifiers == ("verifier",)
+        assert single.by_adapter(single.reader.signals([QUESTION], [single.as_draft("7")])[0], "yesno") == {}
+
+    told = Told()
+    same = Adapter.load(folders[0]).save(tmp_path / "again")
+    twice = open_pipeline(drafter, [*folders, same], base, progress=told.progress, **settings)
+    assert len(twice.verifiers) == 3
+    assert told.lines == [f"warning: {same} and {folders[0]} are the same adapter, which verifies once"]
+    assert twice.answer(QUESTION) == answer
+
+    told = Told()
+    stranger = make_adapter(9)
+    stranger.manifest["data"] = {"hash": "x"}
+    for folder in folders:
+        Adapter.load(folder)
+    open_pipeline(drafter, [*folders[:2], stranger.save(tmp_path / "stranger")], base, progress=told.progress, **settings)
+    assert len(told.lines) == 1
+    assert f"was merged from a, b, c; {tmp_path / 'stranger'} is not among them, or changed since" in told.lines[0]
+
+
+def test_several_verifiers_that_do_not_belong(base, pool_of_three, make_adapter, tmp_path):
+    from mlx_rsgwm.inference.open import open_pipeline
+
+    drafter, folders = pool_of_three
+    other = make_adapter(9)
+    other.manifest["base"] = {**other.manifest["base"], "fingerprint": "e" * 64, "name": "another"}
+    other.save(tmp_path / "other")
+    with pytest.raises(RsgwmError, match=r"cannot draft and verify together.*drafter was made for .* other for another"):
+        open_pipeline(drafter, [*folders, tmp_path / "other"], base)
+    chat = make_adapter(9)
+    chat.manifest["template"] = {**chat.manifest["template"], "hash": "0" * 64}
+    chat.save(tmp_path / "chat")
+    with pytest.raises(RsgwmError, match="the verifier chat was trained with another prompt template"):
+        open_pipeline(drafter, [*folders, tmp_path / "chat"], base)
+    with pytest.raises(RsgwmError, match="a list without an adapter"):
+        open_pipeline(drafter, [], base)
+
+
+def test_what_verifiers_are_called():
+    from mlx_rsgwm.inference.pair import roles_of
+
+    assert [*roles_of([adapter("x/a")])] == ["verifier"]
+    assert [*roles_of([adapter("x/a"), adapter("x/b")])] == ["a", "b"]
+    assert [*roles_of([adapter("x/a"), adapter("y/a")])] == ["x/a", "y/a"]
+    assert [*roles_of([adapter("x/a"), adapter("x/drafter")])] == ["x/a", "x/drafter"]
+    loose = [Adapter(LoraSpec(2, 1.0, 0.0, ("q",), -1), {}) for _ in range(2)]
+    assert [*roles_of(loose)] == ["verifier 1", "verifier 2"]
