@@ -14,30 +14,15 @@ from mlx_rsgwm.evaluation.equality import is_correct
 from mlx_rsgwm.evaluation.records import DraftRecord, Reading
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.pool import winner
 
 
 @dataclass(frozen=True)
 class VerifierSaid:
     """By the names of scores: their values for one draft, the tokens read for them, the values of a pool's adapters."""
 
-    scores: Mapping[str, float] = field(default_factory=dict)
-    verified: Mapping[str, int] = field(default_factory=dict)
-    adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
-    @property
-    def won(self) -> dict[str, str]:
-        """By the names of scores: the adapter of the pool with the highest value."""
-        return {name: winner(values) for name, values in self.adapters.items()}
-
-    @classmethod
-    def joined(cls, said: Sequence[VerifierSaid]) -> VerifierSaid:
-        """What several verifiers said of a draft."""
-        return cls(
-            {name: value for part in said for name, value in part.scores.items()},
-            {name: value for part in said for name, value in part.verified.items()},
-            {name: value for part in said for name, value in part.adapters.items()},
-        )
+    scores: dict[str, float] = field(default_factory=dict)
+    verified: dict[str, int] = field(default_factory=dict)
+    adapters: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def judge(

@@ -20,6 +20,7 @@ from mlx_rsgwm.evaluation.latency import with_latency
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import LoopConfig, decide
+from mlx_rsgwm.inference.pool import winner
 from mlx_rsgwm.inference.scores import SCORES
 
 
@@ -143,9 +144,16 @@ def _evaluate_block(
     for index, (question, drafts) in enumerate(zip(questions, drafted, strict=True)):
         judged = []
         for number, draft in enumerate(drafts):
-            said = judging.VerifierSaid.joined([column[index][number] for column in columns])
-            record = judging.judge(question, draft, said.scores, said.verified, refusal)
-            judged.append(replace(record, adapters=said.adapters, won=said.won) if said.adapters else record)
+            scores: dict[str, float] = {}
+            verified: dict[str, int] = {}
+            adapters: dict[str, Mapping[str, float]] = {}
+            for column in columns:
+                said = column[index][number]
+                scores, verified, adapters = scores | said.scores, verified | said.verified, adapters | said.adapters
+            record = judging.judge(question, draft, scores, verified, refusal)
+            if adapters:
+                record = replace(record, adapters=adapters, won={name: winner(by) for name, by in adapters.items()})
+            judged.append(record)
         records.append(_record(question, judged, config, scored=bool(verifiers[""][1])))
     return records
 

@@ -29,10 +29,10 @@ from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide, failed_check
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
-from mlx_rsgwm.inference.prefix_cache import LowerLayerCache, can_batch
+from mlx_rsgwm.inference.pool_reader import in_order, reader_of
+from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, can_batch
 from mlx_rsgwm.inference.scheduler import BatchScheduler
 from mlx_rsgwm.inference.scores import SCORES, Scorer
-from mlx_rsgwm.inference.verifier import Reader
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 
@@ -40,11 +40,6 @@ from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 ALONE_FROM = 0.85
 
 Reads = Callable[[Sequence[str], Sequence[Draft]], list[Signals]]
-
-
-def _in_order(slots: AdapterSlots, names: Sequence[str]) -> tuple[str, ...]:
-    """The slots of a pool by their adapters' hashes, so that scores do not depend on how they are given."""
-    return tuple(names) if len(names) < 2 else tuple(sorted(names, key=lambda name: slots.adapter(name).weights_hash()))
 
 
 class _Trial:
@@ -122,7 +117,7 @@ class DraftVerify:
         self.template = template
         self.verify_template = template if verify_template is None else verify_template
         self.drafter = drafter
-        self.verifiers = _in_order(slots, [verifier] if isinstance(verifier, str) else verifier or ())
+        self.verifiers = in_order(slots, [verifier] if isinstance(verifier, str) else verifier or ())
         check_rule(combine, len(self.verifiers))
         self.combine = combine
         self.config = config
@@ -138,8 +133,7 @@ class DraftVerify:
         self.batches = can_batch(slots.model)
         caches = len(make_prompt_cache(slots.model)) if self.batches else None
         self._splits: dict[int, LayerSplit | None] = {}
-        judges = self.verifiers or (None,)
-        self.reader = Reader(slots, judges, self.verify_template, self.parts, caches, self._split, combine)
+        self.reader = reader_of(slots, self.verifiers, self.verify_template, self.parts, caches, self._split, combine)
         if calibration == "stored":
             calibration = stored_calibration([slots.adapter(name) for name in self.verifiers], combine)
         self.calibration = calibration
@@ -182,9 +176,8 @@ class DraftVerify:
         prompt = self._prompt(question)
         parts, lower_cache = self.parts, None
         if self.batches:
-            reading_prompt = self.reader.prompt(question)
-            parts = self.reader.remembering(reading_prompt)
-            lower_cache = self.reader.lower_cache(prompt=reading_prompt)
+            reading_prompt, parts = self.reader.remembering(question)
+            lower_cache = self._lower_cache(prompt=reading_prompt)
         reads = partial(
             self.reader.signals, needs=self.scorer(self.config.score).needs, parts=parts, lower_cache=lower_cache
         )
@@ -297,7 +290,7 @@ class DraftVerify:
                 yield index, trial.add(self._with_text(ended))
 
     def _score_many(self, trials: Sequence[tuple[str, _Trial]], batch_rows: int, scheduler: BatchScheduler) -> None:
-        lower_cache = self.reader.lower_cache(scheduler.prefixes)
+        lower_cache = self._lower_cache(scheduler.prefixes)
         needs = self.scorer(self.config.score).needs
         self._score(
             trials, partial(self.reader.signals_many, needs=needs, batch_rows=batch_rows, lower_cache=lower_cache)
@@ -343,6 +336,12 @@ class DraftVerify:
         if count not in self._splits:
             self._splits[count] = split_layers(self.slots.model, count)
         return self._splits[count]
+
+    def _lower_cache(
+        self, prefixes: CachedPrefixes | None = None, prompt: Sequence[int] = ()
+    ) -> LowerLayerCache | None:
+        split = self._split()
+        return self.reader.lower_cache(split, prefixes, prompt) if split is not None else None
 
     def _draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         with self.slots.using(self.drafter):

@@ -39,7 +39,7 @@ def load_verifier(
         return tuple(loaded)
     adapters: dict[tuple[str, str], Adapter] = {}
     for adapter in loaded:
-        content = (adapter.weights_hash(), str(adapter.spec))
+        content = (adapter.weights_hash(), str(adapter.spec.scale))
         if content in adapters:
             same = adapters[content].where
             progress.warning(f"warning: {adapter.where} and {same} are the same adapter, which verifies once")

@@ -12,12 +12,10 @@ import numpy as np
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.inference.draft import Draft, Signals
-from mlx_rsgwm.inference.pool import together
-from mlx_rsgwm.inference.pool_layers import PoolLayers, SplitOf
 from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, after_prompts, remembering, right_padded
 from mlx_rsgwm.models.linux_cpu import cross_entropy
 from mlx_rsgwm.models.slots import AdapterSlots
-from mlx_rsgwm.models.split import Parts
+from mlx_rsgwm.models.split import LayerSplit, Parts
 
 EMPTY = -1000.0  # nats of a draft without a token, whose probability is taken as 0
 LENGTH_STEP = 8
@@ -107,7 +105,7 @@ def read_by_each(
     copies: Sequence[int] = (),
     adapters: int = 1,
 ) -> list[list[Signals]]:
-    """What each of the adapters, of which ``parts`` are (see :class:`PoolLayers`), says of all readings.
+    """What each of several adapters says of all readings; ``parts`` are those of ``pool_reader.PoolLayers``.
 
     One forward pass; mean, minimum and number of token log-probabilities come together. Where the verifying prompt
     begins with the drafting prompt and the draft, as that of a plain template does, both parts are read in one row.
@@ -210,11 +208,10 @@ def _pass(
 
 
 class Reader:
-    """The verifier at work: the adapters in slots (None: the bare base), reading drafts in their own template.
+    """The verifier at work: the adapter in a slot (None: the bare base), reading drafts in its own template.
 
-    Several adapters read each draft, and ``rule`` makes one reading of theirs (:mod:`mlx_rsgwm.inference.pool`).
-    ``caches``: how many plain key–value caches the model keeps, None where it keeps others. ``split_of``: the layers
-    that neither these adapters nor the drafter change, apart from the rest.
+    ``caches``: how many plain key–value caches the model keeps, None where it keeps others. ``adapters``: one here,
+    several where a pool reads (:class:`~mlx_rsgwm.inference.pool_reader.PoolReader`).
     """
 
     def __init__(
@@ -224,37 +221,33 @@ class Reader:
         template: Template,
         parts: Parts,
         caches: int | None,
-        split_of: SplitOf,
-        rule: str = "max",
     ) -> None:
         self.parts = parts
         self.adapters = tuple(adapters)
         self.verdict_ids = verdict_ids(template, slots.base.tokenizer)
-        self._slots, self._template, self._caches, self._split_of = slots, template, caches, split_of
-        self._rule = rule
+        self._slots, self._template, self._caches = slots, template, caches
         self._tokenizer = slots.base.tokenizer
 
     def prompt(self, question: str) -> list[int]:
         """The token ids with which the reading of a draft begins."""
         return self._template.draft_prompt(self._tokenizer, question)
 
-    def _layers(self) -> PoolLayers:
-        shared = self._split_of() if self._caches is not None and len(self.adapters) > 1 else None
-        return PoolLayers(self._slots, self.adapters, self.parts, shared)
+    def remembering(self, question: str) -> tuple[list[int], Parts]:
+        """:meth:`prompt`, and the parts with which drafts after it are read: the prompt once."""
+        prompt = self.prompt(question)
+        return prompt, (remembering(self._slots.model, self.parts[0], prompt), self.parts[1])
 
-    def remembering(self, prompt: Sequence[int]) -> Parts:
-        """The parts with which drafts after one prompt are read: the prompt once."""
-        layers = self._layers()
-        return remembering(self._slots.model, layers.hidden, prompt, layers.copies(self._caches or 0)), layers.head
+    def lower_cache(self, split: LayerSplit, prefixes: CachedPrefixes | None, prompt: Sequence[int]) -> LowerLayerCache:
+        """What reads on where the drafter's lower layers, those of ``split``, have read."""
+        return LowerLayerCache(self._slots.model, split, prefixes, prompt)
 
-    def lower_cache(self, prefixes: CachedPrefixes | None = None, prompt: Sequence[int] = ()) -> LowerLayerCache | None:
-        """What reads on where the drafter's lower layers have read; None where every layer is somebody's own."""
-        split = self._split_of()
-        if split is None:
-            return None
-        return LowerLayerCache(
-            self._slots.model, self._layers().above(split), prefixes, prompt, adapters=len(self.adapters)
-        )
+    def _read(
+        self, readings: Sequence[Reading], parts: Parts | None, lower_cache: LowerLayerCache | None
+    ) -> list[Signals]:
+        with self._slots.using(self.adapters[0]):
+            if parts is not None:
+                return read(parts, readings, self.verdict_ids, lower_cache)
+            return read(self.parts, readings, self.verdict_ids, lower_cache, [1] * (self._caches or 0))
 
     def signals(
         self,
@@ -277,13 +270,7 @@ class Reader:
             )
             for question, draft in zip(questions, drafts, strict=True)
         ]
-        copies: Sequence[int] = ()
-        if parts is None:
-            layers = self._layers()
-            parts, copies = layers.parts, layers.copies(self._caches or 0)
-        with self._slots.using(self.adapters[0]):  # for the layers below all of them: whatever was active is not
-            by_each = read_by_each(parts, readings, self.verdict_ids, lower_cache, copies, len(self.adapters))
-        return [together(said, self._rule) for said in zip(*by_each, strict=True)]
+        return self._read(readings, parts, lower_cache)
 
     def signals_many(
         self,
