@@ -252,8 +252,8 @@ def _ece(scores: np.ndarray, labels: np.ndarray, owners: np.ndarray) -> list[Any
     return [calibration_error(scores, labels), interval(resampled(of, len(drafts), SEED, RESAMPLES // 5))]
 
 
-def promises_of(name: str, out: Path) -> dict[str, Any]:
-    """What is promised and what is kept: once as the command would do it, and over many random divisions."""
+def risk_bounds_of(name: str, out: Path) -> dict[str, Any]:
+    """Risk bounds and the rates that came out: once as the command would do it, and over many random divisions."""
     calibration, test = judged(out, name, "calibration"), judged(out, name, "test")
     everything = Judged([*calibration.signals, *test.signals], [*calibration.correct, *test.correct])
     by_rate: dict[str, Any] = {}
@@ -261,12 +261,12 @@ def promises_of(name: str, out: Path) -> dict[str, Any]:
         once: dict[str, Any]
         try:
             made = fit(calibration, target=Target(far))
-            assert made.promise is not None
+            assert made.risk_bound is not None
             accepted, wrong = test.scored(made.scorer(made.score)).counts(made.threshold)
             rate = wilson(wrong, accepted)
             once = {
                 "score": made.score,
-                "promise": made.promise.to_dict(),
+                "risk_bound": made.risk_bound.to_dict(),
                 "realised": rate.to_dict() if rate else None,
                 "accept_rate": accepted / len(test),
             }
@@ -286,7 +286,7 @@ def promises_of(name: str, out: Path) -> dict[str, Any]:
         by_rate[str(far)] = {
             "once": once,
             "divisions": SPLITS_TRIED,
-            "promised": len(realised),
+            "bounded": len(realised),
             "realised_mean": float(np.mean(realised)) if realised else None,
             "realised_spread": interval(realised) if realised else None,
             "accept_rate_mean": float(np.mean(accepts)) if accepts else None,
@@ -325,19 +325,19 @@ def _draw(figure: Any, summary: Mapping[str, Any], out: Path) -> None:
     middle.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     middle.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share right", title=f"{best}, {calibration.score}")
     middle.legend()
-    for far, promise in summary["promises"].items():
-        if promise["realised_mean"] is not None:
-            mean, (low, high) = promise["realised_mean"], promise["realised_spread"]
-            # Where few divisions promise, rounding is all the spread there is.
+    for far, bound in summary["risk_bounds"].items():
+        if bound["realised_mean"] is not None:
+            mean, (low, high) = bound["realised_mean"], bound["realised_spread"]
+            # Where few divisions hold a bound, rounding is all the spread there is.
             errors = [[max(mean - low, 0)], [max(high - mean, 0)]]
             right.errorbar([float(far)], [mean], yerr=errors, marker="s", color="C0", capsize=3)
-        rate = promise["once"].get("realised")
+        rate = bound["once"].get("realised")
         if rate:
             right.errorbar([float(far) + 0.006], [rate["value"]], spread_of([rate]), marker="o", color="C1", capsize=3)
     right.plot([0, 0.25], [0, 0.25], color="grey", linewidth=0.8)
     right.set(
-        xlim=(0, 0.25), ylim=(0, 0.35), xlabel="promised false-accept rate", ylabel="realised on unseen items",
-        title="Promises (orange: the command)",
+        xlim=(0, 0.25), ylim=(0, 0.35), xlabel="bound on the false-accept rate", ylabel="realised on unseen items",
+        title="Risk bounds (orange: the command)",
     )  # fmt: skip
 
 
@@ -359,7 +359,7 @@ def report_stage(out: Path, path: Path | None) -> None:
         "any_of_3": float(plain.correct.any(axis=1).mean()),
         "verifiers": verifiers,
         "best": {"verifier": best, "score": score},
-        "promises": promises_of(best, out),
+        "risk_bounds": risk_bounds_of(best, out),
     }
     for name, quality in verifiers.items():
         for used, row in quality["scores"].items():

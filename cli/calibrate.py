@@ -1,4 +1,4 @@
-"""``rsgwm calibrate``: what a verifier's scores mean, and a threshold, perhaps with a promise."""
+"""``rsgwm calibrate``: what a verifier's scores mean, and a threshold, perhaps with a bound on its risk."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="From a score to a probability; auto is the best of them.",
 )
-@click.option("--target-far", type=INSIDE, help="Promise that at most this share of what is accepted is wrong.")
-@click.option("--confidence", type=INSIDE, default=0.9, show_default=True, help="How sure the promise is.")
+@click.option("--target-far", type=INSIDE, help="Risk bound: at most this share of what is accepted is wrong.")
+@click.option("--confidence", type=INSIDE, default=0.9, show_default=True, help="Confidence of the risk bound.")
 @click.option("--drafts-file", "file", type=PATH, help="Keep the held-out drafts here, and use them if there.")
 @shared.questions()
 @shared.split("calibration, and of a data set train")
@@ -58,7 +58,7 @@ def calibrate(
     The drafter drafts, the verifier reads, gold decides. Scores are compared by AUROC and mapped to the probability of
     being right. Without --target-far the threshold has the best balanced accuracy. With it, half of the items fits all
     this and the other half tests thresholds: with the given confidence, P(wrong | accepted) is at most the target, for
-    questions like these and the same adapters, sampling and attempts. Where the items cannot promise that, the exit
+    questions like these and the same adapters, sampling and attempts. Where the items cannot hold that bound, the exit
     code is 3, the reason is told and the verifier stays as it was.
 
     Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts-file held.jsonl
@@ -108,8 +108,8 @@ def render(calibration: Calibration) -> str:
         rows.append([name, _three(auroc), _three(calibration.perturbed_auroc[name]), method, errors])
     lines = [f"{calibration.drafts} drafts of {calibration.items} items, {calibration.correct} right", aligned(rows)]
     lines.append(f"in use: {calibration.score}, accepted from {calibration.threshold:.3f} on")
-    if calibration.promise is not None:
-        lines.append(f"promised: {calibration.promise}")
+    if calibration.risk_bound is not None:
+        lines.append(f"risk bound: {calibration.risk_bound}")
     return "\n".join(lines)
 
 

@@ -11,11 +11,11 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.convert import language_only_option, strict_option
 from mlx_rsgwm.cli.old_names import also_positional
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH
+from mlx_rsgwm.cli.options.kinds import PATH, SOURCE
 
 
 @click.command()
-@click.argument("adapter", type=PATH)
+@click.argument("adapter", type=SOURCE)
 @click.argument("repo")
 @shared.base()
 @click.option("--public", is_flag=True, help="Make a new repository public; it is private otherwise.")
@@ -27,7 +27,7 @@ from mlx_rsgwm.cli.options.kinds import PATH
 @common_options
 def push(
     console: Console,
-    adapter: Path,
+    adapter: Path | str,
     repo: str,
     base_name: str | None,
     public: bool,
@@ -39,7 +39,8 @@ def push(
 ) -> None:
     """Publish ADAPTER in PEFT's layout to the Hub repository REPO (owner/name), with a model card.
 
-    The access token comes from `hf auth login` or HF_TOKEN and is never shown.
+    ADAPTER is a folder (ours, mlx-lm's or PEFT's), a .gguf file, a Hub id or hf://owner/name@revision. The access token
+    comes from `hf auth login` or HF_TOKEN and is never shown.
 
     Example: rsgwm hub push runs/drafter me/drafter --dry-run
     """

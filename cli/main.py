@@ -35,7 +35,7 @@ FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class Rsgwm(LazyGroup):
-    """The root group, which ends every failure as this project promises."""
+    """The root group, which ends every failure in one line and an exit code."""
 
     # click overloads `main` on `standalone_mode`, which is not for callers of this one to choose.
     def main(  # type: ignore[override]

@@ -25,7 +25,7 @@ def demo(tmp_path_factory):
     return out, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_demo_keeps_its_promises(demo):
+def test_the_demo_does_what_readme_says(demo):
     _, summary = demo
     assert summary["drafter"]["accuracy"]["value"] >= 0.40
     for family, rates in summary["by_task"].items():

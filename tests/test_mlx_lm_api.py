@@ -1,6 +1,6 @@
 """What this project uses of mlx-lm beyond its public face, name by name, so that a new mlx-lm says what to look at.
 
-mlx-lm promises ``load``, ``generate``, ``stream_generate``, ``batch_generate`` and ``convert``; nothing else of it is
+mlx-lm documents ``load``, ``generate``, ``stream_generate``, ``batch_generate`` and ``convert``; nothing else of it is
 documented, and it has no upper bound in ``pyproject.toml``. Here stands every other name that the package imports, with
 the parameters that it had when it was tried. ``mlx_lm.models.<type>`` modules are found by name and not listed.
 """

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises and no other test holds: nothing that runs code, no link followed, nothing sent unasked."""
+"""What SECURITY.md says and no other test holds: nothing that runs code, no link followed, nothing sent unasked."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _place(name: str, shape: tuple[int, ...], kind: int, start: int, size: int) 
 def _bounded(count: int, size: int) -> int:
     """A count of things that take at least one byte each cannot exceed the file's size."""
     if count > size:
-        raise MalformedGguf(f"it promises {count} entries in {size} bytes")
+        raise MalformedGguf(f"it announces {count} entries in {size} bytes")
     return count
 
 

@@ -25,7 +25,9 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder, new_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.safetensors_io import write_safetensors
 from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import ALIASES, HUB_ID, resolve_base
 from mlx_rsgwm.models.hub_files import fetch_adapter, readable
 
@@ -43,7 +45,7 @@ class Staged:
 
 
 def stage(
-    adapter_folder: Path,
+    source: AdapterSource,
     repo: str,
     out: Path,
     *,
@@ -53,7 +55,7 @@ def stage(
     certificate: Path | None = None,
     report: Path | None = None,
 ) -> Staged:
-    """Write everything that goes into ``repo`` to the new folder ``out``.
+    """Write everything that goes into ``repo`` to the new folder ``out``; ``source`` as for ``load_adapter``.
 
     Raises:
         AdapterError: the adapter is damaged or has no PEFT form.
@@ -61,8 +63,8 @@ def stage(
     """
     if not HUB_ID.fullmatch(repo):
         raise RsgwmError(f"{repo!r} is not a repository's name; give owner/name")
-    adapter = Adapter.load(adapter_folder)
-    hub_base = _hub_base(base or (adapter.manifest.get("base") or {}).get("name"), adapter_folder)
+    adapter = load_adapter(source, base)
+    hub_base = _hub_base(base or adapter.base_name, adapter.where)
     proof = read_certificate(certificate, adapter) if certificate is not None else None
     metrics = files.read_json_object(report) if report is not None else None
     require_empty(out)
@@ -70,7 +72,7 @@ def stage(
     if adapter.manifest.get("base"):
         adapter.manifest["base"] = {**adapter.manifest["base"], "name": hub_base}
     with new_folder(out) as work:
-        _fill(work, adapter, adapter_folder, repo, hub_base, licence, with_mlx, proof, metrics)
+        _fill(work, adapter, repo, hub_base, licence, with_mlx, proof, metrics)
     contents = sorted((str(file.relative_to(out)), file.stat().st_size) for file in out.rglob("*") if file.is_file())
     return Staged(out, hub_base, tuple(contents))
 
@@ -78,7 +80,6 @@ def stage(
 def _fill(
     out: Path,
     adapter: Adapter,
-    adapter_folder: Path,
     repo: str,
     hub_base: str,
     licence: str,
@@ -93,7 +94,10 @@ def _fill(
         files.write_json(out / SIDECAR_FOLDER / CERTIFICATE_FILE, proof)
     if with_mlx:
         mlx = make_folder(out / MLX_FOLDER)
-        shutil.copyfile(adapter_folder / WEIGHTS_FILE, mlx / WEIGHTS_FILE)
+        if adapter.path is not None:
+            shutil.copyfile(adapter.path / WEIGHTS_FILE, mlx / WEIGHTS_FILE)
+        else:
+            write_safetensors(mlx / WEIGHTS_FILE, {**adapter.weights, **adapter.full})
         files.write_json(mlx / CONFIG_FILE, adapter.spec.to_config())  # mlx_lm.lora puts every path it was given there
     config = files.read_json_object(out / PEFT_CONFIG_FILE)
     card = model_card(
@@ -195,7 +199,7 @@ def _copy(folder: Path, out: Path) -> None:
         shutil.copytree(folder, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
 
 
-def _hub_base(name: str | None, where: Path) -> str:
+def _hub_base(name: str | None, where: str) -> str:
     """The Hub id of a base; a local folder's name must not be published."""
     if name in ALIASES:
         return ALIASES[name].hub_id

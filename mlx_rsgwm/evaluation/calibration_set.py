@@ -96,7 +96,7 @@ def kept_drafts(file: Path, about: Mapping[str, Any], count: int) -> list[Calibr
 
 
 def explain(calibration: Calibration) -> str:
-    """One line: the scores compared, the one in use, its threshold and what is promised of it."""
+    """One line: the scores compared, the one in use, its threshold and the bound on its risk."""
     compared = ", ".join(f"{name} {'–' if area is None else f'{area:.3f}'}" for name, area in calibration.auroc.items())
     text = (
         f"AUROC on {calibration.drafts} held-out drafts of {calibration.items} items: {compared}; "
@@ -104,7 +104,7 @@ def explain(calibration: Calibration) -> str:
     )
     if calibration.at_chance:
         text += f"; {', '.join(calibration.at_chance)} not offered: no better than chance (its 95 % interval holds .5)"
-    return text if calibration.promise is None else f"{text}; {calibration.promise}"
+    return text if calibration.risk_bound is None else f"{text}; {calibration.risk_bound}"
 
 
 def collect(

@@ -73,7 +73,7 @@ class Calibration:
     drafts: int
     correct: int
     made_for: Mapping[str, Any] = field(default_factory=dict)
-    promise: RiskBound | None = None
+    risk_bound: RiskBound | None = None
     row_hashes: Mapping[str, Any] = field(default_factory=dict)
     at_chance: tuple[str, ...] = ()
     learned: Mapping[str, Logistic] = field(default_factory=dict)
@@ -89,8 +89,8 @@ class Calibration:
             problems.append("the score is combined, but there is no combination")
         if not 0 <= self.threshold <= 1:
             problems.append(f"threshold must be in [0, 1], found {self.threshold}")
-        if self.promise is not None and self.promise.threshold != self.threshold:
-            problems.append(f"the promise is for {self.promise.threshold}, not for threshold {self.threshold}")
+        if self.risk_bound is not None and self.risk_bound.threshold != self.threshold:
+            problems.append(f"the risk bound is for {self.risk_bound.threshold}, not for threshold {self.threshold}")
         raise_problems("calibration", problems, RsgwmError)
 
     @property
@@ -221,6 +221,8 @@ def load_calibration(folder: Path) -> Calibration | None:
         del value["template_hash"]
         first: dict[str, Any] = {"combination": None, "curves": {}, "reliability": {}, "items": 0}
         value = {"format": FORMAT, "format_version": FORMAT_VERSION, **first, **value}
+    if "promise" in value:  # the name of the risk bound in files of earlier versions
+        value["risk_bound"] = value.pop("promise")
     stated = (value.pop("format", None), value.pop("format_version", None))
     if stated != (FORMAT, FORMAT_VERSION):
         raise RsgwmError(

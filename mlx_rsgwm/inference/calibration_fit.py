@@ -105,14 +105,14 @@ def fit(
             only where the interval of its AUROC lies above .5.
         scores: those to choose from.
         method: one of ``METHODS``, ``none``, or ``auto``: the least log loss on items not fitted on.
-        target: a false-accept rate to promise; half of the items is then kept apart to test thresholds with.
+        target: the false-accept rate to bound; half of the items is then kept apart to test thresholds with.
         made_for: see :class:`Calibration`.
         seed: of the folds and halves.
         learned: the verifier is a pool, and what its adapters say is weighed by a fit instead of a rule.
 
     Raises:
         RsgwmError: an unknown name, or a fit asked for by name with too few drafts.
-        CheckFailed: no threshold can be promised.
+        CheckFailed: no threshold holds the bound.
     """
     if score not in ("auto", *SCORES):
         raise RsgwmError(f"score must be auto or one of {', '.join(SCORES)}, found {score!r}")
@@ -170,7 +170,7 @@ def fit(
         drafts=count,
         correct=right,
         made_for=dict(made_for or {}),
-        promise=held,
+        risk_bound=held,
         at_chance=at_chance,
     )
 

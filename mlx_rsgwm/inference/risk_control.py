@@ -1,6 +1,6 @@
-"""A threshold with a promise: of the answers it accepts, at most a given share is wrong.
+"""A threshold with a bound on its risk: of the answers it accepts, at most a given share is wrong.
 
-The promise. Items are independent draws of one distribution; half of them (the test half) has decided nothing yet.
+The bound. Items are independent draws of one distribution; half of them (the test half) has decided nothing yet.
 The rule is the loop's: of an item's K drafts in order, the first with score ≥ τ is accepted. Then, with probability at
 least 1 − δ over the draw of the test half, P(wrong | accepted) ≤ α for the τ returned, or none is returned. It holds
 for finitely many items, for any verifier and any K, for items of the same distribution, drafted in the same way by the
@@ -28,7 +28,7 @@ STEPS = 40  # thresholds tried at most
 
 @dataclass(frozen=True)
 class Target:
-    """What to promise: at most ``far`` of the accepted answers wrong, with probability ``confidence`` (1 − δ)."""
+    """The risk to bound: at most ``far`` of the accepted answers wrong, with probability ``confidence`` (1 − δ)."""
 
     far: float
     confidence: float = 0.9
@@ -36,15 +36,15 @@ class Target:
     def __post_init__(self) -> None:
         problems = [
             f"{name} must be in (0, 1), found {value}"
-            for name, value in (("the false-accept rate to promise", self.far), ("confidence", self.confidence))
+            for name, value in (("the false-accept rate to bound", self.far), ("confidence", self.confidence))
             if not 0 < value < 1
         ]
-        raise_problems("promise", problems, RsgwmError)
+        raise_problems("risk bound", problems, RsgwmError)
 
 
 @dataclass(frozen=True)
 class RiskBound:
-    """A threshold and what is promised of it; ``accepted`` and ``wrong`` count items of the test half.
+    """A threshold and the bound on its risk; ``accepted`` and ``wrong`` count items of the test half.
 
     ``bound`` is the upper Clopper–Pearson bound on P(wrong | accepted) at ``threshold``; at most ``far``.
     """
@@ -65,8 +65,8 @@ class RiskBound:
         if not 0 <= self.wrong <= self.accepted <= self.items:
             problems.append(f"{self.wrong} wrong of {self.accepted} accepted of {self.items} items cannot be")
         if not 0 < self.bound <= self.far < 1:
-            problems.append(f"a bound of {self.bound} does not hold the promised {self.far}")
-        raise_problems("promise", problems, RsgwmError)
+            problems.append(f"a bound of {self.bound} does not hold the target of {self.far}")
+        raise_problems("risk bound", problems, RsgwmError)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,7 +107,7 @@ def upper_bound(wrong: int, accepted: int, confidence: float) -> float:
 
 
 def accepts_needed(far: float, confidence: float) -> int:
-    """Fewest accepted items, none of them wrong, that hold a promise: ⌈ln δ / ln(1 − α)⌉."""
+    """Fewest accepted items, none of them wrong, that hold the bound: ⌈ln δ / ln(1 − α)⌉."""
     return math.ceil(math.log(1 - confidence) / math.log(1 - far) - 1e-12)
 
 
@@ -129,14 +129,14 @@ def sequence(ordering: Items, target: Target) -> list[float]:
 
 
 def risk_bound(ordering: Items, test: Items, target: Target) -> RiskBound:
-    """The loosest threshold that can be promised, by the rule of this module.
+    """The loosest threshold that holds the bound, by the rule of this module.
 
     Args:
         ordering: items that may have decided anything else (score, calibration); they fix the order of the tests.
         test: items that have decided nothing.
 
     Raises:
-        CheckFailed: no threshold can be promised; says what was seen and how many items it would take.
+        CheckFailed: no threshold holds it; says what was seen and how many items it would take.
     """
     passing: RiskBound | None = None
     for threshold in sequence(ordering, target):
@@ -153,12 +153,12 @@ def risk_bound(ordering: Items, test: Items, target: Target) -> RiskBound:
 
 
 def refusal(ordering: Items, test: Items, target: Target) -> str:
-    """Why nothing can be promised, and what it would take."""
+    """Why no threshold holds the bound, and what it would take."""
     least = accepts_needed(target.far, target.confidence)
     start = sequence(ordering, target)[:1]
     accepted, wrong = test.counts(start[0]) if start else (0, 0)
     text = (
-        f"{len(test.scores)} test items cannot promise a false-accept rate of {target.far:g} with confidence "
+        f"{len(test.scores)} test items cannot bound the false-accept rate by {target.far:g} with confidence "
         f"{target.confidence:g}: at the safest threshold {wrong} of {accepted} accepted items were wrong; even with "
         f"none wrong it takes {least} accepted ones"
     )

@@ -1,6 +1,6 @@
 """The adapter folder: a LoRA spec with named arrays that mlx-lm loads unchanged, and what merging needs beside it.
 
-Layout and promises are in docs/formats.md. An :class:`Adapter` never knows a model; ``slots`` checks the fit.
+Layout and rules are in docs/formats.md. An :class:`Adapter` never knows a model; ``slots`` checks the fit.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def footnotes(table: int) -> list[str]:
         drop = 1 - _corrected(pair) / _corrected(single)
         notes.append(
             f"with the corrected rates false accepts fall by {drop:.0%}, not by the 53 % the paper states; "
-            "eight rows stand in the table, the text promises seven"
+            "eight rows stand in the table, the text says seven"
         )
         notes.append(
             "Single-GWM has an accept rate and 1.42 attempts, so it is no drafter alone: read here as the drafter that "

@@ -57,7 +57,7 @@ def result(base_folder):
     return measure_latency(small(base_folder))
 
 
-def test_rows_hold_what_is_promised(result):
+def test_rows_hold_what_is_measured(result):
     assert [row["work"] for row in result["rows"]] == [
         "prefill 8 tokens",
         "decode 3 tokens",

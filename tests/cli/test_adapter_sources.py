@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.converters.hub.hub import stage
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.evaluation.records import DraftRecord
@@ -73,6 +74,22 @@ def loss(first, second, folder):
     return list(found.values())
 
 
+def importance(first, second, folder):
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{n}?", "completion": "5"}) + "\n" for n in range(4))
+    )
+    invoke("adapter", "importance", first, "--corpus", folder / "rows.jsonl", "--out", folder / "out")
+    made = Adapter.load(folder / "out")
+    assert made.manifest["importance"]["collected"]
+    return [{name: value.tolist() for name, value in part.items()} for part in (made.importance, made.weights)]
+
+
+def push(first, second, folder):
+    staged = stage(load_adapter(first), "me/adapter", folder / "repo", base="owner/base", with_mlx=True)
+    return [arrays(staged.folder / name) for name in ("adapter_model.safetensors", "mlx/adapters.safetensors")]
+
+
 @pytest.fixture
 def half_right(monkeypatch):
     """A tiny random model answers nothing right; let every draft with an even number of letters count as right."""
@@ -83,7 +100,9 @@ def half_right(monkeypatch):
     monkeypatch.setattr(judging, "judge", judge)
 
 
-@pytest.mark.parametrize("command", [merge, evaluate, fuse, parity, calibrate, ask, loss], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "command", [merge, evaluate, fuse, parity, calibrate, ask, loss, importance, push], ids=lambda one: one.__name__
+)
 @pytest.mark.usefixtures("half_right", "one_torch_thread")
 def test_every_source_gives_the_result_of_its_conversion(command, adapter_sources, tmp_path, monkeypatch):
     monkeypatch.setenv("RSGWM_CACHE", str(tmp_path / "cache"))
@@ -98,3 +117,21 @@ def test_every_source_gives_the_result_of_its_conversion(command, adapter_source
         assert command(pairs[0][kind], pairs[1][kind], tmp_path / f"out-{kind}") == expected, kind
     # Nothing is written beside files of other formats.
     assert {file: file.stat().st_mtime_ns for file in others} == before
+
+
+def test_importance_of_another_format_needs_a_place(adapter_sources, tmp_path):
+    sources = adapter_sources(1)
+    for kind in ("peft", "gguf"):
+        refused = CliRunner().invoke(
+            rsgwm, ["adapter", "importance", str(sources[kind]), "--corpus", str(tmp_path)]
+        )
+        assert refused.exit_code == 2
+        assert "is not a folder that importance could stand in; give --out" in refused.output
+
+
+def test_drafter_and_verifier_may_be_of_two_formats(adapter_sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("RSGWM_CACHE", str(tmp_path / "cache"))
+    one, two = adapter_sources(1), adapter_sources(2)
+    expected = ask(one["peft"], two["peft"], tmp_path)
+    for first, second in (("peft", "gguf"), ("gguf", "mlx_lm"), ("hub", "peft")):
+        assert ask(one[first], two[second], tmp_path) == expected

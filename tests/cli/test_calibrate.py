@@ -72,18 +72,18 @@ def test_calibrate_then_ask_by_the_combined_score(adapters, tiny_base, half_righ
     assert "calibrated with another attempts" in other.stderr
 
 
-def test_a_promise_that_cannot_be_made_leaves_the_verifier_alone(adapters, tiny_base, half_right):
+def test_a_bound_that_cannot_be_held_leaves_the_verifier_alone(adapters, tiny_base, half_right):
     failed = calibrate(adapters, tiny_base, "--target-far", 0.05)
     assert failed.exit_code == 3
-    assert "8 test items cannot promise a false-accept rate of 0.05" in failed.stderr
+    assert "8 test items cannot bound the false-accept rate by 0.05" in failed.stderr
     assert len(failed.stderr.splitlines()) == 1
     assert not (adapters / "verifier" / FILE).exists()
     assert (adapters / "held.jsonl").is_file(), "the drafts are kept, so another try costs nothing"
     easy = calibrate(adapters, tiny_base, "--target-far", 0.97, "--confidence", 0.6, "--json")
     assert easy.exit_code == 0, easy.stderr
-    promise = json.loads(easy.stdout.splitlines()[-1])["promise"]
-    assert promise["bound"] <= 0.97
-    assert promise["items"] == 8
+    bound = json.loads(easy.stdout.splitlines()[-1])["risk_bound"]
+    assert bound["bound"] <= 0.97
+    assert bound["items"] == 8
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_two_files_of_one_name_are_no_pool(tmp_path):
 
 
 def test_a_row_given_twice_is_calibrated_on_once(tmp_path):
-    """The halves of a promise must not share rows: one fits, the other tests."""
+    """The halves of a risk bound must not share rows: one fits, the other tests."""
     from mlx_rsgwm.evaluation.contamination import draw_calibration
 
     doubled = [{**row, "question": row["question"].upper()} for row in ROWS] + ROWS

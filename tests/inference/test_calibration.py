@@ -96,21 +96,21 @@ def test_names_are_checked():
         fit(drawn(5), method="magic")
 
 
-def test_a_promise_is_tested_on_items_that_decided_nothing():
+def test_a_risk_bound_is_tested_on_items_that_decided_nothing():
     drafts = drawn(300, 2.0, 2.0, 2.0)
     found = fit(drafts, target=Target(0.2))
-    assert found.promise is not None
-    assert found.threshold == found.promise.threshold
+    assert found.risk_bound is not None
+    assert found.threshold == found.risk_bound.threshold
     first, second = halves(300, 42)
     assert sorted([*first, *second]) == list(range(300))
     accepted, wrong = drafts.take(second).scored(found.scorer(found.score)).counts(found.threshold)
-    assert (accepted, wrong) == (found.promise.accepted, found.promise.wrong)
-    # What the test half says must not reach the score: turned labels there change nothing but the promise.
+    assert (accepted, wrong) == (found.risk_bound.accepted, found.risk_bound.wrong)
+    # What the test half says must not reach the score: turned labels there change nothing but the risk bound.
     turned = Judged(
         drafts.signals,
         [[not label for label in item] if index in set(second) else item for index, item in enumerate(drafts.correct)],
     )
-    with pytest.raises(CheckFailed, match="test items cannot promise"):
+    with pytest.raises(CheckFailed, match="test items cannot bound"):
         fit(turned, target=Target(0.2))
 
 
@@ -123,6 +123,10 @@ def test_the_file_holds_everything(tmp_path):
         signals, _, _ = drawn(20, seed=3).flat
         one, other = again.scorer(again.score), found.scorer(found.score)
         assert one.values(signals).tolist() == other.values(signals).tolist()
+    written = json.loads((tmp_path / "calibration.json").read_text())
+    written["promise"] = written.pop("risk_bound")  # as earlier versions wrote it
+    (tmp_path / "calibration.json").write_text(json.dumps(written))
+    assert load_calibration(tmp_path) == found
     assert again.differences({"base": "abc", "attempts": 3}) == []
     assert again.differences({"base": "other", "attempts": 3, "more": 1}) == ["base"]
     assert load_calibration(tmp_path / "nowhere") is None

@@ -1,4 +1,4 @@
-"""The promise: its arithmetic, and that it is kept as often as it says."""
+"""The risk bound: its arithmetic, and that it holds as often as it says."""
 
 from contextlib import suppress
 
@@ -27,7 +27,7 @@ def test_the_bound_is_clopper_pearson():
 
 
 @pytest.mark.parametrize(("far", "confidence", "needed"), [(0.05, 0.9, 45), (0.05, 0.95, 59), (0.2, 0.9, 11)])
-def test_how_many_right_answers_a_promise_takes(far, confidence, needed):
+def test_how_many_right_answers_a_bound_takes(far, confidence, needed):
     assert accepts_needed(far, confidence) == needed
     assert upper_bound(0, needed, confidence) <= far < upper_bound(0, needed - 1, confidence)
 
@@ -50,39 +50,39 @@ def test_thresholds_start_safe_and_only_loosen():
     assert len(found) > 5
 
 
-def test_the_promise_is_kept():
-    """Over 250 draws of 160 items a promise may fail on at most δ of them; and it must not be empty words."""
+def test_the_bound_holds():
+    """Over 250 draws of 160 items a bound may fail on at most δ of them; and it must not be empty words."""
     rng = np.random.default_rng(7)
     truth = drawn(rng, 100_000)
     target = Target(0.2, 0.8)
-    broken = promised = 0
+    broken = bounded = 0
     for _ in range(250):
         try:
             found = risk_bound(drawn(rng, 80), drawn(rng, 80), target)
         except CheckFailed:
             continue
-        promised += 1
+        bounded += 1
         accepted, wrong = truth.counts(found.threshold)
         broken += wrong / accepted > target.far
         assert found.bound <= target.far
         assert found.attempts == 3
-    assert promised > 100
+    assert bounded > 100
     # 250 · δ = 50 expected at the most, with a standard deviation of 6
     assert broken <= 68
 
 
 def test_choosing_and_testing_on_the_same_items_would_break_it():
-    """Scores without information and half of the drafts wrong: whatever is promised below a half is broken."""
+    """Scores without information and half of the drafts wrong: whatever bound is below a half fails."""
     rng = np.random.default_rng(8)
-    target, rounds, naive, promised = Target(0.45, 0.8), 80, 0, 0
+    target, rounds, naive, bounded = Target(0.45, 0.8), 80, 0, 0
     for _ in range(rounds):
         items = drawn(rng, 80, separation=0.0)
         naive += any(upper_bound(*items.counts(t)[::-1], 0.8) <= 0.45 for t in np.unique(items.scores))
         with suppress(CheckFailed):
             risk_bound(drawn(rng, 40, separation=0.0), drawn(rng, 40, separation=0.0), target)
-            promised += 1
+            bounded += 1
     assert naive > 0.3 * rounds
-    assert promised <= 0.2 * rounds
+    assert bounded <= 0.2 * rounds
 
 
 def test_too_few_items_are_told_how_many_it_takes():

@@ -244,7 +244,7 @@ def test_logits_are_those_of_torch(folders, torch_bases, tmp_path, family, name)
     assert largest(mlx_logits(folders(family), Adapter.load(tmp_path / "ours")), expected) < 1e-4
 
 
-def test_the_matrix_is_as_large_as_promised():
+def test_the_matrix_is_as_large_as_stated():
     assert len(CONFIGURATIONS) >= 15
     assert all(sum(family in families for families, _ in CONFIGURATIONS.values()) >= 15 for family in ("llama", "qwen"))
     assert set(CASES) >= QUICK
