@@ -221,8 +221,8 @@ def _scaled(text: str, quantity: Quantity, money: bool) -> Quantity:
     if cents is not None and (money or cents["money"]):
         quantity = replace(quantity, value=value + Fraction(int(cents["cents"]), 100), end=cents.end())
     elif jiao is not None:
-        part = Fraction(int(jiao["jiao"] + (jiao["fen"] or "0")), 100)
-        quantity = replace(quantity, value=value + part, end=jiao.end())
+        hundredths = int(jiao["jiao"] + (jiao["fen"] or "0"))
+        quantity = replace(quantity, value=value + Fraction(hundredths, 100), end=jiao.end())
     return quantity
 
 
