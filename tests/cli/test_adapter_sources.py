@@ -122,9 +122,7 @@ def test_every_source_gives_the_result_of_its_conversion(command, adapter_source
 def test_importance_of_another_format_needs_a_place(adapter_sources, tmp_path):
     sources = adapter_sources(1)
     for kind in ("peft", "gguf"):
-        refused = CliRunner().invoke(
-            rsgwm, ["adapter", "importance", str(sources[kind]), "--corpus", str(tmp_path)]
-        )
+        refused = CliRunner().invoke(rsgwm, ["adapter", "importance", str(sources[kind]), "--corpus", str(tmp_path)])
         assert refused.exit_code == 2
         assert "is not a folder that importance could stand in; give --out" in refused.output
 
