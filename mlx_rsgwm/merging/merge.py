@@ -75,6 +75,7 @@ def merge(
     if signal is not None:
         pool.require_signal(signal)
     with pool.checked(signal):
+        pool = pool.by_name() if needs_grams(method, parameters) else pool
         return _merged(pool, method, options, parameters, progress, diagnosed)
 
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,11 @@ class Pool:
         """Every module that at least one adapter adapts, in the order of the adapters' files."""
         return list(dict.fromkeys(name for source in self.sources for name in source.shapes))
 
+    def by_name(self) -> Pool:
+        """The same with its modules in the order of their names, so that those of a block, which share inputs, meet."""
+        sources = [replace(source, shapes=dict(sorted(source.shapes.items()))) for source in self.sources]
+        return Pool(tuple(sources), self.warnings)
+
     def shape(self, module: str) -> tuple[int, int]:
         """(in, out) of a module."""
         shape = next(source.shapes[module] for source in self.sources if module in source.shapes)
@@ -285,7 +290,7 @@ class Pool:
             f"{source.label} has none of {missing[0]}; collect them: rsgwm directions collect {source.label} --corpus "
             "ROWS --replace"
             for source, reader in zip(self.sources, readers, strict=True)
-            if (missing := [name for name in source.shapes if name not in reader])
+            if (missing := sorted(source.shapes.keys() - set(reader)))
         ]
         raise_problems("the merge needs directions of every module", problems)
         return (ModuleGrams(readers, module, self.shape(module)[0]) for module in self.modules)
