@@ -56,9 +56,12 @@ def _run(console: Console, source: str, out: Path, settings: tuple[str, ...]) ->
 def render(summary: Mapping[str, Any], out: Path) -> str:
     """The text a person reads at the end of a run."""
     from mlx_rsgwm.core.files import read_json_object
+    from mlx_rsgwm.core.tables import text_page
     from mlx_rsgwm.evaluation.report.folder import render_table
 
     lines = [render_table(read_json_object(out / "report" / "report.json")), ""]
+    if "draft_verify_paper" in summary:
+        lines += [text_page([("The same questions by", _systems(summary))]), ""]
     calibration = summary["calibration"]
     if calibration:
         for title, key in (("own drafts", "auroc"), ("gold against perturbed gold", "perturbed_auroc")):
@@ -82,6 +85,30 @@ def render(summary: Mapping[str, Any], out: Path) -> str:
         f"ran {executed}, in {summary['seconds']:.0f} s",
     ]
     return "\n".join(lines)
+
+
+# Systems that answered the same questions: their key in the summary, what they are called.
+SYSTEMS = {
+    "draft_verify_paper": "draft–verify, the paper's merge",
+    "draft_verify": "draft–verify",
+    "draft_verify_arithmetic": "draft–verify, arithmetic checked",
+    "calculator": "calculator, no verifier",
+}
+SHOWN = ("accuracy", "accept_rate", "accepted_and_correct", "false_accept_rate", "average_attempts")
+
+
+def _systems(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Head and rows: drafters first, then what checks their drafts."""
+    from mlx_rsgwm.core.tables import show
+    from mlx_rsgwm.evaluation.report.folder import ROWS
+
+    rows = {
+        "drafter alone, the paper's merge": summary["draft_verify_paper"]["drafter"],
+        "drafter alone": summary["drafter"],
+        **{label: summary[key] for key, label in SYSTEMS.items() if key in summary},
+    }
+    head = ["", *(ROWS[name] for name in SHOWN)]
+    return [head, *([label, *(show(rates[name]) for name in SHOWN)] for label, rates in rows.items())]
 
 
 def _two(value: float | None) -> str:

@@ -105,7 +105,7 @@ class DataSection:
 class MergeSection:
     """How both roles are merged; ``parameters`` are the method's own (``rsgwm merge --list`` shows them)."""
 
-    method: str = "rsgwm"
+    method: str = "regmean"
     tau_draft: float = ROLE_TAU["draft"]
     tau_verify: float = ROLE_TAU["verify"]
     parameters: Mapping[str, Any] = field(default_factory=dict)

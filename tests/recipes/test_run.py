@@ -22,6 +22,7 @@ def recipe_file(tiny_base, tmp_path):
             "name": "tiny",
             "base": str(tiny_base),
             "data": {"tasks": ["change", "groups"], "rows": 24, "verify_share": 0.5, "calibration_items": 2},
+            "merge": {"method": "rsgwm"},
             "train": {"rank": 4, "alpha": 8, "epochs": 1, "batch_size": 4, "learning_rate": 1e-2},
             "loop": {"attempts": 2, "max_tokens": 6, "threshold": "auto"},
             "evaluate": {"items": 3, "timed": 2},
@@ -107,7 +108,7 @@ def test_a_changed_run_that_was_killed_leaves_nothing_to_trust(recipe_file, tmp_
 
 
 def test_the_papers_merge_beside_another(recipe_file, tmp_path):
-    sections = {"merge": {"method": "linear"}, "paper": {"method": "rsgwm"}}
+    sections = {"merge": {"method": "regmean"}, "paper": {"method": "rsgwm"}}
     summary = run_recipe(load_recipe(recipe_file(**sections), ["evaluate.timed=0"]), tmp_path / "both")
     assert summary["executed"] == [*STAGES[:-1], "merge-paper", "calibrate-paper", "evaluate-paper", "export"]
     beside = json.loads((tmp_path / "both" / "paper" / "report" / "report.json").read_text())
