@@ -9,6 +9,7 @@ import click
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE
+from mlx_rsgwm.cli.options.loop import check_option
 
 
 @click.command()
@@ -31,6 +32,7 @@ from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE
 @shared.temperature()
 @shared.top_p()
 @shared.max_tokens(32)
+@check_option()
 @shared.batch_rows()
 @shared.base()
 @shared.out("a folder; run again, it goes on", required=True)
@@ -50,6 +52,7 @@ def controls(
     temperature: float,
     top_p: float,
     max_tokens: int,
+    check: str,
     batch_rows: int,
     base_name: str | None,
     out: Path,
@@ -57,7 +60,8 @@ def controls(
     """Compare draft–verify with its controls, on the drafts of RUN (the folder of a finished rsgwm run).
 
     Drafter once, self-verification, best of K, majority of K and at equal tokens, accepting by lot, a verifier trained
-    on the pairs, a joint adapter, each source adapter, the base; every difference with interval and corrected p-value.
+    on the pairs, a joint adapter, each source adapter, the base; a calculator with and without the verifier; every
+    difference with interval and corrected p-value.
 
     Example: rsgwm report controls runs/demo --out runs/controls
     """
@@ -94,6 +98,7 @@ def controls(
         sampling=Sampling(temperature, top_p, max_tokens, seed),
         batch_rows=batch_rows,
         calibration_seed=seed,
+        check=check,
     )
     adapters = [Adapter.load(path, lazy=True, hashes=False) for path in pair.values()]
     for doubt in check_pair(*adapters):

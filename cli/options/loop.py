@@ -61,6 +61,12 @@ def score_option(auto: str) -> Any:
     return click.option("--score", type=OneOf(["auto", *SCORES]), default="auto", show_default=True, help=text)
 
 
+def check_option() -> Any:
+    """``--check``; in evaluations it adds rows and changes none."""
+    text = "Do not accept a draft that states a false equation, whatever its score; auto: where answers are numbers."
+    return click.option("--check", type=OneOf(CHECKS), default="auto", show_default=True, help=text)
+
+
 DECISION_OPTIONS = (
     score_option("by the verifier's calibration"),
     click.option(
@@ -70,13 +76,7 @@ DECISION_OPTIONS = (
         show_default=True,
         help="Score to accept from; auto is by the verifier's calibration, else 0.7.",
     ),
-    click.option(
-        "--check",
-        type=OneOf(CHECKS),
-        default="auto",
-        show_default=True,
-        help="Do not accept a draft that states a false equation, whatever its score; auto: where answers are numbers.",
-    ),
+    check_option(),
     click.option("--abstain", is_flag=True, help="Say nothing when no draft is accepted, instead of the best one."),
 )
 

@@ -75,11 +75,11 @@ def false_equations(text: str, question: str = "") -> list[FalseEquation]:
             a^2 + b"), nothing is claimed.
     """
     if not any(character.isnumeric() for character in text) or OTHER_SYSTEM.search(question) or _OWN.search(question):
-        return []
+        return ()
     text = text[:MAX_TEXT]
     equations = _in_plain(";\n".join(match[1] for match in _ANNOTATION.finditer(text)))
     said = {(equation.left, equation.right) for equation in equations}
-    return equations + [e for e in _in_plain(_ANNOTATION.sub("", text)) if (e.left, e.right) not in said]
+    return (*equations, *(e for e in _in_plain(_ANNOTATION.sub("", text)) if (e.left, e.right) not in said))
 
 
 def _in_plain(text: str) -> list[FalseEquation]:

@@ -209,13 +209,20 @@ def pass_at_k(records: Sequence[ItemRecord], k: int, seed: int = 0) -> Rate | No
     return bootstrapped(lambda rows: float(values[rows].mean()), [record.id for record in records], seed=seed)
 
 
-def majority_index(drafts: Sequence[DraftRecord]) -> int:
-    """Index of the first draft with the commonest answer; drafts without one do not vote, ties go to the earliest."""
-    votes = Counter(canonical(draft.value) for draft in drafts if draft.value is not None)
+def majority_index(drafts: Sequence[DraftRecord], calculated: bool = False) -> int:
+    """Index of the first draft with the commonest answer; drafts without one do not vote, ties go to the earliest.
+
+    ``calculated``: nor do drafts that state a false equation, unless all that have an answer do.
+    """
+    voters = [i for i, draft in enumerate(drafts) if draft.value is not None]
+    if calculated:
+        voters = [i for i in voters if drafts[i].false_equation is None] or voters
+    answers = {i: canonical(drafts[i].value or "") for i in voters}
+    votes = Counter(answers.values())
     if not votes:
         return 0
     winner = max(votes, key=lambda value: votes[value])  # Counter keeps first-seen order, max the first of equals
-    return next(i for i, draft in enumerate(drafts) if draft.value is not None and canonical(draft.value) == winner)
+    return next(i for i, answer in answers.items() if answer == winner)
 
 
 def majority_of_k(records: Sequence[ItemRecord], k: int) -> Rate | None:

@@ -38,7 +38,7 @@ class DraftRecord:
     when the token limit cut the text. ``scores`` holds every verifier score that was computed, in [0, 1], ``verified``
     how many tokens the verifier read for each; ``readings`` what other extractors found. ``tokens`` counts the draft's
     own tokens, ``latency_ms`` is the time to draft it. Where a pool verifies, ``adapters`` holds for every score what
-    each adapter gave, ``won`` which gave most.
+    each adapter gave, ``won`` which gave most. ``false_equation``: the first that it states, where that was looked for.
     """
 
     text: str
@@ -53,6 +53,7 @@ class DraftRecord:
     verified: Mapping[str, int] = field(default_factory=dict)
     adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     won: Mapping[str, str] = field(default_factory=dict)
+    false_equation: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", FORMER_STATUSES.get(self.status, self.status))
@@ -74,7 +75,8 @@ class ItemRecord:
     ``drafts`` may hold more drafts than the loop used: the oracle needs all K of them, the loop the first
     ``attempts``. ``chosen`` is the index of the returned draft; ``latency_ms`` and ``energy_j`` are end to end,
     verification and retries included, or None when not measured. With ``abstain`` a draft that was not accepted is not
-    given as an answer: then there is none.
+    given as an answer: then there is none. ``check``: with ``arithmetic`` no draft that states a false equation was
+    shown to the verifier or accepted.
     """
 
     id: str
@@ -91,6 +93,7 @@ class ItemRecord:
     seed: int = 0
     energy_j: float | None = None
     abstain: bool = False
+    check: str = "none"
 
     def __post_init__(self) -> None:
         problems = []
@@ -99,12 +102,16 @@ class ItemRecord:
         elif not 0 <= self.chosen < self.attempts:
             problems.append(f"chosen is {self.chosen}, outside the {self.attempts} attempts")
         elif (score := self.drafts[self.chosen].scores.get(self.score_name)) is not None:
-            if self.accepted != accepts(score, self.threshold):
+            if self.accepted != (accepts(score, self.threshold) and not self.refuses(self.drafts[self.chosen])):
                 verb = "accepted" if self.accepted else "not accepted"
                 problems.append(f"{verb} with {self.score_name} {score} at threshold {self.threshold}")
         elif self.accepted:
             problems.append(f"accepted without a score {self.score_name!r}")
         raise_problems(f"item {self.id}", problems)
+
+    def refuses(self, draft: DraftRecord) -> bool:
+        """Whether a draft is not accepted whatever its score."""
+        return self.check != "none" and draft.false_equation is not None
 
     @property
     def first(self) -> DraftRecord:
@@ -127,7 +134,8 @@ class ItemRecord:
     @property
     def verified_tokens(self) -> int:
         """Tokens the verifier read in the attempts that the loop made, prompts included."""
-        return sum(draft.verified.get(self.score_name, 0) for draft in self.drafts[: self.attempts])
+        read = (draft for draft in self.drafts[: self.attempts] if not self.refuses(draft))
+        return sum(draft.verified.get(self.score_name, 0) for draft in read)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object; :meth:`from_dict` reads it back equal."""
@@ -139,6 +147,8 @@ class ItemRecord:
                     del plain[name]
                 else:
                     plain[name] = dict(getattr(draft, name))
+            if draft.false_equation is None:
+                del plain["false_equation"]
             drafts.append(
                 {
                     **plain,
@@ -147,7 +157,10 @@ class ItemRecord:
                     "verified": dict(draft.verified),
                 }
             )
-        return {item.name: getattr(self, item.name) for item in fields(self)} | {"drafts": drafts}
+        values = {item.name: getattr(self, item.name) for item in fields(self)} | {"drafts": drafts}
+        if self.check == "none":
+            del values["check"]
+        return values
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], where: str = "item record") -> ItemRecord:
@@ -155,23 +168,28 @@ class ItemRecord:
         return build(cls, value, f"{where}: not an item record")
 
 
-def replay(record: ItemRecord, threshold: float, k: int, score_name: str | None = None) -> ItemRecord:
-    """The record the loop would have left at another threshold or score, from its recorded drafts; not timed.
+def replay(
+    record: ItemRecord, threshold: float, k: int, score_name: str | None = None, check: str = "none"
+) -> ItemRecord:
+    """The record the loop would have left at another threshold, score or check, from its recorded drafts; not timed.
 
     Raises:
         RsgwmError: the loop would have needed a draft or score that was not recorded.
     """
     name = score_name or record.score_name
-    scores: list[float] = []
+    scores: list[float | None] = []
     for draft in record.drafts[:k]:
+        if check != "none" and draft.false_equation is not None:
+            scores.append(None)
+            continue
         if name not in draft.scores:
             raise RsgwmError(f"item {record.id}: draft {len(scores) + 1} has no score {name!r}")
         scores.append(draft.scores[name])
-        if accepts(scores[-1], threshold):
+        if accepts(draft.scores[name], threshold):
             break
-    if not accepts(scores[-1], threshold) and len(scores) < k:
-        raise RsgwmError(f"item {record.id}: needs {k} recorded drafts, found {len(record.drafts)}")
     decision = decide(scores, threshold)
+    if not decision.accepted and len(scores) < k:
+        raise RsgwmError(f"item {record.id}: needs {k} recorded drafts, found {len(record.drafts)}")
     return replace(
         record,
         score_name=name,
@@ -181,6 +199,7 @@ def replay(record: ItemRecord, threshold: float, k: int, score_name: str | None 
         chosen=decision.chosen,
         latency_ms=None,
         energy_j=None,
+        check=check,
     )
 
 

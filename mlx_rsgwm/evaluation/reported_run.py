@@ -40,7 +40,8 @@ def report_run(
     """Evaluate and write the report folder ``out`` (with None only the summary); a run that was stopped there resumes.
 
     Args:
-        pipeline, questions, timed, batch_rows, seeds, drafts, refusal, processes: see
+        pipeline: its ``check`` adds rows to the report and changes none.
+        questions, timed, batch_rows, seeds, drafts, refusal, processes: see
             :func:`~mlx_rsgwm.evaluation.runner.evaluate`.
         about: what the items depend on, of :func:`~mlx_rsgwm.evaluation.runner.describe_run`; a journal in ``out`` of
             something else is refused, or with ``replace`` started anew.
@@ -65,7 +66,7 @@ def report_run(
         **metadata,
         "overlap": {**asdict(overlap), "headline": overlap.headline()},
     }
-    attempts = pipeline.config.attempts
+    attempts, check = pipeline.config.attempts, pipeline.config.check
     if out is None:
-        return summarise(records, attempts, told, seed=seed)
-    return write_report(out, records, attempts, told, seed=seed)
+        return summarise(records, attempts, told, seed=seed, check=check)
+    return write_report(out, records, attempts, told, seed=seed, check=check)

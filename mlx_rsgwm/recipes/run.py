@@ -22,6 +22,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.corpus import load_corpus, save_corpus
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.evaluation.calculator_systems import SYSTEMS
 from mlx_rsgwm.evaluation.calibration_set import calibrate
 from mlx_rsgwm.evaluation.contamination import (
     check_overlap,
@@ -339,6 +340,7 @@ class Run:
             "base": {"name": self.recipe.base, "fingerprint": self._fingerprint},
             "drafter": report["drafter"],
             "draft_verify": report["draft_verify"],
+            **{key: report[key] for key in (*SYSTEMS, "arithmetic") if key in report},
             **({"draft_verify_paper": self._paper()} if self.recipe.paper else {}),
             "verifier_auroc": report["verifier_auroc"][report["score"]]["all"],
             "verifier": report["verifier_auroc"],

@@ -168,7 +168,8 @@ class LoopSection:
     """The draft–verify loop. ``score`` and ``threshold`` may be ``auto``: decided on the calibration items.
 
     ``verifier``: folders of the run, ``verifier`` (the merged one), ``pool/change`` or patterns as ``pool/*``; several
-    read each draft together, by the rule ``combine``.
+    read each draft together, by the rule ``combine``. ``check``: as in
+    :class:`~mlx_rsgwm.inference.policy.LoopConfig`; it adds rows to the report and changes none.
     """
 
     attempts: int = 3
@@ -179,6 +180,7 @@ class LoopSection:
     max_tokens: int = 256
     verifier: str | tuple[str, ...] = MERGED
     combine: str = "max"
+    check: str = "auto"
 
     def __post_init__(self) -> None:
         problems = []
@@ -190,9 +192,9 @@ class LoopSection:
         self.config(SCORES[0], 0.5 if isinstance(self.threshold, str) else self.threshold, 0)
 
     def describe(self) -> dict[str, Any]:
-        """The settings as a stage's key has them: of verifier and rule nothing where they are the defaults."""
+        """The settings as a stage's key has them: of verifier, rule and check nothing where they are the defaults."""
         settings = asdict(self)
-        for name in ("verifier", "combine"):
+        for name in ("verifier", "combine", "check"):
             if settings[name] == LoopSection.__dataclass_fields__[name].default:
                 del settings[name]
         return settings
@@ -226,9 +228,8 @@ class LoopSection:
         return score, calibration.threshold if calibration and matching else UNCALIBRATED_THRESHOLD
 
     def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
-        return LoopConfig(
-            self.attempts, threshold, score, Sampling(self.temperature, self.top_p, self.max_tokens, seed)
-        )
+        sampling = Sampling(self.temperature, self.top_p, self.max_tokens, seed)
+        return LoopConfig(self.attempts, threshold, score, sampling, check=self.check)
 
 
 @dataclass(frozen=True)

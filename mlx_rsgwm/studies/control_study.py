@@ -59,7 +59,7 @@ class ControlPlan:
     """What to compare. ``questions`` are test items, ``calibration`` held-out ones for scores and thresholds.
 
     ``attempts`` is K, ``drafts`` how many are recorded per item (more than K lets votes spend what verification
-    costs), ``seeds`` the sampling seeds.
+    costs), ``seeds`` the sampling seeds. ``check``: of :class:`~mlx_rsgwm.inference.policy.LoopConfig`, adds systems.
     """
 
     run: Path
@@ -72,6 +72,7 @@ class ControlPlan:
     sampling: Sampling = field(default_factory=Sampling)
     batch_rows: int = 32
     calibration_seed: int = 42
+    check: str = "auto"
 
     def __post_init__(self) -> None:
         if self.drafts < self.attempts:
@@ -149,7 +150,7 @@ def run_controls(base: Base, plan: ControlPlan, progress: Progress = SILENT) -> 
         name: rule if name == "verifier" else replace(rule, score=f"{name}:{rule.score}")
         for name, rule in rules.items()
     }
-    systems = systems_on_drafts(records, plan.attempts, named)
+    systems = systems_on_drafts(records, plan.attempts, named, plan.check)
     write_items(plan.out / "items-merged.jsonl", records)
     alone: list[tuple[str, str | None, str]] = [("joint adapter", "joint", "trained on all tasks' rows (the ceiling)")]
     alone += [(f"source adapter {task}", f"pool/{task}", "one of the pool, alone") for task in tasks]

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.tables import ABSENT, show, show_difference
-from mlx_rsgwm.evaluation import metrics
+from mlx_rsgwm.evaluation import calculator_systems, metrics
 from mlx_rsgwm.evaluation.records import ItemRecord, by_item, by_seed, replay
 from mlx_rsgwm.evaluation.report.comparison import false_accept_rate
 from mlx_rsgwm.evaluation.report.summary import correct_matrix, plain, spread
@@ -33,7 +34,8 @@ class System:
     """One way of answering: its records, whether it accepts or refuses, and how it is read.
 
     ``mode`` is ``drafter`` where the first draft is the answer. ``accepts`` is False where acceptance means nothing
-    (a vote, a single draft). ``note`` says what it is.
+    (a vote, a single draft). ``note`` says what it is. ``calculated``: it looks at the drafts' arithmetic; such systems
+    are a family of their own in the correction of p-values, so that the others keep theirs.
     """
 
     name: str
@@ -41,6 +43,7 @@ class System:
     records: tuple[ItemRecord, ...]
     mode: metrics.Mode = "draft_verify"
     accepts: bool = False
+    calculated: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class LoopRule:
     threshold: float
 
 
-def systems_on_drafts(records: Sequence[ItemRecord], k: int, rules: Mapping[str, LoopRule]) -> list[System]:
+def systems_on_drafts(
+    records: Sequence[ItemRecord], k: int, rules: Mapping[str, LoopRule], check: str = "none"
+) -> list[System]:
     """Every control that chooses among the recorded drafts of the merged drafter.
 
     Args:
@@ -59,6 +64,7 @@ def systems_on_drafts(records: Sequence[ItemRecord], k: int, rules: Mapping[str,
         k: attempts of the loop.
         rules: ``verifier`` (the merged one: draft–verify itself), ``self`` (the drafter judges itself) and
             ``direct`` (a verifier trained on the pairs); only the first must be there.
+        check: where it looks at some item, the systems with a calculator are added; all others stay as they are.
     """
     rule = rules["verifier"]
     reference = _replayed(records, rule, k)
@@ -81,7 +87,24 @@ def systems_on_drafts(records: Sequence[ItemRecord], k: int, rules: Mapping[str,
         voted = _budgeted_votes(records, reference, cost)
         note = f"as many drafts as draft–verify's {label} tokens pay for"
         systems.append(System(f"majority, equal {label} tokens", note, tuple(voted)))
+    if any(calculator_systems.looks_at(record, check) for record in records):
+        systems += _calculated_systems(calculator_systems.annotated(records, check), k, rule)
     return systems
+
+
+def _calculated_systems(records: Sequence[ItemRecord], k: int, rule: LoopRule) -> list[System]:
+    """What refuses drafts that state a false equation: with the verifier, and without any."""
+    loop = tuple(replay(record, rule.threshold, k, rule.score, "arithmetic") for record in records)
+    best = tuple(replay(record, BEYOND, k, rule.score, "arithmetic") for record in records)
+    first = tuple(calculator_systems.first_calculated(record, k) for record in records)
+    votes = tuple(calculator_systems.majority_calculated(record, k) for record in records)
+    note = "drafts without a false equation"
+    return [
+        System(f"{REFERENCE}, arithmetic checked", f"as {REFERENCE}, of {note}", loop, accepts=True, calculated=True),
+        System(f"best of {k}, arithmetic checked", f"the best {rule.score} of {note}", best, calculated=True),
+        System("calculator", f"the first of {k} {note}, no verifier", first, accepts=True, calculated=True),
+        System(f"calculator, majority of {k}", f"the commonest answer of {note}", votes, calculated=True),
+    ]
 
 
 def _replayed(records: Sequence[ItemRecord], rule: LoopRule, k: int) -> list[ItemRecord]:
@@ -147,14 +170,15 @@ def summarise_controls(systems: Sequence[System], k: int, seed: int = 0) -> dict
     """Per system: rates over all seeds with intervals over items, per-seed tuples, tokens, and the test against ours.
 
     The test is McNemar's on the first seed, and a sign-flip permutation test of the mean over seeds with items as
-    units; Holm corrects each over all systems.
+    units; Holm corrects each over all systems of a family (with a calculator and without).
     """
     reference = next(system for system in systems if system.name == REFERENCE)
     reference_by_seed = by_seed(reference.records)
     ceiling = {s: metrics.any_of_k(rows, k) for s, rows in reference_by_seed.items()}
     rows = [_system_row(system, reference_by_seed, reference, seed) for system in systems]
-    for key in ("mcnemar_p", "p_value"):
-        others = [row for row in rows if row.get(key) is not None]
+    families = [[row for row, system in zip(rows, systems, strict=True) if system.calculated == of] for of in (0, 1)]
+    for key, family in product(("mcnemar_p", "p_value"), families):
+        others = [row for row in family if row.get(key) is not None]
         for row, corrected in zip(others, holm([row[key] for row in others]), strict=True):
             row[f"{key}_holm"] = corrected
     first = {s: metrics.table(r, "drafter").accuracy.value for s, r in reference_by_seed.items()}

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -102,3 +103,27 @@ def test_summary_tests_every_system_against_ours(systems):
 def test_too_few_drafts():
     with pytest.raises(RsgwmError, match=r"needs 3 (recorded )?drafts"):
         systems_on_drafts(records(4, (1,), 2), 3, {"verifier": LoopRule("good", 1.0)})
+
+
+def test_a_calculator_adds_systems_and_leaves_the_others_as_they_are():
+    plain = records(items=40, seeds=(1,))
+    stating = [
+        replace(row, drafts=tuple(replace(d, text="1 + 1 = 2" if d.correct else "1 + 1 = 3") for d in row.drafts))
+        for row in plain
+    ]
+    assert [system.name for system in systems_on_drafts(stating, 3, RULES)] == [
+        system.name for system in systems_on_drafts(plain, 3, RULES, "none")
+    ]
+    before = summarise_controls(systems_on_drafts(stating, 3, RULES), 3)
+    after = summarise_controls(systems_on_drafts(stating, 3, RULES, "auto"), 3)
+    count = len(before["systems"])
+    assert after["systems"][:count] == before["systems"]
+    rows = {row["name"]: row for row in after["systems"][count:]}
+    assert list(rows) == [
+        "draft–verify, arithmetic checked", "best of 3, arithmetic checked", "calculator", "calculator, majority of 3"
+    ]  # fmt: skip
+    ceiling = after["any_of_k"]["values"][0]["value"]  # every wrong draft states a false equation
+    assert [row["accuracy"]["value"] for row in rows.values()] == [ceiling] * 4
+    assert rows["calculator"]["tokens_verified"] == 0
+    assert rows["draft–verify, arithmetic checked"]["false_accept_rate"]["value"] == 0
+    assert any("calculator" in row[0] for row in control_rows(after))

@@ -17,6 +17,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.tables import ABSENT, Section, markdown_page, show, text_page
 from mlx_rsgwm.data.row_hashes import not_recorded, repeated_items
+from mlx_rsgwm.evaluation.calculator_systems import SYSTEMS, annotated
 from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
 from mlx_rsgwm.evaluation.report.html import render_html
 from mlx_rsgwm.evaluation.report.plots import plot
@@ -60,6 +61,7 @@ def sections(summary: Mapping[str, Any]) -> list[Section]:
     """Titles and tables (first row is the head) shared by the terminal, the Markdown and the page."""
     parts: list[Section] = [
         ("Draft–verify against the drafter alone", _main(summary)),
+        *([("With arithmetic checked", _arithmetic(summary))] if "arithmetic" in summary else []),
         ("Families", _families(summary)),
         ("Verifier", _scores(summary)),
         ("Ceiling", _ceiling(summary)),
@@ -83,6 +85,22 @@ def _main(summary: Mapping[str, Any]) -> list[list[str]]:
             counts = [row["timed_items"] if row[name] is not None else None for row in (alone, checked)]
         shown = [str(count) if count is not None else "" for count in counts]
         rows.append([label, show(alone[name]), shown[0], show(checked[name]), shown[1]])
+    return rows
+
+
+def _arithmetic(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The same drafts where none with a false equation is accepted; the tables around this one are without that."""
+    rows = [["", *(label for label, _ in SYSTEMS.values()), "n"]]
+    for name, label in ROWS.items():
+        cells = [summary[key][name] for key in SYSTEMS]
+        if any(cell is not None for cell in cells):
+            rows.append([label, *(show(cell) for cell in cells), str(summary["n"])])
+    about = summary["arithmetic"]
+    for task in summary["by_task"] if len(summary["by_task"]) > 1 else ():
+        rates = [about["by_task"][key][task] for key in SYSTEMS]
+        rows.append([f"Accuracy, {task}", *map(show, rates), str(rates[0]["n"])])
+    if about.get("seeds"):
+        rows.append(["Accuracy over all seeds", *(show(about["seeds"][key]) for key in SYSTEMS), ""])
     return rows
 
 
@@ -115,7 +133,7 @@ def _ceiling(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _calculator(summary: Mapping[str, Any]) -> list[list[str]]:
-    told = summary["calculator"]
+    told = summary["calculator_passed"]
     rows = [["of the drafts that state none", "", "over the first", "n"]]
     for key, label in (("passing_wrong", "share of wrong drafts"), ("passing_right", "share of right drafts")):
         rate = told[key]
@@ -178,6 +196,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     floor = f"no test shows fewer than {paired['fewest_discordant']} items, all in one system's favour"
     shown = f"a difference of {smallest:.3f} would be shown with 80 % power, and " if smallest is not None else ""
     lines.append(f"What {summary['n']} items can show at 5 %: {shown}{floor}.")
+    if "arithmetic" in summary:
+        lines.append(_arithmetic_note(summary["arithmetic"]))
     if summary["seeds"]:
         gap = summary["seeds"]["difference"]
         lines.append(
@@ -199,6 +219,14 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
             f"numbers, {contamination['near']} nearly."
         )
     return lines
+
+
+def _arithmetic_note(about: Mapping[str, Any]) -> str:
+    gaps = [
+        f"{about[key]['difference']:+.3f} against {label} (exact McNemar p {p_shown(about[key]['p_value'])})"
+        for key, label in (("against_draft_verify", "draft–verify"), ("against_calculator", "the calculator alone"))
+    ]
+    return f"Draft–verify with arithmetic checked, same items: difference {', '.join(gaps)}."
 
 
 def render_table(summary: Mapping[str, Any]) -> str:
@@ -224,13 +252,15 @@ def write_report(
     metadata: Mapping[str, Any] | None = None,
     wall_seconds: Mapping[str, float] | None = None,
     seed: int = 0,
+    check: str = "none",
 ) -> dict[str, Any]:
     """Write the report folder and return what report.json holds.
 
     An old report.json is removed first and the new one written last, so a folder with one is whole.
     """
     folder = Path(folder)
-    summary = summarise(records, k, metadata, wall_seconds, seed)
+    records = annotated(records, check)
+    summary = summarise(records, k, metadata, wall_seconds, seed, check)
     make_folder(folder)
     with suppress(FileNotFoundError):
         (folder / REPORT_FILE).unlink()

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.evaluation import metrics
+from mlx_rsgwm.evaluation import calculator_systems, metrics
 from mlx_rsgwm.evaluation.calculator import calculator_slice
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, read_with
 from mlx_rsgwm.evaluation.stats.intervals import Rate, bootstrapped
-from mlx_rsgwm.evaluation.stats.paired import fewest_discordant, mean_difference, smallest_difference
+from mlx_rsgwm.evaluation.stats.paired import fewest_discordant, mcnemar, mean_difference, smallest_difference
 from mlx_rsgwm.evaluation.verifier_quality import verifier_quality
 
 FORMAT = "mlx-rsgwm/report"
@@ -33,6 +33,7 @@ def summarise(
     metadata: Mapping[str, Any] | None = None,
     wall_seconds: Mapping[str, float] | None = None,
     seed: int = 0,
+    check: str = "none",
 ) -> dict[str, Any]:
     """One JSON object with everything the report shows.
 
@@ -44,13 +45,16 @@ def summarise(
         metadata: where the numbers come from (base, adapters, data, seed, versions); JSON values.
         wall_seconds: seconds the whole pass took, under ``drafter`` and ``draft_verify``; either may be missing.
         seed: of the bootstrap behind the intervals.
+        check: where other than ``none``, what a calculator adds has rows of its own; all others stay as they are.
     """
+    records = calculator_systems.annotated(records, check)
     times, seeds = dict(wall_seconds or {}), by_seed(records)
     rows = next(iter(seeds.values()), [])
     alone = metrics.table(rows, "drafter", wall_seconds=times.get("drafter"))
     checked = metrics.table(rows, "draft_verify", wall_seconds=times.get("draft_verify"), max_attempts=k)
     ceiling = metrics.any_of_k(rows, k)
     alone_by_task, checked_by_task = metrics.by_task(rows, "drafter"), metrics.by_task(rows, "draft_verify")
+    checks = any(calculator_systems.looks_at(record, check) for record in rows)
     quality = verifier_quality(rows, seed)
     recorded = min(len(record.drafts) for record in rows)
     return {
@@ -82,7 +86,7 @@ def summarise(
                 checked.accuracy.value, alone.accuracy.value, ceiling.value if ceiling else None
             ),
         },
-        "calculator": calculator_slice(rows, k, seed).to_dict(),
+        "calculator_passed": calculator_slice(rows, k, seed).to_dict(),
         "pass_at_k": {str(count): plain(metrics.pass_at_k(rows, count, seed)) for count in range(1, recorded + 1)},
         "majority_at_k": {str(count): plain(metrics.majority_of_k(rows, count)) for count in range(1, recorded + 1)},
         "attempts": {str(count): items for count, items in sorted(Counter(r.attempts for r in rows).items())},
@@ -96,7 +100,34 @@ def summarise(
         },
         "seeds": _seeds(seeds, k, seed) if len(seeds) > 1 else None,
         "metadata": dict(metadata or {}),
+        **(_calculated(seeds, k, seed, check) if checks else {}),
     }
+
+
+def _calculated(
+    records: Sequence[ItemRecord], seeds: Mapping[int, Sequence[ItemRecord]], k: int, seed: int, check: str
+) -> dict[str, Any]:
+    """The systems with a calculator: the rows of each, accuracy by task and over all seeds, and tests of the first."""
+    summary: dict[str, Any] = {}
+    about: dict[str, Any] = {"check": check, "by_task": {}}
+    first = next(iter(seeds.values()))
+    replayed = {
+        name: {one_seed: [system(record, k) for record in rows] for one_seed, rows in seeds.items()}
+        for name, (_, system) in calculator_systems.SYSTEMS.items()
+    }
+    for name, by_one_seed in replayed.items():
+        rows = next(iter(by_one_seed.values()))
+        summary[name] = metrics.table(rows, "draft_verify", max_attempts=k).to_dict()
+        about["by_task"][name] = {task: rate.to_dict() for task, rate in metrics.by_task(rows, "draft_verify").items()}
+        if len(seeds) > 1:
+            about.setdefault("seeds", {})[name] = plain(_pooled(list(by_one_seed.values()), "draft_verify", seed))
+    checked, alone = (next(iter(replayed[name].values())) for name in ("draft_verify_arithmetic", "calculator"))
+    right = {
+        name: [record.returned.correct for record in rows] for name, rows in (("verified", checked), ("alone", alone))
+    }
+    about["against_draft_verify"] = mcnemar([r.returned.correct for r in first], right["verified"]).to_dict()
+    about["against_calculator"] = mcnemar(right["alone"], right["verified"]).to_dict()
+    return {**summary, "arithmetic": about}
 
 
 def _paired(records: Sequence[ItemRecord]) -> dict[str, Any]:
