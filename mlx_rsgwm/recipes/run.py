@@ -198,6 +198,7 @@ class Run:
                 f"evaluate{pair.suffix}",
                 {
                     **asked,
+                    **({"check": recipe.loop.check} if recipe.loop.check != "auto" else {}),
                     "name": recipe.name,
                     "tasks": tested,
                     "trained": tasks,

@@ -192,9 +192,13 @@ class LoopSection:
         self.config(SCORES[0], 0.5 if isinstance(self.threshold, str) else self.threshold, 0)
 
     def describe(self) -> dict[str, Any]:
-        """The settings as a stage's key has them: of verifier, rule and check nothing where they are the defaults."""
+        """The settings as a stage's key has them: of verifier and rule nothing where they are the defaults.
+
+        Nor of the check, which only the report depends on.
+        """
         settings = asdict(self)
-        for name in ("verifier", "combine", "check"):
+        del settings["check"]
+        for name in ("verifier", "combine"):
             if settings[name] == LoopSection.__dataclass_fields__[name].default:
                 del settings[name]
         return settings

@@ -127,7 +127,6 @@ def test_which_folders_of_a_run_verify():
     with pytest.raises(RsgwmError, match="combine must be one of max, mean, learned, found 'sum'"):
         LoopSection(verifier="pool", combine="sum").verifiers_of(pool)
     # The keys of runs that name no verifier are what they were before one could.
-    assert LoopSection().describe().keys() == asdict(LoopSection()).keys() - {"verifier", "combine"}
-    assert LoopSection(verifier="pool/*", combine="mean").describe() == asdict(
-        LoopSection(verifier="pool/*", combine="mean")
-    )
+    assert LoopSection().describe().keys() == asdict(LoopSection()).keys() - {"verifier", "combine", "check"}
+    named = LoopSection(verifier="pool/*", combine="mean", check="none")
+    assert {**named.describe(), "check": "none"} == asdict(named)
