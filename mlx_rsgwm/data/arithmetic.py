@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from mlx_rsgwm.data.arithmetic_parser import (
     Literal,
@@ -74,6 +75,11 @@ def false_equations(text: str, question: str = "") -> list[FalseEquation]:
         question: what the text answers; where it speaks of other bases or makes its own operation of a sign ("a * b =
             a^2 + b"), nothing is claimed.
     """
+    return list(_false_equations(text, question))
+
+
+@lru_cache(maxsize=4096)  # the same drafts are looked at for every system that chooses among them
+def _false_equations(text: str, question: str) -> tuple[FalseEquation, ...]:
     if not any(character.isnumeric() for character in text) or OTHER_SYSTEM.search(question) or _OWN.search(question):
         return ()
     text = text[:MAX_TEXT]

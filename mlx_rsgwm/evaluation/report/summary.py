@@ -104,9 +104,7 @@ def summarise(
     }
 
 
-def _calculated(
-    records: Sequence[ItemRecord], seeds: Mapping[int, Sequence[ItemRecord]], k: int, seed: int, check: str
-) -> dict[str, Any]:
+def _calculated(seeds: Mapping[int, Sequence[ItemRecord]], k: int, seed: int, check: str) -> dict[str, Any]:
     """The systems with a calculator: the rows of each, accuracy by task and over all seeds, and tests of the first."""
     summary: dict[str, Any] = {}
     about: dict[str, Any] = {"check": check, "by_task": {}}
