@@ -147,7 +147,7 @@ def main() -> None:
     by_pool, pool_seconds = read_again(pool, records, options.batch_rows)
     print(f"read in {merged_seconds:.1f} s, by the pool in {pool_seconds:.1f} s", flush=True)
     recorded = [draft.scores["mean_logprob"] for record in records for draft in record.drafts]
-    moved = [abs(signal.mean_logprob - old) for signal, old in zip(by_merged, recorded, strict=True)]
+    moved = [abs((signal.mean_logprob or 0.0) - old) for signal, old in zip(by_merged, recorded, strict=True)]
     scored = with_scores(records, columns(by_merged, by_pool, records))
     count = len(records[0].drafts)
     ceiling = any_of_k(records, count)
