@@ -10,8 +10,8 @@ the CPU (``mlx_rsgwm/models/linux_cpu.py``). Speed is completion tokens (the tra
 side) over the wall-clock time of the training call.
 
 The last line is JSON: ``ratio_vs_mlx_lm``, ``ratio_vs_mlx_lm_quickened``, ``ratio_vs_torch`` (above 1: this project is
-faster), ``importance_overhead`` (share of a step that keeping the importance takes) and ``padding_share`` (of all input
-cells, for each side).
+faster), ``importance_overhead`` and ``directions_overhead`` (shares of a step that keeping these takes) and
+``padding_share`` (of all input cells, for each side).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.models.base import load_base, resolve_base
 from mlx_rsgwm.models.linux_cpu import lazily, quicken
 from mlx_rsgwm.training.config import TrainConfig
+from mlx_rsgwm.training.directions import DirectionSums
 from mlx_rsgwm.training.importance import Importance
 from mlx_rsgwm.training.loop import train
 
@@ -204,6 +205,30 @@ def importance_seconds(base_name: str) -> float:
     return statistics.median(times)
 
 
+def directions_seconds(base_name: str, rows: Sequence[TokenRow]) -> float:
+    """Median seconds that a step's sums over inputs take, at this model's widths and these rows' lengths."""
+    base, config = load_base(base_name, dtype="float32"), TrainConfig(keys=KEYS)
+    from mlx_rsgwm.training.loop import lora_layers
+
+    with lora_layers(base.model, config.spec(), 0):
+        modules = dict.fromkeys(name.rpartition(".")[0] for name, _ in tree_flatten(base.model.trainable_parameters()))
+        sums = DirectionSums(base.model, modules, {"draft"}, config.directions, config.directions_every)
+    times = []
+    for number, indices in enumerate(plan_epoch(rows, BATCH_SIZE, 42, 0)):
+        chosen = [rows[index] for index in indices]
+        length = make_batch(chosen).inputs.shape[1]
+        inputs = {name: mx.random.normal((len(chosen), length, entry.width)) for name, entry in sums.inputs.items()}
+        mx.eval(inputs, sums.totals)
+        started = time.perf_counter()
+        sums.start(chosen, length, [number + index for index in indices])
+        for name, x in inputs.items():
+            sums.see(name, x)
+        sums.add(sums.end())
+        mx.eval(sums.totals)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
 def padding_shares(rows: Sequence[TokenRow]) -> dict[str, float]:
     """Share of input cells that hold padding: our batches, and mlx-lm's (multiples of 32, in its order)."""
     batches = [make_batch([rows[i] for i in batch]) for batch in plan_epoch(rows, BATCH_SIZE, 42, 0)]
@@ -271,6 +296,7 @@ def main() -> None:
         "ratio_vs_mlx_lm_quickened": round(ratios["mlx_lm_quickened"], 3),
         "ratio_vs_torch": round(ratios["torch"], 3) if "torch" in ratios else None,
         "importance_overhead": round(importance_seconds(options.base) / step, 5),
+        "directions_overhead": round(directions_seconds(options.base, rows) / step, 5),
         "padding_share": padding_shares(rows),
         "completion_tokens": trained,
         "completion_tokens_per_second": {n: round(trained / statistics.median(t), 1) for n, t in seconds.items()},

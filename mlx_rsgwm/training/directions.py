@@ -106,7 +106,7 @@ class DirectionSums:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Look at the modules' inputs; nothing is summed outside of :meth:`start` and :meth:`end`."""
-        with inputs_seen(self.model, self.inputs, self._see):
+        with inputs_seen(self.model, self.inputs, self.see):
             yield
 
     def start(self, rows: Sequence[TokenRow], length: int, numbers: Sequence[int]) -> None:
@@ -150,7 +150,7 @@ class DirectionSums:
             return {"gram": (entry.width, entry.width)}
         return {"sketch": (entry.width, self.rank), "diagonal": (entry.width,)}
 
-    def _see(self, name: str, x: mx.array) -> None:
+    def see(self, name: str, x: mx.array) -> None:
         """Sum up over the input of a module that owns it."""
         if self._positions is None:
             return

@@ -225,8 +225,9 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
             "weights are numbers with / between them",
         ),
         (
-            ["merge", "{pool}/change", "{pool}/compare", "--method", "regmean", "--out", "{tmp}/m"],
-            "has no Gram matrices; collect them",
+            ["merge", "{pool}/change", "{pool}/compare", "--method", "regmean", "--weight", "1", "--weight", "-1",
+             "--out", "{tmp}/m"],
+            "weights must not be negative",
         ),
         (["merge", "{pool}/change", "{pool}/compare", "--weight", "1", "--out", "{tmp}/m"], "1 weights for 2"),
         (["train", "--corpus", "{tmp}/nowhere", "--out", "{tmp}/a"], "nowhere does not exist"),
