@@ -34,6 +34,8 @@ def lm_eval(
 ) -> None:
     """Let lm_eval (extra lm-eval) score the drafter or the pipeline on its own tasks, to check our figures there.
 
+    Those of draft–verify are without a check; so is this, unless --check arithmetic is given.
+
     Example: rsgwm lm-eval --task gsm8k --items 20 --as drafter --out lm-eval.json
     """
     from mlx_rsgwm.core.config import read_yaml
@@ -48,6 +50,7 @@ def lm_eval(
             chosen.append(read_yaml(read_text(Path(task), LARGEST_YAML), task))
         else:
             chosen.append(task)
+    loop["check"] = "none" if loop["check"] == "auto" else loop["check"]
     results = drive(build_pipeline(console, loop), chosen, role, items, console.seed)
     for name, scores in results["results"].items():
         for key, value in scores.items():
