@@ -14,6 +14,7 @@ from mlx_rsgwm.cli.options import shared
 @shared.task("repeat for a mix")
 @shared.draft_rows(102)
 @shared.verify_rows()
+@click.option("--true-equations", is_flag=True, help="Wrong answers only that a calculator cannot find.")
 @shared.questions()
 @shared.split("train; another one for held-out rows; of a file also all of it: all")
 @shared.offset()
@@ -25,6 +26,7 @@ def build(
     tasks: tuple[str, ...],
     draft_rows: int,
     verify_rows: int,
+    true_equations: bool,
     folder: Path | None,
     split: str | None,
     offset: int,
@@ -46,7 +48,7 @@ def build(
 
     corpus = build_corpus(
         tasks, out, draft_rows=draft_rows, verify_rows=verify_rows, data=folder, split=split, offset=offset,
-        template=template_name, seed=console.seed, progress=console.progress,
+        template=template_name, seed=console.seed, true_equations=true_equations, progress=console.progress,
     )  # fmt: skip
     counts = corpus.manifest["counts"]
     for task, rows in counts.items():

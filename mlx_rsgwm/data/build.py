@@ -27,6 +27,7 @@ def build_corpus(
     offset: int = 0,
     template: str = "plain",
     seed: int = DEFAULT_SEED,
+    true_equations: bool = False,
     progress: Progress = SILENT,
 ) -> Corpus:
     """Write the corpus folder ``out``: rows that teach to answer and rows that teach to judge answers.
@@ -40,6 +41,7 @@ def build_corpus(
         offset: questions of each task to pass over first.
         template: ``plain`` or ``chat``.
         seed: of the embedded families and of the wrong answers.
+        true_equations: wrong answers state no false equation, so that a calculator cannot find them.
         progress: told what is taken of a file, and where there are fewer verify rows than asked for.
 
     Returns:
@@ -65,7 +67,7 @@ def build_corpus(
         own_file = is_question_file(task)
         wanted = None if own_file else max(draft_rows, 2 * verify_rows, 1)
         chosen = select_questions(task, "train", wanted, seed, None if data is None else Path(data), offset, split)
-        made = make_rows(chosen.questions, draft_rows, verify_rows, seed, at_most=own_file)
+        made = make_rows(chosen.questions, draft_rows, verify_rows, seed, own_file, true_equations)
         judged = sum(row.role == "verify" for row in made)
         if chosen.note(task):
             progress.message(chosen.note(task))
@@ -77,4 +79,6 @@ def build_corpus(
         file_questions += chosen.file_questions
         splits[task] = chosen.split
     about = {"seed": seed, "tasks": names, "split": split or "train", "splits": splits}
+    if true_equations:
+        about["true_equations"] = True
     return save_corpus(Path(out), rows, prompts, about, file_questions)

@@ -17,6 +17,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.json_lines import read_json_lines
+from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
 from mlx_rsgwm.data.perturb import borrow, perturb
 from mlx_rsgwm.data.questions import Question
@@ -26,6 +27,7 @@ from mlx_rsgwm.data.template import Template, Tokenizer
 FORMAT = "mlx-rsgwm/corpus"
 ROWS_FILE = "rows.jsonl"
 MANIFEST_FILE = "manifest.json"
+MOST_DRAWS = 12  # wrong answers drawn for a question until one states no false equation
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,18 @@ class Corpus:
 
 
 def make_rows(
-    questions: Sequence[Question], draft_rows: int, verify_rows: int, seed: int, at_most: bool = False
+    questions: Sequence[Question],
+    draft_rows: int,
+    verify_rows: int,
+    seed: int,
+    at_most: bool = False,
+    true_equations: bool = False,
 ) -> list[CorpusRow]:
     """Draft rows from the first ``draft_rows`` questions, verify rows from the first that a wrong answer is known for.
 
     Verify rows alternate gold and wrong answers, each question once, so that the pairs are balanced and neither
-    the question nor its length gives the verdict away. With ``at_most`` fewer rows than asked for are no error.
+    the question nor its length gives the verdict away. With ``at_most`` fewer rows than asked for are no error; with
+    ``true_equations`` wrong answers state no false equation, so that a calculator cannot find them.
     """
     if draft_rows > len(questions) and not at_most:
         raise RsgwmError(f"{draft_rows} draft rows asked for, but there are {len(questions)} questions")
@@ -109,7 +117,7 @@ def make_rows(
     for question in questions:
         if made == verify_rows:
             break
-        negative = perturb(question, rng) or borrow(question, questions, rng)
+        negative = _wrong_answer(question, questions, rng, true_equations)
         if negative is None:
             continue
         correct = made % 2 == 0
@@ -122,6 +130,17 @@ def make_rows(
             "have a solution that can be perturbed; ask for fewer or give more questions"
         )
     return rows
+
+
+def _wrong_answer(
+    question: Question, others: Sequence[Question], rng: random.Random, true_equations: bool
+) -> Question | None:
+    """A wrong answer to the question, or None; with ``true_equations`` the first drawn that a calculator passes."""
+    for _ in range(MOST_DRAWS if true_equations else 1):
+        wrong = perturb(question, rng) or borrow(question, others, rng)
+        if wrong is None or not true_equations or not false_equations(wrong.answer, question.question):
+            return wrong
+    return None
 
 
 def save_corpus(

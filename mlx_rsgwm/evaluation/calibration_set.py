@@ -103,7 +103,8 @@ def explain(calibration: Calibration) -> str:
         f"using {calibration.score}, threshold {calibration.threshold:.3f}"
     )
     if calibration.at_chance:
-        text += f"; {', '.join(calibration.at_chance)} not offered: no better than chance (its 95 % interval holds .5)"
+        told = "no better than chance, its 95 % interval does not lie above .5"
+        text += f"; {', '.join(calibration.at_chance)} not offered ({told})"
     return text if calibration.risk_bound is None else f"{text}; {calibration.risk_bound}"
 
 

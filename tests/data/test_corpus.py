@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch
 from mlx_rsgwm.data.corpus import load_corpus, make_rows, save_corpus, tokenize
+from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.synthetic import SPLITS, generate
 from mlx_rsgwm.data.template import TEMPLATES, Template
 from mlx_rsgwm.data.word_problems import PLAIN
@@ -129,3 +131,20 @@ def test_bucketing_pads_little():
         b.padded_tokens + b.real_tokens for b in unsorted
     )
     assert all(left.inputs.dtype == right.inputs.dtype == mx.int32 for left, right in pairwise(batches))
+
+
+def test_wrong_answers_that_a_calculator_cannot_find():
+    questions = generate("change", 80, 1, "train")
+    wrong = [row for row in make_rows(questions, 0, 80, 1) if row.correct is False]
+    assert any(false_equations(row.answer) for row in wrong)  # by default some are slips
+    rows = make_rows(questions, 0, 80, 1, true_equations=True)
+    gold = {question.question: question for question in questions}
+    for row in rows:
+        if row.correct is False:
+            left, result = row.answer.split("\n")[0].split("=")
+            assert eval(left) == float(result)  # a generated line of digits and one operator
+            assert not is_correct(extract(row.answer, "strict").value, gold[row.question].gold)
+    assert sum(row.correct is False for row in rows) == 40
+    certain = [Question("q", "t", "What is 2 and 2?", "7 + 7 = 15\n2 + 2 = 5", "5")]
+    with pytest.raises(RsgwmError, match="only 0 of 1 questions"):
+        make_rows(certain, 0, 1, 1, true_equations=True)

@@ -187,7 +187,7 @@ def test_yesno_at_chance_is_not_offered_and_that_is_told():
     assert fit(useless, score="yesno").at_chance == ()
     better = fit(drawn(60, yesno=3.0, logprob=0.0), scores=("yesno", "mean_logprob"))
     assert (better.score, better.at_chance) == ("yesno", ())
-    assert "yesno not offered: no better than chance" in explain(found)
+    assert "yesno not offered (no better than chance" in explain(found)
     assert "not offered" not in explain(better)
 
 
