@@ -3,7 +3,7 @@
 Numbers are so small that a 135M model calculates them well; what it gets wrong is which operation, which order, which
 number, which unit. Every family asks different things in almost the same words, so that its adapter must read them.
 Each question comes with its likely mistakes, as wrong solutions whose equations are all true: what a verifier is taught
-and tested on (docs/lab-notes/where-a-calculator-is-blind.md).
+and tested on (docs/verifier.md).
 """
 
 from __future__ import annotations
