@@ -15,6 +15,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.boxes import find_boxes
 from mlx_rsgwm.data.gold_answers import scalar_gold, split_marked
 from mlx_rsgwm.data.question_rows import Parsed, Row, text_of
+from mlx_rsgwm.models.hub_files import readable
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,8 @@ def hub_rows(source: Source, split: str, revision: str | None) -> Iterable[tuple
 
     rows: list[Any] = []
     for config in source.configs:
-        try:
+        with readable(
+            f"cannot load split {split!r} of {source.hub} from the Hub", "give a local folder with --questions"
+        ):
             rows += load_dataset(source.hub, config, split=source.splits.get(split, split), revision=revision)
-        except Exception as error:  # the Hub client raises its own, httpx's and the disk's errors; all mean the same
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RsgwmError(
-                f"cannot load split {split!r} of {source.hub} from the Hub: {reason}; "
-                "give a local folder with --questions"
-            ) from error
     return enumerate(rows, 1)

@@ -17,6 +17,7 @@ from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.data.synthetic import FAMILIES
+from mlx_rsgwm.models.hub_files import readable
 
 SLICES = ("first", "seeded")
 
@@ -92,10 +93,7 @@ def newest_revision(hub: str) -> str:
     """The commit a Hub data set stands at now, so that what is loaded can be named."""
     from huggingface_hub import HfApi
 
-    try:
+    with readable(f"cannot ask the Hub for {hub}", "give a local folder with --questions"):
         revision = HfApi().dataset_info(hub).sha
-    except Exception as error:  # the Hub client raises its own, httpx's and the disk's errors; all mean the same
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RsgwmError(f"cannot ask the Hub for {hub}: {reason}; give a local folder with --questions") from error
     assert revision is not None
     return revision

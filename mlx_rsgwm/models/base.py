@@ -29,6 +29,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.file_readers import FILE_READERS
 from mlx_rsgwm.models.folder import check_folder, fingerprint_of, first_line, weight_files
+from mlx_rsgwm.models.hub_files import readable
 from mlx_rsgwm.models.linux_cpu import quicken
 
 if TYPE_CHECKING:
@@ -223,13 +224,9 @@ def _from_hub(name: str, progress: Progress) -> Path:
     except (OSError, ValueError, RsgwmError):
         pass  # not there, or not whole: fetch it
     progress.message(f"fetching {name} from the Hugging Face Hub")
-    try:
+    what = f"{name} is no local folder and could not be fetched from the Hugging Face Hub"
+    with readable(what, "check the name and the network, or give a local folder"):
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # missing, gated, offline, no room: many types, all told by their first line
-        raise RsgwmError(
-            f"{name} is no local folder and could not be fetched from the Hugging Face Hub ({first_line(error)}); "
-            "check the name and the network, or give a local folder"
-        ) from error
 
 
 def _resolve_alias(name: str, progress: Progress) -> Path:

@@ -39,15 +39,21 @@ def fetch_adapter(repo: str, revision: str | None = None, progress: Progress = S
 
 
 @contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Every failure of the Hub's client as one line, without the access token that some messages repeat."""
+def readable(what: str, advice: str = "") -> Iterator[None]:
+    """Every failure of the Hub's client as one line, without the access token that some messages repeat.
+
+    Raises:
+        RsgwmError: ``what`` could not be done, the first line of the reason, and what to do (``advice``).
+    """
     try:
         yield
     except RsgwmError:
         raise
     except Exception as error:  # HTTP, network and login errors of several libraries, all told by their first line
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RsgwmError(f"{what}: {redacted(lines[0] if lines else type(error).__name__)}") from None
+        raise RsgwmError(
+            f"{what}: {redacted(lines[0] if lines else type(error).__name__)}{advice and f'; {advice}'}"
+        ) from None
 
 
 def redacted(text: str) -> str:

@@ -230,3 +230,31 @@ def test_an_adapter_goes_to_every_format_and_reads_back(to, make_adapter, make_b
     with pytest.raises(AdapterError, match="pass the base it was made for"):
         convert(adapter, tmp_path / "other", to, str(make_base_of(1)))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("ask", ["base", "revision", "rows", "adapter"])
+def test_failures_of_the_hub_are_one_line_without_the_token(ask, monkeypatch):
+    """Whoever asks: the messages of the Hub's client repeat request headers."""
+    import datasets
+    import huggingface_hub
+
+    from mlx_rsgwm.data.public_sets import SOURCES, hub_rows
+    from mlx_rsgwm.evaluation.slices import newest_revision
+    from mlx_rsgwm.models.base import resolve_base
+    from mlx_rsgwm.models.hub_files import fetch_adapter
+
+    def fail(*_, **__):
+        raise ValueError("401 for Bearer hf_abcdefghij\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    asked = {
+        "base": lambda: resolve_base("owner/none"),
+        "revision": lambda: newest_revision("owner/none"),
+        "rows": lambda: hub_rows(SOURCES["svamp"], "test", None),
+        "adapter": lambda: fetch_adapter("owner/none"),
+    }
+    with pytest.raises(RsgwmError, match=r"401 for Bearer \(token\)(?:;|$)") as refused:
+        asked[ask]()
+    assert "more" not in str(refused.value)
