@@ -52,7 +52,7 @@ GROUPS = {
     "adapter": "What an adapter knows of its data: loss, importance.",
     "directions": "Second moments of the inputs of an adapter's layers: collect.",
     "report": "Pages, pictures and studies of runs: write, curves, controls, tables.",
-    "convert": "Adapters and models in other formats: to-peft, from-peft, from-mlx, to-gguf, from-gguf, check.",
+    "convert": "Other formats: to-peft, from-peft, from-mlx, to-gguf, from-gguf, check.",
     "hub": "Adapters on the Hugging Face Hub: push, pull.",
     "base": "Base models: pull, info.",
     "bench": "Speed of this machine: latency, compare.",

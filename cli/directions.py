@@ -9,7 +9,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE
+from mlx_rsgwm.cli.options.kinds import COUNT, PATH
 from mlx_rsgwm.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 @shared.rows(256)
 @shared.max_seq_length()
 @click.option(
-    "--k", "rank", type=POSITIVE, default=TrainConfig.directions, show_default=True, help="Columns of a sketch."
+    "--directions",
+    "rank",
+    type=COUNT,
+    default=TrainConfig.directions,
+    show_default=True,
+    help=f"{shared.SKETCH_COLUMNS}; at least 1.",
 )
 @click.option("--full", is_flag=True, help="Keep whole matrices instead of sketches.")
 @shared.replace()
@@ -49,13 +54,15 @@ def collect(
     \b
     Examples:
       rsgwm directions collect adapters/change --corpus corpus/change --base smollm2-135m
-      rsgwm directions collect adapters/change --corpus questions.jsonl --k 128
+      rsgwm directions collect adapters/change --corpus questions.jsonl --directions 128
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.inference.open import load_base_for
     from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, Adapter
     from mlx_rsgwm.training.collect_directions import collect_directions, save_directions
 
+    if not rank and not full:
+        raise RsgwmError("--directions 0 would keep nothing; give a number of columns, or --full for whole matrices")
     adapter = Adapter.load(adapter_folder)
     if DIRECTIONS_FILE in (adapter.manifest.get("files") or {}) and not replace:
         source = adapter.directions_metadata.get("source", "an unknown source")

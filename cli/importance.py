@@ -8,7 +8,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, SOURCE
+from mlx_rsgwm.cli.options.kinds import SOURCE
 
 
 @click.command()
@@ -19,9 +19,7 @@ from mlx_rsgwm.cli.options.kinds import PATH, SOURCE
 @shared.max_seq_length()
 @shared.mask_prompt()
 @shared.replace()
-@click.option(
-    "--out", "-o", type=PATH, help="A new folder; for an adapter of another format.  [default: ADAPTER itself]"
-)
+@shared.out("a new folder, for an adapter of another format; else ADAPTER itself")
 @common_options
 def importance(
     console: Console,

@@ -95,6 +95,7 @@ def rows(default: int) -> Any:
 
 
 ROW_LENGTH = "Longest row in tokens"
+SKETCH_COLUMNS = "Columns of the sketches kept of the layers' inputs, for merging"
 
 
 def max_seq_length() -> Any:

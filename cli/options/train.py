@@ -53,7 +53,7 @@ FIELDS: tuple[tuple[str, str, click.ParamType, str], ...] = (
         "--directions",
         "directions",
         COUNT,
-        "Columns of the sketches kept of the layers' inputs, for merging; 0 for none.",
+        f"{shared.SKETCH_COLUMNS}; 0 for none.",
     ),
     ("--directions-every", "directions_every", POSITIVE, "Every nth token goes into them."),
 )

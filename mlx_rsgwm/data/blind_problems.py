@@ -135,8 +135,8 @@ def _cheaper(rng: random.Random, name: str, thing: str) -> Problem:
         mistakes: dict[str, Steps] = {"wrong_operation": (first, compared), "one_for_all": ((price, "+", paid),)}
         return _problem(f"{start} do they pay together?", (first, added), mistakes)
     word = "more" if total > paid else "less"
-    one = (max(price, paid), "-", min(price, paid))
-    mistakes = {"wrong_operation": (first, added), "one_for_all": (one,), "step_left_out": (first,)}
+    difference = (max(price, paid), "-", min(price, paid))
+    mistakes = {"wrong_operation": (first, added), "one_for_all": (difference,), "step_left_out": (first,)}
     return _problem(f"{start} {word} does {name} pay than {other}?", (first, compared), mistakes)
 
 

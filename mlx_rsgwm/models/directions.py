@@ -138,7 +138,7 @@ def role_grams(load: Callable[[], Arrays], metadata: Mapping[str, str], role: st
     if count < header.rank:
         raise RsgwmError(
             f"{where}: its directions of the role {role} come from {count} tokens, too few for k = {header.rank}; "
-            f"collect them on more rows ({remedy}), or set --k lower"
+            f"collect them on more rows ({remedy}), or set --directions lower"
         )
     return RoleGrams(load, header, {name: n / count for name, n in tokens.items()}, where)
 

@@ -113,7 +113,7 @@ def _check(sums: DirectionSums, adapter: Adapter, modules: list[str], base: Base
     raise_problems(f"{adapter.where} on {base.name}", unused)
     limit, source = device_limit()
     if 2 * sums.nbytes > limit:
-        advice = "leave --full out" if not sums.rank else "set --k lower"
+        advice = "leave --full out" if not sums.rank else "set --directions lower"
         raise RsgwmError(
             f"{adapter.where}: its directions take {2 * sums.nbytes / 1e9:.0f} GB and {source} is {limit / 1e9:.0f} "
             f"GB; {advice}"

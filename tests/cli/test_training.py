@@ -142,8 +142,9 @@ def test_passes_over_data_tell_the_rows_that_they_leave_out(tiny_base, corpora, 
     )
     rows = [{"prompt": "One?", "completion": text} for text in ("Two.", "Longer than any row may be here. " * 9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for command in (("adapter", "importance", "--replace"), ("directions", "collect", "--replace")):
-        found = invoke(*command[:2], tmp_path / "a", *command[2:], "--corpus", tmp_path / "rows.jsonl", "--base",
+    commands = {("adapter", "importance", "--replace"): (), ("directions", "collect", "--replace"): ("--directions", 8)}
+    for command, few in commands.items():
+        found = invoke(*command[:2], tmp_path / "a", *command[2:], *few, "--corpus", tmp_path / "rows.jsonl", "--base",
                        tiny_base, "--max-seq-length", 64)  # fmt: skip
         assert found.exit_code == 0, found.output
         assert "1 of 2 rows have more than 64 tokens and are left out" in found.stderr

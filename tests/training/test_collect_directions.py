@@ -203,7 +203,7 @@ def invoke(*arguments):
 
 
 def test_command(tiny_base, corpus, saved, tmp_path):
-    found = invoke(saved.path, "--corpus", tmp_path / "corpus", "--base", tiny_base, "--rows", 6, "--k", 8)
+    found = invoke(saved.path, "--corpus", tmp_path / "corpus", "--base", tiny_base, "--rows", 6, "--directions", 8)
     assert found.exit_code == 0, found.output
     result = json.loads(found.stdout.splitlines()[-1])
     assert (result["modules"], result["inputs"]) == (10, 8)
