@@ -211,7 +211,8 @@ def directions_seconds(base_name: str, rows: Sequence[TokenRow]) -> float:
     from mlx_rsgwm.training.loop import lora_layers
 
     with lora_layers(base.model, config.spec(), 0):
-        modules = dict.fromkeys(name.rpartition(".")[0] for name, _ in tree_flatten(base.model.trainable_parameters()))
+        trainable: Any = tree_flatten(base.model.trainable_parameters())
+        modules = dict.fromkeys(name.rpartition(".")[0] for name, _ in trainable)
         sums = DirectionSums(base.model, modules, {"draft"}, config.directions, config.directions_every)
     times = []
     for number, indices in enumerate(plan_epoch(rows, BATCH_SIZE, 42, 0)):
