@@ -22,7 +22,7 @@ from mlx_rsgwm.linalg.metric import truncate_dense_in, truncate_in
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.measure import Batch, measuring
-from mlx_rsgwm.merging.methods import Method, find_method, needs_grams, resolved, sums, weight_problems
+from mlx_rsgwm.merging.methods import Method, find_method, needs_directions, resolved, sums, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.pool_metric import output_errors
@@ -75,7 +75,7 @@ def merge(
     if signal is not None:
         pool.require_signal(signal)
     with pool.checked(signal):
-        pool = pool.by_name() if needs_grams(method, parameters) else pool
+        pool = pool.by_name() if needs_directions(method, parameters) else pool
         return _merged(pool, method, options, parameters, progress, diagnosed)
 
 
@@ -95,7 +95,7 @@ def _merged(
     objections: dict[str, Mapping[str, mx.array]] = {}
     ranks: dict[str, int] = {}
     computing, batch = Batch(), Batch()
-    by_numpy = needs_grams(method, parameters)
+    by_numpy = needs_directions(method, parameters)
     with (
         progress.task(f"merge by {options.method}", len(pool.modules)) as advance,
         measuring(rows, by_numpy) as measure_jobs,
@@ -151,7 +151,7 @@ def merged_spec(pool: Pool, rank: int) -> LoraSpec:
 def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Layer]:
     survey = method.survey(pool, parameters) if method.survey else None
     importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else repeat(())
-    grams: Any = pool.grams(_role_of_inputs(options)) if needs_grams(method, parameters) else repeat(())
+    grams: Any = pool.grams(_role_of_inputs(options)) if needs_directions(method, parameters) else repeat(())
     initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):
@@ -178,7 +178,7 @@ def _role_of_inputs(options: MergeOptions) -> str:
 
 
 def _mixture_note(method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> list[str]:
-    if not needs_grams(method, parameters) or _role_of_inputs(options) != ALL:
+    if not needs_directions(method, parameters) or _role_of_inputs(options) != ALL:
         return []
     return [f"role {options.role} has no directions of its own: those of all roles count, by their tokens"]
 

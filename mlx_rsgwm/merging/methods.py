@@ -38,11 +38,11 @@ ROLE_TAU: Mapping[str, float] = MappingProxyType({"draft": 0.30, "verify": 0.50}
 class Method:
     """One row: ``merge`` turns a module of the pool into its merged update.
 
-    ``survey`` is a pass over the whole pool before it. ``needs``: importance, grams. ``rank``: of the result unless
-    the user says, ``highest`` or ``sum`` of the sources'. ``sums``: weights are coefficients, not shares of a mean, so
-    they may sum to zero; ``scales``: they multiply the updates, whatever is made of those. ``check`` finds what is
-    wrong with parameters together, each being in its range. ``remedy``: what to change when the result comes out too
-    small or too large.
+    ``survey`` is a pass over the whole pool before it. ``needs``: importance, directions. ``rank``: of the result
+    unless the user says, ``highest`` or ``sum`` of the sources'. ``sums``: weights are coefficients, not shares of a
+    mean, so they may sum to zero; ``scales``: they multiply the updates, whatever is made of those. ``check`` finds
+    what is wrong with parameters together, each being in its range. ``remedy``: what to change when the result comes
+    out too small or too large.
     """
 
     merge: Callable[[Layer], Factors | mx.array]
@@ -231,7 +231,7 @@ _TABLE: Mapping[str, Method] = MappingProxyType(
             "the update whose outputs are nearest to every adapter's on its own inputs",
             "Jin et al., 2023; fusion_bench regmean",
             REGMEAN,
-            needs=("grams",),
+            needs=("directions",),
             remedy="set a larger ridge (--set ridge=0.01), or collect directions on more rows",
         ),
         "knots": Method(
@@ -290,9 +290,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-def needs_grams(method: Method, parameters: Mapping[str, Any]) -> bool:
+def needs_directions(method: Method, parameters: Mapping[str, Any]) -> bool:
     """Whether a merge with these parameters looks at the adapters' inputs."""
-    return "grams" in method.needs or parameters.get("truncate") == "metric"
+    return "directions" in method.needs or parameters.get("truncate") == "metric"
 
 
 def find_method(name: str) -> Method:
@@ -348,7 +348,7 @@ def weight_problems(options: MergeOptions, count: int) -> list[str]:
     settled = resolved(options)
     as_sum = sums(method, settled)
     # By importance or by squared errors, and those are not below 0.
-    weighed = bool(method.needs) or needs_grams(method, settled)
+    weighed = bool(method.needs) or needs_directions(method, settled)
     problems = []
     for weights in filter(None, (options.weights, *(override.weights for override in options.overrides))):
         if len(weights) != count:

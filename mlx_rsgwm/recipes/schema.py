@@ -26,7 +26,7 @@ from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.pool import check_rule
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
-from mlx_rsgwm.merging.methods import ROLE_TAU, find_method, needs_grams, resolved, weight_problems
+from mlx_rsgwm.merging.methods import ROLE_TAU, find_method, needs_directions, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import SIGNALS
 from mlx_rsgwm.training.config import TrainConfig
@@ -131,7 +131,7 @@ class MergeSection:
     @property
     def needs_directions(self) -> bool:
         """Whether the merge reads the second moments of the layers' inputs."""
-        return needs_grams(find_method(self.method), resolved(self.options("draft")))
+        return needs_directions(find_method(self.method), resolved(self.options("draft")))
 
     def problems_with(self, data: DataSection) -> list[str]:
         """What would stop the merge of a pool trained on ``data``."""

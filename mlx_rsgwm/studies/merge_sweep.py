@@ -30,7 +30,7 @@ from mlx_rsgwm.evaluation.judging import judge
 from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.merging.merge import merge
-from mlx_rsgwm.merging.methods import find_method, needs_grams, resolved
+from mlx_rsgwm.merging.methods import find_method, needs_directions, resolved
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import CONFIG_FILE, DIRECTIONS_FILE, Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapter
@@ -288,7 +288,7 @@ class Sweep:
         return self._measure(Outcome(candidate.name, candidate.kind, task), "drafter", "drafter", answers)
 
     def _reads_directions(self, variant: Variant) -> bool:
-        return any(needs_grams(find_method(variant.method), resolved(options)) for options in self._both(variant))
+        return any(needs_directions(find_method(variant.method), resolved(options)) for options in self._both(variant))
 
     def _both(self, variant: Variant) -> list[MergeOptions]:
         return [self.plan.options(variant, role) for role in ROLES]

@@ -173,7 +173,7 @@ def test_a_changed_file_never_becomes_a_merge(make_adapter, tmp_path, method, va
         merge(folders, MergeOptions(method))
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "grams" not in method.needs])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "directions" not in method.needs])
 @pytest.mark.parametrize("diagnosed", [True, False])
 @pytest.mark.parametrize("entries", [1, 1000])
 def test_weights_that_are_not_finite_are_named_whatever_the_method(make_adapter, tmp_path, method, diagnosed, entries):
@@ -359,7 +359,7 @@ def test_weights(make_adapter):
     np.testing.assert_allclose(product(difference, module), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "grams" not in method.needs])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "directions" not in method.needs])
 def test_every_method_merges_two_and_is_repeatable(make_adapter, name):
     adapters = [make_adapter(0), make_adapter(1)]
     options = MergeOptions(name, seed=5)

@@ -228,7 +228,7 @@ def run(method, updates, weights, monkeypatch, rank=FULL, **options):
     """The merged products in float64, by module, and the merge's manifest."""
     parameters = SETTINGS.get(method, {})
     adapters = [adapter(update) for update in updates]
-    if "grams" in METHODS[method].needs:
+    if "directions" in METHODS[method].needs:
 
         def grams(pool, role):
             rng = np.random.default_rng(9)
