@@ -8,31 +8,16 @@ import pytest
 
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging.families.compress_then_merge import compress_then_merge, core_space, shared_bases
-from mlx_rsgwm.merging.layer import Layer
+from tests.merging.random_layers import layers_with, random_updates
 
 PARAMETERS = {"components": 0, "beta": 0.25, "merge": "linear", "density": 1.0, "lambda": 1.0}
 
 
 def updates(seed, inputs=24, outputs=19, ranks=(4, 3, 4), sizes=(1.0, 5.0, 0.2)):
-    rng = np.random.default_rng(seed)
-    return [
-        Factors(
-            mx.array(rng.standard_normal((inputs, rank)).astype(np.float32)),
-            mx.array((size * rng.standard_normal((rank, outputs))).astype(np.float32)),
-        )
-        for rank, size in zip(ranks, sizes, strict=True)
-    ]
+    return random_updates(seed, inputs, outputs, ranks, sizes)
 
 
-def module_of(factors, weights=None, **parameters):
-    return Layer(
-        "layer",
-        tuple(factors),
-        (1.0,) * len(factors),
-        tuple(weights or (1.0,) * len(factors)),
-        mx.random.key(3),
-        parameters={**PARAMETERS, **parameters},
-    )
+module_of = layers_with(PARAMETERS)
 
 
 def dense(factors):

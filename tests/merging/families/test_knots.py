@@ -7,31 +7,16 @@ import pytest
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging.families.knots import knots, shared_basis
-from mlx_rsgwm.merging.layer import Layer
+from tests.merging.random_layers import layers_with, random_updates
 
 PARAMETERS = {"merge": "ties", "density": 1.0, "part": "v", "threshold": 1e-4, "lambda": 1.0}
 
 
 def updates(seed, inputs=20, outputs=15, ranks=(3, 2, 4), size=1.0):
-    rng = np.random.default_rng(seed)
-    return [
-        Factors(
-            mx.array(rng.standard_normal((inputs, rank)).astype(np.float32)),
-            mx.array((size * rng.standard_normal((rank, outputs))).astype(np.float32)),
-        )
-        for rank in ranks
-    ]
+    return random_updates(seed, inputs, outputs, ranks, (size,) * len(ranks))
 
 
-def module_of(factors, weights=None, **parameters):
-    return Layer(
-        "layer",
-        tuple(factors),
-        (1.0,) * len(factors),
-        tuple(weights or (1.0,) * len(factors)),
-        mx.random.key(3),
-        parameters={**PARAMETERS, **parameters},
-    )
+module_of = layers_with(PARAMETERS)
 
 
 def dense(factors):
@@ -122,9 +107,7 @@ def test_dare_draws_by_the_key():
     factors = updates(5)
     one, again = (knots(module_of(factors, merge="dare_ties", density=0.5)).dense() for _ in range(2))
     assert mx.array_equal(one, again).item()
-    module = module_of(factors, merge="dare_ties", density=0.5)
-    other = knots(Layer(module.name, module.factors, module.scales, module.weights, mx.random.key(4),
-                         parameters=module.parameters)).dense()  # fmt: skip
+    other = knots(module_of(factors, key=4, merge="dare_ties", density=0.5)).dense()
     assert not mx.array_equal(one, other).item()
 
 

@@ -6,31 +6,16 @@ import pytest
 
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging.families.lego import _seeds, balanced_units, cluster, lego
-from mlx_rsgwm.merging.layer import Layer
+from tests.merging.random_layers import layers_with, random_updates
 
 PARAMETERS = {"clusters": 0, "output": "sum", "signs": "aligned", "restarts": 8, "iterations": 30}
 
 
 def updates(seed, inputs=12, outputs=9, ranks=(3, 2, 4)):
-    rng = np.random.default_rng(seed)
-    return [
-        Factors(
-            mx.array(rng.standard_normal((inputs, rank)).astype(np.float32)),
-            mx.array(rng.standard_normal((rank, outputs)).astype(np.float32)),
-        )
-        for rank in ranks
-    ]
+    return random_updates(seed, inputs, outputs, ranks)
 
 
-def module_of(factors, weights=None, key=3, **parameters):
-    return Layer(
-        "layer",
-        tuple(factors),
-        (1.0,) * len(factors),
-        tuple(weights or (1.0,) * len(factors)),
-        mx.random.key(key),
-        parameters={**PARAMETERS, **parameters},
-    )
+module_of = layers_with(PARAMETERS)
 
 
 def wide(array):
