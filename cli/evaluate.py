@@ -13,9 +13,13 @@ from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, loop_options
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from mlx_rsgwm.core.progress import Progress
     from mlx_rsgwm.data.questions import Question
+    from mlx_rsgwm.data.row_hashes import RowRecord
+    from mlx_rsgwm.evaluation.contamination import Overlap
+    from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.inference.calibration import Calibration
     from mlx_rsgwm.inference.loop import DraftVerify
 
@@ -72,18 +76,11 @@ def evaluate(
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.evaluation.answers import REFUSAL
     from mlx_rsgwm.evaluation.calibration_set import calibrate
-    from mlx_rsgwm.evaluation.contamination import (
-        check_overlap,
-        contamination,
-        draw_calibration,
-        rows_seen,
-        training_questions,
-        union,
-    )
+    from mlx_rsgwm.evaluation.contamination import contamination, draw_calibration, rows_seen, training_questions
     from mlx_rsgwm.evaluation.report.folder import render_table
     from mlx_rsgwm.evaluation.reported_run import report_run
     from mlx_rsgwm.evaluation.runner import describe_run
-    from mlx_rsgwm.evaluation.slices import Slice, read_slice, with_own_ids
+    from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.inference.calibration import calibration_folder, stored_calibration
     from mlx_rsgwm.inference.pair import roles_of
 
@@ -106,15 +103,8 @@ def evaluate(
         held_out, notes = drawn.questions, drawn.notes
         if held_out:
             adapters["calibration here"] = drawn.record
-    seen = union(adapters)
-    slices = [read_slice(Slice(task, items, how, console.seed, split, folder, revision), seen) for task in tasks]
-    for _, told in slices:
-        if told.get("note"):
-            progress.message(told["note"])
-    questions = with_own_ids(slices)
-    overlap = check_overlap(questions, adapters, allow_overlap, "test")
-    for line in dict.fromkeys((*notes, *overlap.lines())):
-        progress.message(line)
+    slices = [Slice(task, items, how, console.seed, split, folder, revision) for task in tasks]
+    questions, overlap, told = _asked(slices, adapters, allow_overlap, notes, progress)
     checked = contamination(questions, training_questions(train_data)) if train_data else None
 
     def calibrate_here(pipeline: DraftVerify) -> Calibration:
@@ -133,7 +123,7 @@ def evaluate(
         metadata={
             "drafter": str(loop["drafter"]),
             "verifier": ", ".join(map(str, loop["verifier"])),
-            "tasks": [told for _, told in slices],
+            "tasks": told,
             "contamination": checked,
         },
     )  # fmt: skip
@@ -143,6 +133,30 @@ def evaluate(
     if out is not None:
         console.line(f"report: {out}")
     console.result({**summary["draft_verify"], **{key: summary[key] for key in summary if key != "draft_verify"}})
+
+
+def _asked(
+    slices: Sequence[Slice],
+    adapters: Mapping[str, RowRecord],
+    allow_overlap: bool,
+    notes: Sequence[str],
+    progress: Progress,
+) -> tuple[list[Question], Overlap, list[dict[str, Any]]]:
+    """The questions, what of them ``adapters`` have seen, and what the slices say of themselves; tells all of it."""
+    from mlx_rsgwm.evaluation.contamination import check_overlap, union
+    from mlx_rsgwm.evaluation.slices import read_slice, with_own_ids
+
+    seen = union(adapters)
+    read = [read_slice(part, seen) for part in slices]
+    told = [about for _, about in read]
+    for about in told:
+        if about.get("note"):
+            progress.message(about["note"])
+    questions = with_own_ids(read)
+    overlap = check_overlap(questions, adapters, allow_overlap, "test")
+    for line in dict.fromkeys((*notes, *overlap.lines())):
+        progress.message(line)
+    return questions, overlap, told
 
 
 def _pattern(text: str) -> re.Pattern[str]:
