@@ -12,8 +12,8 @@ for task in tasks:
     corpus = rs.build_corpus(task, f"{out}/data/{task}", draft_rows=144, verify_rows=32)
     rs.train(corpus, f"{out}/pool/{task}", base=base, epochs=1, learning_rate=1e-3, progress=progress)
 pool = [f"{out}/pool/{task}" for task in tasks]
-rs.merge(pool, f"{out}/drafter", role="draft")
-rs.merge(pool, f"{out}/verifier", role="verify")
+rs.merge(pool, f"{out}/drafter", method="regmean", role="draft")
+rs.merge(pool, f"{out}/verifier", method="regmean", role="verify")
 pipeline = rs.open_pipeline(f"{out}/drafter", f"{out}/verifier", base=base, max_tokens=32, progress=progress)
 rs.calibrate(pipeline, rs.load_questions(tasks, split="calibration", limit=8), progress=progress)
 questions = rs.load_questions(tasks, limit=24)
