@@ -118,7 +118,7 @@ def summary(records: Sequence[ItemRecord], count: int) -> dict[str, Any]:
             "best": round(float(right[name].mean()), 4),
             "against_merged": difference.to_dict(),
         }
-        print(f"{name:<24}{area}  best of {count} {right[name].mean():.3f}, {difference.value:+.3f}", flush=True)
+        print(f"{name:<26}{area}  best of {count} {right[name].mean():.3f}, {difference.value:+.3f}", flush=True)
     first = round(float(np.mean([record.first.correct for record in records])), 4)
     print(f"{len(records)} items, first draft {first:.3f}", flush=True)
     return {"items": len(records), "first": first, "by_score": told}
