@@ -60,8 +60,9 @@ def controls(
     """Compare draft–verify with its controls, on the drafts of RUN (the folder of a finished rsgwm run).
 
     Drafter once, self-verification, best of K, majority of K and at equal tokens, accepting by lot, a verifier trained
-    on the pairs, a joint adapter, each source adapter, the base; a calculator with and without the verifier; every
-    difference with interval and corrected p-value.
+    on the pairs, a joint adapter, each source adapter, the base; the paper's merge where the run has one; a calculator
+    with and without the verifier; every difference with interval and corrected p-value, and how well each verifier
+    tells right drafts from wrong ones.
 
     Example: rsgwm report controls runs/demo --out runs/controls
     """
@@ -75,6 +76,7 @@ def controls(
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.studies.control_study import ControlPlan, corpora, run_controls
     from mlx_rsgwm.studies.controls import control_notes, control_rows
+    from mlx_rsgwm.studies.judges import judge_rows
 
     click.get_current_context().with_resource(exclusive(out))
     trained = list(corpora(run))
@@ -107,6 +109,7 @@ def controls(
     for line in dict.fromkeys((*drawn.notes, *overlap.lines())):
         console.line(line)
     console.line(aligned(control_rows(summary)))
+    console.line(aligned(judge_rows(summary["judges"])))
     console.line("\n".join(control_notes(summary)))
     console.line(f"controls: {out}")
     console.result({"overlap": overlap.headline(), **summary})

@@ -43,14 +43,18 @@ from mlx_rsgwm.studies.controls import (
     System,
     control_notes,
     control_rows,
+    paper_systems,
     summarise_controls,
     systems_on_drafts,
 )
+from mlx_rsgwm.studies.judges import judge_rows, judge_scores
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish, train
 
 CONTROLS_FILE = "controls.json"
+PAPER = {"paper drafter": "drafter", "paper verifier": "verifier"}  # slot to folder below the run's ``paper``
+JUDGES = {"verifier": "merged verifier", "self": "drafter itself", "direct": "directly trained verifier"}
 TRAINED = {"joint": None, "direct": "verify"}  # name: role of the rows it learns, None for all
 
 
@@ -128,7 +132,7 @@ def run_controls(base: Base, plan: ControlPlan, progress: Progress = SILENT) -> 
     template = next(iter(tasks.values())).template
     extra = train_controls(base, plan.run, plan.out, progress)
     folders = {name: plan.run / name for name in ("drafter", "verifier")} | extra
-    folders |= {f"pool/{task}": plan.run / "pool" / task for task in tasks}
+    folders |= {f"pool/{task}": plan.run / "pool" / task for task in tasks} | paper_pair(plan.run)
     slots = slots_of(base, folders)
     rules = _rules(slots, template, plan, "direct" in extra, progress)
     pipeline = _pipeline(slots, template, "drafter", "verifier", plan, rules["verifier"])
@@ -152,6 +156,8 @@ def run_controls(base: Base, plan: ControlPlan, progress: Progress = SILENT) -> 
     }
     systems = systems_on_drafts(records, plan.attempts, named, plan.check)
     write_items(plan.out / "items-merged.jsonl", records)
+    if set(PAPER) <= set(folders):
+        systems += _paper_systems(slots, template, plan, journal, progress)
     alone: list[tuple[str, str | None, str]] = [("joint adapter", "joint", "trained on all tasks' rows (the ceiling)")]
     alone += [(f"source adapter {task}", f"pool/{task}", "one of the pool, alone") for task in tasks]
     alone += [("base", None, "no adapter")]
@@ -161,8 +167,11 @@ def run_controls(base: Base, plan: ControlPlan, progress: Progress = SILENT) -> 
         systems.append(System(label, note, tuple(rows), "drafter"))
     summary = summarise_controls(systems, plan.attempts, plan.calibration_seed)
     summary["rules"] = {name: asdict(rule) for name, rule in rules.items()}
+    scores = {JUDGES[name]: rule.score for name, rule in named.items()}
+    summary["judges"] = judge_scores(records, plan.attempts, scores, plan.check, plan.calibration_seed)
     summary["metadata"] = about
-    tables.write_page(plan.out / "controls.md", "Controls", [("", control_rows(summary))], control_notes(summary))
+    sections = [("", control_rows(summary)), ("Verifiers on the same drafts", judge_rows(summary["judges"]))]
+    tables.write_page(plan.out / "controls.md", "Controls", sections, control_notes(summary))
     files.write_json(plan.out / CONTROLS_FILE, summary)
     return summary
 
@@ -177,6 +186,31 @@ def _pipeline(
 ) -> DraftVerify:
     config = LoopConfig(plan.attempts, rule.threshold, rule.score, plan.sampling)
     return DraftVerify(slots, template, drafter, verifier, config)
+
+
+def paper_pair(run: Path) -> dict[str, Path]:
+    """The folders by slot of the second merge that a recipe's section ``paper`` made; none where it made none."""
+    folders = {slot: run / "paper" / name for slot, name in PAPER.items()}
+    return folders if all(is_complete(folder) for folder in folders.values()) else {}
+
+
+def _paper_systems(
+    slots: AdapterSlots, template: Template, plan: ControlPlan, journal: Journal, progress: Progress
+) -> list[System]:
+    """The paper's merge of the same pool, with drafts of its own drafter and the threshold of its own calibration."""
+    stored = load_calibration(plan.run / "paper" / "verifier")
+    rule = LoopRule(UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD)
+    if stored is None:
+        progress.message(f"warning: the paper's pair is not calibrated: {rule.score} ≥ {rule.threshold}")
+    else:
+        rule = LoopRule(stored.score, stored.threshold)
+    drafter, verifier = PAPER
+    rows = evaluate(
+        _pipeline(slots, template, drafter, verifier, plan, rule), plan.questions, 0, plan.batch_rows, progress,
+        seeds=plan.seeds, drafts=plan.attempts, journal=journal, part="paper",
+    )  # fmt: skip
+    write_items(plan.out / "items-paper.jsonl", rows)
+    return paper_systems(rows, plan.attempts, rule)
 
 
 def _drafts_alone(

@@ -26,6 +26,7 @@ from mlx_rsgwm.evaluation.stats.intervals import bootstrapped, share
 from mlx_rsgwm.evaluation.stats.paired import holm, mcnemar, mean_difference, paired_bootstrap, smallest_difference
 
 REFERENCE = "draft–verify"
+CALCULATOR = "calculator"
 BEYOND = 2.0  # a threshold that no score in [0, 1] reaches: the best-scored draft is returned
 
 
@@ -102,8 +103,18 @@ def _calculated_systems(records: Sequence[ItemRecord], k: int, rule: LoopRule) -
     return [
         System(f"{REFERENCE}, arithmetic checked", f"as {REFERENCE}, of {note}", loop, accepts=True, calculated=True),
         System(f"best of {k}, arithmetic checked", f"the best {rule.score} of {note}", best, calculated=True),
-        System("calculator", f"the first of {k} {note}, no verifier", first, accepts=True, calculated=True),
+        System(CALCULATOR, f"the first of {k} {note}, no verifier", first, accepts=True, calculated=True),
         System(f"calculator, majority of {k}", f"the commonest answer of {note}", votes, calculated=True),
+    ]
+
+
+def paper_systems(records: Sequence[ItemRecord], k: int, rule: LoopRule) -> list[System]:
+    """The paper's merge, alone and with its verifier, on the drafts of its own drafter."""
+    loop = tuple(_replayed(records, rule, k))
+    note = f"its own drafts, {rule.score} ≥ {rule.threshold:.3f}"
+    return [
+        System("drafter once, the paper's merge", "its first draft", tuple(records), "drafter"),
+        System(f"{REFERENCE}, the paper's merge", note, loop, accepts=True),
     ]
 
 
@@ -181,6 +192,7 @@ def summarise_controls(systems: Sequence[System], k: int, seed: int = 0) -> dict
         others = [row for row in family if row.get(key) is not None]
         for row, corrected in zip(others, holm([row[key] for row in others]), strict=True):
             row[f"{key}_holm"] = corrected
+    _add_over_calculator(rows, systems, seed)
     first = {s: metrics.table(r, "drafter").accuracy.value for s, r in reference_by_seed.items()}
     loop = {s: metrics.table(r, "draft_verify").accuracy.value for s, r in reference_by_seed.items()}
     closed = [metrics.gap_closed(loop[s], first[s], c.value if c else None) for s, c in ceiling.items()]
@@ -235,6 +247,19 @@ def _system_row(
         row |= {"difference": gap.to_dict(), "p_value": gap.p_value, "mcnemar_p": test.p_value}
         row["smallest_difference"] = smallest_difference(test.n, (test.only_first + test.only_second) / test.n)
     return row
+
+
+def _add_over_calculator(rows: Sequence[dict[str, Any]], systems: Sequence[System], seed: int) -> None:
+    """To the systems that look at arithmetic: what they add to a calculator without a verifier."""
+    by_name = {system.name: by_seed(system.records) for system in systems if system.calculated}
+    control = by_name.get(CALCULATOR)
+    if control is None:
+        return
+    right = correct_matrix(control, "draft_verify")
+    for row in rows:
+        if row["name"] in by_name and row["name"] != CALCULATOR:
+            matrix = correct_matrix(by_name[row["name"]], "draft_verify")
+            row["over_calculator"] = mean_difference(right, matrix, seed=seed).to_dict()
 
 
 def _over_items(flags: Sequence[bool], ids: Sequence[str], seed: int) -> Any:
@@ -297,6 +322,10 @@ def control_notes(summary: Mapping[str, Any]) -> list[str]:
         "Differences are draft–verify minus the system, items as units over all seeds; p by sign-flip permutation, "
         "corrected by Holm over the systems.",
     ]
+    for row in summary["systems"]:
+        if gap := row.get("over_calculator"):
+            shown = show_difference(gap)
+            notes.append(f"{row['name']} minus the calculator without a verifier: {shown}, p = {gap['p_value']:.4f}.")
     drop = summary["false_accepts_against_self"]
     if drop:
         relative = "" if drop["relative"] is None else f" ({drop['relative']:+.0%})"

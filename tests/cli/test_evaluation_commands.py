@@ -1,6 +1,7 @@
 """eval, report, compare, controls, tables on the tiny base: each works, resumes, refuses bad input in one line."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -87,6 +88,9 @@ def test_report_and_compare(run, tiny_base, tmp_path):
 
 
 def test_controls(run, tiny_base, tmp_path, monkeypatch):
+    run = shutil.copytree(run, tmp_path / "run")
+    for name in ("drafter", "verifier"):  # the same pair as the paper's: it must come out level
+        shutil.copytree(run / name, run / "paper" / name)
     arguments = (
         "report", "controls", run, "--base", tiny_base, "--items", 4, "--calibration-items", 2, "--sampling-seeds", 2,
         "--attempts", 2, "--drafts", 3, "--max-tokens", 6, "--out", tmp_path / "c", "--json",
@@ -99,6 +103,13 @@ def test_controls(run, tiny_base, tmp_path, monkeypatch):
     assert "directly trained verifier" in names
     assert found["n"] == 8
     assert found["seeds"] == [42, 43]
+    rows = {row["name"]: row for row in found["systems"]}
+    assert rows["draft–verify, the paper's merge"]["accuracy"] == rows["draft–verify"]["accuracy"]
+    assert rows["drafter once, the paper's merge"]["accuracy"] == rows["drafter once"]["accuracy"]
+    assert [judge["name"] for judge in found["judges"]] == [
+        "merged verifier", "drafter itself", "directly trained verifier"
+    ]  # fmt: skip
+    assert "Verifiers on the same drafts" in (tmp_path / "c" / "controls.md").read_text()
     assert (tmp_path / "c" / "joint" / "manifest.json").is_file()
     assert "draft–verify" in (tmp_path / "c" / "controls.md").read_text()
     monkeypatch.setattr(DraftVerify, "draft_many", lambda *rest: pytest.fail("drafted again"))

@@ -8,7 +8,14 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
-from mlx_rsgwm.studies.controls import LoopRule, control_notes, control_rows, summarise_controls, systems_on_drafts
+from mlx_rsgwm.studies.controls import (
+    LoopRule,
+    control_notes,
+    control_rows,
+    paper_systems,
+    summarise_controls,
+    systems_on_drafts,
+)
 
 RULES = {
     "verifier": LoopRule("good", 0.6),
@@ -127,3 +134,32 @@ def test_a_calculator_adds_systems_and_leaves_the_others_as_they_are():
     assert rows["calculator"]["tokens_verified"] == 0
     assert rows["draft–verify, arithmetic checked"]["false_accept_rate"]["value"] == 0
     assert any("calculator" in row[0] for row in control_rows(after))
+
+
+def test_what_a_verifier_adds_to_a_calculator():
+    """Half of the wrong drafts miscalculate: what is left is the verifier's, with an interval of its own."""
+    rows = [
+        replace(row, drafts=tuple(replace(d, text="1 + 1 = 2" if d.correct or n % 2 else "1 + 1 = 3")
+                                  for n, d in enumerate(row.drafts)))
+        for row in records(items=40, seeds=(1, 2))
+    ]  # fmt: skip
+    summary = summarise_controls(systems_on_drafts(rows, 3, RULES, "auto"), 3)
+    named = {row["name"]: row for row in summary["systems"]}
+    gap = named["best of 3, arithmetic checked"]["over_calculator"]
+    accuracies = [named[name]["accuracy"]["value"] for name in ("calculator", "best of 3, arithmetic checked")]
+    assert gap["value"] == pytest.approx(accuracies[1] - accuracies[0])
+    assert 0 < gap["value"] < gap["high"]
+    assert gap["low"] < gap["value"]
+    assert not any("over_calculator" in named[name] for name in ("calculator", "draft–verify"))
+    assert any(line.startswith("best of 3, arithmetic checked minus the calculator") for line in control_notes(summary))
+
+
+def test_the_paper_merge_is_compared_on_its_own_drafts():
+    rows = records(items=40)
+    alone, loop = paper_systems([replace(row, drafts=row.drafts[:3]) for row in rows], 3, LoopRule("good", 0.6))
+    assert alone.mode == "drafter"
+    assert [system.accepts for system in (alone, loop)] == [False, True]
+    summary = summarise_controls([*systems_on_drafts(rows, 3, RULES), alone, loop], 3)
+    ours, paper = summary["systems"][1], summary["systems"][-1]
+    assert paper["difference"]["value"] == 0
+    assert paper["accept_rate"] == ours["accept_rate"]
