@@ -75,11 +75,12 @@ class Corpus:
         return tokenize(self, tokenizer, max_tokens, long_rows)
 
     def describe(self) -> dict[str, Any]:
-        """For an adapter's manifest."""
+        """For an adapter's manifest; where the wrong answers come from if a gold answer was not simply perturbed."""
         return {
             "hash": self.hash,
             "counts": self.manifest["counts"],
             "seed": self.manifest.get("seed"),
+            **{name: self.manifest[name] for name in ("negatives", "true_equations") if name in self.manifest},
             KEY: self.record().describe(),
         }
 
