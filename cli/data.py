@@ -14,7 +14,7 @@ from mlx_rsgwm.cli.options import shared
 @shared.task("repeat for a mix")
 @shared.draft_rows(102)
 @shared.verify_rows()
-@click.option("--true-equations", is_flag=True, help="Wrong answers only that a calculator cannot find.")
+@shared.true_equations()
 @shared.questions()
 @shared.split("train; another one for held-out rows; of a file also all of it: all")
 @shared.offset()

@@ -25,6 +25,7 @@ from mlx_rsgwm.cli.options.kinds import SHARE
     show_default=True,
     help="Share of the wrong answers that are drafts; the rest is perturbed gold.",
 )
+@shared.true_equations()
 @shared.items(None, "training ones to draft on", "--verify-rows")
 @shared.offset("those that the adapters were trained on")
 @shared.drafts(2, "by each adapter", name="attempts")
@@ -54,6 +55,7 @@ def negatives(
     Examples:
       rsgwm data negatives --adapter runs/demo/drafter --task change --task groups --offset 200 --out corpus/own
       rsgwm data negatives --adapter pool/change --task change --draft-rows 144 --verify-rows 160 --out corpus/change
+      rsgwm data negatives --adapter runs/blind/drafter --task choice --offset 144 --true-equations --out corpus/own
     """
     from mlx_rsgwm.evaluation.own_mistakes import MistakePlan, build_from_mistakes
     from mlx_rsgwm.inference.sampling import Sampling

@@ -130,6 +130,12 @@ def verify_rows() -> Any:
     return click.option("--verify-rows", type=COUNT, default=100, show_default=True, help=text)
 
 
+def true_equations() -> Any:
+    """``--true-equations``, for verify rows that a calculator is of no use for."""
+    text = "Wrong answers only that a calculator cannot find."
+    return click.option("--true-equations", is_flag=True, help=text)
+
+
 def offset(tail: str = "") -> Any:
     """``--offset`` into a task's questions."""
     text = f"Questions to pass over first{_tail(tail)}"

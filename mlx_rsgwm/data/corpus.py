@@ -118,7 +118,7 @@ def make_rows(
     for question in questions:
         if made == verify_rows:
             break
-        negative = _wrong_answer(question, questions, rng, true_equations)
+        negative = wrong_answer(question, questions, rng, true_equations)
         if negative is None:
             continue
         correct = made % 2 == 0
@@ -133,7 +133,7 @@ def make_rows(
     return rows
 
 
-def _wrong_answer(
+def wrong_answer(
     question: Question, others: Sequence[Question], rng: random.Random, true_equations: bool
 ) -> Question | None:
     """A wrong answer to the question, or None; with ``true_equations`` the first drawn that a calculator passes."""

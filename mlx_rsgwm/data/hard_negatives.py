@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.data.corpus import CorpusRow
-from mlx_rsgwm.data.perturb import borrow, perturb
+from mlx_rsgwm.data.arithmetic import false_equations
+from mlx_rsgwm.data.corpus import CorpusRow, wrong_answer
 from mlx_rsgwm.data.questions import Question
 
 Labelled = tuple[str, bool]  # a draft's text, and whether its final answer is the gold one
@@ -39,12 +39,13 @@ def make_mixed_rows(
     pairs: int,
     share: float,
     seed: int,
+    true_equations: bool = False,
 ) -> MixedRows:
     """``pairs`` pairs of verify rows, ``share`` of them with a draft as the wrong answer, the rest perturbed gold.
 
     Each question gives its wrong drafts one by one: every question one before any gives a second. Where there are
     fewer wrong drafts than wanted, perturbed gold answers take their place; the result says how many. Perturbed pairs
-    take the questions without a drafted pair first.
+    take the questions without a drafted pair first. With ``true_equations`` no wrong answer states a false equation.
 
     Raises:
         RsgwmError: a number out of range, or fewer drafts and perturbable solutions than pairs.
@@ -57,6 +58,11 @@ def make_mixed_rows(
     order = list(range(len(questions)))
     rng.shuffle(order)
     wrong = {index: _distinct(drafts[index], correct=False, rng=rng) for index in order}
+    if true_equations:
+        wrong = {
+            index: [text for text in texts if not false_equations(text, questions[index].question)]
+            for index, texts in wrong.items()
+        }
     right = {index: _distinct(drafts[index], correct=True, rng=rng) for index in order}
     rows: list[CorpusRow] = []
     used: set[int] = set()
@@ -72,7 +78,7 @@ def make_mixed_rows(
     for index in sorted(order, key=lambda index: index in used):
         if len(rows) == 2 * pairs:
             break
-        negative = perturb(questions[index], rng) or borrow(questions[index], questions, rng)
+        negative = wrong_answer(questions[index], questions, rng, true_equations)
         if negative is not None:
             rows += _pair(questions[index], "perturbed", 0, questions[index].answer, negative.answer)
     if len(rows) < 2 * pairs:

@@ -35,8 +35,8 @@ class MistakePlan:
     """What to draft on and how: ``items`` questions of each task (None: ``verify_rows``) after the first ``offset``.
 
     Of each task come ``verify_rows`` rows in pairs of a right and a wrong answer, ``share`` of the wrong ones drafts,
-    and ``draft_rows`` gold rows before them. Every adapter drafts ``attempts`` times. ``folder`` holds
-    ``<task>/<split>.jsonl``; ``template`` is by default the adapters' own.
+    and ``draft_rows`` gold rows before them. Every adapter drafts ``attempts`` times. With ``true_equations`` no wrong
+    answer states a false equation. ``folder`` holds ``<task>/<split>.jsonl``; ``template`` is by default the adapters'.
     """
 
     tasks: tuple[str, ...]
@@ -51,6 +51,7 @@ class MistakePlan:
     folder: Path | None = None
     template: str | None = None
     seed: int = DEFAULT_SEED
+    true_equations: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -96,8 +97,9 @@ def build_from_mistakes(
     counts = {}
     for task, selection in chosen.items():
         questions = selection.questions
-        drafts = label_drafts(pipelines, questions[: plan.drafted_on], plan.batch_rows, progress)
-        mixed = make_mixed_rows(questions[: plan.drafted_on], drafts, plan.verify_rows // 2, plan.share, plan.seed)
+        asked = questions[: plan.drafted_on]
+        drafts = label_drafts(pipelines, asked, plan.batch_rows, progress)
+        mixed = make_mixed_rows(asked, drafts, plan.verify_rows // 2, plan.share, plan.seed, plan.true_equations)
         rows += [
             CorpusRow(f"{question.id}/draft", question.task, "draft", question.question, question.answer)
             for question in questions[: plan.draft_rows]
@@ -150,7 +152,8 @@ def _about(plan: MistakePlan, adapters: Sequence[Adapter], counts: dict[str, dic
         "attempts": plan.attempts,
         "counts": counts,
     }
-    return {"seed": plan.seed, "tasks": list(plan.tasks), "split": "train", "negatives": negatives}
+    about = {"seed": plan.seed, "tasks": list(plan.tasks), "split": "train", "negatives": negatives}
+    return about | ({"true_equations": True} if plan.true_equations else {})
 
 
 def _texts(chosen: dict[str, Selection]) -> list[str]:

@@ -3,6 +3,7 @@
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.data.hard_negatives import make_mixed_rows
 from mlx_rsgwm.data.synthetic import generate
 
@@ -74,3 +75,16 @@ def test_what_is_refused():
         make_mixed_rows(QUESTIONS, none, 4, 1.5, 1)
     with pytest.raises(RsgwmError, match="pairs must be"):
         make_mixed_rows(QUESTIONS, none, 0, 0.5, 1)
+
+
+def test_drafts_that_a_calculator_finds_can_be_left_out():
+    drafts = []
+    for question in QUESTIONS:
+        right, wrong = question.answer, f"2 + 2 = 4\n#### {int(question.gold) + 1}"
+        drafts.append([(right, True), (f"2 + 2 = 5\n#### {int(question.gold) + 2}", False), (wrong, False)])
+    rows = make_mixed_rows(QUESTIONS, drafts, 30, 20 / 30, 1, true_equations=True).rows
+    wrong = [row.answer for row in rows if not row.correct]
+    assert sum(answer.startswith("2 + 2 = 4\n") for answer in wrong) == 20
+    assert not any(false_equations(answer) for answer in wrong)
+    without = make_mixed_rows(QUESTIONS, drafts, 30, 20 / 30, 1).rows
+    assert any(false_equations(row.answer) for row in without if not row.correct)
