@@ -7,10 +7,8 @@ out is positive semidefinite, so its trace, which the diagonal of G tells exactl
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +17,16 @@ Columns = mx.array | np.ndarray
 
 # Eigenvalues of ΩᵀGΩ below this share of the largest are rounding errors of float32 sums.
 SMALLEST_SHARE = 1e-7
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What products with ``columns`` (in, m) take of a G: ``image`` is G columns (in, m), or of a sketch
+    factorᵀ columns (k, m).
+    """
+
+    columns: np.ndarray
+    image: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -32,29 +40,27 @@ class WholeGram:
         """in: the length of an input."""
         return int(self.matrix.shape[0])
 
+    @property
     def diagonal(self) -> np.ndarray:
         """The diagonal of G, (in,)."""
         return np.diagonal(self.matrix)
 
-    def times(self, columns: Columns) -> np.ndarray:
-        """G @ columns, (in, m) float64."""
-        return self.matrix @ float64(columns)
+    def moment(self, columns: Columns) -> Moment:
+        """What :meth:`between` takes of ``columns`` (in, m)."""
+        wide = float64(columns)
+        return Moment(wide, self.matrix @ wide)
 
-    def between(self, left: Columns, right: Columns) -> np.ndarray:
+    def between(self, left: Moment, right: Moment) -> np.ndarray:
         """leftᵀ G right, (m, n) float64."""
-        return float64(left).T @ (self.matrix @ float64(right))
+        return left.columns.T @ right.image
+
+    def product(self, moment: Moment) -> np.ndarray:
+        """G columns, (in, m)."""
+        return moment.image
 
     def dense(self) -> np.ndarray:
         """G, (in, in) float64."""
         return self.matrix
-
-    def regularised(self, weight: float, off_diagonal: float, ridge: float) -> WholeGram:
-        """``weight`` times G with its entries off the diagonal times ``off_diagonal`` and ``ridge`` · tr(G) / in added
-        to the diagonal.
-        """
-        matrix = self.matrix * (weight * off_diagonal)
-        matrix[np.diag_indices(self.width)] += weight * added(self, off_diagonal, ridge)
-        return WholeGram(matrix)
 
 
 @dataclass(frozen=True)
@@ -74,38 +80,37 @@ class SketchedGram:
         """in: the length of an input."""
         return int(self.factor.shape[0])
 
+    @cached_property
     def diagonal(self) -> np.ndarray:
         """The diagonal of G, (in,)."""
         return np.einsum("ik,ik->i", self.factor, self.factor) + self.rest
 
-    def times(self, columns: Columns) -> np.ndarray:
-        """(factor factorᵀ + diag(rest)) @ columns, (in, m) float64."""
+    def moment(self, columns: Columns) -> Moment:
+        """What :meth:`between` takes of ``columns`` (in, m)."""
         wide = float64(columns)
-        return self.factor @ (self.factor.T @ wide) + self.rest[:, None] * wide
+        return Moment(wide, self.factor.T @ wide)
 
-    def between(self, left: Columns, right: Columns) -> np.ndarray:
+    def between(self, left: Moment, right: Moment) -> np.ndarray:
         """leftᵀ (factor factorᵀ + diag(rest)) right, (m, n) float64."""
-        first = float64(left)
-        second = first if right is left else float64(right)
-        seen = self.factor.T @ first
-        return seen.T @ (seen if right is left else self.factor.T @ second) + first.T @ (self.rest[:, None] * second)
+        return left.image.T @ right.image + left.columns.T @ (self.rest[:, None] * right.columns)
+
+    def product(self, moment: Moment) -> np.ndarray:
+        """G columns, (in, m)."""
+        return self.factor @ moment.image + self.rest[:, None] * moment.columns
 
     def dense(self) -> np.ndarray:
         """What the sketch stands for, (in, in) float64: for where its columns are as many as the inputs."""
         return self.factor @ self.factor.T + np.diag(self.rest)
-
-    def regularised(self, weight: float, off_diagonal: float, ridge: float) -> SketchedGram:
-        """As :meth:`WholeGram.regularised`, in the same form."""
-        rest = weight * (off_diagonal * self.rest + added(self, off_diagonal, ridge))
-        return SketchedGram(math.sqrt(weight * off_diagonal) * self.factor, rest, self.missed)
 
 
 Gram = WholeGram | SketchedGram
 
 
 def added(gram: Gram, off_diagonal: float, ridge: float) -> np.ndarray:
-    """The diagonal (in,) that ``regularised`` adds to ``off_diagonal`` times the matrix."""
-    diagonal = gram.diagonal()
+    """What (in,) is added to the diagonal of ``off_diagonal`` times G, so that the diagonal is G's own and
+    ``ridge`` · tr(G) / in.
+    """
+    diagonal = gram.diagonal
     return (1 - off_diagonal) * diagonal + ridge * diagonal.mean()
 
 
@@ -117,25 +122,6 @@ def float64(array: Columns) -> np.ndarray:
 def no_gram(width: int) -> SketchedGram:
     """G of a module without inputs."""
     return SketchedGram(np.zeros((width, 1)), np.zeros(width), 0.0)
-
-
-def total(grams: Iterable[Gram]) -> Gram:
-    """Σ G_t: a sketch when all are and their columns fewer than the inputs, else whole; they are asked for in turn."""
-    sketches: list[SketchedGram] = []
-    matrix: np.ndarray | None = None
-    for gram in grams:
-        if isinstance(gram, SketchedGram):
-            sketches.append(gram)
-        else:
-            matrix = gram.matrix if matrix is None else matrix + gram.matrix
-        if matrix is not None or sum(sketch.factor.shape[1] for sketch in sketches) >= gram.width:
-            for dense in (sketches.pop().dense() for _ in range(len(sketches))):
-                matrix = dense if matrix is None else matrix + dense
-    if matrix is not None:
-        return WholeGram(matrix)
-    factor = np.concatenate([sketch.factor for sketch in sketches], axis=1)
-    rest = np.sum([sketch.rest for sketch in sketches], axis=0)
-    return SketchedGram(factor, rest, max(sketch.missed for sketch in sketches))
 
 
 @lru_cache(maxsize=32)

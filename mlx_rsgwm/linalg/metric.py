@@ -6,12 +6,14 @@ on its CPU stream only, where NumPy takes half the time. Of a sketched M = F F�
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.linalg.gram import Gram, SketchedGram, float64
+from mlx_rsgwm.linalg.gram import float64
 from mlx_rsgwm.linalg.lowrank import EXACT_SIDE, OVERSAMPLING, POWER_ITERATIONS, Factors, Truncated
 
 BLOCK = 64
@@ -20,51 +22,121 @@ SMALLEST_PIVOT = 1e-13
 
 
 @dataclass(frozen=True)
-class Metric:
-    """M of inputs, and what solving with it takes: ``scale`` (in,), by which a unit diagonal is reached, and ``lower``,
-    the Cholesky factor of diag(scale) M diag(scale), (in, in), or for a sketch that of I + Eᵀ E, (k, k), with
-    ``factor`` E = diag(scale) F.
+class WholeMetric:
+    """M = ``matrix`` (in, in), and what solving with it takes: ``scale`` (in,), by which a unit diagonal is reached,
+    and ``lower``, the Cholesky factor of diag(scale) M diag(scale).
     """
 
-    gram: Gram
+    matrix: np.ndarray
     scale: np.ndarray
     lower: np.ndarray
-    factor: np.ndarray | None = None
 
-    def solve(self, right: np.ndarray) -> np.ndarray:
-        """M⁻¹ @ right, (in, m)."""
-        scaled = self.scale[:, None] * right
-        if self.factor is None:
-            return self.scale[:, None] * solve_cholesky(self.lower, scaled)
-        # Woodbury: (I + E Eᵀ)⁻¹ = I - E (I + EᵀE)⁻¹ Eᵀ.
-        scaled -= self.factor @ solve_cholesky(self.lower, self.factor.T @ scaled)
-        return self.scale[:, None] * scaled
+    def solve(self, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """a = M⁻¹ @ right, (in, m), and aᵀ M a."""
+        solved = self.scale[:, None] * solve_cholesky(self.lower, self.scale[:, None] * right)
+        return solved, solved.T @ right
+
+    def right(self, right: np.ndarray) -> np.ndarray:
+        """What :meth:`solve` solves for."""
+        return right
+
+    def times(self, columns: np.ndarray) -> np.ndarray:
+        """M @ columns, (in, m)."""
+        return self.matrix @ columns
+
+    def square(self, columns: np.ndarray) -> np.ndarray:
+        """columnsᵀ M columns, (m, m)."""
+        return columns.T @ (self.matrix @ columns)
 
 
-def factorised(gram: Gram) -> Metric | None:
-    """``gram`` ready to be solved with; None when it is not positive definite to working precision, or not finite."""
-    diagonal = gram.rest if isinstance(gram, SketchedGram) else gram.diagonal()
-    if not (np.isfinite(diagonal).all() and diagonal.min() > 0):
+@dataclass(frozen=True)
+class SketchedMetric:
+    """M = S⁻¹ (I + E Eᵀ) S⁻¹ with S = diag(``scale``) and ``factor`` E (in, k); ``lower`` (k, k) is the Cholesky factor
+    of K = I + EᵀE.
+    """
+
+    scale: np.ndarray
+    factor: np.ndarray
+    lower: np.ndarray
+
+    def solve(self, coordinates: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """a = M⁻¹ S⁻¹ (E P + H), (in, m), and aᵀ M a; ``coordinates`` is P (k, m), ``rest`` is H (in, m).
+
+        By Woodbury (I + E Eᵀ)⁻¹ (E P + H) = H + E Z with Z = K⁻¹ (P − Eᵀ H), and Eᵀ of that is P − Z: nothing is taken
+        away from what is much larger.
+        """
+        inside = solve_cholesky(self.lower, coordinates - self.factor.T @ rest)
+        scaled = self.factor @ inside
+        scaled += rest
+        outside = coordinates - inside
+        products = scaled.T @ scaled + outside.T @ outside
+        scaled *= self.scale[:, None]
+        return scaled, products
+
+    def right(self, coordinates: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        """What :meth:`solve` solves for: S⁻¹ (E P + H), (in, m)."""
+        return (self.factor @ coordinates + rest) / self.scale[:, None]
+
+    def times(self, columns: np.ndarray) -> np.ndarray:
+        """M @ columns, (in, m)."""
+        unscaled = columns / self.scale[:, None]
+        return (unscaled + self.factor @ (self.factor.T @ unscaled)) / self.scale[:, None]
+
+    def square(self, columns: np.ndarray) -> np.ndarray:
+        """columnsᵀ M columns, (m, m)."""
+        unscaled = columns / self.scale[:, None]
+        seen = self.factor.T @ unscaled
+        return unscaled.T @ unscaled + seen.T @ seen
+
+
+Metric = WholeMetric | SketchedMetric
+
+
+@dataclass(frozen=True)
+class Solved:
+    """An update a b in float64, a (in, r) and b (r, out), and ``products`` aᵀ M a (r, r) in the metric it is cut in."""
+
+    a: np.ndarray
+    b: np.ndarray
+    products: np.ndarray
+
+    def factors(self) -> Factors:
+        """The same in float32, as it is stored."""
+        return Factors(mx.array(self.a.astype(np.float32)), mx.array(self.b.astype(np.float32)))
+
+
+def whole_metric(matrix: np.ndarray) -> WholeMetric | None:
+    """M ready to be solved with; None when it is not positive definite to working precision, or not finite."""
+    scale = _scale(np.diagonal(matrix))
+    lower = None if scale is None else _cholesky(matrix * scale[:, None] * scale[None, :])
+    return None if scale is None or lower is None else WholeMetric(matrix, scale, lower)
+
+
+def sketched_metric(
+    factors: Sequence[np.ndarray], shares: Sequence[float], diagonal: np.ndarray
+) -> SketchedMetric | None:
+    """M = Σ s_t F_t F_tᵀ + diag(``diagonal``) of factors (in, k_t) and shares s_t ≥ 0, as :func:`whole_metric`."""
+    scale = _scale(diagonal)
+    if scale is None:
         return None
-    scale = 1 / np.sqrt(diagonal)
-    if not isinstance(gram, SketchedGram):
-        lower = _cholesky(gram.dense() * scale[:, None] * scale[None, :])
-        return None if lower is None else Metric(gram, scale, lower)
-    factor = scale[:, None] * gram.factor
-    matrix = factor.T @ factor
+    ends = np.cumsum([factor.shape[1] for factor in factors])
+    stacked = np.empty((len(scale), ends[-1]))
+    for factor, share, end in zip(factors, shares, ends, strict=True):
+        np.multiply(factor, (math.sqrt(share) * scale)[:, None], out=stacked[:, end - factor.shape[1] : end])
+    matrix = stacked.T @ stacked
     matrix[np.diag_indices(len(matrix))] += 1
     unit = 1 / np.sqrt(np.diagonal(matrix))
     lower = _cholesky(matrix * unit[:, None] * unit[None, :])
-    return None if lower is None else Metric(gram, scale, lower / unit[:, None], factor)
+    return None if lower is None else SketchedMetric(scale, stacked, lower / unit[:, None])
 
 
-def inner(first: Factors, moment: np.ndarray, second: Factors) -> float:
-    """⟨X a₁b₁, X a₂b₂⟩ / n, from ``moment`` = G a₂ (in, r₂)."""
-    return float(np.sum((float64(first.a).T @ moment) * (float64(first.b) @ float64(second.b).T)))
+def inner(products: np.ndarray, first: Factors, second: Factors) -> float:
+    """⟨X a₁b₁, X a₂b₂⟩ / n, from ``products`` = a₁ᵀ G a₂ (r₁, r₂)."""
+    return float(np.sum(products * (float64(first.b) @ float64(second.b).T)))
 
 
-def truncate_in(gram: Gram, update: Factors, rank: int) -> Truncated:
-    """The update of at most ``rank`` whose outputs are nearest: argmin tr((ΔW − Z)ᵀ M (ΔW − Z)), M = ``gram``.
+def truncate_in(metric: Metric, update: Factors, rank: int) -> Truncated:
+    """The update of at most ``rank`` whose outputs are nearest: argmin tr((ΔW − Z)ᵀ M (ΔW − Z)), M of ``metric``.
 
     With M = L Lᵀ, Z is L⁻ᵀ times the truncated SVD of Lᵀ ΔW. On factors: aᵀMa = C Cᵀ, U the left singular vectors of
     Cᵀb, and Z = a C⁻ᵀ U_k U_kᵀ Cᵀ b. Directions of a that are others' to working precision are left out of C. Columns
@@ -73,18 +145,26 @@ def truncate_in(gram: Gram, update: Factors, rank: int) -> Truncated:
     """
     if update.rank <= rank:
         return Truncated(update, mx.array(0.0), True)
-    a, b = float64(update.a), float64(update.b)
-    inwards, outwards = roots(gram.between(a, a))
+    a = float64(update.a)
+    return truncate_solved(Solved(a, float64(update.b), metric.square(a)), rank)
+
+
+def truncate_solved(update: Solved, rank: int) -> Truncated:
+    """:func:`truncate_in` where aᵀMa is there already."""
+    a, b = update.a, update.b
+    if a.shape[1] <= rank:
+        return Truncated(update.factors(), mx.array(0.0), True)
+    inwards, outwards = roots(update.products)
     outputs = b @ b.T
     values, vectors = _eigh(inwards.T @ outputs @ inwards)
     chosen = vectors[:, :rank]
     left, right = outwards @ chosen, chosen.T @ inwards.T
-    missing = np.eye(update.rank) - left @ right
+    missing = np.eye(a.shape[1]) - left @ right
     discarded = np.sum((missing.T @ (a.T @ a) @ missing) * outputs)
     return _truncated(a @ left, right @ b, float(discarded), values, np.maximum(values, 0.0).sum())
 
 
-def truncate_dense_in(gram: Gram, update: mx.array, rank: int, key: mx.array) -> Truncated:
+def truncate_dense_in(metric: Metric, update: mx.array, rank: int, key: mx.array) -> Truncated:
     """:func:`truncate_in` for a dense (in, out) update: ΔW V_k V_kᵀ, V the eigenvectors of ΔWᵀ M ΔW, (out, out).
 
     Where the outputs are more than ``EXACT_SIDE``, V comes from a randomised range finder with power iterations, as in
@@ -92,15 +172,15 @@ def truncate_dense_in(gram: Gram, update: mx.array, rank: int, key: mx.array) ->
     """
     dense, outputs = float64(update), update.shape[1]
     if outputs <= EXACT_SIDE:
-        values, vectors = _eigh(gram.between(dense, dense))
+        values, vectors = _eigh(metric.square(dense))
         chosen, total = vectors[:, :rank], np.maximum(values, 0.0).sum()
     else:
         basis = float64(mx.random.normal((outputs, min(rank + OVERSAMPLING, *update.shape)), key=key))
         for _ in range(POWER_ITERATIONS + 1):
-            basis, _ = np.linalg.qr(_finite(dense.T @ gram.times(dense @ basis)))
+            basis, _ = np.linalg.qr(_finite(dense.T @ metric.times(dense @ basis)))
         inside = dense @ basis
-        values, vectors = _eigh(gram.between(inside, inside))
-        chosen, total = basis @ vectors[:, :rank], np.sum(dense * gram.times(dense))
+        values, vectors = _eigh(metric.square(inside))
+        chosen, total = basis @ vectors[:, :rank], np.sum(dense * metric.times(dense))
     merged = dense @ chosen
     discarded = np.sum(np.square(dense - merged @ chosen.T))
     return _truncated(merged, chosen.T, float(discarded), values, float(total), outputs <= EXACT_SIDE)
@@ -127,6 +207,11 @@ def solve_cholesky(lower: np.ndarray, right: np.ndarray) -> np.ndarray:
     for block, inverse in zip(reversed(blocks), reversed(inverses), strict=True):
         solved[block] = inverse.T @ (solved[block] - lower[block.stop :, block].T @ solved[block.stop :])
     return solved
+
+
+def _scale(diagonal: np.ndarray) -> np.ndarray | None:
+    """What brings a diagonal to 1; None where it is not positive, or not finite."""
+    return 1 / np.sqrt(diagonal) if np.isfinite(diagonal).all() and diagonal.min() > 0 else None
 
 
 def _cholesky(matrix: np.ndarray) -> np.ndarray | None:

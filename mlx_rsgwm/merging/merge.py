@@ -17,15 +17,14 @@ from mlx_rsgwm.core.random_streams import module_seed
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.data.row_hashes import KEY, record_of
-from mlx_rsgwm.linalg.lowrank import Factors, Truncated, truncate, truncate_dense
-from mlx_rsgwm.linalg.metric import truncate_dense_in, truncate_in
+from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.merging.compressed import compressed_modules
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.measure import Batch, measuring
 from mlx_rsgwm.merging.methods import Method, find_method, needs_directions, resolved, sums, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
-from mlx_rsgwm.merging.pool_metric import output_errors
 from mlx_rsgwm.merging.weights import brought_near_one
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
@@ -100,14 +99,13 @@ def _merged(
         progress.task(f"merge by {options.method}", len(pool.modules)) as advance,
         measuring(rows, by_numpy) as measure_jobs,
     ):
-        for module in _modules(pool, method, options, parameters):
-            compressed = _compressed(module, method.merge(module), rank)
+        modules = _modules(pool, method, options, parameters)
+        for module, compressed in compressed_modules(modules, method, rank, diagnosed):
             a, b = _padded(compressed.factors, rank)
             ranks[module.name] = min(compressed.factors.rank, a.shape[0], b.shape[1])
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale
             batch.arrays += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], module.objections]
             if diagnosed:
-                _note_outputs(module, compressed)
                 rows[module.name] = batch.diagnose(module, compressed)
             allowed[module.name] = _allowance(method, module)
             objections[module.name] = module.objections
@@ -181,24 +179,6 @@ def _mixture_note(method: Method, options: MergeOptions, parameters: Mapping[str
     if not needs_directions(method, parameters) or _role_of_inputs(options) != ALL:
         return []
     return [f"role {options.role} has no directions of its own: those of all roles count, by their tokens"]
-
-
-def _compressed(module: Layer, merged: Factors | mx.array, rank: int) -> Truncated:
-    in_metric = module.parameters.get("truncate") == "metric"
-    if isinstance(merged, Factors):
-        return truncate_in(module.metric.metric.gram, merged, rank) if in_metric else truncate(merged, rank)
-    if in_metric:
-        return truncate_dense_in(module.metric.metric.gram, merged, rank, module.key)
-    return truncate_dense(merged, rank, module.key)
-
-
-def _note_outputs(module: Layer, compressed: Truncated) -> None:
-    """What the result's outputs on the adapters' own inputs are like, where those are known."""
-    if compressed.lost is not None:
-        module.notes["output_discarded"] = compressed.lost
-    if module.grams:
-        errors = output_errors(module.grams, module.factors, compressed.factors, module.metric)
-        module.notes["output_errors"] = errors
 
 
 def _padded(factors: Factors, rank: int) -> tuple[mx.array, mx.array]:

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.linalg.metric import Solved
 from mlx_rsgwm.merging import pool_metric
 from mlx_rsgwm.merging.families import fisher, peft_compat, task_vectors
 from mlx_rsgwm.merging.families import linear as combine
@@ -40,12 +41,13 @@ class Method:
 
     ``survey`` is a pass over the whole pool before it. ``needs``: importance, directions. ``rank``: of the result
     unless the user says, ``highest`` or ``sum`` of the sources'. ``sums``: weights are coefficients, not shares of a
-    mean, so they may sum to zero; ``scales``: they multiply the updates, whatever is made of those. ``check`` finds
+    mean, so they may sum to zero; ``scales``: they multiply the updates, whatever is made of those. ``by_numpy``: it
+    computes with NumPy alone, so that modules can be computed in threads. ``check`` finds
     what is wrong with parameters together, each being in its range. ``remedy``: what to change when the result comes
     out too small or too large.
     """
 
-    merge: Callable[[Layer], Factors | mx.array]
+    merge: Callable[[Layer], Factors | Solved | mx.array]
     summary: str
     source: str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class Method:
     rank: str = "highest"
     sums: bool = False
     scales: bool = False
+    by_numpy: bool = False
     check: Callable[[Mapping[str, Any]], list[str]] | None = None
     remedy: str = "leave out the adapter that opposes the others, give other weights, or use another method"
 
@@ -232,6 +235,7 @@ _TABLE: Mapping[str, Method] = MappingProxyType(
             "Jin et al., 2023; fusion_bench regmean",
             REGMEAN,
             needs=("directions",),
+            by_numpy=True,
             remedy="set a larger ridge (--set ridge=0.01), or collect directions on more rows",
         ),
         "knots": Method(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -10,9 +11,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.linalg.gram import Gram, added, float64, no_gram, total
+from mlx_rsgwm.linalg.gram import Gram, Moment, SketchedGram, added, float64, no_gram
 from mlx_rsgwm.linalg.lowrank import Factors
-from mlx_rsgwm.linalg.metric import Metric, factorised, inner
+from mlx_rsgwm.linalg.metric import (
+    Metric,
+    SketchedMetric,
+    Solved,
+    WholeMetric,
+    inner,
+    sketched_metric,
+    whole_metric,
+)
 from mlx_rsgwm.merging.parameters import Parameter
 
 RAISES = 5  # of the ridge, tenfold each, before second moments are given up
@@ -59,16 +68,27 @@ class ModuleGrams(Sequence[Gram]):
 
 @dataclass(frozen=True)
 class PoolMetric:
-    """``metric`` M = Σ w_t Ḡ_t; ``seen`` [w_1 Ḡ_1 a_1 … w_T Ḡ_T a_T], (in, Σ r) float64; ``moments`` the T G_t a_t;
-    ``outputs`` the T ‖X_t ΔW_t‖²_F / n; ``weights`` the w_t; ``ridge`` the one in Ḡ_t.
+    """``metric`` M = Σ w_t Ḡ_t; ``right`` [w_1 Ḡ_1 a_1 … w_T Ḡ_T a_T] (in, Σ r) in the form that ``metric`` solves for;
+    ``moments`` what products with the a_t take of the G_t; ``outputs`` the T ‖X_t ΔW_t‖²_F / n; ``weights`` the w_t;
+    ``ridge`` the one in Ḡ_t.
     """
 
     metric: Metric
-    seen: np.ndarray
-    moments: tuple[np.ndarray, ...]
+    right: tuple[np.ndarray, ...]
+    moments: tuple[Moment, ...]
     outputs: tuple[float, ...]
     weights: tuple[float, ...]
     ridge: float
+
+    def solution(self, factors: Sequence[Factors]) -> Solved:
+        """M⁻¹ Σ w_t Ḡ_t a_t b_t of the T updates, of rank Σ r."""
+        a, products = self.metric.solve(*self.right)
+        return Solved(a, stacked_b(factors), products)
+
+
+def stacked_b(factors: Sequence[Factors]) -> np.ndarray:
+    """The T updates' b one below the other, (Σ r, out) float64."""
+    return np.concatenate([float64(update.b) for update in factors], axis=0)
 
 
 def pool_metric(
@@ -89,15 +109,18 @@ def pool_metric(
         RsgwmError: the second moments are zero or not finite.
     """
     settled = {key: parameters.get(key, parameter.default) for key, parameter in PARAMETERS.items()}
-    moments = tuple(gram.times(update.a) for gram, update in zip(grams, factors, strict=True))
-    outputs = tuple(inner(update, moment, update) for update, moment in zip(factors, moments, strict=True))
+    moments = tuple(gram.moment(update.a) for gram, update in zip(grams, factors, strict=True))
+    outputs = tuple(
+        inner(gram.between(moment, moment), update, update)
+        for gram, moment, update in zip(grams, moments, factors, strict=True)
+    )
     balanced = _balanced(weights, outputs) if settled["balance"] == "relative" else tuple(weights)
     ridge = settled["ridge"]
+    summed = _sketched if stay_sketched(grams) else _whole
     for _ in range(RAISES):
-        columns: list[np.ndarray] = []
-        parts = _regularised(grams, factors, balanced, moments, settled["off_diagonal"], ridge, columns)
-        if (metric := factorised(total(parts))) is not None:
-            return PoolMetric(metric, np.concatenate(columns, axis=1), moments, outputs, balanced, ridge)
+        metric, right = summed(grams, moments, balanced, settled["off_diagonal"], ridge)
+        if metric is not None:
+            return PoolMetric(metric, right, moments, outputs, balanced, ridge)
         ridge = max(10 * ridge, 1e-7)
     raise RsgwmError(
         f"{name}: the second moments of its inputs are singular or not finite; collect them on more rows "
@@ -109,10 +132,10 @@ def output_errors(grams: Sequence[Gram], factors: Sequence[Factors], merged: Fac
     """‖X_t (ΔW − ΔW_t)‖² / ‖X_t ΔW_t‖² of the T adapters, (T,) float32; 0 where an adapter has no output here."""
     errors = []
     a = float64(merged.a)
-    outputs = float64(merged.b) @ float64(merged.b).T
     for gram, update, moment, output in zip(grams, factors, metric.moments, metric.outputs, strict=True):
-        error = float(np.sum(gram.between(a, a) * outputs)) - 2 * inner(merged, moment, update) + output
-        errors.append(max(error, 0.0) / output if output > 0 else 0.0)
+        own = gram.moment(a)
+        square, cross = inner(gram.between(own, own), merged, merged), inner(gram.between(own, moment), merged, update)
+        errors.append(max(square - 2 * cross + output, 0.0) / output if output > 0 else 0.0)
     return mx.array(errors)
 
 
@@ -127,17 +150,49 @@ def _balanced(weights: Sequence[float], outputs: Sequence[float]) -> tuple[float
     return tuple(weight / size for weight, size in zip(weights, sizes, strict=True))
 
 
-def _regularised(
-    grams: Sequence[Gram],
-    factors: Sequence[Factors],
-    weights: Sequence[float],
-    moments: Sequence[np.ndarray],
-    off_diagonal: float,
-    ridge: float,
-    columns: list[np.ndarray],
-) -> Iterator[Gram]:
-    """The w_t Ḡ_t in turn; w_t Ḡ_t a_t is put into ``columns``."""
-    for gram, update, weight, moment in zip(grams, factors, weights, moments, strict=True):
+def stay_sketched(grams: Sequence[Gram]) -> bool:
+    """Whether all are sketches, and their columns together fewer than the inputs."""
+    columns = 0
+    for gram in grams:
+        if not isinstance(gram, SketchedGram):
+            return False
+        columns += gram.factor.shape[1]
+    return columns < grams[0].width
+
+
+def _sketched(
+    grams: Sequence[Any], moments: Sequence[Moment], weights: Sequence[float], off_diagonal: float, ridge: float
+) -> tuple[SketchedMetric | None, tuple[np.ndarray, ...]]:
+    """Σ w_t Ḡ_t of sketches, and the w_t Ḡ_t a_t as P, in blocks, and H of :class:`SketchedMetric`."""
+    shares = [weight * off_diagonal for weight in weights]
+    diagonals = [
+        weight * (off_diagonal * gram.rest + added(gram, off_diagonal, ridge))
+        for gram, weight in zip(grams, weights, strict=True)
+    ]
+    metric = sketched_metric([gram.factor for gram in grams], shares, np.sum(diagonals, axis=0))
+    if metric is None:
+        return None, ()
+    rows = np.cumsum([0, *(len(moment.image) for moment in moments)])
+    columns = np.cumsum([0, *(moment.columns.shape[1] for moment in moments)])
+    coordinates, rest = np.zeros((rows[-1], columns[-1])), np.empty((grams[0].width, columns[-1]))
+    for t, (share, moment, diagonal) in enumerate(zip(shares, moments, diagonals, strict=True)):
+        own = slice(columns[t], columns[t + 1])
+        coordinates[rows[t] : rows[t + 1], own] = math.sqrt(share) * moment.image
+        np.multiply(moment.columns, (diagonal * metric.scale)[:, None], out=rest[:, own])
+    return metric, (coordinates, rest)
+
+
+def _whole(
+    grams: Sequence[Gram], moments: Sequence[Moment], weights: Sequence[float], off_diagonal: float, ridge: float
+) -> tuple[WholeMetric | None, tuple[np.ndarray, ...]]:
+    """Σ w_t Ḡ_t as a matrix, read one after the other, and the w_t Ḡ_t a_t."""
+    total: np.ndarray | None = None
+    columns = []
+    for gram, moment, weight in zip(grams, moments, weights, strict=True):
         diagonal = added(gram, off_diagonal, ridge)
-        columns.append(weight * (off_diagonal * moment + diagonal[:, None] * float64(update.a)))
-        yield gram.regularised(weight, off_diagonal, ridge)
+        columns.append(weight * (off_diagonal * gram.product(moment) + diagonal[:, None] * moment.columns))
+        matrix = gram.dense() * (weight * off_diagonal)
+        matrix[np.diag_indices(gram.width)] += weight * diagonal
+        total = matrix if total is None else np.add(total, matrix, out=total)
+    assert total is not None
+    return whole_metric(total), (np.concatenate(columns, axis=1),)

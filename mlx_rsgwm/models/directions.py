@@ -82,7 +82,7 @@ class RoleGrams(Mapping[str, Gram]):
 
     def _read(self, owner: str) -> Gram:
         means = {leaf: self._mean(f"{owner}.{leaf}") for leaf in self._forms[owner]}
-        if not all(mx.all(mx.isfinite(mean)).item() for mean in means.values()):
+        if not all(np.isfinite(np.array(mean, copy=False)).all() for mean in means.values()):
             raise AdapterError(f"{self._where}: the directions of {owner} are not finite; collect them anew")
         if "gram" in means:
             return WholeGram(float64(means["gram"]))
@@ -97,6 +97,8 @@ class RoleGrams(Mapping[str, Gram]):
         names = {role: f"{role}/{name}" for role in self._shares}
         if not all(stored in self._arrays for stored in names.values()):
             self._arrays = self._load()
+        if len(names) == 1:
+            return self._arrays.pop(*names.values())
         parts = [self._arrays.pop(stored) * self._shares[role] for role, stored in names.items()]
         total = parts[0]
         for part in parts[1:]:

@@ -28,7 +28,7 @@ def sketched(x: np.ndarray, rank: int, seed: int = 1) -> tuple[np.ndarray, Sketc
 
 
 def dense(gram: SketchedGram) -> np.ndarray:
-    return gram.times(np.eye(gram.width))
+    return gram.product(gram.moment(np.eye(gram.width)))
 
 
 @pytest.mark.parametrize("rank", [8, 16, 32])
@@ -50,7 +50,7 @@ def test_more_columns_miss_less() -> None:
 
 def test_the_diagonal_is_the_whole_matrix_s() -> None:
     whole, gram = sketched(inputs(96), 8)
-    np.testing.assert_allclose(np.array(gram.diagonal()), np.diag(whole), rtol=1e-5)
+    np.testing.assert_allclose(np.array(gram.diagonal), np.diag(whole), rtol=1e-5)
     np.testing.assert_allclose(np.diag(dense(gram)), np.diag(whole), rtol=1e-5)
 
 
@@ -63,14 +63,14 @@ def test_every_input_direction_of_a_low_rank_moment_is_kept_exactly() -> None:
 
 def test_products_are_those_of_the_dense_matrix() -> None:
     _, gram = sketched(inputs(64), 16)
-    columns = np.random.default_rng(2).standard_normal((64, 5))
-    np.testing.assert_allclose(
-        np.array(gram.times(mx.array(columns.astype(np.float32)))), dense(gram) @ columns, rtol=1e-4
-    )
-    matrix = dense(gram)
-    same = WholeGram(matrix)
-    np.testing.assert_allclose(np.array(same.times(mx.array(columns.astype(np.float32)))), matrix @ columns, rtol=1e-4)
-    np.testing.assert_allclose(np.array(same.diagonal()), np.array(gram.diagonal()))
+    matrix = gram.dense()
+    np.testing.assert_allclose(matrix, dense(gram), rtol=1e-9, atol=1e-12)
+    left, right = (np.random.default_rng(2).standard_normal((64, count)) for count in (3, 5))
+    for each in (gram, WholeGram(matrix)):
+        moments = each.moment(left), each.moment(mx.array(right.astype(np.float32)))
+        np.testing.assert_allclose(each.between(*moments), left.T @ matrix @ right, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(each.product(moments[0]), matrix @ left, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(each.diagonal, np.diag(matrix))
 
 
 def test_sketches_of_parts_add_up_to_that_of_all_rows() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.linalg.gram import Gram, WholeGram, float64, from_sketch, no_gram, test_matrix
+from mlx_rsgwm.merging import compressed
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions, Override
 from mlx_rsgwm.merging.pool import Pool
@@ -124,6 +125,16 @@ def test_balanced_adapters_of_unequal_norms_keep_more_of_the_small_one(inputs):
         for how in ("relative", "equal")
     }
     assert small["relative"] < 0.6 * small["equal"]
+
+
+def test_modules_computed_in_threads_are_the_same(inputs, monkeypatch):
+    adapters = [adapter(0), adapter(1, 8.0), adapter(2)]
+    threaded = merge(adapters, MergeOptions("regmean", rank=5))
+    monkeypatch.setattr(compressed, "THREADED_ENTRIES", 0)
+    alone = merge(adapters, MergeOptions("regmean", rank=5))
+    for name, value in threaded.weights.items():
+        np.testing.assert_array_equal(np.array(value), np.array(alone.weights[name]))
+    assert threaded.manifest["merge"]["diagnosis"] == alone.manifest["merge"]["diagnosis"]
 
 
 def test_an_adapter_without_the_module_leaves_it_to_the_others(inputs):

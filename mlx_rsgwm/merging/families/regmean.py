@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.linalg.gram import float64
-from mlx_rsgwm.linalg.lowrank import Factors
-from mlx_rsgwm.linalg.metric import roots
+from mlx_rsgwm.linalg.metric import Solved, roots
 from mlx_rsgwm.merging import pool_metric
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.parameters import Parameter
+from mlx_rsgwm.merging.pool_metric import stacked_b
 
 PARAMETERS: Mapping[str, Parameter] = {
     **pool_metric.PARAMETERS,
@@ -24,7 +23,7 @@ PARAMETERS: Mapping[str, Parameter] = {
 }
 
 
-def regmean(layer: Layer) -> Factors:
+def regmean(layer: Layer) -> Solved:
     """ΔW = (Σ w_t Ḡ_t)⁻¹ Σ w_t Ḡ_t ΔW_t, the least-squares solution for Σ w_t ‖X_t ΔW − X_t ΔW_t‖²
     (Jin et al., 2023, arXiv 2212.09849).
 
@@ -43,10 +42,10 @@ def regmean(layer: Layer) -> Factors:
     """
     metric = layer.metric
     layer.notes["ridge"] = mx.array(metric.ridge)
-    b = mx.concatenate([update.b for update in layer.factors], axis=0)
     if layer.parameters.get("source") != "span":
-        return Factors(mx.array(metric.metric.solve(metric.seen).astype(np.float32)), b)
-    a = np.concatenate([float64(update.a) for update in layer.factors], axis=1)
+        return metric.solution(layer.factors)
+    a = np.concatenate([moment.columns for moment in metric.moments], axis=1)
     # (aᵀMa)⁻¹ aᵀ [w_t Ḡ_t a_t]; what of a is linearly dependent adds nothing to the span.
-    _, outwards = roots(metric.metric.gram.between(a, a))
-    return Factors(mx.array((a @ (outwards @ (outwards.T @ (a.T @ metric.seen)))).astype(np.float32)), b)
+    _, outwards = roots(metric.metric.square(a))
+    inside = outwards.T @ (a.T @ metric.metric.right(*metric.right))
+    return Solved(a @ (outwards @ inside), stacked_b(layer.factors), inside.T @ inside)

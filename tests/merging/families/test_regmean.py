@@ -7,11 +7,21 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.linalg.gram import Gram, SketchedGram, WholeGram, float64, from_sketch, no_gram, test_matrix
+from mlx_rsgwm.linalg.gram import Gram, WholeGram, float64, from_sketch, no_gram, test_matrix
 from mlx_rsgwm.linalg.lowrank import Factors
-from mlx_rsgwm.merging.families.regmean import regmean
+from mlx_rsgwm.linalg.metric import SketchedMetric, WholeMetric
+from mlx_rsgwm.merging.families.regmean import regmean as solved_regmean
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.pool_metric import LARGEST_RATIO, output_errors
+
+
+def regmean(module: Layer) -> Factors:
+    """The update that is stored, once its products aᵀMa are seen to be those of the metric."""
+    solved = solved_regmean(module)
+    expected = module.metric.metric.square(solved.a)
+    assert np.abs(solved.products - expected).max() <= 1e-6 * np.abs(expected).max()
+    return solved.factors()
+
 
 EQUAL = {"balance": "equal", "off_diagonal": 1.0, "ridge": 1e-6}
 
@@ -86,7 +96,7 @@ def test_formula(rank, off_diagonal, weights, ridge):
     assert found.rank == 10
     close(found.dense(), reference(products, [dense(g) for g in module.grams], weights, off_diagonal, ridge), 1e-5)
     assert module.notes["ridge"].item() == pytest.approx(ridge)
-    assert isinstance(module.metric.metric.gram, SketchedGram if rank else WholeGram)
+    assert isinstance(module.metric.metric, SketchedMetric if rank else WholeMetric)
 
 
 def test_unequal_ranks_and_a_missing_module_in_sketches():
@@ -97,7 +107,7 @@ def test_unequal_ranks_and_a_missing_module_in_sketches():
     module = layer_of([*factors, absent], [*grams, no_gram(96)], balance="relative")
     expected = reference(products, [dense(gram) for gram in grams], module.metric.weights[:-1], 1.0, 1e-6)
     found = regmean(module)
-    assert isinstance(module.metric.metric.gram, SketchedGram)
+    assert isinstance(module.metric.metric, SketchedMetric)
     close(found.dense(), expected, 1e-5)
     assert output_errors(module.grams, module.factors, found, module.metric)[-1].item() == 0
 
@@ -106,6 +116,15 @@ def test_sketches_of_all_columns_are_the_whole_matrices():
     factors, _, data = make(np.random.default_rng(3), inputs=48, tokens=300)
     sketched, whole = (regmean(module_of(factors, data, rank=rank)).dense() for rank in (48, 0))
     close(sketched, np.array(whole).astype(np.float64), 1e-5)
+
+
+def test_sketches_and_whole_matrices_together():
+    factors, products, data = make(np.random.default_rng(9))
+    grams = [gram_of(x, rank) for x, rank in zip(data, (6, 0, 4), strict=True)]
+    module = layer_of(factors, grams, (2.0, 0.5, 1.0), off_diagonal=0.7, ridge=1e-2)
+    expected = reference(products, [dense(gram) for gram in grams], (2.0, 0.5, 1.0), 0.7, 1e-2)
+    close(regmean(module).dense(), expected, 1e-5)
+    assert isinstance(module.metric.metric, WholeMetric)
 
 
 def test_is_the_least_squares_solution():
