@@ -270,3 +270,31 @@ def test_what_verifiers_are_called():
     assert [*roles_of([adapter("x/a"), adapter("x/drafter")])] == ["x/a", "x/drafter"]
     loose = [Adapter(LoraSpec(2, 1.0, 0.0, ("q",), -1), {}) for _ in range(2)]
     assert [*roles_of(loose)] == ["verifier 1", "verifier 2"]
+
+
+def test_a_learned_rule_is_fitted_and_then_used(base, pool_of_three, tmp_path, monkeypatch):
+    import mlx_rsgwm as rs
+    from mlx_rsgwm.data.synthetic import generate
+    from mlx_rsgwm.evaluation import judging
+    from mlx_rsgwm.evaluation.records import DraftRecord
+
+    def judge(question, draft, scores, *more):
+        return DraftRecord(draft.text, "1", len(draft.text) % 2 == 0, scores)
+
+    monkeypatch.setattr(judging, "judge", judge)
+    monkeypatch.setenv("RSGWM_CACHE", str(tmp_path / "cache"))
+    drafter, folders = pool_of_three
+    pair = {"verifier": folders, "base": base, "combine": "learned", "max_tokens": 5, "attempts": 2}
+    with pytest.raises(RsgwmError, match="the learned rule has to be fitted first"):
+        rs.open_pipeline(drafter, **pair)
+    pipeline = rs.open_pipeline(drafter, **pair, calibration=None)
+    calibration = rs.calibrate(pipeline, generate("change", 16, 3, "calibration"))
+    assert calibration.score in calibration.learned
+    answer = pipeline.answer(QUESTION)
+    again = rs.open_pipeline(drafter, **{**pair, "verifier": folders[::-1]})
+    assert again.calibration == calibration
+    assert again.answer(QUESTION) == answer
+    with pytest.raises(RsgwmError, match="a pool whose rule is learned, not max"):
+        rs.open_pipeline(drafter, folders, base, calibration=calibration)
+    with pytest.raises(RsgwmError, match="not of a pool of 2 adapters"):
+        rs.open_pipeline(drafter, **{**pair, "verifier": folders[:2]}, calibration=calibration)
