@@ -39,7 +39,7 @@ from mlx_rsgwm.data.arithmetic_runs import (
     unmeant,
 )
 from mlx_rsgwm.data.arithmetic_tokens import MAX_TEXT, READINGS, Token, normalised, tokens_of
-from mlx_rsgwm.data.arithmetic_units import converted, excuse
+from mlx_rsgwm.data.arithmetic_units import converted, excuse, noun
 from mlx_rsgwm.data.numbers import decimals_needed
 
 
@@ -61,7 +61,7 @@ _ANNOTATION = re.compile(r"<<([^<>\n]{1,200})>>")
 _WAYS = (Way(), Way("relative"), Way(loose=True))
 _OWN = re.compile(
     r"(?<!\w)[a-zA-Z]\s*\$?(?:[*×∗⋆★@#◊]|\\(?:star|ast|times|diamond|oplus|otimes)\b)"
-    r"\s*\$?[a-zA-Z]\s*\$?\s*(?:=|to mean|is defined)"
+    r"\s*\$?[a-zA-Z]\s*\$?\s*(?:=|(?:to )?means?\b|denotes\b|stands for|be\b|is (?:defined|given))"
 )
 
 
@@ -233,6 +233,8 @@ def _check_units(left: Node, right: Node, a: Fraction, b: Fraction) -> None:
         if evaluate(left, Way(), sizes=True) == evaluate(right, Way(), sizes=True):
             raise Unreadable
         return
+    if b == 1 and isinstance(right, Literal) and not right.unit and _is_rate(left):
+        raise Unreadable
     added = [number.unit for number in (*terms(left), *terms(right))]
     if excuse(added, [number.unit for number in numbers], a / b if b else None):
         raise Unreadable
@@ -244,7 +246,7 @@ def _check_habits(left: Node, right: Node, a: Fraction, b: Fraction) -> None:
     Raises:
         Unreadable: a share of something ("4/7 = $24"), or a step between two computations that was rounded.
     """
-    if _is_share(left) and (isinstance(left, Literal) or _counts(right)):
+    if _is_share(left) and (isinstance(left, Literal) or _counts(right) or (isinstance(right, Operation) and b >= 1)):
         raise Unreadable
     if isinstance(left, Literal) and len(left.unit) > 1:
         raise Unreadable  # "then 60 kW would cost = …"
@@ -261,6 +263,14 @@ def _is_share(node: Node) -> bool:
     top, bottom = node.operands[0], node.operands[-1]
     plain = isinstance(top, Literal) and isinstance(bottom, Literal) and not top.unit and not bottom.unit
     return node.sign == "/" and plain and abs(evaluate(node, Way())) < 1
+
+
+def _is_rate(node: Node) -> bool:
+    """One thing in another: "8 miles/1 hour", which a text that converts units says to be 1."""
+    if isinstance(node, Literal) or node.sign != "/":
+        return False
+    nouns = [noun(side.unit) for side in node.operands if isinstance(side, Literal) and side.unit]
+    return len(nouns) == 2 and nouns[0] != nouns[1]
 
 
 def _counts(node: Node) -> bool:

@@ -45,9 +45,11 @@ _TAKEN_BACK = re.compile(
     r"|(?:wrong|false|incorrect)\b"
     r"|\\?p?mod\b|remainder\b|rem\b|rest\b|reste\b|resto\b|остаток\b|余|r\s?\d|rounded|rounding|round\b|approx|about"
     r"|or so|gerundet|arrondi|more than|less than|fewer than|times (?:more|less|as)|in (?:binary|base)|\(mod"
+    r"|(?:(?:with|and) )?\d+ (?:\w+ )?(?:remain(?:s|ing|der)?|left over|leftover|over)\b"
     r"|(?:a|p)\.?m\b|o['’]clock|!\s?[=+*/-]|:\s?\d|\.\(|\.\\|squared|cubed|to the)",
     re.IGNORECASE,
 )
+_LISTED = re.compile(r"[(\[{].*,.*[)\]}]", re.DOTALL)
 OTHER_SYSTEM = re.compile(
     r"\b(?:binary|hexadecimal|octal|modulo|mod|base[- ]?(?:\d+|two|eight|ten|sixteen))\b", re.IGNORECASE
 )
@@ -169,6 +171,9 @@ def unmeant(text: str, tokens: Sequence[Token], left: Run, right: Run) -> bool:
         or re.match(r"[^\n.;]{0,40}\b(?:in binary|in base|mod \d)", text[end:])
     ):
         return True
+    listed = [side for run in (left, right) if _LISTED.fullmatch(side := _written(text, tokens, run))]
+    if len(listed) == 2 or any(side[0] != "(" for side in listed):
+        return True  # intervals and points: "[-11 + 1, 3 + 1] = [-10, 4]"
     units = {
         word.lower() for run in (left, right) if run.node for literal in literals(run.node) for word in literal.unit
     }
@@ -181,9 +186,13 @@ def unmeant(text: str, tokens: Sequence[Token], left: Run, right: Run) -> bool:
     return any(_is_range(text, tokens, run) for run in (left, right))
 
 
+def _written(text: str, tokens: Sequence[Token], run: Run) -> str:
+    return text[tokens[run.first].start : tokens[run.end - 1].end]
+
+
 def _is_range(text: str, tokens: Sequence[Token], run: Run) -> bool:
     """ "2-4 people", "pages 5–10", "5/10/2024"."""
-    written = text[tokens[run.first].start : tokens[run.end - 1].end]
+    written = _written(text, tokens, run)
     if re.fullmatch(r"\d{1,2}/\d{1,2}/(?:19|20)\d\d", written) or re.match(r"\d{3}-\d{4}\b", written):
         return True
     match = re.match(r"(\d+)[-–](\d+)(?![\d.,/*×+])", written)

@@ -61,6 +61,7 @@ _LATEX = tuple(
         (r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))", "\u00a0"),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?", ""),
         (r"\\[,;:! ()]|\\(?:displaystyle|q?quad|boxed|fbox|phantom)(?![a-zA-Z])|[&~]", " "),
+        (r"(?<![\w.])\.\$(?=\d)", "$."),  # ".$500 = \\frac{1}{2}$": the point is the number's
         (r"(?<!\\)\$+", " "),
         (r"\\([$%#])", r"\1"),
         (r"\\(?:times|cdot|ast)(?![a-zA-Z])", "×"),

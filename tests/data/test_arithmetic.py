@@ -91,6 +91,9 @@ def test_the_reason_is_the_equation() -> None:
 def test_where_the_question_gives_a_sign_another_meaning_nothing_is_claimed() -> None:
     assert _texts("3 * 4 = 25") == ["3 * 4 = 25"]
     assert false_equations("3 * 4 = 25", "Let a * b = a^2 + b^2. What is 3 * 4?") == []
+    means = r"$P$ and $Q$ are numbers, and $P \ast Q$ means $\cfrac{P+Q}{2}$. What is $6 \ast 8$?"
+    assert false_equations(r"$6 \ast 8 = \cfrac{6+8}{2}$", means) == []
+    assert false_equations("3 * 4 = 24", "Let a * b be twice the product. What is 3 * 4?") == []
     assert false_equations("12 + 3 = 20", "What is 12 + 3 in base 5?") == []
 
 
