@@ -51,7 +51,7 @@ slow: $(VENV)/.test openblas  ## run the long proofs
 	$(RUN) $(BIN)/python -m pytest -m slow
 
 faults: $(VENV)/.test openblas  ## kill -9 at fifty moments, then thousands of malformed files
-	$(RUN) $(BIN)/python -m pytest -m slow tests/test_faults.py tests/malformed
+	$(RUN) $(BIN)/python -m pytest -m slow tests/faults tests/malformed
 
 coverage: $(VENV)/.test openblas  ## run the tests and say which lines they reach; below 90 % fails
 	RSGWM_ALL_PEERS=1 $(RUN_TESTS) $(BIN)/python -m coverage run -m pytest -m "not slow"

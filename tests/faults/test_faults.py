@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import resource
@@ -18,22 +17,16 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-import yaml
-from click.testing import CliRunner
 
-from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import LOCK_FILE, exclusive
 from mlx_rsgwm.core.safetensors_io import write_safetensors
 from mlx_rsgwm.models import adapter as adapters
 from mlx_rsgwm.models.adapter import Adapter
+from tests.faults.conftest import run
 
 PROGRAM = "import sys; from mlx_rsgwm.cli.main import main; sys.argv[0] = 'rsgwm'; main()"
-
-
-def run(*arguments):
-    return CliRunner().invoke(rsgwm, [*map(str, arguments), "--quiet"])
 
 
 def one_line(result):
@@ -41,41 +34,6 @@ def one_line(result):
     assert result.exit_code == 2, (result.exit_code, result.stderr[-2000:])
     assert result.stderr.count("\n") == 1, result.stderr
     return result.stderr.removeprefix("rsgwm: error: ").strip()
-
-
-@pytest.fixture(scope="module")
-def work(tiny_base, tmp_path_factory):
-    """Corpora, a pool of two adapters, its drafter and verifier, questions, a recipe."""
-    from mlx_rsgwm.data.corpus import make_rows, save_corpus
-    from mlx_rsgwm.data.select import questions_for
-    from mlx_rsgwm.data.template import TEMPLATES
-    from mlx_rsgwm.models.base import load_base
-    from mlx_rsgwm.training.config import TrainConfig
-    from mlx_rsgwm.training.loop import train
-
-    folder = tmp_path_factory.mktemp("work")
-    base = load_base(str(tiny_base), dtype="float32")
-    config = TrainConfig(rank=4, alpha=8.0, keys=("self_attn.q_proj", "self_attn.v_proj"), learning_rate=1e-2)
-    for task in ("change", "groups"):
-        rows = make_rows(questions_for(task, "train", 16, 0, None), 8, 8, 0)
-        corpus = save_corpus(folder / "corpus" / task, rows, TEMPLATES["plain"], {"seed": 0})
-        train(base, corpus, config).save(folder / "pool" / task)
-    rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(6)]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = {
-        "name": "tiny",
-        "base": str(tiny_base),
-        "data": {"tasks": ["change", "groups"], "rows": 24, "verify_share": 0.5, "calibration_items": 2},
-        "train": {"rank": 4, "alpha": 8, "batch_size": 4, "learning_rate": 1e-2},
-        "loop": {"attempts": 2, "max_tokens": 6, "threshold": "auto"},
-        "evaluate": {"items": 3, "timed": 0},
-        "export": {"parity": False},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    for role in ("draft", "verify"):
-        done = run("merge", folder / "pool/change", folder / "pool/groups", "--role", role, "--out", folder / role)
-        assert done.exit_code == 0, done.stderr
-    return folder
 
 
 def commands(work, base, out):
@@ -317,7 +275,7 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(work, tmp_path)
 
 def test_no_measurement_follows_the_clock_on_the_wall():
     """Durations come from clocks that no one sets: a jump of the system's time changes nothing that is written."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     sources = [file for top in ("mlx_rsgwm", "converters", "cli", "bench") for file in (root / top).rglob("*.py")]
     assert len(sources) > 100
     assert [str(file) for file in sources if "time.time()" in file.read_text() or "datetime" in file.read_text()] == []
