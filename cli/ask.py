@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.console import Console, check_text, common_options, read_standard_input
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import PATH
 from mlx_rsgwm.cli.options.loop import build_pipeline, loop_options
@@ -49,7 +48,7 @@ def ask(console: Console, question: str | None, path: Path | None, batch_rows: i
         asked = _questions(path)
         _answer_all(console, build_pipeline(console, loop), asked, batch_rows)
         return
-    text = sys.stdin.read() if question == "-" else str(question)
+    text = read_standard_input() if question == "-" else str(question)
     if not text.strip():
         raise RsgwmError("the question is empty")
     console.result(_answer_one(console, build_pipeline(console, loop), text.strip()))
@@ -78,8 +77,9 @@ def chat(console: Console, **loop: Any) -> None:
         if not text:
             break
         try:
+            check_text(text, "the question")
             answer = _answer_one(console, pipeline, text)
-        except RsgwmError as error:
+        except (RsgwmError, click.UsageError) as error:
             console.line(str(error))
             continue
         except KeyboardInterrupt:
@@ -166,7 +166,7 @@ def _questions(path: Path) -> list[Asked]:
     from mlx_rsgwm.data.question_files import is_question_file, read_question_rows
 
     if str(path) == "-" or not is_question_file(path.name):
-        text = sys.stdin.read() if str(path) == "-" else read_text(path)
+        text = read_standard_input() if str(path) == "-" else read_text(path)
         if text.lstrip().startswith(("{", "[{")):
             raise RsgwmError(f"{path} holds JSON, not one question a line; name it .jsonl or .json")
         asked = [("", line.strip()) for line in text.split("\n") if line.strip()]

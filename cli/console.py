@@ -16,8 +16,37 @@ from typing import Any
 
 import click
 
-from mlx_rsgwm.core.progress import Advance, LineProgress, Progress
+from mlx_rsgwm.core.progress import Advance, LineProgress, Progress, printable
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
+
+
+def show(text: str, err: bool = False) -> None:
+    """Print a text, whoever wrote it, on standard output or standard error."""
+    click.echo(printable(text), err=err)
+
+
+def read_standard_input(largest: int = 64 << 20) -> str:
+    """The UTF-8 text on standard input, of at most ``largest`` bytes: what is piped there may never end.
+
+    Raises:
+        RsgwmError: it cannot be read, holds more, or is no text.
+    """
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.files import decode_text
+
+    try:
+        data = sys.stdin.buffer.read(largest + 1)
+    except (OSError, ValueError) as error:
+        raise RsgwmError(f"cannot read standard input: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > largest:
+        raise RsgwmError(f"standard input holds more than {largest >> 20} MB; give a file")
+    return decode_text(data, "standard input")
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuse bytes that are no text, which Python hands on as half characters: no tokenizer takes those."""
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise click.UsageError(f"{what} is not UTF-8 text: {printable(text)[:80]}")
 
 
 @dataclass(frozen=True)
@@ -35,7 +64,7 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Print text for people (it may hold newlines)."""
-        click.echo(text, err=self.json)
+        show(text, err=self.json)
 
     def result(self, mapping: Mapping[str, Any]) -> None:
         """Print the command's result as JSON, with ``--json`` only. Call it once, at the end.
@@ -44,7 +73,7 @@ class Console:
         """
         if not self.json:
             return
-        click.echo(json.dumps(mapping, ensure_ascii=False, allow_nan=False, default=os.fspath))
+        show(json.dumps(mapping, ensure_ascii=False, allow_nan=False, default=os.fspath))
         context = click.get_current_context(silent=True)
         if context is not None and isinstance(context.obj, dict):
             context.obj["result_printed"] = True  # a later failed check must not print a second object
@@ -62,7 +91,7 @@ class WarningsOnly(Progress):
 
     def warning(self, text: str) -> None:
         """Print one line on standard error."""
-        click.echo(text, err=True)
+        show(text, err=True)
 
 
 class BarProgress(Progress):
@@ -85,7 +114,7 @@ class BarProgress(Progress):
 
     def message(self, text: str) -> None:
         """Print above the bars."""
-        self._bars.console.print(text, markup=False, highlight=False)
+        self._bars.console.print(printable(text), markup=False, highlight=False)
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
@@ -94,10 +123,10 @@ class BarProgress(Progress):
             self._bars.start()
         self._open += 1
         started = time.monotonic()
-        bar = self._bars.add_task(label, total=total, note="")
+        bar = self._bars.add_task(printable(label), total=total, note="")
 
         def advance(units: int, note: str = "") -> None:
-            self._bars.update(bar, advance=units, note=note)
+            self._bars.update(bar, advance=units, note=printable(note))
 
         try:
             yield advance
@@ -132,6 +161,9 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
                 context.obj["verbose"] = True  # a foreseen error then shows its traceback, too
         source = context.get_parameter_source("seed")
         given = source not in (None, click.core.ParameterSource.DEFAULT)
+        for name, value in options.items():
+            for text in value if isinstance(value, tuple) else (value,):
+                check_text(text if isinstance(text, str) else "", name)
         if any(isinstance(options.get(name), str) and not options[name].strip() for name in ("base", "base_name")):
             raise click.UsageError("--base is empty; leave it out, or name a model")
         function(Console(as_json, quiet, seed, given), *arguments, **options)

@@ -1,7 +1,7 @@
 """The ``rsgwm`` command: its subcommands, and how errors become one line and an exit code.
 
-Exit codes: 0 done; 1 internal failure; 2 bad input; 3 a check that was asked for failed; 130 interrupted.
-The commands themselves are in a table of their own, :mod:`mlx_rsgwm.cli.commands`.
+Exit codes: 0 done; 1 internal failure; 2 bad input; 3 a check that was asked for failed; 130 interrupted; 141 whoever
+read the output went away. The commands themselves are in a table of their own, :mod:`mlx_rsgwm.cli.commands`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,12 +21,14 @@ from typing import Any, NoReturn
 import click
 
 from mlx_rsgwm import __version__
+from mlx_rsgwm.cli.console import show
 from mlx_rsgwm.cli.groups import LazyGroup
 from mlx_rsgwm.cli.old_names import with_new_names
 from mlx_rsgwm.cli.startup import hide_torch
 from mlx_rsgwm.core.errors import RsgwmError
 
 INTERRUPTED = 130
+UNREAD = 141  # what a shell makes of SIGPIPE
 LONGEST_SHOWN = 60  # characters of a file name that is too long
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FAILING = {errno.EIO, errno.ESTALE}
@@ -44,7 +46,7 @@ class Rsgwm(LazyGroup):
         """Run the command line and exit; the arguments are those of :meth:`click.Command.main`."""
         arguments, notes = with_new_names(sys.argv[1:] if args is None else args)
         for note in notes:
-            click.echo(note, err=True)
+            show(note, err=True)
         outcome: dict[str, bool] = {}
         code, text = 0, ""
         try:
@@ -56,6 +58,10 @@ class Rsgwm(LazyGroup):
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(error.exit_code)
+        except SystemExit:
+            if "PacifyFlush" not in type(sys.stdout).__name__:  # click's, once a pipe was closed
+                raise
+            code, text = UNREAD, "nobody reads the output any more; what was finished before is kept"
         except (click.Abort, KeyboardInterrupt):
             code, text = INTERRUPTED, "interrupted; what was finished before is kept"
         except Exception as error:
@@ -100,11 +106,16 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def report_failure(code: int, text: str, as_json: bool) -> None:
-    """One line on standard error; with ``--json`` also an object as the last line of standard output."""
+    """One line on standard error; with ``--json`` also an object as the last line of standard output.
+
+    Where they cannot be written the exit code has to do.
+    """
     line = " ".join(text.split())
-    click.echo(f"rsgwm: error: {line}", err=True)
+    with suppress(OSError):
+        show(f"rsgwm: error: {line}", err=True)
     if as_json:
-        click.echo(json.dumps({"error": line, "exit_code": code}, ensure_ascii=False))
+        with suppress(OSError):
+            show(json.dumps({"error": line, "exit_code": code}, ensure_ascii=False))
 
 
 def asks_json(arguments: Sequence[str]) -> bool:
@@ -139,6 +150,22 @@ def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def prepare_streams() -> None:
+    """Standard streams that are there and take any text.
+
+    One that was closed would be the number of the next file that is opened; nothing is read from it, and what is
+    written to it is lost. A character that the terminal's encoding lacks is written out.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, and so this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+        getattr(sys, name).reconfigure(errors="backslashreplace" if number else "surrogateescape")
+
+
 def show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     """Print the version and those of the parts a report of a problem needs."""
     if not value or ctx.resilient_parsing:
@@ -168,6 +195,7 @@ def rsgwm() -> None:
 
 def main() -> NoReturn:
     """The entry point of the ``rsgwm`` script."""
+    prepare_streams()
     set_environment()
     hide_torch(sys.argv[1:])
     rsgwm.main()

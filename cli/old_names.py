@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mlx_rsgwm.cli.commands import full_name, members
+from mlx_rsgwm.cli.console import show
 from mlx_rsgwm.cli.options.paths import PATH
 
 # What was said, and what is said now; the longest match counts.
@@ -121,7 +122,7 @@ def also_positional(name: str) -> Callable[[Callable[..., None]], Callable[..., 
         def command(*arguments: Any, old_place: Path | None, **options: Any) -> None:
             if old_place is not None and options[name] is None:
                 options[name] = old_place
-                click.echo(_note(f"{name.upper()}` as an argument, `{old_place}", f"--{name} {old_place}"), err=True)
+                show(_note(f"{name.upper()}` as an argument, `{old_place}", f"--{name} {old_place}"), err=True)
             elif old_place is not None:
                 raise click.UsageError(f"got {old_place} beside --{name} {options[name]}")
             elif options[name] is None:

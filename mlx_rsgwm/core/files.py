@@ -98,21 +98,25 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     Raises:
         RsgwmError: the file is missing, cannot be read, is larger, or is not UTF-8; it names the file.
     """
-    data = read_bytes(path, largest)
+    return decode_text(read_bytes(path, largest), path)
+
+
+def decode_text(data: bytes, where: Path | str) -> str:
+    """The text that the bytes of a file, or of another place, are: see :func:`read_text`."""
     zero = data.find(b"\0")
     if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise RsgwmError(f"{path} is not UTF-8 text but UTF-16; save it as UTF-8")
+        raise RsgwmError(f"{where} is not UTF-8 text but UTF-16; save it as UTF-8")
     if 0 <= zero < 4:  # plain ASCII in UTF-16 without a mark is valid UTF-8
-        raise RsgwmError(f"{path} is not UTF-8 text but UTF-16 or binary; save it as UTF-8")
+        raise RsgwmError(f"{where} is not UTF-8 text but UTF-16 or binary; save it as UTF-8")
     if zero >= 0:
         line = data.count(b"\n", 0, zero) + 1
-        raise RsgwmError(f"{path} is not text: a NUL byte at byte {zero}, in line {line}; save it as UTF-8")
+        raise RsgwmError(f"{where} is not text: a NUL byte at byte {zero}, in line {line}; save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise RsgwmError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}, in line {line}; save it as UTF-8"
+            f"{where} is not UTF-8 text: {error.reason} at byte {error.start}, in line {line}; save it as UTF-8"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

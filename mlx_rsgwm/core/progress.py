@@ -1,4 +1,4 @@
-"""How long work tells its caller where it is.
+"""How long work tells its caller where it is, and how any text is made fit for a terminal.
 
 Library code takes ``progress: Progress = SILENT`` and calls it; the command line passes one that draws bars, studies
 one that prints lines.
@@ -6,12 +6,25 @@ one that prints lines.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Advance = Callable[[int, str], None]
+
+# What moves the cursor, colours, or turns the order of writing round; half a character, which no terminal can show.
+# Tabs and line feeds are text.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters written out (``\\u001b``): names, templates and drafts are others' work.
+
+    They are written as JSON does, so that a JSON text stays one with the same value.
+    """
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class Progress:
@@ -38,7 +51,7 @@ class LineProgress(Progress):
 
     def message(self, text: str) -> None:
         """Print one line."""
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
