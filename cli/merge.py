@@ -12,7 +12,14 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import SOURCE, OneOf
 from mlx_rsgwm.merging.methods import METHODS
-from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.merging.options import AUTO, MergeOptions
+
+# Ten that people come for; the others are variants of these, or for comparison with other programs.
+USUAL = (
+    *("regmean", "rsgwm", "linear", "norm_equalised", "task_arithmetic"),
+    *("cat", "ties", "dare_ties", "slerp", "karcher"),
+)
+WIDTH = 79
 
 
 @click.command()
@@ -20,11 +27,11 @@ from mlx_rsgwm.merging.options import MergeOptions
 @shared.out("an adapter folder")
 @click.option(
     "--method",
-    type=OneOf(list(METHODS)),
-    default="rsgwm",
+    type=OneOf([AUTO, *METHODS]),
+    default=AUTO,
     metavar="METHOD",
     show_default=True,
-    help="How to merge; --list shows all methods and their parameters.",
+    help="How to merge; auto goes by what the adapters have kept, and says why; --list shows the methods.",
 )
 @click.option(
     "--role", default="draft", show_default=True, help="What the result is for: draft, verify, or a role of your own."
@@ -49,7 +56,8 @@ from mlx_rsgwm.merging.options import MergeOptions
 )
 @shared.base()
 @shared.dry_run("write nothing, print the diagnosis")
-@click.option("--list", "list_methods", is_flag=True, help="List the methods with their parameters and sources.")
+@click.option("--list", "list_methods", is_flag=True, help="List the methods that are used most.")
+@click.option("--all", "list_all", is_flag=True, help="List all methods with their parameters and sources.")
 @common_options
 def merge(
     console: Console,
@@ -65,6 +73,7 @@ def merge(
     base_name: str | None,
     dry_run: bool,
     list_methods: bool,
+    list_all: bool,
 ) -> None:
     """Merge ADAPTERS, trained on one base, into one.
 
@@ -73,15 +82,16 @@ def merge(
 
     \b
     Examples:
+      rsgwm merge owner/one owner/two --out both
       rsgwm merge pool/* --role draft --out drafter
       rsgwm merge pool/* --role verify --set tau=0.6 --out verifier
       rsgwm merge a b --method ties --set density=0.3 --out mixed
       rsgwm merge a b --method linear --at 'layers\\.2[0-9]' weights=0/1 --out mixed
       rsgwm merge pool/* --method karcher --dry-run
-      rsgwm merge --list
+      rsgwm merge --list --all
     """
-    if list_methods:
-        _list(console)
+    if list_methods or list_all:
+        _list(console, list_all)
         return
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.merging.merge import merge as merge_adapters
@@ -123,6 +133,8 @@ def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out:
     console.line(
         f"{out}: {merge['method']} of {len(adapters)} adapters for the {merge['role']} role, rank {merge['rank']}"
     )
+    if "chosen_because" in merge:
+        console.line(f"{merge['method']} was chosen: {merge['chosen_because']} (--method takes another)")
     for warning in merge["warnings"]:
         console.line(f"warning: {warning}")
     console.line(f"norm of the update: {overall['norm_share']:.3f} of the sources' mean")
@@ -140,12 +152,11 @@ def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out:
     console.result({"out": out, "merge": {**merge, "diagnosis": diagnosis}})
 
 
-def _list(console: Console) -> None:
-    for name, method in METHODS.items():
-        console.line(f"{name}: {method.summary} ({method.source})")
-        for parameter, meaning in method.parameters.items():
-            choices = f" [{', '.join(str(choice) for choice in meaning.choices)}]" if meaning.choices else ""
-            console.line(f"    {parameter}={meaning.default}{choices}  {meaning.meaning}")
+def _list(console: Console, everything: bool) -> None:
+    if everything:
+        _print_all(console)
+    else:
+        _print_usual(console)
     console.result(
         {
             name: {
@@ -157,6 +168,29 @@ def _list(console: Console) -> None:
             for name, method in METHODS.items()
         }
     )
+
+
+def _print_usual(console: Console) -> None:
+    """The usual methods and what they take, so that both fit a screen of 24 lines and 80 columns."""
+    console.line(f"{AUTO:<15} the first of regmean, rsgwm, norm_equalised, linear to suit")
+    for name in USUAL:
+        console.line(_cut(f"{name:<15} {METHODS[name].summary}"))
+        taken = [parameter for parameter in METHODS[name].parameters if parameter != "truncate"]
+        if taken:
+            console.line(_cut(f"{'':<15} --set {', '.join(taken)}"))
+    console.line(f"{len(METHODS) - len(USUAL)} more, and what all parameters mean: rsgwm merge --list --all")
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 2].rsplit(' ', 1)[0]} …"
+
+
+def _print_all(console: Console) -> None:
+    for name, method in METHODS.items():
+        console.line(f"{name}: {method.summary} ({method.source})")
+        for parameter, meaning in method.parameters.items():
+            choices = f" [{', '.join(str(choice) for choice in meaning.choices)}]" if meaning.choices else ""
+            console.line(f"    {parameter}={meaning.default}{choices}  {meaning.meaning}")
 
 
 def _pairs(texts: Sequence[str], option: str) -> dict[str, Any]:

@@ -138,7 +138,8 @@ def merge(
         adapters: at least two, each as for :func:`load_adapter`, or a folder of them; folders are read a module at a
             time.
         out: the folder to write; None keeps the adapter in memory.
-        method: a name of ``rsgwm merge --list``.
+        method: a name of ``rsgwm merge --list``; ``auto`` takes the one that suits what the adapters have kept, and
+            ``manifest["merge"]["chosen_because"]`` says why.
         role: ``draft``, ``verify``, or one of your own.
         weights: one for each adapter; none for equal ones.
         rank: of the result; None for the highest of the sources (of ``cat`` their sum).
@@ -163,6 +164,8 @@ def merge(
     sources: list[AdapterSource] = [adapters] if isinstance(adapters, AdapterSource) else [*adapters]
     with new_adapter(folder) if folder is not None else nullcontext():
         merged = merge_adapters(sources, options, progress, base=base)
+        if reason := merged.manifest["merge"].get("chosen_because"):
+            progress.message(f"merged by {merged.manifest['merge']['method']}: {reason}")
         for warning in merged.manifest["merge"]["warnings"]:
             progress.warning(warning)
         if folder is not None:

@@ -18,12 +18,13 @@ from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.merging.automatic import choose_method
 from mlx_rsgwm.merging.compressed import compressed_modules
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.measure import Batch, measuring
 from mlx_rsgwm.merging.methods import Method, find_method, needs_directions, resolved, sums, weight_problems
-from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.merging.options import AUTO, MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.weights import brought_near_one
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
@@ -59,23 +60,29 @@ def merge(
             reason at once), missing importance, adapters between which the method has no answer, a result that is not
             finite, that collapses or that blows up.
     """
-    method, parameters = find_method(options.method), resolved(options)
+    if options.method != AUTO:
+        resolved(options)  # what it refuses is said before anything is read
     loaded = load_adapters(adapters, base, lazy=True, hashes=False, progress=progress)
     if len(loaded) < 2:
         raise RsgwmError(f"a merge needs at least two adapters, found {len(loaded)}")
-    raise_problems("merge options", weight_problems(options, len(loaded)))
     if base is not None:
         fingerprint = fingerprint_of(resolve_base(str(base), progress))
         for adapter in loaded:
             check_made_for(adapter, str(base), fingerprint, weights_only=True)
     pool = Pool.open(loaded)
+    options, reason = choose_method(pool, options)
+    method, parameters = find_method(options.method), resolved(options)
+    raise_problems("merge options", weight_problems(options, len(loaded)))
     _check_space(pool, options, parameters)
     signal = parameters["signal"] if "importance" in method.needs else None
     if signal is not None:
         pool.require_signal(signal)
     with pool.checked(signal):
         pool = pool.by_name() if needs_directions(method, parameters) else pool
-        return _merged(pool, method, options, parameters, progress, diagnosed)
+        merged = _merged(pool, method, options, parameters, progress, diagnosed)
+    if reason:
+        merged.manifest["merge"]["chosen_because"] = reason
+    return merged
 
 
 def _merged(

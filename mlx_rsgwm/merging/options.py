@@ -13,6 +13,7 @@ from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 # Means stay below the norm of the largest source. RegMean with little data, which does not, came to 8 times it, DARE
 # at density .001 comes to 32, and what divides by rounding errors to 1e5 and more.
 LARGEST = 40.0
+AUTO = "auto"  # in the place of a method: the one that suits the pool
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Override:
 class MergeOptions:
     """A merge: its method, for which role, and how.
 
+    ``method``: a name of the table, or ``auto`` (:mod:`~mlx_rsgwm.merging.automatic`).
     ``role`` is a name; draft and verify are the two of the pipeline, others need a ``signal`` and a ``tau``.
     ``parameters`` are the method's own, by name; what is left out takes the method's default. ``weights``: one per
     adapter, or empty for equal ones. ``rank``: of the result; None for the method's usual one, the highest of the
@@ -44,7 +46,7 @@ class MergeOptions:
     many times the norm that its sources and weights allow is refused (:mod:`~mlx_rsgwm.merging.diagnosis`).
     """
 
-    method: str = "rsgwm"
+    method: str = AUTO
     role: str = "draft"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[float, ...] = ()

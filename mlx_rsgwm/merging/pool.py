@@ -23,10 +23,12 @@ from mlx_rsgwm.core.files import sha256_file, sha256_json
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.linalg.gram import Gram
 from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.merging.pool_checks import doubts, importance_remedy, misfits
 from mlx_rsgwm.merging.pool_metric import ModuleGrams
 from mlx_rsgwm.models.adapter import (
     IMPORTANCE_FILE,
     INIT_FILE,
+    MANIFEST_FILE,
     WEIGHTS_FILE,
     Adapter,
     LoraSpec,
@@ -35,8 +37,6 @@ from mlx_rsgwm.models.adapter import (
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 from mlx_rsgwm.models.directions import load_directions, role_grams
 from mlx_rsgwm.models.finite import not_finite
-from mlx_rsgwm.models.folder import base_difference
-from mlx_rsgwm.models.token_layers import is_embedding
 
 Arrays = dict[str, mx.array]
 
@@ -140,14 +140,20 @@ class Source:
 
     def describe(self) -> dict[str, Any]:
         """JSON object that names this source in a merge's manifest."""
-        manifest = self.folder / "manifest.json" if self.folder else None
-        if manifest is not None and manifest.is_file():
-            digest = sha256_file(manifest)
-        elif self.held is not None and self.held.origin is not None:
-            digest = self.held.content_hash()
-        else:
-            digest = sha256_json({name: list(shape) for name, shape in self.shapes.items()})
+        digest = self.content_hash() or sha256_json({name: list(shape) for name, shape in self.shapes.items()})
         return {"name": self.name, "manifest_sha256": digest}
+
+    def content_hash(self) -> str | None:
+        """What tells it from every other adapter: its manifest's hash, or its own; None for one made in memory."""
+        manifest = self.folder / MANIFEST_FILE if self.folder else None
+        if manifest is not None and manifest.is_file():
+            return sha256_file(manifest)
+        return self.held.content_hash() if self.held is not None and self.held.origin is not None else None
+
+    def merged_from(self) -> dict[str, str]:
+        """Content hashes of the adapters that it was merged from, with their names."""
+        sources = (self.manifest.get("merge") or {}).get("sources") or ()
+        return {str(part.get("manifest_sha256")): str(part.get("name")) for part in sources if isinstance(part, dict)}
 
     @property
     def base_fingerprint(self) -> str:
@@ -183,8 +189,8 @@ class Pool:
         sources = tuple(Source.of(adapter) for adapter in load_adapters(adapters, lazy=True, hashes=False))
         if not sources:
             raise RsgwmError("no adapters to merge")
-        raise_problems("the pool cannot be merged", _misfits(sources))
-        return cls(sources, tuple(_doubts(sources)))
+        raise_problems("the pool cannot be merged", misfits(sources))
+        return cls(sources, tuple(doubts(sources)))
 
     @contextmanager
     def checked(self, signal: str | None = None) -> Iterator[None]:
@@ -300,58 +306,11 @@ class Pool:
         raise_problems(
             f"the merge needs importance for {signal!r}",
             [
-                f"{source.label} has {', '.join(sorted(source.signals)) or 'none'}; collect it "
-                f"(rsgwm adapter importance {source.label} --corpus ROWS), or use signal shared or a method without it"
+                f"{source.label} has {', '.join(sorted(source.signals)) or 'none'}; {importance_remedy(source)}"
                 for source in self.sources
                 if signal not in source.signals
             ],
         )
-
-
-def _misfits(sources: Sequence[Source]) -> list[str]:
-    first, problems = sources[0], []
-    for other in sources[1:]:
-        both = other.base_fingerprint and first.base_fingerprint
-        if both and base_difference(other.base_fingerprint, first.base_fingerprint, chat=False):
-            problems.append(f"{other.label} was made for another base than {first.label}")
-        for name, (rows, _, columns) in other.shapes.items():
-            expected = first.shapes.get(name, (rows, 0, columns))
-            if (rows, columns) != (expected[0], expected[2]):
-                problems.append(
-                    f"{other.label}: {name} maps {rows} to {columns}, in {first.label} {expected[0]} to {expected[2]}"
-                )
-                break
-        if not first.shapes.keys() & other.shapes.keys():
-            problems.append(
-                f"{other.label} and {first.label} have no module in common "
-                f"({next(iter(other.shapes))} against {next(iter(first.shapes))})"
-            )
-    if apart := next((source.label for source in sources if source.untied), None):
-        # Their embedding's update is the head's as well, of which a merge with a head of its own would know nothing.
-        problems += [
-            f"{source.label} adapts the embedding that its base has as head, and {apart} has a head apart from it: "
-            "make models of them (rsgwm fuse)"
-            for source in sources
-            if not source.untied and any(map(is_embedding, source.shapes))
-        ]
-    return problems
-
-
-def _doubts(sources: Sequence[Source]) -> list[str]:
-    doubts = []
-    folders = [source.folder.resolve() for source in sources if source.folder]
-    twice = list(dict.fromkeys(str(folder) for folder in folders if folders.count(folder) > 1))
-    if twice:
-        doubts.append(f"given more than once, and counted as often: {', '.join(twice)}")
-    unknown = [source.label for source in sources if not source.base_fingerprint]
-    if unknown:
-        doubts.append(f"the base of {', '.join(unknown)} is not recorded: make sure that it is the same one")
-    if len({source.template_hash for source in sources if source.template_hash}) > 1:
-        doubts.append("the adapters were trained with different prompt templates: the merge may follow neither")
-    shared = set.intersection(*(set(source.shapes) for source in sources))
-    if any(set(source.shapes) != shared for source in sources):
-        doubts.append("the adapters differ in modules: where an adapter has none its update counts as zero")
-    return doubts
 
 
 def _check_finite(sources: Sequence[Source], what: str, arrays_of: Callable[[Source], Arrays]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.merging.methods import METHODS
 from mlx_rsgwm.models.adapter import Adapter
 
 
@@ -51,3 +52,25 @@ rsgwm(['merge', '--list'])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_the_list_fits_a_screen_and_all_of_it_is_behind_an_option():
+    usual, everything = run("--list").output.splitlines(), run("--list", "--all").output.splitlines()
+    assert len(usual) <= 23
+    assert max(map(len, usual)) < 80
+    names = [line.split()[0] for line in usual if line[0] != " "]
+    assert names[:3] == ["auto", "regmean", "rsgwm"]
+    assert set(names[1:-1]) < set(METHODS)
+    assert [line.split(": ")[0] for line in everything if line[0] != " "] == list(METHODS)
+    assert set(json.loads(run("--list", "--json").output.splitlines()[-1])) == set(METHODS)
+
+
+def test_the_method_goes_by_the_adapters_and_is_told(three, tmp_path):
+    done = run(*three[:2], "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    (line,) = (line for line in done.output.splitlines() if "was chosen" in line)
+    assert (
+        line == "rsgwm was chosen: every adapter has importance, and not every one directions (--method takes another)"
+    )
+    again = run(tmp_path / "out", three[0], "--dry-run").output
+    assert f"warning: {tmp_path / 'out'} was merged from {three[0]}, which counts again here" in again

@@ -282,7 +282,7 @@ def test_an_override_must_be_a_pattern():
 )
 def test_pools_that_cannot_be_merged(make_adapter, change, message):
     with pytest.raises(RsgwmError, match=message):
-        merge(change([make_adapter(0), make_adapter(1)]), MergeOptions())
+        merge(change([make_adapter(0), make_adapter(1)]), MergeOptions("rsgwm"))
 
 
 def zeroed(adapter):
@@ -299,7 +299,7 @@ def test_every_reason_at_once(make_adapter):
         merge([first, other], MergeOptions())
     other.manifest = {}
     with pytest.raises(RsgwmError) as caught:
-        merge([first, other], MergeOptions())
+        merge([first, other], MergeOptions("rsgwm"))
     for part in ("differ in modules", "does not share"):
         assert part in str(caught.value)
 
@@ -331,7 +331,7 @@ def test_modules_of_other_shapes_are_named(make_adapter):
 )
 def test_bad_parameters(values, message):
     with pytest.raises(RsgwmError, match=message):
-        resolved(MergeOptions(**values))
+        resolved(MergeOptions(**{"method": "rsgwm", **values}))
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def algorithm_one(adapters, options):
 def test_rsgwm_is_algorithm_one(make_adapter, role, signal, scope, origin, normalise):
     adapters = [make_adapter(seed, size=0.1 * (1 + seed)) for seed in range(3)]
     parameters = {"signal": signal, "scope": scope, "reference": origin, "normalise": normalise}
-    options = MergeOptions(role=role, parameters=parameters, weights=(1.0, 2.0, 0.5))
+    options = MergeOptions("rsgwm", role=role, parameters=parameters, weights=(1.0, 2.0, 0.5))
     merged = merge(adapters, options)
     for name, expected in algorithm_one(adapters, options).items():
         np.testing.assert_allclose(np.array(merged.weights[name]), expected, rtol=1e-5, atol=1e-6)
@@ -77,7 +77,7 @@ def test_preset_is_the_algorithm_as_printed(make_adapter):
     literal = MergeOptions("paper-literal", "verify")
     spelled = {"signal": "shared", "scope": "global", "reference": "zero", "normalise": "none"}
     merged = merge(adapters, literal)
-    for name, expected in algorithm_one(adapters, MergeOptions(role="verify", parameters=spelled)).items():
+    for name, expected in algorithm_one(adapters, MergeOptions("rsgwm", role="verify", parameters=spelled)).items():
         np.testing.assert_allclose(np.array(merged.weights[name]), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -107,7 +107,7 @@ def test_product_space(make_adapter, normalise, scope):
     adapters = [make_adapter(seed, size=0.05 * (1 + seed)) for seed in range(3)]
     parameters = {"space": "product", "normalise": normalise, "scope": scope}
     full = max(min(a.shape[0], b.shape[1]) for _, a, b in adapters[0].factors())
-    options = MergeOptions(parameters=parameters, rank=full)
+    options = MergeOptions("rsgwm", parameters=parameters, rank=full)
     merged = merge(adapters, options)
     dense = product_algorithm(adapters, options)
     for module, a, b in merged.factors():
@@ -116,19 +116,19 @@ def test_product_space(make_adapter, normalise, scope):
             np.testing.assert_allclose(found, dense[module], rtol=1e-3, atol=2e-5)
         else:  # the pooled quantile is within 2^-12: a handful of entries at the threshold may differ
             assert (np.abs(found - dense[module]) > 1e-4).mean() < 0.005
-    assert merge(adapters, MergeOptions(parameters=parameters)).spec.rank == adapters[0].spec.rank
+    assert merge(adapters, MergeOptions("rsgwm", parameters=parameters)).spec.rank == adapters[0].spec.rank
 
 
 def test_product_space_needs_no_shared_initialisation_nor_equal_ranks(make_adapter):
     first, second = make_adapter(0), make_adapter(1, rank=3)
     second.init = {}
-    merged = merge([first, second], MergeOptions(parameters={"space": "product"}))
+    merged = merge([first, second], MergeOptions("rsgwm", parameters={"space": "product"}))
     assert merged.spec.rank == max(first.spec.rank, 3)
 
 
 def test_truncation_is_the_best_of_its_rank_and_says_what_it_lost(make_adapter):
     adapters = [make_adapter(seed) for seed in range(3)]
-    options = MergeOptions(parameters={"space": "product"})
+    options = MergeOptions("rsgwm", parameters={"space": "product"})
     merged = merge(adapters, options)
     for module, dense in product_algorithm(adapters, options).items():
         sigma = np.linalg.svd(dense, compute_uv=False)
@@ -148,13 +148,13 @@ def test_a_role_of_ones_own(make_adapter):
     adapters = [make_adapter(seed) for seed in range(2)]
     for adapter in adapters:
         adapter.importance |= {f"critic/{name}": value * value for name, value in adapter.importance_of("all").items()}
-    merged = merge(adapters, MergeOptions(role="critic", parameters={"tau": 0.4}))
+    merged = merge(adapters, MergeOptions("rsgwm", role="critic", parameters={"tau": 0.4}))
     assert merged.manifest["merge"]["parameters"]["signal"] == "critic"
-    other = merge(adapters, MergeOptions(role="critic", parameters={"tau": 0.4, "signal": "draft"}))
+    other = merge(adapters, MergeOptions("rsgwm", role="critic", parameters={"tau": 0.4, "signal": "draft"}))
     name = next(iter(merged.weights))
     assert not mx.array_equal(merged.weights[name], other.weights[name]).item()
     with pytest.raises(RsgwmError, match="role 'critic' has no tau of its own"):
-        merge(adapters, MergeOptions(role="critic"))
+        merge(adapters, MergeOptions("rsgwm", role="critic"))
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.3, 0.5, 0.77])
@@ -192,7 +192,7 @@ def test_a_streamed_quantile_is_that_of_everything(kind, size, tau):
 @pytest.mark.parametrize("tau", [0.3, 0.5, 0.9])
 def test_in_product_space_a_pool_wide_quantile_is_exact(make_adapter, scope, tau):
     adapters = [make_adapter(seed) for seed in range(2)]
-    options = MergeOptions(parameters={"space": "product", "scope": scope, "tau": tau})
+    options = MergeOptions("rsgwm", parameters={"space": "product", "scope": scope, "tau": tau})
     taken = survey(Pool.open(adapters), resolved(options))
     for adapter, thresholds in zip(adapters, taken.thresholds, strict=True):
         importance, scale = adapter.importance_of("draft"), adapter.spec.scale
@@ -214,7 +214,7 @@ def test_normalisations_remove_a_tasks_scale(make_adapter):
 
 def test_one_masked_adapter_merged_with_itself_is_itself_where_kept(make_adapter):
     adapter = make_adapter(1)
-    merged = merge([adapter, adapter], MergeOptions(parameters={"tau": 0.01, "reference": "zero"}))
+    merged = merge([adapter, adapter], MergeOptions("rsgwm", parameters={"tau": 0.01, "reference": "zero"}))
     for name, value in merged.weights.items():
         top = adapter.importance[f"draft/{name}"] >= quantile(adapter.importance[f"draft/{name}"], 0.01)
         assert mx.allclose(mx.where(top, value, adapter.weights[name]), adapter.weights[name], rtol=1e-5).item()
@@ -227,6 +227,6 @@ def test_diagnosis_tells_what_the_masks_kept(make_adapter):
     assert overall["kept_b"] == pytest.approx([0.7] * 3, abs=0.03)
     assert 0.2 < overall["overlap_a"] < 0.7
     for space, names in (("factor", ("overlap_a", "overlap_b")), ("product", ("overlap",))):
-        together = merge([adapters[0]] * 2, MergeOptions(parameters={"space": space}))
+        together = merge([adapters[0]] * 2, MergeOptions("rsgwm", parameters={"space": space}))
         found = together.manifest["merge"]["diagnosis"]["overall"]
         assert [found[name] for name in names] == pytest.approx([1.0] * len(names))

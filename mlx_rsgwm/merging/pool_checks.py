@@ -1,0 +1,85 @@
+"""What is wrong with the adapters of a pool, or odd about them, by what they record: no array is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mlx_rsgwm.models.folder import base_difference
+from mlx_rsgwm.models.token_layers import is_embedding
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.merging.pool import Source
+
+
+def importance_remedy(source: Source) -> str:
+    """What to do about importance that a source has not: what leads to the same error again is not said."""
+    if "all" in source.signals:
+        return "--set signal=shared takes what it has"
+    out = "" if source.folder else " --out FOLDER"
+    return (
+        f"collect it (rsgwm adapter importance {source.label} --corpus ROWS{out}), or leave out --method: auto takes "
+        "one that needs none"
+    )
+
+
+def misfits(sources: Sequence[Source]) -> list[str]:
+    """Why these adapters cannot be merged at all."""
+    first, problems = sources[0], []
+    for other in sources[1:]:
+        both = other.base_fingerprint and first.base_fingerprint
+        if both and base_difference(other.base_fingerprint, first.base_fingerprint, chat=False):
+            problems.append(f"{other.label} was made for another base than {first.label}")
+        for name, (rows, _, columns) in other.shapes.items():
+            expected = first.shapes.get(name, (rows, 0, columns))
+            if (rows, columns) != (expected[0], expected[2]):
+                problems.append(
+                    f"{other.label}: {name} maps {rows} to {columns}, in {first.label} {expected[0]} to {expected[2]}"
+                )
+                break
+        if not first.shapes.keys() & other.shapes.keys():
+            problems.append(
+                f"{other.label} and {first.label} have no module in common "
+                f"({next(iter(other.shapes))} against {next(iter(first.shapes))})"
+            )
+    if apart := next((source.label for source in sources if source.untied), None):
+        # Their embedding's update is the head's as well, of which a merge with a head of its own would know nothing.
+        problems += [
+            f"{source.label} adapts the embedding that its base has as head, and {apart} has a head apart from it: "
+            "make models of them (rsgwm fuse)"
+            for source in sources
+            if not source.untied and any(map(is_embedding, source.shapes))
+        ]
+    return problems
+
+
+def doubts(sources: Sequence[Source]) -> list[str]:
+    """What a careful person would want to know before trusting a merge of them."""
+    told = []
+    folders = [source.folder.resolve() for source in sources if source.folder]
+    twice = list(dict.fromkeys(str(folder) for folder in folders if folders.count(folder) > 1))
+    if twice:
+        told.append(f"given more than once, and counted as often: {', '.join(twice)}")
+    told += _descents(sources)
+    unknown = [source.label for source in sources if not source.base_fingerprint]
+    if unknown:
+        told.append(f"the base of {', '.join(unknown)} is not recorded: make sure that it is the same one")
+    if len({source.template_hash for source in sources if source.template_hash}) > 1:
+        told.append("the adapters were trained with different prompt templates: the merge may follow neither")
+    shared = set.intersection(*(set(source.shapes) for source in sources))
+    if any(set(source.shapes) != shared for source in sources):
+        told.append("the adapters differ in modules: where an adapter has none its update counts as zero")
+    return told
+
+
+def _descents(sources: Sequence[Source]) -> list[str]:
+    """Merges that stand beside adapters that they were merged from."""
+    merges = [(source, source.merged_from()) for source in sources]
+    if not any(parts for _, parts in merges):
+        return []
+    labels = {source.content_hash(): source.label for source in sources}
+    return [
+        f"{source.label} was merged from {' and '.join(again)}, which counts again here"
+        for source, parts in merges
+        if (again := [label for digest, label in labels.items() if digest in parts and label != source.label])
+    ]
