@@ -31,7 +31,7 @@ from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.layers import lora_layers
-from mlx_rsgwm.training.state import Run
+from mlx_rsgwm.training.state import TrainingRun
 
 Times = tuple[float, ...]  # milliseconds
 Trial = Callable[[], Times]
@@ -138,7 +138,7 @@ def mlx_training(base: Base, rows: Sequence[Sequence[int]], spec: LoraSpec, tria
         schedule="constant", learning_rate=1e-4,
     )  # fmt: skip
     with lora_layers(base.model, config.spec(), 0):
-        run = Run(base.model, data, [list(range(len(rows)))] * trials, [], config, "bench", ALONE)
+        run = TrainingRun(base.model, data, [list(range(len(rows)))] * trials, [], config, "bench", ALONE)
 
         def trial() -> Times:
             mx.synchronize()

@@ -14,7 +14,7 @@ from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, OneOf
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.converters.peft.bulk import Outcome
+    from mlx_rsgwm.converters.peft.bulk import FolderResult
     from mlx_rsgwm.converters.peft.convert import Converted
 
 VERIFY = "Read the result back: the same updates from both folders, the same bits there and back."
@@ -85,7 +85,7 @@ def convert_from_peft(
     from mlx_rsgwm.converters.base_layers import read_base_layers
     from mlx_rsgwm.converters.peft import convert as peft
     from mlx_rsgwm.converters.peft.bulk import adapter_folders, from_peft_verified, is_peft
-    from mlx_rsgwm.converters.peft.layout import Reading
+    from mlx_rsgwm.converters.peft.layout import PeftReading
     from mlx_rsgwm.models.adapter import is_complete
     from mlx_rsgwm.models.base import resolve_base
 
@@ -97,7 +97,7 @@ def convert_from_peft(
     layers = read_base_layers(base_name, resolve_base(base_name, console.progress))
 
     def convert(source: Path, target: Path) -> Converted:
-        reading = Reading(strict=strict, language_only=language_only)
+        reading = PeftReading(strict=strict, language_only=language_only)
         return (from_peft_verified if verify else peft.convert_from_peft)(source, layers, target, reading)
 
     _run(console, folder, out, is_peft, is_complete, convert, "adapter")
@@ -278,7 +278,7 @@ def _facts(result: Converted) -> dict[str, Any]:
     return {**facts, "notes": list(result.notes)} if result.notes else facts
 
 
-def _report(console: Console, outcomes: Sequence[Outcome]) -> None:
+def _report(console: Console, outcomes: Sequence[FolderResult]) -> None:
     from mlx_rsgwm.core.errors import raise_problems
 
     for outcome in outcomes:

@@ -103,7 +103,7 @@ def pull(
     Example: rsgwm hub pull me/drafter --out drafter --base smollm2-135m
     """
     from mlx_rsgwm.converters.hub import hub
-    from mlx_rsgwm.converters.peft.layout import Reading
+    from mlx_rsgwm.converters.peft.layout import PeftReading
     from mlx_rsgwm.core.errors import RsgwmError
 
     if keep_peft and (strict or language_only):
@@ -114,7 +114,7 @@ def pull(
         base=base_name,
         revision=revision,
         keep_peft=keep_peft,
-        reading=Reading(strict=strict, language_only=language_only),
+        reading=PeftReading(strict=strict, language_only=language_only),
         progress=console.progress,
     )
     console.line(f"{out}: {repo} for {pulled['base'] or 'a base it does not name'}, {pulled['layout']} layout")

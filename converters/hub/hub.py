@@ -19,7 +19,7 @@ from mlx_rsgwm.converters.parity.certificate import read_certificate
 from mlx_rsgwm.converters.peft.bulk import is_mlx, is_peft
 from mlx_rsgwm.converters.peft.convert import check_peft, convert_from_peft, require_empty, to_peft
 from mlx_rsgwm.converters.peft.folder import is_of_wrapped_model, open_peft
-from mlx_rsgwm.converters.peft.layout import Reading
+from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.sidecar import CERTIFICATE_FILE, PEFT_CONFIG_FILE, SIDECAR_FOLDER
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
@@ -138,7 +138,7 @@ def pull(
     base: str | None = None,
     revision: str | None = None,
     keep_peft: bool = False,
-    reading: Reading | None = None,
+    reading: PeftReading | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Fetch an adapter and write it to the new folder ``out``: as mlx-lm loads it, or PEFT's files as they are.

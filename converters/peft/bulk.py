@@ -12,7 +12,7 @@ from pathlib import Path
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
 from mlx_rsgwm.converters.peft.convert import Converted, convert_from_peft, convert_to_peft, require_empty
 from mlx_rsgwm.converters.peft.folder import INDEX_FILE, PeftFolder, open_peft
-from mlx_rsgwm.converters.peft.layout import Reading
+from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.names import parse_name
 from mlx_rsgwm.converters.peft.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
@@ -26,7 +26,7 @@ from mlx_rsgwm.models.base import resolve_base
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FolderResult:
     """What became of one folder: a conversion, a reason why there is none, or neither where it was there already."""
 
     source: Path
@@ -35,14 +35,14 @@ class Outcome:
     error: str | None = None
 
 
-def from_peft_verified(folder: Path, base: BaseLayers, out: Path, reading: Reading | None = None) -> Converted:
+def from_peft_verified(folder: Path, base: BaseLayers, out: Path, reading: PeftReading | None = None) -> Converted:
     """``convert_from_peft``, then the proof: both folders give the same updates, and back come the same bits.
 
     Raises:
         CheckFailed: naming the first layer that differs; the result is removed.
         RsgwmError: as ``convert_from_peft``.
     """
-    reading = reading or Reading()
+    reading = reading or PeftReading()
     with _proving(out) as (work, temporary):
         converted = convert_from_peft(folder, base, work, reading)
         require_equal(folder, work, base.names)
@@ -100,7 +100,7 @@ def convert_all(
     convert: Callable[[Path, Path], Converted],
     suffix: str = "",
     progress: Progress = SILENT,
-) -> list[Outcome]:
+) -> list[FolderResult]:
     """Convert every adapter below ``root`` into what has the same relative name, and ``suffix``, below ``out``.
 
     One that cannot be converted does not stop the others; one whose result is there already is left alone.
@@ -121,12 +121,12 @@ def convert_all(
             place = out / folder.relative_to(root)
             target = place.with_name(place.name + suffix)
             if is_result(target):
-                outcomes.append(Outcome(folder, target))
+                outcomes.append(FolderResult(folder, target))
             else:
                 try:
-                    outcomes.append(Outcome(folder, target, convert(folder, target)))
+                    outcomes.append(FolderResult(folder, target, convert(folder, target)))
                 except RsgwmError as error:
-                    outcomes.append(Outcome(folder, target, error=str(error)))
+                    outcomes.append(FolderResult(folder, target, error=str(error)))
             advance(1, folder.name)
     return outcomes
 

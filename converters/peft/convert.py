@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlx_rsgwm.converters.base_layers import BaseLayers, local_base_layers, read_base_layers, shared_base_layers
 from mlx_rsgwm.converters.peft.folder import open_peft
-from mlx_rsgwm.converters.peft.layout import Reading
+from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.read import early_problems, read_peft
 from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, write_sidecar
 from mlx_rsgwm.converters.peft.tokenizer_notes import tokenizer_notes
@@ -165,14 +165,14 @@ def from_peft_on(folder: Path, base_name: str | None, progress: Progress = SILEN
     """
     check_peft(folder)
     name, path = base_for(str(folder), base_name, open_peft(folder).base_name, progress)
-    reading = Reading()
+    reading = PeftReading()
     adapter = _evaluated(_read_on(folder, shared_base_layers(name, path), reading))
     for note in reading.notes:
         progress.message(f"{folder}: {note}")
     return adapter
 
 
-def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Reading | None = None) -> Converted:
+def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: PeftReading | None = None) -> Converted:
     """Write the PEFT adapter in ``folder``, of any size, to ``out`` as mlx-lm loads it, one array at a time.
 
     ``reading`` says how, and is told what to say afterwards.
@@ -181,7 +181,7 @@ def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: Readin
         As :func:`from_peft_on`; ``out`` is not empty or cannot be written.
     """
     require_empty(out)
-    reading = reading or Reading()
+    reading = reading or PeftReading()
     adapter = _read_on(folder, base, reading)
     reading.notes += replaced_notes(adapter)
     rows = rows_of(adapter.manifest)
@@ -207,7 +207,7 @@ def check_peft(folder: Path) -> None:
     raise_problems(str(folder), early_problems(open_peft(folder)), AdapterError)
 
 
-def _read_on(folder: Path, base: BaseLayers, reading: Reading | None = None) -> Adapter:
+def _read_on(folder: Path, base: BaseLayers, reading: PeftReading | None = None) -> Adapter:
     try:
         return read_peft(open_peft(folder), base, base.description, reading)
     except AdapterError as error:

@@ -11,14 +11,14 @@ from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.module_names import needs_parameter
 from mlx_rsgwm.converters.peft.config import selects
 from mlx_rsgwm.converters.peft.folder import Groups
-from mlx_rsgwm.converters.peft.layout import Reading
+from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.names import is_other_tower, layer_of
 from mlx_rsgwm.converters.peft.uniform import Update
 from mlx_rsgwm.converters.weight_map import describe_link
 from mlx_rsgwm.models.token_layers import is_head
 
 
-def other_towers(groups: Groups, base: BaseLayers, reading: Reading) -> list[str]:
+def other_towers(groups: Groups, base: BaseLayers, reading: PeftReading) -> list[str]:
     """Take what is trained outside of the language model out of ``groups``; a problem unless that was asked for."""
     present = {name.rpartition(".")[0] for name in base.parameters}
     tables: tuple[dict[str, Any], ...] = (groups.pairs, groups.embeddings, groups.magnitudes, groups.copies)
@@ -78,7 +78,7 @@ def take_copies(groups: Groups, base: BaseLayers) -> dict[str, mx.array]:
     return copies
 
 
-def take_other_weights(groups: Groups, base: BaseLayers, reading: Reading) -> None:
+def take_other_weights(groups: Groups, base: BaseLayers, reading: PeftReading) -> None:
     """Weights below LoRA that PEFT saved and that are not this base's: PEFT loads them, so they replace the base's.
 
     Training in another float type rounds them, which is no change; nothing is known of a packed base's.
@@ -150,7 +150,7 @@ def fit_problems(updates: Iterable[Update], groups: Groups, base: BaseLayers) ->
 
 
 def missing_problems(
-    updates: Iterable[Update], config: Mapping[str, Any], base: BaseLayers, reading: Reading
+    updates: Iterable[Update], config: Mapping[str, Any], base: BaseLayers, reading: PeftReading
 ) -> list[str]:
     """Modules that are selected but have no arrays. PEFT warns and leaves them as they are, and so does this.
 

@@ -40,7 +40,7 @@ class Layout:
 
 
 @dataclass
-class Reading:
+class PeftReading:
     """How a folder is read.
 
     ``strict``: refuse what PEFT would only warn of. ``language_only``: leave out what is of a tower for images or

@@ -23,7 +23,7 @@ from mlx_rsgwm.converters.peft.fit import (
 )
 from mlx_rsgwm.converters.peft.folder import Groups, PeftFolder, group_arrays
 from mlx_rsgwm.converters.peft.heads import head_problems, head_trained_apart, hold_other
-from mlx_rsgwm.converters.peft.layout import Layout, Reading
+from mlx_rsgwm.converters.peft.layout import Layout, PeftReading
 from mlx_rsgwm.converters.peft.names import SAVED, key_of, layer_of
 from mlx_rsgwm.converters.peft.sidecar import (
     ROW_HASHES,
@@ -52,7 +52,7 @@ from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 
 def read_peft(
-    folder: PeftFolder, base: BaseLayers | None, described: Mapping[str, Any] | None, reading: Reading | None = None
+    folder: PeftFolder, base: BaseLayers | None, described: Mapping[str, Any] | None, reading: PeftReading | None = None
 ) -> Adapter:
     """The adapter in ``folder``, its arrays lazy.
 
@@ -66,7 +66,7 @@ def read_peft(
             modules the base has not or the configuration does not select, another base than it was trained on.
     """
     config = folder.config
-    reading = reading or Reading()
+    reading = reading or PeftReading()
     problems = config_problems(config)
     sound = not problems
     arrays, metadata = folder.arrays()
@@ -106,7 +106,7 @@ def _read_groups(
     layout: Layout,
     base: BaseLayers | None,
     described: Mapping[str, Any] | None,
-    reading: Reading,
+    reading: PeftReading,
     metadata: Mapping[str, str],
 ) -> Adapter:
     """The adapter that sorted arrays make, on a base that has a head of its own where they need one."""

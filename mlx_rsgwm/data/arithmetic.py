@@ -13,6 +13,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
+from mlx_rsgwm.data.arithmetic_expressions import (
+    OTHER_SYSTEM,
+    Expression,
+    after_break,
+    before_break,
+    break_at,
+    expression_at,
+    find_expressions,
+    may_begin,
+    may_end,
+    unmeant,
+)
 from mlx_rsgwm.data.arithmetic_parser import (
     Literal,
     Node,
@@ -25,18 +37,6 @@ from mlx_rsgwm.data.arithmetic_parser import (
     literals,
     lone,
     terms,
-)
-from mlx_rsgwm.data.arithmetic_runs import (
-    OTHER_SYSTEM,
-    Run,
-    after_break,
-    before_break,
-    break_at,
-    find_runs,
-    may_begin,
-    may_end,
-    run_at,
-    unmeant,
 )
 from mlx_rsgwm.data.arithmetic_tokens import MAX_TEXT, READINGS, Token, normalised, tokens_of
 from mlx_rsgwm.data.arithmetic_units import converted, excuse, noun
@@ -107,9 +107,9 @@ def _in_plain(text: str) -> list[FalseEquation]:
 
 def _verdicts(text: str, tokens: Sequence[Token]) -> Iterator[tuple[int, FalseEquation | None]]:
     """Every sign of equality that joins two expressions: where it stands, and what is false about it."""
-    runs = find_runs(tokens)
-    starts = {run.first: run for run in runs}
-    ends = {run.end: run for run in runs}
+    expressions = find_expressions(tokens)
+    starts = {expression.first: expression for expression in expressions}
+    ends = {expression.end: expression for expression in expressions}
     for index, token in enumerate(tokens):
         if token.kind != "equals":
             continue
@@ -132,7 +132,9 @@ def _verdicts(text: str, tokens: Sequence[Token]) -> Iterator[tuple[int, FalseEq
         yield token.start, verdict
 
 
-def _verdict(text: str, tokens: Sequence[Token], left: Run, right: Run, goes_on: bool) -> FalseEquation | None:
+def _verdict(
+    text: str, tokens: Sequence[Token], left: Expression, right: Expression, goes_on: bool
+) -> FalseEquation | None:
     assert left.node is not None
     assert right.node is not None
     pairs = list(_values(tokens, left, right))
@@ -151,11 +153,11 @@ def _verdict(text: str, tokens: Sequence[Token], left: Run, right: Run, goes_on:
     return FalseEquation(written, *pairs[0])
 
 
-def _values(tokens: Sequence[Token], left: Run, right: Run) -> Iterator[tuple[Fraction, Fraction]]:
+def _values(tokens: Sequence[Token], left: Expression, right: Expression) -> Iterator[tuple[Fraction, Fraction]]:
     """Values of both sides in every way to read them; the plain one first."""
-    sides = [run.node for run in (left, right)]
+    sides = [expression.node for expression in (left, right)]
     for way in _WAYS:
-        nodes = [_loosely(tokens, run) if way.loose else run.node for run in (left, right)]
+        nodes = [_loosely(tokens, expression) if way.loose else expression.node for expression in (left, right)]
         if any(node is None for node in nodes) or (way.loose and nodes == sides):
             continue
         a, b = (evaluate(node, way) for node in nodes if node is not None)
@@ -170,20 +172,20 @@ def _values(tokens: Sequence[Token], left: Run, right: Run) -> Iterator[tuple[Fr
         yield evaluate(left.node, Way("unit")), evaluate(right.node, Way("unit"))
 
 
-def _loosely(tokens: Sequence[Token], run: Run) -> Node | None:
-    parser = Parser(tokens[: run.end], run.first, loose=True)
+def _loosely(tokens: Sequence[Token], expression: Expression) -> Node | None:
+    parser = Parser(tokens[: expression.end], expression.first, loose=True)
     try:
         node = parser.expression()
     except Unreadable:
         return None
-    return node if parser.position == run.end else None
+    return node if parser.position == expression.end else None
 
 
-def _loose_start(tokens: Sequence[Token], left: Run, right: Node) -> bool:
+def _loose_start(tokens: Sequence[Token], left: Expression, right: Node) -> bool:
     """Whether it holds when a minus in front is a dash or a bullet: "- 3 + 5 = 8"."""
     if tokens[left.first].text not in ("-", "–") or not tokens[left.first + 1].space:
         return False
-    rest = run_at(tokens, left.first + 1)
+    rest = expression_at(tokens, left.first + 1)
     return rest.end == left.end and rest.node is not None and evaluate(rest.node, Way()) == evaluate(right, Way())
 
 

@@ -21,7 +21,7 @@ from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.evaluation import judging
-from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, identity
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, pipeline_identity
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -50,7 +50,7 @@ class CalibrationItem:
 
 def header_of(pipeline: DraftVerify, questions: Sequence[Question]) -> dict[str, Any]:
     """What a file of drafts of these questions begins with; not the rule of a pool, for each adapter is in it."""
-    made_for = {name: value for name, value in identity(pipeline).items() if name != "combine"}
+    made_for = {name: value for name, value in pipeline_identity(pipeline).items() if name != "combine"}
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -192,7 +192,7 @@ def calibrate(
         scores=scores,
         method=method,
         target=target,
-        made_for=identity(pipeline),
+        made_for=pipeline_identity(pipeline),
         seed=seed,
         learned=pipeline.combine == "learned",
     )

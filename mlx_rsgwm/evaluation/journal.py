@@ -17,8 +17,8 @@ FILE = "journal.jsonl"
 Timing = tuple[float, float, float | None]  # first draft ms, whole loop ms, joules
 
 
-class Journal:
-    """Records by (part, item id) and latencies by (part, item id), over a :class:`mlx_rsgwm.core.resume.Journal`.
+class EvaluationJournal:
+    """Records and latencies by (part, item id), over a :class:`mlx_rsgwm.core.resume.Journal`.
 
     A part is one drafter with one sampling seed. ``about`` names what the items depend on; ``replace`` and ``shard``
     are those of the journal beneath.

@@ -11,7 +11,7 @@ from mlx_rsgwm.data.hard_negatives import Labelled
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.evaluation.answers import BESIDE, REFUSAL, answer_kind, extract
 from mlx_rsgwm.evaluation.equality import is_correct
-from mlx_rsgwm.evaluation.records import DraftRecord, Reading
+from mlx_rsgwm.evaluation.records import DraftRecord, ExtractedAnswer
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
 
@@ -37,7 +37,7 @@ def judge(
     readings = {}
     for name in (kind, *BESIDE.get(kind, ())):
         answer = extract(draft.text, name, draft.finished, question.question, refusal)
-        readings[name] = Reading(answer.value, answer.status, is_correct(answer.value, question.gold))
+        readings[name] = ExtractedAnswer(answer.value, answer.status, is_correct(answer.value, question.gold))
     return DraftRecord(
         text=draft.text,
         value=readings[kind].value,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_rsgwm.core.progress import Progress
-from mlx_rsgwm.evaluation.journal import Journal, Timing
+from mlx_rsgwm.evaluation.journal import EvaluationJournal, Timing
 from mlx_rsgwm.evaluation.records import ItemRecord
 from mlx_rsgwm.inference.loop import DraftVerify
 
@@ -61,7 +61,7 @@ def with_latency(
     records: Sequence[ItemRecord],
     timed: int,
     progress: Progress,
-    journal: Journal | None,
+    journal: EvaluationJournal | None,
     part: str,
 ) -> list[ItemRecord]:
     """The records, ``timed`` of them (spread evenly over the list) with latency and energy.

@@ -19,7 +19,7 @@ FORMER_STATUSES = {"refusal": "no_answer", "truncated": "cut_off"}  # in files w
 
 
 @dataclass(frozen=True)
-class Reading:
+class ExtractedAnswer:
     """What one extractor made of a draft: the answer (None without one), its class, and whether it equals gold."""
 
     value: str | None
@@ -49,7 +49,7 @@ class DraftRecord:
     finished: bool = True
     latency_ms: float | None = None
     status: str = ""
-    readings: Mapping[str, Reading] = field(default_factory=dict)
+    readings: Mapping[str, ExtractedAnswer] = field(default_factory=dict)
     verified: Mapping[str, int] = field(default_factory=dict)
     adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     won: Mapping[str, str] = field(default_factory=dict)

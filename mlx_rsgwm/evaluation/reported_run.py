@@ -13,7 +13,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.evaluation.answers import REFUSAL
 from mlx_rsgwm.evaluation.contamination import Overlap
-from mlx_rsgwm.evaluation.journal import FILE, Journal
+from mlx_rsgwm.evaluation.journal import FILE, EvaluationJournal
 from mlx_rsgwm.evaluation.report.folder import summarise, write_report
 from mlx_rsgwm.evaluation.runner import evaluate
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -52,7 +52,7 @@ def report_run(
     Returns:
         What ``report.json`` holds; None in a process that does not write.
     """
-    journal = None if out is None else Journal(out / FILE, about, replace=replace, shard=processes.rank)
+    journal = None if out is None else EvaluationJournal(out / FILE, about, replace=replace, shard=processes.rank)
     records = evaluate(
         pipeline, questions, timed, batch_rows, progress,
         seeds=seeds, drafts=drafts, journal=journal, refusal=refusal, processes=processes,

@@ -15,7 +15,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.evaluation.answers import REFUSAL
-from mlx_rsgwm.evaluation.journal import Journal
+from mlx_rsgwm.evaluation.journal import EvaluationJournal
 from mlx_rsgwm.evaluation.latency import with_latency
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -35,7 +35,7 @@ def evaluate(
     drafts: int | None = None,
     beside: Mapping[str, DraftVerify] | None = None,
     scores: Sequence[str] = SCORES,
-    journal: Journal | None = None,
+    journal: EvaluationJournal | None = None,
     part: str = "",
     refusal: re.Pattern[str] = REFUSAL,
     processes: Processes = ALONE,
@@ -97,7 +97,7 @@ def evaluate(
     return [record for run in runs for record in rows[run]]
 
 
-def _finished(journal: Journal | None, run: str, questions: Sequence[Question]) -> list[ItemRecord]:
+def _finished(journal: EvaluationJournal | None, run: str, questions: Sequence[Question]) -> list[ItemRecord]:
     """The records of a batch that the journal holds; none unless it holds all."""
     items = [journal.items.get((run, question.id)) for question in questions] if journal else []
     records = [record for record in items if record is not None]

@@ -185,7 +185,7 @@ def learned_scorer(name: str, calibration: Calibration | None, rule: str, adapte
     return scorer
 
 
-def identity(pipeline: DraftVerify) -> dict[str, Any]:
+def pipeline_identity(pipeline: DraftVerify) -> dict[str, Any]:
     """What a calibration holds for: base, template, adapters by the SHA-256 of their weights, sampling, attempts."""
     sampling = pipeline.config.sampling
     slots, drafter = pipeline.slots, pipeline.drafter

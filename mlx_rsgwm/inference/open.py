@@ -21,7 +21,7 @@ from mlx_rsgwm.inference.calibration import (
     UNCALIBRATED_THRESHOLD,
     Calibration,
     NothingToTellApart,
-    identity,
+    pipeline_identity,
     stored_calibration,
 )
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -169,7 +169,7 @@ def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
     if calibration is None:
         return []
     doubts = []
-    if changed := calibration.differences(identity(pipeline)):
+    if changed := calibration.differences(pipeline_identity(pipeline)):
         doubts.append(
             f"the verifier was calibrated with another {', '.join(changed)}; its threshold and what its scores mean "
             "may not hold here; calibrate again with: rsgwm calibrate"

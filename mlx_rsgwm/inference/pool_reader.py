@@ -16,7 +16,7 @@ from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.draft import Signals
 from mlx_rsgwm.inference.pool import together
 from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, remembering
-from mlx_rsgwm.inference.verifier import Reader, Reading, read_by_each
+from mlx_rsgwm.inference.verifier import Reader, VerifierInput, read_by_each
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import Hidden, LayerSplit, Parts
 
@@ -109,7 +109,7 @@ class PoolReader(Reader):
         return LowerLayerCache(self._slots.model, upper, prefixes, prompt, adapters=len(self.adapters))
 
     def _read(
-        self, readings: Sequence[Reading], parts: Parts | None, lower_cache: LowerLayerCache | None
+        self, readings: Sequence[VerifierInput], parts: Parts | None, lower_cache: LowerLayerCache | None
     ) -> list[Signals]:
         copies: Sequence[int] = ()
         if parts is None:

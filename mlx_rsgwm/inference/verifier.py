@@ -35,7 +35,7 @@ def signals_of(logprobs: Sequence[float] | None, yesno: float | None) -> Signals
 
 
 @dataclass(frozen=True)
-class Reading:
+class VerifierInput:
     """Token ids of one draft as the verifier reads it.
 
     ``completion`` is to be predicted after ``prompt``, the drafter's; at the end of ``verdict_prompt`` stands yes or
@@ -47,7 +47,7 @@ class Reading:
     verdict_prompt: tuple[int, ...] | None
 
 
-def make_reading(
+def verifier_input(
     template: Template,
     tokenizer: Tokenizer,
     question: str,
@@ -55,9 +55,9 @@ def make_reading(
     completion: Sequence[int],
     verdict: bool = True,
     logprobs: bool = True,
-) -> Reading:
+) -> VerifierInput:
     """What the verifier is to read of the draft ``text``, whose token ids are ``completion``, and of which parts."""
-    return Reading(
+    return VerifierInput(
         tuple(template.draft_prompt(tokenizer, question)),
         tuple(completion) if logprobs else None,
         tuple(template.verify_prompt(tokenizer, question, text.strip())) if verdict else None,
@@ -88,7 +88,7 @@ def verdict_ids(template: Template, tokenizer: Tokenizer) -> VerdictIds:
 
 def read(
     parts: Parts,
-    readings: Sequence[Reading],
+    readings: Sequence[VerifierInput],
     verdicts: VerdictIds,
     lower_cache: LowerLayerCache | None = None,
     copies: Sequence[int] = (),
@@ -99,7 +99,7 @@ def read(
 
 def read_by_each(
     parts: Parts,
-    readings: Sequence[Reading],
+    readings: Sequence[VerifierInput],
     verdicts: VerdictIds,
     lower_cache: LowerLayerCache | None = None,
     copies: Sequence[int] = (),
@@ -139,7 +139,7 @@ def read_by_each(
     return [_signals(readings, logprobs, yes) for logprobs, yes in passed]
 
 
-def _signals(readings: Sequence[Reading], logprobs: Sequence[float], yes: Sequence[float]) -> list[Signals]:
+def _signals(readings: Sequence[VerifierInput], logprobs: Sequence[float], yes: Sequence[float]) -> list[Signals]:
     """Signals of every reading from what the pass over all of them gave, in their order."""
     signals, at, judged = [], 0, iter(yes)
     for reading in readings:
@@ -242,7 +242,7 @@ class Reader:
         return LowerLayerCache(self._slots.model, split, prefixes, prompt)
 
     def _read(
-        self, readings: Sequence[Reading], parts: Parts | None, lower_cache: LowerLayerCache | None
+        self, readings: Sequence[VerifierInput], parts: Parts | None, lower_cache: LowerLayerCache | None
     ) -> list[Signals]:
         with self._slots.using(self.adapters[0]):
             if parts is not None:
@@ -265,7 +265,7 @@ class Reader:
         end = () if self._tokenizer.eos_token_id is None else (self._tokenizer.eos_token_id,)
         template, tokenizer = self._template, self._tokenizer
         readings = [
-            make_reading(
+            verifier_input(
                 template, tokenizer, question, draft.text, draft.tokens + (end if draft.finished else ()), *needs
             )
             for question, draft in zip(questions, drafts, strict=True)

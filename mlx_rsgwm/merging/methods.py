@@ -158,7 +158,7 @@ _TABLE: Mapping[str, Method] = MappingProxyType(
             {"space": spaces("product", "factor")},
         ),
         "task_arithmetic": Method(
-            combine.combination(combine.weighted_sum),
+            combine.combination(combine.scaled_weights),
             "weighted sum",
             "Ilharco et al., 2023; mergekit task_arithmetic",
             {"lambda": task_vectors.LAMBDA},
@@ -177,7 +177,7 @@ _TABLE: Mapping[str, Method] = MappingProxyType(
             combine.survey_norms,
         ),
         "cat": Method(
-            combine.combination(combine.weighted_sum),
+            combine.combination(combine.scaled_weights),
             "weighted sum without truncation: the ranks add up",
             "PEFT cat, with exact scales",
             {"lambda": task_vectors.LAMBDA},

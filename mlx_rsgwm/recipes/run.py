@@ -49,7 +49,7 @@ from mlx_rsgwm.recipes.stages import Stage, Stages
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.loop import check_layers, finish, train
 
-__all__ = ["Recipe", "Run", "load_recipe", "run_recipe", "shipped_recipes"]
+__all__ = ["Recipe", "RecipeRun", "load_recipe", "run_recipe", "shipped_recipes"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Pair:
         return self.folder / "report"
 
 
-class Run:
+class RecipeRun:
     """One recipe in one folder. The base is loaded only when a stage that needs it runs."""
 
     def __init__(self, recipe: Recipe, out: Path, progress: Progress = SILENT) -> None:
@@ -379,4 +379,4 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT) -> dict[s
     if is_complete(out):
         raise RsgwmError(f"{out} is an adapter folder; give a recipe a folder of its own")
     with exclusive(out):
-        return Run(recipe, out, progress).execute()
+        return RecipeRun(recipe, out, progress).execute()

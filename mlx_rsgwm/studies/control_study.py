@@ -20,7 +20,7 @@ from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation.calibration_set import calibrate
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
-from mlx_rsgwm.evaluation.journal import Journal
+from mlx_rsgwm.evaluation.journal import EvaluationJournal
 from mlx_rsgwm.evaluation.records import ItemRecord, write_items
 from mlx_rsgwm.evaluation.runner import describe_run, evaluate
 from mlx_rsgwm.inference.calibration import (
@@ -140,7 +140,7 @@ def run_controls(base: Base, plan: ControlPlan, progress: Progress = SILENT) -> 
     about = describe_run(
         pipeline, plan.questions, plan.batch_rows, drafts=plan.drafts, seeds=plan.seeds, adapters_used=hashes
     )
-    journal = Journal(plan.out / JOURNAL_FILE, about)
+    journal = EvaluationJournal(plan.out / JOURNAL_FILE, about)
     beside = {
         name: _pipeline(slots, template, "drafter", {"self": "drafter", "direct": "direct"}[name], plan, rule)
         for name, rule in rules.items()
@@ -195,7 +195,7 @@ def paper_pair(run: Path) -> dict[str, Path]:
 
 
 def _paper_systems(
-    slots: AdapterSlots, template: Template, plan: ControlPlan, journal: Journal, progress: Progress
+    slots: AdapterSlots, template: Template, plan: ControlPlan, journal: EvaluationJournal, progress: Progress
 ) -> list[System]:
     """The paper's merge of the same pool, with drafts of its own drafter and the threshold of its own calibration."""
     stored = load_calibration(plan.run / "paper" / "verifier")
@@ -214,7 +214,12 @@ def _paper_systems(
 
 
 def _drafts_alone(
-    slots: AdapterSlots, template: Template, slot: str | None, plan: ControlPlan, journal: Journal, progress: Progress
+    slots: AdapterSlots,
+    template: Template,
+    slot: str | None,
+    plan: ControlPlan,
+    journal: EvaluationJournal,
+    progress: Progress,
 ) -> list[ItemRecord]:
     config = LoopConfig(1, 1.0, SCORES[0], plan.sampling)
     pipeline = DraftVerify(slots, template, slot, slot, config)

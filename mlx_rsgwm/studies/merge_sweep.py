@@ -156,8 +156,8 @@ class Sweep:
         self.out = out
         self.progress = progress
         self.meter = Meter(AdapterSlots(base), plan.questions, plan.template, plan.max_tokens or 0, plan.batch_rows)
-        self._identities = {source.name: identity(source) for source in plan.pool}
-        self._identities |= {name: identity(source) for name, source in plan.extras.items()}
+        self._identities = {source.name: adapter_hashes(source) for source in plan.pool}
+        self._identities |= {name: adapter_hashes(source) for name, source in plan.extras.items()}
         self._about = {
             "format_version": FORMAT_VERSION,
             "version": versions()["mlx-rsgwm"],
@@ -328,7 +328,7 @@ class Sweep:
         return text, judge(self.plan.questions[index], replace(draft, text=text), {}).correct
 
 
-def identity(source: Source) -> dict[str, str]:
+def adapter_hashes(source: Source) -> dict[str, str]:
     """Hashes of the files of an adapter folder that merges read, but for the directions, which few need.
 
     Of an adapter of another source, that of its content.

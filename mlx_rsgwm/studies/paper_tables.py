@@ -18,7 +18,7 @@ from mlx_rsgwm.core.tables import ABSENT
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation import metrics
-from mlx_rsgwm.evaluation.journal import Journal
+from mlx_rsgwm.evaluation.journal import EvaluationJournal
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, write_items
 from mlx_rsgwm.evaluation.report.summary import spread
 from mlx_rsgwm.evaluation.runner import describe_run, evaluate
@@ -152,7 +152,7 @@ def _measure_row(
     if not row.aligned:
         pipeline = DraftVerify(slots, template, "drafter", row.verifier, config, UNALIGNED, "warn")
     about = describe_run(pipeline, questions, setting.batch_rows, seeds=setting.seeds, aligned=row.aligned)
-    journal = Journal(out / f"{file_name(row.name)}.journal.jsonl", about)
+    journal = EvaluationJournal(out / f"{file_name(row.name)}.journal.jsonl", about)
     return evaluate(
         pipeline,
         questions,

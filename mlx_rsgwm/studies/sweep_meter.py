@@ -18,7 +18,7 @@ from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.inference.verifier import Reading, read, verdict_ids
+from mlx_rsgwm.inference.verifier import VerifierInput, read, verdict_ids
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.linux_cpu import cross_entropy
 from mlx_rsgwm.models.slots import AdapterSlots
@@ -119,7 +119,7 @@ class Meter:
         template, tokenizer = self.template, self.tokenizer
         first = {(answer.question, answer.tokens): answer for answer in reversed(answers)}
         readings = [
-            Reading(
+            VerifierInput(
                 self.prompts[answer.question],
                 answer.tokens,
                 tuple(template.verify_prompt(tokenizer, self.texts[answer.question], answer.text.strip())),

@@ -36,7 +36,7 @@ from mlx_rsgwm.training.layers import expert_keys, linear_keys, lora_layers
 from mlx_rsgwm.training.losses import held_out_loss
 from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estimate, estimate, memory_line, memory_now
 from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
-from mlx_rsgwm.training.state import Run
+from mlx_rsgwm.training.state import TrainingRun
 from mlx_rsgwm.training.warm_start import WarmStart
 
 # Fewer steps than these hardly move an adapter: whoever sets no number of them is told.
@@ -102,7 +102,7 @@ def train(
         init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
         for note in warm_start.put_into(model, config.scale) if warm_start else ():
             tell(note)
-        run = Run(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
+        run = TrainingRun(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
         need = _estimate(base, data.train.rows, config, processes, run.directions.nbytes)
         tell(check_estimate(need, memory.enforce))
         _tell_few_steps(len(plan), config, tell)
@@ -218,7 +218,7 @@ def _tell_few_steps(steps: int, config: TrainConfig, tell: Tell) -> None:
         tell(f"only {steps} steps, few to learn from; more rows, or --epochs {more}")
 
 
-def _begin(run: Run, saving: Saving | None, identity: Mapping[str, Any], progress: Progress) -> None:
+def _begin(run: TrainingRun, saving: Saving | None, identity: Mapping[str, Any], progress: Progress) -> None:
     """Take up the checkpoint that is there, or score the held-out rows before the first step."""
     checkpoint = read_checkpoint(saving, identity, progress) if saving else None
     if checkpoint is not None:
@@ -232,7 +232,7 @@ def _loss(model: Any, rows: Sequence[TokenRow], config: TrainConfig) -> dict[str
     return held_out_loss(model, rows, config.batch_size) if rows else {}
 
 
-def _tokens_and_memory(run: Run, need: MemoryEstimate) -> dict[str, Any]:
+def _tokens_and_memory(run: TrainingRun, need: MemoryEstimate) -> dict[str, Any]:
     """What the manifest says the run took."""
     trained = sum(step.trained_tokens for step in run.history)
     return {
@@ -241,7 +241,7 @@ def _tokens_and_memory(run: Run, need: MemoryEstimate) -> dict[str, Any]:
     }
 
 
-def _course(run: Run) -> dict[str, Any]:
+def _course(run: TrainingRun) -> dict[str, Any]:
     """What the manifest says of the steps."""
     return {
         "validation": [[score.step, score.loss, score.by_role] for score in run.scores],

@@ -35,7 +35,7 @@ from mlx_rsgwm.training.snapshots import snapshot_steps, write_snapshot
 Arrays = dict[str, mx.array]
 
 
-class Run:
+class TrainingRun:
     """One run on a model that already has its trainable layers."""
 
     def __init__(

@@ -14,7 +14,7 @@ from mlx_rsgwm.evaluation.calibration_set import calibrate, collect
 from mlx_rsgwm.evaluation.judging import label_drafts
 from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.evaluation.runner import evaluate
-from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, identity, save_calibration
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, pipeline_identity, save_calibration
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import Combination, Scorer
@@ -66,7 +66,7 @@ def test_identity_follows_the_weights(pipeline, make_adapter, tmp_path):
         adapter = make_adapter(seed)
         adapter.save(tmp_path / str(seed))
         pipeline.slots.load("verifier", adapter)
-        found[seed] = identity(pipeline)
+        found[seed] = pipeline_identity(pipeline)
     assert {name for name, value in found[2].items() if found[3][name] != value} == {"verifier"}
 
 
@@ -93,7 +93,7 @@ def test_a_calibration_says_what_it_was_made_of(pipeline, half_right):
     texts = [question.question for question in QUESTIONS]
     made = calibrate(pipeline, QUESTIONS, seed=1, record=RowRecord.of(texts, ["another"]))
     assert (made.items, made.drafts) == (6, 12)
-    assert made.made_for == identity(pipeline)
+    assert made.made_for == pipeline_identity(pipeline)
     assert RowRecord.from_description(made.row_hashes, "") == RowRecord.of(texts, ["another"])
 
 

@@ -9,7 +9,7 @@ import pytest
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.synthetic import generate
-from mlx_rsgwm.evaluation.journal import Journal
+from mlx_rsgwm.evaluation.journal import EvaluationJournal
 from mlx_rsgwm.evaluation.judging import judge, verified_tokens
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, read_items, read_with, write_items
 from mlx_rsgwm.evaluation.runner import describe_run, evaluate
@@ -38,7 +38,7 @@ def untimed(records):
 
 def run(pipeline, path, **more):
     about = describe_run(pipeline, QUESTIONS, 6)
-    return evaluate(pipeline, QUESTIONS, 2, 6, seeds=(1, 2), journal=Journal(path, about), **more)
+    return evaluate(pipeline, QUESTIONS, 2, 6, seeds=(1, 2), journal=EvaluationJournal(path, about), **more)
 
 
 def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(pipeline, tmp_path):
@@ -73,18 +73,18 @@ def test_interrupted_between_batches_keeps_what_was_finished(pipeline, tmp_path,
     monkeypatch.setattr(DraftVerify, "draft_many", stop)
     with pytest.raises(KeyboardInterrupt):
         run(pipeline, path)
-    assert len(Journal(path, describe_run(pipeline, QUESTIONS, 6)).items) == 6
+    assert len(EvaluationJournal(path, describe_run(pipeline, QUESTIONS, 6)).items) == 6
 
 
 def test_a_journal_of_another_run_is_refused_or_replaced(pipeline, tmp_path):
     path = tmp_path / "journal.jsonl"
-    Journal(path, {"seed": 1, "items": 3})
+    EvaluationJournal(path, {"seed": 1, "items": 3})
     with pytest.raises(RsgwmError, match=r"made with another items, seed; choose another place"):
-        Journal(path, {"seed": 2, "items": 4})
-    assert Journal(path, {"seed": 2}, replace=True).items == {}
+        EvaluationJournal(path, {"seed": 2, "items": 4})
+    assert EvaluationJournal(path, {"seed": 2}, replace=True).items == {}
     path.write_text('{"about": {"seed": 2}}\n{"part": "x"}\n')
     with pytest.raises(RsgwmError, match=r"line 2 is damaged"):
-        Journal(path, {"seed": 2})
+        EvaluationJournal(path, {"seed": 2})
 
 
 def test_records_hold_what_the_report_needs(pipeline, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.data.template import TEMPLATES
-from mlx_rsgwm.inference.verifier import EMPTY, Reading, make_reading, read, signals_of, verdict_ids
+from mlx_rsgwm.inference.verifier import EMPTY, VerifierInput, read, signals_of, verdict_ids, verifier_input
 from mlx_rsgwm.models.split import split_head
 
 PLAIN = TEMPLATES["plain"]
@@ -71,7 +71,7 @@ def slow_logprobs(model, prompt, completion):
 def readings_of(tokenizer, template, **parts):
     end = (tokenizer.eos_token_id,)
     return [
-        make_reading(
+        verifier_input(
             template,
             tokenizer,
             question,
@@ -118,7 +118,9 @@ def test_only_what_is_asked_for_is_computed(base, model):
 
 def test_a_draft_without_tokens_scores_nothing(base, model):
     prompt = tuple(base.tokenizer.encode("Q"))
-    found = read(split_head(model), [Reading(prompt, (), None), Reading(prompt, (5, 6), None)], ((1,), (2,)))
+    found = read(
+        split_head(model), [VerifierInput(prompt, (), None), VerifierInput(prompt, (5, 6), None)], ((1,), (2,))
+    )
     assert (found[0].mean, found[0].mean_logprob, found[0].tokens) == (EMPTY, 0.0, 0)
     assert found[1].mean == pytest.approx(np.mean(slow_logprobs(model, prompt, (5, 6))), rel=1e-4)
     assert read(split_head(model), [], ((1,), (2,))) == []
@@ -137,7 +139,7 @@ def test_a_prompt_of_several_drafts_is_read_once(base, model, name, parts):
     template, tokenizer = TEMPLATES[name], base.tokenizer
     verdict, logprobs = parts
     readings = [
-        make_reading(template, tokenizer, question, text, tokenizer.encode(text), verdict, logprobs)
+        verifier_input(template, tokenizer, question, text, tokenizer.encode(text), verdict, logprobs)
         for question in QUESTIONS[:2]
         for text in ("4\n#### 4", "2 * 3 = 6 and so on\n#### 6", "", "7")
     ]
@@ -169,7 +171,7 @@ def test_a_prompt_of_several_drafts_is_read_once(base, model, name, parts):
 
 def test_prompts_of_one_draft_each_are_read_whole(base, model):
     tokenizer = base.tokenizer
-    readings = [make_reading(PLAIN, tokenizer, question, "7", tokenizer.encode("7")) for question in QUESTIONS]
+    readings = [verifier_input(PLAIN, tokenizer, question, "7", tokenizer.encode("7")) for question in QUESTIONS]
     hidden, head = split_head(model)
     calls = []
     watched = lambda ids, cache=None: calls.append(ids.shape) or hidden(ids, cache=cache)  # noqa: E731

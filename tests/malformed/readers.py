@@ -249,17 +249,17 @@ def read_run(folder: Path) -> None:
 
 
 def make_journal(folder: Path) -> None:
-    from mlx_rsgwm.evaluation.journal import Journal
+    from mlx_rsgwm.evaluation.journal import EvaluationJournal
 
-    journal = Journal(folder / "journal.jsonl", {"seed": 1})
+    journal = EvaluationJournal(folder / "journal.jsonl", {"seed": 1})
     journal.add_items("a", records())
     journal.add_timing("a", "0", (1.0, 2.0, None))
 
 
 def read_journal(folder: Path) -> None:
-    from mlx_rsgwm.evaluation.journal import Journal
+    from mlx_rsgwm.evaluation.journal import EvaluationJournal
 
-    Journal(folder / "journal.jsonl", {"seed": 1})
+    EvaluationJournal(folder / "journal.jsonl", {"seed": 1})
 
 
 CALIBRATION = {

@@ -19,7 +19,7 @@ def test_estimate_is_near_the_peak(tmp_path, config, recompute):
     from mlx_rsgwm.core.distributed import ALONE
     from mlx_rsgwm.data.batching import TokenRow
     from mlx_rsgwm.training.layers import lora_layers
-    from mlx_rsgwm.training.state import Run
+    from mlx_rsgwm.training.state import TrainingRun
 
     values = {
         "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 384,
@@ -32,7 +32,7 @@ def test_estimate_is_near_the_peak(tmp_path, config, recompute):
     settings = config(recompute=recompute)
     with lora_layers(model, settings.spec(), 0):
         found = memory.estimate(model, values, 4, 201, 4 * 51, 1, recompute)
-        run = Run(model, rows, [[0, 1, 2, 3]] * 2, [], settings, "x", ALONE)
+        run = TrainingRun(model, rows, [[0, 1, 2, 3]] * 2, [], settings, "x", ALONE)
         with run.looking():
             run.step(False)
             mx.clear_cache()

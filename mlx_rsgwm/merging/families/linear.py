@@ -62,7 +62,7 @@ def weighted_mean(layer: Layer) -> mx.array:
     return shares(layer.weights)
 
 
-def weighted_sum(layer: Layer) -> mx.array:
+def scaled_weights(layer: Layer) -> mx.array:
     """c_t = λ w_t: task arithmetic (Ilharco et al., 2023); ``lambda`` scales the sum."""
     return layer.parameters["lambda"] * mx.array(layer.weights)
 

@@ -73,11 +73,6 @@ def keep_masks(count: int, size: int, density: float, key: mx.array) -> mx.array
     return drawn(density, (count, size), key)
 
 
-def weighted_sum(pruned: mx.array, weights: mx.array) -> mx.array:
-    """Σ_t w_t δ_t of (T, n) deltas, (n,): the last step of PEFT's ``task_arithmetic``."""
-    return weights @ pruned
-
-
 def elected_mean(pruned: mx.array, weights: mx.array, method: str) -> mx.array:
     """Mean of w_t δ_t over the tasks whose δ_t has the elected sign: (T, n) pruned deltas to (n,).
 
@@ -153,7 +148,7 @@ def _applied(
     coefficients = gain * mx.array(list(weights))
     if rule.elects:
         return elected_mean(deltas, coefficients, layer.parameters["majority_sign_method"])
-    return weighted_sum(deltas, coefficients)
+    return coefficients @ deltas  # the last step of PEFT's task_arithmetic
 
 
 def in_product_space(layer: Layer, rule: Rule) -> mx.array:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlx_rsgwm.evaluation import metrics
-from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord, Reading
+from mlx_rsgwm.evaluation.records import DraftRecord, ExtractedAnswer, ItemRecord
 from mlx_rsgwm.evaluation.report import folder as report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -30,7 +30,7 @@ def records(count=130):
         for _ in range(3):
             right = rng.random() < 0.5
             value = "4" if right else rng.choice(["5", None])
-            readings = {"strict": Reading(value, "answer" if value else "no_answer", right)}
+            readings = {"strict": ExtractedAnswer(value, "answer" if value else "no_answer", right)}
             score = min(1.0, 0.4 * rng.random() + 0.5 * right)
             drafts.append(DraftRecord(f"2 + 2 = {value}\n{EVIL}", value, right, {"yesno": score}, 7, readings=readings))
         task = ("change", "groups")[index % 2]

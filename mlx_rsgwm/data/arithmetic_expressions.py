@@ -15,7 +15,7 @@ from mlx_rsgwm.data.arithmetic_tokens import Token
 
 
 @dataclass(frozen=True)
-class Run:
+class Expression:
     """An expression in the text from token ``first`` up to ``end``; ``node`` is None where it cannot be read."""
 
     first: int
@@ -69,20 +69,20 @@ def after_break(tokens: Sequence[Token], index: int) -> int:
     return index + 1 if break_at(tokens, index) and index + 1 < len(tokens) else index
 
 
-def find_runs(tokens: Sequence[Token]) -> list[Run]:
+def find_expressions(tokens: Sequence[Token]) -> list[Expression]:
     """The expressions of a text, in order, each as long as it can be."""
-    runs, index = [], 0
+    expressions, index = [], 0
     while index < len(tokens):
         token = tokens[index]
         begins = token.kind in ("number", "money", "open") or token.text in ("√", "\\frac") or _is_sign(tokens, index)
         if not begins:
             index += 1
             continue
-        run = run_at(tokens, index)
-        if run.end > index:
-            runs.append(run)
-        index = max(run.end, index + 1)  # what begins with a bracket of the sentence or a bullet begins after it
-    return runs
+        expression = expression_at(tokens, index)
+        if expression.end > index:
+            expressions.append(expression)
+        index = max(expression.end, index + 1)  # what begins with a bracket of the sentence or a bullet begins after it
+    return expressions
 
 
 def _is_sign(tokens: Sequence[Token], index: int) -> bool:
@@ -92,26 +92,26 @@ def _is_sign(tokens: Sequence[Token], index: int) -> bool:
     return before is None or before.kind in ("newline", "equals", "stop", "compare", "open")
 
 
-def run_at(tokens: Sequence[Token], index: int) -> Run:
+def expression_at(tokens: Sequence[Token], index: int) -> Expression:
     parser = Parser(tokens, index)
     try:
-        return Run(index, parser.expression(), parser.position)
+        return Expression(index, parser.expression(), parser.position)
     except TooLong:
-        return Run(index, None, parser.position)
+        return Expression(index, None, parser.position)
     except Unreadable:
-        return Run(index, None, index if tokens[index].kind in ("open", "money", "op") else parser.position)
+        return Expression(index, None, index if tokens[index].kind in ("open", "money", "op") else parser.position)
 
 
-def may_begin(tokens: Sequence[Token], run: Run) -> bool:
+def may_begin(tokens: Sequence[Token], expression: Expression) -> bool:
     """Whether what stands before an expression leaves it as it is."""
-    if not run.first:
+    if not expression.first:
         return True
-    before = tokens[run.first - 1]
-    earlier = tokens[run.first - 2] if run.first > 1 else None
+    before = tokens[expression.first - 1]
+    earlier = tokens[expression.first - 2] if expression.first > 1 else None
     if (
         before.kind == "newline"
         and earlier is not None
-        and (earlier.kind == "op" or (tokens[run.first].kind == "op" and earlier.kind in ("number", "close")))
+        and (earlier.kind == "op" or (tokens[expression.first].kind == "op" and earlier.kind in ("number", "close")))
     ):
         return False  # the second line of an expression
     if before.kind in ("newline", "equals", "open"):
@@ -119,19 +119,19 @@ def may_begin(tokens: Sequence[Token], run: Run) -> bool:
     if before.kind == "compare":
         return True
     if before.kind == "stop":
-        named = run.first > 2 and tokens[run.first - 3].kind == "word"
+        named = expression.first > 2 and tokens[expression.first - 3].kind == "word"
         colon = before.text == ":" and earlier is not None and earlier.kind == "number" and before.space and not named
-        return (tokens[run.first].space and not colon) or before.text in "“„«'\"（，。、*#|；：,"
+        return (tokens[expression.first].space and not colon) or before.text in "“„«'\"（，。、*#|；：,"
     if before.kind in ("close", "percent", "number"):
-        return before.text == ")" and tokens[run.first].space and tokens[run.first].kind != "open"
+        return before.text == ")" and tokens[expression.first].space and tokens[expression.first].kind != "open"
     if before.text == "*" and (earlier is None or earlier.kind == "newline"):
         return True  # a bullet
-    if before.kind != "word" or (isinstance(run.node, Literal) and before.text.lower() not in _SO):
+    if before.kind != "word" or (isinstance(expression.node, Literal) and before.text.lower() not in _SO):
         return False
-    return _word_may_precede(tokens, run, before, earlier)
+    return _word_may_precede(tokens, expression, before, earlier)
 
 
-def _word_may_precede(tokens: Sequence[Token], run: Run, before: Token, earlier: Token | None) -> bool:
+def _word_may_precede(tokens: Sequence[Token], expression: Expression, before: Token, earlier: Token | None) -> bool:
     word = before.text.rstrip(".").lower()
     if word in _ARTICLES and earlier is not None:
         return earlier.text.lower() not in _CHANGING
@@ -141,15 +141,15 @@ def _word_may_precede(tokens: Sequence[Token], run: Run, before: Token, earlier:
         len(word) == 1 and word.isalpha() and word < "\u0900" and word not in ("a", "y", "e", "o", "i", "и", "у", "в")
     )
     counted = earlier is not None and earlier.kind == "number" and word in ("and", "und", "et", "y", "e")
-    return not (word in _NAMED or letter or (counted and tokens[run.first + 1].text == "/"))
+    return not (word in _NAMED or letter or (counted and tokens[expression.first + 1].text == "/"))
 
 
-def may_end(text: str, tokens: Sequence[Token], run: Run) -> bool:
+def may_end(text: str, tokens: Sequence[Token], expression: Expression) -> bool:
     """Whether what stands after an expression leaves it as it is."""
-    if run.end >= len(tokens):
+    if expression.end >= len(tokens):
         return True
-    after = tokens[run.end]
-    last = tokens[run.end - 1].kind
+    after = tokens[expression.end]
+    last = tokens[expression.end - 1].kind
     if after.kind in ("op", "other", "command", "percent"):
         return False
     if after.kind in ("number", "money") and last != "word":
@@ -158,10 +158,10 @@ def may_end(text: str, tokens: Sequence[Token], run: Run) -> bool:
         return False
     if after.kind == "word" and not after.space and after.text.isascii():
         return False
-    return _TAKEN_BACK.match(text, tokens[run.end - 1].end) is None
+    return _TAKEN_BACK.match(text, tokens[expression.end - 1].end) is None
 
 
-def unmeant(text: str, tokens: Sequence[Token], left: Run, right: Run) -> bool:
+def unmeant(text: str, tokens: Sequence[Token], left: Expression, right: Expression) -> bool:
     """Whether the line or the units say that no usual sum is meant: other bases, clocks, ranges, codes."""
     start, end = tokens[left.first].start, tokens[right.end - 1].end
     line = text[text.rfind("\n", 0, start) + 1 : start]
@@ -171,11 +171,15 @@ def unmeant(text: str, tokens: Sequence[Token], left: Run, right: Run) -> bool:
         or re.match(r"[^\n.;]{0,40}\b(?:in binary|in base|mod \d)", text[end:])
     ):
         return True
-    listed = [side for run in (left, right) if _LISTED.fullmatch(side := _written(text, tokens, run))]
+    listed = [side for expression in (left, right) if _LISTED.fullmatch(side := _written(text, tokens, expression))]
     if len(listed) == 2 or any(side[0] != "(" for side in listed):
         return True  # intervals and points: "[-11 + 1, 3 + 1] = [-10, 4]"
     units = {
-        word.lower() for run in (left, right) if run.node for literal in literals(run.node) for word in literal.unit
+        word.lower()
+        for expression in (left, right)
+        if expression.node
+        for literal in literals(expression.node)
+        for word in literal.unit
     }
     if (
         units & _CLOCK
@@ -183,19 +187,19 @@ def unmeant(text: str, tokens: Sequence[Token], left: Run, right: Run) -> bool:
         or units & {"remainder", "rest", "rounded", "mod"}
     ):
         return True
-    return any(_is_range(text, tokens, run) for run in (left, right))
+    return any(_is_range(text, tokens, expression) for expression in (left, right))
 
 
-def _written(text: str, tokens: Sequence[Token], run: Run) -> str:
-    return text[tokens[run.first].start : tokens[run.end - 1].end]
+def _written(text: str, tokens: Sequence[Token], expression: Expression) -> str:
+    return text[tokens[expression.first].start : tokens[expression.end - 1].end]
 
 
-def _is_range(text: str, tokens: Sequence[Token], run: Run) -> bool:
+def _is_range(text: str, tokens: Sequence[Token], expression: Expression) -> bool:
     """ "2-4 people", "pages 5–10", "5/10/2024"."""
-    written = _written(text, tokens, run)
+    written = _written(text, tokens, expression)
     if re.fullmatch(r"\d{1,2}/\d{1,2}/(?:19|20)\d\d", written) or re.match(r"\d{3}-\d{4}\b", written):
         return True
     match = re.match(r"(\d+)[-–](\d+)(?![\d.,/*×+])", written)
-    named = run.first > 0 and tokens[run.first - 1].kind == "word"
+    named = expression.first > 0 and tokens[expression.first - 1].kind == "word"
     lone = match is not None and not re.search(r"[+×*÷/]", written)
     return lone and match is not None and int(match[1]) < int(match[2]) and (named or len(written) > match.end())
