@@ -21,7 +21,7 @@ def pull(console: Console, name: str) -> None:
     Example: rsgwm base pull smollm2-135m
     """
     from mlx_rsgwm.models.base import resolve_base
-    from mlx_rsgwm.models.folder import fingerprint_of
+    from mlx_rsgwm.models.base_folder import fingerprint_of
 
     folder = resolve_base(name, console.progress)
     fingerprint = fingerprint_of(folder)
@@ -40,7 +40,7 @@ def info(console: Console, name: str) -> None:
     Example: rsgwm base info smollm2-135m
     """
     from mlx_rsgwm.models.base import resolve_base
-    from mlx_rsgwm.models.folder import describe_folder
+    from mlx_rsgwm.models.base_folder import describe_folder
 
     facts = {"name": name, **describe_folder(resolve_base(name, console.progress))}
     quantization = facts["quantization"]

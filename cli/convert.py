@@ -197,7 +197,7 @@ def convert_from_gguf(console: Console, source: Path, out: Path, base_name: str 
     from mlx_rsgwm.converters.gguf.read_adapter import convert_from_gguf as convert_adapter
     from mlx_rsgwm.converters.gguf.read_adapter import is_gguf_adapter
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.models.folder import describe_folder
+    from mlx_rsgwm.models.base_folder import describe_folder
 
     if is_gguf_adapter(source):
         if quantised:

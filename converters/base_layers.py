@@ -25,8 +25,8 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.safetensors_io import read_header
 from mlx_rsgwm.models.base import describe_base, fingerprint_of, local_base, resolve_base
+from mlx_rsgwm.models.base_folder import first_line, read_config, weight_files
 from mlx_rsgwm.models.config import config_for_mlx_lm, model_classes, open_model
-from mlx_rsgwm.models.folder import first_line, read_config, weight_files
 from mlx_rsgwm.models.token_layers import is_head
 
 Kind = Literal["linear", "embedding", "experts"]

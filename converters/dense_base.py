@@ -21,8 +21,8 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
+from mlx_rsgwm.models.base_folder import read_config
 from mlx_rsgwm.models.config import open_model
-from mlx_rsgwm.models.folder import read_config
 
 SIDE_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 

@@ -22,8 +22,8 @@ from mlx_rsgwm.converters.peft.folder import Groups
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base_folder import TOKENIZER_FILES, first_line
 from mlx_rsgwm.models.config import open_model
-from mlx_rsgwm.models.folder import TOKENIZER_FILES, first_line
 from mlx_rsgwm.models.token_layers import is_embedding, is_head
 
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")

@@ -24,8 +24,8 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import require_space
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base_folder import weight_files
 from mlx_rsgwm.models.config import config_for_mlx_lm, model_classes, open_model
-from mlx_rsgwm.models.folder import weight_files
 from mlx_rsgwm.models.token_layers import has_head, is_embedding, is_head
 
 HEAD_FILE = "model-untied-head.safetensors"

@@ -24,7 +24,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.folder import weight_files
+from mlx_rsgwm.models.base_folder import weight_files
 from mlx_rsgwm.models.stored_head import HEAD
 
 

@@ -12,7 +12,7 @@ from mlx_rsgwm.converters.fuse.checkpoint_form import save_checkpoint
 from mlx_rsgwm.converters.resized_vocabulary import end_of, tokenizer_files
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.models.folder import TOKENIZER_FILES
+from mlx_rsgwm.models.base_folder import TOKENIZER_FILES
 
 GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"

@@ -22,8 +22,8 @@ from mlx_rsgwm.core.dtypes import BY_CODE
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base_folder import read_config
 from mlx_rsgwm.models.fit_check import untied_hint
-from mlx_rsgwm.models.folder import read_config
 from mlx_rsgwm.models.token_layers import is_embedding
 
 KINDS = {"f32": BY_CODE["F32"], "f16": BY_CODE["F16"]}  # which llama.cpp reads in an adapter

@@ -25,7 +25,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.base import base_for
-from mlx_rsgwm.models.folder import read_config
+from mlx_rsgwm.models.base_folder import read_config
 from mlx_rsgwm.models.token_layers import is_embedding
 
 OWN = {row.code: row.mlx for row in FLOATS.values()}  # a tensor of any other type is read as float32

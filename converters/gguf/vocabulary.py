@@ -15,7 +15,7 @@ from typing import Any
 from mlx_rsgwm.converters.gguf.tokenizer import CONTROL, SPECIAL_TOKENS, USER_DEFINED, rebuild
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.models.folder import first_line
+from mlx_rsgwm.models.base_folder import first_line
 
 NORMAL, UNKNOWN, UNUSED, BYTE = 1, 2, 5, 6  # tokenizer.ggml.token_type, beside CONTROL and USER_DEFINED
 # llama.cpp's names for the rules of gguf_tokenizer; the first that cuts every probe rightly is taken.

@@ -34,8 +34,8 @@ from mlx_rsgwm.core.dtypes import CODES
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.base_folder import read_config
 from mlx_rsgwm.models.config import open_model
-from mlx_rsgwm.models.folder import read_config
 
 # dtype: (gguf's tensor type, llama.cpp's file type)
 KINDS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}

@@ -37,8 +37,8 @@ from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import ALIASES, base_for, local_base, resolve_base
+from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.models.fit_check import check_made_for
-from mlx_rsgwm.models.folder import fingerprint_of
 
 
 class Converted(NamedTuple):

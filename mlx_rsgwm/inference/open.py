@@ -32,8 +32,8 @@ from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import DEFAULT_BASE, Base, load_base, recorded_base, resolve_base
+from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.models.fit_check import check_made_for, names_other_base, other_base_note
-from mlx_rsgwm.models.folder import fingerprint_of
 from mlx_rsgwm.models.slots import AdapterSlots
 
 

@@ -9,7 +9,7 @@ from mlx_rsgwm.core.files import sha256_file
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
-from mlx_rsgwm.models.folder import base_difference
+from mlx_rsgwm.models.base_folder import base_difference
 
 ROLES = {"drafter": "draft", "verifier": "verify"}
 VerifierSource = AdapterSource | Sequence[AdapterSource]

@@ -30,9 +30,9 @@ from mlx_rsgwm.merging.weights import brought_near_one
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 from mlx_rsgwm.models.base import resolve_base
+from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.models.directions import ALL
 from mlx_rsgwm.models.fit_check import check_made_for
-from mlx_rsgwm.models.folder import fingerprint_of
 
 # Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries, and while
 # one such batch is computed the next is described.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlx_rsgwm.models.folder import base_difference
+from mlx_rsgwm.models.base_folder import base_difference
 from mlx_rsgwm.models.token_layers import is_embedding
 
 if TYPE_CHECKING:

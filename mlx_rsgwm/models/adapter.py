@@ -20,8 +20,8 @@ from mlx_rsgwm.core.folders import exclusive, require_space
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, write_safetensors
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter_shapes import FULL_LEAVES, array_problems, factor_problems
+from mlx_rsgwm.models.base_folder import base_difference
 from mlx_rsgwm.models.finite import not_finite
-from mlx_rsgwm.models.folder import base_difference
 from mlx_rsgwm.models.spec import LoraSpec
 
 FORMAT = "mlx-rsgwm/adapter"

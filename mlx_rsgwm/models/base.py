@@ -26,9 +26,9 @@ from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.base_folder import check_folder, fingerprint_of, first_line, weight_files
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.file_readers import FILE_READERS
-from mlx_rsgwm.models.folder import check_folder, fingerprint_of, first_line, weight_files
 from mlx_rsgwm.models.hub_files import readable
 from mlx_rsgwm.models.linux_cpu import quicken
 

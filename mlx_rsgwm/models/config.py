@@ -19,7 +19,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.models.folder import first_line, read_config
+from mlx_rsgwm.models.base_folder import first_line, read_config
 from mlx_rsgwm.models.foreign_quantisation import quantisation_settings, refuse_foreign_quantisation
 from mlx_rsgwm.models.rope import correct_rotations
 from mlx_rsgwm.models.stored_head import refuse_other_head

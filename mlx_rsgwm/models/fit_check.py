@@ -12,7 +12,7 @@ from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import ALIASES, Base, base_for, local_base
-from mlx_rsgwm.models.folder import base_difference, fingerprint_of, weights_fingerprint
+from mlx_rsgwm.models.base_folder import base_difference, fingerprint_of, weights_fingerprint
 from mlx_rsgwm.models.token_layers import is_head
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.files import open_regular
-from mlx_rsgwm.models.folder import tensor_entries, weight_files
+from mlx_rsgwm.models.base_folder import tensor_entries, weight_files
 from mlx_rsgwm.models.token_layers import HEADS, has_head
 
 PREFIX = r"(?:(?:model|language_model|transformer|gpt_neox|backbone)\.)*"

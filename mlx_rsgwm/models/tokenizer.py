@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.models.folder import first_line
+from mlx_rsgwm.models.base_folder import first_line
 
 PROBES = ("Hello, world", "a", "7", "0 1 2 3", "The answer is 12.")
 POSITIONS = ("wpe", "position_embeddings", "embed_positions", "embed_tokens_per_layer")

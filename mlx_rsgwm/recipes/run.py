@@ -42,7 +42,7 @@ from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base
-from mlx_rsgwm.models.folder import fingerprint_of
+from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
 from mlx_rsgwm.recipes.schema import MERGED, MergeSection, Recipe, folder_name, load_recipe, shipped_recipes
 from mlx_rsgwm.recipes.stages import Stage, Stages

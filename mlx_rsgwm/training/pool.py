@@ -15,7 +15,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, is_complete
 from mlx_rsgwm.models.base import Base
-from mlx_rsgwm.models.folder import base_difference
+from mlx_rsgwm.models.base_folder import base_difference
 from mlx_rsgwm.training.checkpoints import Saving, drop_state
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train

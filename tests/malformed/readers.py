@@ -314,7 +314,7 @@ def make_sharded_base(folder: Path) -> None:
 
 
 def look_at_base(folder: Path) -> None:
-    from mlx_rsgwm.models.folder import check_folder, describe_folder
+    from mlx_rsgwm.models.base_folder import check_folder, describe_folder
 
     describe_folder(check_folder(folder))
 

@@ -23,7 +23,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.models.base import ALIASES, load_base, resolve_base
-from mlx_rsgwm.models.folder import describe_folder, fingerprint_of
+from mlx_rsgwm.models.base_folder import describe_folder, fingerprint_of
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -457,7 +457,7 @@ def test_the_real_alias_agrees_with_transformers(tmp_path, monkeypatch):
 
 
 def test_fingerprint_sees_tokenizer_and_chat_template(tiny):
-    from mlx_rsgwm.models.folder import base_difference, weights_fingerprint
+    from mlx_rsgwm.models.base_folder import base_difference, weights_fingerprint
 
     original = fingerprint_of(tiny)
     template = (tiny / "chat_template.jinja").read_text()

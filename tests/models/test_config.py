@@ -13,8 +13,8 @@ from mlx_rsgwm.bench.architecture_sizes import SIZES as TINY
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models import config as config_module
 from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.models.base_folder import read_config
 from mlx_rsgwm.models.config import open_model
-from mlx_rsgwm.models.folder import read_config
 from mlx_rsgwm.models.rope import KINDS, rotation_meant
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
