@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,9 +10,6 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import COUNT, PATH
 from mlx_rsgwm.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from mlx_rsgwm.models.adapter import Adapter
 
 
 @click.command()
@@ -59,7 +55,7 @@ def collect(
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.inference.open import load_base_for
     from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, Adapter
-    from mlx_rsgwm.training.collect_directions import collect_directions, save_directions
+    from mlx_rsgwm.training.collect_directions import collect_directions, load_rows, save_directions
 
     if not rank and not full:
         raise RsgwmError("--directions 0 would keep nothing; give a number of columns, or --full for whole matrices")
@@ -67,7 +63,7 @@ def collect(
     if DIRECTIONS_FILE in (adapter.manifest.get("files") or {}) and not replace:
         source = adapter.directions_metadata.get("source", "an unknown source")
         raise RsgwmError(f"{adapter_folder} already has directions ({source}); pass --replace to replace them")
-    data = _rows(corpus, adapter)
+    data = load_rows(corpus, adapter)
     base = load_base_for([adapter], base_name, console.progress)
     arrays, metadata = collect_directions(
         base, adapter, data, 0 if full else rank, batch_rows, max_tokens, rows, console.seed, console.progress
@@ -83,14 +79,3 @@ def collect(
     console.line(f"{adapter_folder}: directions of {inputs} inputs from {told} ({size / 1e6:.1f} MB)")
     modules = len(adapter.modules())
     console.result({"adapter": str(adapter_folder), "modules": modules, "inputs": inputs, **counts, "bytes": size})
-
-
-def _rows(corpus: Path, adapter: Adapter) -> Any:
-    """The rows at ``corpus``; questions without answers in the words that the adapter was trained with."""
-    from mlx_rsgwm.data.loading import load_data
-    from mlx_rsgwm.data.template import Template
-    from mlx_rsgwm.data.unlabelled import load_unlabelled
-
-    described = adapter.manifest.get("template")
-    template = Template.from_description(described) if described else None
-    return load_unlabelled(corpus, template) or load_data(corpus, None)[0]

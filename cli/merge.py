@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import SOURCE, OneOf
+from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, OneOf
 from mlx_rsgwm.merging.methods import METHODS
 from mlx_rsgwm.merging.options import AUTO, MergeOptions
 
@@ -20,6 +20,9 @@ USUAL = (
     *("cat", "ties", "dare_ties", "slerp", "karcher"),
 )
 WIDTH = 79
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.merging.recollect import Recollection
 
 
 @click.command()
@@ -54,6 +57,15 @@ WIDTH = 79
     show_default=True,
     help="Allow a result of up to so many times the norm that its sources and weights account for.",
 )
+@click.option(
+    "--recollect",
+    "corpora",
+    multiple=True,
+    type=PATH,
+    metavar="CORPUS",
+    help="Rows of an adapter's task, one for each in their order: directions are collected anew while merging, each "
+    "layer's under the merged layers below.",
+)
 @shared.base()
 @shared.dry_run("write nothing, print the diagnosis")
 @click.option("--list", "list_methods", is_flag=True, help="List the methods that are used most.")
@@ -70,6 +82,7 @@ def merge(
     weights: tuple[float, ...],
     rank: int | None,
     largest: float,
+    corpora: tuple[Path, ...],
     base_name: str | None,
     dry_run: bool,
     list_methods: bool,
@@ -88,6 +101,7 @@ def merge(
       rsgwm merge a b --method ties --set density=0.3 --out mixed
       rsgwm merge a b --method linear --at 'layers\\.2[0-9]' weights=0/1 --out mixed
       rsgwm merge pool/* --method karcher --dry-run
+      rsgwm merge a b --method regmean --recollect corpus/a --recollect corpus/b --out mixed
       rsgwm merge --list --all
     """
     if list_methods or list_all:
@@ -115,7 +129,8 @@ def merge(
         largest=largest,
     )
     loaded = load_adapters(adapters, base_name, lazy=True, hashes=False, progress=console.progress)
-    merged = merge_adapters(loaded, options, console.progress, base=base_name)
+    recollection = _recollection(console, loaded, corpora, base_name) if corpora else None
+    merged = merge_adapters(loaded, options, console.progress, base=base_name, recollection=recollection)
     if not dry_run:
         assert out is not None
         merged.save(out)
@@ -127,6 +142,19 @@ def merge(
     )
 
 
+def _recollection(
+    console: Console, adapters: Sequence[Any], corpora: Sequence[Path], base_name: str | None
+) -> Recollection:
+    from mlx_rsgwm.inference.open import load_base_for
+    from mlx_rsgwm.merging.recollect import Recollection, check_one_each
+    from mlx_rsgwm.training.collect_directions import load_rows
+
+    check_one_each(adapters, corpora)
+    data = [load_rows(corpus, adapter) for corpus, adapter in zip(corpora, adapters, strict=True)]
+    base = load_base_for(adapters, base_name, console.progress)
+    return Recollection(base, data, seed=console.seed, progress=console.progress)
+
+
 def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out: str) -> None:
     diagnosis = merge["diagnosis"]
     overall = diagnosis["overall"]
@@ -135,6 +163,9 @@ def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out:
     )
     if "chosen_because" in merge:
         console.line(f"{merge['method']} was chosen: {merge['chosen_because']} (--method takes another)")
+    for path, collected in zip(adapters, merge.get("recollected", ()), strict=False):
+        told = ", ".join(f"{count} {role} rows" for role, count in collected["rows"].items())
+        console.line(f"directions of {path}: recollected from {told}")
     for warning in merge["warnings"]:
         console.line(f"warning: {warning}")
     console.line(f"norm of the update: {overall['norm_share']:.3f} of the sources' mean")

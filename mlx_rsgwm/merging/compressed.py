@@ -27,9 +27,11 @@ THREADED_ENTRIES = 1 << 22
 
 
 def compressed_modules(
-    modules: Iterable[Layer], method: Method, rank: int, diagnosed: bool
+    modules: Iterable[Layer], method: Method, rank: int, diagnosed: bool, threads: bool = True
 ) -> Iterator[tuple[Layer, Truncated]]:
-    """Every module with its merged update; ``diagnosed``: with notes of what the result's outputs are like."""
+    """Every module with its merged update; ``diagnosed``: with notes of what the result's outputs are like; without
+    ``threads`` each is merged before the next is read.
+    """
 
     def compute(module: Layer) -> Truncated:
         compressed = _compressed(module, method.merge(module), rank)
@@ -41,7 +43,7 @@ def compressed_modules(
     with ExitStack() as stack:
         workers = stack.enter_context(ThreadPoolExecutor(cores()))
         for module in modules:
-            if (ready := _for_threads(module, method)) is None:
+            if not threads or (ready := _for_threads(module, method)) is None:
                 yield from ((other, result.result()) for other, result in _popped(waiting, 0))
                 yield module, compute(module)
                 continue

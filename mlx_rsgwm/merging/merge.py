@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from itertools import repeat
 from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -34,6 +35,9 @@ from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.models.directions import ALL
 from mlx_rsgwm.models.fit_check import check_made_for
 
+if TYPE_CHECKING:  # it runs models, and imports what they need
+    from mlx_rsgwm.merging.recollect import LayerByLayer, Recollection
+
 # Modules are evaluated together until their updates ΔW, or the factors of all adapters, have so many entries, and while
 # one such batch is computed the next is described.
 BATCH_ENTRIES = 1 << 23
@@ -46,13 +50,15 @@ def merge(
     progress: Progress = SILENT,
     diagnosed: bool = True,
     base: str | Path | None = None,
+    recollection: Recollection | None = None,
 ) -> Adapter:
     """One adapter from several, with the diagnosis and the sources in its manifest.
 
     Sources are as for ``load_adapters``, a folder of adapters stands for them, and ``base`` is what those of other
     formats are read for. Folders are streamed: with their number grows one module's factors, and nothing else. With
     ``diagnosed`` False the diagnosis is left out, and with it the refusal of a merge that collapses or blows up: for a
-    caller who looks at the result in another way.
+    caller who looks at the result in another way. With a ``recollection`` the recorded directions are left aside: they
+    are collected while merging, a block's under the merged blocks below.
 
     Raises:
         AdapterError: an adapter is damaged.
@@ -60,6 +66,8 @@ def merge(
             reason at once), missing importance, adapters between which the method has no answer, a result that is not
             finite, that collapses or that blows up.
     """
+    if recollection is not None and options.method == AUTO:
+        options = replace(options, method="regmean")
     if options.method != AUTO:
         resolved(options)  # what it refuses is said before anything is read
     loaded = load_adapters(adapters, base, lazy=True, hashes=False, progress=progress)
@@ -77,9 +85,17 @@ def merge(
     signal = parameters["signal"] if "importance" in method.needs else None
     if signal is not None:
         pool.require_signal(signal)
+    layers = None
+    if recollection is not None:
+        if not needs_directions(method, parameters):
+            raise RsgwmError(f"{options.method} does not look at directions; recollect them for regmean")
+        layers = recollection.start(loaded, options.role)
+        pool = replace(pool, moments=layers.grams)
     with pool.checked(signal):
-        pool = pool.by_name() if needs_directions(method, parameters) else pool
-        merged = _merged(pool, method, options, parameters, progress, diagnosed)
+        pool = pool.by_name(layers.order if layers else None) if needs_directions(method, parameters) else pool
+        merged = _merged(pool, method, options, parameters, progress, diagnosed, layers)
+    if layers is not None:
+        merged.manifest["merge"]["recollected"] = layers.describe()
     if reason:
         merged.manifest["merge"]["chosen_because"] = reason
     return merged
@@ -92,6 +108,7 @@ def _merged(
     parameters: Mapping[str, Any],
     progress: Progress,
     diagnosed: bool,
+    layers: LayerByLayer | None,
 ) -> Adapter:
     rank = options.rank or _usual_rank(method, pool)
     spec = merged_spec(pool, rank)
@@ -107,7 +124,9 @@ def _merged(
         measuring(rows, by_numpy) as measure_jobs,
     ):
         modules = _modules(pool, method, options, parameters)
-        for module, compressed in compressed_modules(modules, method, rank, diagnosed):
+        for module, compressed in compressed_modules(modules, method, rank, diagnosed, layers is None):
+            if layers is not None:
+                layers.take(module.name, compressed.factors)
             a, b = _padded(compressed.factors, rank)
             ranks[module.name] = min(compressed.factors.rank, a.shape[0], b.shape[1])
             weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"] = a, b / spec.scale

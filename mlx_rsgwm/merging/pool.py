@@ -172,10 +172,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Pool:
-    """T adapters on one base, and ``warnings``: what a careful person would want to know before trusting a merge."""
+    """T adapters on one base, and ``warnings``: what a careful person would want to know before trusting a merge.
+
+    ``moments`` gives what :meth:`grams` gives, where that is not what the adapters have recorded.
+    """
 
     sources: tuple[Source, ...]
     warnings: tuple[str, ...]
+    moments: Callable[[Pool], Iterator[Sequence[Gram]]] | None = None
 
     @classmethod
     def open(cls, adapters: Sequence[AdapterSource]) -> Pool:
@@ -224,10 +228,16 @@ class Pool:
         """Every module that at least one adapter adapts, in the order of the adapters' files."""
         return list(dict.fromkeys(name for source in self.sources for name in source.shapes))
 
-    def by_name(self) -> Pool:
-        """The same with its modules in the order of their names, so that those of a block, which share inputs, meet."""
-        sources = [replace(source, shapes=dict(sorted(source.shapes.items()))) for source in self.sources]
-        return Pool(tuple(sources), self.warnings)
+    def by_name(self, key: Callable[[str], Any] | None = None) -> Pool:
+        """The same with its modules in the order of their names, so that those of a block, which share inputs, meet; or
+        of a ``key`` of them.
+        """
+        names = [sorted(source.shapes, key=key) for source in self.sources]
+        sources = [
+            replace(source, shapes={name: source.shapes[name] for name in own})
+            for source, own in zip(self.sources, names, strict=True)
+        ]
+        return replace(self, sources=tuple(sources))
 
     def shape(self, module: str) -> tuple[int, int]:
         """(in, out) of a module."""
@@ -291,6 +301,8 @@ class Pool:
         Raises:
             RsgwmError: adapters without directions of ``role`` or of a module, and how to get them.
         """
+        if self.moments is not None:
+            return self.moments(self)
         readers = [source.grams(role) for source in self.sources]
         problems = [
             f"{source.label} has none of {missing[0]}; collect them: rsgwm directions collect {source.label} --corpus "

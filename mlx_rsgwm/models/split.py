@@ -90,3 +90,37 @@ def split_layers(model: nn.Module, count: int) -> LayerSplit | None:
     expected = hidden(probe)
     same = expected.shape == composed.shape and mx.allclose(expected, composed, rtol=1e-3, atol=1e-3).item()
     return LayerSplit(count, lower, upper) if same else None
+
+
+def split_blocks(model: nn.Module) -> list[Hidden] | None:
+    """The model's layers one by one, or None where it is not built so that this works: the first takes ids (rows,
+    length), each other the states (rows, length, dims) that the one before gives. Tried as in :func:`split_layers`.
+    """
+    trunk: Any = getattr(model, "model", None)
+    layers = getattr(trunk, "layers", None)
+    if not isinstance(layers, list) or not layers or "norm" not in trunk:
+        return None
+    parts = []
+    for index, layer in enumerate(layers):
+        part = copy(trunk)
+        part.layers, part.norm = [layer], nn.Identity()
+        parts.append(_on_states(part) if index else part)
+    hidden, _ = split_head(model)
+    probe = mx.arange(4)[None]
+    states = probe
+    try:
+        for part in parts:
+            states = part(states)
+    except (TypeError, IndexError, AttributeError):
+        return None
+    expected, composed = hidden(probe), trunk.norm(states)
+    same = expected.shape == composed.shape and mx.allclose(expected, composed, rtol=1e-3, atol=1e-3).item()
+    return parts if same else None
+
+
+def _on_states(part: Any) -> Hidden:
+    def layer(states: mx.array) -> mx.array:
+        ended: mx.array = part(states[..., 0], input_embeddings=states)
+        return ended
+
+    return layer

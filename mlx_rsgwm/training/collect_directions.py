@@ -19,7 +19,9 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch, tell_rows
-from mlx_rsgwm.data.unlabelled import Unlabelled
+from mlx_rsgwm.data.loading import load_data
+from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.data.unlabelled import Unlabelled, load_unlabelled
 from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, WEIGHTS_FILE, Adapter, put_beside
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.fit_check import fitting_modules
@@ -55,7 +57,7 @@ def collect_directions(
     modules = fitting_modules(base, adapter)
     fitting, dropped = data.token_rows(base.tokenizer, max_tokens, "drop")
     tell_rows(fitting, dropped, max_tokens, progress)
-    chosen = _chosen(fitting, rows, seed)
+    chosen = draw_rows(fitting, rows, seed)
     plan = plan_epoch(chosen, batch_size, seed=0, epoch=0)
     weights = {name: value.astype(mx.float32) for name, value in adapter.weights.items()}
     model: Any = base.model
@@ -85,6 +87,16 @@ def collect_directions(
     return arrays, {**sums.metadata(), "data_hash": data.hash, "source": source}
 
 
+def load_rows(corpus: Path, adapter: Adapter) -> TrainingData:
+    """The rows at ``corpus``; questions without answers in the words that ``adapter`` was trained with.
+
+    Raises RsgwmError for what cannot be read.
+    """
+    described = adapter.manifest.get("template")
+    template = Template.from_description(described) if described else None
+    return load_unlabelled(corpus, template) or load_data(corpus, None)[0]
+
+
 def save_directions(
     adapter: Adapter, base: Base, data: TrainingData, arrays: Mapping[str, mx.array], metadata: Mapping[str, str]
 ) -> Path:
@@ -101,7 +113,8 @@ def save_directions(
     )
 
 
-def _chosen(rows: list[TokenRow], limit: int, seed: int) -> list[TokenRow]:
+def draw_rows(rows: list[TokenRow], limit: int, seed: int) -> list[TokenRow]:
+    """``limit`` of ``rows``, drawn by ``seed``; all where that is 0 or more than there are."""
     if not limit or limit >= len(rows):
         return rows
     return [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))[:limit]]

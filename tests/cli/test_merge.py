@@ -43,6 +43,22 @@ def test_a_limit_of_ones_own(three, tmp_path):
     assert Adapter.load(tmp_path / "out").manifest["merge"]["largest"] == 1000
 
 
+def test_directions_are_recollected_from_rows_of_each_adapter(three, tmp_path):
+    rows = tmp_path / "rows.txt"
+    rows.write_text("Ben has 43 coins.\nThere are 30 eggs in a bag.\n", encoding="utf-8")
+    one = ("--recollect", rows)
+    refused = run(*three[:2], *one, "--out", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "one corpus for each in their order: 2 adapters, 1 corpora" in refused.output
+    assert not (tmp_path / "out").exists()
+    done = run(*three[:2], *one, *one, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert f"directions of {three[1]}: recollected from 2 draft rows" in done.output
+    merge = Adapter.load(tmp_path / "out").manifest["merge"]
+    assert merge["method"] == "regmean"
+    assert [each["rows"] for each in merge["recollected"]] == [{"draft": 2}] * 2
+
+
 def test_the_list_needs_no_torch():
     code = """
 import atexit, sys
