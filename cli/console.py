@@ -61,6 +61,7 @@ class Console:
     quiet: bool = False
     seed: int = DEFAULT_SEED
     seed_given: bool = False  # on the command line, so that it goes before a recipe's own
+    verbose: bool = False
 
     def line(self, text: str = "") -> None:
         """Print text for people (it may hold newlines)."""
@@ -166,6 +167,6 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
                 check_text(text if isinstance(text, str) else "", name)
         if any(isinstance(options.get(name), str) and not options[name].strip() for name in ("base", "base_name")):
             raise click.UsageError("--base is empty; leave it out, or name a model")
-        function(Console(as_json, quiet, seed, given), *arguments, **options)
+        function(Console(as_json, quiet, seed, given, verbose), *arguments, **options)
 
     return command

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from threading import current_thread, main_thread
@@ -166,6 +168,16 @@ def prepare_streams() -> None:
         getattr(sys, name).reconfigure(errors="backslashreplace" if number else "surrogateescape")
 
 
+def quieten_libraries(arguments: Sequence[str]) -> None:
+    """Let no library warn or log on standard error, unless ``--verbose`` or Python's own ``-W`` asks for it."""
+    if sys.warnoptions or {"-v", "--verbose"} & set(arguments):
+        return
+    for library in ("HF_HUB", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())  # without a handler Python prints what libraries log
+
+
 def show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     """Print the version and those of the parts a report of a problem needs."""
     if not value or ctx.resilient_parsing:
@@ -197,5 +209,6 @@ def main() -> NoReturn:
     """The entry point of the ``rsgwm`` script."""
     prepare_streams()
     set_environment()
+    quieten_libraries(sys.argv[1:])
     hide_torch(sys.argv[1:])
     rsgwm.main()

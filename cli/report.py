@@ -24,16 +24,25 @@ def report(console: Console, run: Path, out: Path | None, against: bool, tables_
 
     \b
     Examples:
-      rsgwm report write runs/demo/report
+      rsgwm report write runs/demo
       rsgwm report write runs/demo/report --tables tables.tex
     """
     from mlx_rsgwm.core import files
     from mlx_rsgwm.core.tables import page_writer, write_page
-    from mlx_rsgwm.evaluation.report.folder import TITLE, notes, read_report, render_table, sections, write_report
+    from mlx_rsgwm.evaluation.report.folder import (
+        TITLE,
+        notes,
+        read_report,
+        render_table,
+        report_folder,
+        sections,
+        write_report,
+    )
     from mlx_rsgwm.studies.lm_eval import disagreements
 
     if tables_file is not None:
         page_writer(tables_file)
+    run = report_folder(run)
     summary, records = read_report(run)
     written = write_report(out or run, records, summary["k"], summary["metadata"], seed=console.seed)
     console.line(render_table(written))
@@ -65,7 +74,7 @@ def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | 
     \b
     Examples:
       rsgwm compare runs/a runs/b
-      rsgwm compare runs/demo/report runs/demo/report --of drafter,draft_verify
+      rsgwm compare runs/demo runs/demo/paper --out table.tex
     """
     from mlx_rsgwm.core.tables import aligned, page_writer, write_page
     from mlx_rsgwm.evaluation.report.comparison import compare_runs, comparison_notes, comparison_rows

@@ -41,12 +41,16 @@ def demo(console: Console, out: Path, settings: tuple[str, ...]) -> None:
 
 
 def _run(console: Console, source: str, out: Path, settings: tuple[str, ...]) -> None:
+    from mlx_rsgwm.core.files import read_json_object
+    from mlx_rsgwm.recipes.ending import ending
     from mlx_rsgwm.recipes.run import load_recipe, run_recipe
 
     if not any(setting.startswith("seed=") for setting in settings) and console.seed_given:
         settings = (*settings, f"seed={console.seed}", f"train.seed={console.seed}")
-    summary = run_recipe(load_recipe(source, settings), out, console.progress)
-    console.line(render(summary, out))
+    summary = run_recipe(load_recipe(source, settings), out, console.progress, details=console.verbose)
+    if console.verbose:
+        console.line(f"{render(summary, out)}\n")
+    console.line("\n".join(ending(read_json_object(out / "report" / "report.json"), summary)))
     console.result(summary)
     parity = summary["parity"]
     if parity and not parity["passed"]:
@@ -54,7 +58,7 @@ def _run(console: Console, source: str, out: Path, settings: tuple[str, ...]) ->
 
 
 def render(summary: Mapping[str, Any], out: Path) -> str:
-    """The text a person reads at the end of a run."""
+    """Every table of a run, and what was measured on its way."""
     from mlx_rsgwm.core.files import read_json_object
     from mlx_rsgwm.core.tables import text_page
     from mlx_rsgwm.evaluation.report.folder import render_table

@@ -37,6 +37,10 @@ class Progress:
         """One line on what the result is worth, which the command line prints with ``--quiet``, too."""
         self.message(text)
 
+    def detail(self, text: str) -> None:
+        """One line that only matters to who looks closely; where a whole recipe runs it is shown with ``--verbose``."""
+        self.message(text)
+
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Advance]:
         """A piece of work of ``total`` units; the yielded function takes units done and a short note."""

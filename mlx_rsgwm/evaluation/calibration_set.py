@@ -198,5 +198,5 @@ def calibrate(
     )
     record = record or RowRecord.of(question.question for question in questions)
     calibration = replace(calibration, row_hashes=record.describe())
-    progress.message(explain(calibration))
+    progress.detail(explain(calibration))
     return calibration

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def report_run(
     told = {
         **about,
         "base": pipeline.slots.base.describe(),
+        "date": date.today().isoformat(),
         "seed": seed,
         **metadata,
         "overlap": {**asdict(overlap), "headline": overlap.headline()},

@@ -118,7 +118,7 @@ def load_base(name: str | Path, dtype: str = "auto", progress: Progress = SILENT
     chosen = DTYPES.get(dtype, mx.bfloat16 if mx.default_device() == mx.gpu else mx.float32)
     path = resolve_base(name, progress)
     fingerprint = fingerprint_of(path)
-    progress.message(f"loading {name}")
+    progress.detail(f"loading {name}")
     model, config, notes = open_model(path)
     from mlx_rsgwm.models.tokenizer import load_tokenizer_of  # imports mlx-lm, which takes seconds
 

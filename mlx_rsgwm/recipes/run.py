@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,10 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base
 from mlx_rsgwm.models.base_folder import fingerprint_of
+from mlx_rsgwm.recipes.pair import Pair
 from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
-from mlx_rsgwm.recipes.schema import MERGED, MergeSection, Recipe, folder_name, load_recipe, shipped_recipes
+from mlx_rsgwm.recipes.schema import MERGED, Recipe, folder_name, load_recipe, shipped_recipes
+from mlx_rsgwm.recipes.stage_bars import StageBars
 from mlx_rsgwm.recipes.stages import Stage, Stages
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.loop import check_layers, finish, train
@@ -52,45 +54,15 @@ from mlx_rsgwm.training.loop import check_layers, finish, train
 __all__ = ["Recipe", "RecipeRun", "load_recipe", "run_recipe", "shipped_recipes"]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A drafter and a verifier from one merge of the pool, with calibration and report, in ``folder``.
-
-    ``suffix`` ends the names of its stages. ``verifiers``: the folders in it that verify.
-    """
-
-    folder: Path
-    section: MergeSection
-    suffix: str = ""
-    verifiers: tuple[str, ...] = (MERGED,)
-
-    @property
-    def roles(self) -> dict[str, Path]:
-        return {role: self.folder / role for role in ("drafter", "verifier")}
-
-    @property
-    def asked(self) -> dict[str, Path]:
-        """The folders that answer, by their slots: the drafter, and who verifies."""
-        return {"drafter": self.folder / "drafter", **{name: self.folder / name for name in self.verifiers}}
-
-    @property
-    def calibration(self) -> Path:
-        return self.folder / (MERGED if self.verifiers == (MERGED,) else "pool-verifier") / CALIBRATION_FILE
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report"
-
-
 class RecipeRun:
     """One recipe in one folder. The base is loaded only when a stage that needs it runs."""
 
-    def __init__(self, recipe: Recipe, out: Path, progress: Progress = SILENT) -> None:
+    def __init__(self, recipe: Recipe, out: Path, progress: Progress = SILENT, details: bool = False) -> None:
         self.recipe = recipe
         self.out = out
-        self.progress = progress
+        self.progress = StageBars(progress, details)
         self.template = find_template(recipe.template)
-        self.stages = Stages(out, progress)
+        self.stages = Stages(out, self.progress)
         self.pair = Pair(out, recipe.merge, verifiers=recipe.verifiers)
         self.pairs = [self.pair, *([Pair(out / "paper", recipe.paper, "-paper")] if recipe.paper else [])]
         self._base: Base | None = None
@@ -119,9 +91,14 @@ class RecipeRun:
         if not all(self.stages.is_done(stage) for stage in plan if stage.name.startswith("train-")):
             check_questions(self.recipe)
             check_layers(self.base.model, self.recipe.train)
-        for stage in plan:
-            self.stages.run(stage)
+        for number, stage in enumerate(plan, 1):
+            work = partial(self._shown, stage, f"{number}/{len(plan)} {stage.name}")
+            self.stages.run(replace(stage, work=work))
         return self._summary(time.monotonic() - started)
+
+    def _shown(self, stage: Stage, label: str) -> None:
+        with self.progress.stage(label, stage.pieces):
+            stage.work()
 
     def _plan(self) -> list[Stage]:
         """The stages in their order: all data before all training, so that too few questions are told at once."""
@@ -185,6 +162,7 @@ class RecipeRun:
                 roles,
                 partial(self._merge, pair),
                 (CALIBRATION_FILE,),
+                pieces=2,
             ),
             Stage(
                 f"calibrate{pair.suffix}",
@@ -193,6 +171,7 @@ class RecipeRun:
                 (pair.calibration,),
                 partial(self._calibrate, pair),
                 (CALIBRATION_FILE,),
+                pieces=3,
             ),
             Stage(
                 f"evaluate{pair.suffix}",
@@ -209,6 +188,7 @@ class RecipeRun:
                 (pair.report,),
                 partial(self._evaluate, pair),
                 resumed=(JOURNAL_FILE,),
+                pieces=2 if recipe.evaluate.timed else 1,
             ),
         ]
 
@@ -245,8 +225,8 @@ class RecipeRun:
             merged = merge(pool, options, self.progress)
             merged.save(folder)
             for warning in merged.manifest["merge"]["warnings"]:
-                self.progress.message(f"warning: {folder.relative_to(self.out)}: {warning}")
-        self.progress.message(f"merged {len(pool)} adapters into {' and '.join(map(str, pair.roles.values()))}")
+                self.progress.detail(f"warning: {folder.relative_to(self.out)}: {warning}")
+        self.progress.detail(f"merged {len(pool)} adapters into {' and '.join(map(str, pair.roles.values()))}")
 
     def _pipeline(self, pair: Pair, score: str, threshold: float) -> DraftVerify:
         slots = slots_of(self.base, pair.asked)
@@ -271,7 +251,7 @@ class RecipeRun:
                 score=self.recipe.loop.score, record=drawn.record,
             )  # fmt: skip
         except NothingToTellApart as error:
-            self.progress.message(f"warning: not calibrated: {error}")
+            self.progress.warning(f"warning: not calibrated: {error}")
         else:
             save_calibration(pair.calibration.parent, calibration)
             if len(pair.verifiers) > 1:  # where rsgwm ask looks for that of a pool
@@ -295,6 +275,7 @@ class RecipeRun:
             metadata={
                 "recipe": self.recipe.name,
                 "calibration": calibration.to_dict() if calibration else None,
+                "merge": pair.merge_record(),
                 "contamination": contamination(questions, trained_on),
                 "tasks": [
                     {
@@ -339,6 +320,7 @@ class RecipeRun:
             "recipe": self.recipe.name,
             "out": str(self.out),
             "base": {"name": self.recipe.base, "fingerprint": self._fingerprint},
+            "tasks": list(self.recipe.data.tasks),
             "drafter": report["drafter"],
             "draft_verify": report["draft_verify"],
             **{key: report[key] for key in (*SYSTEMS, "arithmetic") if key in report},
@@ -374,9 +356,9 @@ class RecipeRun:
         return self.out / "pool" / folder_name(task)
 
 
-def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
-    """Run or resume a recipe in ``out``; returns the summary."""
+def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT, details: bool = False) -> dict[str, Any]:
+    """Run or resume a recipe in ``out``, with the details of every stage or without; returns the summary."""
     if is_complete(out):
         raise RsgwmError(f"{out} is an adapter folder; give a recipe a folder of its own")
     with exclusive(out):
-        return RecipeRun(recipe, out, progress).execute()
+        return RecipeRun(recipe, out, progress, details).execute()

@@ -36,6 +36,7 @@ class Stage:
 
     ``apart`` are names of files in these folders that are of no account, for they belong to another stage. ``resumed``
     are names of outputs that the work checks and goes on from: intact, they stay when others were edited or deleted.
+    ``pieces``: how many tasks the work shows, one after the other.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Stage:
     work: Callable[[], None]
     apart: tuple[str, ...] = ()
     resumed: tuple[str, ...] = ()
+    pieces: int = 1
 
 
 class Stages:
@@ -129,7 +131,7 @@ class Stages:
             _move(self.out / name, place)
             self._remove_empty(self.out / name)
             if name in edited:
-                self.progress.message(
+                self.progress.warning(
                     f"{self.out / name} was changed after {stage.name} had written it; {stage.name} is done again, "
                     f"and the changed file is now {place}"
                 )

@@ -104,7 +104,7 @@ def train(
             tell(note)
         run = TrainingRun(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
         need = _estimate(base, data.train.rows, config, processes, run.directions.nbytes)
-        tell(check_estimate(need, memory.enforce))
+        progress.detail(f"{label}: {check_estimate(need, memory.enforce)}")
         _tell_few_steps(len(plan), config, tell)
         if saving and processes.writes:
             stack.enter_context(exclusive(saving.folder))
@@ -114,7 +114,7 @@ def train(
         run.settle()
         after, tested = (_loss(model, rows.rows, config) for rows in (data.held_out, data.test))
         weights, importance = run.result()
-        tell(memory_line())
+        progress.detail(f"{label}: {memory_line()}")
     arrays, directions = importance.arrays(), run.directions.arrays()
     mx.eval(weights, arrays, directions)
     manifest = {

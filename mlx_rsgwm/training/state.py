@@ -110,7 +110,7 @@ class TrainingRun:
                 checkpoint = write_checkpoint(
                     saving.folder, self.config.spec(), self.checkpoint(held_out), identity, about, saving.keep
                 )
-                progress.message(f"{self.label}: saved {checkpoint}; {memory_line()}")
+                progress.detail(f"{self.label}: saved {checkpoint}; {memory_line()}")
 
         with progress.task(self.label, len(self.plan)) as advance, self.looking():
             if self.done:

@@ -255,6 +255,30 @@ def test_the_environment_has_defaults_that_users_override():
     assert environment == {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
+@pytest.mark.parametrize(("options", "heard"), [([], False), (["--verbose"], True)])
+def test_libraries_warn_and_log_for_who_asks(options, heard, tmp_path):
+    (tmp_path / "probe_module.py").write_text(
+        "import logging, warnings\n"
+        "from mlx_rsgwm.cli.console import common_options\n"
+        "import click\n"
+        "@click.command()\n"
+        "@common_options\n"
+        "def probe(console):\n"
+        "    warnings.warn('a warning')\n"
+        "    logging.getLogger('library').warning('a log line')\n"
+        "    console.line('done')\n"
+    )
+    program = (
+        "from mlx_rsgwm.cli import commands, main\ncommands.COMMANDS['probe'] = ('probe_module:probe', '')\nmain.main()"
+    )
+    command = [sys.executable, "-c", program, "probe", *options]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "done\n"
+    assert [part in done.stderr for part in ("a warning", "a log line")] == [heard, heard]
+    assert heard or done.stderr == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_kill_and_ctrl_c_run_the_clean_up(number, tmp_path):
     """A command that is stopped runs its ``finally`` and exits with 130."""

@@ -20,6 +20,7 @@ from mlx_rsgwm.data.row_hashes import not_recorded, repeated_items
 from mlx_rsgwm.evaluation.calculator_systems import SYSTEMS, annotated
 from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
 from mlx_rsgwm.evaluation.report.html import render_html
+from mlx_rsgwm.evaluation.report.outcome import p_shown
 from mlx_rsgwm.evaluation.report.plots import plot
 from mlx_rsgwm.evaluation.report.summary import FORMAT, summarise
 
@@ -50,11 +51,6 @@ ROWS = {
     "energy_j": "Energy per item, J",
 }
 TIMED = ("average_latency_ms", "items_per_minute", "median_latency_ms", "p95_latency_ms", "energy_j")
-
-
-def p_shown(value: float) -> str:
-    """``= 0.013`` or ``< 0.001``."""
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
 def sections(summary: Mapping[str, Any]) -> list[Section]:
@@ -206,6 +202,7 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
             "The tables above are those of the first seed."
         )
     lines += [told["note"] for told in summary["metadata"].get("tasks") or () if told.get("note")]
+    lines += [f"Merge, {told}." for told in (summary["metadata"].get("merge") or {}).get("warnings", ())]
     unknown = (summary.get("overlap") or {}).get("not_recorded")
     if unknown:
         lines.append(not_recorded(unknown))
@@ -274,14 +271,27 @@ def write_report(
     return summary
 
 
+def report_folder(folder: Path) -> Path:
+    """Where the report is: ``folder`` itself, its ``report``, or the folder of a ``report.json`` that was named.
+
+    Raises:
+        RsgwmError: no finished report at any of them.
+    """
+    if folder.name == REPORT_FILE and folder.is_file():
+        return folder.parent
+    for place in (folder, folder / "report"):
+        if (place / REPORT_FILE).is_file():
+            return place
+    raise RsgwmError(f"{folder} holds no {REPORT_FILE}; give the folder of a finished rsgwm eval, run or demo")
+
+
 def read_report(folder: Path) -> tuple[dict[str, Any], list[ItemRecord]]:
-    """Summary and records of a finished report folder.
+    """Summary and records of a finished report folder, or of the one in a recipe's run.
 
     Raises:
         RsgwmError: no finished report there, or items that are not those it was made from.
     """
-    if not (folder / REPORT_FILE).is_file():
-        raise RsgwmError(f"{folder} holds no {REPORT_FILE}; give the --out folder of a finished rsgwm eval")
+    folder = report_folder(folder)
     summary = files.read_json_object(folder / REPORT_FILE)
     if summary.get("format") != FORMAT:
         raise RsgwmError(f"{folder / REPORT_FILE}: format is {summary.get('format')!r}, not {FORMAT!r}")

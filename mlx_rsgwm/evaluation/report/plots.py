@@ -1,4 +1,4 @@
-"""The report's six panels: families, reliability, risk and coverage, threshold sweep, attempts, latency.
+"""The report's six panels: right answers, reliability, risk and coverage, threshold sweep, attempts, latency.
 
 Each is a function of (figure, summary). ``plot.png`` puts all of them on one figure; the page embeds each as an SVG, so
 that they stand below each other on a narrow screen.
@@ -15,7 +15,8 @@ from mlx_rsgwm.core.tables import shortened
 from mlx_rsgwm.evaluation.report.figures import Size, inline_svg, legend_below, spread_of, write_figure
 
 SWEPT = {"accuracy": "accuracy", "accept_rate": "accept rate", "false_accept_rate": "false accepts"}
-MODES = (("drafter", "drafter alone"), ("draft_verify", "draft–verify"))
+MODES = (("drafter", "before checking"), ("draft_verify", "after checking"))
+OPENING = "Right answers"  # the chart that the page opens with
 ROWS, COLUMNS = 2, 3
 SHARES = (-0.02, 1.02)  # so that a marker at 0 or 1 is not cut
 PANEL: Size = (4.4, 3.5)
@@ -23,17 +24,24 @@ MOST_FAMILIES = 8  # that fit in a panel's height; more make it higher
 
 
 def families(figure: Any, summary: Mapping[str, Any]) -> None:
-    """Accuracy of each task with its interval; bars lie, so that long names never meet."""
-    axes, tasks = figure.subplots(), list(summary["by_task"])
+    """Shares right, of all questions and by task, with intervals; bars lie, so that long names never meet."""
+    axes, rows = figure.subplots(), _right_answers(summary)
+    tasks = list(rows)
     for shift, (mode, label) in enumerate(MODES):
-        rates = [summary["by_task"][task][mode] for task in tasks]
+        rates = [rows[task][mode] for task in tasks]
         places = [index + (shift - 0.5) * 0.4 for index in range(len(tasks))]
         values = [rate["value"] for rate in rates]
         axes.barh(places, values, 0.4, xerr=spread_of(rates), error_kw={"linewidth": 1}, capsize=2, label=label)
     axes.set_yticks(range(len(tasks)), [shortened(task, 24) for task in tasks])
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xlabel="accuracy", title="Families")
+    axes.set(xlim=(0, 1), xlabel="share right, with 95 % intervals", title=OPENING)
     legend_below(figure, axes)
+
+
+def _right_answers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy by mode: of all questions, and of each task where there are several."""
+    everything = {mode: summary[mode]["accuracy"] for mode, _ in MODES}
+    return {"all questions": everything, **(summary["by_task"] if len(summary["by_task"]) > 1 else {})}
 
 
 def reliability(figure: Any, summary: Mapping[str, Any]) -> None:
@@ -81,7 +89,8 @@ def threshold_sweep(figure: Any, summary: Mapping[str, Any]) -> None:
 def attempts(figure: Any, summary: Mapping[str, Any]) -> None:
     """How many items took how many drafts."""
     axes, counts = figure.subplots(), summary["attempts"]
-    axes.bar(list(counts), list(counts.values()), 0.6)
+    axes.bar(range(len(counts)), list(counts.values()), 0.6)
+    axes.set_xticks(range(len(counts)), list(counts))
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="attempts", ylabel="items", title="Attempts")
 
@@ -101,7 +110,7 @@ def latency(figure: Any, summary: Mapping[str, Any]) -> None:
 
 
 PANELS: Mapping[str, Callable[..., None]] = {  # of (figure, summary)
-    "Families": families,
+    OPENING: families,
     "Reliability": reliability,
     "Risk and coverage": risk_and_coverage,
     "Threshold sweep": threshold_sweep,
@@ -128,9 +137,10 @@ def plot(summary: Mapping[str, Any], path: Path) -> None:
     write_figure(path, partial(draw_report, summary=summary), size)
 
 
-def charts(summary: Mapping[str, Any]) -> list[str]:
-    """Every panel as an ``<svg>`` element."""
-    sizes = {"Families": panel_size(summary)}
-    return [
-        inline_svg(partial(panel, summary=summary), sizes.get(title, PANEL), title) for title, panel in PANELS.items()
-    ]
+def charts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Every panel as an ``<svg>`` element, by its title."""
+    sizes = {OPENING: panel_size(summary)}
+    return {
+        title: inline_svg(partial(panel, summary=summary), sizes.get(title, PANEL), title)
+        for title, panel in PANELS.items()
+    }

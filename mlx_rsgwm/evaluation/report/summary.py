@@ -12,6 +12,7 @@ import numpy as np
 from mlx_rsgwm.evaluation import calculator_systems, metrics
 from mlx_rsgwm.evaluation.calculator import calculator_slice
 from mlx_rsgwm.evaluation.records import ItemRecord, by_seed, read_with
+from mlx_rsgwm.evaluation.report.exchange import exchange
 from mlx_rsgwm.evaluation.stats.intervals import Rate, bootstrapped
 from mlx_rsgwm.evaluation.stats.paired import fewest_discordant, mcnemar, mean_difference, smallest_difference
 from mlx_rsgwm.evaluation.verifier_quality import verifier_quality
@@ -69,6 +70,7 @@ def summarise(
         "drafter": alone.to_dict(),
         "draft_verify": checked.to_dict(),
         "paired": _paired(rows),
+        "exchange": exchange(rows),
         "by_task": {
             task: {"drafter": rate.to_dict(), "draft_verify": checked_by_task[task].to_dict()}
             for task, rate in alone_by_task.items()

@@ -4,11 +4,14 @@ import random
 from dataclasses import replace
 
 import pytest
+from click.testing import CliRunner
 
+from mlx_rsgwm.cli.report import compare
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation.latency import Counter, counters, joules
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.evaluation.report.comparison import compare_runs, comparison_notes, comparison_rows, parse_modes
+from mlx_rsgwm.evaluation.report.folder import read_report, write_report
 
 
 def run(share, seed, items=80, seeds=(1,)):
@@ -74,3 +77,23 @@ def test_energy_counters_and_their_wrap(tmp_path):
     assert joules(known, before) == pytest.approx(0.2)
     assert counters(tmp_path / "nowhere") == []
     assert joules([], []) is None
+
+
+def test_a_run_is_named_by_its_folder_and_compared_as_csv_and_latex(tmp_path):
+    """The report's folder, the run's around it, or report.json itself."""
+    rows = run(0.5, 1, items=6)
+    for name in ("a", "b"):
+        write_report(tmp_path / name / "report", rows, 1)
+    names = [tmp_path / "a", tmp_path / "a" / "report", tmp_path / "a" / "report" / "report.json"]
+    read = [read_report(name) for name in names]
+    assert read[0] == read[1] == read[2]
+    with pytest.raises(RsgwmError, match=r"holds no report\.json; give the folder of a finished"):
+        read_report(tmp_path)
+    for suffix, head in ((".csv", ",A,B,B − A,only A"), (".tex", r"\begin{tabular}")):
+        table = tmp_path / f"table{suffix}"
+        arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(table)]
+        done = CliRunner().invoke(compare, arguments, catch_exceptions=False)
+        assert f"comparison: {table}" in done.output
+        text = table.read_text(encoding="utf-8")
+        assert head in text
+        assert "accuracy" in text

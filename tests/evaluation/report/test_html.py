@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import pytest
 from mlx_rsgwm.evaluation import metrics
 from mlx_rsgwm.evaluation.records import DraftRecord, ExtractedAnswer, ItemRecord
 from mlx_rsgwm.evaluation.report import folder as report
+from mlx_rsgwm.evaluation.report.leads import LEADS, lead
+from mlx_rsgwm.evaluation.report.outcome import Outcome, verdict
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -175,9 +178,9 @@ def test_page_in_chromium(browser, tmp_path):
 
     wrong = [row for row in rows if row.returned.status == "answer" and not row.returned.correct]
     assert evaluate("document.getElementById('count').textContent") == "130 of 130 items"
-    assert evaluate("document.querySelectorAll('details.item').length") == 50
+    assert evaluate("document.querySelectorAll('details.item').length") == 8
     evaluate("document.getElementById('more').click()")
-    assert evaluate("document.querySelectorAll('details.item').length") == 100
+    assert evaluate("document.querySelectorAll('details.item').length") == 58
     assert choose("verdict", "wrong") == f"{len(wrong)} of 130 items"
     both = [row for row in wrong if row.accepted]
     assert choose("accepted", "accepted") == f"{len(both)} of 130 items"
@@ -185,6 +188,9 @@ def test_page_in_chromium(browser, tmp_path):
     grouped = [row for row in wrong if row.task == "groups"]
     assert choose("task", "groups") == f"{len(grouped)} of 130 items"
     choose("task", "")
+    evaluate("document.querySelectorAll('#chips button')[1].click()")  # mended by checking
+    mended = [row for row in rows if row.returned.correct and not row.first.correct]
+    assert evaluate("document.getElementById('count').textContent") == f"{len(mended)} of 130 items"
     choose("verdict", "any")
     assert choose("words", "question 77?") == "1 of 130 items"
     evaluate("document.querySelector('details.item').open = true")
@@ -212,3 +218,49 @@ def test_page_without_a_browser(tmp_path):
     assert page.count("</script>") == 2  # ours, and no draft's
     data = page.split('id="data">')[1].split("</script>")[0]
     assert [row["id"] for row in json.loads(data)["items"]] == [f"i{index}" for index in range(8)]
+
+
+def test_the_page_opens_with_what_came_out_then_items_then_tables(tmp_path):
+    rows = records(40)
+    summary = report.write_report(tmp_path, rows, 3, {"base": {"name": "a-base"}, "date": "2026-11-29"})
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    body = page[page.index("<body>") :]
+    order = ["a-base · 2026-11-29 · 40 questions", f"<h1>{verdict(Outcome.of(summary))}</h1>", 'class="figure"', "<svg"]
+    order += ['id="items"', "<h2>Tables</h2>", "<h2>Charts</h2>"]
+    assert sorted(order, key=body.index) == order
+    assert body[: body.index('id="items"')].count('class="figure"') == 3
+    assert body[: body.index('id="items"')].count("<svg") == 1
+
+
+def test_every_table_is_led_by_a_sentence_of_its_own(tmp_path):
+    rows = records(12)
+    twice = [*rows, *(replace(row, seed=1) for row in rows)]
+    numbers = [
+        replace(row, drafts=tuple(replace(draft, text="2 + 2 = 5\n#### 5") for draft in row.drafts)) for row in twice
+    ]
+    seen = set()
+    for made in (rows, twice, numbers):
+        summary = report.write_report(tmp_path, made, 3, check="auto")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        for title, _ in report.sections(summary):
+            sentence = lead(title, summary)
+            assert f'<h3>{escape(title)}</h3><p class="lead">{escape(sentence)}</p><div class="wide"><table>' in page
+            assert sentence.endswith(".")
+            seen.add(title.split(" seeds ")[0])
+    assert seen >= set(LEADS) - {"The same drafts by other extractors"}
+
+
+def test_drafts_stand_side_by_side_and_below_each_other_on_a_phone(browser, tmp_path):
+    report.write_report(tmp_path, records(12), 3)
+    session, evaluate = opened(browser, tmp_path / "report.html")
+    deadline = time.monotonic() + 20
+    while evaluate("document.querySelectorAll('details.item[open] .draft').length") < 3:
+        assert time.monotonic() < deadline
+    kinds = evaluate("[...document.querySelectorAll('details.item[open] .draft')].map(box => box.classList[1])")
+    assert kinds[0] == "rejected"
+    assert "accepted" in kinds
+    for width, rows in ((1280, 1), (390, 3)):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.call("Emulation.setDeviceMetricsOverride", session, **size)
+        tops = "new Set([...document.querySelectorAll('details.item[open] .draft')].map(box => box.offsetTop)).size"
+        assert evaluate(tops) == rows

@@ -1,0 +1,52 @@
+"""The folders of a run that answer: a drafter and a verifier, and what is kept of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
+from mlx_rsgwm.models.adapter import MANIFEST_FILE
+from mlx_rsgwm.recipes.schema import MERGED, MergeSection
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A drafter and a verifier from one merge of the pool, with calibration and report, in ``folder``.
+
+    ``suffix`` ends the names of its stages. ``verifiers``: the folders in it that verify.
+    """
+
+    folder: Path
+    section: MergeSection
+    suffix: str = ""
+    verifiers: tuple[str, ...] = (MERGED,)
+
+    @property
+    def roles(self) -> dict[str, Path]:
+        return {role: self.folder / role for role in ("drafter", "verifier")}
+
+    @property
+    def asked(self) -> dict[str, Path]:
+        """The folders that answer, by their slots: the drafter, and who verifies."""
+        return {"drafter": self.folder / "drafter", **{name: self.folder / name for name in self.verifiers}}
+
+    @property
+    def calibration(self) -> Path:
+        return self.folder / (MERGED if self.verifiers == (MERGED,) else "pool-verifier") / CALIBRATION_FILE
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+    def merge_record(self) -> dict[str, Any]:
+        """The method, and what the merges warned of, by role, as the report has it."""
+        merges = {
+            role: files.read_json_object(folder / MANIFEST_FILE).get("merge") for role, folder in self.roles.items()
+        }
+        return {
+            "method": self.section.method,
+            "warnings": [f"{role}: {text}" for role, merge in merges.items() if merge for text in merge["warnings"]],
+        }
