@@ -139,8 +139,8 @@ def _folder(name: str) -> str:
 
 def _setting(recipe: Recipe, run: Path, seeds: tuple[int, ...], timed: int, batch_rows: int) -> Setting:
     """The recipe's loop, ``auto`` settled by the calibration that its run left."""
-    from mlx_rsgwm.inference.calibration import load_calibration
+    from mlx_rsgwm.inference.calibration import load_calibration, score_and_threshold
     from mlx_rsgwm.studies.paper_tables import Setting
 
-    score, threshold = recipe.loop.settled(load_calibration(run / "verifier"))
+    score, threshold = score_and_threshold(recipe.loop.score, recipe.loop.threshold, load_calibration(run / "verifier"))
     return Setting(recipe.loop.config(score, threshold, recipe.seed), seeds, timed, batch_rows)

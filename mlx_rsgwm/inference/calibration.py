@@ -185,6 +185,19 @@ def learned_scorer(name: str, calibration: Calibration | None, rule: str, adapte
     return scorer
 
 
+def score_and_threshold(score: str, threshold: float | str, calibration: Calibration | None) -> tuple[str, float]:
+    """The score and the threshold that were asked for: ``auto`` is by ``calibration``, without one as the paper has it.
+
+    A calibration's threshold is of its own score; for another one ``auto`` is the paper's.
+    """
+    if score == "auto":
+        score = calibration.score if calibration else UNCALIBRATED_SCORE
+    if threshold != "auto":
+        return score, float(threshold)
+    matching = calibration is not None and calibration.score == score
+    return score, calibration.threshold if calibration and matching else UNCALIBRATED_THRESHOLD
+
+
 def pipeline_identity(pipeline: DraftVerify) -> dict[str, Any]:
     """What a calibration holds for: base, template, adapters by the SHA-256 of their weights, sampling, attempts."""
     sampling = pipeline.config.sampling

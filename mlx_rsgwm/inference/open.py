@@ -18,10 +18,10 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template, find_template
 from mlx_rsgwm.inference.calibration import (
     UNCALIBRATED_SCORE,
-    UNCALIBRATED_THRESHOLD,
     Calibration,
     NothingToTellApart,
     pipeline_identity,
+    score_and_threshold,
     stored_calibration,
 )
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -91,10 +91,11 @@ def open_pipeline(
     """
     drafting, verifying = _load_pair(drafter, verifier, base.name if isinstance(base, Base) else base, progress)
     check_rule(combine, len(verifying))
+    first_score, first_threshold = score_and_threshold(score, threshold, None)
     config = LoopConfig(
         attempts,
-        UNCALIBRATED_THRESHOLD if threshold == "auto" else threshold,
-        UNCALIBRATED_SCORE if score == "auto" else score,
+        first_threshold,
+        first_score,
         Sampling(temperature, top_p, max_tokens, seed),
         mode,
         abstain,
@@ -187,20 +188,15 @@ def _settled(
     calibrate: Callable[[DraftVerify], Calibration] | None,
     progress: Progress,
 ) -> LoopConfig:
-    """``config`` with score and threshold as they were asked for."""
+    """``config`` with score and threshold as they were asked for, by a calibration that is made where one is needed."""
     if score == "auto" and pipeline.calibration is None and calibrate is not None:
         try:
             pipeline.calibration = calibrate(pipeline)
         except NothingToTellApart as error:
             progress.message(f"warning: {error}")
-    calibration = pipeline.calibration
-    if score == "auto":
-        score = calibration.score if calibration else UNCALIBRATED_SCORE
-        if calibration is None:
-            progress.message(f"the verifier is not calibrated: its score is {UNCALIBRATED_SCORE}")
-    if threshold == "auto":
-        matching = calibration is not None and calibration.score == score
-        threshold = calibration.threshold if calibration is not None and matching else UNCALIBRATED_THRESHOLD
+    if score == "auto" and pipeline.calibration is None:
+        progress.message(f"the verifier is not calibrated: its score is {UNCALIBRATED_SCORE}")
+    score, threshold = score_and_threshold(score, threshold, pipeline.calibration)
     return replace(config, threshold=threshold, score=score)
 
 

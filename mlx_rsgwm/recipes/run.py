@@ -35,7 +35,13 @@ from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
 from mlx_rsgwm.evaluation.reported_run import report_run
 from mlx_rsgwm.evaluation.runner import describe_run
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
-from mlx_rsgwm.inference.calibration import NothingToTellApart, calibration_folder, load_calibration, save_calibration
+from mlx_rsgwm.inference.calibration import (
+    NothingToTellApart,
+    calibration_folder,
+    load_calibration,
+    save_calibration,
+    score_and_threshold,
+)
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.scores import SCORES
@@ -261,7 +267,8 @@ class RecipeRun:
     def _evaluate(self, pair: Pair) -> None:
         section = self.recipe.evaluate
         calibration = load_calibration(pair.calibration.parent)
-        score, threshold = self.recipe.loop.settled(calibration)
+        loop = self.recipe.loop
+        score, threshold = score_and_threshold(loop.score, loop.threshold, calibration)
         pipeline = self._pipeline(pair, score, threshold)
         seen = rows_seen(pair.asked, self.recipe.base, pool_folder=pair.calibration.parent)
         chosen = draw_to_test(self.recipe, seen)

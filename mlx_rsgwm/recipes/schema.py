@@ -21,7 +21,6 @@ from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import find_template
-from mlx_rsgwm.inference.calibration import UNCALIBRATED_SCORE, UNCALIBRATED_THRESHOLD, Calibration
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.pool import check_rule
 from mlx_rsgwm.inference.sampling import Sampling
@@ -220,16 +219,6 @@ class LoopSection:
             raise RsgwmError("loop.verifier is a list without a name")
         check_rule(self.combine, len(set(named)))
         return tuple(dict.fromkeys(named))
-
-    def settled(self, calibration: Calibration | None) -> tuple[str, float]:
-        """Score and threshold, ``auto`` by a calibration of that score, else as the paper has it."""
-        score = self.score
-        if score == "auto":
-            score = calibration.score if calibration else UNCALIBRATED_SCORE
-        if self.threshold != "auto":
-            return score, float(self.threshold)
-        matching = calibration is not None and calibration.score == score
-        return score, calibration.threshold if calibration and matching else UNCALIBRATED_THRESHOLD
 
     def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens, seed)

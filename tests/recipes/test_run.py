@@ -9,10 +9,9 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.evaluation.report.folder import read_items
-from mlx_rsgwm.inference.calibration import Calibration, load_calibration
+from mlx_rsgwm.inference.calibration import Calibration, load_calibration, score_and_threshold
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.recipes.run import load_recipe, run_recipe, shipped_recipes
-from mlx_rsgwm.recipes.schema import LoopSection
 
 
 @pytest.fixture
@@ -274,9 +273,9 @@ def test_a_config_that_the_base_does_not_take_is_told_before_the_first_stage(rec
 )  # fmt: skip
 def test_a_threshold_is_that_of_its_score(score, threshold, settled):
     calibration = Calibration("yesno", 0.9, None, {}, {}, {}, {}, 4, 8, 4)
-    assert LoopSection(score=score, threshold=threshold).settled(calibration) == settled
+    assert score_and_threshold(score, threshold, calibration) == settled
     uncalibrated = "mean_logprob" if score == "auto" else score, 0.7 if threshold == "auto" else threshold
-    assert LoopSection(score=score, threshold=threshold).settled(None) == uncalibrated
+    assert score_and_threshold(score, threshold, None) == uncalibrated
 
 
 def test_a_recipe_calibrates_the_score_that_it_names(recipe_file, tmp_path, monkeypatch):
