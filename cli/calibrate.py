@@ -10,7 +10,7 @@ import click
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import INSIDE, PATH, OneOf
-from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, pipeline_options, score_option
+from mlx_rsgwm.cli.options.loop import build_pipeline, check_option, load_pair, pipeline_options, score_option
 from mlx_rsgwm.inference.scores import METHODS
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--target-far", type=INSIDE, help="Risk bound: at most this share of what is accepted is wrong.")
 @click.option("--confidence", type=INSIDE, default=0.9, show_default=True, help="Confidence of the risk bound.")
+@check_option()
 @click.option("--drafts-file", "file", type=PATH, help="Keep the held-out drafts here, and use them if there.")
 @shared.questions()
 @shared.split("calibration, and of a data set train")
@@ -58,8 +59,8 @@ def calibrate(
     The drafter drafts, the verifier reads, gold decides. Scores are compared by AUROC and mapped to the probability of
     being right. Without --target-far the threshold has the best balanced accuracy. With it, half of the items fits all
     this and the other half tests thresholds: with the given confidence, P(wrong | accepted) is at most the target, for
-    questions like these and the same adapters, sampling and attempts. Where the items cannot hold that bound, the exit
-    code is 3, the reason is told and the verifier stays as it was.
+    questions like these and the same adapters, sampling, attempts and --check. Where the items cannot hold that bound,
+    the exit code is 3, the reason is told and the verifier stays as it was.
 
     Example: rsgwm calibrate --task change --task groups --items 100 --target-far 0.1 --drafts-file held.jsonl
     """

@@ -25,6 +25,7 @@ from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, pip
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.policy import failed_check
 from mlx_rsgwm.inference.pool import together
 from mlx_rsgwm.inference.risk_control import Target
 from mlx_rsgwm.inference.scores import SCORES
@@ -155,6 +156,18 @@ def collect(
     return items
 
 
+def _refused(
+    pipeline: DraftVerify, questions: Sequence[Question], items: Sequence[CalibrationItem]
+) -> tuple[list[list[bool]], str]:
+    """Which drafts the loop refuses by its check, and the check."""
+    check = pipeline.config.check
+    failed = [
+        [failed_check(text, question.question, check) is not None for text in item.texts]
+        for question, item in zip(questions, items, strict=True)
+    ]
+    return failed, check
+
+
 def calibrate(
     pipeline: DraftVerify,
     questions: Sequence[Question],
@@ -186,7 +199,9 @@ def calibrate(
         )
     pairs = [item.pair for item in items if item.pair]
     calibration = fit(
-        Judged([item.signals for item in items], [item.correct for item in items]),
+        Judged(
+            [item.signals for item in items], [item.correct for item in items], *_refused(pipeline, questions, items)
+        ),
         Judged(pairs, [(True, False)] * len(pairs)),
         score=score,
         scores=scores,

@@ -7,7 +7,7 @@ it has not seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.core.scoring import area_under_roc, brier, calibration_error
 from mlx_rsgwm.inference.calibration import Calibration, Reliability, best_threshold
 from mlx_rsgwm.inference.draft import Signals
-from mlx_rsgwm.inference.risk_control import Items, RiskBound, Target, risk_bound
+from mlx_rsgwm.inference.risk_control import REFUSED, Items, RiskBound, Target, risk_bound
 from mlx_rsgwm.inference.scores import (
     METHODS,
     SCORES,
@@ -36,13 +36,20 @@ RESAMPLES = 400  # behind the interval by which yesno is found to be at chance
 
 @dataclass(frozen=True)
 class Judged:
-    """Drafts of some items in the order they were made: for each item what the verifier said and what gold says."""
+    """Drafts of some items in the order they were made: for each item what the verifier said and what gold says.
+
+    ``refused``: which of them the loop does not accept whatever their score, by the check of that name (``check``);
+    empty where there is none. They are fitted on like the others.
+    """
 
     signals: Sequence[Sequence[Signals]]
     correct: Sequence[Sequence[bool]]
+    refused: Sequence[Sequence[bool]] = ()
+    check: str = "none"
 
     def __post_init__(self) -> None:
-        if [len(item) for item in self.signals] != [len(item) for item in self.correct]:
+        counts = [[len(item) for item in part] for part in (self.signals, self.correct, self.refused or self.correct)]
+        if counts[0] != counts[1] or counts[0] != counts[2]:
             raise ValueError("signals and labels must have the same drafts")
 
     def __len__(self) -> int:
@@ -69,13 +76,18 @@ class Judged:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Judged:
         """These items, in this order."""
-        return Judged([self.signals[index] for index in indices], [self.correct[index] for index in indices])
+        parts = (self.signals, self.correct, self.refused)
+        signals, correct, refused = ([part[index] for index in indices] if part else [] for part in parts)
+        return Judged(signals, correct, refused, self.check)
 
     def scored(self, scorer: Scorer) -> Items:
         """Scores and labels as (items, K) arrays; every item has the same number of drafts."""
         signals, labels, _ = self.flat
         shape = (len(self), -1) if len(self) else (0, 0)
-        return Items(scorer.values(signals).reshape(shape), labels.reshape(shape))
+        scores = scorer.values(signals).reshape(shape)
+        if self.refused:
+            scores = np.where(np.array(self.refused, dtype=bool), REFUSED, scores)
+        return Items(scores, labels.reshape(shape))
 
 
 def halves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,6 +166,7 @@ def fit(
     held: RiskBound | None = None
     if target is not None and testing is not None:
         held = risk_bound(fitted_on.scored(chosen.scorer), testing.scored(chosen.scorer), target)
+        held = replace(held, check=drafts.check)
     right, count = drafts.counts
     return Calibration(
         score=score,

@@ -175,6 +175,12 @@ def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
             f"the verifier was calibrated with another {', '.join(changed)}; its threshold and what its scores mean "
             "may not hold here; calibrate again with: rsgwm calibrate"
         )
+    bound = calibration.risk_bound
+    if bound is not None and bound.check != pipeline.config.check:
+        doubts.append(
+            f"the verifier's risk bound was tested with --check {bound.check}, and drafts are now checked with "
+            f"{pipeline.config.check}; it may not hold here"
+        )
     if not calibration.made_for:
         doubts.append("the verifier's calibration does not say which pair it was made for; see rsgwm calibrate")
     return doubts

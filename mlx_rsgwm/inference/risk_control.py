@@ -24,6 +24,7 @@ import numpy as np
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError, raise_problems
 
 STEPS = 40  # thresholds tried at most
+REFUSED = -1.0  # the score of a draft that the loop accepts at no threshold
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Target:
 class RiskBound:
     """A threshold and the bound on its risk; ``accepted`` and ``wrong`` count items of the test half.
 
-    ``bound`` is the upper Clopper–Pearson bound on P(wrong | accepted) at ``threshold``; at most ``far``.
+    ``bound`` is the upper Clopper–Pearson bound on P(wrong | accepted) at ``threshold``; at most ``far``. ``check`` is
+    what the drafts were checked for before, as in :class:`~mlx_rsgwm.inference.policy.LoopConfig`.
     """
 
     threshold: float
@@ -57,6 +59,7 @@ class RiskBound:
     accepted: int
     wrong: int
     bound: float
+    check: str = "none"
 
     def __post_init__(self) -> None:
         problems = []
@@ -80,7 +83,10 @@ class RiskBound:
 
 @dataclass(frozen=True)
 class Items:
-    """Scores (items, K) float64 and labels (items, K) bool of K drafts for each item, in the order they were made."""
+    """Scores (items, K) float64 and labels (items, K) bool of K drafts for each item, in the order they were made.
+
+    A draft of score ``REFUSED`` is accepted at no threshold.
+    """
 
     scores: np.ndarray
     correct: np.ndarray
@@ -120,6 +126,7 @@ def sequence(ordering: Items, target: Target) -> list[float]:
     from scipy.stats import binom
 
     best = np.unique(ordering.scores.max(axis=1))[::-1] if ordering.scores.size else np.array([])
+    best = best[best > REFUSED]
     if not len(best):
         return []
     chosen = best[np.unique(np.linspace(0, len(best) - 1, STEPS).round().astype(int))]

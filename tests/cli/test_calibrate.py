@@ -83,7 +83,15 @@ def test_a_bound_that_cannot_be_held_leaves_the_verifier_alone(adapters, tiny_ba
     assert easy.exit_code == 0, easy.stderr
     bound = json.loads(easy.stdout.splitlines()[-1])["risk_bound"]
     assert bound["bound"] <= 0.97
-    assert bound["items"] == 8
+    assert (bound["items"], bound["check"]) == (8, "auto")
+    assert calibrate(
+        adapters, tiny_base, "--target-far", 0.97, "--confidence", 0.6, "--check", "none"
+    ).exit_code == 0  # fmt: skip
+    asked = invoke(
+        "ask", "What is 2 + 2?", "--base", tiny_base, "--drafter", adapters / "drafter",
+        "--verifier", adapters / "verifier", "--max-tokens", 6, "--attempts", 2,
+    )  # fmt: skip
+    assert "risk bound was tested with --check none, and drafts are now checked with auto" in asked.stderr
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,24 @@ def test_a_risk_bound_is_tested_on_items_that_decided_nothing():
         fit(turned, target=Target(0.2))
 
 
+def test_drafts_that_a_check_refuses_are_not_accepted_in_the_bound():
+    drafts = drawn(300, 2.0, 2.0, 2.0)
+    with pytest.raises(CheckFailed):
+        fit(drafts, target=Target(0.03))
+    refused = [[not right for right in item] for item in drafts.correct]  # a check that finds every wrong draft
+    found = fit(Judged(drafts.signals, drafts.correct, refused, "auto"), target=Target(0.03))
+    assert found.risk_bound is not None
+    assert (found.risk_bound.wrong, found.risk_bound.check) == (0, "auto")
+    assert found.curves == fit(Judged(drafts.signals, drafts.correct), target=Target(0.3)).curves
+    with pytest.raises(CheckFailed):  # nothing is accepted at all
+        fit(
+            Judged(drafts.signals, drafts.correct, [[True] * len(item) for item in drafts.correct], "auto"),
+            target=Target(0.3),
+        )
+    with pytest.raises(ValueError, match="the same drafts"):
+        Judged(drafts.signals, drafts.correct, refused[1:], "auto")
+
+
 def test_the_file_holds_everything(tmp_path):
     for options in ({}, {"method": "isotonic", "score": "yesno"}, {"target": Target(0.3)}):
         found = fit(drawn(120, 2.0, 2.0, 2.0), made_for={"base": "abc", "attempts": 3}, **options)
