@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mlx_rsgwm.core.patterns import LONGEST_NAME, compile_pattern
 from mlx_rsgwm.models.token_layers import is_head
 
 # PEFT fields that may have any value here, because the arrays and the scale already say what they did.
@@ -78,9 +79,12 @@ REFUSED = {
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QALoRA",
 }
+LARGEST_NUMBER = 2**63  # a float holds it, with room for a product; JSON has integers of any size
 ALL_LINEAR = "all-linear"
 TABLES_VERSION = (0, 21)  # of PEFT, whose every LoRA option the tables above have
-LONGEST_PATTERN = 1 << 18  # characters; ms-swift lists every module of a large model in one expression
+AT_END = r"(.*\.)?({})$"  # how PEFT matches the keys of rank_pattern and alpha_pattern
+LAYER_IN = r"{}\.(?P<layer>\d+)\."  # how it finds a layer's number, at the start of any part of a name
+ANY_NAME = r"[^.]*"
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
@@ -133,15 +137,17 @@ def _value_problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name} must map module names to numbers, found {table!r}")
             continue
         problems += [f"{name}: {key!r} has {kind} {item!r}" for key, item in table.items() if not is_sound(item)]
-        problems += [f"{name}: {reason}" for key in table if (reason := pattern_problem(key))]
+        problems += [f"{name}: {reason}" for key in table if (reason := pattern_problem(key, AT_END))]
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters"):
         value = config.get(name)
-        if isinstance(value, str):
-            reason = pattern_problem(value) if name not in ("modules_to_save", "target_parameters") else "not a list"
-            if reason:
-                problems.append(f"{name}: {reason}")
-        elif value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if isinstance(value, str) and name in ("modules_to_save", "target_parameters"):
+            problems.append(f"{name}: not a list")
+        elif not all(isinstance(item, str) for item in items):
             problems.append(f"{name} must be a list of names, found {value!r}")
+        elif name == "layers_pattern" or isinstance(value, str):
+            check = _layers_problem if name == "layers_pattern" else pattern_problem
+            problems += [f"{name}: {reason}" for item in items if (reason := check(item))]
     tokens = config.get("trainable_token_indices") or []
     lists = list(tokens.values()) if isinstance(tokens, Mapping) else [tokens]
     if not all(isinstance(rows, list) and all(isinstance(row, int) for row in rows) for rows in lists):
@@ -153,50 +159,26 @@ def _value_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def pattern_problem(pattern: str) -> str | None:
-    """Why a regular expression of somebody else's file is not used here: it is wrong, or could run away.
-
-    A repetition inside an unbounded repetition, or a choice inside one, can take time exponential in a name's length.
-    """
-    if len(pattern) > LONGEST_PATTERN:
-        return f"{pattern[:60]!r}… is {len(pattern)} characters long"
+def pattern_problem(pattern: str, form: str = "{}") -> str | None:
+    """Why a regular expression of somebody else's file is not used here, in the ``form`` in which PEFT matches it."""
     try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"{pattern[:60]!r} is not a regular expression ({error})"
-    return f"{pattern[:60]!r} nests repetitions and could take forever" if _runs_away(_parsed(pattern)) else None
+        compile_pattern(pattern)
+        compile_pattern(form.format(pattern))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
-def _parsed(pattern: str) -> Any:
-    try:
-        from re import _parser as parser  # type: ignore[attr-defined]
-    except ImportError:  # Python 3.10
-        import sre_parse as parser
-    return parser.parse(pattern)
-
-
-def _runs_away(items: Any, repeated: bool = False) -> bool:
-    """Whether a parsed expression holds a choice or repetition inside a repetition of more than 16 times."""
-    for kind, value in items:
-        name = str(kind)
-        if name.endswith("REPEAT"):
-            _, most, inner = value
-            if repeated and int(most) > 1:
-                return True
-            if _runs_away(inner, repeated or int(most) > 16):
-                return True
-        elif name == "BRANCH":
-            if repeated or any(_runs_away(item, repeated) for item in value[1]):
-                return True
-        elif name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
-            inner = value if name == "ATOMIC_GROUP" else value[-1]
-            if _runs_away(inner, repeated):
-                return True
-    return False
+def _layers_problem(pattern: str) -> str | None:
+    """Why a ``layers_pattern`` is not used here: it is the name of a list of layers, or nearly."""
+    if problem := pattern_problem(pattern, LAYER_IN):
+        return problem
+    plain = compile_pattern(pattern).ways[LONGEST_NAME] < 100 and ("|" not in pattern or "(" in pattern)
+    return None if plain or pattern == ANY_NAME else f"{pattern[:60]!r} is not the name of a list of layers"
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST_NUMBER < value < LARGEST_NUMBER
 
 
 def _is_rank(value: Any) -> bool:
@@ -224,7 +206,7 @@ def scale_of(config: Mapping[str, Any], module: str = "") -> float:
 def _by_pattern(table: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's ``get_pattern_key``: the first key that matches the end of the module's name."""
     for key, value in (table or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if compile_pattern(AT_END.format(key)).match(module):
             return value
     return default
 
@@ -260,7 +242,7 @@ def selects(config: Mapping[str, Any], module: str) -> bool:
     if isinstance(targets, str):
         if targets.lower() == ALL_LINEAR:
             return not is_head(module)
-        return re.fullmatch(targets, module) is not None
+        return compile_pattern(targets).fullmatch(module)
     if module in targets:
         return True
     return any(module.endswith("." + target) for target in targets) and _in_layers(config, module)
@@ -278,7 +260,7 @@ def _is_parameter(name: str) -> bool:
 def _excluded(config: Mapping[str, Any], module: str) -> bool:
     excluded = config.get("exclude_modules")
     if isinstance(excluded, str):
-        return re.fullmatch(excluded, module) is not None
+        return compile_pattern(excluded).fullmatch(module)
     if any(module == name or module.endswith("." + name) for name in excluded or ()):
         return True
     return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in config.get("modules_to_save") or ())
@@ -288,10 +270,14 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
-    patterns = config.get("layers_pattern") or r"[^.]*"
+    patterns = config.get("layers_pattern") or ANY_NAME
+    starts = [0, *(place + 1 for place, letter in enumerate(module) if letter == ".")]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
-            return int(match["layer"]) in (layers if isinstance(layers, list) else [layers])
+        layer = compile_pattern(LAYER_IN.format(pattern)).compiled
+        if match := next(filter(None, (layer.match(module, start) for start in starts)), None):
+            return match["layer"] is not None and int(match["layer"]) in (
+                layers if isinstance(layers, list) else [layers]
+            )
     return False
 
 

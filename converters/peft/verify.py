@@ -7,7 +7,6 @@ and up taken apart here a second time, in NumPy and float64. So a mistake that t
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from mlx_rsgwm.converters.peft.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.weight_map import Link
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed
+from mlx_rsgwm.core.patterns import compile_pattern
 from mlx_rsgwm.models.adapter import CONFIG_FILE, KEPT_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from mlx_rsgwm.models.token_layers import is_embedding, is_head
 
@@ -255,7 +255,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """PEFT's scaling from the rank that the arrays have."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if compile_pattern(rf"(.*\.)?({pattern})$").match(module):
             alpha = value
             break
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
@@ -271,7 +271,7 @@ def _expert_sides(module: str, a: RawArray, b: RawArray, config: Mapping[str, An
     parameter = targeted[0] if module != experts_name else targeted[-1]
     rank = int(config["r"])
     for pattern, value in (config.get("rank_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", f"{experts_name}.{parameter}"):
+        if compile_pattern(rf"(.*\.)?({pattern})$").match(f"{experts_name}.{parameter}"):
             rank = int(value)
             break
     count = a.shape[0] // rank

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.patterns import compile_pattern
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 
 # Means stay below the norm of the largest source. RegMean with little data, which does not, came to 8 times it, DARE
@@ -26,12 +27,12 @@ class Override:
 
     def __post_init__(self) -> None:
         try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise RsgwmError(f"merge options: {self.pattern!r} is not a regular expression: {error}") from None
+            compile_pattern(self.pattern)
+        except ValueError as error:
+            raise RsgwmError(f"merge options: {error}") from None
 
     def covers(self, module: str) -> bool:
-        return re.search(self.pattern, module) is not None
+        return compile_pattern(self.pattern).search(module)
 
 
 @dataclass(frozen=True)
