@@ -186,7 +186,8 @@ class _Run:
         if kind.startswith("ASSERT"):
             wanted = kind == "ASSERT"
             return {place for place in places if self._looks(value, flags, place) == wanted}
-        return self._repeated(*value, flags, places)
+        least, most, inner = value
+        return self._repeated(least, most, inner, flags, places)
 
     def _repeated(self, least: int, most: int, inner: Any, flags: int, places: set[int]) -> set[int]:
         for _ in range(min(int(least), len(self.name) + 2)):  # by then nothing is left, or nothing changes
