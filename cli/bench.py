@@ -9,7 +9,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE
+from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE, Whole
 
 
 @click.command("latency")
@@ -18,14 +18,14 @@ from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE
 @click.option("--works", default="", help="Some of forward,lora,fused,train,merge,loop.  [default: all]")
 @click.option(
     "--prompt-tokens",
-    type=click.IntRange(2),
+    type=Whole(2),
     default=128,
     show_default=True,
     help="Tokens of the prompt that prefill runs.",
 )
 @click.option("--new-tokens", type=POSITIVE, default=32, show_default=True, help="Tokens that decode runs one by one.")
 @shared.batch_size(2)
-@click.option("--pool-size", type=click.IntRange(2), default=4, show_default=True, help="Adapters that are merged.")
+@click.option("--pool-size", type=Whole(2), default=4, show_default=True, help="Adapters that are merged.")
 @click.option(
     "--trials", type=POSITIVE, default=5, show_default=True, help="Timed trials of either side, after one of warm-up."
 )

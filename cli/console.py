@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from mlx_rsgwm.cli.options.kinds import Whole
 from mlx_rsgwm.core.progress import Advance, LineProgress, Progress, printable
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 
@@ -147,7 +148,7 @@ def common_options(function: Callable[..., None]) -> Callable[..., None]:
     @click.option("-v", "--verbose", is_flag=True, help="Show what libraries log, and where an error arose.")
     @click.option(
         "--seed",
-        type=click.IntRange(0, 2**32 - 1),
+        type=Whole(0, 2**32 - 1),
         default=DEFAULT_SEED,
         show_default=True,
         metavar="INTEGER",

@@ -11,7 +11,7 @@ import click
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.old_names import also_positional
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, OneOf
+from mlx_rsgwm.cli.options.kinds import ANY_NUMBER, PATH, SOURCE, OneOf
 
 if TYPE_CHECKING:
     from mlx_rsgwm.converters.peft.bulk import FolderResult
@@ -107,7 +107,7 @@ def convert_from_peft(
 @click.argument("folder", type=PATH)
 @also_positional("out")
 @shared.out("a new folder; required")
-@click.option("--scale", type=float, help="What multiplies B·A, where an old configuration can mean two values.")
+@click.option("--scale", type=ANY_NUMBER, help="What multiplies B·A, where an old configuration can mean two values.")
 @common_options
 def convert_from_mlx(console: Console, folder: Path, out: Path, scale: float | None) -> None:
     """Write the mlx-lm adapter in FOLDER, or every one below it, to a new folder as mlx-lm loads it today.

@@ -10,7 +10,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, OneOf
+from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, Number, OneOf
 from mlx_rsgwm.merging.methods import METHODS
 from mlx_rsgwm.merging.options import AUTO, MergeOptions
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @shared.rank("the highest of the sources, for cat their sum")
 @click.option(
     "--largest",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=MergeOptions.largest,
     show_default=True,
     help="Allow a result of up to so many times the norm that its sources and weights account for.",

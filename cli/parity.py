@@ -8,7 +8,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, SOURCE
+from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, Number
 
 TOLERANCE = 1e-3
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-3
 @click.option("--peft", type=PATH, help="Compare this PEFT folder.  [default: convert on the fly]")
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=TOLERANCE,
     show_default=True,
     help="Largest difference of two logits that passes.",

@@ -96,9 +96,9 @@ def _value(option: click.Option) -> str:
 
 
 def _range(kind: click.IntRange | click.FloatRange) -> str:
-    low = f"{'above' if kind.min_open else 'from'} {kind.min}"
+    low = "" if kind.min is None else f" {'above' if kind.min_open else 'from'} {kind.min}"
     high = "" if kind.max is None else f" {'below' if kind.max_open else 'to'} {kind.max}"
-    return f"{kind.name.split()[0]} {low}{high}"
+    return f"{kind.name.split()[0]}{low}{high}"
 
 
 def _renamed() -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from typing import Any
 
 import click
@@ -10,10 +12,39 @@ import click
 from mlx_rsgwm.cli.options.paths import PATH as PATH  # beside their neighbours for those who take several
 from mlx_rsgwm.cli.options.paths import SOURCE as SOURCE
 
-COUNT = click.IntRange(0)
-POSITIVE = click.IntRange(1)
-SHARE = click.FloatRange(0, 1)
-INSIDE = click.FloatRange(0, 1, min_open=True, max_open=True)
+LARGEST_COUNT = 2**31 - 1  # of anything that is counted here; beyond, arrays cannot have such an axis
+DIGITS = re.compile(r"[-+]?[0-9]+")
+
+
+class Whole(click.IntRange):
+    """A whole number, written in digits alone, that is no larger than anything here can be."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not DIGITS.fullmatch(value.strip()):
+            self.fail(f"{value[:40]!r} is not a valid integer", param, ctx)
+        if isinstance(value, str) and self.max is None and len(value.strip().lstrip("+-0")) > len(str(LARGEST_COUNT)):
+            self.fail(f"{value[:12]}… has {len(value)} digits; the most is {LARGEST_COUNT}", param, ctx)
+        number = super().convert(value, param, ctx)
+        if self.max is None and number > LARGEST_COUNT:
+            self.fail(f"{number} is more than {LARGEST_COUNT}", param, ctx)
+        return number
+
+
+class Number(click.FloatRange):
+    """A finite number: NaN is in no range, and click finds it in every one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+COUNT = Whole(0)
+POSITIVE = Whole(1)
+SHARE = Number(0, 1)
+INSIDE = Number(0, 1, min_open=True, max_open=True)
+ANY_NUMBER = Number()
 
 
 class OneOf(click.Choice):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_rsgwm.cli.options.kinds import COUNT, PAIR, PATH, POSITIVE, SOURCE, OneOf
+from mlx_rsgwm.cli.options.kinds import ANY_NUMBER, COUNT, PAIR, PATH, POSITIVE, SOURCE, Number, OneOf, Whole
 from mlx_rsgwm.cli.options.paths import SOURCES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -105,7 +105,7 @@ def max_seq_length() -> Any:
     return click.option(
         "--max-seq-length",
         "max_tokens",
-        type=click.IntRange(2),
+        type=Whole(2),
         default=TrainConfig.max_tokens,
         show_default=True,
         help=f"{ROW_LENGTH}; longer ones are left out.",
@@ -205,7 +205,7 @@ def rank(tail: str) -> Any:
 def weight() -> Any:
     """``--weight`` of every merged adapter."""
     text = "Weight of an adapter; one for each, in their order.  [default: equal]"
-    return click.option("--weight", "weights", type=float, multiple=True, help=text)
+    return click.option("--weight", "weights", type=ANY_NUMBER, multiple=True, help=text)
 
 
 def revision(default: str) -> Any:
@@ -260,14 +260,14 @@ def drafts(default: int | None, tail: str = "", shown: str = "", name: str = "dr
 def temperature() -> Any:
     """``--temperature`` of drafting."""
     text = "Temperature of drafting; 0 takes the likeliest token."
-    kind = click.FloatRange(0)
+    kind = Number(0)
     return click.option("--temperature", type=kind, default=TEMPERATURE, show_default=True, help=text)
 
 
 def top_p() -> Any:
     """``--top-p`` of drafting."""
     text = "Draft from the likeliest tokens that hold this share of the probability."
-    kind = click.FloatRange(0, 1, min_open=True)
+    kind = Number(0, 1, min_open=True)
     return click.option("--top-p", type=kind, default=TOP_P, show_default=True, help=text)
 
 

@@ -12,7 +12,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import COUNT, INSIDE, POSITIVE, OneOf
+from mlx_rsgwm.cli.options.kinds import COUNT, INSIDE, POSITIVE, Number, OneOf, Whole
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.training.config import FINE_TUNE_TYPES, LONG_ROWS, OPTIMIZERS, SCHEDULES, SELECTIONS, TrainConfig
 from mlx_rsgwm.training.reporting import SERVICES
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 # Defaults of Saving, which is slow to import; a test holds them equal.
 SAVE_EVERY, KEEP = 100, 3
-OPEN_SHARE = click.FloatRange(0, 1, max_open=True)
-AT_LEAST_0 = click.FloatRange(0)
-ABOVE_0 = click.FloatRange(0, min_open=True)
+OPEN_SHARE = Number(0, 1, max_open=True)
+AT_LEAST_0 = Number(0)
+ABOVE_0 = Number(0, min_open=True)
 
 # Option, field of TrainConfig, type, help; the defaults are TrainConfig's.
 FIELDS: tuple[tuple[str, str, click.ParamType, str], ...] = (
     ("--rank", "rank", POSITIVE, "Rank of the result."),
     ("--alpha", "alpha", ABOVE_0, "Scale of the update is alpha / rank."),
     ("--dropout", "dropout", OPEN_SHARE, "Share of an adapter's inputs left out of a step."),
-    ("--layers", "num_layers", click.IntRange(-1), "Blocks to adapt, from the last; -1 for all."),
+    ("--layers", "num_layers", Whole(-1), "Blocks to adapt, from the last; -1 for all."),
     ("--type", "fine_tune_type", OneOf(FINE_TUNE_TYPES), "Kind of adapter."),
     ("--epochs", "epochs", POSITIVE, "Passes over the rows."),
     ("--steps", "steps", COUNT, "End after so many steps instead of epochs; 0 for epochs."),
@@ -43,7 +43,7 @@ FIELDS: tuple[tuple[str, str, click.ParamType, str], ...] = (
     ("--schedule", "schedule", OneOf(SCHEDULES), "How the rate goes on after it."),
     ("--weight-decay", "weight_decay", AT_LEAST_0, "Decoupled, for adamw."),
     ("--clip", "clip", AT_LEAST_0, "Greatest norm of the gradient; 0 for none."),
-    ("--max-seq-length", "max_tokens", click.IntRange(2), f"{shared.ROW_LENGTH}; see --long-rows."),
+    ("--max-seq-length", "max_tokens", Whole(2), f"{shared.ROW_LENGTH}; see --long-rows."),
     ("--long-rows", "long_rows", OneOf(LONG_ROWS), "What becomes of longer rows; both are counted."),
     ("--validate-every", "validate_every", COUNT, "Score the held-out rows every so many steps; 0 for never."),
     ("--patience", "patience", COUNT, "Stop after so many scores without a new lowest; 0 for never."),

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.groups import find_command
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.cli.old_names import EXPERIMENTS, OPTIONS_BEFORE, with_new_names
-from mlx_rsgwm.cli.options.kinds import OneOf
+from mlx_rsgwm.cli.options.kinds import Number, OneOf, Whole
 from mlx_rsgwm.cli.reference import option_table, stem
 
 # Two names of one thing are refused: each of these is said by another option, in all commands.
@@ -75,9 +75,12 @@ def test_numbers_have_ranges(options):
     """What may be any number at all is listed here."""
     anything = {"--weight", "--scale"}
     free = {
-        flag for flag, users in options.items() for option in users.values() if option.type in (click.INT, click.FLOAT)
+        flag for flag, users in options.items() for option in users.values() if getattr(option.type, "min", 0) is None
     }
     assert free == anything
+    plain = (click.types.IntParamType, click.types.FloatParamType)
+    types = {type(option.type) for users in options.values() for option in users.values()}
+    assert {kind for kind in types if issubclass(kind, plain)} == {Whole, Number}  # finite, and no larger than arrays
 
 
 def test_what_is_written_is_named_by_out(options):
@@ -155,3 +158,26 @@ def test_defaults_of_slow_imports_are_written_twice_and_equal():
     sampling = (Sampling.temperature, Sampling.top_p, Sampling.max_tokens)
     assert sampling == (shared.TEMPERATURE, shared.TOP_P, shared.MAX_TOKENS)
     assert (Saving.every, Saving.keep) == (train.SAVE_EVERY, train.KEEP)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        *((kind, value) for kind in (Whole(0), Whole(1), Whole(-1)) for value in
+          ("9" * 4301, "9" * 30, "2147483648", "1e9", "0x10", "1_000", "\u0663", "nan", "", "1.0", "-2", "1 2")),
+        *((kind, value) for kind in (Number(), Number(0), Number(0, 1), Number(0, 1, min_open=True)) for value in
+          ("nan", "NaN", "inf", "-inf", "1e400", "-1e400", "", "0x10", "1,5")),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_where_they_are_read(kind, value):
+    with pytest.raises(click.BadParameter) as caught:
+        kind.convert(value, None, None)
+    assert len(caught.value.message) < 150
+
+
+def test_numbers_in_range_are_taken():
+    assert [Whole(-1).convert(value, None, None) for value in ("-1", "0", " 12", "+3", "0007", "2147483647")] == [
+        -1, 0, 12, 3, 7, 2**31 - 1,
+    ]  # fmt: skip
+    assert Whole(0, 2**32 - 1).convert(str(2**32 - 1), None, None) == 2**32 - 1
+    assert [Number(0, 1).convert(value, None, None) for value in ("0", "1", ".5", "1e-320")] == [0, 1, 0.5, 1e-320]
