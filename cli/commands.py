@@ -9,6 +9,7 @@ from __future__ import annotations
 COMMANDS = {
     "demo": ("mlx_rsgwm.cli.run:demo", "The whole job on a small base model, in minutes."),
     "run": ("mlx_rsgwm.cli.run:run", "Run a recipe: a whole job as one YAML file, resumable."),
+    "recipe init": ("mlx_rsgwm.cli.recipe:init", "Write a commented recipe for your own questions."),
     "help": ("mlx_rsgwm.cli.reference:show_help", "Say what a command does and takes: rsgwm help hub push."),
     "data build": ("mlx_rsgwm.cli.data:build", "Build a corpus from tasks or your own questions."),
     "data negatives": ("mlx_rsgwm.cli.negatives:negatives", "Build verifier pairs from adapters' own mistakes."),
@@ -47,6 +48,7 @@ COMMANDS = {
 }
 
 GROUPS = {
+    "recipe": "Recipes of your own: init.",
     "data": "Corpora of draft rows and verifier pairs: build, negatives.",
     "pool": "Adapters that belong together: train, sweep.",
     "adapter": "What an adapter knows of its data: loss, importance.",
@@ -59,7 +61,7 @@ GROUPS = {
 }
 
 SECTIONS = {
-    "Start": ("demo", "run", "help"),
+    "Start": ("demo", "run", "recipe", "help"),
     "Data and training": ("data", "train", "pool", "adapter", "directions"),
     "Merge": ("merge",),
     "Answer": ("ask", "chat", "calibrate"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,42 +12,62 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.core.errors import CheckFailed
 
+if TYPE_CHECKING:
+    from mlx_rsgwm.recipes.schema import Recipe
+
+
+def look(function: Callable[..., None]) -> Callable[..., None]:
+    """``--show`` and ``--dry-run``: what a recipe is and would do."""
+    show = click.option("--show", is_flag=True, help="Print the recipe with every setting, and run nothing.")
+    dry = click.option("--dry-run", is_flag=True, help="Say which stages would run and for how long; run nothing.")
+    return show(dry(function))
+
 
 @click.command()
 @click.argument("recipe")
-@shared.out("the run's folder; run again to resume", required=True)
+@shared.out("the run's folder, by default runs/NAME; run again to resume")
 @shared.settings("of the recipe, as train.epochs=3")
+@look
 @common_options
-def run(console: Console, recipe: str, out: Path, settings: tuple[str, ...]) -> None:
-    """Run RECIPE (a .yaml file, or the name of a shipped one: demo, paper) and print the comparison.
+def run(console: Console, recipe: str, out: Path | None, settings: tuple[str, ...], show: bool, dry_run: bool) -> None:
+    """Run RECIPE (a .yaml file, or the name of a shipped one: demo, paper) and say what came out.
 
     Stages that are already done with the same settings are skipped, so the same command resumes a run.
 
-    Example: rsgwm run paper --out runs/paper --set data.folder=../data --set evaluate.items=20
+    \b
+    Examples:
+      rsgwm run own.yaml --dry-run
+      rsgwm run paper --out runs/paper --set data.folder=../data --set evaluate.items=20
     """
-    _run(console, recipe, out, settings)
+    _run(console, recipe, out, settings, show, dry_run)
 
 
 @click.command()
 @shared.out("the run's folder; run again to resume", default="runs/demo")
 @shared.settings("of the recipe, as train.epochs=3")
+@look
 @common_options
-def demo(console: Console, out: Path, settings: tuple[str, ...]) -> None:
+def demo(console: Console, out: Path, settings: tuple[str, ...], show: bool, dry_run: bool) -> None:
     """Train four adapters on SmolLM2-135M, merge them, compare drafter and draft–verify, export to PEFT.
 
     Some minutes on a laptop; nothing but PyPI is needed. Run again, it resumes.
     """
-    _run(console, "demo", out, settings)
+    _run(console, "demo", out, settings, show, dry_run)
 
 
-def _run(console: Console, source: str, out: Path, settings: tuple[str, ...]) -> None:
+def _run(console: Console, source: str, out: Path | None, settings: tuple[str, ...], show: bool, dry_run: bool) -> None:
     from mlx_rsgwm.core.files import read_json_object
     from mlx_rsgwm.recipes.ending import ending
     from mlx_rsgwm.recipes.run import load_recipe, run_recipe
 
     if not any(setting.startswith("seed=") for setting in settings) and console.seed_given:
         settings = (*settings, f"seed={console.seed}", f"train.seed={console.seed}")
-    summary = run_recipe(load_recipe(source, settings), out, console.progress, details=console.verbose)
+    recipe = load_recipe(source, settings)
+    out = out or Path("runs") / recipe.name
+    if show or dry_run:
+        _look(console, recipe, out, show, dry_run)
+        return
+    summary = run_recipe(recipe, out, console.progress, details=console.verbose)
     if console.verbose:
         console.line(f"{render(summary, out)}\n")
     console.line("\n".join(ending(read_json_object(out / "report" / "report.json"), summary)))
@@ -55,6 +75,23 @@ def _run(console: Console, source: str, out: Path, settings: tuple[str, ...]) ->
     parity = summary["parity"]
     if parity and not parity["passed"]:
         raise CheckFailed(f"the drafter differs between MLX and torch: {'; '.join(parity['failures'])}")
+
+
+def _look(console: Console, recipe: Recipe, out: Path, show: bool, dry_run: bool) -> None:
+    """What a recipe is and would do, without doing it."""
+    from mlx_rsgwm.recipes.estimate import duration, forecast
+    from mlx_rsgwm.recipes.own import written_out
+    from mlx_rsgwm.recipes.run import RecipeRun
+
+    if show:
+        console.line(written_out(recipe).rstrip())
+    seconds = forecast(RecipeRun(recipe, out, console.progress)) if dry_run else {}
+    for name, time in seconds.items():
+        console.line(f"{name:<{max(map(len, seconds))}}  {'done' if time is None else duration(time)}")
+    left = sum(time for time in seconds.values() if time is not None)
+    if dry_run:
+        console.line(f"in all {duration(left)} on this machine, give or take half; into {out}")
+    console.result({"recipe": recipe.name, "out": str(out), "seconds": left if dry_run else None, "stages": seconds})
 
 
 def render(summary: Mapping[str, Any], out: Path) -> str:

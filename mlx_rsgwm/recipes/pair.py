@@ -16,26 +16,33 @@ from mlx_rsgwm.recipes.schema import MERGED, MergeSection
 class Pair:
     """A drafter and a verifier from one merge of the pool, with calibration and report, in ``folder``.
 
-    ``suffix`` ends the names of its stages. ``verifiers``: the folders in it that verify.
+    ``suffix`` ends the names of its stages. ``verifiers``: the folders in it that verify. ``adapter``: where the
+    pool is one adapter, its folder: it drafts and verifies.
     """
 
     folder: Path
     section: MergeSection
     suffix: str = ""
     verifiers: tuple[str, ...] = (MERGED,)
+    adapter: Path | None = None
 
     @property
     def roles(self) -> dict[str, Path]:
-        return {role: self.folder / role for role in ("drafter", "verifier")}
+        return {role: self.adapter or self.folder / role for role in ("drafter", "verifier")}
 
     @property
     def asked(self) -> dict[str, Path]:
         """The folders that answer, by their slots: the drafter, and who verifies."""
-        return {"drafter": self.folder / "drafter", **{name: self.folder / name for name in self.verifiers}}
+        merged = self.roles
+        return {
+            "drafter": merged["drafter"],
+            **{name: merged["verifier"] if name == MERGED else self.folder / name for name in self.verifiers},
+        }
 
     @property
     def calibration(self) -> Path:
-        return self.folder / (MERGED if self.verifiers == (MERGED,) else "pool-verifier") / CALIBRATION_FILE
+        place = self.roles["verifier"] if self.verifiers == (MERGED,) else self.folder / "pool-verifier"
+        return place / CALIBRATION_FILE
 
     @property
     def report(self) -> Path:
@@ -47,6 +54,6 @@ class Pair:
             role: files.read_json_object(folder / MANIFEST_FILE).get("merge") for role, folder in self.roles.items()
         }
         return {
-            "method": self.section.method,
+            "method": None if self.adapter else self.section.method,
             "warnings": [f"{role}: {text}" for role, merge in merges.items() if merge for text in merge["warnings"]],
         }

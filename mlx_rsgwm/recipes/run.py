@@ -69,7 +69,8 @@ class RecipeRun:
         self.progress = StageBars(progress, details)
         self.template = find_template(recipe.template)
         self.stages = Stages(out, self.progress)
-        self.pair = Pair(out, recipe.merge, verifiers=recipe.verifiers)
+        alone = self._adapter(recipe.data.tasks[0]) if len(recipe.data.tasks) == 1 else None
+        self.pair = Pair(out, recipe.merge, verifiers=recipe.verifiers, adapter=alone)
         self.pairs = [self.pair, *([Pair(out / "paper", recipe.paper, "-paper")] if recipe.paper else [])]
         self._base: Base | None = None
         self._fingerprint = ""
@@ -83,6 +84,15 @@ class RecipeRun:
     @property
     def peft_folders(self) -> dict[str, Path]:
         return {role: self.out / "export" / f"{role}-peft" for role in ("drafter", "verifier")}
+
+    def stages_ahead(self) -> dict[str, bool]:
+        """The stages in their order, and whether each is done already; what uses a stage that is not is not either."""
+        self._fingerprint = fingerprint_of(resolve_base(self.recipe.base, self.progress))
+        ahead: dict[str, bool] = {}
+        for stage in self._plan():
+            alone = stage.name.startswith(("data-", "train-"))  # of other tasks
+            ahead[stage.name] = self.stages.is_done(stage) and (alone or all(ahead.values()))
+        return ahead
 
     def execute(self) -> dict[str, Any]:
         """Run every stage that is not up to date and return the summary that ``summary.json`` holds.
@@ -149,7 +159,7 @@ class RecipeRun:
         ]
 
     def _stages_of(self, pair: Pair) -> list[Stage]:
-        """Merge, calibrate and evaluate one pair."""
+        """Merge, calibrate and evaluate one pair; one adapter alone is not merged."""
         recipe, tasks, roles = self.recipe, self.recipe.data.tasks, tuple(pair.roles.values())
         read = tuple({**pair.roles, **pair.asked}.values())
         judged = () if pair.calibration.parent in roles else (pair.calibration,)
@@ -160,7 +170,7 @@ class RecipeRun:
             "batch_rows": recipe.evaluate.batch_rows,
             "folder": recipe.data.folder,
         }
-        return [
+        merging = [
             Stage(
                 f"merge{pair.suffix}",
                 {"tasks": tasks, "seed": recipe.seed, **asdict(pair.section)},
@@ -169,7 +179,10 @@ class RecipeRun:
                 partial(self._merge, pair),
                 (CALIBRATION_FILE,),
                 pieces=2,
-            ),
+            )
+        ]
+        return [
+            *([] if pair.adapter else merging),
             Stage(
                 f"calibrate{pair.suffix}",
                 {**asked, "tasks": tasks, "items": recipe.data.calibration_items, "files": self._hashes(tasks)},

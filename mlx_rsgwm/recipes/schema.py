@@ -133,12 +133,11 @@ class MergeSection:
         return needs_directions(find_method(self.method), resolved(self.options("draft")))
 
     def problems_with(self, data: DataSection) -> list[str]:
-        """What would stop the merge of a pool trained on ``data``."""
+        """What would stop the merge of a pool trained on ``data``; one task makes one adapter, which is not merged."""
         count, method = len(data.tasks), find_method(self.method)
-        problems = []
-        if count < 2:
-            problems.append(f"data.tasks names {count} task, and a merge needs at least two adapters")
-        problems += [f"merge: {problem}" for problem in weight_problems(self.options("draft"), count)]
+        if count == 1:
+            return []
+        problems = [f"merge: {problem}" for problem in weight_problems(self.options("draft"), count)]
         if self.method == "slerp" and count != 2:
             problems.append(
                 f"slerp merges exactly two adapters, and data.tasks names {count}; use multislerp or karcher"
@@ -272,7 +271,9 @@ class ExportSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A job. Every section but ``data`` has defaults; ``train`` is a :class:`TrainConfig`.
+    """A job. Every section but ``data`` has defaults; ``train`` is a :class:`TrainConfig`; ``name`` is the file's.
+
+    With one task its adapter drafts and verifies, and nothing is merged.
 
     ``paper``: another merge of the same pool, calibrated and evaluated beside ``merge`` on the same questions.
     """
@@ -300,8 +301,10 @@ class Recipe:
             problems.append(f"train.fine_tune_type is {self.train.fine_tune_type}; only lora adapters can be merged")
         for section in (self.merge, self.paper):
             problems += section.problems_with(self.data) if section else []
-            if section and section.needs_directions and not self.train.directions:
+            if section and len(self.data.tasks) > 1 and section.needs_directions and not self.train.directions:
                 problems.append(f"{section.method} needs directions, and train.directions is 0")
+        if self.paper and len(self.data.tasks) == 1:
+            problems.append("paper is another merge of a pool, and data.tasks names one task; leave it out")
         problems += [
             f"evaluate.tasks: {problem}" for task in self.evaluate.tasks if (problem := self.data.problem_of(task))
         ]
@@ -346,7 +349,8 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
         raise RsgwmError(f"no recipe {source!r}; shipped are {', '.join(shipped_recipes())}, or give a .yaml file")
     values = read_yaml(text, f"recipe {source}")
     written = written_texts(text)
-    values |= {key: written[key] for key in ("name", "base", "template") if key in written}
+    texts = {key: written[key] for key in ("name", "base", "template") if key in written}
+    values = {"name": path.stem, **values, **texts}
     for setting in settings:
         _apply_setting(values, setting)
     _write_out_tasks(values)

@@ -213,7 +213,7 @@ def test_shipped_recipes_are_valid():
         (["seed=-1"], "seed must be in"),
         (["train.seed=-1"], "seed = -1 is out of range"),
         (["train.validate_every=5"], "held-out rows"),
-        (["data.tasks=[change]"], "needs at least two adapters"),
+        (["data.tasks=[change]", "paper={}"], "another merge of a pool, and data.tasks names one task"),
         (["data.tasks=[change, chnage]"], "unknown task 'chnage'"),
         (["data.tasks=[change, none.jsonl]"], "none.jsonl does not exist"),
         (["data.tasks=[change, gsm8k]", "data.folder=none"], "folder none does not exist"),
