@@ -166,7 +166,7 @@ def test_merge_by_name_with_overrides_and_dry_run(line):
     q_proj = {name: row["cosines"] for name, row in merge["diagnosis"]["modules"].items() if "q_proj" in name}
     assert q_proj
     assert all(cosines[0] == pytest.approx(1, abs=1e-4) for cosines in q_proj.values())
-    listed = invoke("merge", "--list")
+    listed = invoke("merge", "--list", "--all")
     assert "ties: trim the small" in listed.stdout
     assert "density=0.2" in listed.stdout
 
@@ -202,7 +202,8 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
     [
         (["merge", "{tmp}/nowhere", "{tmp}/elsewhere", "--out", "{tmp}/m"], "nowhere does not exist"),
         (["merge", "{pool}/change", "--out", "{tmp}/m"], "at least two adapters"),
-        (["merge", "{pool}/change", "{pool}/compare", "--set", "tau=2", "--out", "{tmp}/m"], "tau must be in (0, 1)"),
+        (["merge", "{pool}/change", "{pool}/compare", "--method", "rsgwm", "--set", "tau=2", "--out", "{tmp}/m"],
+         "tau must be in (0, 1)"),
         (["merge", "{pool}/change", "{pool}/compare", "--out", "{tmp}/drafter"], "already holds"),
         (["merge"], "no adapters given"),
         (["ask"], "give either a question or --file"),
