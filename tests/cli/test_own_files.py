@@ -95,7 +95,7 @@ def test_an_overlap_is_refused_or_stands_above_the_result(trained, tiny_base, tm
     assert headline in told
     assert (tmp_path / "r" / "report.md").read_text().split("\n")[2] == headline
     page = (tmp_path / "r" / "report.html").read_text()
-    assert page.index(f'<p class="alarm">{headline}</p>') < page.index("<section")  # above every figure
+    assert page.index(f'<p class="alarm">{headline}</p>') < page.index("<header>")  # above the verdict
     assert json.loads((tmp_path / "r" / "report.json").read_text())["overlap"]["items"] == 3
     whole, _ = evaluate(trained, tiny_base, "--task", alone)
     assert whole["n"] == 5
