@@ -21,6 +21,10 @@ from mlx_rsgwm.core.progress import Advance, LineProgress, Progress, printable
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 
 
+class Stopped(KeyboardInterrupt):
+    """The program was told to end (SIGTERM): unlike Ctrl-C, nothing goes on after it."""
+
+
 def show(text: str, err: bool = False) -> None:
     """Print a text, whoever wrote it, on standard output or standard error."""
     click.echo(printable(text), err=err)
@@ -67,6 +71,10 @@ class Console:
     def line(self, text: str = "") -> None:
         """Print text for people (it may hold newlines)."""
         show(text, err=self.json)
+
+    def piece(self, text: str) -> None:
+        """Print a part of a line, at once."""
+        click.echo(printable(text), nl=False, err=self.json)
 
     def result(self, mapping: Mapping[str, Any]) -> None:
         """Print the command's result as JSON, with ``--json`` only. Call it once, at the end.

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import click
 
 from mlx_rsgwm import __version__
-from mlx_rsgwm.cli.console import show
+from mlx_rsgwm.cli.console import Stopped, show
 from mlx_rsgwm.cli.groups import LazyGroup
 from mlx_rsgwm.cli.old_names import with_new_names
 from mlx_rsgwm.cli.startup import hide_torch
@@ -128,10 +128,10 @@ def asks_json(arguments: Sequence[str]) -> bool:
 
 @contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """Let ``kill`` end the work as Ctrl-C does, so that every ``finally`` runs."""
+    """Let ``kill`` end the work much as Ctrl-C does, so that every ``finally`` runs."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Stopped
 
     if current_thread() is not main_thread():  # only there may signals be handled
         yield

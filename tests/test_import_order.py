@@ -32,7 +32,7 @@ MOST_FOLDERS = 16
 # Slow to import, and needed by some commands only: never at the top of a file, so that whoever uses one pays for it.
 LATE = [
     *("torch", "transformers", "datasets", "matplotlib", "sklearn", "scipy", "peft", "math_verify", "sympy", "rich"),
-    *("lm_eval", "gguf", "huggingface_hub"),
+    *("lm_eval", "gguf", "huggingface_hub", "prompt_toolkit"),
 ]
 
 

@@ -108,15 +108,18 @@ def mode_option(hidden: bool) -> Any:
     return click.option("--mode", type=kind, default=default, show_default=True, hidden=hidden, help=text)
 
 
-def pipeline_options(command: F, hidden: bool = False) -> F:
-    """Add the options that :func:`build_pipeline` needs; the command takes them as keywords and hands them on."""
+def pipeline_options(command: F, hidden: bool = False, pairs_only: bool = True) -> F:
+    """Add the options that :func:`build_pipeline` needs; the command takes them as keywords and hands them on.
+
+    ``pairs_only``: drafter and verifier are settled before the command sees them.
+    """
 
     @functools.wraps(command)
     def with_pair(*arguments: Any, drafter: Source | None, verifier: tuple[Source, ...], **options: Any) -> Any:
         drafter, verifier = settle_pair(drafter, verifier)
         return command(*arguments, drafter=drafter, verifier=verifier, **options)
 
-    decorated: Any = with_pair
+    decorated: Any = with_pair if pairs_only else command
     for option in reversed((*PIPELINE_OPTIONS, *template_options(hidden))):
         decorated = option(decorated)
     return decorated
@@ -134,10 +137,11 @@ def settle_pair(drafter: Source | None, verifier: tuple[Source, ...]) -> tuple[S
     folder = drafter or verifier[0]
     beside = folder.parent / missing if isinstance(folder, Path) else None
     hint = f" (there is {beside})" if beside is not None and beside.is_dir() else ""
+    hint += f"; rsgwm ask and chat take --adapter {folder} for one that answers alone"
     raise RsgwmError(f"--{given} {folder} without --{missing}; give both{hint}")
 
 
-def loop_options(experiments: bool = True) -> Callable[[F], F]:
+def loop_options(experiments: bool = True, pairs_only: bool = True) -> Callable[[F], F]:
     """Add all options; the command takes them as keywords and hands them to :func:`build_pipeline`.
 
     Without ``experiments`` those are hidden that only an experiment needs.
@@ -146,7 +150,7 @@ def loop_options(experiments: bool = True) -> Callable[[F], F]:
     def decorate(command: F) -> F:
         for option in reversed((*DECISION_OPTIONS, mode_option(not experiments))):
             command = option(command)
-        return pipeline_options(command, not experiments)
+        return pipeline_options(command, not experiments, pairs_only)
 
     return decorate
 

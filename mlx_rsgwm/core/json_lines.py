@@ -45,7 +45,11 @@ def read_json_rows(path: Path) -> RowFile:
     Raises:
         RsgwmError: also one JSON object over several lines, and an array that is not valid JSON.
     """
-    text = files.read_text(path)
+    return json_rows(path, files.read_text(path))
+
+
+def json_rows(path: Path, text: str) -> RowFile:
+    """:func:`read_json_rows` of the ``text`` of ``path``, read already."""
     start = text.lstrip()[:2]
     rows = _parsed_lines(text)
     if start[:1] == "[":

@@ -44,14 +44,15 @@ def read_question_rows(path: Path) -> RowFile:
 
 def _looks_like_a_table(path: Path) -> bool:
     text = files.read_text(path)
-    return any(_has_questions(_header(text, delimiter)) for delimiter in DELIMITERS[".csv"])
+    return any(_has_questions(header_of(text, delimiter)) for delimiter in DELIMITERS[".csv"])
 
 
 def _has_questions(header: list[str]) -> bool:
     return "question" in header or {"prompt", "completion"} <= set(header)
 
 
-def _header(text: str, delimiter: str) -> list[str]:
+def header_of(text: str, delimiter: str) -> list[str]:
+    """The names in the first line of a text, were it a table."""
     try:
         cells = next(csv.reader(text.split("\n", 1)[:1], delimiter=delimiter), [])
     except csv.Error:
@@ -60,20 +61,25 @@ def _header(text: str, delimiter: str) -> list[str]:
 
 
 def _table(path: Path, text: str, delimiters: str) -> list[NumberedRow]:
-    delimiter = next((sign for sign in delimiters if _has_questions(_header(text, sign))), delimiters[0])
-    header = _header(text, delimiter)
+    delimiter = next((sign for sign in delimiters if _has_questions(header_of(text, sign))), delimiters[0])
+    header = header_of(text, delimiter)
     if not text.strip():
         return []
     if not _has_questions(header):
         shown = ", ".join(cell[:30] for cell in header[:6]) or "nothing"
         raise RsgwmError(f"{path}: line 1 must be a header with question and answer, found {shown}")
+    return table_rows(path, text, delimiter, header)
+
+
+def table_rows(path: Path, text: str, delimiter: str, header: list[str]) -> list[NumberedRow]:
+    """The rows below a table's header, each by the header's names.
+
+    Raises:
+        RsgwmError: the header has a name twice.
+    """
     double = sorted({name for name in header if name and header.count(name) > 1})
     if double:
         raise RsgwmError(f"{path}: the header names {', '.join(double)} twice")
-    return _table_rows(text, delimiter, header)
-
-
-def _table_rows(text: str, delimiter: str, header: list[str]) -> list[NumberedRow]:
     rows: list[NumberedRow] = []
     before = csv.field_size_limit(LONGEST_CELL)
     try:

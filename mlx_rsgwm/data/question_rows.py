@@ -50,8 +50,7 @@ def parse_own(row: Row) -> Parsed:
     last number of a sentence; ``"text"`` for all of the answer, marks and all.
     """
     question, answer, name = _question_and_answer(row)
-    _refuse_unshown_choices(row, question)
-    _refuse_unshown_context(row, question)
+    refuse_unshown(row, question)
     row_id, task, rationale, asked = (_optional(row, name) for name in ("id", "task", "rationale", "answer_type"))
     if asked not in ("", "text", "number"):
         raise ValueError(f"answer_type must be text or number, found {asked[:40]!r}")
@@ -66,6 +65,12 @@ def parse_own(row: Row) -> Parsed:
         return Parsed(question, rationale, answer, row_id, task)
     solution, gold = _solution_and_gold(answer, asked == "number")
     return Parsed(question, solution or rationale, gold, row_id, task)
+
+
+def refuse_unshown(row: Row, question: str) -> None:
+    """Raise for what a row has beside its question, and nobody who is asked that could know."""
+    _refuse_unshown_choices(row, question)
+    _refuse_unshown_context(row, question)
 
 
 def _refuse_unshown_choices(row: Row, question: str) -> None:

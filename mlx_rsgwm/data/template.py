@@ -92,6 +92,15 @@ class Template:
         """Token ids up to where the drafter starts writing."""
         return self._encode(tokenizer, self.draft.replace("{question}", question))
 
+    def turn_prompt(self, tokenizer: Tokenizer, before: Sequence[tuple[str, str]], question: str) -> list[int]:
+        """As :meth:`draft_prompt`, after the questions and answers ``before`` it, the earliest first."""
+        asked = [self.draft.replace("{question}", text) for text in (*(earlier for earlier, _ in before), question)]
+        answers = [answer for _, answer in before]
+        if self.chat:
+            return self._encode(tokenizer, asked[-1], list(zip(asked, answers, strict=False)))
+        said = [f"{text}{self.answer_prefix}{answer}\n" for text, answer in zip(asked, answers, strict=False)]
+        return self._encode(tokenizer, "".join(said) + asked[-1])
+
     def verify_prompt(self, tokenizer: Tokenizer, question: str, answer: str) -> list[int]:
         """Token ids up to where the verifier says yes or no."""
         # One pass, so that a question holding "{answer}" stays as it is.
@@ -124,7 +133,7 @@ class Template:
             raise RsgwmError(f"template {self.name}: stop texts must be one token each, not {', '.join(longer)}")
         return frozenset(ids[0] for ids in encoded.values())
 
-    def _encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
+    def _encode(self, tokenizer: Tokenizer, text: str, before: Sequence[tuple[str, str]] = ()) -> list[int]:
         if not self.chat:
             return list(tokenizer.encode(text, add_special_tokens=True))
         options: dict[str, Any] = {"add_generation_prompt": True}
@@ -133,11 +142,14 @@ class Template:
         # What a template does with a text may depend on it; whether it writes it at all does not.
         if MARKER not in tokenizer.apply_chat_template(self._messages(MARKER), tokenize=False, **options):
             raise RsgwmError("the base's chat template leaves out the question; use a template without chat")
-        return list(tokenizer.apply_chat_template(self._messages(text), tokenize=True, return_dict=False, **options))
+        messages = self._messages(text, before)
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
 
-    def _messages(self, text: str) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": text}]
+    def _messages(self, text: str, before: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for asked, answer in before:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": text}]
 
 
 # Wordings were compared by how much of a base model's next-token mass falls on the two verdicts: for SmolLM2-135M 0.38
@@ -162,6 +174,11 @@ TEMPLATES = {
         chat=True,
     ),
 }
+
+
+def bare_template(chat: bool, system: str = "") -> Template:
+    """The question in nobody's words but the user's: through the model's own chat template, where it has one."""
+    return Template("own", "{question}", "{question}\n{answer}", answer_prefix="", chat=chat, system=system)
 
 
 def find_template(name: str) -> Template:

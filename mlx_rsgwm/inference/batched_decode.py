@@ -120,6 +120,13 @@ class BatchedDecoder:
         for tokens in [tokens for tokens in self.prefixes if tokens[: len(prompt)] == prompt]:
             del self.prefixes[tokens]
 
+    def written(self, key: Key) -> tuple[int, ...]:
+        """The tokens of an attempt so far."""
+        if key in self.ended:
+            return self.ended[key].tokens
+        rows = self._batch.rows if self._batch is not None else ()
+        return next((row.tokens for row in rows if key in row.attempts), ())
+
     def step(self, wanted: Collection[Key]) -> None:
         """One token more for each of the ``wanted`` attempts, or the end of it."""
         wanted = set(wanted)

@@ -27,65 +27,21 @@ from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import Calibration, learned_scorer, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
-from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide, failed_check
+from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.pool_reader import in_order, reader_of
 from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, can_batch
 from mlx_rsgwm.inference.scheduler import BatchScheduler
 from mlx_rsgwm.inference.scores import SCORES, Scorer
+from mlx_rsgwm.inference.trial import Trial
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 
 # Two more rows in a batch cost a step about a tenth; another batch costs a draft. Alone is worth it from here on.
 ALONE_FROM = 0.85
 
+Watch = Callable[[int, Sequence[int]], None]
 Reads = Callable[[Sequence[str], Sequence[Draft]], list[Signals]]
-
-
-class _Trial:
-    """A question under way: its drafts in order, of which the last may wait for the verifier."""
-
-    def __init__(self, config: LoopConfig) -> None:
-        self._config = config
-        self.drafts: list[Draft] = []
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the last draft is to be scored."""
-        return bool(self.drafts) and self.drafts[-1].state == "drafted"
-
-    @property
-    def over(self) -> bool:
-        """Whether the last draft was accepted, or no further attempt is left."""
-        return self.drafts[-1].state == "accepted" or len(self.drafts) == self._config.attempts
-
-    def add(self, draft: Draft) -> Draft:
-        """The drafter spoke."""
-        self.drafts.append(draft)
-        return draft
-
-    def earlier_alike(self) -> Draft | None:
-        """A scored draft of the same content as the last one, whose score holds for that, too."""
-        return next((draft for draft in self.drafts[:-1] if draft.content == self.drafts[-1].content), None)
-
-    def check(self, question: str) -> bool:
-        """Whether the last draft passes what needs no verifier; one that does not is rejected."""
-        failed = failed_check(self.drafts[-1].text, question, self._config.check)
-        if failed is not None:
-            self.drafts[-1] = self.drafts[-1].failed(failed)
-        return failed is None
-
-    def score(self, signals: Signals | None, score: float) -> Draft:
-        """The verifier spoke of the last draft."""
-        self.drafts[-1] = self.drafts[-1].scored(signals, score, accepts(score, self._config.threshold))
-        return self.drafts[-1]
-
-    def answer(self) -> Answer:
-        """What the loop returns of the drafts so far, all scored or rejected by a check."""
-        decision = decide([draft.score for draft in self.drafts], self._config.threshold)
-        chosen = self.drafts[decision.chosen]
-        text = None if self._config.abstain and not decision.accepted else chosen.text
-        return Answer(text, chosen.score or 0.0, decision.accepted, decision.attempts, chosen.false_equation)
 
 
 class DraftVerify:
@@ -170,9 +126,9 @@ class DraftVerify:
         assert isinstance(last, Answer)
         return last
 
-    def steps(self, question: str) -> Iterator[Step]:
+    def steps(self, question: str, watch: Watch | None = None) -> Iterator[Step]:
         """One question, step by step: each draft as the drafter wrote it, then as the verifier judged it; the last step
-        is the :class:`Answer`."""
+        is the :class:`Answer`. ``watch`` is told the number of the draft that comes next and its tokens so far."""
         prompt = self._prompt(question)
         parts, lower_cache = self.parts, None
         if self.batches:
@@ -181,8 +137,8 @@ class DraftVerify:
         reads = partial(
             self.reader.signals, needs=self.scorer(self.config.score).needs, parts=parts, lower_cache=lower_cache
         )
-        trial = _Trial(self.config)
-        for drafted in self._attempts(question, prompt, lower_cache):
+        trial = Trial(self.config)
+        for drafted in self._attempts(question, prompt, lower_cache, watch):
             yield trial.add(drafted)
             self._score([(question, trial)], reads)
             yield trial.drafts[-1]
@@ -190,7 +146,9 @@ class DraftVerify:
                 break
         yield trial.answer()
 
-    def _attempts(self, question: str, prompt: tuple[int, ...], lower_cache: LowerLayerCache | None) -> Iterator[Draft]:
+    def _attempts(
+        self, question: str, prompt: tuple[int, ...], lower_cache: LowerLayerCache | None, watch: Watch | None
+    ) -> Iterator[Draft]:
         """Attempts in order, written no further than they are asked for; ``lower_cache`` sees how they were read."""
         numbers = range(1, self.config.attempts + 1)
         if not self.batches:
@@ -209,9 +167,11 @@ class DraftVerify:
             with self.slots.using(self.drafter):
                 while (0, attempt) not in decoder.ended:
                     decoder.step([(0, other) for other in beside])
+                    if watch is not None:
+                        watch(attempt, decoder.written((0, attempt)))
             yield self._with_text(decoder.ended[0, attempt])
 
-    def _score(self, trials: Sequence[tuple[str, _Trial]], reads: Reads) -> None:
+    def _score(self, trials: Sequence[tuple[str, Trial]], reads: Reads) -> None:
         """Check, then score the last draft of every (question, trial); what an earlier one said is not read again."""
         if passed := [(question, trial) for question, trial in trials if trial.check(question)]:
             self._score_passed(passed, reads)
@@ -219,7 +179,7 @@ class DraftVerify:
             if drafted.attempt == 1:
                 self._asked, self._accepted_first = self._asked + 1, self._accepted_first + bool(drafted.accepted)
 
-    def _score_passed(self, trials: Sequence[tuple[str, _Trial]], reads: Reads) -> None:
+    def _score_passed(self, trials: Sequence[tuple[str, Trial]], reads: Reads) -> None:
         alike = [trial.earlier_alike() for _, trial in trials]
         new = [pair for pair, earlier in zip(trials, alike, strict=True) if earlier is None]
         signals = reads([question for question, _ in new], [trial.drafts[-1] for _, trial in new])
@@ -259,7 +219,7 @@ class DraftVerify:
                     yield index, step
             return
         scheduler = BatchScheduler(self._decoder(), questions, prompts, batch_rows)
-        trials: dict[int, _Trial] = {}
+        trials: dict[int, Trial] = {}
         while not scheduler.over:
             writing = self._write(scheduler, self._attempts_after(0))
             yield from self._drafted(scheduler, trials)
@@ -281,15 +241,15 @@ class DraftVerify:
         alone = self.config.mode == "sequential" or (made == 0 and self._goes_alone())
         return range(made + 1, (made + 1 if alone else self.config.attempts) + 1)
 
-    def _drafted(self, scheduler: BatchScheduler, trials: dict[int, _Trial]) -> Iterator[tuple[int, Draft]]:
+    def _drafted(self, scheduler: BatchScheduler, trials: dict[int, Trial]) -> Iterator[tuple[int, Draft]]:
         """The next draft of every question under way that has one ended and none to be scored."""
         for index in scheduler.under_way:
-            trial = trials.setdefault(index, _Trial(self.config))
+            trial = trials.setdefault(index, Trial(self.config))
             ended = None if trial.waiting else scheduler.ended(index, len(trial.drafts) + 1)
             if ended is not None:
                 yield index, trial.add(self._with_text(ended))
 
-    def _score_many(self, trials: Sequence[tuple[str, _Trial]], batch_rows: int, scheduler: BatchScheduler) -> None:
+    def _score_many(self, trials: Sequence[tuple[str, Trial]], batch_rows: int, scheduler: BatchScheduler) -> None:
         lower_cache = self._lower_cache(scheduler.prefixes)
         needs = self.scorer(self.config.score).needs
         self._score(
@@ -304,24 +264,30 @@ class DraftVerify:
         Attempt k of a question draws from the same random stream as in :meth:`steps`.
         """
         drafts: dict[int, list[Draft]] = {}
+        with progress.task("draft", len(questions)) as advance:
+            for index, written in self.drafts_as_they_end(questions, attempts, batch_rows):
+                drafts[index] = written
+                advance(1, "")
+        return [drafts[index] for index in range(len(questions))]
+
+    def drafts_as_they_end(
+        self, questions: Sequence[str], attempts: int, batch_rows: int = 32
+    ) -> Iterator[tuple[int, list[Draft]]]:
+        """The drafts of :meth:`draft_many`, each question's with its index once all of them have ended."""
         numbers = range(1, attempts + 1)
         prompts = [self._prompt(question) for question in questions]
-        with progress.task("draft", len(questions)) as advance:
-            if not self.batches:
-                for index, (prompt, text) in enumerate(zip(prompts, questions, strict=True)):
-                    drafts[index] = self._draft([DraftRequest(prompt, text, attempt) for attempt in numbers])
-                    advance(1, "")
-                return [drafts[index] for index in range(len(questions))]
-            scheduler = BatchScheduler(self._decoder(), questions, prompts, batch_rows)
-            while not scheduler.over:
-                self._write(scheduler, numbers)
-                for index in scheduler.under_way:
-                    ended = [scheduler.ended(index, attempt) for attempt in numbers]
-                    if None not in ended:
-                        drafts[index] = [self._with_text(written) for written in ended if written is not None]
-                        scheduler.done(index)
-                        advance(1, "")
-        return [drafts[index] for index in range(len(questions))]
+        if not self.batches:
+            for index, (prompt, text) in enumerate(zip(prompts, questions, strict=True)):
+                yield index, self._draft([DraftRequest(prompt, text, attempt) for attempt in numbers])
+            return
+        scheduler = BatchScheduler(self._decoder(), questions, prompts, batch_rows)
+        while not scheduler.over:
+            self._write(scheduler, numbers)
+            for index in scheduler.under_way:
+                ended = [scheduler.ended(index, attempt) for attempt in numbers]
+                if None not in ended:
+                    yield index, [self._with_text(written) for written in ended if written is not None]
+                    scheduler.done(index)
 
     def _write(self, scheduler: BatchScheduler, first: Sequence[int]) -> bool:
         with self.slots.using(self.drafter):

@@ -136,9 +136,9 @@ def test_ask_from_standard_input_and_abstaining(line, tiny_base):
     assert result["attempts"] == 2
 
 
-def test_chat_answers_until_an_empty_line(line, tiny_base):
+def test_chat_answers_until_the_input_ends(line, tiny_base):
     arguments = [str(x) for x in loop_of(line, tiny_base, "--threshold", 0)]
-    ran = CliRunner().invoke(rsgwm, ["chat", *arguments], input="What is 2 + 2?\nAnd 3 + 3?\n\n")
+    ran = CliRunner().invoke(rsgwm, ["chat", *arguments], input="What is 2 + 2?\n\nAnd 3 + 3?\n")
     assert ran.exit_code == 0, ran.stderr
     assert ran.stdout.count("draft 1:") == 2
     assert "2 questions, 2 answers accepted" in ran.stdout

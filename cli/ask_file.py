@@ -1,0 +1,143 @@
+"""``rsgwm ask --file``: a file of questions, answered in batches, kept as they come, gone on with after a stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_rsgwm.cli.console import Console, read_standard_input
+from mlx_rsgwm.core.errors import RsgwmError
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.core.resume import Journal
+    from mlx_rsgwm.data.asked_files import AskedRow
+    from mlx_rsgwm.inference.loop import DraftVerify
+
+Answers = Iterator[tuple[int, dict[str, Any]]]  # the place of a question among those asked, and what its row gets
+
+
+class Interrupted(RsgwmError):
+    """Ctrl-C or kill, with a word on what is kept."""
+
+    exit_code = 130
+
+
+def questions_of(path: Path) -> list[AskedRow]:
+    """The questions of a file; of standard input where it is called ``-``."""
+    from mlx_rsgwm.data.asked_files import read_asked
+
+    return read_asked(path, read_standard_input() if str(path) == "-" else None)
+
+
+def answer_file(
+    console: Console,
+    asked: Sequence[AskedRow],
+    out: Path | None,
+    pipeline: DraftVerify,
+    answers: Callable[[Sequence[str]], Answers],
+) -> list[dict[str, Any]]:
+    """Answer all questions, in their order into ``out``, or where there is none to the console.
+
+    Rows are kept in a journal beside ``out`` as they come. After a stop ``out`` has what was done by then, and the same
+    command goes on; once all is done the journal is gone.
+
+    Raises:
+        RsgwmError: ``out`` is there and no unfinished run beside it, or that was of other adapters or settings.
+        Interrupted: where the answers are that were done.
+    """
+    kept: dict[int, dict[str, Any]] = {}
+    journal = None if out is None else _journal(out, pipeline, asked, kept, console)
+    waiting = [place for place in range(len(asked)) if place not in kept]
+    printed = _InOrder(console, asked) if out is None else None
+    try:
+        with console.progress.task("answer", len(waiting)) as advance:
+            started = time.monotonic()
+            for place, row in answers([asked[place].question for place in waiting]):
+                number = waiting[place]
+                kept[number] = _row(asked[number], row)
+                if journal is not None:
+                    journal.append([{"place": number, "row": kept[number]}])
+                if printed is not None:
+                    printed.show(kept)
+                advance(1, _pace(len(kept) - len(asked) + len(waiting), len(waiting), time.monotonic() - started))
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        _write(out, kept)
+        raise Interrupted(
+            f"interrupted: {len(kept)} of {len(asked)} answers are in {out}; the same command goes on from there"
+        ) from None
+    if out is not None and journal is not None:
+        _write(out, kept)
+        journal.path.unlink()
+        console.line(f"{out}: {len(kept)} answers")
+    return [kept[place] for place in sorted(kept)]
+
+
+def _journal(
+    out: Path, pipeline: DraftVerify, asked: Sequence[AskedRow], kept: dict[int, dict[str, Any]], console: Console
+) -> Journal:
+    from mlx_rsgwm.core.resume import Journal
+    from mlx_rsgwm.evaluation.runner import describe_run
+
+    path = out.with_name(f"{out.name}.journal")
+    if out.is_dir():
+        raise RsgwmError(f"{out} is a folder; name a file for the answers, such as {out / 'answers.jsonl'}")
+    if out.exists() and not path.exists():
+        raise RsgwmError(f"{out} is there already, and no unfinished run beside it; remove it, or give another --out")
+
+    def take(row: Any, where: str) -> None:
+        place = int(row["place"])
+        if place < len(asked) and row["row"]["question"] == asked[place].question:
+            kept[place] = dict(row["row"])
+
+    about = describe_run(pipeline, (), 0)
+    journal = Journal(path, {name: about[name] for name in about if name not in ("questions", "items")}, take)
+    if kept:
+        console.progress.message(f"{len(kept)} of {len(asked)} answers are there already; going on with the rest")
+    return journal
+
+
+def _row(asked: AskedRow, row: Mapping[str, Any]) -> dict[str, Any]:
+    named = {} if asked.id is None else {"id": asked.id}
+    return {**named, "row": asked.number, "question": asked.question, **row}
+
+
+def _write(out: Path, kept: Mapping[int, Mapping[str, Any]]) -> None:
+    from mlx_rsgwm.core.files import write_text
+
+    lines = [json.dumps(kept[place], ensure_ascii=False, allow_nan=False) for place in sorted(kept)]
+    write_text(out, "".join(f"{line}\n" for line in lines))
+
+
+def _pace(done: int, total: int, seconds: float) -> str:
+    """Rate and time left, as far as they can be told."""
+    if seconds < 1:
+        return ""
+    left = (total - done) * seconds / done
+    shown = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
+    return f"{60 * done / seconds:.3g} a minute, {shown} left"
+
+
+class _InOrder:
+    """Prints rows in the order of the questions, each as soon as those before it are there."""
+
+    def __init__(self, console: Console, asked: Sequence[AskedRow]) -> None:
+        self._console, self._next = console, 0
+
+    def show(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        while (row := rows.get(self._next)) is not None:
+            self._next += 1
+            shown = "no answer" if row["answer"] is None else " / ".join(row["answer"].splitlines())
+            self._console.line(f"{row['question']}\n  {shown}{_verdict(row)}")
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if "score" not in row:
+        return ""
+    state = "accepted" if row["accepted"] else "not accepted"
+    why = f"{row['false_equation']} is false" if "false_equation" in row else f"score {row['score']:.3f}"
+    return f" ({why}, {state}, {row['attempts']} attempts)"
