@@ -1,4 +1,4 @@
-"""``rsgwm ask --file``: a file of questions, answered in batches, kept as they come, gone on with after a stop."""
+"""``rsgwm ask --file``: a file of questions, answered in batches, each kept as it comes, gone on with after a stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answers = Iterator[tuple[int, dict[str, Any]]]  # the place of a question among 
 
 
 class Interrupted(RsgwmError):
-    """Ctrl-C or kill, with a word on what is kept."""
+    """Ctrl-C or kill, with a word on what is there."""
 
     exit_code = 130
 
@@ -48,37 +48,37 @@ def answer_file(
         RsgwmError: ``out`` is there and no unfinished run beside it, or that was of other adapters or settings.
         Interrupted: where the answers are that were done.
     """
-    kept: dict[int, dict[str, Any]] = {}
-    journal = None if out is None else _journal(out, pipeline, asked, kept, console)
-    waiting = [place for place in range(len(asked)) if place not in kept]
+    rows: dict[int, dict[str, Any]] = {}
+    journal = None if out is None else _journal(out, pipeline, asked, rows, console)
+    waiting = [place for place in range(len(asked)) if place not in rows]
     printed = _InOrder(console, asked) if out is None else None
     try:
         with console.progress.task("answer", len(waiting)) as advance:
             started = time.monotonic()
             for place, row in answers([asked[place].question for place in waiting]):
                 number = waiting[place]
-                kept[number] = _row(asked[number], row)
+                rows[number] = _row(asked[number], row)
                 if journal is not None:
-                    journal.append([{"place": number, "row": kept[number]}])
+                    journal.append([{"place": number, "row": rows[number]}])
                 if printed is not None:
-                    printed.show(kept)
-                advance(1, _pace(len(kept) - len(asked) + len(waiting), len(waiting), time.monotonic() - started))
+                    printed.show(rows)
+                advance(1, _pace(len(rows) - len(asked) + len(waiting), len(waiting), time.monotonic() - started))
     except KeyboardInterrupt:
         if out is None:
             raise
-        _write(out, kept)
+        _write(out, rows)
         raise Interrupted(
-            f"interrupted: {len(kept)} of {len(asked)} answers are in {out}; the same command goes on from there"
+            f"interrupted: {len(rows)} of {len(asked)} answers are in {out}; the same command goes on from there"
         ) from None
     if out is not None and journal is not None:
-        _write(out, kept)
+        _write(out, rows)
         journal.path.unlink()
-        console.line(f"{out}: {len(kept)} answers")
-    return [kept[place] for place in sorted(kept)]
+        console.line(f"{out}: {len(rows)} answers")
+    return [rows[place] for place in sorted(rows)]
 
 
 def _journal(
-    out: Path, pipeline: DraftVerify, asked: Sequence[AskedRow], kept: dict[int, dict[str, Any]], console: Console
+    out: Path, pipeline: DraftVerify, asked: Sequence[AskedRow], rows: dict[int, dict[str, Any]], console: Console
 ) -> Journal:
     from mlx_rsgwm.core.resume import Journal
     from mlx_rsgwm.evaluation.runner import describe_run
@@ -92,12 +92,12 @@ def _journal(
     def take(row: Any, where: str) -> None:
         place = int(row["place"])
         if place < len(asked) and row["row"]["question"] == asked[place].question:
-            kept[place] = dict(row["row"])
+            rows[place] = dict(row["row"])
 
     about = describe_run(pipeline, (), 0)
     journal = Journal(path, {name: about[name] for name in about if name not in ("questions", "items")}, take)
-    if kept:
-        console.progress.message(f"{len(kept)} of {len(asked)} answers are there already; going on with the rest")
+    if rows:
+        console.progress.message(f"{len(rows)} of {len(asked)} answers are there already; going on with the rest")
     return journal
 
 
@@ -106,10 +106,10 @@ def _row(asked: AskedRow, row: Mapping[str, Any]) -> dict[str, Any]:
     return {**named, "row": asked.number, "question": asked.question, **row}
 
 
-def _write(out: Path, kept: Mapping[int, Mapping[str, Any]]) -> None:
+def _write(out: Path, rows: Mapping[int, Mapping[str, Any]]) -> None:
     from mlx_rsgwm.core.files import write_text
 
-    lines = [json.dumps(kept[place], ensure_ascii=False, allow_nan=False) for place in sorted(kept)]
+    lines = [json.dumps(rows[place], ensure_ascii=False, allow_nan=False) for place in sorted(rows)]
     write_text(out, "".join(f"{line}\n" for line in lines))
 
 
