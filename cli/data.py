@@ -20,6 +20,7 @@ from mlx_rsgwm.cli.options import shared
 @shared.offset()
 @shared.template("plain")
 @shared.out("a corpus folder", required=True)
+@shared.replace()
 @common_options
 def build(
     console: Console,
@@ -32,6 +33,7 @@ def build(
     offset: int,
     template_name: str,
     out: Path,
+    replace: bool,
 ) -> None:
     """Build a corpus folder.
 
@@ -48,7 +50,8 @@ def build(
 
     corpus = build_corpus(
         tasks, out, draft_rows=draft_rows, verify_rows=verify_rows, data=folder, split=split, offset=offset,
-        template=template_name, seed=console.seed, true_equations=true_equations, progress=console.progress,
+        template=template_name, seed=console.seed, true_equations=true_equations, replace=replace,
+        progress=console.progress,
     )  # fmt: skip
     counts = corpus.manifest["counts"]
     for task, rows in counts.items():

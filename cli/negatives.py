@@ -36,6 +36,7 @@ from mlx_rsgwm.cli.options.kinds import SHARE
 @shared.questions()
 @shared.template()
 @shared.out("a corpus folder", required=True)
+@shared.replace()
 @common_options
 def negatives(
     console: Console,
@@ -43,6 +44,7 @@ def negatives(
     base_name: str | None,
     tasks: tuple[str, ...],
     out: Path,
+    replace: bool,
     **options: Any,
 ) -> None:
     """Build a corpus whose wrong answers are mistakes that adapters made themselves.
@@ -63,7 +65,7 @@ def negatives(
     drafting = {name: options.pop(name) for name in ("temperature", "top_p", "max_tokens")}
     sampling = Sampling(**drafting, seed=console.seed)
     plan = MistakePlan(tasks, template=options.pop("template_name"), sampling=sampling, seed=console.seed, **options)
-    corpus, counts = build_from_mistakes(sources, base_name, plan, out, console.line, console.progress)
+    corpus, counts = build_from_mistakes(sources, base_name, plan, out, console.line, console.progress, replace)
     console.line(f"corpus: {out}")
     console.result(
         {

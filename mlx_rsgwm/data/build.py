@@ -28,6 +28,7 @@ def build_corpus(
     template: str = "plain",
     seed: int = DEFAULT_SEED,
     true_equations: bool = False,
+    replace: bool = False,
     progress: Progress = SILENT,
 ) -> Corpus:
     """Write the corpus folder ``out``: rows that teach to answer and rows that teach to judge answers.
@@ -42,13 +43,15 @@ def build_corpus(
         template: ``plain`` or ``chat``.
         seed: of the embedded families and of the wrong answers.
         true_equations: wrong answers state no false equation, so that a calculator cannot find them.
+        replace: write over another corpus that is in the folder.
         progress: told what is taken of a file, and where there are fewer verify rows than asked for.
 
     Returns:
         The corpus as read back from the folder; ``rs.train`` takes it, or its folder.
 
     Raises:
-        RsgwmError: an unknown task, template or split, numbers of rows out of range, rows that cannot be read.
+        RsgwmError: an unknown task, template or split, numbers of rows out of range, rows that cannot be read,
+            or another corpus in the folder.
 
     Example::
 
@@ -81,4 +84,4 @@ def build_corpus(
     about = {"seed": seed, "tasks": names, "split": split or "train", "splits": splits}
     if true_equations:
         about["true_equations"] = True
-    return save_corpus(Path(out), rows, prompts, about, file_questions)
+    return save_corpus(Path(out), rows, prompts, about, file_questions, replace)

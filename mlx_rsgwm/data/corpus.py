@@ -6,6 +6,7 @@ half with a perturbed one. Rows keep text, not token ids: the template in the ma
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.json_lines import read_json_lines
+from mlx_rsgwm.core.resume import plain
 from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
 from mlx_rsgwm.data.perturb import borrow, perturb
@@ -150,10 +152,12 @@ def save_corpus(
     template: Template,
     provenance: Mapping[str, Any],
     file_questions: Iterable[str] = (),
+    replace: bool = True,
 ) -> Corpus:
     """Write the folder, manifest last, and return the corpus as read back would be.
 
-    ``file_questions``: all questions of the user's own files that the rows were taken from.
+    ``file_questions``: all questions of the user's own files that the rows were taken from. Without ``replace`` another
+    corpus that is there by then is an error; the same one is written again.
     """
     if not rows:
         raise RsgwmError(f"{folder}: a corpus needs at least one row")
@@ -162,19 +166,22 @@ def save_corpus(
         task: {role: sum(row.task == task and row.role == role for row in rows) for role in ROLES}
         for task in dict.fromkeys(row.task for row in rows)
     }
+    manifest = {
+        "format": FORMAT,
+        "format_version": 1,
+        "template": template.describe(),
+        "counts": counts,
+        **provenance,
+        KEY: RowRecord.of((row.question for row in rows), file_questions).describe(),
+        "files": {ROWS_FILE: hashlib.sha256(text.encode()).hexdigest()},
+    }
     with exclusive(folder):
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        path = folder / MANIFEST_FILE
+        if not replace and files.is_present(path) and files.read_json(path) != plain(manifest):
+            raise RsgwmError(f"{folder} already holds another corpus; --replace it, or choose another folder")
+        path.unlink(missing_ok=True)
         files.write_text(folder / ROWS_FILE, text)
-        manifest = {
-            "format": FORMAT,
-            "format_version": 1,
-            "template": template.describe(),
-            "counts": counts,
-            **provenance,
-            KEY: RowRecord.of((row.question for row in rows), file_questions).describe(),
-            "files": {ROWS_FILE: files.sha256_file(folder / ROWS_FILE)},
-        }
-        files.write_json(folder / MANIFEST_FILE, manifest)
+        files.write_json(path, manifest)
     return Corpus(tuple(rows), template, manifest)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.files import is_present
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
-from mlx_rsgwm.data.corpus import Corpus, CorpusRow, save_corpus
+from mlx_rsgwm.data.corpus import MANIFEST_FILE, Corpus, CorpusRow, save_corpus
 from mlx_rsgwm.data.hard_negatives import MixedRows, make_mixed_rows
 from mlx_rsgwm.data.select import Selection, select_questions
 from mlx_rsgwm.data.template import Template
@@ -76,6 +77,7 @@ def build_from_mistakes(
     out: Path,
     tell: Tell = lambda text: None,
     progress: Progress = SILENT,
+    replace: bool = False,
 ) -> tuple[Corpus, dict[str, dict[str, int]]]:
     """Draft with the adapters ``sources`` and write the corpus; ``tell`` hears of every task.
 
@@ -83,8 +85,11 @@ def build_from_mistakes(
         The corpus, and for each task the numbers of drafts, of right ones, and of pairs of either kind.
 
     Raises:
-        RsgwmError: adapters that do not fit, no template, too few questions or mistakes, ``out`` is not empty.
+        RsgwmError: adapters that do not fit, no template, too few questions or mistakes, a corpus in ``out``
+            without ``replace``.
     """
+    if not replace and is_present(out / MANIFEST_FILE):  # before minutes of drafting
+        raise RsgwmError(f"{out} already holds a corpus; --replace it, or choose another folder")
     count = max(plan.drafted_on, plan.draft_rows)
     chosen = {task: select_questions(task, "train", count, plan.seed, plan.folder, plan.offset) for task in plan.tasks}
     for task, selection in chosen.items():
@@ -107,7 +112,7 @@ def build_from_mistakes(
         rows += mixed.rows
         counts[task] = _counts([correct for item in drafts for _, correct in item], mixed)
         _tell_task(tell, task, counts[task], mixed.missing)
-    return save_corpus(out, rows, template, _about(plan, adapters, counts), _texts(chosen)), counts
+    return save_corpus(out, rows, template, _about(plan, adapters, counts), _texts(chosen), replace), counts
 
 
 def _drafters(

@@ -148,3 +148,15 @@ def test_wrong_answers_that_a_calculator_cannot_find():
     certain = [Question("q", "t", "What is 2 and 2?", "7 + 7 = 15\n2 + 2 = 5", "5")]
     with pytest.raises(RsgwmError, match="only 0 of 1 questions"):
         make_rows(certain, 0, 1, 1, true_equations=True)
+
+
+def test_another_corpus_is_not_written_over(tmp_path):
+    rows = make_rows(generate("change", 4, 1, "train"), 4, 2, 1)
+    first = save_corpus(tmp_path, rows, TEMPLATES["plain"], {"seed": 1}, replace=False)
+    assert save_corpus(tmp_path, rows, TEMPLATES["plain"], {"seed": 1}, replace=False).hash == first.hash
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for others, seed in ((rows[:-1], 1), (rows, 2)):
+        with pytest.raises(RsgwmError, match="already holds another corpus; --replace it"):
+            save_corpus(tmp_path, others, TEMPLATES["plain"], {"seed": seed}, replace=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(save_corpus(tmp_path, rows[:-1], TEMPLATES["plain"], {"seed": 1}).rows) == len(rows) - 1

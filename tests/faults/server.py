@@ -55,6 +55,8 @@ def command(arguments: list[str], log: Path) -> None:
     for number, name in ((1, "out"), (2, "err")):
         descriptor = os.open(log.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0)  # the server's own was read from already
     sys.argv = ["rsgwm", *arguments]
     code = 1
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -278,7 +279,9 @@ def test_no_measurement_follows_the_clock_on_the_wall():
     root = Path(__file__).parents[2]
     sources = [file for top in ("mlx_rsgwm", "converters", "cli", "bench") for file in (root / top).rglob("*.py")]
     assert len(sources) > 100
-    assert [str(file) for file in sources if "time.time()" in file.read_text() or "datetime" in file.read_text()] == []
+    assert [
+        str(file) for file in sources if re.search(r"time\.time\(|datetime\.|time\.localtime", file.read_text())
+    ] == []
 
 
 def start(command):
