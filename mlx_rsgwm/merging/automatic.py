@@ -41,7 +41,7 @@ def choose_method(pool: Pool, options: MergeOptions) -> tuple[MergeOptions, str]
     if options.method != AUTO:
         return options, ""
     given = {*options.parameters, *(name for override in options.overrides for name in override.parameters)}
-    refusals = []
+    refusals: list[str] = []
     for offer in _offers(pool, options.role):
         settled = replace(options, method=offer.method, parameters={**offer.parameters, **options.parameters})
         problem = _refusal(settled, given, len(pool.sources))
