@@ -35,7 +35,7 @@ from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.models.directions import role_grams
 from mlx_rsgwm.models.fit_check import fitting_modules
-from mlx_rsgwm.training.collect_directions import collect_directions
+from mlx_rsgwm.training.collect_directions import collect_directions, draw_rows
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.losses import held_out_nats
 
@@ -59,10 +59,10 @@ class DraftRows:
 
 
 def draft_rows(path: Path, base: Base, count: int = 0) -> DraftRows:
-    """The first ``count`` draft rows of the corpus at ``path``; 0 for all."""
+    """``count`` draft rows of the corpus at ``path``; 0 for all."""
     corpus = load_corpus(path)
     rows = [row for row in corpus.token_rows(base.tokenizer, 1024, "drop")[0] if row.role == DRAFT]
-    return DraftRows(rows[: count or None], corpus.template, corpus.hash)
+    return DraftRows(draw_rows(rows, count, 0), corpus.template, corpus.hash)
 
 
 def with_whole(base: Base, adapter: Adapter, rows: DraftRows) -> Adapter:
