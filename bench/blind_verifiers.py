@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from mlx_rsgwm.bench.pool_verifier import unseen, with_scores
 from mlx_rsgwm.core import files
@@ -100,7 +101,8 @@ def columns(
             scores[f"{name}:ratio"] = mean - likelihoods[SELF]
     yesno = [logit(recorded["yesno"]), *(features(signals)[:, 0] for signals in said.values())]
     scores["stacked"] = stacked(np.array([*likelihoods.values(), *yesno, tokens]).T, labels, items)
-    return {name: values for name, values in scores.items() if values is not None}
+    # Ranks, for a record's scores are in [0, 1].
+    return {name: rankdata(values) / len(values) for name, values in scores.items() if values is not None}
 
 
 def stacked(matrix: np.ndarray, labels: np.ndarray, items: np.ndarray) -> np.ndarray | None:
