@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
-from mlx_rsgwm.converters.dense_base import dequantised
+from mlx_rsgwm.converters.dense_weights import dequantised
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import require_space

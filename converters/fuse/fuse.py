@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rsgwm.converters.base_layers import read_base_layers
-from mlx_rsgwm.converters.fuse.checkpoint_form import checkpoint_arrays
+from mlx_rsgwm.converters.checkpoint_form import checkpoint_arrays
 from mlx_rsgwm.converters.fuse.layers import (
     FORMATS,
     Stored,

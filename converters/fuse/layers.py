@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_rsgwm.converters.dense_base import dequantised, usual_dtype, with_dtype
+from mlx_rsgwm.converters.dense_weights import dequantised, usual_dtype, with_dtype
 from mlx_rsgwm.core.dtypes import DTYPES
 
 GROUP_SIZE = 64

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_rsgwm.converters.fuse.checkpoint_form import save_checkpoint
+from mlx_rsgwm.converters.checkpoint_form import save_checkpoint
 from mlx_rsgwm.converters.resized_vocabulary import end_of, tokenizer_files
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.converters.dense_base import dense_parameters, usual_dtype
+from mlx_rsgwm.converters.dense_weights import dense_parameters, usual_dtype
 from mlx_rsgwm.converters.gguf.architectures import (
     ARCHITECTURES,
     MODEL_TYPES,

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.converters.fuse.checkpoint_form import put_parts
+from mlx_rsgwm.converters.checkpoint_form import put_parts
 from mlx_rsgwm.converters.weight_map import WeightMap
 
 SHAPES = {

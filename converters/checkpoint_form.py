@@ -17,7 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.converters.base_layers import BaseLayers, saved_by_mlx_lm
-from mlx_rsgwm.converters.dense_base import dense_parameters
+from mlx_rsgwm.converters.dense_weights import dense_parameters
+from mlx_rsgwm.converters.module_names import SWITCH
 from mlx_rsgwm.converters.stream import write_arrays
 from mlx_rsgwm.converters.weight_map import Link, Part, describe_link
 from mlx_rsgwm.core import files
@@ -44,7 +45,11 @@ def checkpoint_arrays(
         RsgwmError: a changed parameter cannot be taken back to the checkpoint, and why.
     """
     if saved_by_mlx_lm(base.path):
-        return _cast(_arrays_of_model(base, model), dtype)
+        if base.weights is None:
+            raise RsgwmError(
+                f"mlx-lm saved the base, and the checkpoint that its {base.model_type} came from is unknown"
+            )
+        return _cast(arrays_of_model(base, model, rescaled=False), dtype)
     arrays: dict[str, mx.array] = {}
     for file in weight_files(base.path):
         arrays |= read_safetensors(file, evaluate=False)[0]
@@ -75,24 +80,44 @@ def _cast(arrays: dict[str, mx.array], dtype: mx.Dtype | Mapping[str, mx.Dtype] 
     }
 
 
-def _arrays_of_model(base: BaseLayers, model: Any) -> dict[str, mx.array]:
-    """All parameters under the names of the checkpoint that a base of mlx-lm's own making must have come from."""
-    if base.weights is None:
-        raise RsgwmError(f"mlx-lm saved the base, and which checkpoint its {base.model_type} came from is not known")
+def arrays_of_model(base: BaseLayers, model: Any, rescaled: bool = True) -> dict[str, mx.array]:
+    """All parameters under the names of the checkpoint that a base of mlx-lm's own making must have come from.
+
+    Packed ones as the float32 values they stand for; lazy. Where that checkpoint is not known, names follow the rules.
+
+    Args:
+        base: what ``model``, an mlx-lm model, was opened from.
+        rescaled: divide and subtract back what ``sanitize`` multiplied and added. A narrow type cannot hold that
+            exactly, so who keeps the model's types has it refused.
+
+    Raises:
+        RsgwmError: a parameter cannot be taken back to the checkpoint, and why.
+    """
     arrays: dict[str, mx.array] = {}
     for name, value in dense_parameters(model).items():
         link = base.names.link(name)
-        if link is None:
+        if base.weights is None and not SWITCH.fullmatch(name.rpartition(".")[0]):
+            arrays[base.names.transformers_parameter(name)] = value
+        elif link is None:
             raise RsgwmError(describe_link(name, link))
-        if link.scaled or link.shifted:
+        elif not rescaled and (link.scaled or link.shifted):
             raise RsgwmError(f"mlx-lm saved the base with {name} multiplied or shifted")
-        if link.axes is not None:
+        elif link.axes is not None:
             arrays[link.source] = link.undo(value)
-            continue
-        for parts, matrix in _matrices(link, value):
-            if len(parts) > 1 or parts[0].expert is not None or not parts[0].is_all(matrix.shape[0]):
-                raise RsgwmError(describe_link(name, link))
-            arrays[parts[0].source] = matrix.T if parts[0].transposed else matrix
+        else:
+            arrays |= _parts_of(name, link, value)
+    return arrays
+
+
+def _parts_of(name: str, link: Link, value: mx.array) -> dict[str, mx.array]:
+    """The whole arrays that mlx-lm stacked into ``value``, by their names."""
+    if link.scaled:
+        value = value / mx.array(link.scale)[..., None]
+    arrays = {}
+    for parts, matrix in _matrices(link, value):
+        if len(parts) > 1 or parts[0].expert is not None or not parts[0].is_all(matrix.shape[0]):
+            raise RsgwmError(describe_link(name, link))
+        arrays[parts[0].source] = matrix.T if parts[0].transposed else matrix
     return arrays
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.converters.base_layers import read_base_layers
-from mlx_rsgwm.converters.fuse.checkpoint_form import save_checkpoint
+from mlx_rsgwm.converters.checkpoint_form import save_checkpoint
 from mlx_rsgwm.converters.fuse.fuse import fuse
 from mlx_rsgwm.converters.peft.convert import convert_from_peft
 from mlx_rsgwm.models.adapter import Adapter
