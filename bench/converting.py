@@ -27,7 +27,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.converters.base_layers import BaseLayers, Layer
+from mlx_rsgwm.converters.base_layers import BaseLayer, BaseLayers
 from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
 from mlx_rsgwm.converters.peft.sidecar import SIDECAR_FOLDER
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec
@@ -47,7 +47,7 @@ LAYERS, RANK = 22, 16
 def tinyllama() -> BaseLayers:
     """The layers of the base; its weights are not needed."""
     layers = {
-        f"model.layers.{i}.{key}": Layer("linear", *shape) for i in range(LAYERS) for key, shape in SHAPES.items()
+        f"model.layers.{i}.{key}": BaseLayer("linear", *shape) for i in range(LAYERS) for key, shape in SHAPES.items()
     }
     described = {"name": "base", "fingerprint": None, "model_type": "llama", "num_layers": LAYERS}
     return BaseLayers("base", Path("base"), "llama", described, layers, {}, tied=False)

@@ -39,7 +39,7 @@ from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.studies.merge_sweep import Measured, Plan, Sweep
 from mlx_rsgwm.studies.sweep_meter import JUDGED_BY
-from mlx_rsgwm.studies.sweep_report import plot, render_table, write_sweep
+from mlx_rsgwm.studies.sweep_report import plot_sweep, render_table, write_sweep
 from mlx_rsgwm.studies.sweep_variants import parse_variants
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
@@ -220,7 +220,7 @@ def main() -> None:
             summaries[name] = write_sweep(out, runs)
             print(f"\n{name}\n\n{render_table(summaries[name])}\n", flush=True)
             if options.plots and rank is None:
-                plot(summaries[name], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")
+                plot_sweep(summaries[name], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")
     if options.results:
         files.write_json(options.results, summaries)
     print(json.dumps({pool: brief(summary) for pool, summary in summaries.items()}))

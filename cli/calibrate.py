@@ -11,7 +11,7 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import INSIDE, PATH, OneOf
 from mlx_rsgwm.cli.options.loop import build_pipeline, check_option, load_pair, pipeline_options, score_option
-from mlx_rsgwm.inference.scores import METHODS
+from mlx_rsgwm.inference.scores import CURVE_METHODS
 
 if TYPE_CHECKING:
     from mlx_rsgwm.inference.calibration import Calibration
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--curve",
     "method",
-    type=OneOf(["auto", "none", *METHODS]),
+    type=OneOf(["auto", "none", *CURVE_METHODS]),
     default="auto",
     show_default=True,
     help="From a score to a probability; auto is the best of them.",

@@ -68,8 +68,9 @@ def controls(
     """
     from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.core.tables import aligned
-    from mlx_rsgwm.evaluation.contamination import check_overlap, draw_calibration, rows_seen, rows_trained_on, union
-    from mlx_rsgwm.evaluation.slices import Slice, read_slice
+    from mlx_rsgwm.evaluation.chosen_questions import choose_questions
+    from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_seen, rows_trained_on
+    from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.inference.open import load_base_for
     from mlx_rsgwm.inference.pair import check_pair
     from mlx_rsgwm.inference.sampling import Sampling
@@ -86,13 +87,12 @@ def controls(
     known = rows_trained_on(pair, base_name, console.progress)
     drawn = draw_calibration(trained, calibration_items, seed, folder, known, allow_overlap)
     seen["calibration here"] = drawn.record
-    slices = [read_slice(Slice(task, items, how, seed, folder=folder), union(seen)) for task in tasks or trained]
-    asked = [question for questions, _ in slices for question in questions]
-    overlap = check_overlap(asked, seen, allow_overlap, "test")
+    slices = [Slice(task, items, how, seed, folder=folder) for task in tasks or trained]
+    chosen = choose_questions(slices, seen, allow_overlap, console.progress)
     plan = ControlPlan(
         run=run,
         out=out,
-        questions=tuple(asked),
+        questions=tuple(chosen.questions),
         calibration=drawn.questions,
         attempts=attempts,
         drafts=drafts,
@@ -106,10 +106,10 @@ def controls(
     for doubt in check_pair(*adapters):
         console.progress.warning(f"warning: {doubt}")
     summary = run_controls(load_base_for(adapters, base_name, console.progress), plan, console.progress)
-    for line in dict.fromkeys((*drawn.notes, *overlap.lines())):
+    for line in dict.fromkeys((*drawn.notes, *chosen.overlap.lines())):
         console.line(line)
     console.line(aligned(control_rows(summary)))
     console.line(aligned(judge_rows(summary["judges"])))
     console.line("\n".join(control_notes(summary)))
     console.line(f"controls: {out}")
-    console.result({"overlap": overlap.headline(), **summary})
+    console.result({"overlap": chosen.overlap.headline(), **summary})

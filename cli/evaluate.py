@@ -13,13 +13,8 @@ from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, loop_options
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Mapping, Sequence
 
-    from mlx_rsgwm.core.progress import Progress
-    from mlx_rsgwm.data.questions import Question
-    from mlx_rsgwm.data.row_hashes import RowRecord
-    from mlx_rsgwm.evaluation.contamination import Overlap
-    from mlx_rsgwm.evaluation.slices import Slice
+    from mlx_rsgwm.core.distributed import Processes
     from mlx_rsgwm.inference.calibration import Calibration
     from mlx_rsgwm.inference.loop import DraftVerify
 
@@ -70,60 +65,53 @@ def evaluate(
     Example: rsgwm eval --base smollm2-135m --drafter runs/demo/drafter --verifier runs/demo/verifier
     --task gsm8k --questions ../data --items 20 --out runs/gsm8k
     """
-    from mlx_rsgwm.core.distributed import launched_processes
-    from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.evaluation.answers import REFUSAL
     from mlx_rsgwm.evaluation.calibration_set import calibrate
-    from mlx_rsgwm.evaluation.contamination import contamination, draw_calibration, rows_seen, training_questions
+    from mlx_rsgwm.evaluation.chosen_questions import choose_questions, draw_to_calibrate_here, rows_seen_by
+    from mlx_rsgwm.evaluation.contamination import contamination, training_questions
     from mlx_rsgwm.evaluation.report.folder import render_table
     from mlx_rsgwm.evaluation.reported_run import report_run
     from mlx_rsgwm.evaluation.runner import describe_run
     from mlx_rsgwm.evaluation.slices import Slice
-    from mlx_rsgwm.inference.calibration import calibration_folder, stored_calibration
-    from mlx_rsgwm.inference.pair import roles_of
 
     wording = REFUSAL if refusal is None else _pattern(refusal)
-    processes = launched_processes()
-    if out is None and processes.size > 1:
-        raise RsgwmError("under mlx.launch give --out, where every process keeps its share")
-    if out is not None and processes.writes:
-        click.get_current_context().with_resource(exclusive(out))
-    processes.wait()  # whoever locks the folder clears half-written files out of it
+    processes = _processes(out)
     progress = console.progress if processes.writes else SILENT
     drafter, verifier = load_pair(console, loop)
-    pool_folder = calibration_folder(verifier, loop["combine"]) if len(verifier) > 1 else None
-    adapters = rows_seen({"drafter": drafter, **roles_of(verifier)}, loop["base_name"], progress, pool_folder)
-    held_out: Sequence[Question] = ()
-    notes: tuple[str, ...] = ()
-    if loop["score"] == "auto" and stored_calibration(verifier, loop["combine"]) is None:
-        count = max(4, 24 // len(tasks))
-        drawn = draw_calibration(tasks, count, console.seed, folder, adapters, allow_overlap, only_known_files=True)
-        held_out, notes = drawn.questions, drawn.notes
-        if held_out:
-            adapters["calibration here"] = drawn.record
+    seen = rows_seen_by(drafter, verifier, loop["combine"], loop["base_name"], progress)
+    drawn = draw_to_calibrate_here(
+        tasks, verifier, loop["score"], loop["combine"], seen,
+        seed=console.seed, folder=folder, allow_overlap=allow_overlap,
+    )  # fmt: skip
+    if drawn.questions:
+        seen["calibration here"] = drawn.record
     slices = [Slice(task, items, how, console.seed, split, folder, revision) for task in tasks]
-    questions, overlap, told = _asked(slices, adapters, allow_overlap, notes, progress)
+    chosen = choose_questions(slices, seen, allow_overlap, progress)
+    for line in dict.fromkeys((*drawn.notes, *chosen.overlap.lines())):
+        progress.message(line)
+    questions = chosen.questions
     checked = contamination(questions, training_questions(train_data)) if train_data else None
 
     def calibrate_here(pipeline: DraftVerify) -> Calibration:
-        return calibrate(pipeline, held_out, console.seed, batch_rows, progress)
+        return calibrate(pipeline, drawn.questions, console.seed, batch_rows, progress)
 
     pipeline = build_pipeline(
-        console, {**loop, "drafter": drafter, "verifier": verifier}, calibrate_here if held_out else None
+        console,
+        {**loop, "drafter": drafter, "verifier": verifier},
+        calibrate_here if drawn.questions else None,
     )
     seeds = tuple(range(console.seed, console.seed + sampling_seeds))
     about = describe_run(
         pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern
     )
     summary = report_run(
-        pipeline, questions, about, overlap, out, timed=timed, batch_rows=batch_rows, seeds=seeds, drafts=drafts,
+        pipeline, questions, about, chosen.overlap, out, timed=timed, batch_rows=batch_rows, seeds=seeds, drafts=drafts,
         refusal=wording, seed=console.seed, progress=progress, processes=processes,
         metadata={
             "drafter": str(loop["drafter"]),
             "verifier": ", ".join(map(str, loop["verifier"])),
-            "tasks": told,
+            "tasks": chosen.told,
             "contamination": checked,
         },
     )  # fmt: skip
@@ -135,28 +123,19 @@ def evaluate(
     console.result({**summary["draft_verify"], **{key: summary[key] for key in summary if key != "draft_verify"}})
 
 
-def _asked(
-    slices: Sequence[Slice],
-    adapters: Mapping[str, RowRecord],
-    allow_overlap: bool,
-    notes: Sequence[str],
-    progress: Progress,
-) -> tuple[list[Question], Overlap, list[dict[str, Any]]]:
-    """The questions, what of them ``adapters`` have seen, and what the slices say of themselves; tells all of it."""
-    from mlx_rsgwm.evaluation.contamination import check_overlap, union
-    from mlx_rsgwm.evaluation.slices import read_slice, with_own_ids
+def _processes(out: Path | None) -> Processes:
+    """The processes of this run; the first of them holds the lock of ``out`` until the command ends."""
+    from mlx_rsgwm.core.distributed import launched_processes
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.folders import exclusive
 
-    seen = union(adapters)
-    read = [read_slice(part, seen) for part in slices]
-    told = [about for _, about in read]
-    for about in told:
-        if about.get("note"):
-            progress.message(about["note"])
-    questions = with_own_ids(read)
-    overlap = check_overlap(questions, adapters, allow_overlap, "test")
-    for line in dict.fromkeys((*notes, *overlap.lines())):
-        progress.message(line)
-    return questions, overlap, told
+    processes = launched_processes()
+    if out is None and processes.size > 1:
+        raise RsgwmError("under mlx.launch give --out, where every process keeps its share")
+    if out is not None and processes.writes:
+        click.get_current_context().with_resource(exclusive(out))
+    processes.wait()  # whoever locks the folder clears half-written files out of it
+    return processes
 
 
 def _pattern(text: str) -> re.Pattern[str]:

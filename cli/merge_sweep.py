@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -83,7 +82,7 @@ def merge_sweep(
     from mlx_rsgwm.inference.open import find_base, template_of
     from mlx_rsgwm.models.adapter_sources import load_adapter, load_adapters
     from mlx_rsgwm.models.base import load_base
-    from mlx_rsgwm.studies.merge_sweep import Plan, Sweep
+    from mlx_rsgwm.studies.merge_sweep import Plan, Sweep, tasks_of_pool
     from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
     from mlx_rsgwm.studies.sweep_variants import DEFAULT_METHODS, parse_variants
 
@@ -96,7 +95,7 @@ def merge_sweep(
     seen = rows_seen({f"pool/{adapter.name}": adapter for adapter in adapters} | beside, base_name, console.progress)
     chosen = {
         task: select_questions(task, "test", items, console.seed, folder, split=split, seen=union(seen))
-        for task in tasks or _known_tasks(adapters)
+        for task in tasks or tasks_of_pool(adapters)
     }
     questions = [question for selection in chosen.values() for question in selection.questions]
     overlap = check_overlap(questions, seen, allow_overlap, "test")
@@ -127,20 +126,6 @@ def merge_sweep(
     for line in filter(None, (overlap.headline(), render_table(summary), f"sweep: {out}")):
         console.line(line)
     console.result({"overlap": overlap.headline(), **summary, "out": str(out)})
-
-
-def _known_tasks(adapters: Sequence[Any]) -> list[str]:
-    """The tasks that the pool's adapters say they were trained on."""
-    from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.data.public_sets import SOURCES
-    from mlx_rsgwm.data.question_files import is_question_file
-    from mlx_rsgwm.data.synthetic import FAMILIES
-
-    tasks = [str(adapter.manifest.get("task") or adapter.name) for adapter in adapters]
-    unknown = [task for task in tasks if not is_question_file(task) and task not in FAMILIES and task not in SOURCES]
-    if unknown:
-        raise RsgwmError(f"there are no held-out items for {', '.join(unknown)}; say what to evaluate on with --task")
-    return list(dict.fromkeys(tasks))
 
 
 def _extras(texts: Sequence[str]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from mlx_rsgwm.cli.commands import COMMANDS, SECTIONS, summary
 from mlx_rsgwm.cli.groups import find_command
 from mlx_rsgwm.cli.old_names import COMMANDS_BEFORE, OPTIONS_BEFORE
 
-Table = dict[str, dict[str, click.Option]]
+OptionTable = dict[str, dict[str, click.Option]]
 
 
 @click.command(name="help")
@@ -36,9 +36,9 @@ def show_help(ctx: click.Context, names: tuple[str, ...], markdown: bool) -> Non
     click.echo(context.get_help())
 
 
-def option_table() -> Table:
+def option_table() -> OptionTable:
     """Every option by its long name: the commands that have it, and click's object for each."""
-    table: Table = defaultdict(dict)
+    table: OptionTable = defaultdict(dict)
     for name in COMMANDS:
         for parameter in find_command(name).params:
             if isinstance(parameter, click.Option):

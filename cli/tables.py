@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,6 @@ from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import OneOf
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.data.questions import Question
-    from mlx_rsgwm.data.row_hashes import RowRecord
-    from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.recipes.run import Recipe
     from mlx_rsgwm.studies.paper_tables import Setting
 
@@ -65,13 +61,14 @@ def tables(
     from dataclasses import asdict
 
     from mlx_rsgwm.core.tables import PAGES, aligned, write_page
-    from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen
+    from mlx_rsgwm.evaluation.chosen_questions import choose_questions
+    from mlx_rsgwm.evaluation.contamination import rows_seen
     from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.recipes.questions import rows_ahead
     from mlx_rsgwm.recipes.run import load_recipe, run_recipe
     from mlx_rsgwm.studies.paper import TITLES
-    from mlx_rsgwm.studies.paper_tables import ROWS, measure, table_notes, table_rows
+    from mlx_rsgwm.studies.paper_tables import ROWS, measure_table, table_notes, table_rows
 
     table = int(number)
     readings = _readings(variants)
@@ -86,15 +83,14 @@ def tables(
     allow = allow_overlap or default.evaluate.allow_overlap
     # What cannot be asked, and what will have been trained on, is told before hours of training.
     ahead = {f"{name}: {what}": rows for name, recipe in recipes.items() for what, rows in rows_ahead(recipe).items()}
-    check_overlap(_asked(slices, ahead), ahead, allow, "test")
+    choose_questions(slices, ahead, allow)
     for name, recipe in recipes.items():
         console.progress.message(f"{name}: {' '.join(readings[name]) or 'the recipe as it is'}")
         run_recipe(recipe, out / _folder(name), console.progress)
     runs = {name: out / _folder(name) for name in recipes}
     roles = {f"{name}: {role}": run / role for name, run in runs.items() for role in ("drafter", "verifier")}
     seen = rows_seen(roles, default.base, console.progress)
-    questions = _asked(slices, seen)
-    overlap = check_overlap(questions, seen, allow, "test")
+    chosen = choose_questions(slices, seen, allow, console.progress)
     first = console.seed if table == 1 else 0
     seeds = tuple(range(first, first + (sampling_seeds or (1 if table == 1 else 3))))
     measured = {
@@ -102,22 +98,15 @@ def tables(
     }
     base = load_base(default.base, progress=console.progress)
     folder_of_table = out / f"table-{table}"
-    told = {**asdict(overlap), "headline": overlap.headline()}
-    measurement = measure(table, base, runs, questions, measured, folder_of_table, console.progress, told)
-    rows, notes = table_rows(measurement), table_notes(measurement)
+    told = {**asdict(chosen.overlap), "headline": chosen.overlap.headline()}
+    measurement = measure_table(table, base, runs, chosen.questions, measured, folder_of_table, console.progress, told)
+    rows, notes, overlap = table_rows(measurement), table_notes(measurement), chosen.overlap.lines()
     for suffix in PAGES:
-        write_page(folder_of_table / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap.lines(), *notes])
-    console.line("\n".join([*overlap.lines(), TITLES[table]]))
+        write_page(folder_of_table / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap, *notes])
+    console.line("\n".join([*overlap, TITLES[table]]))
     console.line(aligned(rows))
     console.line("\n".join(notes))
     console.result(measurement)
-
-
-def _asked(slices: Sequence[Slice], seen: Mapping[str, RowRecord]) -> list[Question]:
-    from mlx_rsgwm.evaluation.contamination import union
-    from mlx_rsgwm.evaluation.slices import read_slice, with_own_ids
-
-    return with_own_ids([read_slice(wanted, union(seen)) for wanted in slices])
 
 
 def _readings(variants: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

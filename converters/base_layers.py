@@ -33,7 +33,7 @@ Kind = Literal["linear", "embedding", "experts"]
 
 
 @dataclass(frozen=True)
-class Layer:
+class BaseLayer:
     """A layer that can be adapted. An embedding maps ``inputs`` token ids to ``outputs`` dimensions."""
 
     kind: Kind
@@ -63,7 +63,7 @@ class BaseLayers:
     path: Path
     model_type: str
     description: dict[str, Any]
-    layers: dict[str, Layer]
+    layers: dict[str, BaseLayer]
     parameters: dict[str, tuple[int, ...]]
     tied: bool
     weights: WeightMap | None = None
@@ -134,7 +134,7 @@ def read_base_layers(name: str, path: Path) -> BaseLayers:
 
 
 def _weight_map(
-    path: Path, config: Mapping[str, Any], parameters: Mapping[str, tuple[int, ...]], layers: Mapping[str, Layer]
+    path: Path, config: Mapping[str, Any], parameters: Mapping[str, tuple[int, ...]], layers: Mapping[str, BaseLayer]
 ) -> tuple[WeightMap | None, bool]:
     """How mlx-lm's parameters come from the checkpoint, and whether that leaves the model's prefix out.
 
@@ -193,16 +193,16 @@ def saved_by_mlx_lm(path: Path) -> bool:
     return False
 
 
-def _layer(module: nn.Module) -> Layer | None:
+def _layer(module: nn.Module) -> BaseLayer | None:
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
-        return Layer("experts", module.input_dims, module.output_dims, module.num_experts)
+        return BaseLayer("experts", module.input_dims, module.output_dims, module.num_experts)
     if not isinstance(module, (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)):
         return None
     rows, columns = module.weight.shape
     if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         columns = columns * 32 // module.bits
     if isinstance(module, (nn.Embedding, nn.QuantizedEmbedding)):
-        return Layer("embedding", rows, columns)
-    return Layer("linear", columns, rows)
+        return BaseLayer("embedding", rows, columns)
+    return BaseLayer("linear", columns, rows)

@@ -20,7 +20,7 @@ from mlx_rsgwm.converters.base_layers import BaseLayers, saved_by_mlx_lm
 from mlx_rsgwm.converters.dense_weights import dense_parameters
 from mlx_rsgwm.converters.module_names import SWITCH
 from mlx_rsgwm.converters.stream import write_arrays
-from mlx_rsgwm.converters.weight_map import Link, Part, describe_link
+from mlx_rsgwm.converters.weight_map import Link, SourceRows, describe_link
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.safetensors_io import read_safetensors
@@ -153,7 +153,7 @@ def put_parts(arrays: dict[str, mx.array], link: Link, value: mx.array) -> None:
             arrays[part.source] = source
 
 
-def _matrices(link: Link, value: mx.array) -> Iterator[tuple[Sequence[Part], mx.array]]:
+def _matrices(link: Link, value: mx.array) -> Iterator[tuple[Sequence[SourceRows], mx.array]]:
     """The parts that each expert's matrix is made of, and the matrix; without experts there is one."""
     matrices = [value] if value.ndim == 2 else [value[index] for index in range(value.shape[0])]
     return zip(link.parts, matrices, strict=True)

@@ -29,7 +29,7 @@ CONSTANTS = {"zero": 0.0, "one": 1.0, "two": 2.0}
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceRows:
     """Rows of a parameter of mlx-lm (or of one expert's matrix in it) that come from one array of the checkpoint.
 
     ``rows``: which rows of the source, in order. ``expert``: the source's index along its first axis, where it is
@@ -55,7 +55,7 @@ class Link:
 
     source: str
     axes: tuple[int, ...] | None = None
-    parts: tuple[tuple[Part, ...], ...] = ()
+    parts: tuple[tuple[SourceRows, ...], ...] = ()
     scale: float | np.ndarray = 1.0
     offset: float | np.ndarray = 0.0
 
@@ -279,7 +279,7 @@ class WeightMap:
             parts.append(rows)
         return Link(parts[0][0].source, None, tuple(parts), factor)
 
-    def _rows(self, number: np.ndarray, indices: list[np.ndarray]) -> tuple[Part, ...] | None:
+    def _rows(self, number: np.ndarray, indices: list[np.ndarray]) -> tuple[SourceRows, ...] | None:
         """One matrix's rows, taken apart where the source changes; None where a row is not a source's row or column."""
         if (number != number[:, :1]).any():
             return None
@@ -299,7 +299,7 @@ class WeightMap:
                     if self._shapes[source][-2 if transposed else -1] != len(columns):
                         return None
                     place = int(expert[0, 0]) if stacked else None
-                    parts.append(Part(source, row[:, 0], place, bool(transposed)))
+                    parts.append(SourceRows(source, row[:, 0], place, bool(transposed)))
                     break
             else:
                 return None

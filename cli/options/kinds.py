@@ -76,7 +76,7 @@ class AutoShare(click.ParamType):
         return number
 
 
-class Pair(click.ParamType):
+class NamedValue(click.ParamType):
     """``NAME=VALUE``; handed on as the text that it is, once both sides are there."""
 
     name = "NAME=VALUE"
@@ -89,4 +89,4 @@ class Pair(click.ParamType):
 
 
 AUTO_SHARE = AutoShare()
-PAIR = Pair()
+PAIR = NamedValue()

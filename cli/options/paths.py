@@ -31,7 +31,7 @@ class FilePath(click.Path):
 PATH = FilePath()
 
 
-class AdapterSource(FilePath):
+class AdapterSourceType(FilePath):
     """A source as :func:`mlx_rsgwm.models.adapter_sources.load_adapter` takes it; hf://… stays text."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -60,5 +60,5 @@ def _process_with_rest(process: Callable[[Any, Any], None], value: Any, state: A
         process(state.rargs.pop(0), state)
 
 
-SOURCE = AdapterSource()
+SOURCE = AdapterSourceType()
 SOURCES = "a folder (ours, mlx-lm's or PEFT's), a .gguf file, a Hub id or hf://owner/name@revision"

@@ -23,7 +23,7 @@ from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.checkpoint_form import checkpoint_arrays
 from mlx_rsgwm.converters.fuse.layers import (
     FORMATS,
-    Stored,
+    StoredForm,
     fuse_layers,
     fused_weight,
     plain_layer,
@@ -222,7 +222,7 @@ def _adapted_layers(model: Any, adapter: Adapter) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if name not in without}
 
 
-def _survival(name: str, layer: Any, stored: Stored) -> Survival:
+def _survival(name: str, layer: Any, stored: StoredForm) -> Survival:
     weight, fused = fused_weight(layer)
     update = fused - weight
     survived = stored.round_trip(fused) - stored.round_trip(weight)

@@ -26,7 +26,7 @@ FORMATS: dict[str, int | str | None] = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredForm:
     """How one weight is stored: in ``dtype``, or packed with scales of that dtype."""
 
     dtype: mx.Dtype
@@ -64,7 +64,7 @@ def fused_weight(layer: Any) -> tuple[mx.array, mx.array]:
     return weight, fused
 
 
-def stored_as(layer: Any, target: str) -> Stored:
+def stored_as(layer: Any, target: str) -> StoredForm:
     """How an adapted layer's weight is to be stored."""
     plain, kind = plain_layer(layer), FORMATS[target]
     packed = hasattr(plain, "scales")
@@ -72,11 +72,11 @@ def stored_as(layer: Any, target: str) -> Stored:
     dtype = plain.scales.dtype if packed else plain.weight.dtype
     dtype = dtype if dtype in DTYPES.values() else mx.bfloat16
     if isinstance(kind, str):
-        return Stored(DTYPES[kind])
+        return StoredForm(DTYPES[kind])
     if kind is None:
-        return Stored(dtype, plain.bits, plain.group_size, plain.mode) if packed else Stored(dtype)
+        return StoredForm(dtype, plain.bits, plain.group_size, plain.mode) if packed else StoredForm(dtype)
     columns = plain.scales.shape[-1] * plain.group_size if packed else plain.weight.shape[-1]
-    return Stored(dtype, kind) if columns % GROUP_SIZE == 0 else Stored(dtype)
+    return StoredForm(dtype, kind) if columns % GROUP_SIZE == 0 else StoredForm(dtype)
 
 
 def fuse_layers(model: Any, config: dict[str, Any], layers: dict[str, Any], target: str) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def quantise(model: Any, config: dict[str, Any], bits: int) -> dict[str, Any]:
     return dict(quantised)
 
 
-def _layer_like(plain: Any, weight: mx.array, stored: Stored | None) -> Any:
+def _layer_like(plain: Any, weight: mx.array, stored: StoredForm | None) -> Any:
     """A layer of ``plain``'s kind with another weight: stored as said, or float32 and dense for later."""
     from mlx_lm.models.switch_layers import SwitchLinear
 

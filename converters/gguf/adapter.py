@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.converters.base_layers import BaseLayers
-from mlx_rsgwm.converters.gguf.names import architecture_of, heads_of, permute_rows, tensor_namer
+from mlx_rsgwm.converters.gguf.names import adapter_architecture, heads_of, permute_rows, tensor_namer
 from mlx_rsgwm.converters.peft.names import model_order
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.dtypes import BY_CODE
@@ -51,7 +51,7 @@ def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -
         raise RsgwmError(f"{out} exists already; choose another file or remove it")
     config = read_config(base.path)
     config = {**config, **(config.get("text_config") or {})}
-    architecture, _ = architecture_of(base.model_type)
+    architecture, _ = adapter_architecture(base.model_type)
     names = _tensor_names(adapter, base, config)
     require_space(out, sum(value.nbytes for value in adapter.weights.values()) * 2 + 2**20)
     make_folder(out.absolute().parent)
@@ -122,7 +122,7 @@ def _arrays(
     adapter: Adapter, names: dict[str, str], config: dict[str, Any], model_type: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors in the order of :func:`_shapes`, float32."""
-    _, permuted = architecture_of(model_type)
+    _, permuted = adapter_architecture(model_type)
     for module, name in names.items():
         a = np.array(adapter.weights[f"{module}.lora_a"].astype(mx.float32))
         b = np.array(adapter.weights[f"{module}.lora_b"].astype(mx.float32))

@@ -11,7 +11,7 @@ from mlx_rsgwm.converters.module_names import SWITCH
 from mlx_rsgwm.core.errors import RsgwmError
 
 
-def architecture_of(model_type: str) -> tuple[str, bool]:
+def adapter_architecture(model_type: str) -> tuple[str, bool]:
     """llama.cpp's architecture for a model type, and whether its query and key rows are permuted.
 
     Raises:
@@ -27,7 +27,7 @@ def tensor_namer(model_type: str, layers: int) -> Any:
     """A function from a module of mlx-lm to llama.cpp's tensor name without ``.weight``, or None where it has none."""
     import gguf
 
-    architecture, _ = architecture_of(model_type)
+    architecture, _ = adapter_architecture(model_type)
     kind = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(kind, layers)
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from mlx_rsgwm.converters.base_layers import BaseLayers, shared_base_layers
 from mlx_rsgwm.converters.gguf.file import GgufFile, open_gguf
-from mlx_rsgwm.converters.gguf.names import architecture_of, heads_of, tensor_namer
+from mlx_rsgwm.converters.gguf.names import adapter_architecture, heads_of, tensor_namer
 from mlx_rsgwm.converters.gguf.read import unpermute
 from mlx_rsgwm.converters.peft.convert import Converted, require_empty
 from mlx_rsgwm.converters.peft.read import keys_of
-from mlx_rsgwm.converters.peft.uniform import Update, common_scale, fold, widen_rank
+from mlx_rsgwm.converters.peft.uniform import Update, common_scale, fold_scale, widen_rank
 from mlx_rsgwm.core.dtypes import FLOATS
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
@@ -66,7 +66,7 @@ def read_gguf_adapter(gguf: GgufFile, base: BaseLayers) -> Adapter:
     """The adapter in an opened file, for ``base``, with every value checked."""
     config = read_config(base.path)
     config = {**config, **(config.get("text_config") or {})}
-    architecture, permuted = architecture_of(base.model_type)
+    architecture, permuted = adapter_architecture(base.model_type)
     stated = gguf.metadata.get("general.architecture")
     if stated != architecture:
         raise AdapterError(f"{gguf.path} is for {stated} models, and {base.name} is a {architecture} model")
@@ -166,7 +166,7 @@ def _assembled(gguf: GgufFile, updates: list[Update], base: BaseLayers) -> Adapt
     rank, scale = max(update.rank for update in updates), common_scale(update.scale for update in updates)
     weights = {}
     for update in updates:
-        b = update.b if update.scale == scale else fold(update.b, update.scale / scale, "float32")
+        b = update.b if update.scale == scale else fold_scale(update.b, update.scale / scale, "float32")
         a, b = widen_rank(update.a, b, rank)
         weights[f"{update.module}.lora_a"], weights[f"{update.module}.lora_b"] = mx.contiguous(a), mx.contiguous(b)
     keys, num_layers = keys_of([update.module for update in updates], base.description.get("num_layers"))

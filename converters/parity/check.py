@@ -25,7 +25,7 @@ from mlx_rsgwm.converters.parity.certificate import sign
 from mlx_rsgwm.converters.parity.mlx import exact_float32, probe_ids, trace_mlx
 from mlx_rsgwm.converters.parity.torch import import_torch, quiet_libraries, torch_device, trace_torch
 from mlx_rsgwm.converters.parity.trace import Probe, Trace, perplexity
-from mlx_rsgwm.converters.parity.verdict import NOISE, compare, compare_continuations, first_difference
+from mlx_rsgwm.converters.parity.verdict import NOISE, compare_continuations, compare_logits, first_difference
 from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.converters.peft.folder import open_peft
 from mlx_rsgwm.core.dtypes import DTYPES
@@ -74,7 +74,7 @@ def check_parity(
 
     Returns:
         A certificate: ``passed``, ``failures`` (in words), ``first_difference`` (the layer, or None), the figures of
-        :func:`compare`, :func:`compare_continuations` and the perplexities, and what was compared.
+        :func:`compare_logits`, :func:`compare_continuations` and the perplexities, and what was compared.
 
     Raises:
         RsgwmError: torch or PEFT is not installed, the base or the device is not there, transformers cannot load it.
@@ -169,7 +169,7 @@ def _compare_traces(
 ) -> dict[str, Any]:
     """The verdict with every figure, and the failures in the order in which to look at them."""
     mlx_trace = mlx_run.trace
-    verdict = compare(mlx_trace.logits, torch_trace.logits, modules, tolerance)
+    verdict = compare_logits(mlx_trace.logits, torch_trace.logits, modules, tolerance)
     first = first_difference(mlx_trace, torch_trace, dtype, base_differs=verdict["base_max_abs_logit"] > tolerance)
     greedy = compare_continuations(mlx_trace, torch_trace, 2 * tolerance + NOISE * verdict["max_abs_logit"])
     failures = verdict["failures"] + greedy.pop("failures")

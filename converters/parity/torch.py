@@ -109,7 +109,7 @@ def trace_torch(
     model = load_torch_base(base_path, device, dtype, wrapped=wrapped)
     if wrapped:
         present = {name for name, _ in model.named_modules()}
-        names = {module: full_name(name, present) for module, name in names.items()}
+        names = {module: wrapped_name(name, present) for module, name in names.items()}
     blocks = _block_states(model, device, token_ids[0][:TRACED_TOKENS])
     bare = _torch_forward(model, device, token_ids)
     adapted_model = apply_peft(model, peft_folder, widen=dtype == "float32")
@@ -130,7 +130,7 @@ def trace_torch(
     )
 
 
-def full_name(name: str, present: set[str]) -> str:
+def wrapped_name(name: str, present: set[str]) -> str:
     """The name in a model of text and images of what is called ``name`` in its language model."""
     inside = name.replace("model.", "model.language_model.", 1)
     return inside if ".language_model." not in name and inside in present else name

@@ -34,7 +34,7 @@ class Logits:
     @property
     def effect(self) -> float:
         """The largest change the adapter makes to a logit."""
-        return largest(self.adapted - self.base)
+        return largest_size(self.adapted - self.base)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Trace:
     margins: list[list[float]] = field(default_factory=list)
 
 
-def largest(values: np.ndarray) -> float:
+def largest_size(values: np.ndarray) -> float:
     """Largest absolute value, huge where anything is not finite (NaN is not JSON, and agrees with nothing)."""
     size = float(np.max(np.abs(values))) if values.size else 0.0
     return size if np.isfinite(size) else float(np.finfo(np.float64).max)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.converters.parity.trace import Logits, Trace, largest
+from mlx_rsgwm.converters.parity.trace import Logits, Trace, largest_size
 from mlx_rsgwm.converters.peft.names import model_order
 from mlx_rsgwm.core.dtypes import FLOATS
 from mlx_rsgwm.core.errors import RsgwmError
@@ -16,7 +16,7 @@ SHARE = 0.01  # of the adapter's largest effect: a wrong scale, layer or module 
 ROUNDINGS = 64.0  # how many roundings of a layer's largest output may separate the frameworks
 
 
-def compare(mlx: Logits, torch: Logits, modules: int, tolerance: float) -> dict[str, Any]:
+def compare_logits(mlx: Logits, torch: Logits, modules: int, tolerance: float) -> dict[str, Any]:
     """The verdict on two sets of logits, with every reason to fail in words.
 
     The effects must agree within ``NOISE`` times the bases' own disagreement plus ``SHARE`` of the effect, so that an
@@ -31,9 +31,9 @@ def compare(mlx: Logits, torch: Logits, modules: int, tolerance: float) -> dict[
             f"MLX and torch give logits of shapes {mlx.adapted.shape} and {torch.adapted.shape}; "
             "their bases do not have the same vocabulary"
         )
-    adapted = largest(mlx.adapted - torch.adapted)
-    base = largest(mlx.base - torch.base)
-    delta = largest((mlx.adapted - mlx.base) - (torch.adapted - torch.base))
+    adapted = largest_size(mlx.adapted - torch.adapted)
+    base = largest_size(mlx.base - torch.base)
+    delta = largest_size((mlx.adapted - mlx.base) - (torch.adapted - torch.base))
     allowed = NOISE * base + SHARE * max(mlx.effect, torch.effect)
     failures = []
     if not adapted <= tolerance:
@@ -66,15 +66,15 @@ def first_difference(mlx: Trace, torch: Trace, dtype: str, base_differs: bool) -
     """
     if base_differs:
         for index, (states, other) in enumerate(zip(mlx.blocks, torch.blocks, strict=False)):
-            difference, allowed = largest(states - other), 1e-3 * largest(states)
+            difference, allowed = largest_size(states - other), 1e-3 * largest_size(states)
             if not difference <= allowed:
                 layer = f"block {index} of the bare base"
                 return {"layer": layer, "difference": difference, "allowed": allowed}
     for module in sorted(mlx.probes, key=model_order):
         probe, other_probe = mlx.probes[module], torch.probes.get(module)
         there = other_probe.added if other_probe is not None else np.zeros_like(probe.added)
-        allowed = SHARE * largest(probe.added) + ROUNDINGS * FLOATS[dtype].epsilon * probe.size
-        difference = largest(probe.added - there)
+        allowed = SHARE * largest_size(probe.added) + ROUNDINGS * FLOATS[dtype].epsilon * probe.size
+        difference = largest_size(probe.added - there)
         if not difference <= allowed:
             return {"layer": module, "difference": difference, "allowed": allowed}
     return None

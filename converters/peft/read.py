@@ -38,7 +38,7 @@ from mlx_rsgwm.converters.peft.uniform import (
     Update,
     choose_folding,
     common_scale,
-    fold,
+    fold_scale,
     scaled_magnitude,
     widen_rank,
 )
@@ -190,7 +190,7 @@ def _assemble(
         if how := layout.folded.get(update.module):
             if how.kept:
                 kept_arrays[f"{update.module}.lora_b"] = b
-            b = fold(b, update.scale / scale * update.factor, how.folded)
+            b = fold_scale(b, update.scale / scale * update.factor, how.folded)
         weights[f"{update.module}.lora_a"], weights[f"{update.module}.lora_b"] = widen_rank(update.a, b, rank)
         if update.magnitude is not None:
             weights[f"{update.module}.m"] = update.magnitude

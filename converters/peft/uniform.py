@@ -78,7 +78,7 @@ def filled_with_zeros(a: mx.array, b: mx.array, rank: int) -> bool:
 Ratio = float | np.ndarray | mx.array
 
 
-def fold(b: mx.array, ratio: Ratio, dtype: str) -> mx.array:
+def fold_scale(b: mx.array, ratio: Ratio, dtype: str) -> mx.array:
     """``b`` times ``ratio`` (one number, or one an output), computed and stored in ``dtype``."""
     return b.astype(DTYPES[dtype]) * mx.array(ratio, dtype=DTYPES[dtype])
 
@@ -89,7 +89,7 @@ def scaled_magnitude(magnitude: mx.array, factor: float | np.ndarray) -> mx.arra
 
 
 def unfold(b: mx.array, ratio: float, dtype: str) -> mx.array:
-    """The reverse of :func:`fold`, rounded to ``dtype``."""
+    """The reverse of :func:`fold_scale`, rounded to ``dtype``."""
     return (b / mx.array(ratio, dtype=b.dtype)).astype(DTYPES[dtype])
 
 
@@ -98,7 +98,7 @@ def choose_folding(b: mx.array, ratio: float) -> Folding:
     dtype = NAMES[b.dtype]
     power_of_two = math.frexp(abs(ratio))[0] == 0.5 and 2.0**-14 <= abs(ratio) <= 2.0**15
     for chosen in dict.fromkeys([dtype] if power_of_two else []) | {"float32": None}:
-        if same_bits(unfold(fold(b, ratio, chosen), ratio, dtype), b):
+        if same_bits(unfold(fold_scale(b, ratio, chosen), ratio, dtype), b):
             return Folding(dtype, chosen, kept=False)
     return Folding(dtype, "float32", kept=True)
 

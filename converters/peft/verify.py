@@ -43,7 +43,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LayerDifference:
     """Where the two folders differ, by mlx-lm's name of the module, and how."""
 
     module: str
@@ -67,7 +67,7 @@ def require_equal(peft: Path, adapter: Path, names: Names | None = None) -> int:
     return modules
 
 
-def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tuple[int, list[Difference]]:
+def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tuple[int, list[LayerDifference]]:
     """How many modules were compared, and every difference in the order in which a model runs through its layers."""
     opened = open_peft(peft)
     names = names or Names()
@@ -95,11 +95,13 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
     for module in sorted(peft_sides.keys() | mlx_sides.keys(), key=model_order):
         if module not in mlx_sides or module not in peft_sides:
             differences.append(
-                Difference(module, f"only the {'PEFT' if module in peft_sides else 'MLX'} folder has arrays for it")
+                LayerDifference(
+                    module, f"only the {'PEFT' if module in peft_sides else 'MLX'} folder has arrays for it"
+                )
             )
         else:
             differences += [
-                Difference(module, what)
+                LayerDifference(module, what)
                 for what in _differences(peft_sides[module], mlx_sides[module], module in folded)
             ]
     for name in sorted(their_rest.keys() | our_rest.keys(), key=lambda name: model_order(name.rpartition(".")[0])):
@@ -107,13 +109,13 @@ def compare_folders(peft: Path, adapter: Path, names: Names | None = None) -> tu
         value, other = their_rest.get(name), our_rest.get(name)
         if value is None or other is None:
             differences.append(
-                Difference(module, f"only the {'MLX' if value is None else 'PEFT'} folder has its {leaf}")
+                LayerDifference(module, f"only the {'MLX' if value is None else 'PEFT'} folder has its {leaf}")
             )
         elif not _same_parameter(value, other, _link_of(name, names)):
-            differences.append(Difference(module, f"its {leaf} differs"))
+            differences.append(LayerDifference(module, f"its {leaf} differs"))
     if bool(config.get("fine_tune_type") == "dora") != bool(opened.config.get("use_dora")):
         differences.append(
-            Difference(next(iter(sorted(mlx_sides, key=model_order)), ""), "only one of the two is DoRA")
+            LayerDifference(next(iter(sorted(mlx_sides, key=model_order)), ""), "only one of the two is DoRA")
         )
     return len(peft_sides), sorted(differences, key=lambda difference: model_order(difference.module))
 

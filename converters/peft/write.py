@@ -26,7 +26,7 @@ from mlx_rsgwm.converters.peft.names import PREFIX, SAVED, key_of, layer_of, mod
 from mlx_rsgwm.converters.peft.uniform import (
     common_scale,
     filled_with_zeros,
-    fold,
+    fold_scale,
     narrow_rank,
     same_bits,
     scaled_magnitude,
@@ -237,7 +237,7 @@ def _unchanged(adapter: Adapter, config: Mapping[str, Any], layout: Layout, prob
             b = narrow_rank(a, b, ranks[module])[1]
             original = adapter.kept.get(f"{module}.lora_b") if how.kept else unfold(b, ratio, how.dtype)
             factor = np.array(factors[module]) if module in factors else 1.0
-            if original is None or not same_bits(fold(original, ratio * factor, how.folded), b):
+            if original is None or not same_bits(fold_scale(original, ratio * factor, how.folded), b):
                 return False
         if (magnitude := adapter.kept.get(f"{module}.m")) is not None and not same_bits(
             scaled_magnitude(magnitude, np.array(factors[module])), adapter.weights[f"{module}.m"]

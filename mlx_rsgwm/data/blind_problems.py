@@ -14,10 +14,10 @@ from fractions import Fraction
 
 from mlx_rsgwm.data.equations import OPERATIONS
 from mlx_rsgwm.data.questions import Wrong
-from mlx_rsgwm.data.word_problems import NAMES, THINGS, Family, Problem
+from mlx_rsgwm.data.word_problems import NAMES, THINGS, Family, WordProblem
 
-Step = tuple[int, str, int]  # one equation: left, sign, right; its result is computed
-Steps = tuple[Step, ...]
+EquationStep = tuple[int, str, int]  # one equation: left, sign, right; its result is computed
+Steps = tuple[EquationStep, ...]
 
 # The larger unit, the smaller one, how many of these it holds, a number taken for that, and what is measured in them.
 UNITS = (
@@ -42,7 +42,7 @@ def worked(steps: Steps) -> tuple[str, int] | None:
     return "\n".join(lines), int(value)
 
 
-def _problem(text: str, steps: Steps, mistakes: Mapping[str, Steps]) -> Problem:
+def _problem(text: str, steps: Steps, mistakes: Mapping[str, Steps]) -> WordProblem:
     """Mistakes that come to no positive whole number, or to the right answer by chance, are left out."""
     solution = worked(steps)
     assert solution is not None
@@ -51,14 +51,14 @@ def _problem(text: str, steps: Steps, mistakes: Mapping[str, Steps]) -> Problem:
         wrong = worked(other)
         if wrong is not None and wrong[1] != solution[1]:
             known.append(Wrong(wrong[0], str(wrong[1]), name))
-    return Problem(text, *solution, tuple(known))
+    return WordProblem(text, *solution, tuple(known))
 
 
 def _another(rng: random.Random, choices: tuple[str, ...], taken: str) -> str:
     return rng.choice([choice for choice in choices if choice != taken])
 
 
-def _operation(rng: random.Random, name: str, thing: str) -> Problem:
+def _operation(rng: random.Random, name: str, thing: str) -> WordProblem:
     """Who has more than whom: "more" may ask for a difference, and "times" for a division."""
     other, b = _another(rng, NAMES, name), rng.randint(2, 4)
     relation, forward = rng.choice((("more than", "+"), ("fewer than", "-"), ("times as many as", "*")))
@@ -72,7 +72,7 @@ def _operation(rng: random.Random, name: str, thing: str) -> Problem:
     return _problem(text, ((a, right, b),), mistakes)
 
 
-def _order(rng: random.Random, name: str, thing: str) -> Problem:
+def _order(rng: random.Random, name: str, thing: str) -> WordProblem:
     """Two operations, in the order of the question's numbers or not: into one box or into each of them."""
     a, b, c = rng.randint(2, 5), rng.randint(4, 6), rng.randint(2, 3)
     sign, done = rng.choice((("+", "puts {} more into {}"), ("-", "takes {} out of {}")))
@@ -85,7 +85,7 @@ def _order(rng: random.Random, name: str, thing: str) -> Problem:
     return _problem(text, right, {"wrong_order": wrong, "step_left_out": right[:1]})
 
 
-def _distractor(rng: random.Random, name: str, thing: str) -> Problem:
+def _distractor(rng: random.Random, name: str, thing: str) -> WordProblem:
     """Two kinds of things of which one changes: one number has nothing to do with what is asked, or all have."""
     kind = _another(rng, THINGS, thing)
     (a, b), c = rng.sample(range(6, 13), 2), rng.randint(2, 5)
@@ -101,7 +101,7 @@ def _distractor(rng: random.Random, name: str, thing: str) -> Problem:
     return _problem(text, ((a, "+", b), (a + b, sign, c)), mistakes)
 
 
-def _units(rng: random.Random, name: str, _: str) -> Problem:
+def _units(rng: random.Random, name: str, _: str) -> WordProblem:
     """A quantity in two units, or a conversion either way."""
     large, small, factor, taken, verb = rng.choice(UNITS)
     a, b = rng.randint(2, 6), rng.randint(1, 6)
@@ -122,7 +122,7 @@ def _units(rng: random.Random, name: str, _: str) -> Problem:
     return _problem(text, ((a * factor, "/", factor),), mistakes)
 
 
-def _cheaper(rng: random.Random, name: str, thing: str) -> Problem:
+def _cheaper(rng: random.Random, name: str, thing: str) -> WordProblem:
     """A price for each against a price for all: by how much does who pay more, or what do both pay?"""
     other, n, price = _another(rng, NAMES, name), rng.randint(2, 4), rng.randint(2, 5)
     total, gap = n * price, rng.randint(2, 5)
@@ -140,7 +140,7 @@ def _cheaper(rng: random.Random, name: str, thing: str) -> Problem:
     return _problem(f"{start} {word} does {name} pay than {other}?", (first, compared), mistakes)
 
 
-def _choice(rng: random.Random, name: str, thing: str) -> Problem:
+def _choice(rng: random.Random, name: str, thing: str) -> WordProblem:
     """Two prices: which applies, and to how many?"""
     kind = _another(rng, THINGS, thing)
     n, (p, q) = rng.randint(2, 5), rng.sample(range(2, 7), 2)

@@ -70,7 +70,7 @@ def scan_equations(text: str) -> Iterator[tuple[Equation, bool]]:
             parts = _left_side(tokens, index - 1) if right is not None else None
             if right is None or parts is None:
                 continue
-            left = evaluate([value_of(part) for part in parts])
+            left = value_of_parts([value_of(part) for part in parts])
             if left is not None and right.scale != 1 and left == right.value:
                 right = replace(right, scale=Fraction(1))  # "5 / 20 * 100 = 25%": the sign is only a unit
             yield Equation(start_of(parts[0]), parts, right), left == right.value * right.scale
@@ -78,7 +78,7 @@ def scan_equations(text: str) -> Iterator[tuple[Equation, bool]]:
 
 
 @dataclass(frozen=True)
-class Token:
+class EquationToken:
     kind: str
     start: int
     end: int
@@ -86,10 +86,12 @@ class Token:
     percent: bool = False
 
 
-def _tokens(line: str, offset: int) -> list[Token]:
+def _tokens(line: str, offset: int) -> list[EquationToken]:
     """The tokens of a line without spaces. Operators that lead to no number are words: "$12/hour", "per-day"."""
     matched = [
-        Token(str(match.lastgroup if match.lastgroup != "percent" else "number"), match.start(), match.end(), match[0])
+        EquationToken(
+            str(match.lastgroup if match.lastgroup != "percent" else "number"), match.start(), match.end(), match[0]
+        )
         for match in _TOKEN.finditer(line)
         if match["space"] is None
     ]
@@ -114,13 +116,13 @@ def _tokens(line: str, offset: int) -> list[Token]:
     return tokens
 
 
-def _number_at(token: Token) -> Number | None:
+def _number_at(token: EquationToken) -> Number | None:
     value = read_literal(token.text)
     scale = Fraction(1, 100) if token.percent else Fraction(1)
     return None if value is None else Number(token.start, token.end, token.text, value, scale)
 
 
-def _right_side(tokens: list[Token], index: int) -> Number | None:
+def _right_side(tokens: list[EquationToken], index: int) -> Number | None:
     """The number after ``=``, unless it only begins another computation ("= 8 - 2")."""
     if index < len(tokens) and tokens[index].kind == "money":
         index += 1
@@ -134,7 +136,7 @@ def _right_side(tokens: list[Token], index: int) -> Number | None:
     return _number_at(tokens[index])
 
 
-def _left_side(tokens: list[Token], index: int) -> tuple[Part, ...] | None:
+def _left_side(tokens: list[EquationToken], index: int) -> tuple[Part, ...] | None:
     """The longest computation that ends at ``index``, read backwards; None when it has no operator."""
     parts: list[Part] = []
     words, need_number = 0, True
@@ -182,7 +184,7 @@ def value_of(part: Part) -> Fraction | str:
     return part.value * part.scale if isinstance(part, Number) else part[2]
 
 
-def evaluate(tokens: list[Fraction | str]) -> Fraction | None:
+def value_of_parts(tokens: list[Fraction | str]) -> Fraction | None:
     """Exact value of a token list with ``+ - * /`` and parentheses, or None when malformed or divided by zero."""
     rest = list(reversed(tokens))
 

@@ -28,11 +28,11 @@ from mlx_rsgwm.data.equations import (
     OPERATIONS,
     Equation,
     Number,
-    evaluate,
     find_equations,
     scan_equations,
     start_of,
     value_of,
+    value_of_parts,
 )
 from mlx_rsgwm.data.numbers import LITERAL, decimals_needed, parse_number, read_literal, unfrac, write_number
 from mlx_rsgwm.data.questions import Question, SolvedQuestion, Wrong
@@ -272,7 +272,7 @@ def _carry(
                 value = new * part.scale
             tokens.append(value)
         right = equation.right
-        result = evaluate(tokens)
+        result = value_of_parts(tokens)
         if result is not None:
             result = result / right.scale
         if index == edit.equation and edit.change == "slip":

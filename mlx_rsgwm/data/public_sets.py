@@ -19,7 +19,7 @@ from mlx_rsgwm.models.hub_files import readable
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSet:
     """Where a data set lives and how one row of it is read.
 
     ``splits`` maps the names of the original files to the Hub's; ``evaluation_split`` is the labelled one to report on.
@@ -108,15 +108,15 @@ MATH_SUBJECTS = (
     "precalculus",
 )
 
-SOURCES: dict[str, Source] = {
-    "gsm8k": Source(_parse_gsm8k, "openai/gsm8k", ("main",)),
-    "math": Source(_parse_math, "EleutherAI/hendrycks_math", MATH_SUBJECTS),
-    "commonsense_qa": Source(
+SOURCES: dict[str, DataSet] = {
+    "gsm8k": DataSet(_parse_gsm8k, "openai/gsm8k", ("main",)),
+    "math": DataSet(_parse_math, "EleutherAI/hendrycks_math", MATH_SUBJECTS),
+    "commonsense_qa": DataSet(
         _parse_commonsense_qa, "tau/commonsense_qa", splits={"dev": "validation"}, evaluation_split="dev"
     ),
-    "strategyqa": Source(_parse_strategyqa, "ChilleD/StrategyQA", splits={"dev": "test"}, evaluation_split="dev"),
-    "mawps": Source(_parse_mawps, "MU-NLPC/Calc-mawps", evaluation_split="multiarith", splits={"multiarith": "test"}),
-    "svamp": Source(_parse_svamp, "ChilleD/SVAMP"),
+    "strategyqa": DataSet(_parse_strategyqa, "ChilleD/StrategyQA", splits={"dev": "test"}, evaluation_split="dev"),
+    "mawps": DataSet(_parse_mawps, "MU-NLPC/Calc-mawps", evaluation_split="multiarith", splits={"multiarith": "test"}),
+    "svamp": DataSet(_parse_svamp, "ChilleD/SVAMP"),
 }
 
 
@@ -134,7 +134,7 @@ def local_file(data: Path, task: str, split: str) -> Path:
     return path
 
 
-def hub_rows(source: Source, split: str, revision: str | None) -> Iterable[tuple[int, Any]]:
+def hub_rows(source: DataSet, split: str, revision: str | None) -> Iterable[tuple[int, Any]]:
     from datasets import load_dataset
 
     rows: list[Any] = []

@@ -13,7 +13,7 @@ import random
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.blind_problems import BLIND
 from mlx_rsgwm.data.questions import Question, SolvedQuestion
-from mlx_rsgwm.data.word_problems import NAMES, PLAIN, THINGS, Family, Problem
+from mlx_rsgwm.data.word_problems import NAMES, PLAIN, THINGS, Family, WordProblem
 
 FAMILIES: dict[str, Family] = {**PLAIN, **BLIND}
 
@@ -52,6 +52,6 @@ def generate(family: str, count: int, seed: int, split: str) -> list[Question]:
     raise RsgwmError(f"{family} cannot give {count} distinct {split} questions; ask for fewer")
 
 
-def _question(name: str, family: str, problem: Problem) -> Question:
+def _question(name: str, family: str, problem: WordProblem) -> Question:
     told = (name, family, problem.text, problem.rationale, str(problem.answer))
     return SolvedQuestion(*told, mistakes=problem.mistakes) if problem.mistakes else Question(*told)

@@ -28,7 +28,7 @@ def calculates_rightly(record: ItemRecord, draft: DraftRecord) -> bool:
 
 
 @dataclass(frozen=True)
-class Selection:
+class DraftPick:
     """A rule that picks one draft of each item: how often it is right, and by how much more than the control."""
 
     accuracy: Rate
@@ -46,9 +46,9 @@ class CalculatorSlice:
 
     passing_wrong: Rate | None
     passing_right: Rate | None
-    control: Selection
-    any: Selection
-    best: Mapping[str, Selection]
+    control: DraftPick
+    any: DraftPick
+    best: Mapping[str, DraftPick]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -61,7 +61,7 @@ class CalculatorSlice:
         }
 
 
-def _plain(selection: Selection) -> dict[str, Any]:
+def _plain(selection: DraftPick) -> dict[str, Any]:
     gap = selection.over_control
     return {"accuracy": selection.accuracy.to_dict(), "over_control": None if gap is None else gap.to_dict()}
 
@@ -88,14 +88,14 @@ def calculator_slice(
     }
     first = np.asarray([few[0].correct for few in candidates], dtype=np.float64)
 
-    def selected(picked: Sequence[bool]) -> Selection:
+    def selected(picked: Sequence[bool]) -> DraftPick:
         gap = mean_difference(first, np.asarray(picked, dtype=np.float64), seed=seed)
-        return Selection(share(sum(picked), len(picked)), gap)
+        return DraftPick(share(sum(picked), len(picked)), gap)
 
     return CalculatorSlice(
         passing_wrong=wilson(*counts[False]),
         passing_right=wilson(*counts[True]),
-        control=Selection(share(int(first.sum()), len(first))),
+        control=DraftPick(share(int(first.sum()), len(first))),
         any=selected([any(draft.correct for draft in few) for few in candidates]),
         best={
             name: selected([max(few, key=lambda draft: draft.scores[name]).correct for few in candidates])

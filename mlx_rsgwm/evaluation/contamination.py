@@ -64,7 +64,7 @@ _WORD = re.compile(
 )
 
 
-def words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Lower-case words of any script, numbers, and signs of arithmetic."""
     plain = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
     return _WORD.findall(re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"(?<=\w)-(?=[^\W\d])", " ", plain)))
@@ -72,12 +72,12 @@ def words(text: str) -> list[str]:
 
 def without_numbers(text: str) -> str:
     """The words of a text, every number as one sign."""
-    return " ".join("#" if word[0].isdigit() else word for word in words(text))
+    return " ".join("#" if word[0].isdigit() else word for word in words_of(text))
 
 
 def triples(text: str) -> frozenset[tuple[str, ...]]:
     """Runs of three words; a shorter text is one run."""
-    tokens = words(text)
+    tokens = words_of(text)
     return frozenset(tuple(tokens[start : start + WORDS]) for start in range(max(1, len(tokens) - WORDS + 1)))
 
 
@@ -87,7 +87,7 @@ def find_contamination(test: Sequence[Question], train: Mapping[str, str]) -> li
     Candidates come from an index of word triples, so that the cost grows with what texts share and not with their
     product.
     """
-    exact = {" ".join(words(text)): name for name, text in reversed(list(train.items()))}
+    exact = {" ".join(words_of(text)): name for name, text in reversed(list(train.items()))}
     masked = {without_numbers(text): name for name, text in reversed(list(train.items()))}
     shingles = {name: triples(text) for name, text in train.items()}
     index: dict[tuple[str, ...], list[str]] = {}
@@ -103,7 +103,7 @@ def find_contamination(test: Sequence[Question], train: Mapping[str, str]) -> li
             jaccard = count / (len(question_triples) + len(shingles[name]) - count)
             if jaccard > share:
                 best, share = name, jaccard
-        if (same := exact.get(" ".join(words(question.question)))) is not None:
+        if (same := exact.get(" ".join(words_of(question.question)))) is not None:
             matches.append(Match(question.id, same, "exact", 1.0))
         elif (alike := masked.get(without_numbers(question.question))) is not None:
             matches.append(Match(question.id, alike, "numbers", share if best == alike else 0.0))

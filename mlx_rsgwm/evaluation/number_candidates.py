@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from mlx_rsgwm.data.equations import evaluate
+from mlx_rsgwm.data.equations import value_of_parts
 from mlx_rsgwm.data.numbers import read_numeral
 from mlx_rsgwm.data.quantities import Quantity, quantities, word_quantities
 from mlx_rsgwm.evaluation.final_text import AMBIGUOUS, Reading
@@ -187,7 +187,7 @@ def unscaled(sentence: str, right: Quantity) -> Quantity:
     left, other = read_numeral(match[1]), read_numeral(match[3])
     if left is None or other is None:
         return right
-    value = evaluate([left, {"×": "*", "x": "*", "÷": "/", "–": "-"}.get(match[2], match[2]), other])
+    value = value_of_parts([left, {"×": "*", "x": "*", "÷": "/", "–": "-"}.get(match[2], match[2]), other])
     return replace(right, value=right.plain) if value == right.plain else right
 
 

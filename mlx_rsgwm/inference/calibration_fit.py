@@ -19,7 +19,7 @@ from mlx_rsgwm.inference.calibration import Calibration, Reliability, best_thres
 from mlx_rsgwm.inference.draft import Signals
 from mlx_rsgwm.inference.risk_control import REFUSED, Items, RiskBound, Target, risk_bound
 from mlx_rsgwm.inference.scores import (
-    METHODS,
+    CURVE_METHODS,
     SCORES,
     Curve,
     Scorer,
@@ -116,7 +116,7 @@ def fit(
         score: one of ``SCORES``, or ``auto``: the greatest AUROC, on items not fitted on, among ``scores``; ``yesno``
             only where the interval of its AUROC lies above .5.
         scores: those to choose from.
-        method: one of ``METHODS``, ``none``, or ``auto``: the least log loss on items not fitted on.
+        method: one of ``CURVE_METHODS``, ``none``, or ``auto``: the least log loss on items not fitted on.
         target: the false-accept rate to bound; half of the items is then kept apart to test thresholds with.
         made_for: see :class:`Calibration`.
         seed: of the folds and halves.
@@ -128,13 +128,13 @@ def fit(
     """
     if score not in ("auto", *SCORES):
         raise RsgwmError(f"score must be auto or one of {', '.join(SCORES)}, found {score!r}")
-    if method not in ("auto", "none", *METHODS):
-        raise RsgwmError(f"method must be auto, none or one of {', '.join(METHODS)}, found {method!r}")
+    if method not in ("auto", "none", *CURVE_METHODS):
+        raise RsgwmError(f"method must be auto, none or one of {', '.join(CURVE_METHODS)}, found {method!r}")
     fitted_on, testing = drafts, None
     if target is not None:
         first, second = halves(len(drafts), seed)
         fitted_on, testing = drafts.take(first), drafts.take(second)
-    if not fitted_on.enough and (learned or score == "combined" or method in METHODS):
+    if not fitted_on.enough and (learned or score == "combined" or method in CURVE_METHODS):
         right, count = fitted_on.counts
         wanted = "the learned rule" if learned else "the combined score" if score == "combined" else method
         raise RsgwmError(
@@ -229,7 +229,7 @@ def _fit_score(name: str, drafts: Judged, method: str, seed: int, learned: bool)
     else:
         scorer = Scorer(name)
         raw = scorer.values(signals)
-    methods = [] if method == "none" or not drafts.enough else [*METHODS] if method == "auto" else [method]
+    methods = [] if method == "none" or not drafts.enough else [*CURVE_METHODS] if method == "auto" else [method]
     tried = {candidate: _calibrated_unseen(candidate, raw, labels, items, seed) for candidate in methods}
     losses = {candidate: _log_loss(values, labels) for candidate, values in tried.items() if values is not None}
     if not losses:

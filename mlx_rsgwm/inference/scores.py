@@ -19,7 +19,7 @@ from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.inference.draft import Signals
 
 FEATURES = ("yesno_logit", "mean_logprob", "min_logprob", "tokens")
-METHODS = ("temperature", "platt", "isotonic")
+CURVE_METHODS = ("temperature", "platt", "isotonic")
 # For each score: does it need the yes/no verdict, does it need the log-probabilities of the draft's tokens?
 NEEDS = {"yesno": (True, False), "mean_logprob": (False, True), "combined": (True, True)}
 SCORES = tuple(NEEDS)
@@ -160,8 +160,8 @@ class Curve:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.method not in METHODS:
-            problems.append(f"method must be one of {', '.join(METHODS)}, found {self.method!r}")
+        if self.method not in CURVE_METHODS:
+            problems.append(f"method must be one of {', '.join(CURVE_METHODS)}, found {self.method!r}")
         if not 0 < self.slope < float("inf") or not math.isfinite(self.intercept):
             problems.append(f"slope must be above 0 and intercept finite, found {self.slope} and {self.intercept}")
         if (self.method == "isotonic") != bool(self.points):
@@ -181,7 +181,7 @@ class Curve:
 
 
 def fit_curve(method: str, raw: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> Curve:
-    """Fit one of ``METHODS`` to raw scores (drafts,) and labels (drafts,); both classes must be there."""
+    """Fit one of ``CURVE_METHODS`` to raw scores (drafts,) and labels (drafts,); both classes must be there."""
     x, labels = np.asarray(raw, dtype=np.float64), np.asarray(correct, dtype=bool)
     if method == "isotonic":
         return _fit_isotonic(x, labels)

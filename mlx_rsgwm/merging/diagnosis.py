@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.merging.measure import Row
+from mlx_rsgwm.merging.measure import MeasuredRow
 from mlx_rsgwm.merging.options import MergeOptions
 
 # Refused: a module below this share of its sources' mean norm; silently it would be the base model.
@@ -40,7 +40,7 @@ class Allowance:
 
 
 def diagnosis(
-    measured: Mapping[str, Row],
+    measured: Mapping[str, MeasuredRow],
     labels: Sequence[str],
     allowed: Mapping[str, Allowance],
     objections: Mapping[str, Mapping[str, mx.array]],

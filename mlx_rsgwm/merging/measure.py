@@ -25,7 +25,7 @@ STACKED_RANK = 128
 
 # Of one module: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the sources‖²,
 # ``discarded`` (what truncation took from ``square``), and the method's notes under note/.
-Row = Mapping[str, Any]
+MeasuredRow = Mapping[str, Any]
 
 
 def measured_beside(updates: Sequence[Factors], merged: Factors) -> bool:
@@ -70,7 +70,7 @@ Job = tuple[str, tuple[Factors, ...], Factors]
 
 
 @dataclass
-class Batch:
+class LayerBatch:
     """Modules that are evaluated together: ``arrays`` to evaluate, and the ``jobs`` that can be measured thereafter.
 
     ``entries`` of the updates ΔW and ``held`` entries of the adapters' factors, so far.
@@ -82,7 +82,7 @@ class Batch:
     held: int = 0
 
     def diagnose(self, module: Layer, merged: Truncated) -> dict[str, Any]:
-        """A :data:`Row`, of which :func:`measuring` fills in the inner products where it takes them."""
+        """A :data:`MeasuredRow`, of which :func:`measuring` fills in the inner products where it takes them."""
         row: dict[str, Any] = {f"note/{name}": value for name, value in module.notes.items()}
         row["discarded"] = merged.discarded
         if measured_beside(module.factors, merged.factors):

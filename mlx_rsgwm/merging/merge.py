@@ -23,7 +23,7 @@ from mlx_rsgwm.merging.automatic import choose_method
 from mlx_rsgwm.merging.compressed import compressed_modules
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.layer import Layer
-from mlx_rsgwm.merging.measure import Batch, measuring
+from mlx_rsgwm.merging.measure import LayerBatch, measuring
 from mlx_rsgwm.merging.methods import Method, find_method, needs_directions, resolved, sums, weight_problems
 from mlx_rsgwm.merging.options import AUTO, MergeOptions
 from mlx_rsgwm.merging.pool import Pool
@@ -117,7 +117,7 @@ def _merged(
     allowed: dict[str, Allowance] = {}
     objections: dict[str, Mapping[str, mx.array]] = {}
     ranks: dict[str, int] = {}
-    computing, batch = Batch(), Batch()
+    computing, batch = LayerBatch(), LayerBatch()
     by_numpy = needs_directions(method, parameters)
     with (
         progress.task(f"merge by {options.method}", len(pool.modules)) as advance,
@@ -142,7 +142,7 @@ def _merged(
                 # A batch that is much larger than meant is one module's: two of those would be in memory.
                 mx.eval(computing.arrays, batch.arrays if batch.held >= 2 * BATCH_FACTORS else [])
                 measure_jobs(computing.jobs)
-                computing, batch = batch, Batch()
+                computing, batch = batch, LayerBatch()
             advance(1, "")
         mx.eval(computing.arrays, batch.arrays)
         measure_jobs(computing.jobs + batch.jobs)

@@ -22,7 +22,7 @@ from mlx_rsgwm.merging.families.knots import knots
 from mlx_rsgwm.merging.families.lego import lego
 from mlx_rsgwm.merging.families.regmean import PARAMETERS as REGMEAN
 from mlx_rsgwm.merging.families.regmean import regmean
-from mlx_rsgwm.merging.families.rsgwm import rsgwm, survey
+from mlx_rsgwm.merging.families.rsgwm import rsgwm, survey_importance
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.parameters import Parameter
@@ -94,7 +94,7 @@ _RSGWM = Method(
         ),
         "epsilon": Parameter(1e-8, "added to the denominator", 0, 1, True, True),
     },
-    survey,
+    survey_importance,
     needs=("importance",),
     remedy=MASK_REMEDY,
 )
@@ -107,7 +107,7 @@ def _check_elementwise(parameters: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _elementwise(row: task_vectors.Row) -> Method:
+def _elementwise(row: task_vectors.TaskVectorMethod) -> Method:
     parameters = {name: replace(parameter, default=row.defaults[name]) for name, parameter in row.parameters.items()}
     return Method(
         elementwise(row.merge),
@@ -147,7 +147,7 @@ _TABLE: Mapping[str, Method] = MappingProxyType(
             "Algorithm 1 as printed: one signal for all roles, one quantile over all parameters, nothing normalised",
             "RS-GWM, Algorithm 1; docs/methods.md on what it leaves open",
             _RSGWM.with_defaults(signal="shared", scope="global", reference="zero", normalise="none"),
-            survey,
+            survey_importance,
             needs=("importance",),
             remedy=MASK_REMEDY,
         ),
@@ -226,7 +226,7 @@ _TABLE: Mapping[str, Method] = MappingProxyType(
                     choices=("relative", "absolute"),
                 ),
             },
-            fisher.survey,
+            fisher.survey_fisher,
             needs=("importance",),
         ),
         "regmean": Method(

@@ -45,7 +45,7 @@ HASHING_THREADS = 2
 
 
 @dataclass(frozen=True)
-class Source:
+class PoolAdapter:
     """One adapter of a pool without its arrays.
 
     ``name``: what manifests call it. ``shapes``: (in, rank, out) of every module. ``signals``: the importance it has.
@@ -64,7 +64,7 @@ class Source:
     held: Adapter | None
 
     @classmethod
-    def of(cls, adapter: Adapter) -> Source:
+    def of(cls, adapter: Adapter) -> PoolAdapter:
         """Raises RsgwmError, all reasons at once, for an adapter that no merge can take."""
         shapes, problems = {}, []
         if adapter.spec.fine_tune_type != "lora":
@@ -121,7 +121,7 @@ class Source:
             )
         return role_grams(lambda: dict(directions), metadata, role, self.label)
 
-    def shares_initial(self, other: Source) -> bool:
+    def shares_initial(self, other: PoolAdapter) -> bool:
         """True when both recorded lora_a at initialisation, and the same one."""
         if not (self.has_initial and other.has_initial):
             return False
@@ -177,7 +177,7 @@ class Pool:
     ``moments`` gives what :meth:`grams` gives, where that is not what the adapters have recorded.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[PoolAdapter, ...]
     warnings: tuple[str, ...]
     moments: Callable[[Pool], Iterator[Sequence[Gram]]] | None = None
 
@@ -190,7 +190,7 @@ class Pool:
             RsgwmError: no adapter, adapters of different bases, modules of one name with different shapes; every
                 problem at once.
         """
-        sources = tuple(Source.of(adapter) for adapter in load_adapters(adapters, lazy=True, hashes=False))
+        sources = tuple(PoolAdapter.of(adapter) for adapter in load_adapters(adapters, lazy=True, hashes=False))
         if not sources:
             raise RsgwmError("no adapters to merge")
         raise_problems("the pool cannot be merged", misfits(sources))
@@ -219,7 +219,7 @@ class Pool:
                 yield
             except (RsgwmError, ArithmeticError, RuntimeError, ValueError):
                 _wait(hashed)
-                _check_finite(self.sources, "", Source.weights)
+                _check_finite(self.sources, "", PoolAdapter.weights)
                 raise
             _wait(hashed)
 
@@ -325,7 +325,7 @@ class Pool:
         )
 
 
-def _check_finite(sources: Sequence[Source], what: str, arrays_of: Callable[[Source], Arrays]) -> None:
+def _check_finite(sources: Sequence[PoolAdapter], what: str, arrays_of: Callable[[PoolAdapter], Arrays]) -> None:
     for source in sources:
         names = not_finite(arrays_of(source), drop=True)
         raise_problems(source.label, [f"{what}{name} has values that are not finite" for name in names], AdapterError)

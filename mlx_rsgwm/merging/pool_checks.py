@@ -9,10 +9,10 @@ from mlx_rsgwm.models.base_folder import base_difference
 from mlx_rsgwm.models.token_layers import is_embedding
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.merging.pool import Source
+    from mlx_rsgwm.merging.pool import PoolAdapter
 
 
-def importance_remedy(source: Source) -> str:
+def importance_remedy(source: PoolAdapter) -> str:
     """What to do about importance that a source has not: what leads to the same error again is not said."""
     if "all" in source.signals:
         return "--set signal=shared takes what it has"
@@ -23,7 +23,7 @@ def importance_remedy(source: Source) -> str:
     )
 
 
-def misfits(sources: Sequence[Source]) -> list[str]:
+def misfits(sources: Sequence[PoolAdapter]) -> list[str]:
     """Why these adapters cannot be merged at all."""
     first, problems = sources[0], []
     for other in sources[1:]:
@@ -53,7 +53,7 @@ def misfits(sources: Sequence[Source]) -> list[str]:
     return problems
 
 
-def doubts(sources: Sequence[Source]) -> list[str]:
+def doubts(sources: Sequence[PoolAdapter]) -> list[str]:
     """What a careful person would want to know before trusting a merge of them."""
     told = []
     folders = [source.folder.resolve() for source in sources if source.folder]
@@ -72,7 +72,7 @@ def doubts(sources: Sequence[Source]) -> list[str]:
     return told
 
 
-def _descents(sources: Sequence[Source]) -> list[str]:
+def _descents(sources: Sequence[PoolAdapter]) -> list[str]:
     """Merges that stand beside adapters that they were merged from."""
     merges = [(source, source.merged_from()) for source in sources]
     if not any(parts for _, parts in merges):

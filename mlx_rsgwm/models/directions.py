@@ -36,7 +36,7 @@ Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
-class Header:
+class DirectionsHeader:
     """What a file says of itself: k, the seed of Ω, the tokens (n) of every role, and whose input a module shares."""
 
     rank: int
@@ -45,7 +45,7 @@ class Header:
     shared: Mapping[str, str]
 
     @classmethod
-    def of(cls, metadata: Mapping[str, str], where: str) -> Header:
+    def of(cls, metadata: Mapping[str, str], where: str) -> DirectionsHeader:
         """Raises AdapterError when the metadata is not what this project writes."""
         try:
             tokens = {name.partition("/")[2]: int(n) for name, n in metadata.items() if name.startswith("tokens/")}
@@ -58,7 +58,9 @@ class Header:
 class RoleGrams(Mapping[str, Gram]):
     """Second moments by module, averaged over roles by their ``shares``; each is read when asked for, and not kept."""
 
-    def __init__(self, load: Callable[[], Arrays], header: Header, shares: Mapping[str, float], where: str) -> None:
+    def __init__(
+        self, load: Callable[[], Arrays], header: DirectionsHeader, shares: Mapping[str, float], where: str
+    ) -> None:
         self._load, self._header, self._shares, self._where = load, header, shares, where
         self._arrays = load()
         self._forms = _forms(self._arrays, shares)
@@ -130,7 +132,7 @@ def load_directions(folder: Path, role: str) -> RoleGrams:
 
 def role_grams(load: Callable[[], Arrays], metadata: Mapping[str, str], role: str, where: str) -> RoleGrams:
     """As :func:`load_directions`, of arrays that ``load`` gives and their ``metadata``."""
-    header = Header.of(metadata, where)
+    header = DirectionsHeader.of(metadata, where)
     tokens = {name: n for name, n in header.tokens.items() if n > 0 and role in (name, ALL)}
     remedy = f"rsgwm directions collect {where} --corpus ROWS --replace"
     if not tokens:

@@ -20,7 +20,7 @@ PREFIX = r"(?:(?:model|language_model|transformer|gpt_neox|backbone)\.)*"
 HEAD = re.compile(PREFIX + r"(?:" + "|".join(HEADS) + r")\.weight")
 EMBEDDING = re.compile(PREFIX + r"(?:embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|embeddings)\.weight")
 PIECE = 1 << 22
-Stored = tuple[Path, Mapping[str, Any], int]  # file, header entry, start of its data
+ArrayPlace = tuple[Path, Mapping[str, Any], int]  # file, header entry, start of its data
 
 
 def refuse_other_head(path: Path, modules: Iterable[str]) -> None:
@@ -43,7 +43,7 @@ def refuse_other_head(path: Path, modules: Iterable[str]) -> None:
     )
 
 
-def _same_bytes(stored: Stored, other: Stored) -> bool:
+def _same_bytes(stored: ArrayPlace, other: ArrayPlace) -> bool:
     """Whether two arrays on disk have the same dtype, shape and bits, read a piece at a time."""
     if any(stored[1][key] != other[1][key] for key in ("dtype", "shape")):
         return False

@@ -13,7 +13,7 @@ from mlx_rsgwm.recipes.schema import MERGED, MergeSection
 
 
 @dataclass(frozen=True)
-class Pair:
+class MergedPair:
     """A drafter and a verifier from one merge of the pool, with calibration and report, in ``folder``.
 
     ``suffix`` ends the names of its stages. ``verifiers``: the folders in it that verify. ``adapter``: where the

@@ -49,7 +49,7 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base
 from mlx_rsgwm.models.base_folder import fingerprint_of
-from mlx_rsgwm.recipes.pair import Pair
+from mlx_rsgwm.recipes.pair import MergedPair
 from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
 from mlx_rsgwm.recipes.schema import MERGED, Recipe, folder_name, load_recipe, shipped_recipes
 from mlx_rsgwm.recipes.stage_bars import StageBars
@@ -70,8 +70,8 @@ class RecipeRun:
         self.template = find_template(recipe.template)
         self.stages = Stages(out, self.progress)
         alone = self._adapter(recipe.data.tasks[0]) if len(recipe.data.tasks) == 1 else None
-        self.pair = Pair(out, recipe.merge, verifiers=recipe.verifiers, adapter=alone)
-        self.pairs = [self.pair, *([Pair(out / "paper", recipe.paper, "-paper")] if recipe.paper else [])]
+        self.pair = MergedPair(out, recipe.merge, verifiers=recipe.verifiers, adapter=alone)
+        self.pairs = [self.pair, *([MergedPair(out / "paper", recipe.paper, "-paper")] if recipe.paper else [])]
         self._base: Base | None = None
         self._fingerprint = ""
 
@@ -158,7 +158,7 @@ class RecipeRun:
             ),
         ]
 
-    def _stages_of(self, pair: Pair) -> list[Stage]:
+    def _stages_of(self, pair: MergedPair) -> list[Stage]:
         """Merge, calibrate and evaluate one pair; one adapter alone is not merged."""
         recipe, tasks, roles = self.recipe, self.recipe.data.tasks, tuple(pair.roles.values())
         read = tuple({**pair.roles, **pair.asked}.values())
@@ -237,7 +237,7 @@ class RecipeRun:
         adapter.manifest["task"] = task
         finish(adapter, saving)
 
-    def _merge(self, pair: Pair) -> None:
+    def _merge(self, pair: MergedPair) -> None:
         pool = [self._adapter(task) for task in self.recipe.data.tasks]
         for role, folder in zip(("draft", "verify"), pair.roles.values(), strict=True):
             options = replace(pair.section.options(role), seed=self.recipe.seed)
@@ -247,7 +247,7 @@ class RecipeRun:
                 self.progress.detail(f"warning: {folder.relative_to(self.out)}: {warning}")
         self.progress.detail(f"merged {len(pool)} adapters into {' and '.join(map(str, pair.roles.values()))}")
 
-    def _pipeline(self, pair: Pair, score: str, threshold: float) -> DraftVerify:
+    def _pipeline(self, pair: MergedPair, score: str, threshold: float) -> DraftVerify:
         slots = slots_of(self.base, pair.asked)
         config = self.recipe.loop.config(score, threshold, self.recipe.seed)
         return DraftVerify(
@@ -256,7 +256,7 @@ class RecipeRun:
             combine=self.recipe.loop.combine if len(pair.verifiers) > 1 else "max",
         )  # fmt: skip
 
-    def _calibrate(self, pair: Pair) -> None:
+    def _calibrate(self, pair: MergedPair) -> None:
         pair.calibration.unlink(missing_ok=True)
         if self.recipe.data.calibration_items == 0:
             return
@@ -277,7 +277,7 @@ class RecipeRun:
                 adapters = [pipeline.slots.adapter(name) for name in pipeline.verifiers]
                 save_calibration(calibration_folder(adapters, pipeline.combine), calibration)
 
-    def _evaluate(self, pair: Pair) -> None:
+    def _evaluate(self, pair: MergedPair) -> None:
         section = self.recipe.evaluate
         calibration = load_calibration(pair.calibration.parent)
         loop = self.recipe.loop

@@ -24,7 +24,10 @@ from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.core.resume import content_key, plain, stamped
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.perturb import perturb
+from mlx_rsgwm.data.public_sets import SOURCES
+from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.questions import Question
+from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation.judging import judge
 from mlx_rsgwm.inference.draft import Draft
@@ -36,7 +39,7 @@ from mlx_rsgwm.models.adapter import CONFIG_FILE, DIRECTIONS_FILE, Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
-from mlx_rsgwm.studies.sweep_meter import Labelled, Meter
+from mlx_rsgwm.studies.sweep_meter import LabelledAnswer, Meter
 from mlx_rsgwm.studies.sweep_variants import ROLES, Variant
 
 FORMAT_VERSION = 2
@@ -44,7 +47,7 @@ ITEMS_FILE = "items.json"
 FOLDER = "measured"
 REFERENCE = Variant("linear")
 
-Source = Path | Adapter
+FolderOrAdapter = Path | Adapter
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,11 @@ class Plan:
     merge whose drafts are among the labelled answers.
     """
 
-    pool: tuple[Source, ...]
+    pool: tuple[FolderOrAdapter, ...]
     variants: tuple[Variant, ...]
     questions: tuple[Question, ...]
     template: Template
-    extras: Mapping[str, Source] = field(default_factory=dict)
+    extras: Mapping[str, FolderOrAdapter] = field(default_factory=dict)
     judged: int = 1_000_000
     max_tokens: int | None = None
     weights: tuple[float, ...] = ()
@@ -99,7 +102,7 @@ class Candidate:
     name: str
     kind: str
     variant: Variant | None = None
-    source: Source | None = None
+    source: FolderOrAdapter | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class Measured:
     """A whole sweep: the questions, the labelled answers, and every candidate's outcome on them."""
 
     questions: tuple[Question, ...]
-    answers: tuple[Labelled, ...]
+    answers: tuple[LabelledAnswer, ...]
     outcomes: tuple[Outcome, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -214,7 +217,7 @@ class Sweep:
             "versions": versions(),
         }
 
-    def labelled_answers(self) -> tuple[Labelled, ...]:
+    def labelled_answers(self) -> tuple[LabelledAnswer, ...]:
         """Gold, perturbed gold, and a draft of the reference merge, for the first questions of every task.
 
         Made once and kept, for every candidate must judge the same answers. Drafts are labelled by gold.
@@ -228,9 +231,9 @@ class Sweep:
             key,
             lambda: {"questions": questions, "answers": [asdict(answer) for answer in self._label_answers()]},
         )
-        return tuple(Labelled(**{**row, "tokens": tuple(row["tokens"])}) for row in stamp["answers"])
+        return tuple(LabelledAnswer(**{**row, "tokens": tuple(row["tokens"])}) for row in stamp["answers"])
 
-    def _label_answers(self) -> list[Labelled]:
+    def _label_answers(self) -> list[LabelledAnswer]:
         reference = self.plan.options(self.plan.reference, "draft")
         self.meter.load("drafter", merge(self.plan.pool, reference, self.progress))
         chosen = self._first_of_each_task()
@@ -241,13 +244,15 @@ class Sweep:
         answers = []
         for index in chosen:
             question = self.plan.questions[index]
-            answers.append(Labelled(index, "gold", question.answer, self.meter.completions[index], True))
+            answers.append(LabelledAnswer(index, "gold", question.answer, self.meter.completions[index], True))
             if negative := perturb(question, rng):
                 completion = tuple(self.plan.template.completion(self.meter.tokenizer, negative.answer))
-                answers.append(Labelled(index, "perturbed", negative.answer, completion, False))
+                answers.append(LabelledAnswer(index, "perturbed", negative.answer, completion, False))
             draft = drafted[index]
             text, correct = self._judged(index, draft)
-            answers.append(Labelled(index, "draft", text, draft.tokens + (end if draft.finished else ()), correct))
+            answers.append(
+                LabelledAnswer(index, "draft", text, draft.tokens + (end if draft.finished else ()), correct)
+            )
         return answers
 
     def _first_of_each_task(self) -> list[int]:
@@ -277,7 +282,7 @@ class Sweep:
             return [sources, options]
         return [candidate.kind, self._identities[candidate.name] if candidate.source else None]
 
-    def _outcome(self, candidate: Candidate, answers: Sequence[Labelled]) -> Outcome:
+    def _outcome(self, candidate: Candidate, answers: Sequence[LabelledAnswer]) -> Outcome:
         if candidate.variant is not None:
             return self._merge(candidate.variant, answers)
         if candidate.source is None:
@@ -293,7 +298,7 @@ class Sweep:
     def _both(self, variant: Variant) -> list[MergeOptions]:
         return [self.plan.options(variant, role) for role in ROLES]
 
-    def _merge(self, variant: Variant, answers: Sequence[Labelled]) -> Outcome:
+    def _merge(self, variant: Variant, answers: Sequence[LabelledAnswer]) -> Outcome:
         draft, verify = self._both(variant)
         # Of the same settings each role's directions make another merge.
         same = resolved(draft) == resolved(verify) and not self._reads_directions(variant)
@@ -311,7 +316,7 @@ class Sweep:
         return self._measure(outcome, "drafter", "drafter" if same else "verifier", answers)
 
     def _measure(
-        self, outcome: Outcome, drafter: str | None, verifier: str | None, answers: Sequence[Labelled]
+        self, outcome: Outcome, drafter: str | None, verifier: str | None, answers: Sequence[LabelledAnswer]
     ) -> Outcome:
         """``outcome`` filled in, for the slots that draft and verify."""
         drafts, nats = self.meter.drafts(drafter)
@@ -328,7 +333,7 @@ class Sweep:
         return text, judge(self.plan.questions[index], replace(draft, text=text), {}).correct
 
 
-def adapter_hashes(source: Source) -> dict[str, str]:
+def adapter_hashes(source: FolderOrAdapter) -> dict[str, str]:
     """Hashes of the files of an adapter folder that merges read, but for the directions, which few need.
 
     Of an adapter of another source, that of its content.
@@ -342,3 +347,16 @@ def adapter_hashes(source: Source) -> dict[str, str]:
 def task_of(name: str, manifest: Mapping[str, Any]) -> str:
     """What an adapter says it was trained on; its own ``name`` when it says nothing."""
     return Path(str(manifest.get("task") or name)).stem
+
+
+def tasks_of_pool(adapters: Sequence[Adapter]) -> list[str]:
+    """The tasks that a pool's adapters say they were trained on, each once.
+
+    Raises:
+        RsgwmError: one of which no held-out questions are known here.
+    """
+    tasks = [str(adapter.manifest.get("task") or adapter.name) for adapter in adapters]
+    unknown = [task for task in tasks if not is_question_file(task) and task not in FAMILIES and task not in SOURCES]
+    if unknown:
+        raise RsgwmError(f"there are no held-out items for {', '.join(unknown)}; say what to evaluate on with --task")
+    return list(dict.fromkeys(tasks))

@@ -63,7 +63,7 @@ PRINTED = {
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row to measure: a recipe variant, threshold, who verifies, and in which words it is asked."""
 
     name: str
@@ -73,14 +73,18 @@ class Row:
     aligned: bool = True
 
 
-ROWS: dict[int, tuple[Row, ...]] = {
-    1: (Row("Single-GWM", verifier="drafter"), Row("GWM-DV-V2")),
+ROWS: dict[int, tuple[TableRow, ...]] = {
+    1: (TableRow("Single-GWM", verifier="drafter"), TableRow("GWM-DV-V2")),
     2: (
-        Row("τ 0.7 (default)", threshold=0.7, aligned=False),
-        Row("τ 0.5 (smoke)", threshold=0.5, aligned=False),
-        Row("τ 0.5 (aligned prompts)", threshold=0.5),
+        TableRow("τ 0.7 (default)", threshold=0.7, aligned=False),
+        TableRow("τ 0.5 (smoke)", threshold=0.5, aligned=False),
+        TableRow("τ 0.5 (aligned prompts)", threshold=0.5),
     ),
-    3: (Row("default"), Row("balanced", variant="balanced"), Row("phase-2 prompts", variant="phase-2 prompts")),
+    3: (
+        TableRow("default"),
+        TableRow("balanced", variant="balanced"),
+        TableRow("phase-2 prompts", variant="phase-2 prompts"),
+    ),
 }
 
 
@@ -94,7 +98,7 @@ class Setting:
     batch_rows: int = 32
 
 
-def measure(
+def measure_table(
     table: int,
     base: Base,
     runs: Mapping[str, Path],
@@ -142,7 +146,7 @@ def file_name(name: str) -> str:
 
 
 def _measure_row(
-    row: Row, base: Base, run: Path, questions: Sequence[Question], setting: Setting, out: Path, progress: Progress
+    row: TableRow, base: Base, run: Path, questions: Sequence[Question], setting: Setting, out: Path, progress: Progress
 ) -> list[ItemRecord]:
     slots = slots_of(base, {name: run / name for name in ("drafter", row.verifier)})
     template = Template.from_description(slots.adapter("drafter").manifest["template"])
@@ -165,7 +169,7 @@ def _measure_row(
     )
 
 
-def row_summary(row: Row, records: Sequence[ItemRecord], printed: PaperRow, attempts: int) -> dict[str, Any]:
+def row_summary(row: TableRow, records: Sequence[ItemRecord], printed: PaperRow, attempts: int) -> dict[str, Any]:
     """Our figures (first seed with intervals, all seeds as tuples and medians) beside the paper's."""
     tables = [metrics.table(rows, "draft_verify", max_attempts=attempts) for rows in by_seed(records).values()]
     first = tables[0].to_dict()

@@ -28,7 +28,7 @@ JUDGED_BY = ("mean_logprob", "yesno")  # the scores that need no fitting
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledAnswer:
     """An answer to judge: index of its question, where it comes from (gold, perturbed, draft), whether it is right.
 
     ``tokens`` end with the end-of-text token, unless the token limit cut the draft.
@@ -114,7 +114,7 @@ class Meter:
             drafts.update(zip(indices, drafted, strict=True))
         return drafts
 
-    def scores(self, slot: str | None, answers: Sequence[Labelled]) -> dict[str, tuple[float, ...]]:
+    def scores(self, slot: str | None, answers: Sequence[LabelledAnswer]) -> dict[str, tuple[float, ...]]:
         """Every score of every labelled answer; equal answers to a question are read once."""
         template, tokenizer = self.template, self.tokenizer
         first = {(answer.question, answer.tokens): answer for answer in reversed(answers)}

@@ -13,7 +13,7 @@ from mlx_rsgwm.core.tables import Section, markdown_page, shortened, show, text_
 from mlx_rsgwm.evaluation.report.figures import COLORS, Size, legend_below, spread_of, write_figure
 from mlx_rsgwm.studies.merge_sweep import Measured
 from mlx_rsgwm.studies.sweep_meter import JUDGED_BY
-from mlx_rsgwm.studies.sweep_summary import summarise
+from mlx_rsgwm.studies.sweep_summary import summarise_sweeps
 
 REPORT_FILE = "sweep.json"
 MARKDOWN_FILE = "sweep.md"
@@ -98,15 +98,15 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
 
 def write_sweep(folder: Path, sweeps: Sequence[Measured], seed: int = 0) -> dict[str, Any]:
     """Write sweep.md, sweep.png and, last, sweep.json, and return what that holds."""
-    summary = summarise(sweeps, seed)
+    summary = summarise_sweeps(sweeps, seed)
     make_folder(folder)
     files.write_text(folder / MARKDOWN_FILE, render_markdown(summary))
-    plot(summary, folder / PLOT_FILE)
+    plot_sweep(summary, folder / PLOT_FILE)
     files.write_json(folder / REPORT_FILE, summary)
     return summary
 
 
-def plot(summary: Mapping[str, Any], path: Path, title: str = "") -> None:
+def plot_sweep(summary: Mapping[str, Any], path: Path, title: str = "") -> None:
     """Draft accuracy with intervals, sorted, and the AUROC of both scores beside it; PNG or SVG."""
     size: Size = (11, 1.7 + 0.27 * len(summary["rows"]))
     write_figure(path, partial(_draw, summary=summary, title=title), size)

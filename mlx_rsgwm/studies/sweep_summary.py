@@ -21,7 +21,7 @@ from mlx_rsgwm.evaluation.stats.stratified import (
     item_counts,
     item_mean,
     item_ratio,
-    mean_of,
+    stratified_mean,
     weighted_auroc,
 )
 from mlx_rsgwm.studies.merge_sweep import Measured, Outcome
@@ -56,7 +56,7 @@ class Stratum:
     counts: np.ndarray
 
 
-def summarise(sweeps: Sequence[Measured], seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Any]:
+def summarise_sweeps(sweeps: Sequence[Measured], seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Any]:
     """One JSON object with everything that is shown.
 
     Accuracies have Wilson intervals; NLL, AUROC, differences and retention 95 % percentile bootstraps over items,
@@ -226,7 +226,9 @@ class _Table:
 
     def _mean(self, name: str, statistic: Callable[[Stratum, Outcome], Estimate], task: str | None = None) -> Estimate:
         """The mean of a statistic over the strata in which it exists."""
-        return mean_of([statistic(s, self.columns[name][s.sweep]) for s in self.strata if task in (None, s.task)])
+        return stratified_mean(
+            [statistic(s, self.columns[name][s.sweep]) for s in self.strata if task in (None, s.task)]
+        )
 
     @staticmethod
     def _hits(stratum: Stratum, outcome: Outcome) -> Estimate:

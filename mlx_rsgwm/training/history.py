@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Step:
+class StepLoss:
     """One line of the loss history: mean loss in nats per trained token of the step's rows."""
 
     step: int
@@ -25,7 +25,7 @@ class Score:
     by_role: dict[str, float]
 
 
-def mean_loss(steps: Sequence[Step]) -> float | None:
+def mean_loss(steps: Sequence[StepLoss]) -> float | None:
     """Mean loss in nats per trained token over ``steps``; None without any."""
     tokens = sum(step.trained_tokens for step in steps)
     return sum(step.loss * step.trained_tokens for step in steps) / tokens if tokens else None

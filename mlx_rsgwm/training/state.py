@@ -24,7 +24,7 @@ from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.checkpoints import Checkpoint, Interruption, Saving, write_checkpoint
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at, make_optimizer
 from mlx_rsgwm.training.directions import DirectionSums
-from mlx_rsgwm.training.history import Score, Step, mean_loss
+from mlx_rsgwm.training.history import Score, StepLoss, mean_loss
 from mlx_rsgwm.training.importance import Importance
 from mlx_rsgwm.training.layers import recomputed_blocks, trainable
 from mlx_rsgwm.training.losses import batch_nats, held_out_nats
@@ -56,7 +56,7 @@ class TrainingRun:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in self.start) if config.directions else {}
         roles = {rows[index].role for step in plan for index in step}
         self.directions = DirectionSums(model, modules, roles, config.directions, config.directions_every)
-        self.history: list[Step] = []
+        self.history: list[StepLoss] = []
         self.scores: list[Score] = []
         self.before: dict[str, float] = {}
         self.padded = self.real = 0
@@ -140,7 +140,7 @@ class TrainingRun:
                 save()
         self.seconds = earlier
 
-    def step(self, keep_sum: bool) -> Step:
+    def step(self, keep_sum: bool) -> StepLoss:
         """One optimiser step over the plan's next rows."""
         number = self.done
         indices = self.plan[number]
@@ -171,7 +171,7 @@ class TrainingRun:
                 "lower the learning rate or look at these rows; checkpoints of earlier steps are kept"
             )
         trained = sum(self.rows[index].trained_tokens for index in indices)
-        self.history.append(Step(number + 1, role, value, trained))
+        self.history.append(StepLoss(number + 1, role, value, trained))
         self.real += sum(len(self.rows[index].tokens) - 1 for index in indices)
         return self.history[-1]
 
@@ -253,7 +253,7 @@ class TrainingRun:
         self.before = record["before"]
         self.scores = [Score(**score) for score in record["scores"]]
         self.padded, self.real, self.seconds = record["padded"], record["real"], record["seconds"]
-        self.history = [Step(*line) for line in record["history"]]
+        self.history = [StepLoss(*line) for line in record["history"]]
         self._saved_step = checkpoint.step
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, self.importance.moments)
 
@@ -263,7 +263,7 @@ class TrainingRun:
             return False
         return sum(score.step > best.step for score in self.scores) >= self.config.patience
 
-    def _numbers(self, step: Step) -> dict[str, float]:
+    def _numbers(self, step: StepLoss) -> dict[str, float]:
         rate = learning_rate_at(self.config, step.step - 1, len(self.plan))
         memory = {f"memory/{name}": float(value) for name, value in memory_now().items()}
         return {f"loss/{step.role}": step.loss, "learning_rate": rate, "trained_tokens": step.trained_tokens, **memory}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_rsgwm.data.boxes import find_boxes
-from mlx_rsgwm.data.equations import evaluate, find_equations, scan_equations
+from mlx_rsgwm.data.equations import find_equations, scan_equations, value_of_parts
 from mlx_rsgwm.data.numbers import parse_number, write_number
 from mlx_rsgwm.data.perturb import borrow, make_wrong, perturb
 from mlx_rsgwm.data.questions import Question, load_questions
@@ -53,7 +53,7 @@ def solutions(draw):
             sign = "+"
         if sign == "/" and value % other:
             sign = "*"
-        result = evaluate([Fraction(value), sign, Fraction(other)])
+        result = value_of_parts([Fraction(value), sign, Fraction(other)])
         style = draw(
             st.sampled_from(["{a} {s} {b} = {c}", "so ${a}{s}{b}=${c}.", "He has {a} eggs {s} {b} eggs = {c} eggs."])
         )
@@ -147,10 +147,10 @@ def test_equations_found(text, count):
 
 def test_precedence_and_failure():
     read = [Fraction(2), "+", Fraction(3), "*", Fraction(4), "-", Fraction(8), "/", Fraction(2), "/", Fraction(2)]
-    assert evaluate(read) == 12
-    assert evaluate([Fraction(1), "/", Fraction(0)]) is None
-    assert evaluate(["(", Fraction(1)]) is None
-    assert evaluate([Fraction(1), "+"]) is None
+    assert value_of_parts(read) == 12
+    assert value_of_parts([Fraction(1), "/", Fraction(0)]) is None
+    assert value_of_parts(["(", Fraction(1)]) is None
+    assert value_of_parts([Fraction(1), "+"]) is None
 
 
 def test_labels():

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.inference.draft import Signals
 from mlx_rsgwm.inference.scores import (
+    CURVE_METHODS,
     FEATURES,
-    METHODS,
     Combination,
     Curve,
     Scorer,
@@ -69,7 +69,7 @@ def test_a_curve_finds_the_probabilities_that_made_the_labels(method, slope, int
         assert (curve.slope, curve.intercept) == (pytest.approx(slope, abs=0.1), pytest.approx(intercept, abs=0.1))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CURVE_METHODS)
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 1, 0, 1], [1, 0, 0, 0, 0, 0]])
 def test_a_curve_never_reorders_drafts(method, labels):
     raw = np.array([0.1, 0.2, 0.4, 0.6, 0.9, 0.95])

@@ -23,9 +23,9 @@ from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, WEIGHTS_FILE, Adapter, put
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.studies import merge_sweep as module
 from mlx_rsgwm.studies.merge_sweep import Measured, Outcome, Plan, Sweep
-from mlx_rsgwm.studies.sweep_meter import Labelled, Meter
-from mlx_rsgwm.studies.sweep_report import plot, render_markdown, render_table, write_sweep
-from mlx_rsgwm.studies.sweep_summary import summarise
+from mlx_rsgwm.studies.sweep_meter import LabelledAnswer, Meter
+from mlx_rsgwm.studies.sweep_report import plot_sweep, render_markdown, render_table, write_sweep
+from mlx_rsgwm.studies.sweep_summary import summarise_sweeps
 from mlx_rsgwm.studies.sweep_variants import Variant, parse_variants
 from mlx_rsgwm.training.losses import held_out_loss
 
@@ -236,7 +236,7 @@ def invented(seed=0, items=30, names=("good", "bad")):
     rng = np.random.default_rng(seed)
     questions = tuple(Question(f"{task}{n}", task, f"{task} {n}?", "", "1") for task in TASKS for n in range(items))
     answers = tuple(
-        Labelled(n, kind, "1", (1,), kind == "gold" or (kind == "draft" and n % 2 == 0))
+        LabelledAnswer(n, kind, "1", (1,), kind == "gold" or (kind == "draft" and n % 2 == 0))
         for n in range(len(questions))
         for kind in ("gold", "perturbed", "draft")
     )
@@ -256,7 +256,7 @@ def invented(seed=0, items=30, names=("good", "bad")):
 
 def test_statistics_against_the_slow_way():
     sweeps = [invented(0), invented(1)]
-    summary = summarise(sweeps)
+    summary = summarise_sweeps(sweeps)
     rows = {row["name"]: row for row in summary["rows"]}
     hits = {
         name: [right for one in sweeps for o in one.outcomes if o.name == name for _, right in o.drafts]
@@ -304,7 +304,7 @@ def test_p_values_are_corrected_over_the_merges_compared():
         return replace(good, name=name, drafts=drafts)
 
     measured = replace(one, outcomes=(*one.outcomes, worse("near", 3), worse("far", 7)))
-    rows = {row["name"]: row["against_best"]["accuracy"] for row in summarise([measured])["rows"]}
+    rows = {row["name"]: row["against_best"]["accuracy"] for row in summarise_sweeps([measured])["rows"]}
     first, second, third = sorted(rows[name]["p_value"] for name in ("bad", "near", "far"))
     expected = [min(3 * first, 1), min(max(3 * first, 2 * second), 1)]
     expected.append(min(max(expected[-1], third), 1))
@@ -317,7 +317,7 @@ def test_intervals_cover_as_they_say():
     """A bootstrap interval of an AUROC that is .5 by construction holds .5 about 19 times of 20."""
     inside = 0
     for seed in range(60):
-        found = summarise([invented(seed, items=25)], resamples=300)
+        found = summarise_sweeps([invented(seed, items=25)], resamples=300)
         rate = next(row for row in found["rows"] if row["name"] == "bad")["auroc"]["yesno"]["all"]
         inside += rate["low"] <= 0.5 <= rate["high"]
     assert 52 <= inside <= 60
@@ -326,11 +326,11 @@ def test_intervals_cover_as_they_say():
 def test_a_class_that_is_missing_is_left_out():
     one = invented()
     answers = tuple(replace(a, correct=False) if a.kind == "draft" and a.question < 30 else a for a in one.answers)
-    summary = summarise([replace(one, answers=answers)])
+    summary = summarise_sweeps([replace(one, answers=answers)])
     row = summary["rows"][0]
     assert row["auroc"]["mean_logprob"]["drafts"] is not None  # the other task still has both
     answers = tuple(replace(a, correct=False) if a.kind == "draft" else a for a in one.answers)
-    summary = summarise([replace(one, answers=answers)])
+    summary = summarise_sweeps([replace(one, answers=answers)])
     assert summary["rows"][0]["auroc"]["mean_logprob"]["drafts"] is None
     assert "–" in render_table(summary)
 
@@ -338,24 +338,24 @@ def test_a_class_that_is_missing_is_left_out():
 def test_sweeps_that_do_not_belong_together():
     one = invented()
     with pytest.raises(RsgwmError, match="differ in tasks"):
-        summarise([one, replace(one, questions=one.questions[:30])])
+        summarise_sweeps([one, replace(one, questions=one.questions[:30])])
     with pytest.raises(RsgwmError, match="no merge sweep"):
-        summarise([])
+        summarise_sweeps([])
 
 
 def test_a_merge_refused_once_is_not_ranked():
     one, other = invented(0), invented(1)
     refused = tuple(Outcome(o.name, o.kind, refused="it collapses") if o.name == "bad" else o for o in other.outcomes)
-    summary = summarise([one, replace(other, outcomes=refused)])
+    summary = summarise_sweeps([one, replace(other, outcomes=refused)])
     assert summary["refused"] == {"bad": {"sweeps": 1, "reason": "it collapses"}}
     assert "1 of 2" in render_markdown(summary)
 
 
 def test_plot_is_a_picture(tmp_path):
-    plot(summarise([invented()]), tmp_path / "sweep.png")
+    plot_sweep(summarise_sweeps([invented()]), tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(RsgwmError, match="cannot write"):
-        plot(summarise([invented()]), tmp_path / "none" / "sweep.png")
+        plot_sweep(summarise_sweeps([invented()]), tmp_path / "none" / "sweep.png")
 
 
 def test_labels_read_back():

@@ -7,7 +7,7 @@ from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.studies.paper_tables import Setting, file_name, measure, table_notes, table_rows
+from mlx_rsgwm.studies.paper_tables import Setting, file_name, measure_table, table_notes, table_rows
 
 VARIANTS = ("default", "balanced", "phase-2 prompts")
 
@@ -27,7 +27,7 @@ def test_a_table(table, run, base, tmp_path, monkeypatch):
         table, base, dict.fromkeys(VARIANTS, run), generate("change", 3, 1, "test"), dict.fromkeys(VARIANTS, setting),
         tmp_path / "out",
     )  # fmt: skip
-    found = measure(*arguments)
+    found = measure_table(*arguments)
     rows, notes = table_rows(found), " ".join(table_notes(found))
     assert len(rows) == 1 + 2 * len(found["rows"])
     assert all(len(row) == len(rows[0]) for row in rows)
@@ -48,9 +48,9 @@ def test_a_table(table, run, base, tmp_path, monkeypatch):
     if table == 3:
         assert "template=chat" in notes
     monkeypatch.setattr(DraftVerify, "draft_many", lambda *rest: pytest.fail("drafted again"))
-    assert measure(*arguments) == found
+    assert measure_table(*arguments) == found
 
 
 def test_there_is_no_table_4(base, tmp_path):
     with pytest.raises(RsgwmError, match="1, 2 and 3, found 4"):
-        measure(4, base, {}, [], {}, tmp_path)
+        measure_table(4, base, {}, [], {}, tmp_path)

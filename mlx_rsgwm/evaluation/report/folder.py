@@ -21,7 +21,7 @@ from mlx_rsgwm.evaluation.calculator_systems import SYSTEMS, annotated
 from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
 from mlx_rsgwm.evaluation.report.html import render_html
 from mlx_rsgwm.evaluation.report.outcome import p_shown
-from mlx_rsgwm.evaluation.report.plots import plot
+from mlx_rsgwm.evaluation.report.plots import plot_report
 from mlx_rsgwm.evaluation.report.summary import FORMAT, summarise
 
 TITLE = "Evaluation"
@@ -264,7 +264,7 @@ def write_report(
     write_items(folder / ITEMS_FILE, records)
     files.write_text(folder / MARKDOWN_FILE, render_markdown(summary))
     files.write_text(folder / HTML_FILE, render_html(TITLE, sections(summary), notes(summary), summary, records))
-    plot(summary, folder / PLOT_FILE)
+    plot_report(summary, folder / PLOT_FILE)
     names = [ITEMS_FILE, MARKDOWN_FILE, HTML_FILE, PLOT_FILE]
     summary["files"] = {name: files.sha256_file(folder / name) for name in names}
     files.write_json(folder / REPORT_FILE, summary)

@@ -44,7 +44,7 @@ def _right_answers(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"all questions": everything, **(summary["by_task"] if len(summary["by_task"]) > 1 else {})}
 
 
-def reliability(figure: Any, summary: Mapping[str, Any]) -> None:
+def draw_reliability(figure: Any, summary: Mapping[str, Any]) -> None:
     """Share of right drafts over the mean score of each bin."""
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color="grey", linestyle=":")
@@ -86,7 +86,7 @@ def threshold_sweep(figure: Any, summary: Mapping[str, Any]) -> None:
     legend_below(figure, axes)
 
 
-def attempts(figure: Any, summary: Mapping[str, Any]) -> None:
+def draw_attempts(figure: Any, summary: Mapping[str, Any]) -> None:
     """How many items took how many drafts."""
     axes, counts = figure.subplots(), summary["attempts"]
     axes.bar(range(len(counts)), list(counts.values()), 0.6)
@@ -111,10 +111,10 @@ def latency(figure: Any, summary: Mapping[str, Any]) -> None:
 
 PANELS: Mapping[str, Callable[..., None]] = {  # of (figure, summary)
     OPENING: families,
-    "Reliability": reliability,
+    "Reliability": draw_reliability,
     "Risk and coverage": risk_and_coverage,
     "Threshold sweep": threshold_sweep,
-    "Attempts": attempts,
+    "Attempts": draw_attempts,
     "Latency": latency,
 }
 
@@ -131,7 +131,7 @@ def draw_report(figure: Any, summary: Mapping[str, Any]) -> None:
         panel(place, summary)
 
 
-def plot(summary: Mapping[str, Any], path: Path) -> None:
+def plot_report(summary: Mapping[str, Any], path: Path) -> None:
     """Write all panels as one picture, PNG or SVG by the suffix of ``path``."""
     size = (COLUMNS * PANEL[0], panel_size(summary)[1] + (ROWS - 1) * PANEL[1])
     write_figure(path, partial(draw_report, summary=summary), size)

@@ -54,7 +54,7 @@ def item_counts(rng: np.random.Generator, items: int, resamples: int) -> np.ndar
     return rng.multinomial(items, np.full(items, 1 / items), size=resamples)
 
 
-def mean_of(strata: Sequence[Estimate]) -> Estimate:
+def stratified_mean(strata: Sequence[Estimate]) -> Estimate:
     """The mean over the strata in which the statistic exists."""
     known = [stratum for stratum in strata if np.isfinite(stratum.value)]
     if not known:

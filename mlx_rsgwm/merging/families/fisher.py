@@ -17,14 +17,14 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class Survey:
+class FisherNorms:
     """Over all modules of each adapter: ``norms``, the L2 norm of its Fisher weights, and their root mean square."""
 
     norms: mx.array
     roots: mx.array
 
 
-def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
+def survey_fisher(pool: Pool, parameters: Mapping[str, Any]) -> FisherNorms:
     """One pass over the importances, adapter by adapter; both results (T,) float32.
 
     Raises:
@@ -44,7 +44,7 @@ def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
             mx.eval(total)
         norms.append(mx.square(unit) * mx.sqrt(total))
         roots.append(norms[-1] / max(count, 1) ** 0.5)
-    return Survey(mx.stack(norms), mx.stack(roots))
+    return FisherNorms(mx.stack(norms), mx.stack(roots))
 
 
 class FisherMean:
@@ -79,7 +79,7 @@ def fisher(layer: Layer) -> Factors | mx.array:
     then little but the mean. ``weights`` are the λ.
     """
     parameters, pool_survey = layer.parameters, layer.survey
-    assert isinstance(pool_survey, Survey)
+    assert isinstance(pool_survey, FisherNorms)
     count = len(layer.factors)
     minimum = parameters["minimum"]
     relative = parameters["floor"] == "relative"

@@ -11,14 +11,14 @@ import mlx.core as mx
 from mlx_rsgwm.linalg.lowrank import Factors, cross
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.pool import Pool
-from mlx_rsgwm.merging.steps.masks import Histogram, MaskedMean, mean_of, quantile, ranks
+from mlx_rsgwm.merging.steps.masks import Histogram, MaskedMean, mean_entry, quantile, ranks
 
 # A norm is evaluated whenever so many entries of factors have come in.
 NORM_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Survey:
+class ImportanceSurvey:
     """What one pass over every adapter's importance found.
 
     ``divisors``: what each adapter's importance is divided by: its mean over all entries, that times the norm of the
@@ -30,13 +30,13 @@ class Survey:
     thresholds: tuple[Mapping[str, mx.array], ...]
 
 
-def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
+def survey_importance(pool: Pool, parameters: Mapping[str, Any]) -> ImportanceSurvey:
     """One pass over the importances, adapter by adapter, for what the modules cannot know by themselves."""
     product = parameters["space"] == "product"
     wide = parameters["scope"] in ("factor", "global")
     mean, norm = parameters["normalise"] in ("mean", "norm"), parameters["normalise"] == "norm"
     if not wide and not mean:
-        return Survey((mx.array(1.0),) * len(pool.sources), ({},) * len(pool.sources))
+        return ImportanceSurvey((mx.array(1.0),) * len(pool.sources), ({},) * len(pool.sources))
     divisors, thresholds = [], []
     pool.require_signal(parameters["signal"])
     for index, source in enumerate(pool.sources):
@@ -45,12 +45,12 @@ def survey(pool: Pool, parameters: Mapping[str, Any]) -> Survey:
         else:
             # Sorted, so that a sum does not depend on the order in a file.
             arrays = dict(sorted(source.importance(parameters["signal"]).items()))
-            found_mean = mean_of(arrays.values())
+            found_mean = mean_entry(arrays.values())
             pooled = _pooled_thresholds(arrays, parameters) if wide else {}
         mx.eval(found_mean, pooled)
         divisors.append(found_mean * (update_norm(pool, index) if norm else 1) if mean else mx.array(1.0))
         thresholds.append(pooled)
-    return Survey(tuple(divisors), tuple(thresholds))
+    return ImportanceSurvey(tuple(divisors), tuple(thresholds))
 
 
 def update_norm(pool: Pool, index: int) -> mx.array:
@@ -146,12 +146,12 @@ def _thresholds(layer: Layer, index: int, importance: tuple[mx.array, mx.array])
     if scope == "module":
         both = quantile(mx.concatenate([s_a.reshape(-1), s_b.reshape(-1)]), tau)
         return both, both
-    pool_survey: Survey = layer.survey
+    pool_survey: ImportanceSurvey = layer.survey
     return pool_survey.thresholds[index]["lora_a"], pool_survey.thresholds[index]["lora_b"]
 
 
 def _weight(layer: Layer, index: int, importance: mx.array) -> mx.array:
-    pool_survey: Survey = layer.survey
+    pool_survey: ImportanceSurvey = layer.survey
     if layer.parameters["normalise"] == "rank":
         return layer.weights[index] * ranks(importance)
     return importance * (layer.weights[index] / pool_survey.divisors[index])

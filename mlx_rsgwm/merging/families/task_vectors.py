@@ -97,7 +97,7 @@ def _varying(deltas: Sequence[mx.array], share: float) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskVectorMethod:
     """One method of the family: ``merge(deltas, weights, key, **parameters)``, and what its parameters may be.
 
     ``defaults`` and ``parameters`` name the same ones; ``merge`` has the defaults already. ``lambda`` is among them
@@ -139,11 +139,11 @@ def _row(
     source: str,
     parameters: Mapping[str, Parameter],
     **defaults: Any,
-) -> Row:
+) -> TaskVectorMethod:
     defaults = {"normalise": "weights", "lambda": 1.0, **defaults}
     options = {name: value for name, value in defaults.items() if name != "lambda"}
     merge = partial(merge_task_vectors, sparsification=sparsification, **options)
-    return Row(merge, summary, source, defaults, {**parameters, "normalise": NORMALISE, "lambda": LAMBDA})
+    return TaskVectorMethod(merge, summary, source, defaults, {**parameters, "normalise": NORMALISE, "lambda": LAMBDA})
 
 
 _MAGNITUDE = {"density": DENSITY, "rescale": RESCALE_CHOSEN}
@@ -156,7 +156,7 @@ _ELECTED = {"election": ELECTION}
 # Breadcrumbs, della_linear) and PEFT sum, their users give weights that sum to 1. Densities: TIES keeps 20 % as
 # published, the random methods half (fusion_bench), Breadcrumbs what mergekit's guide shows; mergekit's default, 1,
 # prunes nothing.
-FAMILY: Mapping[str, Row] = MappingProxyType(
+FAMILY: Mapping[str, TaskVectorMethod] = MappingProxyType(
     {
         "ties": _row(
             "magnitude",
@@ -241,7 +241,7 @@ FAMILY: Mapping[str, Row] = MappingProxyType(
             density=0.5,
             rescale="none",
         ),
-        "sce": Row(
+        "sce": TaskVectorMethod(
             sce,
             "keep what differs most, weight by energy, elect signs, average what agrees",
             "Wan et al., 2024 (arXiv 2408.07990); mergekit sce",

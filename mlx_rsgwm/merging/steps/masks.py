@@ -91,7 +91,7 @@ def ranks(values: mx.array) -> mx.array:
     return ((order + 1).astype(mx.float32) / flat.size).reshape(values.shape)
 
 
-def mean_of(arrays: Iterable[mx.array]) -> mx.array:
+def mean_entry(arrays: Iterable[mx.array]) -> mx.array:
     """Mean over the entries of all arrays, never 0."""
     total, count = mx.array(0.0), 0
     for array in arrays:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from mlx_rsgwm.cli.fuse import FORMATS as CLI_FORMATS
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.converters.fuse.fuse import FORMATS, Stored, fuse
+from mlx_rsgwm.converters.fuse.fuse import FORMATS, StoredForm, fuse
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.base import load_base
@@ -261,7 +261,7 @@ def test_more_bits_keep_more(bases, tmp_path):
 
 def test_rounding_is_that_of_the_float_type():
     values = mx.array([[1 / 3, 1e-9, 70000.0]])
-    assert mx.array_equal(Stored(mx.bfloat16).round_trip(values), values.astype(mx.bfloat16).astype(mx.float32))
+    assert mx.array_equal(StoredForm(mx.bfloat16).round_trip(values), values.astype(mx.bfloat16).astype(mx.float32))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------

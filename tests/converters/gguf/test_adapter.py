@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.converters.base_layers import BaseLayers, Layer
+from mlx_rsgwm.converters.base_layers import BaseLayer, BaseLayers
 from mlx_rsgwm.converters.gguf.adapter import to_gguf
 from mlx_rsgwm.converters.gguf.architectures import ADAPTER_TYPES
-from mlx_rsgwm.converters.gguf.names import architecture_of, permute_rows, tensor_namer
+from mlx_rsgwm.converters.gguf.names import adapter_architecture, permute_rows, tensor_namer
 from mlx_rsgwm.converters.gguf.read import unpermute
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
@@ -45,11 +45,13 @@ def some_base(tmp_path):
         }
         (tmp_path / "base").mkdir(exist_ok=True)
         (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-        layers = {f"model.layers.{i}.{key}": Layer("linear", *shape) for i in range(2) for key, shape in SHAPES.items()}
-        layers |= {"model.embed_tokens": Layer("embedding", 50, HIDDEN), "lm_head": Layer("linear", HIDDEN, 50)}
+        layers = {
+            f"model.layers.{i}.{key}": BaseLayer("linear", *shape) for i in range(2) for key, shape in SHAPES.items()
+        }
+        layers |= {"model.embed_tokens": BaseLayer("embedding", 50, HIDDEN), "lm_head": BaseLayer("linear", HIDDEN, 50)}
         for name, (inputs, outputs) in {"gate_proj": (32, 24), "up_proj": (32, 24), "down_proj": (24, 32)}.items():
-            layers[f"model.layers.0.mlp.switch_mlp.{name}"] = Layer("experts", inputs, outputs, 4)
-            layers[f"model.layers.0.block_sparse_moe.switch_mlp.{name}"] = Layer("experts", inputs, outputs, 4)
+            layers[f"model.layers.0.mlp.switch_mlp.{name}"] = BaseLayer("experts", inputs, outputs, 4)
+            layers[f"model.layers.0.block_sparse_moe.switch_mlp.{name}"] = BaseLayer("experts", inputs, outputs, 4)
         return BaseLayers("some/base", tmp_path / "base", model_type, {}, layers, {}, tied)
 
     return make
@@ -106,7 +108,7 @@ def test_llama_cpp_would_add_the_same_to_every_weight(some_base, tmp_path, model
         layer, key = module.split(".")[2], module.rpartition(".")[2]
         name = f"blk.{layer}.{NAMES[key]}.weight"
         change = applied(fields, tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"])
-        if architecture_of(model_type)[1] and key in ("q_proj", "k_proj"):
+        if adapter_architecture(model_type)[1] and key in ("q_proj", "k_proj"):
             change = unpermute(change, HEADS if key == "q_proj" else KV_HEADS)
         assert np.abs(change - expected(adapter, module)).max() < 1e-5
 

@@ -16,7 +16,7 @@ from mlx_rsgwm.converters.parity.check import check_parity
 from mlx_rsgwm.converters.parity.mlx import exact_float32
 from mlx_rsgwm.converters.parity.torch import torch_device
 from mlx_rsgwm.converters.parity.trace import Logits, Trace, perplexity
-from mlx_rsgwm.converters.parity.verdict import compare, compare_continuations
+from mlx_rsgwm.converters.parity.verdict import compare_continuations, compare_logits
 from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.core.files import sha256_file
@@ -243,7 +243,7 @@ def logits(base=0.0, adapted=1.0, modules=2):
     ],
 )
 def test_every_reason_to_fail_is_said(theirs, expected):
-    result = compare(logits(), theirs, 2, 1e-3)
+    result = compare_logits(logits(), theirs, 2, 1e-3)
     assert result["passed"] is (not expected)
     assert len(result["failures"]) == len(expected)
     assert all(part in text for part, text in zip(expected, result["failures"], strict=True))

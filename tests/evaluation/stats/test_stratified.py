@@ -9,7 +9,7 @@ from mlx_rsgwm.evaluation.stats.stratified import (
     item_counts,
     item_mean,
     item_ratio,
-    mean_of,
+    stratified_mean,
     weighted_auroc,
 )
 
@@ -50,10 +50,10 @@ def test_weighted_auroc_is_that_of_the_repeated_answers(rng):
 def test_a_stratum_that_says_nothing_is_left_out_of_the_mean():
     known = Estimate(0.5, np.array([0.4, np.nan, 0.6]))
     other = Estimate(0.7, np.array([0.6, 0.8, np.nan]))
-    mean = mean_of([known, Estimate(float("nan"), np.array([])), other])
+    mean = stratified_mean([known, Estimate(float("nan"), np.array([])), other])
     assert mean.value == pytest.approx(0.6)
     assert mean.resamples == pytest.approx([0.5, 0.8, 0.6])
-    assert np.isnan(mean_of([]).value)
+    assert np.isnan(stratified_mean([]).value)
 
 
 def test_differences_are_paired():

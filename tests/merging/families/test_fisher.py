@@ -6,7 +6,7 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.linalg.lowrank import Factors
-from mlx_rsgwm.merging.families.fisher import fisher, survey
+from mlx_rsgwm.merging.families.fisher import fisher, survey_fisher
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.pool import Pool
 
@@ -15,7 +15,7 @@ PARAMETERS = {"space": "factor", "signal": "all", "normalise": "l2", "minimum": 
 
 def modules_of(pool, parameters, weights):
     """The modules as the driver hands them to the method."""
-    found = survey(pool, parameters)
+    found = survey_fisher(pool, parameters)
     for (name, factors), pairs in zip(pool.updates(), pool.importances(parameters["signal"]), strict=True):
         yield Layer(
             name,
@@ -131,4 +131,4 @@ def test_refusals(make_adapter):
     bare = make_adapter(3)
     bare.importance = {}
     with pytest.raises(RsgwmError, match="needs importance for 'all'"):
-        survey(Pool.open([make_adapter(1), bare]), PARAMETERS)
+        survey_fisher(Pool.open([make_adapter(1), bare]), PARAMETERS)

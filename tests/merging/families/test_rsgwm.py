@@ -6,12 +6,12 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.linalg.lowrank import Factors
-from mlx_rsgwm.merging.families.rsgwm import product_importance, survey
+from mlx_rsgwm.merging.families.rsgwm import product_importance, survey_importance
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import resolved
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool import Pool
-from mlx_rsgwm.merging.steps.masks import Histogram, mean_of, quantile, ranks
+from mlx_rsgwm.merging.steps.masks import Histogram, mean_entry, quantile, ranks
 
 
 def double(array):
@@ -193,7 +193,7 @@ def test_a_streamed_quantile_is_that_of_everything(kind, size, tau):
 def test_in_product_space_a_pool_wide_quantile_is_exact(make_adapter, scope, tau):
     adapters = [make_adapter(seed) for seed in range(2)]
     options = MergeOptions("rsgwm", parameters={"space": "product", "scope": scope, "tau": tau})
-    taken = survey(Pool.open(adapters), resolved(options))
+    taken = survey_importance(Pool.open(adapters), resolved(options))
     for adapter, thresholds in zip(adapters, taken.thresholds, strict=True):
         importance, scale = adapter.importance_of("draft"), adapter.spec.scale
         everything = [
@@ -209,7 +209,7 @@ def test_normalisations_remove_a_tasks_scale(make_adapter):
     for value in importance.values():
         assert mx.array_equal(ranks(value * 1000), ranks(value)).item()
     louder = [value * 1000 for value in importance.values()]
-    assert mean_of(louder).item() == pytest.approx(1000 * mean_of(importance.values()).item(), rel=1e-5)
+    assert mean_entry(louder).item() == pytest.approx(1000 * mean_entry(importance.values()).item(), rel=1e-5)
 
 
 def test_one_masked_adapter_merged_with_itself_is_itself_where_kept(make_adapter):
