@@ -21,7 +21,7 @@ from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, wri
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter_shapes import FULL_LEAVES, array_problems, factor_problems
 from mlx_rsgwm.models.base_folder import base_difference
-from mlx_rsgwm.models.finite import not_finite
+from mlx_rsgwm.models.finite import all_zero_magnitudes, not_finite
 from mlx_rsgwm.models.spec import LoraSpec
 
 FORMAT = "mlx-rsgwm/adapter"
@@ -172,7 +172,12 @@ class Adapter:
         groups = (("", self.weights), ("", self.full), ("importance ", self.importance), ("init ", self.init))
         for label, group in groups:
             problems += [f"{label}{name} has values that are not finite" for name in not_finite(group)]
-        return problems
+        return problems + all_zero_magnitudes(self.weights)
+
+    def changes_nothing(self) -> bool:
+        """Whether every lora_b is zero, as before any training; of DoRA's magnitudes only the base could tell."""
+        leaves = [value for name, value in self.weights.items() if name.endswith(".lora_b")]
+        return bool(leaves) and not self.full and not any(mx.any(value != 0).item() for value in leaves)
 
     def shape_problems(self) -> list[str]:
         """What is wrong with names, shapes and ranks; no value is read."""
@@ -350,8 +355,10 @@ def _read_optional(path: Path, lazy: bool) -> tuple[dict[str, mx.array], dict[st
 
 def check_hashes(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise an :class:`AdapterError` that names every file of ``folder`` that is not the one its manifest describes."""
-    problems = []
-    for name, expected in (manifest.get("files") or {}).items():
+    listed = manifest.get("files") or {}
+    read = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE) if listed else ()
+    problems = [f"{name} is not in the manifest" for name in read if name not in listed and (folder / name).exists()]
+    for name, expected in listed.items():
         if Path(name).name != name:
             raise AdapterError(f"{folder / MANIFEST_FILE}: file name {name!r} points outside the folder")
         if not (folder / name).is_file():

@@ -86,6 +86,9 @@ def _read(place: _Place, base: str | Path | None, lazy: bool, hashes: bool, prog
         adapter = reader.read(place.path, name, progress)
     adapter.label = place.label
     _tell_base(adapter, name, progress)
+    if not lazy and adapter.changes_nothing():
+        magnitudes = "; its magnitudes may" if adapter.spec.fine_tune_type == "dora" else ""
+        progress.warning(f"warning: {adapter.where} changes nothing, every lora_b is zero{magnitudes}")
     return adapter
 
 

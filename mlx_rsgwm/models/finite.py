@@ -1,4 +1,5 @@
-"""Which arrays hold a value that is not finite: by the bits, a few arrays at a time, whatever their float type."""
+"""Which arrays hold a value that is not finite: by the bits, a few arrays at a time, whatever their float type; and
+which magnitudes of DoRA are all zero, which would switch their layers off."""
 
 from __future__ import annotations
 
@@ -30,6 +31,16 @@ def not_finite(arrays: dict[str, mx.array], drop: bool = False) -> list[str]:
         for name in names if drop else ():
             del arrays[name]
     return broken
+
+
+def all_zero_magnitudes(weights: dict[str, mx.array]) -> list[str]:
+    """What is wrong with DoRA's magnitudes: the norm of no layer's weight is zero throughout."""
+    magnitudes = {name: value for name, value in weights.items() if name.endswith(".m")}
+    return [
+        f"{name} is zero throughout, which would switch the layer off"
+        for name, value in magnitudes.items()
+        if not mx.any(value != 0).item()
+    ]
 
 
 def _has_infinite(array: mx.array) -> mx.array:

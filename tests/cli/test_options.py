@@ -8,11 +8,13 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from mlx_rsgwm.cli.commands import COMMANDS
 from mlx_rsgwm.cli.groups import find_command
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.cli.old_names import EXPERIMENTS, OPTIONS_BEFORE, with_new_names
 from mlx_rsgwm.cli.options.kinds import Number, OneOf, Whole
 from mlx_rsgwm.cli.reference import option_table, stem
+from mlx_rsgwm.core.errors import RsgwmError
 
 # Two names of one thing are refused: each of these is said by another option, in all commands.
 SYNONYMS = {
@@ -181,3 +183,28 @@ def test_numbers_in_range_are_taken():
     ]  # fmt: skip
     assert Whole(0, 2**32 - 1).convert(str(2**32 - 1), None, None) == 2**32 - 1
     assert [Number(0, 1).convert(value, None, None) for value in ("0", "1", ".5", "1e-320")] == [0, 1, 0.5, 1e-320]
+
+
+# What shells, scripts and other people put where a value is wanted.
+ODD_VALUES = [
+    "", " ", "nan", "-nan", "inf", "-inf", "1e400", "-1e400", "9" * 4301, "9" * 400, "2147483648", "1e9", "0x10",
+    "1_000",
+    "٣", "½", "-1", "0", "-0", "1e-320", "true", "null", "\x1b[31m", "\u202e", "\udcff", "a\0b", "\r\n", "[", "*", "{}",
+    "x" * 4096, "~nobody/x", "~", "/", ".", "..", "/dev/zero", "a=b", "=", "a=", "=b", "a==", "1/0", "--", "-", "😀",
+    "draft", "%s", "$HOME", "$(id)", "hf://", "hf://a/b@", "hf:/\0", "a" * 300,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_odd_values_are_taken_or_refused_by_name_in_every_option(command):
+    """By introspection, so that new options are tried, too: what reads a value fails in no other way."""
+    taken = refused = 0
+    for parameter in find_command(command).params:
+        for value in ODD_VALUES:
+            try:
+                parameter.type.convert(value, parameter, None)
+                taken += 1
+            except (click.UsageError, RsgwmError):
+                refused += 1
+    assert taken + refused == len(ODD_VALUES) * len(find_command(command).params)
+    assert refused or command == "help"

@@ -1,12 +1,16 @@
 """The adapter folder: what is written is read back bit for bit, and what is damaged is refused."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from mlx_rsgwm.core.errors import AdapterError
+from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.models.adapter import Adapter, is_complete
+from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.finite import not_finite
 
 
@@ -133,3 +137,39 @@ def test_what_is_not_finite_is_found_wherever_it_is(dtype):
     assert not_finite(arrays) == [*damaged, "turned"]
     assert not_finite(arrays, drop=True) == [*damaged, "turned"]
     assert not arrays
+
+
+def test_a_file_that_the_manifest_does_not_name_is_refused(make_adapter, tmp_path):
+    """Else whoever can write the folder could put weights, or an importance, where no hash is."""
+    folder = make_adapter(1).save(tmp_path / "a")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("adapters.safetensors", "importance.safetensors", "init.safetensors", "adapter_config.json"):
+        fewer = {file: digest for file, digest in manifest["files"].items() if file != name}
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "files": fewer}))
+        with pytest.raises(AdapterError, match=f"{name} is not in the manifest"):
+            Adapter.load(folder)
+        with pytest.raises(AdapterError, match=f"{name} is not in the manifest"), Pool.open([folder]).checked():
+            pass
+
+
+def test_adapters_that_lie_are_refused_or_told(make_adapter, tmp_path):
+    """A zero magnitude kills its layer; a zero lora_b everywhere changes nothing, which is what no training gives."""
+    told = []
+
+    class Told(Progress):
+        def message(self, text):
+            told.append(text)
+
+    adapter = make_adapter(1)
+    still = {name: value * 0 if name.endswith("lora_b") else value for name, value in adapter.weights.items()}
+    load_adapter(replace(adapter, weights=still).save(tmp_path / "still"), progress=Told())
+    load_adapter(adapter.save(tmp_path / "sound"), progress=Told())
+    assert [text for text in told if "changes nothing" in text] == [
+        f"warning: {tmp_path / 'still'} changes nothing, every lora_b is zero"
+    ]
+    magnitudes = {f"{module}.m": mx.zeros((b.shape[1],)) for module, _, b in adapter.factors()}
+    spec = replace(adapter.spec, fine_tune_type="dora")
+    dead = Adapter(spec, {**adapter.weights, **magnitudes}, manifest=adapter.manifest)
+    assert len([line for line in dead.problems() if "would switch the layer off" in line]) == len(magnitudes)
+    with pytest.raises(AdapterError, match="would switch the layer off"):
+        dead.save(tmp_path / "dead")
