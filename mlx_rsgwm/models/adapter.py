@@ -356,7 +356,8 @@ def _read_optional(path: Path, lazy: bool) -> tuple[dict[str, mx.array], dict[st
 def check_hashes(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Raise an :class:`AdapterError` that names every file of ``folder`` that is not the one its manifest describes."""
     listed = manifest.get("files") or {}
-    read = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, INIT_FILE, KEPT_FILE) if listed else ()
+    # Importance and directions are put beside later; killed in between, one may stand there unlisted for a while.
+    read = (CONFIG_FILE, WEIGHTS_FILE, INIT_FILE, KEPT_FILE) if listed else ()
     problems = [f"{name} is not in the manifest" for name in read if name not in listed and (folder / name).exists()]
     for name, expected in listed.items():
         if Path(name).name != name:

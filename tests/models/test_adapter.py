@@ -140,10 +140,10 @@ def test_what_is_not_finite_is_found_wherever_it_is(dtype):
 
 
 def test_a_file_that_the_manifest_does_not_name_is_refused(make_adapter, tmp_path):
-    """Else whoever can write the folder could put weights, or an importance, where no hash is."""
+    """Else weights could be put where no hash is."""
     folder = make_adapter(1).save(tmp_path / "a")
     manifest = json.loads((folder / "manifest.json").read_text())
-    for name in ("adapters.safetensors", "importance.safetensors", "init.safetensors", "adapter_config.json"):
+    for name in ("adapters.safetensors", "init.safetensors", "adapter_config.json"):
         fewer = {file: digest for file, digest in manifest["files"].items() if file != name}
         (folder / "manifest.json").write_text(json.dumps({**manifest, "files": fewer}))
         with pytest.raises(AdapterError, match=f"{name} is not in the manifest"):
