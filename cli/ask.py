@@ -41,6 +41,7 @@ def ask(
       rsgwm ask "Why is the sky blue?" --base smollm2-135m
       rsgwm ask "Why is the sky blue?" --adapter owner/name
       rsgwm ask --file questions.jsonl --out answers.jsonl --adapter merged
+
     \b
     Examples, after `rsgwm demo`:
       rsgwm ask "Ada has 12 pens and gets 7 more. How many pens does Ada have now?"

@@ -48,7 +48,11 @@ def chat(console: Console, history: str | None, **who: Any) -> None:
     Examples:
       rsgwm chat --adapter merged
       rsgwm chat --base smollm2-135m --system "Answer in one sentence."
-      rsgwm chat                                     (after `rsgwm demo`: its pair)
+
+    \b
+    Examples, after `rsgwm demo`, with its pair:
+      rsgwm chat
+      rsgwm chat --history last
     """
     talk = Talk(console, open_speaker_or_pair(console, who), history)
     talk.begin()
