@@ -190,7 +190,7 @@ def test_linear(mergekit, factors, normalise):
 def test_task_arithmetic(mergekit, factors):
     weights = WEIGHTS[len(factors)]
     expected = theirs(mergekit, "task_arithmetic", factors, weight=list(weights), **{"lambda": 0.6})
-    assert_same(combined("weighted_sum", factors, weights, **{"lambda": 0.6}), expected)
+    assert_same(combined("scaled_weights", factors, weights, **{"lambda": 0.6}), expected)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
