@@ -109,7 +109,6 @@ def test_readme_shows_five_lines_that_are_python_and_ours():
         inspect.signature(getattr(rs, name)).bind(*call.args, **{word.arg: word.value for word in call.keywords})
 
 
-
 def test_the_example_does_the_whole_job(answering_base, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "examples" / "demo.py"), str(out), str(answering_base)]

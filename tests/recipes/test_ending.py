@@ -113,7 +113,7 @@ def test_the_figures_are_those_of_the_items(name):
 
 
 def test_what_checking_cost():
-    assert cost(outcome("timed")) == "Checking took 1.55 × the time, 1.50 drafts a question (6 were timed)."
+    assert cost(outcome("timed")) == "Checking took 1.55 × the time, 1.50 drafts a question (6 timed)."
     assert cost(outcome("helps")) == "Checking took 1.22 drafts a question; time was not measured."
 
 

@@ -98,7 +98,7 @@ def cost(outcome: Outcome) -> str:
     drafts = f"{outcome.drafts:.2f} drafts a question"
     if outcome.time_ratio is None:
         return f"Checking took {drafts}; time was not measured."
-    return f"Checking took {outcome.time_ratio:.2f} × the time, {drafts} ({outcome.timed} were timed)."
+    return f"Checking took {outcome.time_ratio:.2f} × the time, {drafts} ({outcome.timed} timed)."
 
 
 def percent(rate: Rate) -> str:
