@@ -19,7 +19,8 @@ from mlx_rsgwm.models import base
 
 PAGE = Path(__file__).parent.parent / "docs" / "first-ten-minutes.md"
 SMALLER = "--set data.rows=48 --set data.calibration_items=2 --set evaluate.items=3 --set evaluate.timed=1"
-SMALLER += " --set loop.max_tokens=6 --set export.parity=false --set train.directions=8 --set train.num_layers=2 --set paper=null"
+SMALLER += " --set loop.max_tokens=6 --set export.parity=false --set train.directions=8 --set train.num_layers=2"
+SMALLER += " --set paper=null"
 HEAD = """\
 # The first ten minutes
 
