@@ -32,7 +32,7 @@ def shown(page):
             words = re.split(r"\s+#\s", line.strip())[0]
             words = re.sub(r"^(time |mlx\.launch (?:-n \d+|--hostfile \S+) -- |echo .* \| )", "", words)
             if words.startswith("rsgwm "):
-                yield words
+                yield from words.split(" && ")
 
 
 def spoken(page):
