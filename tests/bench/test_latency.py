@@ -171,9 +171,8 @@ def test_both_sides_take_the_same_training_step(base_folder):
     losses = {"mlx": [], "torch": []}
     spec = LoraSpec(2, 2.0, 0.0, ("self_attn.q_proj",), -1)
     with works.mlx_training(base, rows, spec, 3) as trial:
-        run = next(
-            cell.cell_contents for cell in trial.__closure__ if isinstance(cell.cell_contents, works.TrainingRun)
-        )
+        held = [cell.cell_contents for cell in trial.__closure__]
+        run = next(value for value in held if isinstance(value, works.TrainingRun))
         from mlx_rsgwm.converters.peft.convert import to_peft
         from mlx_rsgwm.training.layers import trainable
 
