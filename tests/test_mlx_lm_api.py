@@ -15,10 +15,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 USED = {
+    "mlx_lm.generate.generate_step": (
+        "prompt model stream max_tokens sampler logits_processors max_kv_size "
+        "prompt_cache prefill_step_size kv_bits kv_group_size "
+        "quantized_kv_start prompt_progress_callback input_embeddings"
+    ),
+    "mlx_lm.generate.generation_stream": None,
+    "mlx_lm.generate.wired_limit": "model streams",
     "mlx_lm.models.base.scaled_dot_product_attention": "queries keys values cache scale mask sinks",
     "mlx_lm.models.cache.BatchKVCache": "left_padding",
     "mlx_lm.models.cache.KVCache": "",
+    "mlx_lm.models.cache.can_trim_prompt_cache": "cache",
     "mlx_lm.models.cache.make_prompt_cache": "model max_kv_size",
+    "mlx_lm.models.cache.trim_prompt_cache": "cache num_tokens",
     "mlx_lm.models.switch_layers.QuantizedSwitchLinear": (
         "input_dims output_dims num_experts bias group_size bits mode global_scale"
     ),

@@ -27,16 +27,14 @@ OF_PAIRS = ("combine", "attempts", "score", "threshold", "check", "abstain", "mo
 def speaker_options(command: F) -> F:
     """Add the options that :func:`open_speaker_or_pair` needs; the command takes them as keywords and hands them on."""
     system = "System message for one that answers alone, where the chat template has a place for it."
-    adapter = (
-        f"One adapter that answers alone: {SOURCES}. With --base and no adapter the base answers, or a fused model."
-    )
+    adapter = f"Adapter: {SOURCES}; it answers alone. With --base and no adapter the base does, or a fused model."
     decorated: Any = loop_options(experiments=False, pairs_only=False)(command)
     for option in (
         click.option("--system", default="", metavar="TEXT", help=system),
         click.option("--adapter", type=SOURCE, help=adapter),
     ):
         decorated = option(decorated)
-    return decorated  # type: ignore[no-any-return]
+    return decorated
 
 
 def open_speaker_or_pair(console: Console, options: Mapping[str, Any]) -> DraftVerify | Speaker:

@@ -84,7 +84,8 @@ class Speaker:
         rest = self._continued(prompt)
         written: list[int] = []
         self._read = ()  # until this turn has ended as it should
-        with wired_limit(self.slots.model, [generation_stream]):
+        streams: Any = [generation_stream]
+        with wired_limit(self.slots.model, streams):
             for token, _ in generate_step(
                 mx.array(rest),
                 self.slots.model,
