@@ -349,7 +349,7 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
         raise RsgwmError(f"no recipe {source!r}; shipped are {', '.join(shipped_recipes())}, or give a .yaml file")
     values = read_yaml(text, f"recipe {source}")
     written = written_texts(text)
-    texts = {key: written[key] for key in ("name", "base", "template") if key in written}
+    texts: dict[str, Any] = {key: written[key] for key in ("name", "base", "template") if key in written}
     values = {"name": path.stem, **values, **texts}
     for setting in settings:
         _apply_setting(values, setting)
