@@ -74,11 +74,11 @@ def with_whole(base: Base, adapter: Adapter, rows: DraftRows) -> Adapter:
 
 def with_columns(adapter: Adapter, columns: int) -> Adapter:
     """The adapter in memory with the first ``columns`` of its sketches: those of a sketch of so many."""
-    kept = {
+    directions = {
         name: array[:, :columns] if name.endswith(".sketch") else array for name, array in adapter.directions.items()
     }
     metadata = {**adapter.directions_metadata, "k": str(columns)}
-    return replace(adapter, path=None, directions=kept, directions_metadata=metadata)
+    return replace(adapter, path=None, directions=directions, directions_metadata=metadata)
 
 
 def matrices(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -101,14 +101,14 @@ def inner(gram: np.ndarray, first: tuple[np.ndarray, np.ndarray], second: tuple[
 def errors(merged: Adapter, pool: Sequence[Adapter], grams: Grams) -> np.ndarray:
     """Output errors, (modules, adapters)."""
 
-    def error(gram: np.ndarray, result: Any, own: Any) -> float:
-        return (inner(gram, result, result) - 2 * inner(gram, result, own)) / inner(gram, own, own) + 1
+    def error(gram: np.ndarray, result: Any, update: Any) -> float:
+        return (inner(gram, result, result) - 2 * inner(gram, result, update)) / inner(gram, update, update) + 1
 
     return np.array(
         [
             [
-                error(gram[name], product(merged, name), product(own, name))
-                for own, gram in zip(pool, grams, strict=True)
+                error(gram[name], product(merged, name), product(adapter, name))
+                for adapter, gram in zip(pool, grams, strict=True)
             ]
             for name in merged.modules()
         ]
@@ -167,9 +167,9 @@ def main() -> None:
     pool = [Adapter.load(path) for path in options.pool]
     base = load_base(find_base(pool, None), dtype="float32")
     held_out = [draft_rows(path, base) for path in options.held_out]
-    whole = [with_whole(base, *pair) for pair in zip(pool, held_out, strict=True)]
-    grams = [matrices(adapter) for adapter in whole]
-    bounds = {"held-out whole": errors(merge(whole, REGMEAN), pool, grams), "weighted sums": best_sums(pool, grams)}
+    measured = [with_whole(base, *pair) for pair in zip(pool, held_out, strict=True)]
+    grams = [matrices(adapter) for adapter in measured]
+    bounds = {"held-out whole": errors(merge(measured, REGMEAN), pool, grams), "weighted sums": best_sums(pool, grams)}
     figures: dict[str, Any] = {}
     for name, table in bounds.items():
         figures[name] = {"output_error": [round(float(table.mean()), 5), *interval(table.mean(axis=1))]}

@@ -27,13 +27,12 @@ from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import Calibration, learned_scorer, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
-from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.policy import LoopConfig, Trial
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.pool_reader import in_order, reader_of
 from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, can_batch
 from mlx_rsgwm.inference.scheduler import BatchScheduler
 from mlx_rsgwm.inference.scores import SCORES, Scorer
-from mlx_rsgwm.inference.trial import Trial
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 

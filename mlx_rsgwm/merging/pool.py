@@ -234,8 +234,8 @@ class Pool:
         """
         names = [sorted(source.shapes, key=key) for source in self.sources]
         sources = [
-            replace(source, shapes={name: source.shapes[name] for name in own})
-            for source, own in zip(self.sources, names, strict=True)
+            replace(source, shapes={name: source.shapes[name] for name in adapted})
+            for source, adapted in zip(self.sources, names, strict=True)
         ]
         return replace(self, sources=tuple(sources))
 

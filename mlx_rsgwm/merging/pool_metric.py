@@ -133,8 +133,11 @@ def output_errors(grams: Sequence[Gram], factors: Sequence[Factors], merged: Fac
     errors = []
     a = float64(merged.a)
     for gram, update, moment, output in zip(grams, factors, metric.moments, metric.outputs, strict=True):
-        own = gram.moment(a)
-        square, cross = inner(gram.between(own, own), merged, merged), inner(gram.between(own, moment), merged, update)
+        result = gram.moment(a)
+        square, cross = (
+            inner(gram.between(result, result), merged, merged),
+            inner(gram.between(result, moment), merged, update),
+        )
         errors.append(max(square - 2 * cross + output, 0.0) / output if output > 0 else 0.0)
     return mx.array(errors)
 
@@ -176,9 +179,9 @@ def _sketched(
     columns = np.cumsum([0, *(moment.columns.shape[1] for moment in moments)])
     coordinates, rest = np.zeros((rows[-1], columns[-1])), np.empty((grams[0].width, columns[-1]))
     for t, (share, moment, diagonal) in enumerate(zip(shares, moments, diagonals, strict=True)):
-        own = slice(columns[t], columns[t + 1])
-        coordinates[rows[t] : rows[t + 1], own] = math.sqrt(share) * moment.image
-        np.multiply(moment.columns, (diagonal * metric.scale)[:, None], out=rest[:, own])
+        place = slice(columns[t], columns[t + 1])
+        coordinates[rows[t] : rows[t + 1], place] = math.sqrt(share) * moment.image
+        np.multiply(moment.columns, (diagonal * metric.scale)[:, None], out=rest[:, place])
     return metric, (coordinates, rest)
 
 

@@ -76,9 +76,9 @@ class Recollection:
             raise RsgwmError(f"{self.base.name}: its layers cannot be run one by one; merge by recorded directions")
         modules = [fitting_modules(self.base, adapter) for adapter in adapters]
         problems = [
-            f"{adapter.where} and {adapters[0].where} adapt different modules (e.g. {min(own.keys() ^ modules[0])})"
-            for adapter, own in zip(adapters, modules, strict=True)
-            if own.keys() != modules[0].keys()
+            f"{adapter.where} and {adapters[0].where} adapt different modules (e.g. {min(adapted.keys() ^ modules[0])})"
+            for adapter, adapted in zip(adapters, modules, strict=True)
+            if adapted.keys() != modules[0].keys()
         ]
         problems += [f"{name} is in no layer" for name in modules[0] if _block_of(name, names) is None]
         raise_problems("directions cannot be recollected layer by layer", problems)
