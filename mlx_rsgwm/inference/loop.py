@@ -27,7 +27,7 @@ from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import Calibration, learned_scorer, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
-from mlx_rsgwm.inference.policy import LoopConfig, Trial
+from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide, failed_check
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.pool_reader import in_order, reader_of
 from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, can_batch
@@ -41,6 +41,47 @@ ALONE_FROM = 0.85
 
 Watch = Callable[[int, Sequence[int]], None]
 Reads = Callable[[Sequence[str], Sequence[Draft]], list[Signals]]
+
+
+class Trial:
+    """A question under way: its drafts in order, of which the last may wait for the verifier."""
+
+    def __init__(self, config: LoopConfig) -> None:
+        self._config = config
+        self.drafts: list[Draft] = []
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the last draft is to be scored."""
+        return bool(self.drafts) and self.drafts[-1].state == "drafted"
+
+    @property
+    def over(self) -> bool:
+        """Whether the last draft was accepted, or no further attempt is left."""
+        return self.drafts[-1].state == "accepted" or len(self.drafts) == self._config.attempts
+
+    def earlier_alike(self) -> Draft | None:
+        """A scored draft of the same content as the last one, whose score holds for that, too."""
+        return next((draft for draft in self.drafts[:-1] if draft.content == self.drafts[-1].content), None)
+
+    def check(self, question: str) -> bool:
+        """Whether the last draft passes what needs no verifier; one that does not is rejected."""
+        failed = failed_check(self.drafts[-1].text, question, self._config.check)
+        if failed is not None:
+            self.drafts[-1] = self.drafts[-1].failed(failed)
+        return failed is None
+
+    def score(self, signals: Signals | None, score: float) -> Draft:
+        """The verifier spoke of the last draft."""
+        self.drafts[-1] = self.drafts[-1].scored(signals, score, accepts(score, self._config.threshold))
+        return self.drafts[-1]
+
+    def answer(self) -> Answer:
+        """What the loop returns of the drafts so far, all scored or rejected by a check."""
+        decision = decide([draft.score for draft in self.drafts], self._config.threshold)
+        chosen = self.drafts[decision.chosen]
+        text = None if self._config.abstain and not decision.accepted else chosen.text
+        return Answer(text, chosen.score or 0.0, decision.accepted, decision.attempts, chosen.false_equation)
 
 
 class DraftVerify:
@@ -138,7 +179,8 @@ class DraftVerify:
         )
         trial = Trial(self.config)
         for drafted in self._attempts(question, prompt, lower_cache, watch):
-            yield trial.add(drafted)
+            trial.drafts.append(drafted)
+            yield drafted
             self._score([(question, trial)], reads)
             yield trial.drafts[-1]
             if trial.over:
@@ -246,7 +288,8 @@ class DraftVerify:
             trial = trials.setdefault(index, Trial(self.config))
             ended = None if trial.waiting else scheduler.ended(index, len(trial.drafts) + 1)
             if ended is not None:
-                yield index, trial.add(self._with_text(ended))
+                trial.drafts.append(self._with_text(ended))
+                yield index, trial.drafts[-1]
 
     def _score_many(self, trials: Sequence[tuple[str, Trial]], batch_rows: int, scheduler: BatchScheduler) -> None:
         lower_cache = self._lower_cache(scheduler.prefixes)
@@ -353,7 +396,5 @@ class DraftVerify:
     ) -> list[float]:
         """Scores of (question, draft) pairs by the verifier."""
         scorer = self.scorer(score)
-        values: list[float] = scorer.values(
-            self.reader.signals_many(questions, drafts, scorer.needs, batch_rows)
-        ).tolist()
-        return values
+        values = scorer.values(self.reader.signals_many(questions, drafts, scorer.needs, batch_rows))
+        return [float(value) for value in values.tolist()]
