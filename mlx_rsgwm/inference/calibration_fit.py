@@ -76,9 +76,8 @@ class Judged:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Judged:
         """These items, in this order."""
-        parts = (self.signals, self.correct, self.refused)
-        signals, correct, refused = ([part[index] for index in indices] if part else [] for part in parts)
-        return Judged(signals, correct, refused, self.check)
+        refused = [self.refused[index] for index in indices] if self.refused else []
+        return Judged([self.signals[i] for i in indices], [self.correct[i] for i in indices], refused, self.check)
 
     def scored(self, scorer: Scorer) -> Items:
         """Scores and labels as (items, K) arrays; every item has the same number of drafts."""
