@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 def look(function: Callable[..., None]) -> Callable[..., None]:
     """``--show`` and ``--dry-run``: what a recipe is and would do."""
     show = click.option("--show", is_flag=True, help="Print the recipe with every setting, and run nothing.")
-    dry = click.option("--dry-run", is_flag=True, help="Say which stages would run and for how long; run nothing.")
-    return show(dry(function))
+    return show(shared.dry_run("run nothing, print the stages and their time")(function))
 
 
 @click.command()

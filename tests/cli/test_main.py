@@ -154,7 +154,7 @@ def test_version_names_the_components(run):
     ("arguments", "parts"),
     [
         (["doctr"], ["no command 'doctr'", "did you mean 'doctor'", "rsgwm --help"]),
-        (["xyzzy"], ["no command 'xyzzy'", "demo, run, help"]),
+        (["xyzzy"], ["no command 'xyzzy'", "demo, run, recipe, help"]),
         (["puhs"], ["did you mean 'rsgwm hub push'?"]),
         (["doctor", "--sed", "1"], ["--sed", "--seed", "rsgwm doctor --help"]),
         (["doctor", "--seed", "x"], ["--seed", "'x' is not a valid integer", "rsgwm doctor --help"]),

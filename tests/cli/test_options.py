@@ -92,7 +92,12 @@ def test_what_is_written_is_named_by_out(options):
 def test_every_command_that_needs_a_base_takes_the_adapters(options):
     for name, option in options["--base"].items():
         assert not option.required, name
-        assert "[default: the adapter" in option.help or name in ("train", "pool train", "convert from-peft"), name
+        assert "[default: the adapter" in option.help or name in (
+            "train",
+            "pool train",
+            "recipe init",
+            "convert from-peft",
+        ), name
 
 
 @pytest.mark.parametrize("command", OPTIONS_BEFORE)
