@@ -25,9 +25,9 @@ class Stopped(KeyboardInterrupt):
     """The program was told to end (SIGTERM): unlike Ctrl-C, nothing goes on after it."""
 
 
-def show(text: str, err: bool = False) -> None:
+def show(text: str, err: bool = False, newline: bool = True) -> None:
     """Print a text, whoever wrote it, on standard output or standard error."""
-    click.echo(printable(text), err=err)
+    click.echo(printable(text), nl=newline, err=err)
 
 
 def read_standard_input(largest: int = 64 << 20) -> str:
@@ -74,7 +74,7 @@ class Console:
 
     def piece(self, text: str) -> None:
         """Print a part of a line, at once."""
-        click.echo(printable(text), nl=False, err=self.json)
+        show(text, err=self.json, newline=False)
 
     def result(self, mapping: Mapping[str, Any]) -> None:
         """Print the command's result as JSON, with ``--json`` only. Call it once, at the end.

@@ -136,7 +136,10 @@ def test_negatives_makes_a_corpus(adapters, tiny_base):
     assert all("adapters.safetensors" in source["files"] for source in recorded["from"])
     assert (recorded["share"], recorded["offset"], corpus.manifest["split"]) == (0.75, 5, "train")
     assert corpus.describe()["negatives"] == recorded  # what the manifest of an adapter trained on it will say
-    again = negatives(adapters, tiny_base, "--draft-rows", 3, "--offset", 5, "--json")
+    refused = negatives(adapters, tiny_base, "--draft-rows", 3, "--offset", 5)
+    assert refused.exit_code == 2
+    assert "already holds a corpus; --replace it" in refused.stderr
+    again = negatives(adapters, tiny_base, "--draft-rows", 3, "--offset", 5, "--replace", "--json")
     assert json.loads(again.stdout.splitlines()[-1])["hash"] == corpus.hash
 
 
