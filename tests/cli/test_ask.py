@@ -14,6 +14,12 @@ from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.asked_files import AskedRow, read_asked
 
+# A shell's background job, such as a test run, ignores Ctrl-C and hands that on.
+PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from mlx_rsgwm.cli.main import main; main()"
+)
+
 QUESTIONS = ["What is 2 + 2?", "What is 3 + 4?", "And, what is 5 + 5?"]
 SHORT = ("--max-tokens", "4", "--quiet")
 
@@ -180,7 +186,7 @@ def test_a_stopped_run_goes_on_at_any_row(make_adapter, tmp_path, questions, mon
 def test_a_kill_leaves_what_was_done(make_adapter, tmp_path):
     folder, out = make_adapter(1).save(tmp_path / "a"), tmp_path / "answers.jsonl"
     (tmp_path / "q").write_text("\n".join(f"What is {n} + {n}?" for n in range(400)))
-    ours = [sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()"]
+    ours = [sys.executable, "-c", PROGRAM]
     command = [*ours, "ask", "--file", tmp_path / "q", "--adapter", folder, "--max-tokens", "40", "--batch-rows", "4",
                "--out", out]  # fmt: skip
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:

@@ -21,6 +21,12 @@ from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.speaker import Speaker, open_speaker
 from mlx_rsgwm.models.slots import AdapterSlots
 
+# A shell's background job, such as a test run, ignores Ctrl-C and hands that on.
+PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "from mlx_rsgwm.cli.main import main; main()"
+)
+
 SHORT = ("--max-tokens", "4", "--quiet")
 
 
@@ -192,7 +198,7 @@ class Terminal:
 def test_two_adapters_of_the_hub_are_merged_and_talked_with_in_a_terminal(adapter_sources, tmp_path):
     """``rsgwm merge org/a org/b --out c && rsgwm chat --adapter c``: editing, history, Ctrl-C, Ctrl-D."""
     hub = [adapter_sources(seed, sidecar=False)["hub"] for seed in range(2)]
-    ours = [sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()"]
+    ours = [sys.executable, "-c", PROGRAM]
     environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path)}
     out = tmp_path / "c"
     merged = subprocess.run(
@@ -215,8 +221,10 @@ def test_two_adapters_of_the_hub_are_merged_and_talked_with_in_a_terminal(adapte
     terminal.wait_for(">")
     terminal.send("\x1b[A\x1b[A\r")  # twice up: the line before the last
     terminal.wait_for("forget what was said")
+    terminal.wait_for(">")
     terminal.send("\x03")
     terminal.wait_for(r"exit or Ctrl-D ends")
+    terminal.wait_for(">")
     terminal.send("\x04")
     terminal.wait_for(r"\d questions?\s")
     assert terminal.process.wait(30) == 0

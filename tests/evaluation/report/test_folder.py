@@ -85,7 +85,7 @@ def test_report_json_is_absent_after_a_crash(tmp_path, monkeypatch):
     def fail(*rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "plot", fail)
+    monkeypatch.setattr(report, "plot_report", fail)
     with pytest.raises(KeyboardInterrupt):
         report.write_report(tmp_path, make_records(6), 3)
     assert not (tmp_path / "report.json").exists()
