@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 
 import mlx_rsgwm
@@ -71,3 +73,17 @@ def test_the_workflow_runs_what_the_project_runs():
     steps = [step.get("run") for step in workflow["jobs"]["check"]["steps"]]
     assert ".ci/run" in steps
     assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+TOP = {
+    ".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile",
+    "README.md", "SECURITY.md", "bench", "cli", "converters", "docs", "examples", "mlx_rsgwm", "pyproject.toml", "tests",
+}  # fmt: skip
+
+
+def test_nothing_else_is_kept_at_the_top():
+    """Commands tried in the working folder write there, and what they write is easily committed with the rest."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no repository")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    assert {name.split(b"/")[0].decode() for name in listed.split(b"\0") if name} == TOP
