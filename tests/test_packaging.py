@@ -77,7 +77,8 @@ def test_the_workflow_runs_what_the_project_runs():
 
 TOP = {
     ".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile",
-    "README.md", "SECURITY.md", "bench", "cli", "converters", "docs", "examples", "mlx_rsgwm", "pyproject.toml", "tests",
+    "README.md", "SECURITY.md", "bench", "cli", "converters", "docs", "examples", "mlx_rsgwm", "pyproject.toml",
+    "tests",
 }  # fmt: skip
 
 
