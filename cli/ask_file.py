@@ -115,11 +115,11 @@ def _write(out: Path, rows: Mapping[int, Mapping[str, Any]]) -> None:
 
 def _pace(done: int, total: int, seconds: float) -> str:
     """Rate and time left, as far as they can be told."""
+    from mlx_rsgwm.core.progress import shown_time
+
     if seconds < 1:
         return ""
-    left = (total - done) * seconds / done
-    shown = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
-    return f"{60 * done / seconds:.3g} a minute, {shown} left"
+    return f"{60 * done / seconds:.3g} a minute, {shown_time((total - done) * seconds / done)} left"
 
 
 class _InOrder:

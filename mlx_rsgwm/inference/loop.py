@@ -26,7 +26,7 @@ from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import Calibration, learned_scorer, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
-from mlx_rsgwm.inference.generate import DraftRequest, draft
+from mlx_rsgwm.inference.generate import DraftRequest, draft, require_room
 from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide, failed_check
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.pool_reader import in_order, reader_of
@@ -366,14 +366,9 @@ class DraftVerify:
     def _prompt(self, question: str) -> tuple[int, ...]:
         if not question.strip():
             raise RsgwmError("the question is empty")
-        prompt = tuple(self.template.draft_prompt(self.tokenizer, question))
-        limit = self.slots.base.config.get("max_position_embeddings")
-        if limit and len(prompt) + self.config.sampling.max_tokens > limit:
-            raise RsgwmError(
-                f"the question takes {len(prompt)} tokens, and with {self.config.sampling.max_tokens} for an answer it "
-                f"is beyond the model's context of {limit}; shorten it or lower max_tokens"
-            )
-        return prompt
+        prompt = self.template.draft_prompt(self.tokenizer, question)
+        room = self.config.sampling.max_tokens, self.slots.base.config
+        return require_room(prompt, *room, "the question", "shorten it or lower max_tokens")
 
     @property
     def scores(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template, bare_template, find_template
+from mlx_rsgwm.inference.generate import require_room
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import load_base_for, slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
@@ -69,14 +70,9 @@ class Speaker:
     def _prompt(self, question: str, before: Sequence[Exchange]) -> tuple[int, ...]:
         if not question.strip():
             raise RsgwmError("the question is empty")
-        prompt = tuple(self.template.turn_prompt(self.tokenizer, before, question))
-        limit = self.slots.base.config.get("max_position_embeddings")
-        if limit and len(prompt) + self.sampling.max_tokens > limit:
-            raise RsgwmError(
-                f"the conversation takes {len(prompt)} tokens, and with {self.sampling.max_tokens} for an answer it is "
-                f"beyond the model's context of {limit}; begin a new one (/clear), shorten it or lower --max-tokens"
-            )
-        return prompt
+        prompt = self.template.turn_prompt(self.tokenizer, before, question)
+        remedy = "begin a new one (/clear), shorten it or lower --max-tokens"
+        return require_room(prompt, self.sampling.max_tokens, self.slots.base.config, "the conversation", remedy)
 
     def _tokens(self, prompt: tuple[int, ...], question: str) -> Iterator[int]:
         from mlx_lm.generate import generate_step, generation_stream, wired_limit

@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm.core.progress import shown_time
 from mlx_rsgwm.recipes.questions import training_rows
 from mlx_rsgwm.recipes.run import RecipeRun
 from mlx_rsgwm.recipes.schema import Recipe, folder_name
@@ -84,6 +85,4 @@ def _measure(model: Any, length: int, rows: int) -> Speed:
 
 def duration(seconds: float) -> str:
     """``about 40 s``, ``about 12 min``, ``about 3.5 h``."""
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    return f"about {shown_time(seconds)}"

@@ -18,7 +18,7 @@ from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc
 
 REFUSED = -1.0  # below every score in [0, 1]
 SLICES = ("all", "checked", "passed")
-Judged = tuple[ItemRecord, DraftRecord]
+RecordedDraft = tuple[ItemRecord, DraftRecord]
 
 
 def judge_scores(
@@ -53,7 +53,7 @@ def judge_scores(
     return rows
 
 
-def _area(drafts: Sequence[Judged], values: Sequence[float], seed: int) -> Rate | None:
+def _area(drafts: Sequence[RecordedDraft], values: Sequence[float], seed: int) -> Rate | None:
     labels, items = [draft.correct for _, draft in drafts], [record.id for record, _ in drafts]
     return auroc(values, labels, groups=items, seed=seed)
 
