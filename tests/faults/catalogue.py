@@ -42,7 +42,8 @@ KINDS = {
     "train": Kind(
         lambda work, base, place: ["train", "--base", base, "--corpus", work / "corpus/change", "--out", place / "out",
                                    "--resume", *SMALL],
-        ("out/adapters.safetensors", "out/importance.safetensors", "out/directions.safetensors"),
+        ("out/adapters.safetensors", "out/importance.safetensors", "out/directions.safetensors", "out/init.safetensors",
+         "out/adapter_config.json"),
     ),
     "pool train": Kind(
         lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",

@@ -25,6 +25,7 @@ from mlx_rsgwm.core.folders import LOCK_FILE, exclusive
 from mlx_rsgwm.core.safetensors_io import write_safetensors
 from mlx_rsgwm.models import adapter as adapters
 from mlx_rsgwm.models.adapter import Adapter
+from tests.faults import catalogue
 from tests.faults.conftest import run
 
 PROGRAM = "import sys; from mlx_rsgwm.cli.main import main; sys.argv[0] = 'rsgwm'; main()"
@@ -37,39 +38,13 @@ def one_line(result):
     return result.stderr.removeprefix("rsgwm: error: ").strip()
 
 
-def commands(work, base, out):
-    """One command of each kind that writes a folder, and the files that must be the same whatever happened before."""
-    pool = [work / "pool" / "change", work / "pool" / "groups"]
-    adapters = ["--drafter", work / "draft", "--verifier", work / "verify"]
-    small = ["--rank", 4, "--alpha", 8, "--batch-size", 2, "--epochs", 3, "--save-every", 2]
-    judged = ["--score", "yesno", "--threshold", "0.5", "--task", work / "mine.jsonl", "--timed", 0]
-    return {
-        "train": (
-            ["train", "--base", base, "--corpus", work / "corpus" / "change", "--out", out, "--resume", *small],
-            ["adapters.safetensors", "importance.safetensors", "init.safetensors", "adapter_config.json"],
-        ),
-        "merge": (
-            ["merge", *pool, "--role", "draft", "--out", out],
-            ["adapters.safetensors", "adapter_config.json"],
-        ),
-        "evaluate": (
-            ["eval", "--base", base, *adapters, *judged, "--max-tokens", 6, "--attempts", 2, "--out", out],
-            ["items.jsonl"],
-        ),
-        "convert": (
-            ["convert", "to-peft", work / "draft", "--out", out],
-            ["adapter_model.safetensors", "adapter_config.json"],
-        ),
-        "run": (
-            ["run", work / "recipe.yaml", "--out", out],
-            # no calibration: a random base gets every draft wrong, and none can be fitted on that
-            ["drafter/adapters.safetensors", "verifier/adapters.safetensors", "report/items.jsonl",
-             "export/drafter-peft/adapter_model.safetensors"],
-        ),
-    }  # fmt: skip
+def command_of(kind, work, base, out):
+    """A command that writes the folder ``out`` (which is called that), and what must be the same whatever happened."""
+    listed = catalogue.KINDS[kind]
+    return listed.arguments(work, base, out.parent), [name.removeprefix("out/") for name in listed.written]
 
 
-KINDS = ["train", "merge", "evaluate", "convert", "run"]
+KINDS = ["train", "merge", "eval", "to-peft", "run"]
 WHOLE = ("manifest.json", "report.json", "adapter_config.json", "summary.json")
 
 
@@ -89,8 +64,8 @@ def disk_full_after(size):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_disk_that_fills_up(work, tiny_base, tmp_path, kind):
     out = tmp_path / "out"
-    command, wanted = commands(work, tiny_base, out)[kind]
-    size = 300 if kind == "evaluate" else 2000  # bytes: enough to begin, too few for the arrays or the items
+    command, wanted = command_of(kind, work, tiny_base, out)
+    size = 300 if kind == "eval" else 2000  # bytes: enough to begin, too few for the arrays or the items
     with disk_full_after(size):
         line = one_line(run(*command))
     assert "cannot write" in line or "too large for the disk" in line
@@ -104,7 +79,7 @@ def test_a_disk_that_fills_up(work, tiny_base, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_that_cannot_be_made(work, tiny_base, tmp_path, kind):
     (tmp_path / "file").write_text("in the way")
-    command, _ = commands(work, tiny_base, tmp_path / "file" / "out")[kind]
+    command, _ = command_of(kind, work, tiny_base, tmp_path / "file" / "out")
     assert "cannot create folder" in one_line(run(*command))
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -114,7 +89,7 @@ def test_a_folder_that_cannot_be_made(work, tiny_base, tmp_path, kind):
 def test_a_folder_that_may_not_be_written(work, tiny_base, tmp_path, kind):
     out = tmp_path / "out"
     out.mkdir(mode=0o555)
-    command, _ = commands(work, tiny_base, out)[kind]
+    command, _ = command_of(kind, work, tiny_base, out)
     assert "cannot write" in one_line(run(*command)) or "permissions" in one_line(run(*command))
 
 
@@ -207,12 +182,12 @@ def held(tmp_path):
 
 def test_two_processes_cannot_write_one_folder(work, tiny_base, held):
     out, holder = held
-    for kind in ("train", "merge", "evaluate", "run"):
-        assert "another process is writing" in one_line(run(*commands(work, tiny_base, out)[kind][0]))
+    for kind in ("train", "merge", "eval", "run"):
+        assert "another process is writing" in one_line(run(*command_of(kind, work, tiny_base, out)[0]))
     assert [file.name for file in out.iterdir()] == [LOCK_FILE]
     holder.kill()  # a killed process holds nothing, whatever it left behind
     holder.wait()
-    assert run(*commands(work, tiny_base, out)["merge"][0]).exit_code == 0
+    assert run(*command_of("merge", work, tiny_base, out)[0]).exit_code == 0
     assert not (out / LOCK_FILE).exists()
     Adapter.load(out)
 
@@ -220,7 +195,7 @@ def test_two_processes_cannot_write_one_folder(work, tiny_base, held):
 @pytest.mark.parametrize("kind", ["train", "merge"])
 def test_what_a_process_killed_at_its_very_end_left_goes_with_the_next_command(work, tiny_base, tmp_path, kind):
     out = tmp_path / "out"
-    command, _ = commands(work, tiny_base, out)[kind]
+    command, _ = command_of(kind, work, tiny_base, out)
     assert run(*command).exit_code == 0
     finished = sorted(file.relative_to(out) for file in out.rglob("*"))
     (out / LOCK_FILE).touch()
@@ -300,15 +275,15 @@ def writing_starts(child, out):
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_harness(work, tiny_base, tmp_path, kind):
     """kill -9 at ten random moments of each command's writing; the same command then ends in the same bytes."""
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    command, wanted = commands(work, tiny_base, whole)[kind]
+    whole, out = tmp_path / "whole" / "out", tmp_path / "out"
+    command, wanted = command_of(kind, work, tiny_base, whole)
     started = time.monotonic()
     child = start(command)
     began = writing_starts(child, whole)
     assert child.wait() == 0, child.stderr.read()
     startup, length = began - started, time.monotonic() - began
     expected = {name: files.sha256_file(whole / name) for name in wanted}
-    command, _ = commands(work, tiny_base, out)[kind]
+    command, _ = command_of(kind, work, tiny_base, out)
     rng = random.Random(f"kill {kind}")
     kills = attempts = 0
     while kills < 10:
@@ -330,7 +305,7 @@ def test_kill_harness(work, tiny_base, tmp_path, kind):
         complete = kind in ("train", "merge") and (out / "manifest.json").exists()
         if complete:  # killed when all was written: these commands leave a finished adapter alone
             assert {name: files.sha256_file(out / name) for name in wanted} == expected
-        if complete or kind == "convert":  # which writes into empty folders only
+        if complete or kind == "to-peft":  # which writes into empty folders only
             shutil.rmtree(out, ignore_errors=True)
     child = start(command)
     assert child.wait() == 0, child.stderr.read()
