@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
-from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.sampling import Sampling, choose, choose_exact, uniforms
 from mlx_rsgwm.models.split import Parts
@@ -25,23 +24,6 @@ class DraftRequest:
     prompt: tuple[int, ...]
     question: str
     attempt: int
-
-
-def require_room(
-    prompt: Sequence[int], max_tokens: int, config: Mapping[str, Any], about: str, remedy: str
-) -> tuple[int, ...]:
-    """The prompt, if it and an answer of ``max_tokens`` fit into the context of the model of this ``config``.
-
-    Raises:
-        RsgwmError: they do not; ``about`` says what is too long, ``remedy`` what to do.
-    """
-    limit = config.get("max_position_embeddings")
-    if limit and len(prompt) + max_tokens > limit:
-        raise RsgwmError(
-            f"{about} takes {len(prompt)} tokens, and with {max_tokens} for an answer it is beyond the model's context "
-            f"of {limit}; {remedy}"
-        )
-    return tuple(prompt)
 
 
 def draft(

@@ -26,7 +26,7 @@ from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import Calibration, learned_scorer, stored_calibration
 from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
-from mlx_rsgwm.inference.generate import DraftRequest, draft, require_room
+from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide, failed_check
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.pool_reader import in_order, reader_of
@@ -367,8 +367,8 @@ class DraftVerify:
         if not question.strip():
             raise RsgwmError("the question is empty")
         prompt = self.template.draft_prompt(self.tokenizer, question)
-        room = self.config.sampling.max_tokens, self.slots.base.config
-        return require_room(prompt, *room, "the question", "shorten it or lower max_tokens")
+        longest = self.config.sampling.max_tokens
+        return self.slots.base.fitting_prompt(prompt, longest, "the question", "shorten it or lower max_tokens")
 
     @property
     def scores(self) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template, bare_template, find_template
-from mlx_rsgwm.inference.generate import require_room
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import load_base_for, slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
@@ -72,7 +71,7 @@ class Speaker:
             raise RsgwmError("the question is empty")
         prompt = self.template.turn_prompt(self.tokenizer, before, question)
         remedy = "begin a new one (/clear), shorten it or lower --max-tokens"
-        return require_room(prompt, self.sampling.max_tokens, self.slots.base.config, "the conversation", remedy)
+        return self.slots.base.fitting_prompt(prompt, self.sampling.max_tokens, "the conversation", remedy)
 
     def _tokens(self, prompt: tuple[int, ...], question: str) -> Iterator[int]:
         from mlx_lm.generate import generate_step, generation_stream, wired_limit

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,20 @@ class Base:
     def describe(self) -> dict[str, Any]:
         """What a manifest keeps of the base it was made with."""
         return describe_base(self.name, self.fingerprint, self.config)
+
+    def fitting_prompt(self, prompt: Sequence[int], max_tokens: int, about: str, remedy: str) -> tuple[int, ...]:
+        """The prompt's ids, if it and an answer of ``max_tokens`` fit into the model's context.
+
+        Raises:
+            RsgwmError: they do not; ``about`` says what is too long, ``remedy`` what to do.
+        """
+        limit = self.config.get("max_position_embeddings")
+        if limit and len(prompt) + max_tokens > limit:
+            raise RsgwmError(
+                f"{about} takes {len(prompt)} tokens, and with {max_tokens} for an answer it is beyond the model's "
+                f"context of {limit}; {remedy}"
+            )
+        return tuple(prompt)
 
 
 def describe_base(name: str, fingerprint: str, config: Mapping[str, Any]) -> dict[str, Any]:
