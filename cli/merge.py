@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,9 +20,6 @@ USUAL = (
     *("cat", "ties", "dare_ties", "slerp", "karcher"),
 )
 WIDTH = 79
-
-if TYPE_CHECKING:
-    from mlx_rsgwm.merging.recollect import Recollection
 
 
 @click.command()
@@ -129,7 +126,11 @@ def merge(
         largest=largest,
     )
     loaded = load_adapters(adapters, base_name, lazy=True, hashes=False, progress=console.progress)
-    recollection = _recollection(console, loaded, corpora, base_name) if corpora else None
+    recollection = None
+    if corpora:
+        from mlx_rsgwm.merging.recollect import open_recollection
+
+        recollection = open_recollection(loaded, corpora, base_name, console.seed, console.progress)
     merged = merge_adapters(loaded, options, console.progress, base=base_name, recollection=recollection)
     if not dry_run:
         assert out is not None
@@ -140,19 +141,6 @@ def merge(
         merged.manifest["merge"],
         "nothing written" if dry_run else str(out),
     )
-
-
-def _recollection(
-    console: Console, adapters: Sequence[Any], corpora: Sequence[Path], base_name: str | None
-) -> Recollection:
-    from mlx_rsgwm.inference.open import load_base_for
-    from mlx_rsgwm.merging.recollect import Recollection, check_one_each
-    from mlx_rsgwm.training.collect_directions import load_rows
-
-    check_one_each(adapters, corpora)
-    data = [load_rows(corpus, adapter) for corpus, adapter in zip(corpora, adapters, strict=True)]
-    base = load_base_for(adapters, base_name, console.progress)
-    return Recollection(base, data, seed=console.seed, progress=console.progress)
 
 
 def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out: str) -> None:

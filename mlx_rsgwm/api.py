@@ -32,8 +32,9 @@ from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.pair import roles_of
 from mlx_rsgwm.merging.merge import merge as merge_adapters
 from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.merging.recollect import open_recollection
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.adapter_sources import AdapterSource
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 from mlx_rsgwm.models.base import DEFAULT_BASE, Base, load_base
 from mlx_rsgwm.training.checkpoints import Saving, new_adapter
 from mlx_rsgwm.training.config import TrainConfig
@@ -129,6 +130,7 @@ def merge(
     rank: int | None = None,
     seed: int = DEFAULT_SEED,
     base: str | Path | None = None,
+    recollect: Sequence[Corpus | Examples | str | Path] = (),
     progress: Progress = SILENT,
     **parameters: Any,
 ) -> Adapter:
@@ -145,6 +147,8 @@ def merge(
         rank: of the result; None for the highest of the sources (of ``cat`` their sum).
         seed: of random masks and sketches.
         base: the base that adapters of other formats are read for; None for the one that they name.
+        recollect: rows of every adapter's task, in the adapters' order: directions are collected anew while merging,
+            each layer's under the merged layers below.
         progress: told of modules and warnings.
         parameters: the method's own (``tau``, ``density``, …).
 
@@ -163,7 +167,10 @@ def merge(
     options = MergeOptions(method, role, parameters, tuple(weights), rank, seed)
     sources: list[AdapterSource] = [adapters] if isinstance(adapters, AdapterSource) else [*adapters]
     with new_adapter(folder) if folder is not None else nullcontext():
-        merged = merge_adapters(sources, options, progress, base=base)
+        loaded, recollection = load_adapters(sources, base, lazy=True, hashes=False, progress=progress), None
+        if recollect:
+            recollection = open_recollection(loaded, recollect, _text(base), seed, progress)
+        merged = merge_adapters(loaded, options, progress, base=base, recollection=recollection)
         if reason := merged.manifest["merge"].get("chosen_because"):
             progress.message(f"merged by {merged.manifest['merge']['method']}: {reason}")
         for warning in merged.manifest["merge"]["warnings"]:

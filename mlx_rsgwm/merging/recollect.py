@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import mlx.core as mx
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.batching import ROLES, TokenRow, make_batch, plan_epoch, tell_rows
+from mlx_rsgwm.inference.open import load_base_for
 from mlx_rsgwm.linalg.gram import Gram
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.merging.pool import Pool
@@ -29,7 +31,7 @@ from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.models.hooks import block_names, inputs_seen
 from mlx_rsgwm.models.linux_cpu import lazily
 from mlx_rsgwm.models.split import Hidden, split_blocks
-from mlx_rsgwm.training.collect_directions import draw_rows
+from mlx_rsgwm.training.collect_directions import draw_rows, load_rows
 from mlx_rsgwm.training.directions import DirectionSums
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.loop import TrainingData
@@ -103,6 +105,29 @@ class Recollection:
             sums.count(batch, indices)
             task.batches.append(_Batch(batch, indices, make_batch(batch).inputs))
         return task
+
+
+def open_recollection(
+    adapters: Sequence[Adapter],
+    corpora: Sequence[TrainingData | str | Path],
+    base: str | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Recollection:
+    """What :func:`~mlx_rsgwm.merging.merge.merge` takes to collect directions anew: rows read, base loaded.
+
+    ``corpora`` are rows of every adapter's task, in the adapters' order, or where they are; the base is the one that
+    the adapters record unless given.
+
+    Raises:
+        RsgwmError: not one corpus for each adapter, rows that cannot be read, adapters of several bases.
+    """
+    check_one_each(adapters, corpora)
+    data = [
+        load_rows(Path(corpus), adapter) if isinstance(corpus, (str, Path)) else corpus
+        for corpus, adapter in zip(corpora, adapters, strict=True)
+    ]
+    return Recollection(load_base_for(adapters, base, progress), data, seed=seed, progress=progress)
 
 
 @dataclass

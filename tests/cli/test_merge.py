@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
+import mlx_rsgwm as rs
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.merging.methods import METHODS
 from mlx_rsgwm.models.adapter import Adapter
@@ -57,12 +59,17 @@ def test_directions_are_recollected_from_rows_of_each_adapter(three, tmp_path):
     merge = Adapter.load(tmp_path / "out").manifest["merge"]
     assert merge["method"] == "regmean"
     assert [each["rows"] for each in merge["recollected"]] == [{"draft": 2}] * 2
+    by_library = rs.merge(three[:2], recollect=[rows, rows])
+    assert by_library.manifest["merge"]["recollected"] == merge["recollected"]
+    for name, array in Adapter.load(tmp_path / "out").weights.items():
+        assert mx.array_equal(array, by_library.weights[name])
 
 
 def test_the_list_needs_no_torch():
     code = """
 import atexit, sys
 atexit.register(lambda: print('torch' in sys.modules, 'transformers' in sys.modules))
+import mlx_rsgwm as rs
 from mlx_rsgwm.cli.main import rsgwm
 rsgwm(['merge', '--list'])
 """
