@@ -119,7 +119,7 @@ def measure_latency(config: LatencyConfig, progress: Progress = SILENT) -> dict[
             mlx.call("prepare", work)
             settings[work] = torch.call("prepare", work)
             times = interleave(lambda: mlx.call("trial"), lambda: torch.call("trial"), config, lambda: advance(1, ""))
-            rows[work] = summarise(names_of(work, config), *times)
+            rows[work] = rows_of_times(names_of(work, config), *times)
         facts = {"mlx_blas": mlx.facts["blas"], "torch_settings": settings}
         load = {"mlx": mlx.facts["load_ms"], "torch": torch.facts["load_ms"]}
         dtype = mlx.facts["dtype"]
@@ -184,7 +184,7 @@ def interleave(
     return times_of["mlx"], times_of["torch"]
 
 
-def summarise(names: Sequence[str], mlx: Sequence[Times], torch: Sequence[Times]) -> list[dict[str, Any]]:
+def rows_of_times(names: Sequence[str], mlx: Sequence[Times], torch: Sequence[Times]) -> list[dict[str, Any]]:
     """One row for each part of a work: medians, their ratio, quartiles."""
     rows = []
     for index, work in enumerate(names):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +12,14 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE
 from mlx_rsgwm.cli.options.loop import check_option
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.evaluation.chosen_questions import ChosenQuestions
+    from mlx_rsgwm.evaluation.contamination import CalibrationDraw
+    from mlx_rsgwm.evaluation.slices import Slice
+    from mlx_rsgwm.models.adapter import Adapter
+
+PAIR = ("drafter", "verifier")
 
 
 @click.command()
@@ -67,28 +77,16 @@ def controls(
     Example: rsgwm report controls runs/demo --out runs/controls
     """
     from mlx_rsgwm.core.folders import exclusive
-    from mlx_rsgwm.core.tables import aligned
-    from mlx_rsgwm.evaluation.chosen_questions import choose_questions
-    from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_seen, rows_trained_on
     from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.inference.open import load_base_for
-    from mlx_rsgwm.inference.pair import check_pair
     from mlx_rsgwm.inference.sampling import Sampling
-    from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.studies.control_study import ControlPlan, corpora, run_controls
-    from mlx_rsgwm.studies.controls import control_notes, control_rows
-    from mlx_rsgwm.studies.judges import judge_rows
 
     click.get_current_context().with_resource(exclusive(out))
     trained = list(corpora(run))
     seed = console.seed
-    pair = {name: run / name for name in ("drafter", "verifier")}
-    seen = rows_seen(pair, base_name, console.progress)
-    known = rows_trained_on(pair, base_name, console.progress)
-    drawn = draw_calibration(trained, calibration_items, seed, folder, known, allow_overlap)
-    seen["calibration here"] = drawn.record
     slices = [Slice(task, items, how, seed, folder=folder) for task in tasks or trained]
-    chosen = choose_questions(slices, seen, allow_overlap, console.progress)
+    drawn, chosen = _choose(console, run, base_name, slices, (trained, calibration_items, folder), allow_overlap)
     plan = ControlPlan(
         run=run,
         out=out,
@@ -102,14 +100,52 @@ def controls(
         calibration_seed=seed,
         check=check,
     )
-    adapters = [Adapter.load(path, lazy=True, hashes=False) for path in pair.values()]
+    adapters = _checked_pair(console, run)
+    summary = run_controls(load_base_for(adapters, base_name, console.progress), plan, console.progress)
+    _tell(console, summary, (*drawn.notes, *chosen.overlap.lines()), out)
+    console.result({"overlap": chosen.overlap.headline(), **summary})
+
+
+def _choose(
+    console: Console,
+    run: Path,
+    base: str | None,
+    slices: Sequence[Slice],
+    calibration: tuple[Sequence[str], int, Path | None],
+    allow_overlap: bool,
+) -> tuple[CalibrationDraw, ChosenQuestions]:
+    """What to calibrate on (tasks, questions of each, their folder) and what to ask, apart from what the pair saw."""
+    from mlx_rsgwm.evaluation.chosen_questions import choose_questions
+    from mlx_rsgwm.evaluation.contamination import draw_calibration, rows_seen, rows_trained_on
+
+    pair = {name: run / name for name in PAIR}
+    tasks, count, folder = calibration
+    seen = rows_seen(pair, base, console.progress)
+    trained_on = rows_trained_on(pair, base, console.progress)
+    drawn = draw_calibration(tasks, count, console.seed, folder, trained_on, allow_overlap)
+    seen["calibration here"] = drawn.record
+    return drawn, choose_questions(slices, seen, allow_overlap, console.progress)
+
+
+def _checked_pair(console: Console, run: Path) -> list[Adapter]:
+    """Drafter and verifier of a run, lazily; what is doubtful about them together is said."""
+    from mlx_rsgwm.inference.pair import check_pair
+    from mlx_rsgwm.models.adapter import Adapter
+
+    adapters = [Adapter.load(run / name, lazy=True, hashes=False) for name in PAIR]
     for doubt in check_pair(*adapters):
         console.progress.warning(f"warning: {doubt}")
-    summary = run_controls(load_base_for(adapters, base_name, console.progress), plan, console.progress)
-    for line in dict.fromkeys((*drawn.notes, *chosen.overlap.lines())):
+    return adapters
+
+
+def _tell(console: Console, summary: Mapping[str, Any], notes: Sequence[str], out: Path) -> None:
+    from mlx_rsgwm.core.tables import aligned
+    from mlx_rsgwm.studies.controls import control_notes, control_rows
+    from mlx_rsgwm.studies.judges import judge_rows
+
+    for line in dict.fromkeys(notes):
         console.line(line)
     console.line(aligned(control_rows(summary)))
     console.line(aligned(judge_rows(summary["judges"])))
     console.line("\n".join(control_notes(summary)))
     console.line(f"controls: {out}")
-    console.result({"overlap": chosen.overlap.headline(), **summary})

@@ -40,7 +40,7 @@ def lm_eval(
     """
     from mlx_rsgwm.core.config import read_yaml
     from mlx_rsgwm.core.files import LARGEST_YAML, read_text, write_json
-    from mlx_rsgwm.core.resume import plain
+    from mlx_rsgwm.core.resume import json_values
     from mlx_rsgwm.studies.lm_eval import drive, load_lm_eval
 
     load_lm_eval()
@@ -56,7 +56,7 @@ def lm_eval(
         for key, value in scores.items():
             if isinstance(value, float):
                 console.line(f"{name}: {key} {value:.4f}")
-    scored = plain({"results": results["results"], "samples": results.get("samples")})
+    scored = json_values({"results": results["results"], "samples": results.get("samples")})
     if out is not None:
         write_json(out, scored)
         console.line(f"results: {out}")

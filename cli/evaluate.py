@@ -13,10 +13,16 @@ from mlx_rsgwm.cli.options.loop import build_pipeline, load_pair, loop_options
 
 if TYPE_CHECKING:
     import re
+    from collections.abc import Callable, Mapping, Sequence
 
     from mlx_rsgwm.core.distributed import Processes
+    from mlx_rsgwm.core.progress import Progress
+    from mlx_rsgwm.evaluation.chosen_questions import ChosenQuestions
+    from mlx_rsgwm.evaluation.contamination import CalibrationDraw
+    from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.inference.calibration import Calibration
     from mlx_rsgwm.inference.loop import DraftVerify
+    from mlx_rsgwm.models.adapter import Adapter
 
 
 @click.command(name="eval")
@@ -67,10 +73,7 @@ def evaluate(
     """
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.evaluation.answers import REFUSAL
-    from mlx_rsgwm.evaluation.calibration_set import calibrate
-    from mlx_rsgwm.evaluation.chosen_questions import choose_questions, draw_to_calibrate_here, rows_seen_by
     from mlx_rsgwm.evaluation.contamination import contamination, training_questions
-    from mlx_rsgwm.evaluation.report.folder import render_table
     from mlx_rsgwm.evaluation.reported_run import report_run
     from mlx_rsgwm.evaluation.runner import describe_run
     from mlx_rsgwm.evaluation.slices import Slice
@@ -78,45 +81,71 @@ def evaluate(
     wording = REFUSAL if refusal is None else _pattern(refusal)
     processes = _processes(out)
     progress = console.progress if processes.writes else SILENT
-    drafter, verifier = load_pair(console, loop)
-    seen = rows_seen_by(drafter, verifier, loop["combine"], loop["base_name"], progress)
-    drawn = draw_to_calibrate_here(
-        tasks, verifier, loop["score"], loop["combine"], seen,
-        seed=console.seed, folder=folder, allow_overlap=allow_overlap,
-    )  # fmt: skip
-    if drawn.questions:
-        seen["calibration here"] = drawn.record
     slices = [Slice(task, items, how, console.seed, split, folder, revision) for task in tasks]
-    chosen = choose_questions(slices, seen, allow_overlap, progress)
-    for line in dict.fromkeys((*drawn.notes, *chosen.overlap.lines())):
-        progress.message(line)
-    questions = chosen.questions
-    checked = contamination(questions, training_questions(train_data)) if train_data else None
-
-    def calibrate_here(pipeline: DraftVerify) -> Calibration:
-        return calibrate(pipeline, drawn.questions, console.seed, batch_rows, progress)
-
+    drafter, verifier = load_pair(console, loop)
+    drawn, chosen = _choose(drafter, verifier, loop, slices, allow_overlap, progress)
+    checked = contamination(chosen.questions, training_questions(train_data)) if train_data else None
     pipeline = build_pipeline(
         console,
         {**loop, "drafter": drafter, "verifier": verifier},
-        calibrate_here if drawn.questions else None,
+        _calibrating_here(drawn, console.seed, batch_rows, progress),
     )
     seeds = tuple(range(console.seed, console.seed + sampling_seeds))
     about = describe_run(
-        pipeline, questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern
+        pipeline, chosen.questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern
     )
+    metadata = {
+        "drafter": str(loop["drafter"]),
+        "verifier": ", ".join(map(str, loop["verifier"])),
+        "tasks": chosen.told,
+        "contamination": checked,
+    }
     summary = report_run(
-        pipeline, questions, about, chosen.overlap, out, timed=timed, batch_rows=batch_rows, seeds=seeds, drafts=drafts,
-        refusal=wording, seed=console.seed, progress=progress, processes=processes,
-        metadata={
-            "drafter": str(loop["drafter"]),
-            "verifier": ", ".join(map(str, loop["verifier"])),
-            "tasks": chosen.told,
-            "contamination": checked,
-        },
+        pipeline, chosen.questions, about, chosen.overlap, out, timed=timed, batch_rows=batch_rows, seeds=seeds,
+        drafts=drafts, refusal=wording, seed=console.seed, metadata=metadata, progress=progress, processes=processes,
     )  # fmt: skip
-    if summary is None:
-        return
+    if summary is not None:
+        _tell(console, summary, out)
+
+
+def _choose(
+    drafter: Adapter,
+    verifier: tuple[Adapter, ...],
+    loop: Mapping[str, Any],
+    slices: Sequence[Slice],
+    allow_overlap: bool,
+    progress: Progress,
+) -> tuple[CalibrationDraw, ChosenQuestions]:
+    """What to calibrate on here and what to ask, both apart from what the pair has seen; their notes are shown."""
+    from mlx_rsgwm.evaluation.chosen_questions import choose_questions, draw_to_calibrate_here, rows_seen_by
+
+    seen = rows_seen_by(drafter, verifier, loop["combine"], loop["base_name"], progress)
+    drawn = draw_to_calibrate_here(
+        [part.task for part in slices], verifier, loop["score"], loop["combine"], seen,
+        seed=slices[0].seed, folder=slices[0].folder, allow_overlap=allow_overlap,
+    )  # fmt: skip
+    if drawn.questions:
+        seen["calibration here"] = drawn.record
+    chosen = choose_questions(slices, seen, allow_overlap, progress)
+    for line in dict.fromkeys((*drawn.notes, *chosen.overlap.lines())):
+        progress.message(line)
+    return drawn, chosen
+
+
+def _calibrating_here(
+    drawn: CalibrationDraw, seed: int, batch_rows: int, progress: Progress
+) -> Callable[[DraftVerify], Calibration] | None:
+    """What makes a calibration on the questions drawn; None where none were."""
+    from mlx_rsgwm.evaluation.calibration_set import calibrate
+
+    if not drawn.questions:
+        return None
+    return lambda pipeline: calibrate(pipeline, drawn.questions, seed, batch_rows, progress)
+
+
+def _tell(console: Console, summary: dict[str, Any], out: Path | None) -> None:
+    from mlx_rsgwm.evaluation.report.folder import render_table
+
     console.line(render_table(summary))
     if out is not None:
         console.line(f"report: {out}")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import PAIR, POSITIVE, SOURCE
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.core.progress import Progress
+    from mlx_rsgwm.data.questions import Question
+    from mlx_rsgwm.data.row_hashes import RowRecord
+    from mlx_rsgwm.data.select import Selection
+    from mlx_rsgwm.evaluation.contamination import Overlap
+    from mlx_rsgwm.studies.merge_sweep import Measured
 
 
 @click.command(name="sweep")
@@ -78,17 +87,17 @@ def merge_sweep(
     from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.data.select import select_questions
-    from mlx_rsgwm.evaluation.contamination import check_overlap, rows_seen, union
+    from mlx_rsgwm.evaluation.contamination import rows_seen, union
     from mlx_rsgwm.inference.open import find_base, template_of
     from mlx_rsgwm.models.adapter_sources import load_adapter, load_adapters
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.studies.merge_sweep import Plan, Sweep, tasks_of_pool
-    from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
     from mlx_rsgwm.studies.sweep_variants import DEFAULT_METHODS, parse_variants
 
     processes = launched_processes()
     if processes.writes:
         click.get_current_context().with_resource(exclusive(out))
+    progress = console.progress if processes.writes else SILENT
     variants = parse_variants(methods or DEFAULT_METHODS)
     adapters = load_adapters(pool, base_name, progress=console.progress)
     beside = {name: load_adapter(source, base_name, progress=console.progress) for name, source in _extras(extras)}
@@ -97,15 +106,11 @@ def merge_sweep(
         task: select_questions(task, "test", items, console.seed, folder, split=split, seen=union(seen))
         for task in tasks or tasks_of_pool(adapters)
     }
-    questions = [question for selection in chosen.values() for question in selection.questions]
-    overlap = check_overlap(questions, seen, allow_overlap, "test")
-    for line in (*(selection.note(task) for task, selection in chosen.items()), *overlap.lines()):
-        if line and processes.writes:
-            console.progress.message(line)
+    questions, overlap = _held_out(chosen, seen, allow_overlap, progress)
     plan = Plan(
         pool=tuple(adapter.own_folder or adapter for adapter in adapters),
         variants=tuple(variants),
-        questions=tuple(questions),
+        questions=questions,
         template=template_of(adapters, template_name),
         extras={name: adapter.own_folder or adapter for name, adapter in beside.items()},
         judged=judged or items,
@@ -115,13 +120,29 @@ def merge_sweep(
         seed=console.seed,
         batch_rows=batch_rows,
     )
-    progress = console.progress if processes.writes else SILENT
     name = find_base(adapters, base_name, progress)
-    del adapters, beside
-    base = load_base(name, progress=progress)
-    measured = Sweep(base, plan, out, progress, processes).execute()
-    if not processes.writes:
-        return
+    del adapters, beside  # the base takes the memory
+    measured = Sweep(load_base(name, progress=progress), plan, out, progress, processes).execute()
+    if processes.writes:
+        _tell(console, measured, overlap, out)
+
+
+def _held_out(
+    chosen: Mapping[str, Selection], seen: Mapping[str, RowRecord], allow_overlap: bool, progress: Progress
+) -> tuple[tuple[Question, ...], Overlap]:
+    """The questions of all tasks, and what of them was seen in training; notes on both are shown."""
+    from mlx_rsgwm.evaluation.contamination import check_overlap
+
+    questions = tuple(question for selection in chosen.values() for question in selection.questions)
+    overlap = check_overlap(questions, seen, allow_overlap, "test")
+    for line in filter(None, (*(selection.note(task) for task, selection in chosen.items()), *overlap.lines())):
+        progress.message(line)
+    return questions, overlap
+
+
+def _tell(console: Console, measured: Measured, overlap: Overlap, out: Path) -> None:
+    from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
+
     summary = write_sweep(out, [measured], console.seed)
     for line in filter(None, (overlap.headline(), render_table(summary), f"sweep: {out}")):
         console.line(line)

@@ -12,6 +12,9 @@ from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import OneOf
 
 if TYPE_CHECKING:
+    from mlx_rsgwm.evaluation.chosen_questions import ChosenQuestions
+    from mlx_rsgwm.evaluation.slices import Slice
+    from mlx_rsgwm.models.base import Base
     from mlx_rsgwm.recipes.run import Recipe
     from mlx_rsgwm.studies.paper_tables import Setting
 
@@ -58,51 +61,73 @@ def tables(
       rsgwm report tables 1 --set data.folder=../data
       rsgwm report tables 2 --recipe demo --items 20 --out runs/small-tables
     """
-    from dataclasses import asdict
-
-    from mlx_rsgwm.core.tables import PAGES, aligned, write_page
     from mlx_rsgwm.evaluation.chosen_questions import choose_questions
     from mlx_rsgwm.evaluation.contamination import rows_seen
-    from mlx_rsgwm.evaluation.slices import Slice
     from mlx_rsgwm.models.base import load_base
-    from mlx_rsgwm.recipes.questions import rows_ahead
     from mlx_rsgwm.recipes.run import load_recipe, run_recipe
-    from mlx_rsgwm.studies.paper import TITLES
-    from mlx_rsgwm.studies.paper_tables import ROWS, measure_table, table_notes, table_rows
+    from mlx_rsgwm.studies.paper_tables import ROWS
 
     table = int(number)
     readings = _readings(variants)
     names = dict.fromkeys(row.variant for row in ROWS[table])
     recipes = {name: load_recipe(source, [*settings, *readings[name]]) for name in names}
     default = next(iter(recipes.values()))
-    folder = Path(default.data.folder) if default.data.folder else None
-    asked = tasks or default.evaluate.tasks or default.data.tasks
-    count = items or (100 if table == 1 else 20)
-    per_task = max(1, count // len(asked)) if items is None else count
-    slices = [Slice(task, per_task, seed=default.seed, folder=folder) for task in asked]
+    slices = _slices(table, default, tasks, items)
     allow = allow_overlap or default.evaluate.allow_overlap
-    # What cannot be asked, and what will have been trained on, is told before hours of training.
-    ahead = {f"{name}: {what}": rows for name, recipe in recipes.items() for what, rows in rows_ahead(recipe).items()}
-    choose_questions(slices, ahead, allow)
+    _check_ahead(recipes, slices, allow)
+    runs = {name: out / _folder(name) for name in recipes}
     for name, recipe in recipes.items():
         console.progress.message(f"{name}: {' '.join(readings[name]) or 'the recipe as it is'}")
-        run_recipe(recipe, out / _folder(name), console.progress)
-    runs = {name: out / _folder(name) for name in recipes}
+        run_recipe(recipe, runs[name], console.progress)
     roles = {f"{name}: {role}": run / role for name, run in runs.items() for role in ("drafter", "verifier")}
     seen = rows_seen(roles, default.base, console.progress)
     chosen = choose_questions(slices, seen, allow, console.progress)
-    first = console.seed if table == 1 else 0
-    seeds = tuple(range(first, first + (sampling_seeds or (1 if table == 1 else 3))))
-    measured = {
-        name: _setting(recipe, out / _folder(name), seeds, timed, batch_rows) for name, recipe in recipes.items()
-    }
+    first, count = (console.seed, sampling_seeds or 1) if table == 1 else (0, sampling_seeds or 3)
+    seeds = tuple(range(first, first + count))
+    measured = {name: _setting(recipe, runs[name], seeds, timed, batch_rows) for name, recipe in recipes.items()}
     base = load_base(default.base, progress=console.progress)
-    folder_of_table = out / f"table-{table}"
+    _measure(console, table, (base, runs, measured), chosen, out / f"table-{table}")
+
+
+def _slices(table: int, recipe: Recipe, tasks: tuple[str, ...], items: int | None) -> list[Slice]:
+    """What is asked: ``items`` of each task, or the table's number shared out among them."""
+    from mlx_rsgwm.evaluation.slices import Slice
+
+    folder = Path(recipe.data.folder) if recipe.data.folder else None
+    asked = tasks or recipe.evaluate.tasks or recipe.data.tasks
+    per_task = items or max(1, (100 if table == 1 else 20) // len(asked))
+    return [Slice(task, per_task, seed=recipe.seed, folder=folder) for task in asked]
+
+
+def _check_ahead(recipes: dict[str, Recipe], slices: list[Slice], allow_overlap: bool) -> None:
+    """Tell what cannot be asked, and what will have been trained on, before hours of training."""
+    from mlx_rsgwm.evaluation.chosen_questions import choose_questions
+    from mlx_rsgwm.recipes.questions import rows_ahead
+
+    ahead = {f"{name}: {what}": rows for name, recipe in recipes.items() for what, rows in rows_ahead(recipe).items()}
+    choose_questions(slices, ahead, allow_overlap)
+
+
+def _measure(
+    console: Console,
+    table: int,
+    inputs: tuple[Base, dict[str, Path], dict[str, Setting]],
+    chosen: ChosenQuestions,
+    folder: Path,
+) -> None:
+    """Measure the table on base, runs and settings; write its pages and print them."""
+    from dataclasses import asdict
+
+    from mlx_rsgwm.core.tables import PAGES, aligned, write_page
+    from mlx_rsgwm.studies.paper import TITLES
+    from mlx_rsgwm.studies.paper_tables import measure_table, table_notes, table_rows
+
+    base, runs, settings = inputs
     told = {**asdict(chosen.overlap), "headline": chosen.overlap.headline()}
-    measurement = measure_table(table, base, runs, chosen.questions, measured, folder_of_table, console.progress, told)
+    measurement = measure_table(table, base, runs, chosen.questions, settings, folder, console.progress, told)
     rows, notes, overlap = table_rows(measurement), table_notes(measurement), chosen.overlap.lines()
     for suffix in PAGES:
-        write_page(folder_of_table / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap, *notes])
+        write_page(folder / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap, *notes])
     console.line("\n".join([*overlap, TITLES[table]]))
     console.line(aligned(rows))
     console.line("\n".join(notes))

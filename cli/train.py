@@ -59,12 +59,12 @@ def train(
     adapter = run_job(job, console.progress)
     if adapter is None:  # another process writes and tells
         return
-    summary = summarise(target, adapter.manifest)
+    summary = training_summary(target, adapter.manifest)
     console.line(render(summary, config.max_tokens))
     console.result(summary)
 
 
-def summarise(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def training_summary(out: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the command's JSON says of a finished run."""
     return {
         "out": str(out),

@@ -14,6 +14,7 @@ FOLDERS = ("mlx_rsgwm", "converters", "cli", "bench")
 BESIDE = ("tests", "examples", "docs")  # beside what is installed: held to MOST_LINES alone
 MOST_LINES, FEWEST_LINES = 400, 40
 MEDIAN_FUNCTION, NINETIETH_FUNCTION = 10, 28
+LONGEST_BODY = 58  # lines of a function's body, without its docstring
 FILLERS = {"one", "found", "kept", "theirs", "whole", "ours", "own"}
 
 # Files below FEWEST_LINES. A package's __init__.py need hold no more than its sentence.
@@ -56,6 +57,14 @@ def function_lengths(source: str) -> list[int]:
     return [(node.end_lineno or node.lineno) - node.lineno + 1 for node in functions]
 
 
+def body_lengths(source: str) -> Iterator[tuple[str, int]]:
+    """Every function's name and the lines of its body, from the first statement that is no docstring to the last."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            statements = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield node.name, (statements[-1].end_lineno or 0) - statements[0].lineno + 1 if statements else 0
+
+
 def bound_names(source: str) -> Iterator[str]:
     """Names that a source gives to variables, parameters, attributes, functions, classes, imports and exceptions."""
     for node in ast.walk(ast.parse(source)):
@@ -87,6 +96,15 @@ def test_functions_are_short():
     assert lengths[int(0.9 * len(lengths))] <= NINETIETH_FUNCTION
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_bodies_are_short_in_every_folder(folder):
+    bodies = [(file, *body) for file, text in sources([folder]).items() for body in body_lengths(text)]
+    assert [body for body in bodies if body[2] > LONGEST_BODY] == []
+    lengths = sorted(lines for _, _, lines in bodies)
+    assert statistics.median(lengths) <= MEDIAN_FUNCTION
+    assert lengths[int(0.9 * len(lengths))] <= NINETIETH_FUNCTION
+
+
 def test_names_say_what_they_hold():
     fillers = {(file, name) for file, text in SOURCES.items() for name in bound_names(text) if name in FILLERS}
     assert fillers == set(STAY), "names that say nothing, or exceptions that are no longer needed"
@@ -110,3 +128,8 @@ def test_every_way_to_bind_a_name_counts(source):
 
 def test_nested_functions_are_measured():
     assert sorted(function_lengths("def f():\n    def g():\n        pass\n    return g\n")) == [2, 4]
+
+
+def test_a_docstring_is_no_part_of_a_body():
+    assert list(body_lengths('def f(\n    a,\n):\n    """Says\n    much."""\n    a()\n    return a\n')) == [("f", 2)]
+    assert list(body_lengths('def f():\n    """Nothing else."""\n')) == [("f", 0)]

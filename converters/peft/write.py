@@ -40,8 +40,6 @@ from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.token_layers import is_embedding
 
-Arrays = dict[str, mx.array]
-
 
 @dataclass(frozen=True)
 class PeftForm:
@@ -85,7 +83,9 @@ def unconvertible(adapter: Adapter) -> list[str]:
     return problems
 
 
-def peft_form(adapter: Adapter, probe: Callable[[], Arrays], base: Callable[[bool], BaseLayers | None]) -> PeftForm:
+def peft_form(
+    adapter: Adapter, probe: Callable[[], dict[str, mx.array]], base: Callable[[bool], BaseLayers | None]
+) -> PeftForm:
     """The form of ``adapter`` in PEFT: the one it came with if nothing was changed since, else a plain one.
 
     Args:
@@ -147,11 +147,11 @@ def _plain_problems(adapter: Adapter, names: Names) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def peft_arrays(adapter: Adapter, form: PeftForm) -> Arrays:
+def peft_arrays(adapter: Adapter, form: PeftForm) -> dict[str, mx.array]:
     """PEFT's arrays for ``adapter``, lazy; its weights are consumed."""
     layout, config, names = form.layout, form.config, form.names
     scale = adapter.spec.scale
-    arrays: Arrays = {}
+    arrays: dict[str, mx.array] = {}
     modules = adapter.modules()
     blocks: dict[str, dict[str, tuple[mx.array, mx.array]]] = {}
     for module in modules:
@@ -214,7 +214,7 @@ def _pattern_name(module: str, config: Mapping[str, Any], layout: Layout, names:
     return name if SWITCH.fullmatch(module) or selects(config, name) else f"{name}.weight"
 
 
-def _unchanged(adapter: Adapter, config: Mapping[str, Any], layout: Layout, probe: Arrays) -> bool:
+def _unchanged(adapter: Adapter, config: Mapping[str, Any], layout: Layout, probe: dict[str, mx.array]) -> bool:
     """Whether the adapter still is what a PEFT folder of that configuration and layout converts to."""
     names = Names((adapter.manifest.get("base") or {}).get("model_type"))
     spec = adapter.spec
@@ -250,8 +250,8 @@ def _unchanged(adapter: Adapter, config: Mapping[str, Any], layout: Layout, prob
     return True
 
 
-def _expert_arrays(switch: str, pairs: dict[str, tuple[mx.array, mx.array]], form: PeftForm) -> Arrays:
-    arrays: Arrays = {}
+def _expert_arrays(switch: str, pairs: dict[str, tuple[mx.array, mx.array]], form: PeftForm) -> dict[str, mx.array]:
+    arrays: dict[str, mx.array] = {}
     layout = form.layout
     if layout is not None and layout.experts == "each":
         for projection, (a, b) in pairs.items():
@@ -280,7 +280,7 @@ def _expert_arrays(switch: str, pairs: dict[str, tuple[mx.array, mx.array]], for
     return arrays
 
 
-def _copies(kept_arrays: Mapping[str, mx.array], adapted: set[str]) -> Arrays:
+def _copies(kept_arrays: Mapping[str, mx.array], adapted: set[str]) -> dict[str, mx.array]:
     """What came with the base's own values and is kept, under PEFT's names again."""
     arrays = {}
     for name, value in kept_arrays.items():
@@ -291,7 +291,9 @@ def _copies(kept_arrays: Mapping[str, mx.array], adapted: set[str]) -> Arrays:
     return arrays
 
 
-def _whole_arrays(adapter: Adapter, names: Names, layout: Layout | None, modules: list[str], tied: bool) -> Arrays:
+def _whole_arrays(
+    adapter: Adapter, names: Names, layout: Layout | None, modules: list[str], tied: bool
+) -> dict[str, mx.array]:
     """Trained parameters of the base: a bias sits in the layer that LoRA wraps, the rest where the base has it."""
     arrays = {}
     for name in list(adapter.full):

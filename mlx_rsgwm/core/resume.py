@@ -30,10 +30,10 @@ def content_key(settings: Any, contents: Mapping[str, str] | None = None, versio
         contents: hashes of what is read, by names that do not change when a folder is moved.
         version: raised whenever the same settings and contents would give another result.
     """
-    return files.sha256_json([plain(settings), dict(contents or {}), *([version] if version else [])])
+    return files.sha256_json([json_values(settings), dict(contents or {}), *([version] if version else [])])
 
 
-def plain(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """``value`` as it is read back from JSON; what JSON does not know is its text."""
     return json.loads(json.dumps(value, default=str))
 
@@ -78,7 +78,7 @@ class Journal:
         shard: int = 0,
     ) -> None:
         self.path = path.with_name(f"{path.stem}.{shard}{path.suffix}") if shard else path
-        self.about = plain(about)
+        self.about = json_values(about)
         self._first, self._take = path, take
         complete = self._read(self.path, replace) if os.path.lexists(self.path) else 0
         make_folder(path.parent)
@@ -179,4 +179,4 @@ def stamped(path: Path, key: str, make: Callable[[], Mapping[str, Any]]) -> dict
         return stamp
     with suppress(FileNotFoundError):
         path.unlink()  # before the work: a result of something else is none
-    return plain(write_stamp(path, key, make()))
+    return json_values(write_stamp(path, key, make()))

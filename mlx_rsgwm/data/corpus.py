@@ -18,7 +18,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.json_lines import read_json_lines
-from mlx_rsgwm.core.resume import plain
+from mlx_rsgwm.core.resume import json_values
 from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
 from mlx_rsgwm.data.perturb import borrow, perturb
@@ -177,7 +177,7 @@ def save_corpus(
     }
     with exclusive(folder):
         path = folder / MANIFEST_FILE
-        if not replace and files.is_present(path) and files.read_json(path) != plain(manifest):
+        if not replace and files.is_present(path) and files.read_json(path) != json_values(manifest):
             raise RsgwmError(f"{folder} already holds another corpus; --replace it, or choose another folder")
         path.unlink(missing_ok=True)
         files.write_text(folder / ROWS_FILE, text)

@@ -138,6 +138,25 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         return AMBIGUOUS
     without_reason = _REASON_ASIDE.sub("", sentence)
     sentence = without_reason if quantities(without_reason, commas) else sentence
+    computed = _after_equals(sentence, commas)
+    if computed is not None:
+        return computed
+    numbers = _offered(sentence, commas)
+    if numbers is None:
+        return AMBIGUOUS
+    if not numbers:
+        return NOTHING
+    if len(numbers) > 1 and _undecided(sentence, numbers):
+        return AMBIGUOUS
+    correction = find_correction(sentence[numbers[-1].end :], as_reading(numbers[-1]).value)
+    if correction is not None:
+        instead = quantities(correction.text, commas)
+        return as_reading(instead[-1], stated=False) if len(instead) == 1 else AMBIGUOUS
+    return as_reading(numbers[-1], stated=False)
+
+
+def _after_equals(sentence: str, commas: bool) -> Reading | None:
+    """What stands right of the last equals sign; None where nothing there settles it."""
     equals = list(_EQUALS.finditer(sentence))
     right = [number for number in quantities(sentence, commas) if equals and number.end > equals[-1].end()]
     left = [number for number in quantities(sentence, commas) if right and number.end <= equals[-1].start()]
@@ -155,6 +174,11 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
         if not alone(sentence, right[0], right[1:]) or (later and later[-1].value != right[0].value):
             return AMBIGUOUS
         return as_reading(_renamed(sentence, right), stated=False)
+    return None
+
+
+def _offered(sentence: str, commas: bool) -> list[Quantity] | None:
+    """The numbers that may be the answer, without reasons, times and what was given; None: only things compared."""
     outside = _PARENTHESIS.sub(
         lambda match: " " * len(match[0]) if re.search("[A-Za-z]", match[0]) else match[0], sentence
     )
@@ -165,34 +189,29 @@ def _concluded(sentence: str, line_before: str, commas: bool) -> Reading:
     if compared is not None and numbers and numbers[-1].end > compared.start():  # neither is the difference the answer
         numbers = [number for number in numbers if number.end <= compared.start()]
         if not numbers:
-            return AMBIGUOUS
+            return None
     numbers = _without_differences(sentence, numbers)
     reason = _REASON.search(sentence, numbers[0].end) if numbers else None
     if reason is not None:
         numbers = [number for number in numbers if number.end <= reason.start()] or numbers
     numbers = [number for number in numbers if not _RELATIVE_TIME.match(sentence, number.end)]
-    plain = [
+    likelier = [
         number
         for number in numbers
         if not _GIVEN.search(sentence[max(0, number.start - 16) : number.start])
         and not _YEAR.search(sentence[max(0, number.start - 8) : number.end])
     ]
-    numbers = plain or numbers
-    if not numbers:
-        return NOTHING
-    if len(numbers) > 1:
-        gap = sentence[numbers[-2].end : numbers[-1].start]
-        if with_rest(sentence, numbers[-2], numbers[-1]):
-            return AMBIGUOUS
-        if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or COMPOUND.fullmatch(gap) or not gap.strip(" ,;|")):
-            return AMBIGUOUS
-        if numbers[-2].value not in (None, numbers[-1].value) and not _follows(sentence, numbers):
-            return AMBIGUOUS
-    correction = find_correction(sentence[numbers[-1].end :], as_reading(numbers[-1]).value)
-    if correction is not None:
-        instead = quantities(correction.text, commas)
-        return as_reading(instead[-1], stated=False) if len(instead) == 1 else AMBIGUOUS
-    return as_reading(numbers[-1], stated=False)
+    return likelier or numbers
+
+
+def _undecided(sentence: str, numbers: Sequence[Quantity]) -> bool:
+    """Whether the last two of several numbers stand for the answer with the same right."""
+    gap = sentence[numbers[-2].end : numbers[-1].start]
+    if with_rest(sentence, numbers[-2], numbers[-1]):
+        return True
+    if len(gap) <= 60 and (_NEW_SUBJECT.fullmatch(gap) or COMPOUND.fullmatch(gap) or not gap.strip(" ,;|")):
+        return True
+    return numbers[-2].value not in (None, numbers[-1].value) and not _follows(sentence, numbers)
 
 
 def _without_differences(sentence: str, numbers: Sequence[Quantity]) -> list[Quantity]:

@@ -27,7 +27,6 @@ from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapters
 
-Tell = Callable[[str], None]
 Source = str | Path
 
 
@@ -75,7 +74,7 @@ def build_from_mistakes(
     base: str | None,
     plan: MistakePlan,
     out: Path,
-    tell: Tell = lambda text: None,
+    tell: Callable[[str], None] = lambda text: None,
     progress: Progress = SILENT,
     replace: bool = False,
 ) -> tuple[Corpus, dict[str, dict[str, int]]]:
@@ -134,7 +133,7 @@ def _counts(labels: Sequence[bool], mixed: MixedRows) -> dict[str, int]:
     }
 
 
-def _tell_task(tell: Tell, task: str, counts: dict[str, int], missing: int) -> None:
+def _tell_task(tell: Callable[[str], None], task: str, counts: dict[str, int], missing: int) -> None:
     tell(
         f"{task}: {counts['right']} of {counts['drafts']} drafts right; {counts['drafted_pairs']} pairs with a wrong "
         f"draft, {counts['perturbed_pairs']} with perturbed gold"

@@ -15,7 +15,7 @@ from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.evaluation.answers import REFUSAL
 from mlx_rsgwm.evaluation.contamination import Overlap
 from mlx_rsgwm.evaluation.journal import FILE, EvaluationJournal
-from mlx_rsgwm.evaluation.report.folder import summarise, write_report
+from mlx_rsgwm.evaluation.report.folder import summarise_records, write_report
 from mlx_rsgwm.evaluation.runner import evaluate
 from mlx_rsgwm.inference.loop import DraftVerify
 
@@ -70,5 +70,5 @@ def report_run(
     }
     attempts, check = pipeline.config.attempts, pipeline.config.check
     if out is None:
-        return summarise(records, attempts, told, seed=seed, check=check)
+        return summarise_records(records, attempts, told, seed=seed, check=check)
     return write_report(out, records, attempts, told, seed=seed, check=check)

@@ -133,35 +133,19 @@ def fit(
     if target is not None:
         first, second = halves(len(drafts), seed)
         fitted_on, testing = drafts.take(first), drafts.take(second)
-    if not fitted_on.enough and (learned or score == "combined" or method in CURVE_METHODS):
-        right, count = fitted_on.counts
-        wanted = "the learned rule" if learned else "the combined score" if score == "combined" else method
-        raise RsgwmError(
-            f"fitting {wanted} takes {LEAST_OF_A_CLASS} right and as "
-            f"many wrong drafts of at least {LEAST_ITEMS} items, found {right} right and {count - right} wrong of "
-            f"{len(fitted_on)} items; give more items"
-        )
-    _, labels, _ = fitted_on.flat
-    pairs, truth, _ = (perturbed or Judged((), ())).flat
+    _check_enough(fitted_on, score, method, learned)
     fits = {name: _fit_score(name, fitted_on, method, seed, learned) for name in SCORES}
     fitted = {name: score_fit for name, score_fit in fits.items() if score_fit is not None}
-    auroc = {name: area_under_roc(score_fit.unseen, labels) if score_fit else None for name, score_fit in fits.items()}
-    easier = {
-        name: area_under_roc(score_fit.scorer.values(pairs), truth) if score_fit else None
-        for name, score_fit in fits.items()
-    }
     if not fitted or fitted.keys().isdisjoint(SCORES if score == "auto" else [score]):
         wanted = "the learned rule" if learned else f"score {score}"
         raise RsgwmError(f"{wanted} cannot be fitted: drafts of too few items are right, or wrong; give more items")
+    auroc, easier = _areas(fits, fitted_on, perturbed or Judged((), ()))
     at_chance: tuple[str, ...] = ()
     if score == "auto":
-        offered = [name for name in fitted if name in scores]
-        judged = len(offered) > 1 and "yesno" in offered and auroc["yesno"] is not None
-        if judged and _at_chance(fitted["yesno"].unseen, fitted_on, seed):
-            at_chance = ("yesno",)
-            offered.remove("yesno")
-        score = max(offered, key=lambda name: _merit(auroc[name], easier[name]))
+        offered = {name: score_fit for name, score_fit in fitted.items() if name in scores}
+        score, at_chance = _choose(offered, auroc, easier, fitted_on, seed)
     chosen = fitted[score]
+    _, labels, _ = fitted_on.flat
     held: RiskBound | None = None
     if target is not None and testing is not None:
         held = risk_bound(fitted_on.scored(chosen.scorer), testing.scored(chosen.scorer), target)
@@ -185,6 +169,44 @@ def fit(
         risk_bound=held,
         at_chance=at_chance,
     )
+
+
+def _check_enough(drafts: Judged, score: str, method: str, learned: bool) -> None:
+    """Refuse a fit that is asked for by name on too few drafts."""
+    if drafts.enough or not (learned or score == "combined" or method in CURVE_METHODS):
+        return
+    right, count = drafts.counts
+    wanted = "the learned rule" if learned else "the combined score" if score == "combined" else method
+    raise RsgwmError(
+        f"fitting {wanted} takes {LEAST_OF_A_CLASS} right and as "
+        f"many wrong drafts of at least {LEAST_ITEMS} items, found {right} right and {count - right} wrong of "
+        f"{len(drafts)} items; give more items"
+    )
+
+
+Areas = dict[str, float | None]  # AUROC by score; None where it cannot be told
+
+
+def _areas(fits: Mapping[str, _Fitted | None], drafts: Judged, perturbed: Judged) -> tuple[Areas, Areas]:
+    """AUROC of every score on ``drafts`` that it was not fitted on, and on gold and perturbed answers."""
+    _, labels, _ = drafts.flat
+    pairs, truth, _ = perturbed.flat
+    auroc = {name: area_under_roc(score_fit.unseen, labels) if score_fit else None for name, score_fit in fits.items()}
+    easier = {
+        name: area_under_roc(score_fit.scorer.values(pairs), truth) if score_fit else None
+        for name, score_fit in fits.items()
+    }
+    return auroc, easier
+
+
+def _choose(
+    offered: Mapping[str, _Fitted], auroc: Areas, easier: Areas, drafts: Judged, seed: int
+) -> tuple[str, tuple[str, ...]]:
+    """The score that tells right from wrong best, and those passed over because they are at chance."""
+    judged = len(offered) > 1 and "yesno" in offered and auroc["yesno"] is not None
+    at_chance = ("yesno",) if judged and _at_chance(offered["yesno"].unseen, drafts, seed) else ()
+    names = [name for name in offered if name not in at_chance]
+    return max(names, key=lambda name: _merit(auroc[name], easier[name])), at_chance
 
 
 def _at_chance(scores: np.ndarray, drafts: Judged, seed: int) -> bool:

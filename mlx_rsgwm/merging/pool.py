@@ -38,8 +38,6 @@ from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 from mlx_rsgwm.models.directions import load_directions, role_grams
 from mlx_rsgwm.models.finite import not_finite
 
-Arrays = dict[str, mx.array]
-
 # Files are hashed beside the work. One thread hashes about 1 GB a second, twice what a merge reads on two cores.
 HASHING_THREADS = 2
 
@@ -90,17 +88,17 @@ class PoolAdapter:
             held=None if adapter.path else adapter,
         )
 
-    def weights(self) -> Arrays:
+    def weights(self) -> dict[str, mx.array]:
         """A fresh mapping of lora_a and lora_b, read when used."""
         return dict(self.held.weights) if self.held else self._read(WEIGHTS_FILE)
 
-    def importance(self, signal: str) -> Arrays:
+    def importance(self, signal: str) -> dict[str, mx.array]:
         """A fresh mapping of the importance of ``signal`` under the weights' names, read when used."""
         arrays = dict(self.held.importance) if self.held else self._read(IMPORTANCE_FILE)
         prefix = signal + "/"
         return {name[len(prefix) :]: value for name, value in arrays.items() if name.startswith(prefix)}
 
-    def initial(self) -> Arrays:
+    def initial(self) -> dict[str, mx.array]:
         """A fresh mapping of lora_a at initialisation, read when used; empty when none was recorded."""
         if self.held:
             return dict(self.held.init)
@@ -134,7 +132,7 @@ class PoolAdapter:
     def _initial_digest(self) -> str:
         return _digest(self.initial())
 
-    def _read(self, name: str) -> Arrays:
+    def _read(self, name: str) -> dict[str, mx.array]:
         assert self.folder is not None
         return read_safetensors(self.folder / name, evaluate=False)[0]
 
@@ -287,7 +285,7 @@ class Pool:
         readers = [source.importance(signal) for source in self.sources]
         return (self._importance(module, readers) for module in self.modules)
 
-    def _importance(self, module: str, readers: Sequence[Arrays]) -> Iterator[tuple[mx.array, mx.array]]:
+    def _importance(self, module: str, readers: Sequence[dict[str, mx.array]]) -> Iterator[tuple[mx.array, mx.array]]:
         rows, columns = self.shape(module)
         for source, arrays in zip(self.sources, readers, strict=True):
             if module in source.shapes:
@@ -325,7 +323,9 @@ class Pool:
         )
 
 
-def _check_finite(sources: Sequence[PoolAdapter], what: str, arrays_of: Callable[[PoolAdapter], Arrays]) -> None:
+def _check_finite(
+    sources: Sequence[PoolAdapter], what: str, arrays_of: Callable[[PoolAdapter], dict[str, mx.array]]
+) -> None:
     for source in sources:
         names = not_finite(arrays_of(source), drop=True)
         raise_problems(source.label, [f"{what}{name} has values that are not finite" for name in names], AdapterError)
@@ -336,7 +336,7 @@ def _wait(hashed: Sequence[Future[None]]) -> None:
         job.result()
 
 
-def _digest(arrays: Arrays) -> str:
+def _digest(arrays: dict[str, mx.array]) -> str:
     digest = hashlib.sha256()
     for name in sorted(arrays):
         digest.update(name.encode())

@@ -32,8 +32,6 @@ ALL = "all"
 FORMS = ({"gram"}, {"sketch", "diagonal"}, {"diagonal"})  # what a module's arrays may be
 RECENT = 2  # matrices that stay until others are asked for: a block's modules come in the order of their names
 
-Arrays = dict[str, mx.array]
-
 
 @dataclass(frozen=True)
 class DirectionsHeader:
@@ -59,7 +57,7 @@ class RoleGrams(Mapping[str, Gram]):
     """Second moments by module, averaged over roles by their ``shares``; each is read when asked for, and not kept."""
 
     def __init__(
-        self, load: Callable[[], Arrays], header: DirectionsHeader, shares: Mapping[str, float], where: str
+        self, load: Callable[[], dict[str, mx.array]], header: DirectionsHeader, shares: Mapping[str, float], where: str
     ) -> None:
         self._load, self._header, self._shares, self._where = load, header, shares, where
         self._arrays = load()
@@ -130,7 +128,9 @@ def load_directions(folder: Path, role: str) -> RoleGrams:
     return role_grams(lambda: read_safetensors(path, evaluate=False)[0], metadata, role, str(folder))
 
 
-def role_grams(load: Callable[[], Arrays], metadata: Mapping[str, str], role: str, where: str) -> RoleGrams:
+def role_grams(
+    load: Callable[[], dict[str, mx.array]], metadata: Mapping[str, str], role: str, where: str
+) -> RoleGrams:
     """As :func:`load_directions`, of arrays that ``load`` gives and their ``metadata``."""
     header = DirectionsHeader.of(metadata, where)
     tokens = {name: n for name, n in header.tokens.items() if n > 0 and role in (name, ALL)}

@@ -21,7 +21,7 @@ from mlx_rsgwm.core.tables import ABSENT, show, show_difference
 from mlx_rsgwm.evaluation import calculator_systems, metrics
 from mlx_rsgwm.evaluation.records import ItemRecord, by_item, by_seed, replay
 from mlx_rsgwm.evaluation.report.comparison import false_accept_rate
-from mlx_rsgwm.evaluation.report.summary import correct_matrix, plain, spread
+from mlx_rsgwm.evaluation.report.summary import correct_matrix, json_value, spread
 from mlx_rsgwm.evaluation.stats.intervals import bootstrapped, share
 from mlx_rsgwm.evaluation.stats.paired import holm, mcnemar, mean_difference, paired_bootstrap, smallest_difference
 
@@ -200,7 +200,7 @@ def summarise_controls(systems: Sequence[System], k: int, seed: int = 0) -> dict
         "k": k,
         "seeds": list(reference_by_seed),
         "n": len(next(iter(reference_by_seed.values()))),
-        "any_of_k": {"values": [plain(rate) for rate in ceiling.values()]},
+        "any_of_k": {"values": [json_value(rate) for rate in ceiling.values()]},
         "gap_closed": spread(closed),
         "false_accepts_against_self": _far_drop(systems, seed),
         "systems": rows,
@@ -223,7 +223,7 @@ def _system_row(
     }
     row: dict[str, Any] = {"name": system.name, "note": system.note}
     for name, flags in shares.items():
-        row[name] = plain(_over_items(flags, ids, seed))
+        row[name] = json_value(_over_items(flags, ids, seed))
         row[f"{name}_seeds"] = spread([getattr(table, name).value for table in tables])
     for name in ("accept_rate", "false_accept_rate"):
         row[name] = None
@@ -233,7 +233,7 @@ def _system_row(
             flags, of = (
                 (accepted, accepted_ids) if name == "false_accept_rate" else ([r.accepted for r in system.records], ids)
             )
-            row[name] = plain(_over_items(flags, of, seed)) if flags else None
+            row[name] = json_value(_over_items(flags, of, seed)) if flags else None
             row[f"{name}_seeds"] = spread([rate.value if (rate := getattr(table, name)) else None for table in tables])
     alone = system.mode == "drafter"
     count = len(system.records)

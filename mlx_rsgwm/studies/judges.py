@@ -13,7 +13,7 @@ from typing import Any
 from mlx_rsgwm.core.tables import ABSENT, show
 from mlx_rsgwm.evaluation.calculator_systems import annotated
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
-from mlx_rsgwm.evaluation.report.summary import plain
+from mlx_rsgwm.evaluation.report.summary import json_value
 from mlx_rsgwm.evaluation.stats.intervals import Rate, auroc
 
 REFUSED = -1.0  # below every score in [0, 1]
@@ -49,7 +49,7 @@ def judge_scores(
             "checked": _area(drafts, checked, seed),
             "passed": _area(passed, [draft.scores[score] for _, draft in passed], seed),
         }
-        rows.append({"name": name, "score": score, **{key: plain(area) for key, area in areas.items()}})
+        rows.append({"name": name, "score": score, **{key: json_value(area) for key, area in areas.items()}})
     return rows
 
 

@@ -21,7 +21,7 @@ from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
-from mlx_rsgwm.core.resume import content_key, plain, stamped
+from mlx_rsgwm.core.resume import content_key, json_values, stamped
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.public_sets import SOURCES
@@ -222,7 +222,7 @@ class Sweep:
 
         Made once and kept, for every candidate must judge the same answers. Drafts are labelled by gold.
         """
-        merges = [plain(vars(self.plan.options(self.plan.reference, role))) for role in ROLES]
+        merges = [json_values(vars(self.plan.options(self.plan.reference, role))) for role in ROLES]
         pool = [self._identities[source.name] for source in self.plan.pool]
         key = content_key([self._about, pool, merges, self.plan.judged], version=FORMAT_VERSION)
         questions = [asdict(question) for question in self.plan.questions]
@@ -272,7 +272,7 @@ class Sweep:
         """What a candidate's outcome depends on beyond the plan's items and the labelled answers."""
         if candidate.variant is not None:
             options = [
-                plain({**vars(merge_options), "parameters": resolved(merge_options)})
+                json_values({**vars(merge_options), "parameters": resolved(merge_options)})
                 for merge_options in self._both(candidate.variant)
             ]
             sources = [self._identities[source.name] for source in self.plan.pool]

@@ -24,8 +24,6 @@ from mlx_rsgwm.models.split import split_head
 
 SEED = 0  # of Ω: one for all adapters, so that their sketches can be added up
 
-Arrays = dict[str, mx.array]
-
 
 @dataclass(frozen=True)
 class Input:
@@ -87,7 +85,7 @@ class DirectionSums:
     def __init__(self, model: Any, names: Iterable[str], roles: Iterable[str], rank: int, every: int) -> None:
         self.model, self.rank, self.every = model, rank, every
         self.inputs, self.owners = module_inputs(model, names)
-        self.totals: Arrays = {}
+        self.totals: dict[str, mx.array] = {}
         for role in sorted(set(roles)):
             for owner, entry in self.inputs.items():
                 self.totals |= {f"{role}/{owner}.{leaf}": mx.zeros(s) for leaf, s in self._shapes(entry).items()}
@@ -96,7 +94,7 @@ class DirectionSums:
         self._role = ""
         self._positions: mx.array | None = None
         self._targets = 0
-        self._sums: Arrays = {}
+        self._sums: dict[str, mx.array] = {}
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +114,7 @@ class DirectionSums:
         self._targets = sum(row.trained_tokens for row in rows)
         self._positions = mx.array(positions)
 
-    def end(self) -> Arrays:
+    def end(self) -> dict[str, mx.array]:
         """The batch's sums, not computed yet. What runs after (a block that is recomputed) is not counted again."""
         sums, self._sums, self._positions = self._sums, {}, None
         return sums
@@ -137,7 +135,7 @@ class DirectionSums:
         for name, number in taken.items():
             self.tokens[name] = self.tokens.get(name, 0) + number
 
-    def complete(self, sums: Mapping[str, mx.array], role: str) -> Arrays:
+    def complete(self, sums: Mapping[str, mx.array], role: str) -> dict[str, mx.array]:
         """A step's sums with zeros for what no token of this process was handed to."""
         names = [name for name in self.totals if name.startswith(f"{role}/")]
         return {name: sums[name] if name in sums else mx.zeros_like(self.totals[name]) for name in names}
@@ -161,7 +159,7 @@ class DirectionSums:
             key = f"{self._role}/{name}.{leaf}"
             self._sums[key] = self._sums[key] + value if key in self._sums else value
 
-    def _products(self, rows: mx.array, entry: Input) -> Arrays:
+    def _products(self, rows: mx.array, entry: Input) -> dict[str, mx.array]:
         if entry.of == "ids":
             return {"diagonal": mx.zeros((entry.width,)).at[rows].add(mx.ones(rows.shape))}
         wide = rows.astype(mx.float32)
@@ -172,7 +170,7 @@ class DirectionSums:
 
     # --- what becomes of them -----------------------------------------------------------------------------------
 
-    def arrays(self) -> Arrays:
+    def arrays(self) -> dict[str, mx.array]:
         """What ``directions.safetensors`` holds: means over the tokens of the roles that had any."""
         means = {}
         for name, total in self.totals.items():
@@ -195,7 +193,7 @@ class DirectionSums:
             **{f"tokens/{role}": str(self.tokens[f"{role}/states"]) for role in roles},
         }
 
-    def state(self, prefix: str) -> Arrays:
+    def state(self, prefix: str) -> dict[str, mx.array]:
         """The sums under ``{prefix}{role}/{module}.…``, for a checkpoint."""
         return {prefix + name: total for name, total in self.totals.items()}
 

@@ -42,8 +42,6 @@ from mlx_rsgwm.training.warm_start import WarmStart
 # Fewer steps than these hardly move an adapter: whoever sets no number of them is told.
 FEW_STEPS = 20
 
-Tell = Callable[[str], None]
-
 
 class TrainingData(Protocol):
     """What can be trained on: a :class:`Corpus`, or mlx-lm's formats (``data.examples``)."""
@@ -161,7 +159,7 @@ def _tell(progress: Progress, label: str, text: str) -> None:
     progress.message(f"{label}: {text}")
 
 
-def _with_keys(base: Base, config: TrainConfig, tell: Tell) -> TrainConfig:
+def _with_keys(base: Base, config: TrainConfig, tell: Callable[[str], None]) -> TrainConfig:
     """``config`` with the names of all linear layers where it asks for all."""
     if config.keys != ALL_LINEAR:
         return config
@@ -177,7 +175,7 @@ def _read_data(
     test: TrainingData | None,
     config: TrainConfig,
     warm_start: WarmStart | None,
-    tell: Tell,
+    tell: Callable[[str], None],
 ) -> _Data:
     """Tokenise all data, and tell what is left out, cut, or asked both in training and elsewhere.
 
@@ -212,7 +210,7 @@ def _read_data(
     return _Data(train, held, tested, before)
 
 
-def _tell_few_steps(steps: int, config: TrainConfig, tell: Tell) -> None:
+def _tell_few_steps(steps: int, config: TrainConfig, tell: Callable[[str], None]) -> None:
     if steps < FEW_STEPS and not config.steps:
         more = math.ceil(3 * FEW_STEPS / steps) * config.epochs
         tell(f"only {steps} steps, few to learn from; more rows, or --epochs {more}")

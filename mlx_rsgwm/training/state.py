@@ -32,8 +32,6 @@ from mlx_rsgwm.training.memory import memory_line, memory_now
 from mlx_rsgwm.training.reporting import Reports
 from mlx_rsgwm.training.snapshots import snapshot_steps, write_snapshot
 
-Arrays = dict[str, mx.array]
-
 
 class TrainingRun:
     """One run on a model that already has its trainable layers."""
@@ -61,8 +59,8 @@ class TrainingRun:
         self.before: dict[str, float] = {}
         self.padded = self.real = 0
         self.seconds = 0.0
-        self.gradient_sum: Arrays = {}
-        self.best: tuple[Arrays, Importance] | None = None
+        self.gradient_sum: dict[str, mx.array] = {}
+        self.best: tuple[dict[str, mx.array], Importance] | None = None
         self._saved_step = 0
         self._blocks = 0
         self._loss_and_gradients = self._differentiate()
@@ -186,7 +184,7 @@ class TrainingRun:
             self.best = (trainable(self.model), self.importance.copy())
         return score
 
-    def result(self) -> tuple[Arrays, Importance]:
+    def result(self) -> tuple[dict[str, mx.array], Importance]:
         """Weights and importance that the run leaves: the last, or those of the best score."""
         return self.best if self.best else (trainable(self.model), self.importance)
 
@@ -205,7 +203,9 @@ class TrainingRun:
 
     def checkpoint(self, held_out: float | None) -> Checkpoint:
         """The whole state at the end of the last step; ``held_out`` is for the record alone."""
-        arrays: Arrays = {f"optimizer/{name}": self.optimizer.state[name] for name in ("step", "learning_rate")}
+        arrays: dict[str, mx.array] = {
+            f"optimizer/{name}": self.optimizer.state[name] for name in ("step", "learning_rate")
+        }
         for name in self.start:
             arrays |= {f"optimizer/{name}/{key}": value for key, value in self.optimizer.state[name].items()}
         arrays |= self.importance.state("moments/") | self.directions.state("directions/")
@@ -271,18 +271,18 @@ class TrainingRun:
     def _differentiate(self) -> Any:
         hidden, head = split_head(self.model)
 
-        def loss_of(_: Any, batch: Batch, total: int) -> tuple[mx.array, Arrays]:
+        def loss_of(_: Any, batch: Batch, total: int) -> tuple[mx.array, dict[str, mx.array]]:
             loss = batch_nats(hidden, head, batch) / total
             return loss, self.directions.end()
 
         return nn.value_and_grad(self.model, loss_of)
 
-    def _gradients(self, indices: Sequence[int]) -> tuple[mx.array, Arrays]:
+    def _gradients(self, indices: Sequence[int]) -> tuple[mx.array, dict[str, mx.array]]:
         """Mean loss over the trained tokens of all ``indices`` and its gradient, in batches and over all processes."""
         size = self.config.batch_size
         total = sum(self.rows[index].trained_tokens for index in indices)
         loss, gradients = mx.zeros(()), {name: mx.zeros(value.shape) for name, value in self.start.items()}
-        directions: Arrays = {}
+        directions: dict[str, mx.array] = {}
         batches = [self.processes.share(indices[start : start + size]) for start in range(0, len(indices), size)]
         batches = [batch for batch in batches if batch]
         padded = 0

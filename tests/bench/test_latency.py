@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.bench import conditions, latency, outcome, sides, works
-from mlx_rsgwm.bench.latency import LatencyConfig, interleave, measure_latency, summarise, token_ids
+from mlx_rsgwm.bench.latency import LatencyConfig, interleave, measure_latency, rows_of_times, token_ids
 from mlx_rsgwm.converters.parity.torch import apply_peft, load_torch_base
 from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.core.errors import RsgwmError
@@ -261,7 +261,7 @@ def test_trials_take_turns_and_the_warm_up_does_not_count():
 def test_medians_quartiles_and_ratio():
     mlx = [(1.0, 10.0), (2.0, 10.0), (3.0, 10.0), (4.0, 10.0), (100.0, 10.0)]
     theirs = [(6.0, 5.0)] * 5
-    prefill, decode = summarise(("prefill", "decode"), mlx, theirs)
+    prefill, decode = rows_of_times(("prefill", "decode"), mlx, theirs)
     assert (prefill["mlx_ms"], prefill["iqr"]["mlx_ms"], prefill["ratio"]) == (3.0, [2.0, 4.0], 2.0)
     assert (decode["ratio"], decode["torch_ms"]) == (0.5, 5.0)
 

@@ -5,7 +5,7 @@ import pytest
 from mlx_rsgwm.evaluation.calculator import calculator_slice
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.evaluation.report.folder import render_table
-from mlx_rsgwm.evaluation.report.summary import summarise
+from mlx_rsgwm.evaluation.report.summary import summarise_records
 from mlx_rsgwm.evaluation.verifier_quality import verifier_quality
 
 RIGHT, WRONG = ("7 + 2 = 9\n#### 9", "9"), ("7 - 2 = 5\n#### 5", "5")
@@ -58,7 +58,7 @@ def test_a_score_that_some_passed_draft_lacks_selects_nothing():
 
 
 def test_the_report_shows_them():
-    shown = render_table(summarise(RECORDS, 3))
+    shown = render_table(summarise_records(RECORDS, 3))
     assert "Drafts without a false equation" in shown
     (line,) = [line for line in shown.split("\n") if line.startswith("best by yesno")]
     assert "0.500" in line

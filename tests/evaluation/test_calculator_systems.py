@@ -9,7 +9,7 @@ import pytest
 from mlx_rsgwm.evaluation import calculator_systems, metrics
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord, read_items, replay, write_items
 from mlx_rsgwm.evaluation.report.folder import read_report, render_table, write_report
-from mlx_rsgwm.evaluation.report.summary import summarise
+from mlx_rsgwm.evaluation.report.summary import summarise_records
 
 # Of "21 - 4": right; a false equation; the wrong operation, rightly calculated; no answer.
 RIGHT, FALSE, BLIND, SILENT = "21 - 4 = 17\n#### 17", "21 - 4 = 18\n#### 18", "21 + 4 = 25\n#### 25", "21 - 4 = 19 and"
@@ -74,11 +74,11 @@ def test_only_where_the_gold_is_a_number_unless_asked(records):
     worded = [replace(record, gold="yes") for record in records]
     assert calculator_systems.annotated(worded, "auto") == worded
     assert calculator_systems.annotated(worded, "arithmetic")[0].drafts[0].false_equation == "21 - 4 = 18"
-    assert "arithmetic" not in summarise(worded, 3, check="auto")
+    assert "arithmetic" not in summarise_records(worded, 3, check="auto")
 
 
 def test_rows_of_their_own_and_no_other_figure_moves(records):
-    before, after = summarise(records, 3), summarise(records, 3, check="auto")
+    before, after = summarise_records(records, 3), summarise_records(records, 3, check="auto")
     assert {key: after[key] for key in before} == before
     assert set(after) - set(before) == {*calculator_systems.SYSTEMS, "arithmetic"}
     assert after["draft_verify"]["accuracy"]["value"] == 2 / 4
@@ -106,7 +106,7 @@ def test_a_report_shows_them_and_keeps_the_reason(records, tmp_path):
 
 def test_several_seeds_have_one_accuracy_over_all(records):
     both = [*records, *(replace(record, seed=1) for record in records)]
-    about = summarise(both, 3, check="auto")["arithmetic"]
+    about = summarise_records(both, 3, check="auto")["arithmetic"]
     assert about["seeds"]["draft_verify_arithmetic"]["value"] == 3 / 4
 
 

@@ -224,10 +224,10 @@ def make_items(folder: Path) -> None:
 def read_run(folder: Path) -> None:
     """What ``rsgwm report write`` does, without drawing."""
     from mlx_rsgwm.evaluation.report.folder import read_report, render_markdown
-    from mlx_rsgwm.evaluation.report.summary import summarise
+    from mlx_rsgwm.evaluation.report.summary import summarise_records
 
     found = read_report(folder)[1]
-    render_markdown(summarise(found, 2))
+    render_markdown(summarise_records(found, 2))
 
 
 def make_journal(folder: Path) -> None:

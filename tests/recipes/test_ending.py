@@ -9,7 +9,7 @@ from mlx_rsgwm.evaluation import metrics
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.evaluation.report.exchange import exchange
 from mlx_rsgwm.evaluation.report.outcome import Outcome, acceptance, cost, verdict
-from mlx_rsgwm.evaluation.report.summary import summarise
+from mlx_rsgwm.evaluation.report.summary import summarise_records
 from mlx_rsgwm.recipes.ending import BAR, ending
 
 RIGHT, WRONG = ("5 + 3 = 8\n#### 8", "8", True), ("5 + 3 = 9\n#### 9", "9", False)
@@ -35,7 +35,7 @@ def item(index, first, second=None, accepted=True, ms=None, **fields):
 def written(name):
     records = [item(index, *row[:-1], **row[-1]) for index, row in enumerate(RUNS[name])]
     if name == "timed":
-        return json.dumps(summarise(records, 3))
+        return json.dumps(summarise_records(records, 3))
     return json.dumps({  # the parts that are read, without the bootstrap of the others
         "n": len(records), "metadata": {}, "overlap": None, "by_task": {"change": None},
         "drafter": metrics.table(records, "drafter").to_dict(),
@@ -170,7 +170,7 @@ def test_long_names_and_texts_are_shortened():
         item(0, ("so " * 90, "8", True)),
         item(1, ("step by step " * 40 + "\n#### 9", "9", False), ("word " * 50, "8", True)),
     ]
-    report = summarise(rows, 3)
+    report = summarise_records(rows, 3)
     summary = {**SUMMARY, "base": {"name": "an-owner/" + "a" * 90}, "tasks": ["a" * 60, "b" * 60]}
     report["by_task"] = dict.fromkeys(summary["tasks"], report["by_task"]["change"])
     assert max(map(len, ending(report, summary))) <= 80
@@ -186,7 +186,7 @@ def test_items_that_were_trained_on_stand_above_everything():
 
 def test_what_was_not_accepted_may_be_left_unanswered():
     rows = [item(index, RIGHT, accepted=False, abstain=True) for index in range(8)] + [item(9, RIGHT)]
-    shown = Outcome.of(summarise(rows, 3, {"loop": {"abstain": True}}))
+    shown = Outcome.of(summarise_records(rows, 3, {"loop": {"abstain": True}}))
     assert verdict(shown) == "Checking costs right answers here: it withheld 8 and mended 0 (p = 0.008)."
     assert acceptance(shown) == "Of 1 accepted, 100 % are right; 8 were left unanswered."
 

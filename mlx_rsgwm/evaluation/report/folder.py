@@ -1,7 +1,7 @@
 """The report folder of an evaluation: items.jsonl, report.html, report.md, plot.png, and report.json last.
 
-Everything shown (terminal, Markdown, page, plot) is drawn from the one object that ``summarise`` makes of the records,
-so no two places can disagree.
+Everything shown (terminal, Markdown, page, plot) is drawn from the one object that ``summarise_records`` makes of the
+records, so no two places can disagree.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
 from mlx_rsgwm.evaluation.report.html import render_html
 from mlx_rsgwm.evaluation.report.outcome import p_shown
 from mlx_rsgwm.evaluation.report.plots import plot_report
-from mlx_rsgwm.evaluation.report.summary import FORMAT, summarise
+from mlx_rsgwm.evaluation.report.summary import FORMAT, summarise_records
 
 TITLE = "Evaluation"
 REPORT_FILE = "report.json"
@@ -257,7 +257,7 @@ def write_report(
     """
     folder = Path(folder)
     records = annotated(records, check)
-    summary = summarise(records, k, metadata, wall_seconds, seed, check)
+    summary = summarise_records(records, k, metadata, wall_seconds, seed, check)
     make_folder(folder)
     with suppress(FileNotFoundError):
         (folder / REPORT_FILE).unlink()

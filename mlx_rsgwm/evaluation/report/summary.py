@@ -23,12 +23,12 @@ THRESHOLDS = tuple(step / 20 for step in range(21))
 MODES: tuple[metrics.Mode, ...] = ("drafter", "draft_verify")
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """JSON values: a rate becomes ``{value, low, high, n}``."""
     return value.to_dict() if isinstance(value, Rate) else value
 
 
-def summarise(
+def summarise_records(
     records: Sequence[ItemRecord],
     k: int,
     metadata: Mapping[str, Any] | None = None,
@@ -77,20 +77,20 @@ def summarise(
         },
         "readings": _readings(rows),
         "verifier_auroc": {
-            name: {label: plain(label_quality.auroc) for label, label_quality in labels.items()}
+            name: {label: json_value(label_quality.auroc) for label, label_quality in labels.items()}
             for name, labels in quality.items()
         },
         "verifier": {name: {label: q.to_dict() for label, q in labels.items()} for name, labels in quality.items()},
         "oracle": {
-            "any_of_k": plain(ceiling),
-            "majority_of_k": plain(metrics.majority_of_k(rows, k)),
+            "any_of_k": json_value(ceiling),
+            "majority_of_k": json_value(metrics.majority_of_k(rows, k)),
             "gap_closed": metrics.gap_closed(
                 checked.accuracy.value, alone.accuracy.value, ceiling.value if ceiling else None
             ),
         },
         "calculator_passed": calculator_slice(rows, k, seed).to_dict(),
-        "pass_at_k": {str(count): plain(metrics.pass_at_k(rows, count, seed)) for count in range(1, recorded + 1)},
-        "majority_at_k": {str(count): plain(metrics.majority_of_k(rows, count)) for count in range(1, recorded + 1)},
+        "pass_at_k": {str(n): json_value(metrics.pass_at_k(rows, n, seed)) for n in range(1, recorded + 1)},
+        "majority_at_k": {str(n): json_value(metrics.majority_of_k(rows, n)) for n in range(1, recorded + 1)},
         "attempts": {str(count): items for count, items in sorted(Counter(r.attempts for r in rows).items())},
         "latency_ms": {
             "drafter": [record.first.latency_ms for record in rows if record.first.latency_ms is not None],
@@ -120,7 +120,7 @@ def _calculated(seeds: Mapping[int, Sequence[ItemRecord]], k: int, seed: int, ch
         summary[name] = metrics.table(rows, "draft_verify", max_attempts=k).to_dict()
         about["by_task"][name] = {task: rate.to_dict() for task, rate in metrics.by_task(rows, "draft_verify").items()}
         if len(seeds) > 1:
-            about.setdefault("seeds", {})[name] = plain(_pooled(list(by_one_seed.values()), "draft_verify", seed))
+            about.setdefault("seeds", {})[name] = json_value(_pooled(list(by_one_seed.values()), "draft_verify", seed))
     checked, alone = (next(iter(replayed[name].values())) for name in ("draft_verify_arithmetic", "calculator"))
     right = {
         name: [record.returned.correct for record in rows] for name, rows in (("verified", checked), ("alone", alone))
@@ -151,7 +151,7 @@ def _readings(records: Sequence[ItemRecord]) -> dict[str, Any]:
         read = [read_with(record, name) for record in records]
         by_extractor[name] = {
             mode: {
-                key: plain(getattr(metrics.table(read, mode), key))
+                key: json_value(getattr(metrics.table(read, mode), key))
                 for key in ("accuracy", "wrong_rate", "no_answer_rate", "cut_off_rate")
             }
             for mode in MODES
@@ -171,7 +171,7 @@ def _seeds(seeds: Mapping[int, Sequence[ItemRecord]], k: int, seed: int) -> dict
     for mode in MODES:
         tables = [metrics.table(rows, mode, max_attempts=k).to_dict() for rows in seeds.values()]
         spreads[mode] = {name: spread([_value(table[name]) for table in tables]) for name in SEED_ROWS}
-        spreads[mode]["accuracy_all_seeds"] = plain(_pooled(list(seeds.values()), mode, seed))
+        spreads[mode]["accuracy_all_seeds"] = json_value(_pooled(list(seeds.values()), mode, seed))
     first, second = (correct_matrix(seeds, mode) for mode in MODES)
     spreads["difference"] = mean_difference(first, second, seed=seed).to_dict()
     return spreads

@@ -39,7 +39,7 @@ def test_folder_is_whole_and_reads_back(tmp_path):
     stored = json.loads((folder / "report.json").read_text())
     assert stored == json.loads(json.dumps(summary))
     assert report.read_items(folder / "items.jsonl") == records
-    again = report.summarise(
+    again = report.summarise_records(
         report.read_items(folder / "items.jsonl"), 3, stored["metadata"], {"drafter": 2.0, "draft_verify": 6.0}
     )
     assert json.loads(json.dumps(again)) == {name: value for name, value in stored.items() if name != "files"}
@@ -50,7 +50,7 @@ def test_folder_is_whole_and_reads_back(tmp_path):
 
 
 def test_text_and_markdown_show_every_row_with_interval_and_n():
-    summary = report.summarise(make_records(), 3)
+    summary = report.summarise_records(make_records(), 3)
     text, markdown = report.render_table(summary), report.render_markdown(summary)
     cell = report.show(summary["draft_verify"]["accuracy"])
     rate = summary["draft_verify"]["false_accept_rate"]
@@ -116,7 +116,7 @@ def test_any_task_name_can_be_drawn_and_tabled(tmp_path):
 def test_drafts_that_were_cut_off_are_told_as_such():
     cut = DraftRecord("so 3 +", None, False, {"yesno": 0.1}, 4, finished=False)
     records = [ItemRecord(f"i{index}", "t", "q", "1", (cut,), "yesno", 0.5, False, 1, 0) for index in range(4)]
-    text = report.render_table(report.summarise(records, 1))
+    text = report.render_table(report.summarise_records(records, 1))
     shown = {line[:38].strip(): line[38:].split()[0] for line in text.split("\n")[3:8]}
     assert [shown[name] for name in ("Accuracy", "No answer", "Cut off")] == ["0.000", "0.000", "1.000"]
     assert metrics.table(records, "drafter").wrong_rate.value == 0
