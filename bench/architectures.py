@@ -59,6 +59,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
+        """``crash``, ``refused``, ``none`` for what was not tried, ``right`` or ``WRONG``."""
         if self.crash is not None:
             return "crash"
         if self.refusal is not None:
@@ -70,6 +71,8 @@ class Finding:
 
 @dataclass
 class Row:
+    """An architecture, and what was found by trial."""
+
     name: str
     findings: dict[str, Finding] = field(default_factory=dict)
 
@@ -121,6 +124,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def torch_logits(model: Any) -> np.ndarray:
+    """Logits (tokens, vocabulary) float32 of ``IDS`` by a torch model."""
     import torch
 
     with torch.no_grad():
@@ -128,6 +132,7 @@ def torch_logits(model: Any) -> np.ndarray:
 
 
 def mlx_logits(base: Path, adapter: Path | None = None) -> np.ndarray:
+    """The same of a base folder in MLX, with an adapter where one is given."""
     model: Any = load_base(str(base), "float32").model
     if adapter is not None:
         apply_adapter(model, Adapter.load(adapter), str(base))
@@ -186,10 +191,12 @@ def saved_modules(model: Any) -> list[str]:
 
 
 def heads_of(model: Any) -> list[str]:
+    """Names of a torch model's output heads."""
     return [name for name, _ in model.named_modules() if name.rpartition(".")[2] in ("lm_head", "embed_out")]
 
 
 def attempt(trial: Callable[[], Finding]) -> Finding:
+    """What a trial finds; a refusal or crash is a finding too."""
     try:
         return trial()
     except RsgwmError as error:
@@ -201,6 +208,7 @@ def attempt(trial: Callable[[], Finding]) -> Finding:
 
 
 def compare(values: np.ndarray, other: np.ndarray, bare: np.ndarray) -> Finding:
+    """Largest difference of two logits, and the adapter's effect on the bare ones, over the largest logit."""
     size = float(np.abs(other).max())
     return Finding(float(np.abs(values - other).max()) / size, float(np.abs(other - bare).max()) / size)
 
@@ -280,6 +288,7 @@ models differ already ("base"), or one of the libraries cannot load the model, n
 
 
 def write_table(rows: Sequence[Row], path: Path) -> None:
+    """The Markdown table of all rows, with the versions it was made with."""
     from importlib.metadata import version
 
     about = (__doc__ or "").split("\n\n")[3].replace("``", "`")
@@ -295,6 +304,7 @@ TRIALS = ("linear", "rest", "saved", "to")
 
 
 def cell(finding: Finding | None) -> str:
+    """One cell of the table."""
     if finding is None:
         return ""
     if finding.verdict == "crash":

@@ -16,7 +16,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from mlx_rsgwm.bench.pool_verifier import unseen, with_scores
+from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import SILENT
@@ -185,9 +185,7 @@ def main() -> None:
     scored = with_scores(records, columns(said, recorded, tokens, labels, items))
     told = {"items": len(records), "drafts": len(labels), "right": int(labels.sum()), **summary(scored)}
     result = {**told, "by_task": by_task(records), "versions": versions()}
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    give_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The last line is JSON: medians in seconds, by dtype, and their ratios to the cop
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -27,6 +26,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.converters.base_layers import BaseLayer, BaseLayers
 from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
 from mlx_rsgwm.converters.peft.sidecar import SIDECAR_FOLDER
@@ -54,6 +54,7 @@ def tinyllama() -> BaseLayers:
 
 
 def random_adapter(base: BaseLayers, dtype: mx.Dtype) -> Adapter:
+    """An adapter of normal values on every layer of ``base``."""
     rng = np.random.default_rng(0)
     weights = {}
     for name, layer in base.layers.items():
@@ -64,6 +65,7 @@ def random_adapter(base: BaseLayers, dtype: mx.Dtype) -> Adapter:
 
 
 def copy(source: Path, target: Path) -> None:
+    """Copy a file and wait until the disk has it: what conversions are compared with."""
     data = source.read_bytes()
     with open(target, "wb") as file:
         file.write(data)
@@ -113,9 +115,7 @@ def main() -> None:
         shown = ", ".join(f"{key} {value * 1e3:.0f} ms" for key, value in row["seconds"].items())
         ratios = ", ".join(f"{row[f'{step}_over_copy']:.2f}" for step in ("to_peft", "from_peft", "back"))
         print(f"{name}, {row['megabytes']:.0f} MB: {shown}; over the copy {ratios}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    give_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ class LatencyConfig:
 
     @property
     def chosen(self) -> list[str]:
+        """The names in ``works``, in their order."""
         return [name.strip() for name in self.works.split(",") if name.strip()]
 
 

@@ -39,7 +39,6 @@ there are several.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -55,6 +54,7 @@ from typing import Any
 from mlx_rsgwm.bench.merging_growth import grow, plot
 from mlx_rsgwm.bench.merging_sides import process_of
 from mlx_rsgwm.bench.random_pools import ATTENTION, COUNT, LAYERS, write_pool
+from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter import Adapter
@@ -173,9 +173,7 @@ def main() -> None:
             result["growth"] = grow(folder)
             if options.plot:
                 plot(result["growth"], options.plot)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({name: value for name, value in result.items() if not name.endswith("steps")}))
+    give_result(result, options.out, {name: value for name, value in result.items() if not name.endswith("steps")})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.bench.shapes import TINYLLAMA
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.select import questions_for
@@ -295,9 +296,7 @@ def main() -> None:
         "threshold": pipelines["parallel"].config.threshold,
         "versions": versions(),
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    give_result(result, options.out)
 
 
 if __name__ == "__main__":

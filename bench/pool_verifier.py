@@ -14,7 +14,6 @@ The last line is JSON; ``reread`` is the largest difference of the merged verifi
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.evaluation.metrics import any_of_k, verifier_auroc
@@ -161,9 +161,7 @@ def main() -> None:
         "arithmetic": summary(calculated(scored), count),
         "versions": versions(),
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    give_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ factors of all adapters and what is made of them, and the result twice. The last
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.core.files import read_json_object
 from mlx_rsgwm.training.memory import estimate
 
@@ -73,6 +73,7 @@ def seconds_per_entry(growth: dict[str, Any]) -> float:
 
 
 def size(shape: tuple[int, int, int, int, int, int, bool], each: float) -> dict[str, Any]:
+    """Memory of training and merging a model of these shapes; ``each``: seconds of a merge a parameter and adapter."""
     model, config = lazy_model(shape)
     parameters, largest = add_adapter(model)
     training = estimate(model, config, ROWS, LENGTH, ROWS * LENGTH, 1, recompute=True)
@@ -111,9 +112,7 @@ def main() -> None:
                 f"and {pool['merge_gb']:.1f} GB, all in slots {pool['resident_gb']:.1f} GB"
             )
     result = {"seconds_per_parameter_and_adapter": each, "bases": sizes}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    give_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.bench.sides import SideProcess, loaded_blas, side_process
 from mlx_rsgwm.core.machine import examine_machine
 from mlx_rsgwm.core.versions import versions
@@ -311,9 +312,7 @@ def main() -> None:
     print(f"{result['machine']['chip']}, {result['machine']['cores']} cores")
     for name, rate in result["completion_tokens_per_second"].items():
         print(f"{name:<18}{rate:>8.1f} completion tokens/s  {json.dumps(facts[name])}")
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    give_result(result, options.out)
 
 
 if __name__ == "__main__":

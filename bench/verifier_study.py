@@ -19,14 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlx_rsgwm.bench.verifier_picture import plot
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed
 from mlx_rsgwm.core.folders import make_folder
@@ -37,10 +37,8 @@ from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.select import questions_for
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation.judging import judge, read_all
-from mlx_rsgwm.evaluation.report.figures import spread_of, write_figure
 from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, gatherer, percentile_interval, resampled
 from mlx_rsgwm.evaluation.stats.intervals import auroc, wilson
-from mlx_rsgwm.evaluation.verifier_quality import reliability
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.draft import Draft, Signals
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -77,6 +75,7 @@ RESAMPLES = 1000
 
 
 def questions_of(split: str) -> list[Question]:
+    """The questions of a split, of all tasks."""
     count, offset, _ = SPLITS[split]
     return [q for task in TASKS for q in questions_for(task, split, count, SEED, offset=offset)]
 
@@ -91,6 +90,7 @@ def pipeline_of(base: Any, demo: Path, drafter: Path | None, verifier: Path | No
 
 
 def draft_stage(base: Any, demo: Path, out: Path) -> None:
+    """Have the demo's drafter write drafts of every split, and keep them with their labels."""
     pipeline = pipeline_of(base, demo, demo / "drafter", None)
     for split, (_, _, attempts) in SPLITS.items():
         for task in TASKS:
@@ -115,6 +115,7 @@ def draft_stage(base: Any, demo: Path, out: Path) -> None:
 
 
 def read_drafts(out: Path, split: str) -> tuple[list[Question], list[list[Draft]], list[list[bool]]]:
+    """What :func:`draft_stage` kept: questions, and by question the drafts and whether each is right."""
     rows = [row for task in TASKS for row in files.read_json(out / "drafts" / f"{split}-{task}.json")]
     questions = [Question(**row["question"]) for row in rows]
     drafts = [
@@ -142,6 +143,7 @@ def corpora(demo: Path, out: Path, name: str) -> dict[str, Path]:
 
 
 def train_stage(base: Any, demo: Path, out: Path, name: str) -> None:
+    """Train one verifier of ``VERIFIERS``, unless it is there."""
     target = out / "verifiers" / name
     if is_complete(target):
         return
@@ -165,6 +167,7 @@ def train_stage(base: Any, demo: Path, out: Path, name: str) -> None:
 
 
 def read_stage(base: Any, demo: Path, out: Path, name: str) -> None:
+    """Have one verifier read the drafts to calibrate and test on, and keep its signals."""
     verifier = demo / "verifier" if name == "demo" else out / "verifiers" / name
     pipeline = pipeline_of(base, demo, None, verifier)
     for split in ("test", "calibration"):
@@ -182,6 +185,7 @@ def read_stage(base: Any, demo: Path, out: Path, name: str) -> None:
 
 
 def judged(out: Path, name: str, split: str) -> Judged:
+    """What :func:`read_stage` kept."""
     stored = files.read_json(out / "read" / name / f"{split}.json")
     return Judged([[Signals(**signal) for signal in item] for item in stored["signals"]], stored["correct"])
 
@@ -295,53 +299,8 @@ def risk_bounds_of(name: str, out: Path) -> dict[str, Any]:
     return by_rate
 
 
-def plot(summary: Mapping[str, Any], out: Path, path: Path) -> None:
-    """AUROC of every verifier and score; reliability before and after; realised false accepts against the target."""
-    write_figure(path, partial(_draw, summary=summary, out=out), (14, 4))
-
-
-def _draw(figure: Any, summary: Mapping[str, Any], out: Path) -> None:
-    left, middle, right = figure.subplots(1, 3)
-    names = list(summary["verifiers"])
-    for shift, score in enumerate(SCORES):
-        rates = [summary["verifiers"][name]["scores"][score]["auroc"] for name in names]
-        places = [index + (shift - 1) * 0.27 for index in range(len(names))]
-        left.bar(places, [r["value"] for r in rates], 0.27, yerr=spread_of(rates), capsize=3, label=score)
-    left.axhline(0.5, color="grey", linewidth=0.8)
-    left.axhline(0.9, color="grey", linestyle=":")
-    left.set_xticks(range(len(names)), names)
-    left.set(ylim=(0.3, 1), ylabel="AUROC on own drafts", title=f"Verifiers ({summary['questions']} questions, K = 3)")
-    left.legend(loc="lower right")
-    best = summary["best"]["verifier"]
-    calibration, test = fit(judged(out, best, "calibration"), score=summary["best"]["score"]), judged(out, best, "test")
-    signals, labels, _ = test.flat
-    raw = calibration.scorer(calibration.score).values(signals)
-    after = calibration.curves[calibration.score].probabilities(raw)
-    for values, label in ((raw, "before"), (after, "after")):
-        filled = [level for level in reliability(values, labels) if level.n >= 5]
-        rates = [level.correct.to_dict() for level in filled]
-        x = [level.mean_score for level in filled]
-        middle.errorbar(x, [r["value"] for r in rates], yerr=spread_of(rates), marker="o", capsize=2, label=label)
-    middle.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    middle.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share right", title=f"{best}, {calibration.score}")
-    middle.legend()
-    for far, bound in summary["risk_bounds"].items():
-        if bound["realised_mean"] is not None:
-            mean, (low, high) = bound["realised_mean"], bound["realised_spread"]
-            # Where few divisions hold a bound, rounding is all the spread there is.
-            errors = [[max(mean - low, 0)], [max(high - mean, 0)]]
-            right.errorbar([float(far)], [mean], yerr=errors, marker="s", color="C0", capsize=3)
-        rate = bound["once"].get("realised")
-        if rate:
-            right.errorbar([float(far) + 0.006], [rate["value"]], spread_of([rate]), marker="o", color="C1", capsize=3)
-    right.plot([0, 0.25], [0, 0.25], color="grey", linewidth=0.8)
-    right.set(
-        xlim=(0, 0.25), ylim=(0, 0.35), xlabel="bound on the false-accept rate", ylabel="realised on unseen items",
-        title="Risk bounds (orange: the command)",
-    )  # fmt: skip
-
-
 def report_stage(out: Path, path: Path | None) -> None:
+    """Compare the verifiers, print the summary as JSON, and draw the picture at ``path``."""
     names = [name for name in ("demo", *VERIFIERS) if (out / "read" / name / "calibration.json").is_file()]
     test = judged(out, names[0], "test")
     plain = test.scored(Scorer("mean_logprob"))
@@ -371,7 +330,8 @@ def report_stage(out: Path, path: Path | None) -> None:
             )
     files.write_json(out / "summary.json", summary)
     if path is not None:
-        plot(summary, out, path)
+        best = summary["best"]["verifier"]
+        plot(summary, judged(out, best, "calibration"), judged(out, best, "test"), path)
     print(json.dumps(summary))
 
 

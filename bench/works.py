@@ -50,6 +50,7 @@ def synchronizer(device: str) -> Callable[[], Any]:
 
 
 def timed_since(started: float) -> Times:
+    """Milliseconds since ``started``, as the only time of a trial."""
     return ((time.perf_counter() - started) * 1e3,)
 
 

@@ -71,6 +71,7 @@ class BaseLayers:
 
     @cached_property
     def names(self) -> Names:
+        """How transformers' and mlx-lm's names of this base go over into each other."""
         return Names(self.model_type, self.weights, self.bare)
 
     def read_arrays(self, names: set[str]) -> dict[str, mx.array]:

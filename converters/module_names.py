@@ -160,6 +160,7 @@ class Names:
 
     @property
     def by_rule(self) -> Names:
+        """The same model's names by rule alone, without its checkpoint."""
         return Names(self.model_type)
 
     def link(self, parameter: str) -> Link | None:
@@ -211,6 +212,7 @@ class Names:
         return [name.removesuffix(".weight") for name in self.mlx_parameters(f"{module}.weight")]
 
     def mlx_module(self, module: str) -> str:
+        """The first module of mlx-lm that holds the weight of transformers' ``module``."""
         return self.mlx_modules(module)[0]
 
     def transformers_parameter(self, parameter: str) -> str:
@@ -221,6 +223,7 @@ class Names:
         return f"{transformers_by_rule(module, self.model_type)}.{leaf}"
 
     def transformers_module(self, module: str) -> str:
+        """transformers' module for mlx-lm's ``module``."""
         return self.transformers_parameter(f"{module}.weight").removesuffix(".weight")
 
     def switch_layers(self, block: str) -> str:

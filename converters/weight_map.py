@@ -42,6 +42,7 @@ class SourceRows:
     transposed: bool = False
 
     def is_all(self, rows: int) -> bool:
+        """Whether these are all of ``rows`` rows, in order."""
         return len(self.rows) == rows and bool((self.rows == np.arange(rows)).all())
 
 
@@ -61,10 +62,12 @@ class Link:
 
     @property
     def scaled(self) -> bool:
+        """Whether the source is multiplied."""
         return isinstance(self.scale, np.ndarray) or self.scale != 1.0
 
     @property
     def shifted(self) -> bool:
+        """Whether anything is added to the source."""
         return isinstance(self.offset, np.ndarray) or self.offset != 0.0
 
     @property
@@ -74,6 +77,7 @@ class Link:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """The arrays of the checkpoint that it comes from, one for every part."""
         return (self.source,) if not self.parts else tuple(part.source for rows in self.parts for part in rows)
 
     def apply(self, value: mx.array) -> mx.array:
@@ -125,6 +129,7 @@ class WeightMap:
         self.renamed = {name: objects[id(value)] for name, value in self._runs["zero"].items() if id(value) in objects}
 
     def names(self) -> list[str]:
+        """mlx-lm's parameters, in the model's order."""
         return list(self._made)
 
     def link(self, name: str) -> Link | None:

@@ -59,6 +59,7 @@ class Tensor:
 
     @property
     def rows(self) -> int:
+        """Rows of the matrix, leading axes counted together."""
         return math.prod(self.shape[:-1])
 
 

@@ -43,7 +43,7 @@ def tensor_namer(model_type: str, layers: int) -> Any:
 
 
 def permute_rows(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection in llama.cpp's order: the two halves of a head interleaved.
+    """Rows of a query or key projection in llama.cpp's order, (out, …): the two halves of a head interleaved.
 
     The reverse of ``gguf.unpermute``; ``permute`` in llama.cpp's convert_hf_to_gguf.py.
     """

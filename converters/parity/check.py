@@ -197,6 +197,7 @@ def _compare_traces(
 
 
 def window_failure(window: int, longest: int) -> str:
+    """What is said where texts are longer than a window that mlx-lm does not apply."""
     return (
         f"mlx-lm does not apply this model's window of {window:,} tokens, and the texts with their continuations have "
         f"up to {longest:,}: within the window both compute the same model, beyond it they do not"

@@ -105,6 +105,16 @@ def trace_torch(
     names: dict[str, str],
     continuation: int,
 ) -> Trace:
+    """What transformers and PEFT compute of ``token_ids``: logits of base and adapter, and what each module adds.
+
+    Args:
+        probes: by mlx-lm's module, the inputs (tokens, in) float32 that its layers were given.
+        names: PEFT's module by mlx-lm's.
+        continuation: tokens to generate greedily after each text.
+
+    Raises:
+        AdapterError: PEFT cannot load the folder on this base.
+    """
     wrapped = is_of_wrapped_model(open_peft(peft_folder).arrays()[0])
     model = load_torch_base(base_path, device, dtype, wrapped=wrapped)
     if wrapped:

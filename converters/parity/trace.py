@@ -57,7 +57,10 @@ def largest_size(values: np.ndarray) -> float:
 
 
 def perplexity(logits: np.ndarray, texts: list[list[int]]) -> float | None:
-    """exp of the mean negative log-likelihood of every token but a text's first; None where it is not finite."""
+    """exp of the mean negative log-likelihood of every token but a text's first; None where it is not finite.
+
+    ``logits`` (tokens, vocabulary), those of all texts one after another.
+    """
     losses = []
     start = 0
     for text in texts:

@@ -68,6 +68,7 @@ def to_peft_verified(source: AdapterSource, base_name: str | None, out: Path, pr
 
 
 def is_peft(folder: Path) -> bool:
+    """Whether a folder holds PEFT's weights, in one file or in shards."""
     return (folder / PEFT_WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file()
 
 
@@ -77,6 +78,7 @@ def is_whole_peft(folder: Path) -> bool:
 
 
 def is_mlx(folder: Path) -> bool:
+    """Whether a folder holds mlx-lm's adapter weights."""
     return (folder / WEIGHTS_FILE).is_file()
 
 

@@ -25,13 +25,13 @@ def split_experts(a: mx.array, b: mx.array, rank: int) -> Pair:
 
 
 def stack_experts(a: mx.array, b: mx.array) -> Pair:
-    """The reverse of :func:`split_experts`."""
+    """The reverse of :func:`split_experts`: PEFT's pair, (experts · rank, in) and (out, rank · experts)."""
     experts, rank, inputs = a.shape
     return a.reshape(experts * rank, inputs), b.transpose(1, 2, 0).reshape(b.shape[1], rank * experts)
 
 
 def split_gate_up(a: mx.array, b: mx.array, joined: Sequence[str] = ()) -> dict[str, Pair]:
-    """Gate's and up's pairs from the one of the parameter that holds both, gate first.
+    """Gate's and up's pairs from the one of the parameter that holds both, gate first: ``b`` (experts, out, rank).
 
     Both get ``a`` whole. Where ``joined`` says that :func:`join_gate_up` made the pair, its blocks come back.
     """
@@ -45,7 +45,10 @@ def split_gate_up(a: mx.array, b: mx.array, joined: Sequence[str] = ()) -> dict[
 
 
 def join_gate_up(pairs: Mapping[str, Pair]) -> Pair:
-    """One pair for the parameter that holds gate and up, from those of one of them or of both."""
+    """One pair for the parameter that holds gate and up, from those of one of them or of both.
+
+    Pairs as of :func:`split_experts`; the result's ranks and outputs are those of its parts one after another.
+    """
     names = [name for name in GATE_UP if name in pairs]
     a = mx.concatenate([pairs[name][0] for name in names], axis=1)
     rows = []

@@ -48,6 +48,7 @@ def other_towers(groups: Groups, base: BaseLayers, reading: PeftReading) -> list
 
 
 def depth_problems(updates: Iterable[Update], groups: Groups, described: Mapping[str, Any] | None) -> list[str]:
+    """A line for every layer that the described base is too shallow to have; none where its depth is unknown."""
     depth = (described or {}).get("num_layers")
     if depth is None:
         return []

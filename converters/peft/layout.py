@@ -29,10 +29,12 @@ class Layout:
     rows: int = 0
 
     def to_json(self) -> dict[str, Any]:
+        """JSON values by field, without those at their defaults."""
         return {name: value for name, value in asdict(self).items() if value}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        """The reverse of :meth:`to_json`."""
         folded = {name: Folding(**entry) for name, entry in (value.get("folded") or {}).items()}
         names, derived = dict(value.get("names") or {}), list(value.get("derived") or [])
         untied, rows = bool(value.get("untied")), int(value.get("rows") or 0)

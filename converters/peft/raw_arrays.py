@@ -26,10 +26,11 @@ class RawArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
         return tuple(self.bits.shape)
 
     def values(self) -> np.ndarray:
-        """float64, exactly."""
+        """The values in float64, exactly, of the same shape."""
         if self.dtype == "BF16":
             return (self.bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         return self.bits.astype(np.float64)

@@ -37,6 +37,7 @@ class Update:
 
     @property
     def has_factor(self) -> bool:
+        """Whether mlx-lm's weight is the checkpoint's times anything but 1."""
         return isinstance(self.factor, np.ndarray) or self.factor != 1.0
 
 
@@ -55,7 +56,7 @@ def common_scale(scales: Iterable[float]) -> float:
 
 
 def widen_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
-    """The factors with zeros up to ``rank``; linear layers' or, with three axes, experts'."""
+    """Factors (in, r) and (r, out), or experts' (experts, r, in) and (experts, out, r), with zeros up to ``rank``."""
     missing = rank - a.shape[1]
     if not missing:
         return a, b
@@ -65,12 +66,12 @@ def widen_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]
 
 
 def narrow_rank(a: mx.array, b: mx.array, rank: int) -> tuple[mx.array, mx.array]:
-    """The reverse of :func:`widen_rank`."""
+    """The reverse of :func:`widen_rank`, on the same axes."""
     return (a[:, :rank], b[:, :, :rank]) if a.ndim == 3 else (a[:, :rank], b[:rank])
 
 
 def filled_with_zeros(a: mx.array, b: mx.array, rank: int) -> bool:
-    """Whether the factors beyond ``rank`` are zero, so that :func:`narrow_rank` loses nothing."""
+    """Whether factors as of :func:`widen_rank` are zero beyond ``rank``, so that :func:`narrow_rank` loses nothing."""
     beyond_b = b[:, :, rank:] if b.ndim == 3 else b[rank:]
     return not (mx.any(a[:, rank:] != 0) | mx.any(beyond_b != 0)).item()
 
@@ -89,7 +90,7 @@ def scaled_magnitude(magnitude: mx.array, factor: float | np.ndarray) -> mx.arra
 
 
 def unfold(b: mx.array, ratio: float, dtype: str) -> mx.array:
-    """The reverse of :func:`fold_scale`, rounded to ``dtype``."""
+    """The reverse of :func:`fold_scale`, of the same shape, rounded to ``dtype``."""
     return (b / mx.array(ratio, dtype=b.dtype)).astype(DTYPES[dtype])
 
 

@@ -28,6 +28,7 @@ class Processes:
 
     @property
     def writes(self) -> bool:
+        """Whether this process writes files and speaks: the first one does."""
         return self.rank == 0
 
     def share(self, rows: Sequence[int]) -> list[int]:

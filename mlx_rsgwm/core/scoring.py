@@ -47,7 +47,10 @@ def calibration_error(scores: Values, correct: Labels, bins: int = BINS) -> floa
 
 
 def average_precision(scores: np.ndarray, correct: np.ndarray) -> float | None:
-    """Mean precision over the recall gained at each distinct score from the highest down; None without right ones."""
+    """Mean precision over the recall gained at each distinct score from the highest down; None without right ones.
+
+    ``scores`` (n,) float, ``correct`` (n,) bool; scikit-learn's ``average_precision_score``.
+    """
     total = int(correct.sum())
     if not total:
         return None
@@ -64,7 +67,8 @@ def risk_coverage(scores: np.ndarray, correct: np.ndarray) -> tuple[tuple[float,
 
 
 def area_under_risk(scores: np.ndarray, correct: np.ndarray) -> float:
-    """Mean risk over the coverages 1/n … 1; within equal scores the risk is that of the whole run."""
+    """Mean risk over the coverages 1/n … 1, of ``scores`` (n,) float and ``correct`` (n,) bool; within equal scores the
+    risk is that of the whole run."""
     accepted, right = _from_the_top(scores, correct)
     return float(((1 - right / accepted) * np.diff(accepted, prepend=0)).sum() / len(scores))
 

@@ -58,14 +58,17 @@ _CLOCK = {"am", "pm", "a.m", "p.m", "o'clock", "o’clock", "uhr"}
 
 
 def break_at(tokens: Sequence[Token], index: int) -> bool:
+    """Whether a line ends at ``index``."""
     return index < len(tokens) and tokens[index].kind == "newline"
 
 
 def before_break(tokens: Sequence[Token], index: int) -> int:
+    """The index of the line's end just before ``index``, where there is one; else ``index``."""
     return index - 1 if index and tokens[index - 1].kind == "newline" else index
 
 
 def after_break(tokens: Sequence[Token], index: int) -> int:
+    """``index`` or, where a line ends there and the text goes on, the next."""
     return index + 1 if break_at(tokens, index) and index + 1 < len(tokens) else index
 
 
@@ -93,6 +96,7 @@ def _is_sign(tokens: Sequence[Token], index: int) -> bool:
 
 
 def expression_at(tokens: Sequence[Token], index: int) -> Expression:
+    """The longest expression from ``index`` on; its value is None where it is too long to be parsed."""
     parser = Parser(tokens, index)
     try:
         return Expression(index, parser.expression(), parser.position)

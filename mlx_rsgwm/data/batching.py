@@ -35,10 +35,11 @@ class TokenRow:
 
     @property
     def trained_tokens(self) -> int:
+        """How many tokens the loss is taken of."""
         return len(self.tokens) - self.prompt_length - len(self.untrained)
 
     def trained_positions(self) -> np.ndarray:
-        """Positions of the trained tokens."""
+        """Positions (n,) of the trained tokens in the row, ascending integers."""
         positions = np.arange(self.prompt_length, len(self.tokens))
         return np.setdiff1d(positions, self.untrained, assume_unique=True) if self.untrained else positions
 

@@ -69,6 +69,7 @@ class Corpus:
 
     @property
     def hash(self) -> str:
+        """Hex SHA-256 of the rows file, as the manifest has it."""
         digest: str = self.manifest["files"][ROWS_FILE]
         return digest
 

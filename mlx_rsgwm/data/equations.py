@@ -52,6 +52,7 @@ class Equation:
 
     @property
     def numbers(self) -> list[Number]:
+        """The numbers on the left, in order."""
         return [part for part in self.parts if isinstance(part, Number)]
 
 
@@ -79,6 +80,8 @@ def scan_equations(text: str) -> Iterator[tuple[Equation, bool]]:
 
 @dataclass(frozen=True)
 class EquationToken:
+    """A number, sign, bracket, word or equals sign, with its place in the text."""
+
     kind: str
     start: int
     end: int
@@ -177,10 +180,12 @@ def _unbalanced(parts: list[Part]) -> bool:
 
 
 def start_of(part: Part) -> int:
+    """Where a number or a sign begins in the text."""
     return part.start if isinstance(part, Number) else part[0]
 
 
 def value_of(part: Part) -> Fraction | str:
+    """A number's exact value, its percent sign or unit counted in; a sign as it is."""
     return part.value * part.scale if isinstance(part, Number) else part[2]
 
 

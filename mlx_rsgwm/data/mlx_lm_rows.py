@@ -47,6 +47,7 @@ class Examples:
 
     @property
     def hash(self) -> str:
+        """Hex SHA-256 of the file and of which of its tokens are trained."""
         return files.sha256_json([self.file_hash, "turns" if self.all_turns else self.mask_prompt])
 
     def describe(self) -> dict[str, Any]:

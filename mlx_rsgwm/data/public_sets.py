@@ -121,6 +121,11 @@ SOURCES: dict[str, DataSet] = {
 
 
 def local_file(data: Path, task: str, split: str) -> Path:
+    """``data/task/split.jsonl``.
+
+    Raises:
+        RsgwmError: no such folder, task or split; it says what is there.
+    """
     folder = data / task
     if not data.is_dir():
         raise RsgwmError(f"data folder {data} does not exist")
@@ -135,6 +140,11 @@ def local_file(data: Path, task: str, split: str) -> Path:
 
 
 def hub_rows(source: DataSet, split: str, revision: str | None) -> Iterable[tuple[int, Any]]:
+    """The rows of a split on the Hub, numbered from 1, those of several configurations one after another.
+
+    Raises:
+        RsgwmError: the Hub cannot be reached, or has no such split or revision.
+    """
     from datasets import load_dataset
 
     rows: list[Any] = []

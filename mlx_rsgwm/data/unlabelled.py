@@ -35,6 +35,7 @@ class Unlabelled:
 
     @property
     def hash(self) -> str:
+        """Hex SHA-256 of the file, apart from the same file read with answers."""
         return files.sha256_json([self.file_hash, "unlabelled"])
 
     @cached_property

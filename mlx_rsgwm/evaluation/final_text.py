@@ -74,6 +74,8 @@ class Statement:
 
 @dataclass(frozen=True)
 class Reading:
+    """What was read as the answer: its text, None for nothing, or ambiguous; ``stated``: as the text's own answer."""
+
     value: str | None = None
     ambiguous: bool = False
     stated: bool = True

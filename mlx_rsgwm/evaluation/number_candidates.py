@@ -172,6 +172,7 @@ def rewritten(sentence: str, number: Quantity, others: Sequence[Quantity]) -> Qu
 
 
 def as_reading(number: Quantity, stated: bool = True) -> Reading:
+    """A quantity as the answer that was read; ambiguous where it has no exact value."""
     if number.value is None:
         return AMBIGUOUS
     return Reading(number.text, stated=stated, end=number.end)

@@ -64,7 +64,7 @@ class Quality:
 
 
 def reliability(scores: np.ndarray, correct: np.ndarray, bins: int = BINS) -> tuple[Bin, ...]:
-    """The filled bins behind :func:`calibration_error`."""
+    """The filled bins behind :func:`calibration_error`, of ``scores`` (n,) in [0, 1] and ``correct`` (n,) bool."""
     place, filled = bin_of(scores, bins), []
     for b in np.unique(place):
         members = place == b

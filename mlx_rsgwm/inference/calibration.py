@@ -114,6 +114,7 @@ class Calibration:
         return None if curve is None else float(curve.probabilities([value])[0])
 
     def to_dict(self) -> dict[str, Any]:
+        """What ``calibration.json`` holds, without its format; a learned rule only where there is one."""
         described = asdict(self)
         if not self.learned:
             del described["learned"]
@@ -135,6 +136,8 @@ class Calibration:
 
 def best_threshold(scores: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float:
     """The score at which accepting has the best balanced accuracy (Youden's index), the lowest of equals.
+
+    ``scores`` (n,) float and ``correct`` (n,) bool.
 
     With only one class there is nothing to separate: everything is accepted when all are correct, else nothing is.
     """

@@ -57,7 +57,7 @@ class Judged:
 
     @property
     def flat(self) -> tuple[list[Signals], np.ndarray, np.ndarray]:
-        """Signals, labels and the item of every draft."""
+        """Signals of every draft, labels (drafts,) bool, and the item of every draft (drafts,) int."""
         signals = [signal for item in self.signals for signal in item]
         labels = np.array([flag for item in self.correct for flag in item], dtype=bool)
         return signals, labels, np.repeat(np.arange(len(self)), [len(item) for item in self.signals])
@@ -90,7 +90,10 @@ class Judged:
 
 
 def halves(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint halves of ``count`` items, drawn by seed: one to fit on, one to test a threshold with."""
+    """Two disjoint halves of ``count`` items, drawn by seed: one to fit on, one to test a threshold with.
+
+    Positions, (count // 2,) and (count - count // 2,) int64, each ascending.
+    """
     order = np.random.default_rng([seed, 1]).permutation(count)
     return np.sort(order[: count // 2]), np.sort(order[count // 2 :])
 

@@ -177,4 +177,5 @@ def _listed(sources: dict[str, str]) -> str:
 
 
 def brief(adapter: Adapter) -> str:
+    """The base that an adapter was trained on, by the first 12 digits of its fingerprint, for messages."""
     return f"fingerprint {(adapter.base_fingerprint or '')[:12]}"

@@ -46,7 +46,10 @@ class PoolLayers:
         return [1] * lower + [len(self._adapters)] * (caches - lower)
 
     def hidden(self, ids: mx.array, cache: Any = None) -> mx.array:
-        """Hidden states of ``ids`` by every adapter; ``cache`` holds rows as :meth:`copies` has them."""
+        """Hidden states (adapters · rows, tokens, dims) of ``ids`` (rows, tokens) by every adapter, one after another.
+
+        ``cache`` holds rows as :meth:`copies` has them.
+        """
         if self._split is None:
             return self._by_each(self._hidden, ids, cache)
         count = self._split.count

@@ -226,8 +226,10 @@ def _fresh(padding: list[int]) -> BatchKVCache:
 
 
 def select_rows(cache: Any, rows: mx.array, length: int | None = None, start: int = 0) -> BatchKVCache:
-    """A new cache with the ``rows`` of an old one from ``start``, up to which all are padding, to ``length``, padding
-    included; the old one keeps all."""
+    """A new cache with the ``rows`` (n,) of an old one from ``start``, up to which all are padding, to ``length``.
+
+    Padding is included; the old one keeps all.
+    """
     end = cache._idx if length is None else length
     taken: Any = _fresh([0] * rows.size)
     taken.left_padding = cache.left_padding[rows] - start

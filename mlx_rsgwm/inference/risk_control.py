@@ -72,6 +72,7 @@ class RiskBound:
         raise_problems("risk bound", problems, RsgwmError)
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON values by field."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -69,7 +69,7 @@ def choose(
 def choose_exact(
     logits: mx.array, uniform: mx.array, temperature: float, top_p: float, rows: mx.array | None = None
 ) -> mx.array:
-    """:func:`choose` over the whole vocabulary, for flat distributions."""
+    """:func:`choose` over the whole vocabulary, for flat distributions: next tokens (n,)."""
     plain = logits.astype(mx.float32)
     everything = mx.broadcast_to(mx.arange(plain.shape[-1]), plain.shape)
     return _from_candidates(plain, everything, uniform, temperature, top_p, rows)[0]

@@ -30,14 +30,14 @@ SLOWEST = 1e-3  # smallest slope of a calibration: a better draft never gets a l
 
 
 def logit(probability: Sequence[float] | np.ndarray) -> np.ndarray:
-    """log(p / (1 − p)), float64, finite at 0 and 1."""
+    """log(p / (1 − p)) elementwise, float64, finite at 0 and 1."""
     clipped = np.clip(np.asarray(probability, dtype=np.float64), EDGE, 1 - EDGE)
     log_odds: np.ndarray = np.log(clipped) - np.log1p(-clipped)
     return log_odds
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + e⁻ˣ), float64."""
+    """1 / (1 + e⁻ˣ) elementwise, float64."""
     probabilities: np.ndarray = 0.5 * (1 + np.tanh(0.5 * np.asarray(x, dtype=np.float64)))
     return probabilities
 
@@ -120,12 +120,12 @@ class Combination(Logistic):
 
 
 def fit_combination(signals: Sequence[Signals], correct: Sequence[bool] | np.ndarray) -> Combination:
-    """The combined score of what one verifier says; see :func:`_fit_logistic`."""
+    """The combined score of what one verifier says, from drafts with labels (drafts,); see :func:`_fit_logistic`."""
     return Combination(**_fit_logistic(features(signals), correct))
 
 
 def fit_learned(score: str, signals: Sequence[Signals], correct: Sequence[bool] | np.ndarray) -> Logistic:
-    """A score of what the adapters of a pool say; see :func:`_fit_logistic`."""
+    """A score of what the adapters of a pool say, from drafts with labels (drafts,); see :func:`_fit_logistic`."""
     return Logistic(**_fit_logistic(pool_features(score, signals), correct))
 
 

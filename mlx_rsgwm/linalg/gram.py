@@ -115,7 +115,7 @@ def added(gram: Gram, off_diagonal: float, ridge: float) -> np.ndarray:
 
 
 def float64(array: Columns) -> np.ndarray:
-    """An evaluated array for NumPy in float64: of MLX's float32, whose own float64 has the CPU stream only."""
+    """An evaluated array for NumPy in float64, of the same shape: MLX's own float64 has the CPU stream only."""
     return np.asarray(np.array(array, copy=False), dtype=np.float64)
 
 

@@ -29,6 +29,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """Columns of ``a``; the rank of the product may be lower."""
         return int(self.a.shape[1])
 
     def dense(self) -> mx.array:
@@ -72,7 +73,7 @@ def owner_matrix(ranks: tuple[int, ...]) -> mx.array:
 
 
 def stack(updates: Sequence[Factors], coefficients: mx.array | Sequence[float] | None = None) -> Factors:
-    """Σ_t c_t a_t b_t as one pair of factors of rank Σ r_t, exactly; coefficients are 1 unless given."""
+    """Σ_t c_t a_t b_t as one pair of factors of rank Σ r_t, exactly; ``coefficients`` (T,) are 1 unless given."""
     scaled = [
         update.b if coefficients is None else update.b * coefficients[index] for index, update in enumerate(updates)
     ]
@@ -126,7 +127,10 @@ def _truncate_whole(update: mx.array, rank: int) -> Truncated:
 
 
 def svd(matrix: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """U, σ and Vᵀ of a small matrix; where an entry is not finite (LAPACK would give up), every σ is not a number."""
+    """U (m, m), σ (k,) and Vᵀ (n, n) of a small float32 matrix (m, n), k = min(m, n).
+
+    Where an entry is not finite (LAPACK would give up), every σ is not a number.
+    """
     finite = mx.isfinite(matrix)
     u, sigma, vt = mx.linalg.svd(mx.where(finite, matrix, 0.0), stream=mx.cpu)
     return u, sigma + mx.where(finite.all(), 0.0, mx.nan), vt

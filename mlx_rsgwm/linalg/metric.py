@@ -37,7 +37,7 @@ class WholeMetric:
         return solved, solved.T @ right
 
     def right(self, right: np.ndarray) -> np.ndarray:
-        """What :meth:`solve` solves for."""
+        """What :meth:`solve` solves for, (in, m)."""
         return right
 
     def times(self, columns: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ class Solved:
 
 
 def whole_metric(matrix: np.ndarray) -> WholeMetric | None:
-    """M ready to be solved with; None when it is not positive definite to working precision, or not finite."""
+    """M (in, in) float64, ready to be solved with; None when not finite, or not positive definite in that precision."""
     scale = _scale(np.diagonal(matrix))
     lower = None if scale is None else _cholesky(matrix * scale[:, None] * scale[None, :])
     return None if scale is None or lower is None else WholeMetric(matrix, scale, lower)

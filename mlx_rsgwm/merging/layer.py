@@ -72,4 +72,5 @@ class Layer:
 
     @property
     def dense_updates(self) -> DenseUpdates:
+        """The updates ΔW_t, each (in, out) float32, made when they are read."""
         return DenseUpdates(self.factors)

@@ -51,7 +51,10 @@ def inner_products(updates: Sequence[Factors], merged: Factors) -> dict[str, Any
 
 
 def measure(updates: Sequence[Factors], merged: Factors) -> dict[str, mx.array]:
-    """The same as arrays, not yet evaluated, of whatever number and ranks. Time is linear in T."""
+    """The same as arrays, not yet evaluated, of whatever number and ranks: (T,) or scalar float32.
+
+    Time is linear in T.
+    """
     if sum(update.rank for update in updates) + merged.rank <= STACKED_RANK:
         stacked = stack((*updates, merged))
         pieces, rank = _products(stacked, stacked), merged.rank

@@ -32,6 +32,7 @@ class Override:
             raise RsgwmError(f"merge options: {error}") from None
 
     def covers(self, module: str) -> bool:
+        """Whether the pattern is found in a module's name."""
         return compile_pattern(self.pattern).search(module)
 
 

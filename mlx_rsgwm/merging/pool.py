@@ -155,6 +155,7 @@ class PoolAdapter:
 
     @property
     def base_fingerprint(self) -> str:
+        """The fingerprint of the base that it records; empty for none."""
         return (self.manifest.get("base") or {}).get("fingerprint") or ""
 
     @property
@@ -165,6 +166,7 @@ class PoolAdapter:
 
     @property
     def template_hash(self) -> str:
+        """The hash of the prompt template that it records; empty for none."""
         return (self.manifest.get("template") or {}).get("hash") or ""
 
 

@@ -74,6 +74,7 @@ class Adapter:
 
     @property
     def where(self) -> str:
+        """What messages call it: its source as it was given, or its folder."""
         return self.label or str(self.path or self.origin or "adapter")
 
     @property
@@ -141,6 +142,7 @@ class Adapter:
 
     @property
     def template_hash(self) -> str | None:
+        """The hash of the prompt template it was trained with; None where it records none."""
         return (self.manifest.get("template") or {}).get("hash")
 
     def modules(self) -> list[str]:

@@ -55,6 +55,11 @@ def check_folder(path: Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The object in ``config.json``.
+
+    Raises:
+        RsgwmError: no such file, not a JSON object, no ``model_type``.
+    """
     config = files.read_json_object(path / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise RsgwmError(f"{path / 'config.json'} has no model_type; it is not a language model's config")
@@ -216,5 +221,6 @@ def _has_chat_template(path: Path) -> bool:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; the error's type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -208,7 +208,7 @@ def _gated_gradients(gate: mx.array, up: mx.array, share: mx.array, cotangent: m
 
 
 def gated(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) · up, elementwise."""
+    """silu(gate) · up, elementwise; both of one shape and dtype, and so is the product."""
     alone, with_share = cast("Callable[..., mx.array]", _gated_in_numpy), cast("Callable[..., Any]", _gated_and_share)
     product: mx.array = alone(gate, up) if _in_numpy(gate) else with_share(gate, up)[0]
     return product

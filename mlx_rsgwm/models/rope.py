@@ -35,6 +35,7 @@ class Rotation:
     long_from: int = 0
 
     def same(self, other: Rotation) -> bool:
+        """Whether both turn by the same angles, within ``TOLERANCE``."""
         if self.angles.shape != other.angles.shape or (self.long is None) != (other.long is None):
             return False
         return np.allclose(self.angles, other.angles, rtol=TOLERANCE, atol=1e-12) and math.isclose(

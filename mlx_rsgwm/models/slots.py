@@ -127,9 +127,11 @@ class AdapterSlots:
 
     @property
     def active(self) -> str | None:
+        """The name of the adapter in use; None for the bare base."""
         return self._active.name
 
     def names(self) -> list[str]:
+        """Names of the loaded adapters, in the order in which they were loaded."""
         return list(self._loaded)
 
     def adapter(self, name: str) -> Adapter:

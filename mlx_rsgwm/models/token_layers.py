@@ -12,10 +12,12 @@ HEADS = ("lm_head", "embed_out", "output")
 
 
 def is_embedding(module: str) -> bool:
+    """Whether a module of this name is the token embedding."""
     return module.rpartition(".")[2] in EMBEDDINGS
 
 
 def is_head(module: str) -> bool:
+    """Whether a module of this name is the output head."""
     return module.rpartition(".")[2] in HEADS
 
 

@@ -28,6 +28,7 @@ class MergedPair:
 
     @property
     def roles(self) -> dict[str, Path]:
+        """The folders of drafter and verifier."""
         return {role: self.adapter or self.folder / role for role in ("drafter", "verifier")}
 
     @property
@@ -41,11 +42,13 @@ class MergedPair:
 
     @property
     def calibration(self) -> Path:
+        """The file in which the calibration of who verifies stands."""
         place = self.roles["verifier"] if self.verifiers == (MERGED,) else self.folder / "pool-verifier"
         return place / CALIBRATION_FILE
 
     @property
     def report(self) -> Path:
+        """The folder of the evaluation's report."""
         return self.folder / "report"
 
     def merge_record(self) -> dict[str, Any]:

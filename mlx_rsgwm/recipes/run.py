@@ -77,12 +77,14 @@ class RecipeRun:
 
     @property
     def base(self) -> Base:
+        """The base, loaded when it is first needed."""
         if self._base is None:
             self._base = load_base(self.recipe.base, progress=self.progress)
         return self._base
 
     @property
     def peft_folders(self) -> dict[str, Path]:
+        """Where drafter and verifier are exported to."""
         return {role: self.out / "export" / f"{role}-peft" for role in ("drafter", "verifier")}
 
     def stages_ahead(self) -> dict[str, bool]:

@@ -112,6 +112,7 @@ class MergeSection:
     rank: int | None = None
 
     def options(self, role: str) -> MergeOptions:
+        """The merge for a role, ``draft`` or ``verify``; the role's tau where the method has one."""
         tau = self.tau_draft if role == "draft" else self.tau_verify
         return MergeOptions(
             method=self.method,
@@ -220,6 +221,7 @@ class LoopSection:
         return tuple(dict.fromkeys(named))
 
     def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
+        """The loop with score and threshold settled."""
         sampling = Sampling(self.temperature, self.top_p, self.max_tokens, seed)
         return LoopConfig(self.attempts, threshold, score, sampling, check=self.check)
 

@@ -118,6 +118,7 @@ class TrainConfig:
 
     @property
     def scale(self) -> float:
+        """What B·A is multiplied by, alpha / rank."""
         return self.alpha / self.rank
 
     @property

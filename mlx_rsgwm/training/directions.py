@@ -68,7 +68,10 @@ def module_inputs(model: Any, names: Iterable[str]) -> tuple[dict[str, Input], d
 
 
 def token_positions(rows: Sequence[TokenRow], length: int, every: int, firsts: Sequence[int]) -> np.ndarray:
-    """Every nth position of each row, flattened in a batch of ``length`` columns; of row i from ``firsts[i]`` % n."""
+    """Every nth position of each row, flattened in a batch of ``length`` columns; of row i from ``firsts[i]`` % n.
+
+    (positions,) int32, where a batch of R rows has R · ``length`` places.
+    """
     ranges = [
         index * length + np.arange(first % every, len(row.tokens) - 1, every)
         for index, (row, first) in enumerate(zip(rows, firsts, strict=True))
@@ -115,7 +118,10 @@ class DirectionSums:
         self._positions = mx.array(positions)
 
     def end(self) -> dict[str, mx.array]:
-        """The batch's sums, not computed yet. What runs after (a block that is recomputed) is not counted again."""
+        """The batch's sums, float32 in the shapes of ``totals``, not computed yet.
+
+        What runs after (a block that is recomputed) is not counted again.
+        """
         sums, self._sums, self._positions = self._sums, {}, None
         return sums
 
@@ -149,7 +155,7 @@ class DirectionSums:
         return {"sketch": (entry.width, self.rank), "diagonal": (entry.width,)}
 
     def see(self, name: str, x: mx.array) -> None:
-        """Sum up over the input of a module that owns it."""
+        """Sum up over ``x``, input (rows, tokens, width) of a module that owns it; an embedding's (rows, tokens)."""
         if self._positions is None:
             return
         entry = self.inputs[name]

@@ -53,7 +53,7 @@ class Importance:
             self.moments[signal] = {name: arrays[f"{prefix}{signal}/{name}"] for name in moments}
 
     def arrays(self) -> dict[str, mx.array]:
-        """``{signal}/{parameter}`` → s, for the signals that saw a step."""
+        """``{signal}/{parameter}`` → s, float32 of the parameter's shape, for the signals that saw a step."""
         return {
             f"{signal}/{name}": mx.sqrt(moment / (1 - self.beta2**steps))
             for signal, steps in self.steps.items()

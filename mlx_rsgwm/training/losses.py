@@ -13,7 +13,7 @@ from mlx_rsgwm.models.split import Head, Hidden, split_head
 
 
 def batch_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
-    """Sum of cross-entropies in nats over the batch's trained tokens."""
+    """Sum of cross-entropies in nats over the batch's trained tokens, a float32 scalar."""
     states = hidden(batch.inputs)
     picked = states.reshape(-1, states.shape[-1])[batch.positions]
     loss = cross_entropy(head(picked).astype(mx.float32), batch.targets)
@@ -21,7 +21,7 @@ def batch_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
 
 
 def batch_loss(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
-    """Mean cross-entropy in nats over the batch's trained tokens."""
+    """Mean cross-entropy in nats over the batch's trained tokens, a float32 scalar."""
     return batch_nats(hidden, head, batch) / batch.trained_tokens
 
 

@@ -60,6 +60,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """The sum of all parts, in bytes."""
         return self.weights + self.adapter + self.moments + self.activations + self.logits + self.directions
 
     def line(self) -> str:

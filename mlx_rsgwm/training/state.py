@@ -72,6 +72,7 @@ class TrainingRun:
 
     @property
     def best_score(self) -> Score | None:
+        """The held-out score with the least loss; None before the first."""
         return min(self.scores, key=lambda score: score.loss, default=None)
 
     @property

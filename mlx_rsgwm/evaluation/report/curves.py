@@ -51,7 +51,7 @@ def read_history(folder: Path) -> dict[str, Any]:
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean over the last ``window`` values at every point (fewer at the start), float64."""
+    """Mean over the last ``window`` values at every point (fewer at the start): (n,) float64."""
     sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)

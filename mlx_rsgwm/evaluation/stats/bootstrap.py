@@ -9,7 +9,7 @@ import numpy as np
 
 
 def resampled(statistic: Callable[[np.ndarray], float], n: int, seed: int, resamples: int) -> np.ndarray:
-    """The bootstrap distribution of a statistic of ``n`` positions; float64, without the resamples where it is NaN."""
+    """The bootstrap distribution of a statistic of ``n`` positions: (resamples,) float64, but where it is NaN."""
     from scipy.stats import bootstrap
 
     with warnings.catch_warnings():
@@ -26,13 +26,13 @@ def resampled(statistic: Callable[[np.ndarray], float], n: int, seed: int, resam
 
 
 def percentile_interval(drawn: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled values."""
+    """The middle 95 % of resampled values (resamples,): its lower and upper end."""
     low, high = np.quantile(np.asarray(drawn), [0.025, 0.975])
     return float(low), float(high)
 
 
 def gatherer(blocks: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from drawn blocks to the positions of their members, block by block."""
+    """A function from drawn blocks (n,) to the positions of their members (m,), block by block; both integers."""
     if len({len(block) for block in blocks}) == 1:  # as many drafts of each item: one look-up, twenty times faster
         table = np.stack(blocks)
         return lambda drawn: table[drawn].reshape(-1)
@@ -40,7 +40,7 @@ def gatherer(blocks: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]
 
 
 def blocks_of(groups: Sequence[Hashable]) -> list[np.ndarray]:
-    """Positions of each group's members, in order of first appearance: what is resampled together."""
+    """Positions (m,) of each group's members, in order of first appearance: what is resampled together."""
     members: dict[Hashable, list[int]] = {}
     for index, key in enumerate(groups):
         members.setdefault(key, []).append(index)

@@ -61,7 +61,7 @@ def bootstrapped(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Rate | None:
-    """A statistic in [0, 1] of observations given by their positions, with a 95 % percentile bootstrap interval.
+    """A statistic in [0, 1] of observations given by their positions (n,), with a 95 % percentile bootstrap interval.
 
     ``groups`` (one key per observation) are resampled whole: the drafts of one question are not independent. A
     resample on which the statistic is None is left out. A statistic without spread has a point for an interval however

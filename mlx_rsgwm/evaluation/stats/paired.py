@@ -26,6 +26,7 @@ class PairedTest:
     p_value: float
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON values by field."""
         return asdict(self)
 
 
@@ -57,6 +58,7 @@ class Difference:
     p_value: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON values by field."""
         return asdict(self)
 
 

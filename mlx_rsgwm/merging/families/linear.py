@@ -194,7 +194,7 @@ class Sphere:
 
     @property
     def start(self) -> mx.array:
-        """The direction of the weighted mean."""
+        """Coefficients (T,) of the direction of the weighted mean."""
         return _unit(self.weights, self.cosines)
 
     def at_mean_length(self, point: mx.array) -> mx.array:

@@ -44,7 +44,7 @@ class Histogram:
         self._counts += _counted(_bits(values) >> FINE_BITS, 1 << BIN_BITS)
 
     def quantile(self, again: Iterable[mx.array], tau: float) -> mx.array:
-        """The ``tau``-quantile of all values, as :func:`quantile` of them together; ``again`` are the same values."""
+        """The ``tau``-quantile (scalar) of all values, as :func:`quantile` of them together; ``again``: the same ones."""
         ends = np.cumsum(self._counts)
         position = tau * (int(ends[-1]) - 1)
         low = int(position)
@@ -85,14 +85,14 @@ def _value(leading: int, fine: int) -> mx.array:
 
 
 def ranks(values: mx.array) -> mx.array:
-    """Every entry's rank among all of them, in (0, 1]."""
+    """Every entry's rank among all of them, in (0, 1]: float32, of the values' shape."""
     flat = values.reshape(-1)
     order = mx.argsort(mx.argsort(flat))
     return ((order + 1).astype(mx.float32) / flat.size).reshape(values.shape)
 
 
 def mean_entry(arrays: Iterable[mx.array]) -> mx.array:
-    """Mean over the entries of all arrays, never 0."""
+    """Mean over the entries of all arrays, a scalar, never 0."""
     total, count = mx.array(0.0), 0
     for array in arrays:
         total, count = total + array.sum(), count + array.size
@@ -111,7 +111,7 @@ class MaskedMean:
         self._shares: list[mx.array] = []
 
     def add(self, delta: mx.array, importance: mx.array, mask: mx.array) -> None:
-        """One task's Δ_t, s_t and m_t (bool)."""
+        """One task's Δ_t, s_t and m_t (bool), all of one shape."""
         ones = ones_where(mask).astype(mx.float32)  # once: each product with booleans would convert them again
         weight = importance * ones
         self._numerator = self._numerator + weight * delta

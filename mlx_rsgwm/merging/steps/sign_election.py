@@ -109,7 +109,7 @@ def _parts(
 
 
 def settle(state: dict[str, mx.array], count: int) -> None:
-    """Evaluate the running ``state`` of a walk over ``count`` updates, if those are too large to stay in one graph.
+    """Evaluate the running ``state`` (an update's shape) of a walk over ``count`` updates too large for one graph.
 
     One array after the other: together, they would all be held twice.
     """
