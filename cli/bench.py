@@ -9,7 +9,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE, Whole
+from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE, TIMES, Whole
 
 
 @click.command("latency")
@@ -25,9 +25,9 @@ from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE, Whole
 )
 @click.option("--new-tokens", type=POSITIVE, default=32, show_default=True, help="Tokens that decode runs one by one.")
 @shared.batch_size(2)
-@click.option("--pool-size", type=Whole(2), default=4, show_default=True, help="Adapters that are merged.")
+@click.option("--pool-size", type=Whole(2, 1000), default=4, show_default=True, help="Adapters that are merged.")
 @click.option(
-    "--trials", type=POSITIVE, default=5, show_default=True, help="Timed trials of either side, after one of warm-up."
+    "--trials", type=TIMES, default=5, show_default=True, help="Timed trials of either side, after one of warm-up."
 )
 @shared.dtype(["auto", "float32", "float16", "bfloat16"], "auto is bfloat16 on Metal, else float32")
 @shared.device()

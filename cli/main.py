@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -31,7 +32,8 @@ from mlx_rsgwm.core.errors import RsgwmError
 
 INTERRUPTED = 130
 UNREAD = 141  # what a shell makes of SIGPIPE
-LONGEST_SHOWN = 60  # characters of a file name that is too long
+LONGEST_SHOWN = 60  # characters of a name that is too long
+LONG_WORD = re.compile(r"\S{400,}")  # longer than any name worth reading: what somebody gave by mistake
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FAILING = {errno.EIO, errno.ESTALE}
 UNUSABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
@@ -112,7 +114,7 @@ def report_failure(code: int, text: str, as_json: bool) -> None:
 
     Where they cannot be written the exit code has to do.
     """
-    line = " ".join(text.split())
+    line = LONG_WORD.sub(lambda word: f"{word[0][:LONGEST_SHOWN]}…{word[0][-20:]}", " ".join(text.split()))
     with suppress(OSError):
         show(f"rsgwm: error: {line}", err=True)
     if as_json:

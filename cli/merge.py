@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, Number, OneOf
+from mlx_rsgwm.cli.options.kinds import DECIMAL, DIGITS, PATH, SOURCE, Number, OneOf
 from mlx_rsgwm.merging.methods import METHODS
 from mlx_rsgwm.merging.options import AUTO, MergeOptions
 
@@ -225,11 +226,10 @@ def _pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    if DIGITS.fullmatch(text) and len(text) < 20:
+        return int(text)
+    if DECIMAL.fullmatch(text):
+        return float(text)
     return {"true": True, "false": False, "null": None}.get(text, text)
 
 
@@ -239,8 +239,7 @@ def _override(pattern: str, text: str) -> Any:
 
     pairs = _pairs(text.split(","), "--at")
     weights = str(pairs.pop("weights", ""))
-    try:
-        numbers = tuple(float(weight) for weight in weights.split("/") if weight)
-    except ValueError:
-        raise RsgwmError(f"--at {pattern}: weights are numbers with / between them, found {weights!r}") from None
-    return Override(pattern, pairs, numbers)
+    numbers = [_value(weight) for weight in weights.split("/") if weight]
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+        raise RsgwmError(f"--at {pattern}: weights are numbers with / between them, found {weights!r}")
+    return Override(pattern, pairs, tuple(map(float, numbers)))

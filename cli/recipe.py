@@ -29,7 +29,7 @@ def init(console: Console, files: tuple[str, ...], base_name: str | None, out: P
     from mlx_rsgwm.core.files import is_present, write_text
     from mlx_rsgwm.data.question_files import SUFFIXES, is_question_file
     from mlx_rsgwm.recipes.own import own_recipe
-    from mlx_rsgwm.recipes.schema import load_recipe
+    from mlx_rsgwm.recipes.schema import parse_recipe
 
     if out.suffix not in (".yaml", ".yml"):
         raise RsgwmError(f"{out}: a recipe is a .yaml file; give --out a name that ends in .yaml")
@@ -38,7 +38,8 @@ def init(console: Console, files: tuple[str, ...], base_name: str | None, out: P
     unknown = [name for name in files if not is_question_file(name)]
     if unknown:
         raise RsgwmError(f"{', '.join(unknown)}: questions come from files that end in {', '.join(SUFFIXES)}")
-    write_text(out, own_recipe(files, base_name or "smollm2-135m", str(out)))
-    recipe = load_recipe(str(out))
+    text = own_recipe(files, base_name or "smollm2-135m", str(out))
+    recipe = parse_recipe(text, str(out))
+    write_text(out, text)
     console.line(f"recipe: {out}; rsgwm run {out} --dry-run says what it would do, and for how long")
     console.result({"recipe": str(out), "tasks": list(recipe.data.tasks), "rows": recipe.data.rows})

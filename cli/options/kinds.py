@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 
+from mlx_rsgwm.cli.options.paths import NEW_PATH as NEW_PATH
 from mlx_rsgwm.cli.options.paths import PATH as PATH  # beside their neighbours for those who take several
 from mlx_rsgwm.cli.options.paths import SOURCE as SOURCE
 
 LARGEST_COUNT = 2**31 - 1  # of anything that is counted here; beyond, arrays cannot have such an axis
 DIGITS = re.compile(r"[-+]?[0-9]+")
+DECIMAL = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")  # Python's float takes ٣ and 1_000, too
 
 
 class Whole(click.IntRange):
@@ -31,9 +33,11 @@ class Whole(click.IntRange):
 
 
 class Number(click.FloatRange):
-    """A finite number: NaN is in no range, and click finds it in every one."""
+    """A finite number, in digits: NaN is in no range, and click finds it in every one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and not DECIMAL.fullmatch(value.strip()):
+            self.fail(f"{value[:40]!r} is not a finite number", param, ctx)
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number", param, ctx)
@@ -42,6 +46,7 @@ class Number(click.FloatRange):
 
 COUNT = Whole(0)
 POSITIVE = Whole(1)
+TIMES = Whole(1, 10_000)  # of what is done over and over, with a result kept of each
 SHARE = Number(0, 1)
 INSIDE = Number(0, 1, min_open=True, max_open=True)
 ANY_NUMBER = Number()
@@ -67,12 +72,11 @@ class AutoShare(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         if value == "auto":
             return "auto"
-        try:
-            number = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither auto nor a number in [0, 1]", param, ctx)
+        if isinstance(value, str) and not DECIMAL.fullmatch(value.strip()):
+            self.fail(f"{value[:40]!r} is neither auto nor a number in [0, 1]", param, ctx)
+        number = float(value)
         if not 0 <= number <= 1:
-            self.fail(f"{value} is not in [0, 1]", param, ctx)
+            self.fail(f"{value[:40]} is not in [0, 1]", param, ctx)
         return number
 
 

@@ -28,7 +28,17 @@ class FilePath(click.Path):
         return super().convert(expanded(value) if isinstance(value, str) and value != "-" else value, param, ctx)
 
 
+class NewPath(FilePath):
+    """A file or folder to write, whose name is UTF-8: MLX opens no others, and would say so after the work."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            self.fail("is not UTF-8; choose another name", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 PATH = FilePath()
+NEW_PATH = NewPath()
 
 
 class AdapterSourceType(FilePath):

@@ -12,7 +12,19 @@ from typing import Any, TypeVar
 
 import click
 
-from mlx_rsgwm.cli.options.kinds import ANY_NUMBER, COUNT, PAIR, PATH, POSITIVE, SOURCE, Number, OneOf, Whole
+from mlx_rsgwm.cli.options.kinds import (
+    ANY_NUMBER,
+    COUNT,
+    NEW_PATH,
+    PAIR,
+    PATH,
+    POSITIVE,
+    SOURCE,
+    TIMES,
+    Number,
+    OneOf,
+    Whole,
+)
 from mlx_rsgwm.cli.options.paths import SOURCES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -160,7 +172,7 @@ def out(what: str, required: bool = False, default: str = "") -> Any:
     return click.option(
         "--out",
         "-o",
-        type=PATH,
+        type=NEW_PATH,
         required=required,
         default=Path(default) if default else None,
         show_default=bool(default),
@@ -188,7 +200,7 @@ def allow_overlap() -> Any:
 def sampling_seeds(default: int | None, shown: str = "") -> Any:
     """``--sampling-seeds``: passes of an evaluation."""
     text = f"Passes over the questions, from --seed upwards.{_default(shown)}"
-    return click.option("--sampling-seeds", type=POSITIVE, default=default, show_default=default is not None, help=text)
+    return click.option("--sampling-seeds", type=TIMES, default=default, show_default=default is not None, help=text)
 
 
 def timed() -> Any:
@@ -248,13 +260,13 @@ def attempts() -> Any:
     from mlx_rsgwm.inference.policy import LoopConfig
 
     text = "Drafts of a question at most, the first included."
-    return click.option("--attempts", type=POSITIVE, default=LoopConfig.attempts, show_default=True, help=text)
+    return click.option("--attempts", type=TIMES, default=LoopConfig.attempts, show_default=True, help=text)
 
 
 def drafts(default: int | None, tail: str = "", shown: str = "", name: str = "drafts") -> Any:
     """``--drafts``: how many are made of every question, accepted or not."""
     text = f"Drafts recorded of a question{_tail(tail)}{_default(shown)}"
-    return click.option("--drafts", name, type=POSITIVE, default=default, show_default=default is not None, help=text)
+    return click.option("--drafts", name, type=TIMES, default=default, show_default=default is not None, help=text)
 
 
 def temperature() -> Any:

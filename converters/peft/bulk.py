@@ -24,6 +24,8 @@ from mlx_rsgwm.models.adapter import WEIGHTS_FILE
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import resolve_base
 
+MOST_FOLDERS = 20_000  # that are looked into for adapters: a whole disk is a mistake
+
 
 @dataclass(frozen=True)
 class FolderResult:
@@ -83,9 +85,15 @@ def is_mlx(folder: Path) -> bool:
 
 
 def adapter_folders(root: Path, is_adapter: Callable[[Path], bool]) -> list[Path]:
-    """Every adapter below ``root``, in order; links to folders are not followed, nor is an adapter looked into."""
+    """Every adapter below ``root``, in order; links to folders are not followed, nor is an adapter looked into.
+
+    Raises:
+        RsgwmError: there are more folders than anybody keeps adapters in.
+    """
     folders = []
-    for name, below, _ in os.walk(root, followlinks=False):
+    for seen, (name, below, _) in enumerate(os.walk(root, followlinks=False)):
+        if seen >= MOST_FOLDERS:
+            raise RsgwmError(f"{root} has more than {MOST_FOLDERS} folders below; name the one that holds the adapters")
         below[:] = sorted(entry for entry in below if not entry.startswith("."))  # half-written folders have such names
         folder = Path(name)
         if is_adapter(folder):

@@ -83,6 +83,8 @@ def parse_yaml(text: str, where: str) -> Any:
         values = loader.construct_document(root) if root is not None else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is a date without such a day
         reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        if "Exceeds the limit" in reason:  # Python's own text tells of a setting of the interpreter
+            reason = "a whole number has thousands of digits"
         raise RsgwmError(f"{where} is not valid YAML: {reason}") from None
     raise_problems(where, [f"{key} is given twice, the second time in line {line}" for key, line in twice])
     _unfold(values, where)

@@ -27,6 +27,7 @@ LARGEST_JSON = 256 << 20
 LARGEST_YAML = 16 << 20
 LARGEST_TEXT = 512 << 20  # rows of data are all in memory, as objects of several times this size
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # of file systems without them
+MOST_PARTS = 200  # folders inside each other: making them goes one call deeper for each
 OTHER_KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -186,6 +187,8 @@ def expanded(name: str) -> Path:
     """
     try:
         path = Path(name).expanduser()
+        if len(path.parts) > MOST_PARTS:
+            raise RsgwmError(f"{name[:80]!r}… leads through {len(path.parts)} folders, more than anybody has")
         path.lstat()
     except RuntimeError:
         user = name.split("/")[0].removeprefix("~")

@@ -18,6 +18,7 @@ from mlx_rsgwm.data.word_problems import NAMES, PLAIN, THINGS, Family, WordProbl
 FAMILIES: dict[str, Family] = {**PLAIN, **BLIND}
 
 SPLITS = {"train": range(6), "calibration": range(6, 8), "test": range(8, 10)}
+LARGEST_COUNT = 100_000  # beyond what most families have; all of them are made before the first is used
 
 
 def split_of(text: str) -> str:
@@ -37,15 +38,20 @@ def generate(family: str, count: int, seed: int, split: str) -> list[Question]:
         raise RsgwmError(f"unknown split {split!r} of {family}; there are {', '.join(SPLITS)}")
     if count < 1:
         raise RsgwmError(f"{family}: the number of questions must be at least 1, found {count}")
+    if count > LARGEST_COUNT:
+        raise RsgwmError(f"{family}: {count} questions are more than the {LARGEST_COUNT} that are generated at most")
     rng = random.Random(f"{family}/{seed}")
     seen: set[str] = set()
     questions: list[Question] = []
-    for _ in range(200 * count + 1000):
+    in_vain = 0  # tries since the last new question
+    while in_vain < 1000 + 20 * len(seen):
+        in_vain += 1
         problem = FAMILIES[family](rng, rng.choice(NAMES), rng.choice(THINGS))
         undecided = family in BLIND and not problem.mistakes
         if undecided or problem.text in seen or split_of(problem.text) != split:
             continue
         seen.add(problem.text)
+        in_vain = 0
         questions.append(_question(f"{family}-{split}-{seed}-{len(questions)}", family, problem))
         if len(questions) == count:
             return questions

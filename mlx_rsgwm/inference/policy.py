@@ -18,6 +18,8 @@ MODES = ("adaptive", "parallel", "sequential")
 # Which drafts are not accepted if they state a false equation: those whose answer is a number, all, or none.
 CHECKS = ("auto", "arithmetic", "none")
 
+MOST_ATTEMPTS = 10_000  # drafts of one question that are kept at once
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -37,8 +39,8 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.attempts < 1:
-            problems.append(f"attempts must be at least 1, found {self.attempts}")
+        if not 1 <= self.attempts <= MOST_ATTEMPTS:
+            problems.append(f"attempts must be from 1 to {MOST_ATTEMPTS}, found {self.attempts}")
         if not 0 <= self.threshold <= 1:
             problems.append(f"threshold must be in [0, 1], found {self.threshold}")
         if self.score not in SCORES:

@@ -349,10 +349,15 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
         text = files.read_text(FOLDER / f"{source}.yaml")
     else:
         raise RsgwmError(f"no recipe {source!r}; shipped are {', '.join(shipped_recipes())}, or give a .yaml file")
+    return parse_recipe(text, source, settings)
+
+
+def parse_recipe(text: str, source: str, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe that a text holds which is, or will be, in the file ``source``; raises as :func:`load_recipe`."""
     values = read_yaml(text, f"recipe {source}")
     written = written_texts(text)
     texts: dict[str, Any] = {key: written[key] for key in ("name", "base", "template") if key in written}
-    values = {"name": path.stem, **values, **texts}
+    values = {"name": Path(source).stem, **values, **texts}
     for setting in settings:
         _apply_setting(values, setting)
     _write_out_tasks(values)

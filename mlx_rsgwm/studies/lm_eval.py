@@ -64,7 +64,10 @@ def make_model(pipeline: DraftVerify, role: str = "pipeline", batch_rows: int = 
         raise RsgwmError(f"the model lm_eval drives is pipeline or drafter, found {role!r}")
 
     class RsgwmLM(LM):
+        asked = False  # anything yet
+
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            self.asked = True
             questions = [question_of(request.args[0]) for request in requests]
             if role == "drafter":
                 texts = [drafts[0].text for drafts in pipeline.draft_many(questions, 1, batch_rows)]
@@ -75,9 +78,11 @@ def make_model(pipeline: DraftVerify, role: str = "pipeline", batch_rows: int = 
             return [until(text, stop) for text, stop in zip(texts, stops, strict=True)]
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self.asked = True
             return [loglikelihood(pipeline, *request.args) for request in requests]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+            self.asked = True
             return [loglikelihood(pipeline, "", request.args[0])[0] for request in requests]
 
     return RsgwmLM()
@@ -106,11 +111,22 @@ def loglikelihood(pipeline: DraftVerify, context: str, continuation: str) -> tup
 
 
 def drive(pipeline: DraftVerify, tasks: Sequence[Any], role: str, limit: int | None, seed: int) -> dict[str, Any]:
-    """``lm_eval.simple_evaluate`` on our model; ``tasks`` are names, or configurations as mappings. Zero-shot."""
+    """``lm_eval.simple_evaluate`` on our model; ``tasks`` are names, or configurations as mappings. Zero-shot.
+
+    Raises:
+        RsgwmError: lm_eval has no such task, or cannot use a configuration.
+    """
     lm_eval = load_lm_eval()
-    results: dict[str, Any] = lm_eval.simple_evaluate(
-        make_model(pipeline, role), tasks=list(tasks), num_fewshot=0, limit=limit, bootstrap_iters=0, random_seed=seed
-    )
+    model = make_model(pipeline, role)
+    try:
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            model, tasks=list(tasks), num_fewshot=0, limit=limit, bootstrap_iters=0, random_seed=seed
+        )
+    except Exception as error:  # before it asks anything: of its own and of datasets, whatever a task makes them do
+        if model.asked or isinstance(error, RsgwmError):
+            raise
+        names = ", ".join(str(task.get("task") if isinstance(task, dict) else task) for task in tasks)
+        raise RsgwmError(f"lm_eval cannot use the task {names!r} ({type(error).__name__}: {error})") from error
     return results
 
 

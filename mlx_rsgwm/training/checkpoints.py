@@ -41,6 +41,7 @@ from mlx_rsgwm.models.adapter import (
 )
 from mlx_rsgwm.training.snapshots import FOLDER as SNAPSHOTS
 
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"  # as converters call it, which are not imported here
 FOLDER = "checkpoints"
 STATE_FILE = "state.safetensors"
 WITH_STATE = 2
@@ -151,12 +152,15 @@ def new_adapter(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for an adapter that the body makes, so that of two commands one makes it and the other says so.
 
     Raises:
-        RsgwmError: it holds a finished one, or another process is writing it.
+        RsgwmError: it holds a finished one, or one that was not trained here, or another process is writing it.
     """
     with exclusive(folder):
         if is_complete(folder):
             drop_state(folder)
             raise RsgwmError(f"{folder} already holds a finished adapter; choose another folder or remove it")
+        others = [name for name in (WEIGHTS_FILE, CONFIG_FILE, PEFT_WEIGHTS_FILE) if files.is_present(folder / name)]
+        if others and not (folder / UNFINISHED_FILE).is_file() and not checkpoint_folders(folder):
+            raise RsgwmError(f"{folder} holds {others[0]} of another program; choose another folder or remove it")
         yield
 
 

@@ -12,7 +12,7 @@ from mlx_rsgwm.cli.commands import COMMANDS
 from mlx_rsgwm.cli.groups import find_command
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.cli.old_names import EXPERIMENTS, OPTIONS_BEFORE, with_new_names
-from mlx_rsgwm.cli.options.kinds import Number, OneOf, Whole
+from mlx_rsgwm.cli.options.kinds import AUTO_SHARE, Number, OneOf, Whole
 from mlx_rsgwm.cli.reference import option_table, stem
 from mlx_rsgwm.core.errors import RsgwmError
 
@@ -173,12 +173,20 @@ def test_defaults_of_slow_imports_are_written_twice_and_equal():
         *((kind, value) for kind in (Whole(0), Whole(1), Whole(-1)) for value in
           ("9" * 4301, "9" * 30, "2147483648", "1e9", "0x10", "1_000", "\u0663", "nan", "", "1.0", "-2", "1 2")),
         *((kind, value) for kind in (Number(), Number(0), Number(0, 1), Number(0, 1, min_open=True)) for value in
-          ("nan", "NaN", "inf", "-inf", "1e400", "-1e400", "", "0x10", "1,5")),
+          ("nan", "NaN", "inf", "-inf", "1e400", "-1e400", "", "0x10", "1,5", "٣", "1_000",
+           "１２", "½", "1e", ".", "+-1")),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused_where_they_are_read(kind, value):
     with pytest.raises(click.BadParameter) as caught:
         kind.convert(value, None, None)
+    assert len(caught.value.message) < 150
+
+
+@pytest.mark.parametrize("value", ["nan", "1.5", "٣", "1_000", "", "AUTO", "9" * 5000])
+def test_a_threshold_is_auto_or_digits(value):
+    with pytest.raises(click.BadParameter) as caught:
+        AUTO_SHARE.convert(value, None, None)
     assert len(caught.value.message) < 150
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.row_hashes import RowRecord, folded, record_of, row_hash, row_keys, share_of
 from mlx_rsgwm.data.select import questions_for, select_questions
+from mlx_rsgwm.data.synthetic import generate
 
 PURPOSES = ("train", "calibration", "test")
 
@@ -154,3 +156,13 @@ def test_records_of_rows_travel():
             RowRecord.from_description(damaged, "m")
     counts = Counter(row_hash(str(number)) for number in range(100_000))
     assert len(counts) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(2**31, "are more than the 100000"), (60_000, "cannot give 60000 distinct")]
+)
+def test_more_generated_questions_than_there_are_end_soon(count, told):
+    started = time.process_time()
+    with pytest.raises(RsgwmError, match=told):
+        generate("groups", count, 0, "test")
+    assert time.process_time() - started < 20

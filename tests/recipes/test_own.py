@@ -104,3 +104,10 @@ def test_a_recipe_in_full_is_read_back_equal(tmp_path):
 @pytest.mark.parametrize(("seconds", "shown"), [(40, "about 40 s"), (700, "about 12 min"), (12600, "about 3.5 h")])
 def test_durations_are_short(seconds, shown):
     assert duration(seconds) == shown
+
+
+def test_a_recipe_that_could_not_be_read_is_not_written(questions, tmp_path):
+    arguments = [questions("sums.jsonl"), "--base", "\u200b", "--out", str(tmp_path / "r.yaml")]
+    with pytest.raises(RsgwmError, match="base must be a name"):
+        CliRunner().invoke(init, arguments, catch_exceptions=False)
+    assert not (tmp_path / "r.yaml").exists()

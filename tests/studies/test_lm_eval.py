@@ -113,3 +113,9 @@ def test_lm_eval_drives_it(pipeline, role, tmp_path):
         else [answer.text for answer in pipeline.answer_many(questions)]
     )
     assert texts == expected
+
+
+@pytest.mark.parametrize("task", ["nosuch", {"task": "x", "dataset_path": 7}])
+def test_what_is_no_task_is_said(pipeline, task):
+    with pytest.raises(RsgwmError, match="lm_eval cannot use the task"):
+        drive(pipeline, [task], "drafter", 1, 0)

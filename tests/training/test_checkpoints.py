@@ -18,7 +18,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, read_checkpoint
+from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, new_adapter, read_checkpoint
 from mlx_rsgwm.training.loop import finish, train
 
 RESULT = ("adapters.safetensors", "importance.safetensors", "directions.safetensors", "init.safetensors")
@@ -311,3 +311,13 @@ def test_killed_at_random_moments(tiny_base, corpus, tmp_path):
 
 def test_paths_are_folders(tmp_path):
     assert checkpoint_folders(Path(tmp_path)) == []
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_of_another_program_is_not_written_over(tmp_path, name):
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / name).write_text("theirs")
+    with pytest.raises(RsgwmError, match=f"holds {name} of another program"), new_adapter(folder):
+        raise AssertionError
+    assert [path.name for path in folder.iterdir()] == [name]

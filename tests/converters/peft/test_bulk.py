@@ -179,3 +179,15 @@ def test_a_large_adapter_takes_memory_for_one_batch_of_arrays(tmp_path):
     assert size > 200 * 10**6
     assert arrays < size / 3
     assert resident < size / 2
+
+
+def test_a_whole_disk_is_not_walked(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk, "MOST_FOLDERS", 5)
+    result = run("convert", "to-peft", pool, "--out", tmp_path / "peft")
+    assert result.exit_code == 0, result.output
+    (pool / "more/empty").mkdir()
+    result = run("convert", "from-peft", pool, "--out", tmp_path / "back", "--base", "x")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "more than 5 folders" in result.stderr
+    assert not (tmp_path / "back").exists()
