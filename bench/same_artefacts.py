@@ -34,16 +34,16 @@ def commands(base: str, methods: list[str]) -> Iterator[tuple[str, ...]]:
     """The command lines, in order; each runs in the side's folder."""
     for task in TASKS:
         yield ("data", "build", "--task", task, *SMALL_ROWS, "--out", f"data/{task}")
-        yield ("train", "--data", f"data/{task}", "--base", base, *TRAINING, "--out", f"pool/{task}")
+        yield ("train", "--corpus", f"data/{task}", "--base", base, *TRAINING, "--out", f"pool/{task}")
     pool = [f"pool/{task}" for task in TASKS]
     for method in methods:
         yield ("merge", *pool, "--method", method, "--out", f"merged/{method.replace(':', '-')}")
     yield ("merge", *pool, "--role", "draft", "--out", "drafter")
     yield ("merge", *pool, "--role", "verify", "--out", "verifier")
-    yield ("convert", "to-peft", "drafter", "peft")
-    yield ("convert", "from-peft", "peft", "back", "--base", base)
+    yield ("convert", "to-peft", "drafter", "--out", "peft")
+    yield ("convert", "from-peft", "peft", "--out", "back", "--base", base)
     yield (
-        *("eval", "--drafter", "drafter", "--verifier", "verifier", "--base", base, "--task", "change", "--limit", "4"),
+        *("eval", "--drafter", "drafter", "--verifier", "verifier", "--base", base, "--task", "change", "--items", "4"),
         *("--threshold", "0.5", "--score", "mean_logprob", "--out", "report"),
     )
 

@@ -330,7 +330,6 @@ def report_stage(out: Path, path: Path | None) -> None:
             )
     files.write_json(out / "summary.json", summary)
     if path is not None:
-        best = summary["best"]["verifier"]
         plot(summary, judged(out, best, "calibration"), judged(out, best, "test"), path)
     print(json.dumps(summary))
 

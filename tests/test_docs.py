@@ -115,6 +115,20 @@ def test_every_link_leads_somewhere():
     assert wrong == []
 
 
+def test_every_file_and_name_of_the_architecture_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/.-]+)`", text))
+    files = {name for name in named if name.endswith(".py") or "/" in name}
+    places = (ROOT, ROOT / "mlx_rsgwm")
+    assert len(files) > 50
+    assert [name for name in sorted(files) if not any((place / name).exists() for place in places)] == []
+    code = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "mlx_rsgwm").rglob("*.py"))
+    # What is no file: functions and classes, commands, and the arrays and files of an adapter.
+    others = {name for name in named - files if name not in COMMANDS and name != "with"}
+    assert len(others) > 10
+    assert [name for name in sorted(others) if not re.search(rf"(?:def|class) {name}\b|[\"./]{name}\"", code)] == []
+
+
 def test_every_make_target_named_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     texts = [page.read_text(encoding="utf-8") for page in PAGES]

@@ -44,7 +44,7 @@ class Histogram:
         self._counts += _counted(_bits(values) >> FINE_BITS, 1 << BIN_BITS)
 
     def quantile(self, again: Iterable[mx.array], tau: float) -> mx.array:
-        """The ``tau``-quantile (scalar) of all values, as :func:`quantile` of them together; ``again``: the same ones."""
+        """The ``tau``-quantile of all values (scalar), as :func:`quantile` of them together; ``again`` are the same."""
         ends = np.cumsum(self._counts)
         position = tau * (int(ends[-1]) - 1)
         low = int(position)
