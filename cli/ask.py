@@ -69,10 +69,13 @@ def ask(
 
 def _ask_file(console: Console, path: Path, out: Path | None, batch_rows: int, who: dict[str, Any]) -> None:
     from mlx_rsgwm.cli.ask_file import answer_file, questions_of
+    from mlx_rsgwm.core.folders import exclusive_file
     from mlx_rsgwm.inference.speaker import Speaker
 
     asked = questions_of(path)
     voice = open_speaker_or_pair(console, who)
+    if out is not None:
+        click.get_current_context().with_resource(exclusive_file(out))
     if isinstance(voice, Speaker):
         rows = answer_file(console, asked, out, voice.loop, lambda texts: _alone(voice, texts, batch_rows))
     else:

@@ -41,6 +41,7 @@ def importance(
     """
     from mlx_rsgwm.converters.peft.convert import require_empty
     from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.folders import new_folder
     from mlx_rsgwm.data.loading import load_data
     from mlx_rsgwm.inference.open import load_base_for
     from mlx_rsgwm.models.adapter_sources import load_adapter
@@ -57,9 +58,12 @@ def importance(
     data, _ = load_data(corpus, None, mask_prompt)
     base = load_base_for([adapter], base_name, console.progress)
     arrays, metadata = collect_importance(base, adapter, data, batch_size, max_tokens, console.progress)
-    if out is not None:
-        adapter = load_adapter(adapter.save(out))
-    save_importance(adapter, base, data, arrays, metadata)
+    if out is None:
+        save_importance(adapter, base, data, arrays, metadata)
+    else:
+        with new_folder(out) as work:
+            save_importance(load_adapter(adapter.save(work)), base, data, arrays, metadata)
     batches = {name.removeprefix("steps/"): int(text) for name, text in metadata.items() if name.startswith("steps/")}
-    console.line(f"{adapter.where}: importance from {batches['all']} batches")
-    console.result({"adapter": adapter.where, "batches": batches, "source": metadata["source"]})
+    where = str(out or adapter.where)
+    console.line(f"{where}: importance from {batches['all']} batches")
+    console.result({"adapter": where, "batches": batches, "source": metadata["source"]})

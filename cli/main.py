@@ -37,6 +37,12 @@ LONG_WORD = re.compile(r"\S{400,}")  # longer than any name worth reading: what 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FAILING = {errno.EIO, errno.ESTALE}
 UNUSABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+# MLX's words: of the Metal and the CUDA allocator, and of a command buffer that failed on Metal.
+NO_MEMORY = re.compile(r"malloc\].*(allocate|memory)|Insufficient Memory|out of memory|std::bad_alloc", re.IGNORECASE)
+LOWER = (
+    "lower --batch-size or --max-seq-length in training, --batch-rows, --drafts or --max-tokens in answering, "
+    "or take a smaller or quantised base"
+)
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -79,6 +85,8 @@ class Rsgwm(LazyGroup):
 
 def explain(error: Exception) -> tuple[int, str]:
     """Exit code and the one line for a failure; an unforeseen one prints its traceback here."""
+    if (said := _out_of_memory(error)) is not None:
+        return 2, f"out of memory ({said}); what was finished before is kept; {LOWER}"
     if isinstance(error, RsgwmError):
         return error.exit_code, str(error)
     if isinstance(error, click.UsageError):
@@ -107,6 +115,16 @@ def explain(error: Exception) -> tuple[int, str]:
         return 2, "a file became shorter while it was being read; look what writes it and try again"
     traceback.print_exception(error)
     return 1, f"internal failure: {type(error).__name__}: {error}"
+
+
+def _out_of_memory(error: BaseException | None) -> str | None:
+    """What Python, a library or MLX says of memory that it did not get, also behind another error; None otherwise."""
+    while error is not None:
+        first = (str(error).splitlines() or [""])[0]
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(first)):
+            return first or "Python got none"
+        error = error.__cause__
+    return None
 
 
 def report_failure(code: int, text: str, as_json: bool) -> None:

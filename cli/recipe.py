@@ -26,20 +26,19 @@ def init(console: Console, files: tuple[str, ...], base_name: str | None, out: P
       rsgwm recipe init my_questions.jsonl
       rsgwm recipe init sums.jsonl prices.csv --base TinyLlama/TinyLlama-1.1B-Chat-v1.0 --out own.yaml
     """
-    from mlx_rsgwm.core.files import is_present, write_text
+    from mlx_rsgwm.core.files import require_absent, write_text
     from mlx_rsgwm.data.question_files import SUFFIXES, is_question_file
     from mlx_rsgwm.recipes.own import own_recipe
     from mlx_rsgwm.recipes.schema import parse_recipe
 
     if out.suffix not in (".yaml", ".yml"):
         raise RsgwmError(f"{out}: a recipe is a .yaml file; give --out a name that ends in .yaml")
-    if is_present(out):
-        raise RsgwmError(f"{out} exists; edit it, remove it, or give --out another name")
+    require_absent(out, "edit it, remove it, or give --out another name")
     unknown = [name for name in files if not is_question_file(name)]
     if unknown:
         raise RsgwmError(f"{', '.join(unknown)}: questions come from files that end in {', '.join(SUFFIXES)}")
     text = own_recipe(files, base_name or "smollm2-135m", str(out))
     recipe = parse_recipe(text, str(out))
-    write_text(out, text)
+    write_text(out, text, replace=False)
     console.line(f"recipe: {out}; rsgwm run {out} --dry-run says what it would do, and for how long")
     console.result({"recipe": str(out), "tasks": list(recipe.data.tasks), "rows": recipe.data.rows})

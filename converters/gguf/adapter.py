@@ -47,8 +47,7 @@ def to_gguf(adapter: Adapter, base: BaseLayers, out: Path, dtype: str = "f32") -
 
     if dtype not in KINDS:
         raise RsgwmError(f"GGUF adapters are f32 or f16, found {dtype!r}")
-    if out.exists():
-        raise RsgwmError(f"{out} exists already; choose another file or remove it")
+    files.require_absent(out)
     config = read_config(base.path)
     config = {**config, **(config.get("text_config") or {})}
     architecture, _ = adapter_architecture(base.model_type)

@@ -85,8 +85,7 @@ def model_to_gguf(folder: Path, out: Path, dtype: str | None = None, progress: P
     """
     if dtype is not None and dtype not in KINDS:
         raise RsgwmError(f"GGUF models are {', '.join(KINDS)}, found {dtype!r}")
-    if out.exists():
-        raise RsgwmError(f"{out} exists already; choose another file or remove it")
+    files.require_absent(out)
     source = _read(folder)
     kind = dtype or source.dtype
     plan = _plan(source)

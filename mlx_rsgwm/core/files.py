@@ -85,12 +85,19 @@ def read_bytes(path: Path, largest: int | None = None) -> bytes:
     """
     with open_regular(path, largest) as file:
         try:
-            data = file.read() if largest is None else file.read(largest + 1)
+            data = file.read() if largest is None else _read_at_most(file, largest + 1)
         except OSError as error:
             raise RsgwmError(f"cannot read {path}: {error.strerror or error}") from error
     if largest is not None and len(data) > largest:
         raise RsgwmError(f"{path} grew beyond {largest >> 20} MB while it was read")
     return data
+
+
+def _read_at_most(file: BinaryIO, size: int) -> bytes:
+    """Up to ``size`` bytes; memory is asked for what the file has, and not for ``size``, which is far more."""
+    now = os.fstat(file.fileno()).st_size + 1
+    data = file.read(min(size, now))
+    return data + file.read(size - len(data)) if now == len(data) < size else data  # it grew meanwhile
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
@@ -204,6 +211,17 @@ def expanded(name: str) -> Path:
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
+def require_absent(path: Path, advice: str = "choose another file or remove it") -> None:
+    """Refuse a name that is taken; what killed processes left half written beside it is removed first.
+
+    Raises:
+        RsgwmError: there is something of that name.
+    """
+    remove_leftovers(path.parent)
+    if is_present(path):
+        raise RsgwmError(f"{path} exists already; {advice}")
+
+
 @contextmanager
 def new_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """A name to write a file under, which becomes ``path`` in one step when the body is done and it is on the disk.
@@ -241,15 +259,15 @@ def _link(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes atomically."""
-    with new_file(path) as temporary:
+def write_bytes(path: Path, content: bytes, replace: bool = True) -> None:
+    """Write bytes atomically; without ``replace`` a file that is there by then is left and refused."""
+    with new_file(path, replace) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_bytes(path, text.encode("utf-8"))
+def write_text(path: Path, text: str, replace: bool = True) -> None:
+    """Write UTF-8 text atomically, see :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"), replace)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.core.temporary import remove_leftovers, temporary_folder
+from mlx_rsgwm.core.temporary import remove_leftovers, shortened, temporary_folder
 
 LOCK_FILE = ".lock"
 LAST_FILES = {
@@ -22,7 +22,7 @@ LAST_FILES = {
     "config.json",
 }  # without them nothing loads
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-_held = threading.local()  # the folders that this thread has locked, so that an inner writer may enter them too
+_held = threading.local()  # the locks that this thread holds, so that an inner writer may enter them too
 
 
 @contextmanager
@@ -38,33 +38,54 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         RsgwmError: another process holds it, or the folder cannot be written.
     """
-    held: set[Path] = _held.__dict__.setdefault("folders", set())
-    place = folder.resolve()
-    if place in held:
-        yield
-        return
     made = not folder.exists()
     make_folder(folder)
-    path = folder / LOCK_FILE
+    try:
+        with _holding(folder / LOCK_FILE, folder):
+            remove_leftovers(folder)
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # unless it holds something now
+                folder.rmdir()
+
+
+@contextmanager
+def exclusive_file(path: Path) -> Iterator[None]:
+    """Keep every other process from writing the file ``path``, and what stands beside it, while the body runs.
+
+    Raises:
+        RsgwmError: another process holds it, or the folder cannot be written.
+    """
+    folder = make_folder(path.absolute().parent)
+    with _holding(folder / f".{shortened(path.name)}{LOCK_FILE}", path):
+        remove_leftovers(folder)
+        yield
+
+
+@contextmanager
+def _holding(path: Path, place: Path) -> Iterator[None]:
+    """Hold the lock of the file at ``path``, which is for ``place``; it is gone afterwards."""
+    held: set[Path] = _held.__dict__.setdefault("locks", set())
+    path = path.parent.resolve() / path.name
+    if path in held:
+        yield
+        return
     try:
         descriptor = _locked(path)
     except BlockingIOError:
         raise RsgwmError(
-            f"another process is writing {folder}; wait until it has ended, or choose another folder"
+            f"another process is writing {place}; wait until it has ended, or choose another place"
         ) from None
     except OSError as error:
         raise RsgwmError(f"cannot write {path}: {error.strerror or error}") from error
-    held.add(place)
+    held.add(path)
     try:
-        remove_leftovers(folder)
         yield
     finally:
-        held.discard(place)
+        held.discard(path)
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        if made:
-            with suppress(OSError):  # unless it holds something now
-                folder.rmdir()
 
 
 def _locked(path: Path) -> int:

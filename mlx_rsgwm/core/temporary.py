@@ -29,12 +29,12 @@ def temporary_file(path: Path) -> Path:
 
     The suffix is kept, since ``mx.save_safetensors`` appends its own to names without it.
     """
-    return path.with_name(f".{_shortened(path.stem)}.{_owner()}.tmp{path.suffix}")
+    return path.with_name(f".{shortened(path.stem)}.{_owner()}.tmp{path.suffix}")
 
 
 def temporary_folder(path: Path) -> Path:
     """Where the folder ``path`` is filled meanwhile, beside it."""
-    return path.with_name(f".{_shortened(path.name)}.{_owner()}.part")
+    return path.with_name(f".{shortened(path.name)}.{_owner()}.part")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -53,7 +53,8 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
+    """``name`` as far as the name of a file beside it can repeat it."""
     return os.fsencode(name)[:LONGEST].decode("utf-8", "ignore") or "x"
 
 

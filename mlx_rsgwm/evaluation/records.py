@@ -217,8 +217,13 @@ def read_with(record: ItemRecord, extractor: str) -> ItemRecord:
 
 def write_items(path: Path, records: Sequence[ItemRecord]) -> None:
     """One record a line."""
+    files.write_text(path, items_text(records))
+
+
+def items_text(records: Sequence[ItemRecord]) -> str:
+    """The file that :func:`write_items` writes."""
     lines = [json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False) for record in records]
-    files.write_text(path, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def read_items(path: Path) -> list[ItemRecord]:

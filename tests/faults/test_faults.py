@@ -21,12 +21,12 @@ import pytest
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.core.folders import LOCK_FILE, exclusive
+from mlx_rsgwm.core.folders import LOCK_FILE, exclusive, exclusive_file
 from mlx_rsgwm.core.safetensors_io import write_safetensors
 from mlx_rsgwm.models import adapter as adapters
 from mlx_rsgwm.models.adapter import Adapter
 from tests.faults import catalogue
-from tests.faults.conftest import run
+from tests.faults.small_work import run
 
 PROGRAM = "import sys; from mlx_rsgwm.cli.main import main; sys.argv[0] = 'rsgwm'; main()"
 
@@ -44,7 +44,7 @@ def command_of(kind, work, base, out):
     return listed.arguments(work, base, out.parent), [name.removeprefix("out/") for name in listed.written]
 
 
-KINDS = ["train", "merge", "eval", "to-peft", "run"]
+KINDS = ["train", "merge", "eval", "convert to-peft", "run"]
 WHOLE = ("manifest.json", "report.json", "adapter_config.json", "summary.json")
 
 
@@ -161,7 +161,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from mlx_rsgwm.core import files
-from mlx_rsgwm.core.folders import LOCK_FILE, exclusive
+from mlx_rsgwm.core.folders import LOCK_FILE, exclusive, exclusive_file
 from mlx_rsgwm.core.safetensors_io import write_safetensors
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
@@ -240,6 +240,39 @@ def test_a_lock_is_for_one_at_a_time_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "new" / LOCK_FILE).exists()
 
 
+def test_the_lock_of_a_file_keeps_others_from_that_file_alone(tmp_path):
+    out, said = tmp_path / "new" / f"{'long' * 60}.jsonl", []
+
+    def enter(path):
+        try:
+            with exclusive_file(path):
+                said.append("entered")
+        except RsgwmError as error:
+            said.append(str(error))
+
+    with exclusive_file(out), exclusive_file(out):  # its holder may enter again
+        for path in (out, out.with_name("other.jsonl")):
+            thread = threading.Thread(target=enter, args=(path,))
+            thread.start()
+            thread.join()
+    assert "another process is writing" in said[0]
+    assert said[1] == "entered"
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_name_that_is_taken_is_refused_and_what_a_kill_left_beside_it_goes(tmp_path):
+    out = tmp_path / "a.gguf"
+    files.require_absent(out)
+    files.write_text(out, "finished", replace=False)
+    os.link(out, tmp_path / ".a.1-00000000ffff-0.tmp.gguf")  # killed between its two names
+    with pytest.raises(RsgwmError, match=r"a\.gguf exists already; choose another file or remove it"):
+        files.require_absent(out)
+    with pytest.raises(RsgwmError, match=r"cannot write .*a\.gguf"):
+        files.write_text(out, "another's", replace=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+    assert out.read_text() == "finished"
+
+
 def test_what_a_killed_process_left_half_written_is_cleared_away(work, tmp_path):
     out = shutil.copytree(work / "pool" / "change", tmp_path / "out")
     (out / ".adapters.123-00000000ffff-0.tmp.safetensors").write_bytes(b"half")
@@ -305,7 +338,7 @@ def test_kill_harness(work, tiny_base, tmp_path, kind):
         complete = kind in ("train", "merge") and (out / "manifest.json").exists()
         if complete:  # killed when all was written: these commands leave a finished adapter alone
             assert {name: files.sha256_file(out / name) for name in wanted} == expected
-        if complete or kind == "to-peft":  # which writes into empty folders only
+        if complete or kind == "convert to-peft":  # which writes into empty folders only
             shutil.rmtree(out, ignore_errors=True)
     child = start(command)
     assert child.wait() == 0, child.stderr.read()

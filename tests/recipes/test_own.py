@@ -55,7 +55,7 @@ def test_init_writes_what_run_shows_and_forecasts(questions, tiny_base, tmp_path
     arguments = [questions("sums.jsonl"), "--base", str(tiny_base), "--out", str(out), "--json"]
     done = CliRunner().invoke(init, arguments, catch_exceptions=False)
     assert json.loads(done.stdout)["recipe"] == str(out)
-    with pytest.raises(RsgwmError, match="exists; edit it"):
+    with pytest.raises(RsgwmError, match="exists already; edit it"):
         CliRunner().invoke(init, arguments, catch_exceptions=False)
 
     shown = CliRunner().invoke(run, [str(out), "--show"], catch_exceptions=False).stdout

@@ -18,7 +18,7 @@ from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.tables import ABSENT, Section, markdown_page, show, text_page
 from mlx_rsgwm.data.row_hashes import not_recorded, repeated_items
 from mlx_rsgwm.evaluation.calculator_systems import SYSTEMS, annotated
-from mlx_rsgwm.evaluation.records import ItemRecord, read_items, write_items
+from mlx_rsgwm.evaluation.records import ItemRecord, items_text, read_items, write_items
 from mlx_rsgwm.evaluation.report.html import render_html
 from mlx_rsgwm.evaluation.report.outcome import p_shown
 from mlx_rsgwm.evaluation.report.plots import plot_report
@@ -253,15 +253,17 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the report folder and return what report.json holds.
 
-    An old report.json is removed first and the new one written last, so a folder with one is whole.
+    An old report.json of other items is removed first and the new one written last, so that it is never beside items
+    it was not made from. One of the same items stays until the new one is there: only it knows k and the metadata.
     """
     folder = Path(folder)
     records = annotated(records, check)
     summary = summarise_records(records, k, metadata, wall_seconds, seed, check)
     make_folder(folder)
-    with suppress(FileNotFoundError):
-        (folder / REPORT_FILE).unlink()
-    write_items(folder / ITEMS_FILE, records)
+    if not _has_items(folder, records):
+        with suppress(FileNotFoundError):
+            (folder / REPORT_FILE).unlink()
+        write_items(folder / ITEMS_FILE, records)
     files.write_text(folder / MARKDOWN_FILE, render_markdown(summary))
     files.write_text(folder / HTML_FILE, render_html(TITLE, sections(summary), notes(summary), summary, records))
     plot_report(summary, folder / PLOT_FILE)
@@ -269,6 +271,12 @@ def write_report(
     summary["files"] = {name: files.sha256_file(folder / name) for name in names}
     files.write_json(folder / REPORT_FILE, summary)
     return summary
+
+
+def _has_items(folder: Path, records: Sequence[ItemRecord]) -> bool:
+    """Whether the folder's items are these records, to the byte."""
+    path = folder / ITEMS_FILE
+    return path.is_file() and files.read_bytes(path) == items_text(records).encode()
 
 
 def report_folder(folder: Path) -> Path:
