@@ -50,8 +50,11 @@ test: $(VENV)/.test openblas  ## set up everything and run the tests
 slow: $(VENV)/.test openblas  ## run the long proofs
 	$(RUN) $(BIN)/python -m pytest -m slow
 
-faults: $(VENV)/.test openblas  ## kill -9 at fifty moments, then thousands of malformed files
-	$(RUN) $(BIN)/python -m pytest -m slow tests/faults tests/malformed
+# RSGWM_MOST_EVENTS=24 kills each command at so many events only.
+faults: $(VENV)/.test openblas  ## kill every command at every event, fill its disk, race it; writes docs/reliability.md
+	RSGWM_TALLY=docs/reliability.json $(RUN_TESTS) $(BIN)/python -m pytest -m slow tests/faults; tried=$$?; \
+		$(BIN)/python tests/faults/tally.py; exit $$tried
+	$(RUN) $(BIN)/python -m pytest -m slow tests/malformed
 
 coverage: $(VENV)/.test openblas  ## run the tests and say which lines they reach; below 90 % fails
 	RSGWM_ALL_PEERS=1 $(RUN_TESTS) $(BIN)/python -m coverage run -m pytest -m "not slow"

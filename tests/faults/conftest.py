@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
-from mlx_rsgwm.cli.main import rsgwm
+from tests.faults import small_work
 from tests.faults.catalogue import KINDS
 from tests.faults.harness import Harness
+from tests.faults.small_work import run
+from tests.faults.tally import Tally
 
 HERE = Path(__file__).parent
 
@@ -37,31 +39,46 @@ class Ended:
 class Server:
     """Runs commands, each a process of its own, with every change below a folder counted (``server.py``)."""
 
-    def __init__(self, shim: Path, logs: Path) -> None:
+    def __init__(self, shim: Path, logs: Path, hub: Path) -> None:
         preload = ":".join(filter(None, [os.environ.get("LD_PRELOAD", ""), str(shim)]))
         threads = dict.fromkeys(("BLIS_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
+        offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
         self._log = logs / "log"
         self._process = subprocess.Popen(
             [sys.executable, HERE / "server.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **threads, "LD_PRELOAD": preload, "FAULTS_SHIM": str(shim)},
+            env={**os.environ, **threads, **offline, "LD_PRELOAD": preload, "FAULTS_SHIM": str(shim)},
         )
         assert json.loads(self._process.stdout.readline())["ready"]
 
-    def run(self, command: list, root: Path, kill_at: int = 0, room: int = -1) -> Ended:
+    def run(self, command: list, root: Path, **how: int) -> Ended:
         """Run a command; ``kill_at``: before which change below ``root`` (1 is the first, 0 none) it is killed;
-        ``room``: after how many written bytes the disk is full (-1: never)."""
-        return self.together([command], root, kill_at, room)[0]
+        ``room``: after how many written bytes the disk is full (-1: never). ``number``: another signal than SIGKILL,
+        ``times``: at how many events from there on; ``step``: seconds that the clock is off from there on, without a
+        signal."""
+        return self.together([command], root, **how)[0]
 
-    def together(self, commands: list[list], root: Path, kill_at: int = 0, room: int = -1) -> list[Ended]:
+    def together(
+        self,
+        commands: list[list],
+        root: Path,
+        kill_at: int = 0,
+        room: int = -1,
+        number: int = signal.SIGKILL,
+        times: int = 1,
+        step: int = 0,
+    ) -> list[Ended]:
         """Commands that are started at once; their events and bytes are counted as one."""
         task = {
             "commands": [[*map(str, command), "--quiet"] for command in commands],
             "root": str(root),
             "kill_at": kill_at,
             "room": room,
+            "signal": int(number),
+            "times": times,
+            "step": step,
             "log": str(self._log),
         }
         self._process.stdin.write(json.dumps(task) + "\n")
@@ -78,22 +95,22 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A server of commands that can be killed at an event."""
+def shim(tmp_path_factory):
+    """The library that stands between a program and its files, compiled."""
     compiler = shutil.which("cc")
     if sys.platform != "linux" or compiler is None:
         pytest.skip("what stands between a program and its files needs Linux and a C compiler")
-    folder = tmp_path_factory.mktemp("shim")
-    shim = folder / "interpose.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", shim, HERE / "interpose.c", "-ldl"], check=True)
-    running = Server(shim, folder)
+    library = tmp_path_factory.mktemp("shim") / "interpose.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "interpose.c", "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def server(shim, work, tmp_path_factory):
+    """A server of commands that can be killed at an event."""
+    running = Server(shim, tmp_path_factory.mktemp("log"), work / "hub")
     yield running
     running.stop()
-
-
-def run(*arguments):
-    """A command in this process."""
-    return CliRunner().invoke(rsgwm, [*map(str, arguments), "--quiet"])
 
 
 @pytest.fixture(scope="session")
@@ -139,8 +156,16 @@ def harness(server, work, tiny_base, tmp_path):
     """Of a name in the catalogue, the harness that knows what its command makes."""
 
     def of(name: str) -> Harness:
+        for needed in KINDS[name].needs:
+            small_work.make(needed, work, tiny_base)
         made = Harness(server, KINDS[name], work, tiny_base, tmp_path / "place")
         made.learn()
         return made
 
     return of
+
+
+@pytest.fixture(scope="session")
+def tally():
+    """Counts of what was tried, for docs/reliability.md; kept where RSGWM_TALLY names a file (`make faults`)."""
+    return Tally(os.environ.get("RSGWM_TALLY"))

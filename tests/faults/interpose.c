@@ -1,5 +1,5 @@
 /* Stands between a program and its file system: counts what changes files below one folder, kills the process at the
- * Nth such event, or lets the disk be full after so many bytes.
+ * Nth such event, or sends it another signal, or sets its clock, or lets the disk be full after so many bytes.
  *
  * Loaded by LD_PRELOAD. An event is an open for writing, a write, rename, link, unlink, mkdir, rmdir or truncation of
  * something below the folder. A write that the process is killed in is torn: half of it is done. The count lies in
@@ -18,10 +18,13 @@
 #include <sys/mman.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 static struct {
     long events, kill_at;
+    int number, times; /* the signal, and at how many events from kill_at on */
+    long long step;    /* seconds by which the clock on the wall is wrong from kill_at on; no signal then */
     long long room, written; /* bytes of the disk, negative: no limit */
     char root[PATH_MAX];
 } *state;
@@ -32,13 +35,17 @@ __attribute__((constructor)) static void begin(void) {
     state->room = -1;
 }
 
-/* Watch `root` from now on: kill at event `kill_at` (1 is the first; 0 never), writes fail after `room` bytes. */
-void watch(const char *root, long kill_at, long long room) {
+/* Watch `root` from now on: kill at event `kill_at` (1 is the first; 0 never), writes fail after `room` bytes. Instead
+ * of the kill, `times` signals `number`, one an event, or a clock that is `step` seconds off. */
+void watch(const char *root, long kill_at, long long room, int number, int times, long long step) {
     snprintf(state->root, sizeof state->root, "%s", root);
     state->events = 0;
     state->written = 0;
     state->kill_at = kill_at;
     state->room = room;
+    state->number = number;
+    state->times = times;
+    state->step = step;
 }
 
 long events(void) { return state->events; }
@@ -65,7 +72,14 @@ static int at_below(int fd, const char *path) {
     return getcwd(folder, sizeof folder) && below(folder);
 }
 
-static int due(void) { return __sync_add_and_fetch(&state->events, 1) == state->kill_at; }
+/* Counts an event; true where the process is to die in it. Gentler signals are sent here. */
+static int due(void) {
+    long past = __sync_add_and_fetch(&state->events, 1) - state->kill_at;
+    if (state->kill_at < 1 || past < 0 || past >= state->times || state->step) return 0;
+    if (state->number == SIGKILL) return 1;
+    kill(getpid(), state->number);
+    return 0;
+}
 
 static void event(void) {
     if (due()) kill(getpid(), SIGKILL), pause();
@@ -74,6 +88,14 @@ static void event(void) {
 #define REAL(name) \
     static __typeof__(name) *real; \
     if (!real) real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name)
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    REAL(clock_gettime);
+    int failed = real(clock, now);
+    if (!failed && clock == CLOCK_REALTIME && state && state->step && state->events >= state->kill_at)
+        now->tv_sec += state->step;
+    return failed;
+}
 
 static int changes(int flags) { return (flags & O_ACCMODE) != O_RDONLY || flags & (O_CREAT | O_TRUNC); }
 

@@ -12,32 +12,52 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
 
+from mlx_rsgwm.cli.commands import COMMANDS
+from mlx_rsgwm.cli.startup import hide_torch
+
 PRELOADED = (
-    "mlx.core", "mlx_lm", "mlx_lm.utils", "transformers", "mlx_rsgwm.cli.main", "mlx_rsgwm.recipes.run",
-    "mlx_rsgwm.training.loop", "mlx_rsgwm.evaluation.runner", "mlx_rsgwm.converters.peft",
+    "mlx.core", "mlx_lm", "mlx_lm.utils", "transformers", "math_verify", "scipy.stats", "matplotlib.pyplot",
+    "mlx_rsgwm.recipes.run", "mlx_rsgwm.training.loop", "mlx_rsgwm.evaluation.runner", "mlx_rsgwm.converters.peft.bulk",
+    "mlx_rsgwm.studies.control_study", "mlx_rsgwm.studies.merge_sweep", "mlx_rsgwm.studies.paper_tables",
 )  # fmt: skip
 
 
 def serve() -> None:
     shim = ctypes.CDLL(os.environ["FAULTS_SHIM"])
-    shim.watch.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_longlong]
+    shim.watch.argtypes = [
+        ctypes.c_char_p, ctypes.c_long, ctypes.c_longlong, ctypes.c_int, ctypes.c_int, ctypes.c_longlong
+    ]  # fmt: skip
     shim.events.restype = ctypes.c_long
     shim.written.restype = ctypes.c_longlong
-    for name in PRELOADED:
+    hide_torch(["train"])  # as every command does that computes without it
+    for name in (*PRELOADED, *(place.partition(":")[0] for place, _ in COMMANDS.values())):
         import_module(name)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        shim.watch(os.fsencode(task["root"]), task["kill_at"], task["room"])
+        signals = task["signal"], task["times"], task["step"]
+        shim.watch(os.fsencode(task["root"]), task["kill_at"], task["room"], *signals)
         children = [started(arguments, Path(f"{task['log']}-{n}")) for n, arguments in enumerate(task["commands"])]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        codes = [ended(child) for child in children]
         print(json.dumps({"codes": codes, "events": shim.events(), "written": shim.written()}), flush=True)
-        shim.watch(b"", 0, -1)
+        shim.watch(b"", 0, -1, 0, 0, 0)
+
+
+def ended(child: int) -> int:
+    """The exit code of a process, which is let go on whenever it was stopped."""
+    while True:
+        status = os.waitpid(child, os.WUNTRACED)[1]
+        if not os.WIFSTOPPED(status):
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGCONT)
 
 
 def started(arguments: list[str], log: Path) -> int:
@@ -52,6 +72,7 @@ def command(arguments: list[str], log: Path) -> None:
     """In the child: the command, its streams in files beside ``log``."""
     from mlx_rsgwm.cli.main import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, and that is inherited
     for number, name in ((1, "out"), (2, "err")):
         descriptor = os.open(log.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)

@@ -1,0 +1,76 @@
+"""Counts of what was tried and how it ended, and the table of docs/reliability.md that shows them.
+
+python tests/faults/tally.py    writes the table into the page from docs/reliability.json; `make faults` calls it
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+COUNTS, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
+BEGIN, END = "<!-- counts: made by `make faults` -->\n", "<!-- end of counts -->\n"
+# How one trial ended. The first two are right: the same command did the work, or found it finished.
+OUTCOMES = ("again", "finished", "lost", "wrong", "left over")
+RIGHT = OUTCOMES[:2]
+TRIALS = ("kills", "sizes", "races", "signals and clocks")
+HEAD = ["command", "killed at", "disk full at", "races", "signals and clocks", "lost", "wrong", "left over"]
+
+
+class Tally:
+    """Counts by command and kind of trial, in a file of JSON where one is named."""
+
+    def __init__(self, file: str | None) -> None:
+        self._file = Path(file) if file else None
+
+    def keep(self, command: str, trial: str, outcomes: Sequence[str], **more: int) -> None:
+        """Replace what is known of one command's trials; an outcome is one of OUTCOMES, or begins so with a colon."""
+        if self._file is None:
+            return
+        counts = Counter(outcome.partition(":")[0] for outcome in outcomes)
+        assert set(counts) <= set(OUTCOMES)
+        known = json.loads(self._file.read_text()) if self._file.exists() else {}
+        told = {"tried": len(outcomes), **more, **{name: counts[name] for name in OUTCOMES}}
+        known.setdefault(command, {})[trial] = told
+        self._file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def table(known: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The counts as Markdown, a command a row, and their sums."""
+    rows = [_row(command, known[command]) for command in sorted(known)]
+    sums = {
+        trial: {
+            name: sum(trials[trial][name] for trials in known.values() if trial in trials)
+            for name in ("tried", *OUTCOMES)
+        }
+        for trial in TRIALS
+    }
+    sums["kills"]["events"] = sum(_events(trials["kills"]) for trials in known.values() if "kills" in trials)
+    lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *rows, _row("all", sums)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _row(command: str, trials: dict[str, dict[str, int]]) -> list[str]:
+    tried = [str(trials[trial]["tried"]) if trial in trials else "–" for trial in TRIALS]
+    kills = trials.get("kills", {})
+    if kills:
+        tried[0] = f"{kills['tried']} of {_events(kills)} events"
+    wrong = [str(sum(trial[name] for trial in trials.values())) for name in OUTCOMES[2:]]
+    return [command, *tried, *wrong]
+
+
+def _events(kills: dict[str, int]) -> int:
+    return kills.get("events", kills["tried"])
+
+
+def with_table(page: str, known: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The page with the counts in their place."""
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + "\n" + table(known) + "\n" + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text(), json.loads(COUNTS.read_text())))
