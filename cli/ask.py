@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,8 @@ def ask(
     text = (read_standard_input() if question == "-" else str(question)).strip()
     if not text:
         raise RsgwmError("the question is empty")
+    if question != "-" and " " not in text and os.path.isfile(text):
+        raise RsgwmError(f"{text} is a file; what it asks is answered with --file {text}")
     from mlx_rsgwm.cli.answers import tell_alone, tell_pair
     from mlx_rsgwm.inference.speaker import Speaker
 
@@ -68,18 +71,16 @@ def ask(
 
 
 def _ask_file(console: Console, path: Path, out: Path | None, batch_rows: int, who: dict[str, Any]) -> None:
-    from mlx_rsgwm.cli.ask_file import answer_file, questions_of
-    from mlx_rsgwm.core.folders import exclusive_file
+    from mlx_rsgwm.cli.ask_file import answer_file, claimed, questions_of
     from mlx_rsgwm.inference.speaker import Speaker
 
     asked = questions_of(path)
-    voice = open_speaker_or_pair(console, who)
-    if out is not None:
-        click.get_current_context().with_resource(exclusive_file(out))
-    if isinstance(voice, Speaker):
-        rows = answer_file(console, asked, out, voice.loop, lambda texts: _alone(voice, texts, batch_rows))
-    else:
-        rows = answer_file(console, asked, out, voice, lambda texts: _paired(voice, texts, batch_rows))
+    with claimed(out):
+        voice = open_speaker_or_pair(console, who)
+        if isinstance(voice, Speaker):
+            rows = answer_file(console, asked, out, voice.loop, lambda texts: _alone(voice, texts, batch_rows))
+        else:
+            rows = answer_file(console, asked, out, voice, lambda texts: _paired(voice, texts, batch_rows))
     console.result({"answers": rows, "batch_size": batch_rows})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,32 @@ def questions_of(path: Path) -> list[AskedRow]:
     return read_asked(path, read_standard_input() if str(path) == "-" else None)
 
 
+@contextmanager
+def claimed(out: Path | None) -> Iterator[None]:
+    """Keep ``out`` for this process while the body runs.
+
+    Raises:
+        RsgwmError: another process writes it; ``out`` is a folder, or is there and no unfinished run beside it.
+    """
+    from mlx_rsgwm.core.folders import exclusive_file
+
+    if out is None:
+        yield
+        return
+    if out.is_dir():
+        raise RsgwmError(f"{out} is a folder; name a file for the answers, such as {out / 'answers.jsonl'}")
+    with exclusive_file(out):
+        if out.exists() and not _journal_path(out).exists():
+            raise RsgwmError(
+                f"{out} is there already, and no unfinished run beside it; remove it, or give another --out"
+            )
+        yield
+
+
+def _journal_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.journal")
+
+
 def answer_file(
     console: Console,
     asked: Sequence[AskedRow],
@@ -45,7 +72,7 @@ def answer_file(
     command goes on; once all is done the journal is gone.
 
     Raises:
-        RsgwmError: ``out`` is there and no unfinished run beside it, or that was of other adapters or settings.
+        RsgwmError: the unfinished run beside ``out`` was of other adapters or settings.
         Interrupted: where the answers are that were done.
     """
     rows: dict[int, dict[str, Any]] = {}
@@ -83,19 +110,15 @@ def _journal(
     from mlx_rsgwm.core.resume import Journal
     from mlx_rsgwm.evaluation.runner import describe_run
 
-    path = out.with_name(f"{out.name}.journal")
-    if out.is_dir():
-        raise RsgwmError(f"{out} is a folder; name a file for the answers, such as {out / 'answers.jsonl'}")
-    if out.exists() and not path.exists():
-        raise RsgwmError(f"{out} is there already, and no unfinished run beside it; remove it, or give another --out")
-
     def take(row: Any, where: str) -> None:
         place = int(row["place"])
         if place < len(asked) and row["row"]["question"] == asked[place].question:
             rows[place] = dict(row["row"])
 
     about = describe_run(pipeline, (), 0)
-    journal = Journal(path, {name: about[name] for name in about if name not in ("questions", "items")}, take)
+    journal = Journal(
+        _journal_path(out), {name: about[name] for name in about if name not in ("questions", "items")}, take
+    )
     if rows:
         console.progress.message(f"{len(rows)} of {len(asked)} answers are there already; going on with the rest")
     return journal

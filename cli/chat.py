@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from mlx_rsgwm.cli.console import Console, Stopped, check_text, common_options
 from mlx_rsgwm.cli.options.kinds import OneOf
 from mlx_rsgwm.cli.options.speaker import adapter_named, open_speaker_or_pair, speaker_options
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.nearest import nearest
 
 if TYPE_CHECKING:
     from mlx_rsgwm.inference.loop import DraftVerify
@@ -128,8 +128,8 @@ class Talk:
         elif name == "/adapter":
             self._take_adapter(rest.strip())
         else:
-            near = difflib.get_close_matches(name, [command.split()[0] for command in COMMANDS], n=1)
-            raise RsgwmError(f"no command {name}; " + (f"did you mean {near[0]}?" if near else "see /help"))
+            near = nearest(name, [command.split()[0] for command in COMMANDS])
+            raise RsgwmError(f"no command {name}; " + (f"did you mean {near}?" if near else "see /help"))
 
     def _take_adapter(self, name: str) -> None:
         if self._speaker is None:

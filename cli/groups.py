@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib import import_module
 from typing import Any
 
 import click
 
 from mlx_rsgwm.cli.commands import COMMANDS, GROUPS, SECTIONS, members, summary
+from mlx_rsgwm.core.nearest import advice, nearest
+
+# What other tools have a command for and this one has not.
+NOT_HERE = dict.fromkeys(
+    ("server", "serve"), "`mlx_lm.server --adapter-path ADAPTER` serves an adapter, `rsgwm chat` talks with one"
+)
 
 
 def find_command(full_name: str) -> click.Command:
@@ -50,12 +55,14 @@ class LazyGroup(click.Group):
     def _nearest(self, ctx: click.Context, name: str) -> str:
         """A name like the wrong one, here or in another group, else all there are here."""
         here = self.list_commands(ctx)
-        if near := difflib.get_close_matches(name, here, n=1):
-            return f"did you mean {near[0]!r}?"
+        if name in NOT_HERE:
+            return NOT_HERE[name]
+        if len(here) == 1:
+            return f"did you mean 'rsgwm {self.path} {here[0]} {name}'?"
         elsewhere = {full.split()[-1]: full for full in COMMANDS}
-        if near := difflib.get_close_matches(name, elsewhere, n=1):
-            return f"did you mean 'rsgwm {elsewhere[near[0]]}'?"
-        return f"there are {', '.join(here)}"
+        if not nearest(name, here) and (near := nearest(name, elsewhere)):
+            return f"did you mean 'rsgwm {elsewhere[near]}'?"
+        return advice(name, here)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands with their summaries, in sections at the root, importing none."""

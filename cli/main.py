@@ -28,6 +28,7 @@ from mlx_rsgwm.cli.console import Stopped, show
 from mlx_rsgwm.cli.groups import LazyGroup
 from mlx_rsgwm.cli.old_names import with_new_names
 from mlx_rsgwm.cli.startup import hide_torch
+from mlx_rsgwm.cli.wrong_words import refuse_one_dash, told
 from mlx_rsgwm.core.errors import RsgwmError
 
 INTERRUPTED = 130
@@ -60,6 +61,7 @@ class Rsgwm(LazyGroup):
         outcome: dict[str, bool] = {}
         code, text = 0, ""
         try:
+            refuse_one_dash(arguments)
             with stopped_by_sigterm():
                 returned = super().main(
                     arguments, prog_name or "rsgwm", **{**settings, "standalone_mode": False, "obj": outcome}
@@ -91,7 +93,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, click.UsageError):
         context = error.ctx
-        return 2, f"{error.format_message()} (try '{context.command_path if context else 'rsgwm'} --help')"
+        return 2, f"{told(error)} (try '{context.command_path if context else 'rsgwm'} --help')"
     if isinstance(error, click.ClickException):
         return 2, error.format_message()
     if isinstance(error, OSError) and error.errno in FULL_DISK:

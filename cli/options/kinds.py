@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from typing import Any
@@ -12,6 +11,7 @@ import click
 from mlx_rsgwm.cli.options.paths import NEW_PATH as NEW_PATH
 from mlx_rsgwm.cli.options.paths import PATH as PATH  # beside their neighbours for those who take several
 from mlx_rsgwm.cli.options.paths import SOURCE as SOURCE
+from mlx_rsgwm.core.nearest import advice
 
 LARGEST_COUNT = 2**31 - 1  # of anything that is counted here; beyond, arrays cannot have such an axis
 DIGITS = re.compile(r"[-+]?[0-9]+")
@@ -23,7 +23,7 @@ class Whole(click.IntRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and not DIGITS.fullmatch(value.strip()):
-            self.fail(f"{value[:40]!r} is not a valid integer", param, ctx)
+            self.fail(f"{value[:40]!r} is not a whole number", param, ctx)
         if isinstance(value, str) and self.max is None and len(value.strip().lstrip("+-0")) > len(str(LARGEST_COUNT)):
             self.fail(f"{value[:12]}… has {len(value)} digits; the most is {LARGEST_COUNT}", param, ctx)
         number = super().convert(value, param, ctx)
@@ -37,11 +37,21 @@ class Number(click.FloatRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, str) and not DECIMAL.fullmatch(value.strip()):
-            self.fail(f"{value[:40]!r} is not a finite number", param, ctx)
+            self.fail(f"{value[:40]!r} is not a finite number{_hint(value, param)}", param, ctx)
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
+
+
+def _hint(text: str, param: click.Parameter | None) -> str:
+    """What to type instead of a number with commas in it."""
+    parts = [part.strip()[:12] for part in text.split(",")]
+    if len(parts) == 1 or not all(DECIMAL.fullmatch(part) for part in parts):
+        return ""
+    if isinstance(param, click.Option) and param.multiple:
+        return "; write " + " ".join(f"{param.opts[0]} {part}" for part in parts[:4])
+    return f"; write {'.'.join(parts)}" if len(parts) == 2 else ""
 
 
 COUNT = Whole(0)
@@ -58,9 +68,7 @@ class OneOf(click.Choice):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         names = [str(choice) for choice in self.choices]
         if str(value) not in names:
-            near = difflib.get_close_matches(str(value), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-            self.fail(f"{value!r} is not one of its values; {hint}", param, ctx)
+            self.fail(f"{value!r} is not one of its values; {advice(str(value), names)}", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache
 from reprlib import repr as brief
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -14,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.nearest import nearest
 
 T = TypeVar("T")
 
@@ -82,13 +82,21 @@ def parse_yaml(text: str, where: str) -> Any:
         twice = _repeated_keys(root)
         values = loader.construct_document(root) if root is not None else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is a date without such a day
-        reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
-        if "Exceeds the limit" in reason:  # Python's own text tells of a setting of the interpreter
-            reason = "a whole number has thousands of digits"
+        reason = _yaml_reason(error)
         raise RsgwmError(f"{where} is not valid YAML: {reason}") from None
     raise_problems(where, [f"{key} is given twice, the second time in line {line}" for key, line in twice])
     _unfold(values, where)
     return values
+
+
+def _yaml_reason(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None and "'\\t'" in str(error):
+        return f"line {mark.line + 1} is indented with a tab; use spaces"
+    reason = " ".join(str(error).replace('"<unicode string>", ', "").split())
+    if "Exceeds the limit" in reason:  # Python's own text tells of a setting of the interpreter
+        return "a whole number has thousands of digits"
+    return reason
 
 
 def _repeated_keys(root: yaml.Node | None) -> list[tuple[str, int]]:
@@ -155,8 +163,8 @@ def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
     problems = []
     for name, value in values.items():
         if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            near = nearest(str(name), known) or _deeper(hints, str(name))
+            advice = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
             problems.append(f"unknown key {prefix + str(name)!r}, {advice}")
         elif _is_bool_for_number(hints[name], value):
             problems.append(f"{prefix}{name}: expected a number, found {brief(value)}")
@@ -168,3 +176,10 @@ def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
                 if kinds and isinstance(entry, Mapping):
                     problems += _unknown(kinds[0], entry, f"{prefix}{name}.{key}.".replace("..", "."))
     return problems
+
+
+def _deeper(hints: Mapping[str, Any], name: str) -> str | None:
+    """Where a key that is unknown here is known: ``train.epochs``."""
+    sections = {section: hint for section, hint in hints.items() if is_dataclass(hint)}
+    places = [f"{section}.{name}" for section, hint in sections.items() if name in {each.name for each in fields(hint)}]
+    return places[0] if places else None

@@ -164,6 +164,8 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # a name with a zero byte in it is a ValueError
+        if isinstance(error, FileExistsError):
+            raise RsgwmError(f"{path} is a file, and a folder is to be there; choose another name") from error
         raise RsgwmError(f"cannot create folder {path}: {getattr(error, 'strerror', None) or error}") from error
     return path
 

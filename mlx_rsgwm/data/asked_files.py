@@ -14,6 +14,7 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.json_lines import NumberedRow, RowFile, json_rows
+from mlx_rsgwm.core.nearest import nearest_path
 from mlx_rsgwm.data.asked import said_by
 from mlx_rsgwm.data.question_files import DELIMITERS, TABLE_SUFFIXES, header_of, table_rows
 from mlx_rsgwm.data.question_rows import refuse_unshown
@@ -37,6 +38,8 @@ def read_asked(path: Path, text: str | None = None) -> list[AskedRow]:
     Raises:
         RsgwmError: no question in it, rows without one (all of them at once), a table without a column of questions.
     """
+    if text is None and not files.is_present(path):
+        raise RsgwmError(f"{path} does not exist{nearest_path(path)}")
     text = files.read_text(path) if text is None else text
     unit, rows = _rows(path, text)
     asked, problems = [], []

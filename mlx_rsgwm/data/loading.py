@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.nearest import nearest_path
 from mlx_rsgwm.data.corpus import Corpus, load_corpus
 from mlx_rsgwm.data.mlx_lm_rows import Examples, example_files, is_examples, load_examples
 from mlx_rsgwm.models.base import HUB_ID
@@ -30,6 +31,8 @@ def load_data(
         raise RsgwmError(
             f"{path} does not exist; where it is a data set of the Hub, write its rows to train.jsonl in a folder first"
         )
+    if not path.exists():
+        raise RsgwmError(f"{path} does not exist{nearest_path(path)}")
     if not is_examples(path):
         data, beside = load_corpus(path), None
     else:

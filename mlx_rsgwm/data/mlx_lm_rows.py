@@ -183,7 +183,7 @@ def load_examples(
         known = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in FORMATS.items())
         lines.append(f"the formats are {known}")
         if all(isinstance(row.value, Mapping) and row.value.keys() >= {"question", "answer"} for row in read):
-            lines = [f"{path.name} has questions and answers, not training rows; {_CORPUS} --task {path}"]
+            lines = [f"questions and answers, and no training rows; {_CORPUS} --task {path}"]
     raise_problems(str(path), lines)
     if not rows:
         raise RsgwmError(f"{path} holds no rows")

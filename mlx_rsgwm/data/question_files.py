@@ -13,6 +13,7 @@ from typing import Any
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.json_lines import NumberedRow, RowFile, read_json_rows
+from mlx_rsgwm.core.nearest import nearest_path
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -32,6 +33,8 @@ def read_question_rows(path: Path) -> RowFile:
     Raises:
         RsgwmError: the file is missing, not text, of no known kind, or a table without a usable header.
     """
+    if not files.is_present(path):
+        raise RsgwmError(f"{path} does not exist{nearest_path(path)}")
     suffix = path.suffix.lower()
     if suffix in TABLE_SUFFIXES:
         return RowFile("line", _table(path, files.read_text(path), DELIMITERS[suffix]))
@@ -67,7 +70,7 @@ def _table(path: Path, text: str, delimiters: str) -> list[NumberedRow]:
         return []
     if not _has_questions(header):
         shown = ", ".join(cell[:30] for cell in header[:6]) or "nothing"
-        raise RsgwmError(f"{path}: line 1 must be a header with question and answer, found {shown}")
+        raise RsgwmError(f"{path}: line 1 must be a header with question and answer, found {shown}; rename its columns")
     return table_rows(path, text, delimiter, header)
 
 

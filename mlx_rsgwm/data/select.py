@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.data.disputed import AnsweredRow, describe_disputes, find_disputes
 from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import SUFFIXES, is_question_file
@@ -97,9 +98,7 @@ def select_questions(
         wanted = generate(task, (limit or EMBEDDED_LIMIT) + offset, seed, split or purpose)
         return Selection(wanted[offset:], split or purpose)
     if task not in SOURCES:
-        raise RsgwmError(
-            f"unknown task {task!r}; known are {', '.join([*FAMILIES, *SOURCES])}, or a file: {', '.join(SUFFIXES)}"
-        )
+        raise RsgwmError(unknown_task(task))
     if purpose == "test" or split is not None:
         chosen = load_questions(task, split, data, limit=limit, offset=offset, seed=order, revision=revision)
         return Selection(chosen, split or SOURCES[task].evaluation_split)
@@ -134,3 +133,10 @@ def _of_file(
 def _share_for_test(texts: Sequence[str], seen: RowRecord) -> str:
     """A file whose rows are all known, used or left for another purpose, has served before; any other is a test."""
     return "test" if all(row_hash(text) in seen.in_files for text in texts) else EVERY_ROW
+
+
+def unknown_task(task: str) -> str:
+    """What is told of a task that there is not: the one that was likely meant, else all there are."""
+    near = nearest(task, [*FAMILIES, *SOURCES])
+    known = f"known are {', '.join([*FAMILIES, *SOURCES])}, or a file: {', '.join(SUFFIXES)}"
+    return f"unknown task {task!r}; " + (f"did you mean {near!r}?" if near else known)

@@ -109,11 +109,11 @@ class Speaker:
 
     def _sampler(self, question: str) -> Callable[[mx.array], mx.array]:
         sampling = self.sampling
+        if sampling.temperature == 0:
+            return lambda logprobs: mx.argmax(logprobs, axis=-1)
         stream = iter(uniforms(sampling.seed, question, 1, sampling.max_tokens + 1))
 
         def sample(logprobs: mx.array) -> mx.array:
-            if sampling.temperature == 0:
-                return mx.argmax(logprobs, axis=-1)
             uniform = mx.array([float(next(stream))])
             tokens, certain = choose(logprobs, uniform, sampling.temperature, sampling.top_p)
             if not mx.all(certain).item():

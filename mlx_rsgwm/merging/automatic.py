@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
+from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.merging.families.linear import survey_norms
 from mlx_rsgwm.merging.methods import METHODS, resolved, weight_problems
@@ -49,7 +49,7 @@ def choose_method(pool: Pool, options: MergeOptions) -> tuple[MergeOptions, str]
             passed = f"{' and '.join(refusals)} would not take what was given; " if refusals else ""
             return settled, passed + offer.reason
         refusals.append(offer.method)
-    raise RsgwmError(f"merge options: {problem}; {_advice(given)}")
+    raise RsgwmError("; ".join([f"merge options: {problem}", *([_advice(given)] if given else [])]))
 
 
 def _offers(pool: Pool, role: str) -> Iterator[_Offer]:
@@ -108,6 +108,6 @@ def _advice(given: set[str]) -> str:
     if takers:
         return f"name one that has: --method {', '.join(takers[:4])}"
     known = sorted({name for method in METHODS.values() for name in method.parameters})
-    near = {name: get_close_matches(name, known, n=1) for name in sorted(given - set(known))}
-    hints = [f"did you mean {close[0]!r} in the place of {name!r}?" for name, close in near.items() if close]
+    near = {name: nearest(name, known) for name in sorted(given - set(known))}
+    hints = [f"did you mean {close!r} in the place of {name!r}?" for name, close in near.items() if close]
     return " ".join(hints) or "name the method with --method (rsgwm merge --list)"

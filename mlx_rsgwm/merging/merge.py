@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import module_seed
 from mlx_rsgwm.core.versions import versions
@@ -242,7 +243,9 @@ def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any
         if fixed := {"space", "scope", "signal", "truncate"} & set(override.parameters):
             raise RsgwmError(f"merge options: {', '.join(sorted(fixed))} cannot differ between modules")
         if not any(override.covers(module) for module in pool.modules):
-            raise RsgwmError(f"merge options: {override.pattern!r} finds no module; there is e.g. {pool.modules[0]}")
+            near = nearest(override.pattern, [part for module in pool.modules for part in module.split(".")])
+            hint = f"did you mean {near!r}?" if near else f"there is e.g. {pool.modules[0]}"
+            raise RsgwmError(f"merge options: {override.pattern!r} finds no module; {hint}")
     if parameters.get("space") != "factor":
         return
     advice = " (merge the products instead: --set space=product)"

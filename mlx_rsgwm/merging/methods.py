@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.nearest import advice, nearest
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.linalg.metric import Solved
 from mlx_rsgwm.merging import pool_metric
@@ -303,9 +303,7 @@ def find_method(name: str) -> Method:
     """The row called ``name``; RsgwmError with the nearest names when there is none."""
     if name in METHODS:
         return METHODS[name]
-    near = get_close_matches(name, METHODS, n=1)
-    advice = f"did you mean {near[0]!r}? " if near else ""
-    raise RsgwmError(f"unknown method {name!r}; {advice}there are {', '.join(METHODS)}")
+    raise RsgwmError(f"unknown method {name!r}; {advice(name, METHODS)}")
 
 
 def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -319,8 +317,9 @@ def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> 
     problems = []
     for name, value in given.items():
         if name not in method.parameters:
-            known = ", ".join(method.parameters) or "none"
-            problems.append(f"{options.method} has no parameter {name!r}; it takes {known}")
+            near = nearest(name, method.parameters)
+            known = f"did you mean {near!r}?" if near else f"it takes {', '.join(method.parameters) or 'none'}"
+            problems.append(f"{options.method} has no parameter {name!r}; {known}")
         elif value is not None and (problem := method.parameters[name].problem(name, value)):
             problems.append(problem)
     settled = {

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.core.patterns import compile_pattern
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
+from mlx_rsgwm.data.batching import ROLES
 
 # Means stay below the norm of the largest source. RegMean with little data, which does not, came to 8 times it, DARE
 # at density .001 comes to 32, and what divides by rounding errors to 1e5 and more.
@@ -61,6 +63,8 @@ class MergeOptions:
         problems = []
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", self.role):
             problems.append(f"role must be a lower-case name, found {self.role!r}")
+        elif self.role not in ROLES and (near := nearest(self.role, ROLES)):
+            problems.append(f"role {self.role!r} is much like one of the pipeline's; did you mean {near!r}?")
         if self.rank is not None and self.rank < 1:
             problems.append(f"rank must be at least 1, found {self.rank}")
         if not 0 < self.largest < float("inf"):

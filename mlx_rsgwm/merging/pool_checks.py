@@ -23,13 +23,19 @@ def importance_remedy(source: PoolAdapter) -> str:
     )
 
 
+def _of_bases(other: PoolAdapter, first: PoolAdapter) -> str:
+    """Which bases, where both are named and not alike."""
+    names = [str((source.manifest.get("base") or {}).get("name") or "") for source in (other, first)]
+    return f" ({names[0]}, not {names[1]})" if all(names) and names[0] != names[1] else ""
+
+
 def misfits(sources: Sequence[PoolAdapter]) -> list[str]:
     """Why these adapters cannot be merged at all."""
     first, problems = sources[0], []
     for other in sources[1:]:
         both = other.base_fingerprint and first.base_fingerprint
         if both and base_difference(other.base_fingerprint, first.base_fingerprint, chat=False):
-            problems.append(f"{other.label} was made for another base than {first.label}")
+            problems.append(f"{other.label} was made for another base than {first.label}{_of_bases(other, first)}")
         for name, (rows, _, columns) in other.shapes.items():
             expected = first.shapes.get(name, (rows, 0, columns))
             if (rows, columns) != (expected[0], expected[2]):

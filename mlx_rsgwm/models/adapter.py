@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.folders import exclusive, require_space
+from mlx_rsgwm.core.nearest import nearest_path
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, write_safetensors
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter_shapes import FULL_LEAVES, array_problems, factor_problems
@@ -198,9 +199,7 @@ class Adapter:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise AdapterError(
-                f"adapter folder {folder} does not exist; `rsgwm demo` makes some, `rsgwm train` your own"
-            )
+            raise AdapterError(_explain_missing_folder(folder))
         if not (folder / WEIGHTS_FILE).is_file():
             raise AdapterError(_explain_missing_weights(folder))
         if (folder / UNFINISHED_FILE).is_file() and not is_complete(folder):
@@ -382,4 +381,13 @@ def _explain_missing_weights(folder: Path) -> str:
             f"{folder} holds adapters.npz, as mlx-lm wrote it until 0.8; save its arrays as {WEIGHTS_FILE} "
             "(mx.save_safetensors(..., mx.load(...)))"
         )
+    if (folder / "config.json").is_file():
+        return f"{folder} is a base model, not an adapter; name an adapter (--base is for a model)"
     return f"{folder} holds no {WEIGHTS_FILE}; it is not an mlx-lm adapter folder"
+
+
+def _explain_missing_folder(folder: Path) -> str:
+    if folder.is_file():
+        return f"{folder} is a file, not an adapter; name the adapter's folder, or a .gguf file"
+    made = nearest_path(folder) or "; `rsgwm demo` makes some, `rsgwm train` your own"
+    return f"adapter folder {folder} does not exist{made}"

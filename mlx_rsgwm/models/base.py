@@ -25,6 +25,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder, require_space
+from mlx_rsgwm.core.nearest import nearest, nearest_path
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.base_folder import check_folder, fingerprint_of, first_line, weight_files
 from mlx_rsgwm.models.config import open_model
@@ -168,12 +169,13 @@ def resolve_base(name: str, progress: Progress = SILENT) -> Path:
     if path.is_dir():
         return check_folder(path)
     if path.exists():
-        raise RsgwmError(f"base {name} is a file, but neither a folder nor a .gguf file")
+        raise RsgwmError(f"base {name} is a file, and no .gguf file; give a model's folder, Hub id, or .gguf file")
     if HUB_ID.fullmatch(name):
         return check_folder(_from_hub(name, progress))
-    raise RsgwmError(
-        f"base {name!r} does not exist; give a folder, a .gguf file, a Hub id (owner/model), or {', '.join(ALIASES)}"
-    )
+    alias = nearest(name, ALIASES)
+    near = f"; did you mean {alias!r}?" if alias else nearest_path(path)
+    given = near or f"; give a folder, a .gguf file, a Hub id (owner/model), or {', '.join(ALIASES)}"
+    raise RsgwmError(f"base {name!r} does not exist{given}")
 
 
 def local_base(name: str) -> Path | None:

@@ -60,6 +60,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         RsgwmError: no such file, not a JSON object, no ``model_type``.
     """
+    if not files.is_present(path / "config.json") and files.is_present(path / "adapter_config.json"):
+        raise RsgwmError(
+            f"{path} is an adapter, not a base model; --adapter takes it, --base the model it was made for"
+        )
     config = files.read_json_object(path / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise RsgwmError(f"{path / 'config.json'} has no model_type; it is not a language model's config")

@@ -16,9 +16,11 @@ from unicodedata import normalize
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build, parse_yaml, read_yaml, written_texts
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.nearest import advice, nearest_path
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.data.public_sets import SOURCES
 from mlx_rsgwm.data.question_files import is_question_file
+from mlx_rsgwm.data.select import unknown_task
 from mlx_rsgwm.data.synthetic import FAMILIES
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.inference.policy import LoopConfig
@@ -81,7 +83,7 @@ class DataSection:
         if task in FAMILIES:
             return None
         if task not in SOURCES:
-            return f"unknown task {task!r}; known are {', '.join([*FAMILIES, *SOURCES])}, or a file of questions"
+            return unknown_task(task)
         if self.path is not None and self.path.is_dir() and not (self.path / task).is_dir():
             return f"folder {self.path} holds no folder {task}"
         return None
@@ -344,11 +346,14 @@ def load_recipe(source: str, settings: Sequence[str] = ()) -> Recipe:
     """
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
+        if not files.is_present(path):
+            raise RsgwmError(f"{path} does not exist{nearest_path(path)}")
         text = files.read_text(path, files.LARGEST_YAML)
     elif source in shipped_recipes():
         text = files.read_text(FOLDER / f"{source}.yaml")
     else:
-        raise RsgwmError(f"no recipe {source!r}; shipped are {', '.join(shipped_recipes())}, or give a .yaml file")
+        written = f"rsgwm recipe init {source} writes one" if is_question_file(source) else ""
+        raise RsgwmError(f"no recipe {source!r}; {written or advice(source, shipped_recipes())}")
     return parse_recipe(text, source, settings)
 
 

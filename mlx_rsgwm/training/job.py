@@ -55,7 +55,7 @@ def target_folder(asked: TrainingFile, data: Path | None, out: Path | None) -> P
     given: dict[str, Any] = {"--corpus": data or asked.run.get("data"), "--out": out or asked.run.get("out")}
     missing = [flag for flag, value in given.items() if value is None]
     if missing:
-        raise RsgwmError(f"{' and '.join(missing)} must be given, as options or in the --config file")
+        raise RsgwmError(f"{' and '.join(missing)} must be given, on the command line or in the --config file")
     return Path(given["--out"])
 
 

@@ -17,6 +17,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.models.adapter import LoraSpec
 from mlx_rsgwm.models.fit_check import linear_shape
 from mlx_rsgwm.models.hooks import Call, block_names, calls_wrapped, modules_replaced
@@ -62,7 +63,7 @@ def target_modules(model: Any, spec: LoraSpec) -> dict[str, nn.Module]:
     blocks = model.layers if spec.num_layers == -1 else model.layers[-spec.num_layers :]
     wanted = {id(module) for block in blocks for name, module in block.named_modules() if name in spec.keys}
     modules = {name: module for name, module in present.items() if id(module) in wanted or name in spec.keys}
-    problems = []
+    problems, narrow = [], {}
     for name, module in modules.items():
         embedding = isinstance(module, EMBEDDINGS)
         if not embedding and not isinstance(module, (nn.Linear, nn.QuantizedLinear)):
@@ -70,15 +71,25 @@ def target_modules(model: Any, spec: LoraSpec) -> dict[str, nn.Module]:
         elif embedding and spec.fine_tune_type == "dora":
             problems.append(f"{name} is an embedding; DoRA there cannot be trained")
         elif spec.rank > min(linear_shape(module)):
-            inputs, outputs = linear_shape(module)
-            problems.append(f"rank {spec.rank} is above the dimensions of {name} ({inputs}→{outputs})")
+            narrow[name] = linear_shape(module)
+    if narrow:
+        problems.append(_too_high(spec.rank, narrow))
     raise_problems("target keys", problems)
     return modules
 
 
+def _too_high(rank: int, narrow: Mapping[str, tuple[int, int]]) -> str:
+    """What is wrong with a rank that is above the dimensions of some layers, and the highest that is not."""
+    name, (inputs, outputs) = min(narrow.items(), key=lambda layer: (min(layer[1]), layer[0]))
+    where = f"{name} ({inputs}→{outputs})" + (f" and of {len(narrow) - 1} more layers" if len(narrow) > 1 else "")
+    return f"rank {rank} is above the dimensions of {where}; take {min(inputs, outputs)} or less"
+
+
 def _meant(keys: list[str], known: list[str]) -> str:
     """Which layers keys that match none may mean: mlx-lm takes ``self_attn.q_proj``, PEFT ``q_proj``."""
-    full = {key: [name for name in known if name.endswith(f".{key}")] for key in keys}
+    leaves = {name.rpartition(".")[2] for name in known}
+    near = {key: nearest(key.rpartition(".")[2], leaves) for key in keys}
+    full = {key: [name for name in known if name.split(".")[-1] == near[key]] for key in keys}
     if all(full.values()):
         return f"write {', '.join(name for names in full.values() for name in names)}"
     return f"there are {', '.join(known)}"

@@ -1,19 +1,14 @@
 """``rsgwm chat``: turns, commands and stops, with one adapter, a base or a pair; and in a real terminal."""
 
-import fcntl
 import os
-import pty
 import re
-import select
-import struct
 import subprocess
 import sys
-import termios
-import time
 
 import pytest
 from click.testing import CliRunner
 
+from mlx_rsgwm.bench.terminal import Terminal
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.template import TEMPLATES, bare_template
@@ -157,42 +152,6 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folders, monkeypatch):
     assert stopped == ["Stop"]
     assert "(stopped)" in made.stdout.splitlines()
     assert made.stdout.splitlines()[-1] == "1 question"
-
-
-class Terminal:
-    """A program in a pseudo-terminal."""
-
-    def __init__(self, command, environment):
-        self._main, other = pty.openpty()
-        fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.process = subprocess.Popen(
-            command, stdin=other, stdout=other, stderr=other, env={**os.environ, "TERM": "xterm", **environment},
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )  # fmt: skip
-        os.close(other)
-        self.text = ""
-
-    def wait_for(self, pattern, seconds=90):
-        """Read on until what came since the last match matches; returns that."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if found := re.search(pattern, self.text):
-                before, self.text = self.text[: found.end()], self.text[found.end() :]
-                return before
-            if select.select([self._main], [], [], 0.2)[0]:
-                try:
-                    data = os.read(self._main, 65536).decode(errors="replace")
-                except OSError:
-                    data = ""
-                if "\x1b[6n" in data:  # where is the cursor?
-                    os.write(self._main, b"\x1b[1;1R")
-                self.text += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]", "", data)
-            elif self.process.poll() is not None:
-                break
-        raise AssertionError(f"no {pattern!r} in {self.text!r}")
-
-    def send(self, keys):
-        os.write(self._main, keys.encode())
 
 
 def test_two_adapters_of_the_hub_are_merged_and_talked_with_in_a_terminal(adapter_sources, tmp_path):

@@ -157,7 +157,7 @@ def test_version_names_the_components(run):
         (["xyzzy"], ["no command 'xyzzy'", "demo, run, recipe, help"]),
         (["puhs"], ["did you mean 'rsgwm hub push'?"]),
         (["doctor", "--sed", "1"], ["--sed", "--seed", "rsgwm doctor --help"]),
-        (["doctor", "--seed", "x"], ["--seed", "'x' is not a valid integer", "rsgwm doctor --help"]),
+        (["doctor", "--seed", "x"], ["--seed", "'x' is not a whole number", "rsgwm doctor --help"]),
         (["doctor", "--seed", "-1"], ["--seed", "-1"]),
         (["doctor", "extra"], ["extra", "rsgwm doctor --help"]),
     ],

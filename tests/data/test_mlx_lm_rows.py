@@ -106,7 +106,7 @@ def test_questions_are_no_training_rows(tmp_path):
     mine, table = write(tmp_path / "mine.jsonl", rows), tmp_path / "mine.CSV"
     table.write_text("question,answer\nWhat?,1\n")
     with pytest.raises(
-        RsgwmError, match=r"mine\.jsonl has questions and answers, not .* rsgwm data build --task"
+        RsgwmError, match=r"mine\.jsonl: questions and answers, and no training rows; .* rsgwm data build --task"
     ) as told:
         load_examples(mine, False)
     assert "line" not in str(told.value).removeprefix(str(tmp_path))

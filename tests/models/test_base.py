@@ -106,7 +106,7 @@ def test_names_that_lead_nowhere(name, words):
 
 def test_a_file_is_not_a_base(tmp_path):
     (tmp_path / "model.txt").write_text("x")
-    refused(tmp_path / "model.txt", "neither a folder nor a .gguf")
+    refused(tmp_path / "model.txt", "is a file, and no .gguf file")
 
 
 def fake_alias(tmp_path, monkeypatch, **changes):

@@ -293,7 +293,7 @@ def test_a_recipe_calibrates_the_score_that_it_names(recipe_file, tmp_path, monk
 
 
 def test_missing_recipes(tmp_path):
-    with pytest.raises(RsgwmError, match="shipped are demo, paper"):
+    with pytest.raises(RsgwmError, match="did you mean 'demo'"):
         load_recipe("demos")
     with pytest.raises(RsgwmError, match="does not exist"):
         load_recipe(str(tmp_path / "none.yaml"))
