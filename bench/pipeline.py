@@ -31,7 +31,7 @@ import mlx.core as mx
 from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.bench.shapes import TINYLLAMA
 from mlx_rsgwm.core.versions import versions
-from mlx_rsgwm.data.select import questions_for
+from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.data.word_problems import PLAIN
 from mlx_rsgwm.inference.batched_decode import BatchedDecoder
@@ -268,7 +268,9 @@ def main() -> None:
     options = parser.parse_args()
     pipelines = load(options.run, options.base, options.max_tokens)
     share = -(-options.items // len(PLAIN))
-    questions = [q.question for family in PLAIN for q in questions_for(family, "test", share, 7, None)][: options.items]
+    questions = [q.question for family in PLAIN for q in select_questions(family, "test", share, 7, None).questions][
+        : options.items
+    ]
     if options.pool_only:
         print(json.dumps({"pool": pool_cost(pipelines["parallel"], options.run, questions, options.batch_rows)}))
         return

@@ -34,7 +34,7 @@ from mlx_rsgwm.core.scoring import calibration_error
 from mlx_rsgwm.data.corpus import CorpusRow, load_corpus, save_corpus
 from mlx_rsgwm.data.hard_negatives import make_mixed_rows
 from mlx_rsgwm.data.questions import Question
-from mlx_rsgwm.data.select import questions_for
+from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.evaluation.judging import judge, read_all
 from mlx_rsgwm.evaluation.stats.bootstrap import blocks_of, gatherer, percentile_interval, resampled
@@ -77,7 +77,7 @@ RESAMPLES = 1000
 def questions_of(split: str) -> list[Question]:
     """The questions of a split, of all tasks."""
     count, offset, _ = SPLITS[split]
-    return [q for task in TASKS for q in questions_for(task, split, count, SEED, offset=offset)]
+    return [q for task in TASKS for q in select_questions(task, split, count, SEED, offset=offset).questions]
 
 
 def pipeline_of(base: Any, demo: Path, drafter: Path | None, verifier: Path | None) -> DraftVerify:

@@ -58,8 +58,8 @@ class Processes:
         """The sum over processes of every array, in one float32 message."""
         if self.size == 1:
             return dict(arrays)
-        joined = mx.concatenate([value.astype(mx.float32).reshape(-1) for value in arrays.values()])
-        total = self._all_sum(joined)
+        flat = mx.concatenate([value.astype(mx.float32).reshape(-1) for value in arrays.values()])
+        total = self._all_sum(flat)
         summed, start = {}, 0
         for name, value in arrays.items():
             summed[name] = total[start : start + value.size].reshape(value.shape).astype(value.dtype)

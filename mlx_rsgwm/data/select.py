@@ -52,19 +52,6 @@ class Selection:
         )
 
 
-def questions_for(
-    task: str,
-    purpose: str,
-    limit: int | None,
-    seed: int,
-    data: Path | None = None,
-    offset: int = 0,
-    split: str | None = None,
-) -> list[Question]:
-    """The questions of :func:`select_questions` alone."""
-    return select_questions(task, purpose, limit, seed, data, offset, split).questions
-
-
 def select_questions(
     task: str,
     purpose: str,

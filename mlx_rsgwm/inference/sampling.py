@@ -61,18 +61,18 @@ def choose(
     if temperature == 0:
         best = mx.argmax(logits, axis=-1)
         return best if rows is None else best[rows], mx.ones(uniform.shape[0], dtype=mx.bool_)
-    plain = logits.astype(mx.float32)
-    best = largest(plain, min(CANDIDATES, plain.shape[-1]))
-    return _from_candidates(plain, best, uniform, temperature, top_p, rows)
+    wide = logits.astype(mx.float32)
+    best = largest(wide, min(CANDIDATES, wide.shape[-1]))
+    return _from_candidates(wide, best, uniform, temperature, top_p, rows)
 
 
 def choose_exact(
     logits: mx.array, uniform: mx.array, temperature: float, top_p: float, rows: mx.array | None = None
 ) -> mx.array:
     """:func:`choose` over the whole vocabulary, for flat distributions: next tokens (n,)."""
-    plain = logits.astype(mx.float32)
-    everything = mx.broadcast_to(mx.arange(plain.shape[-1]), plain.shape)
-    return _from_candidates(plain, everything, uniform, temperature, top_p, rows)[0]
+    wide = logits.astype(mx.float32)
+    everything = mx.broadcast_to(mx.arange(wide.shape[-1]), wide.shape)
+    return _from_candidates(wide, everything, uniform, temperature, top_p, rows)[0]
 
 
 def _from_candidates(

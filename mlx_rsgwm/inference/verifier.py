@@ -119,11 +119,11 @@ def read_by_each(
     verdict: list[tuple[int, int]] = []  # row, position
     for reading in readings:
         written = reading.completion or ()
-        joined = (*reading.prompt, *written)[:-1]
-        shares = reading.verdict_prompt is not None and reading.verdict_prompt[: len(joined)] == joined
+        draft_row = (*reading.prompt, *written)[:-1]
+        shares = reading.verdict_prompt is not None and reading.verdict_prompt[: len(draft_row)] == draft_row
         if written:
             if not shares:
-                rows.append(joined)
+                rows.append(draft_row)
                 starts.append(len(reading.prompt) - 1)
             row = len(rows) if shares else len(rows) - 1
             likelihood += [(row, len(reading.prompt) - 1 + index, token) for index, token in enumerate(written)]

@@ -58,25 +58,25 @@ def diagnosis(
             between these adapters; a module below 1 % of its sources' mean norm (such a merge silently is the base
             model), or above ``options.largest`` times what is allowed (such a one is made of rounding errors).
     """
-    plain: dict[str, dict[str, Any]] = {
+    by_module: dict[str, dict[str, Any]] = {
         module: {name: value.tolist() if isinstance(value, mx.array) else value for name, value in row.items()}
         for module, row in measured.items()
     }
-    _refuse_sources(plain, labels)
+    _refuse_sources(by_module, labels)
     refuse_objections(objections, options.method, remedy)
     raise_problems(
         f"the {options.method} merge is beyond float32, though its sources are not; give other weights, or {remedy}",
-        [f"{module} of the result" for module, row in plain.items() if not abs(row["square"]) < float("inf")],
+        [f"{module} of the result" for module, row in by_module.items() if not abs(row["square"]) < float("inf")],
     )
-    allowances = {module: allowed[module].norm(_norms(row)) for module, row in plain.items()}
-    modules = {module: _summary(row, allowances[module]) for module, row in plain.items()}
+    allowances = {module: allowed[module].norm(_norms(row)) for module, row in by_module.items()}
+    modules = {module: _summary(row, allowances[module]) for module, row in by_module.items()}
     _refuse_size(modules, allowances, options, remedy)
     keys = ("square", "mean_square", "discarded")
-    overall: dict[str, Any] = {key: sum(row[key] for row in plain.values()) for key in keys}
+    overall: dict[str, Any] = {key: sum(row[key] for row in by_module.values()) for key in keys}
     for key in ("squares", "dots"):
-        overall[key] = [sum(column) for column in zip(*(row[key] for row in plain.values()), strict=True)]
-    for name in dict.fromkeys(name for row in plain.values() for name in row if name.startswith("note/")):
-        values = [row[name] for row in plain.values() if name in row]
+        overall[key] = [sum(column) for column in zip(*(row[key] for row in by_module.values()), strict=True)]
+    for name in dict.fromkeys(name for row in by_module.values() for name in row if name.startswith("note/")):
+        values = [row[name] for row in by_module.values() if name in row]
         if isinstance(values[0], list):
             overall[name] = [sum(column) / len(column) for column in zip(*values, strict=True)]
         else:
@@ -139,13 +139,13 @@ def _cosine(dot: float, first: float, second: float) -> float:
     return dot / (first * second) if first and second else 0.0
 
 
-def _refuse_sources(plain: Mapping[str, Any], labels: Sequence[str]) -> None:
+def _refuse_sources(by_module: Mapping[str, Any], labels: Sequence[str]) -> None:
     # An adapter whose values are not finite is named by the pool, which looks after any failure.
     raise_problems(
         "the pool cannot be merged",
         [
             f"{module} of {label} is too large for float32: its update's norm is above {LARGEST_NORM:g}"
-            for module, row in plain.items()
+            for module, row in by_module.items()
             for label, square in zip(labels, row["squares"], strict=True)
             if not abs(square) < float("inf")
         ],
@@ -155,7 +155,7 @@ def _refuse_sources(plain: Mapping[str, Any], labels: Sequence[str]) -> None:
         [
             f"{label} changes nothing: every lora_a @ lora_b of it is zero, or too small for float32 (norm below 1e-19)"
             for index, label in enumerate(labels)
-            if not any(row["squares"][index] for row in plain.values())
+            if not any(row["squares"][index] for row in by_module.values())
         ],
     )
 

@@ -31,7 +31,7 @@ def brought_near_one(weights: Sequence[float]) -> tuple[float, ...]:
 def shares(weights: Sequence[float]) -> mx.array:
     """w_t / Σ w, (T,) float32. Weights of both signs may cancel, so theirs are summed in float64."""
     if min(weights) >= 0:
-        plain = mx.array(list(weights))
-        return plain / plain.sum()
+        given = mx.array(list(weights))
+        return given / given.sum()
     total = math.fsum(weights)
     return mx.array([weight / total for weight in weights])

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.row_hashes import RowRecord, folded, record_of, row_hash, row_keys, share_of
-from mlx_rsgwm.data.select import questions_for, select_questions
+from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.data.synthetic import generate
 
 PURPOSES = ("train", "calibration", "test")
@@ -119,7 +119,7 @@ SHARES = ["train", "calibration", "train", "train", "test", "train", "train", "c
 
 def test_a_file_given_only_as_a_test_is_used_whole(tmp_path):
     path = write(tmp_path / "mine.jsonl", rows_of(60))
-    assert len(questions_for(path, "test", None, 0)) == 60
+    assert len(select_questions(path, "test", None, 0).questions) == 60
     elsewhere = RowRecord.of(["another question"], ["another question"])
     assert len(select_questions(path, "test", None, 0, seen=elsewhere).questions) == 60
     trained = select_questions(path, "train", 10, 0)

@@ -117,7 +117,7 @@ def server(shim, work, tmp_path_factory):
 def work(tiny_base, tmp_path_factory):
     """Corpora, a pool of two adapters, its drafter and verifier, questions, a recipe."""
     from mlx_rsgwm.data.corpus import make_rows, save_corpus
-    from mlx_rsgwm.data.select import questions_for
+    from mlx_rsgwm.data.select import select_questions
     from mlx_rsgwm.data.template import TEMPLATES
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.training.config import TrainConfig
@@ -127,7 +127,7 @@ def work(tiny_base, tmp_path_factory):
     base = load_base(str(tiny_base), dtype="float32")
     config = TrainConfig(rank=4, alpha=8.0, keys=("self_attn.q_proj", "self_attn.v_proj"), learning_rate=1e-2)
     for task in ("change", "groups"):
-        rows = make_rows(questions_for(task, "train", 16, 0, None), 8, 8, 0)
+        rows = make_rows(select_questions(task, "train", 16, 0, None).questions, 8, 8, 0)
         corpus = save_corpus(folder / "corpus" / task, rows, TEMPLATES["plain"], {"seed": 0})
         train(base, corpus, config).save(folder / "pool" / task)
     rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(6)]
