@@ -293,28 +293,39 @@ def put_beside(
             f"{adapter.where} is not a folder that {name} could stand in; convert it first "
             "(rsgwm convert, rsgwm hub pull)"
         )
-    recorded = adapter.manifest.get("files") or {}
-    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, INIT_FILE, KEPT_FILE)
-    digests = {other: digest for other, digest in recorded.items() if other != name} or {
-        other: files.sha256_file(folder / other) for other in known if other != name and (folder / other).is_file()
-    }
     require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
     with exclusive(folder):
-        if name in recorded:
-            files.write_json(folder / MANIFEST_FILE, {**adapter.manifest, "files": digests})
+        before = _manifest_by_now(adapter, folder)
+        digests = _digests_of_others(folder, before, name)
+        if name in (before.get("files") or {}):
+            files.write_json(folder / MANIFEST_FILE, {**before, "files": digests})
         write_safetensors(folder / name, dict(arrays), dict(metadata))
-        adapter.manifest = {
-            "kind": "imported",
-            "base": base,
-            "versions": versions(),
-            **adapter.manifest,
-            **entries,
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "files": {**digests, name: files.sha256_file(folder / name)},
-        }
+        digests[name] = files.sha256_file(folder / name)
+        described = {"kind": "imported", "base": base, "versions": versions(), **before, **entries}
+        adapter.manifest = {**described, "format": FORMAT, "format_version": FORMAT_VERSION, "files": digests}
         files.write_json(folder / MANIFEST_FILE, adapter.manifest)
     return folder
+
+
+def _manifest_by_now(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """The manifest in a folder that is locked now: another command may have put a file there since it was loaded."""
+    if not files.is_present(path := folder / MANIFEST_FILE):
+        return adapter.manifest
+    manifest = _read_manifest(path)
+    loaded, now = ((each.get("files") or {}).get(WEIGHTS_FILE) for each in (adapter.manifest, manifest))
+    if loaded not in (None, now):
+        raise AdapterError(
+            f"{folder} was written anew meanwhile; what was collected is of its former weights: run again"
+        )
+    return manifest
+
+
+def _digests_of_others(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, str]:
+    """SHA-256 of every file beside ``name``, recorded or taken now."""
+    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, INIT_FILE, KEPT_FILE)
+    there = [other for other in known if other != name and (folder / other).is_file()]
+    recorded = {other: digest for other, digest in (manifest.get("files") or {}).items() if other != name}
+    return recorded or {other: files.sha256_file(folder / other) for other in there}
 
 
 def is_complete(path: str | Path) -> bool:

@@ -10,6 +10,8 @@ import shutil
 import pytest
 
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.adapter import Adapter, put_beside
 from tests.faults import small_work
 from tests.faults.catalogue import SMALL, judged
 
@@ -106,13 +108,12 @@ def test_many_races_for_one_folder(server, work, tiny_base, tmp_path, tally, riv
     assert [outcome for outcome in outcomes if outcome != "again"] == []
 
 
-def kept_beside(server, work, adapter):
+def kept_beside(server, work, base, adapter):
     """Directions and importance of one adapter, collected at once: each there, or its command said that it is not."""
-    corpus = ["--corpus", work / "corpus/change", "--replace"]
+    corpus = ["--corpus", work / "corpus/change", "--base", base]
     shutil.rmtree(adapter.parent, ignore_errors=True)
-    shutil.copytree(work / "pool/change", adapter)
-    for name in ("importance.safetensors", "directions.safetensors"):
-        (adapter / name).unlink()
+    bare = Adapter.load(work / "pool/change")
+    Adapter(bare.spec, bare.weights, manifest={"kind": "source"}).save(adapter)
     ended = server.together(
         [["adapter", "importance", adapter, *corpus], ["directions", "collect", adapter, *corpus]], adapter.parent
     )
@@ -122,12 +123,29 @@ def kept_beside(server, work, adapter):
     for one, name in zip(ended, ("importance.safetensors", "directions.safetensors"), strict=True):
         if (adapter / name).exists() != (one.code == 0):
             return f"lost: {name}, exit {one.code}: {one.stderr[-300:]}"
+    kept = Adapter.load(adapter)  # what the manifest does not name is refused
+    assert (bool(kept.importance), bool(kept.directions)) == (codes[0] == 0, codes[1] == 0)
     left_over = [path.name for path in adapter.rglob(".*")]
     return f"left over: {left_over}" if left_over else "again"
 
 
+def test_what_was_put_beside_an_adapter_since_it_was_loaded_stays(work, tmp_path):
+    pool = Adapter.load(work / "pool/change")
+    Adapter(pool.spec, pool.weights).save(tmp_path)
+    first, second = Adapter.load(tmp_path), Adapter.load(tmp_path)
+    put_beside(first, "importance.safetensors", pool.importance, pool.importance_metadata, {}, {"importance": {}})
+    put_beside(second, "init.safetensors", pool.init, {}, {}, {})
+    kept = Adapter.load(tmp_path)
+    assert kept.importance.keys() == pool.importance.keys()
+    assert kept.init.keys() == pool.init.keys()
+    third = Adapter.load(tmp_path)
+    Adapter(pool.spec, {name: 2 * value for name, value in pool.weights.items()}).save(tmp_path)
+    with pytest.raises(RsgwmError, match="was written anew meanwhile"):
+        put_beside(third, "importance.safetensors", pool.importance, pool.importance_metadata, {}, {})
+
+
 @pytest.mark.slow
-def test_what_several_commands_keep_beside_one_adapter(server, work, tmp_path, tally):
-    outcomes = [kept_beside(server, work, tmp_path / "place/adapter") for _ in range(TIMES)]
+def test_what_several_commands_keep_beside_one_adapter(server, work, tiny_base, tmp_path, tally):
+    outcomes = [kept_beside(server, work, tiny_base, tmp_path / "place/adapter") for _ in range(TIMES)]
     tally.keep("directions collect and adapter importance", "races", outcomes)
     assert [outcome for outcome in outcomes if outcome != "again"] == []
