@@ -19,7 +19,6 @@ from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.folders import exclusive, require_space
 from mlx_rsgwm.core.nearest import nearest_path
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, write_safetensors
-from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter_shapes import FULL_LEAVES, array_problems, factor_problems
 from mlx_rsgwm.models.base_folder import base_difference
 from mlx_rsgwm.models.finite import all_zero_magnitudes, not_finite
@@ -204,7 +203,7 @@ class Adapter:
             raise AdapterError(_explain_missing_weights(folder))
         if (folder / UNFINISHED_FILE).is_file() and not is_complete(folder):
             raise AdapterError(f"{folder} was not written to its end: its writer was stopped, or still runs")
-        manifest = _read_manifest(folder / MANIFEST_FILE) if files.is_present(folder / MANIFEST_FILE) else {}
+        manifest = read_manifest(folder / MANIFEST_FILE) if files.is_present(folder / MANIFEST_FILE) else {}
         before = _stamps(folder)
         if hashes:
             check_hashes(folder, manifest)
@@ -274,60 +273,6 @@ class Adapter:
         return written
 
 
-def put_beside(
-    adapter: Adapter,
-    name: str,
-    arrays: Mapping[str, mx.array],
-    metadata: Mapping[str, str],
-    base: Mapping[str, Any],
-    entries: Mapping[str, Any],
-) -> Path:
-    """Write a file of arrays, ``name``, into the folder of a saved adapter, then the manifest with ``entries``.
-
-    Weights and config are not touched. An adapter without a manifest gets one of kind ``imported`` with the description
-    of its ``base``. Killed in between, the folder is what it was, at worst without the file's former version.
-    """
-    folder = adapter.own_folder
-    if folder is None:
-        raise AdapterError(
-            f"{adapter.where} is not a folder that {name} could stand in; convert it first "
-            "(rsgwm convert, rsgwm hub pull)"
-        )
-    require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
-    with exclusive(folder):
-        before = _manifest_by_now(adapter, folder)
-        digests = _digests_of_others(folder, before, name)
-        if name in (before.get("files") or {}):
-            files.write_json(folder / MANIFEST_FILE, {**before, "files": digests})
-        write_safetensors(folder / name, dict(arrays), dict(metadata))
-        digests[name] = files.sha256_file(folder / name)
-        described = {"kind": "imported", "base": base, "versions": versions(), **before, **entries}
-        adapter.manifest = {**described, "format": FORMAT, "format_version": FORMAT_VERSION, "files": digests}
-        files.write_json(folder / MANIFEST_FILE, adapter.manifest)
-    return folder
-
-
-def _manifest_by_now(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    """The manifest in a folder that is locked now: another command may have put a file there since it was loaded."""
-    if not files.is_present(path := folder / MANIFEST_FILE):
-        return adapter.manifest
-    manifest = _read_manifest(path)
-    loaded, now = ((each.get("files") or {}).get(WEIGHTS_FILE) for each in (adapter.manifest, manifest))
-    if loaded not in (None, now):
-        raise AdapterError(
-            f"{folder} was written anew meanwhile; what was collected is of its former weights: run again"
-        )
-    return manifest
-
-
-def _digests_of_others(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, str]:
-    """SHA-256 of every file beside ``name``, recorded or taken now."""
-    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, INIT_FILE, KEPT_FILE)
-    there = [other for other in known if other != name and (folder / other).is_file()]
-    recorded = {other: digest for other, digest in (manifest.get("files") or {}).items() if other != name}
-    return recorded or {other: files.sha256_file(folder / other) for other in there}
-
-
 def is_complete(path: str | Path) -> bool:
     """True when the folder holds a manifest, which is written last, and so everything else too."""
     return (Path(path) / MANIFEST_FILE).is_file()
@@ -343,7 +288,7 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     return stamps
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest whose parts that everything else relies on are of the right types."""
     manifest = files.read_json_object(path)
     if manifest and manifest.get("format") != FORMAT:

@@ -22,7 +22,8 @@ from mlx_rsgwm.data.batching import TokenRow, make_batch, plan_epoch, tell_rows
 from mlx_rsgwm.data.loading import load_data
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.data.unlabelled import Unlabelled, load_unlabelled
-from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, WEIGHTS_FILE, Adapter, put_beside
+from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.adapter_sidecars import put_beside
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.models.linux_cpu import lazily
@@ -102,7 +103,7 @@ def save_directions(
 ) -> Path:
     """Put collected directions beside an adapter's weights: ``directions.safetensors``, then the manifest.
 
-    See :func:`~mlx_rsgwm.models.adapter.put_beside`.
+    See :func:`~mlx_rsgwm.models.adapter_sidecars.put_beside`.
     """
     folder = adapter.own_folder or Path()
     of_weights = (adapter.manifest.get("files") or {}).get(WEIGHTS_FILE) or files.sha256_file(folder / WEIGHTS_FILE)

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.batching import Batch, make_batch, plan_epoch, tell_rows
-from mlx_rsgwm.models.adapter import IMPORTANCE_FILE, SIGNALS, Adapter, LoraSpec, put_beside
+from mlx_rsgwm.models.adapter import IMPORTANCE_FILE, SIGNALS, Adapter, LoraSpec
+from mlx_rsgwm.models.adapter_sidecars import put_beside
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.models.linux_cpu import lazily

@@ -11,7 +11,8 @@ import pytest
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.models.adapter import Adapter, put_beside
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.adapter_sidecars import put_beside
 from tests.faults import small_work
 from tests.faults.catalogue import SMALL, judged
 

@@ -12,7 +12,8 @@ import pytest
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.linalg.gram import SketchedGram, WholeGram, test_matrix
-from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, Adapter, put_beside
+from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, Adapter
+from mlx_rsgwm.models.adapter_sidecars import put_beside
 from mlx_rsgwm.models.directions import load_directions
 
 RANK, SEED, WIDTH = 8, 3, 32

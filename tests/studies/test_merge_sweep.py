@@ -19,7 +19,8 @@ from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.verifier import verdict_ids
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, WEIGHTS_FILE, Adapter, put_beside
+from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.adapter_sidecars import put_beside
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.studies import merge_sweep as module
 from mlx_rsgwm.studies.merge_sweep import Measured, Outcome, Plan, Sweep
