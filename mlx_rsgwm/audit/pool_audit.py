@@ -1,0 +1,152 @@
+"""Every adapter of a pool and every pair of them, streamed from disk module by module.
+
+A module's factors are decomposed once for all pairs; nothing of it is kept but numbers, so memory does not grow with
+modules or adapters beyond those.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rsgwm.audit.adapter_audit import AdapterAudit, ModuleSpectrum, audit_of, spectrum_of
+from mlx_rsgwm.audit.pair_audit import ENERGY, ModulePair, PairAudit, compare
+from mlx_rsgwm.audit.verdicts import PRESETS, Thresholds
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.linalg.spectrum import Decomposed, decompose
+from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.models.adapter_sources import AdapterSource
+from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
+
+# Names of modules shown of adapters that share none.
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class PoolAudit:
+    """``adapters`` in their order, and ``pairs`` of their positions, each pair once."""
+
+    adapters: tuple[AdapterAudit, ...]
+    pairs: tuple[PairAudit, ...]
+    thresholds: Thresholds
+
+    @property
+    def labels(self) -> list[str]:
+        return [adapter.label for adapter in self.adapters]
+
+
+@dataclass(frozen=True)
+class _Module:
+    """What is kept of one module: a spectrum of each adapter that has it, and the pairs among those."""
+
+    spectra: dict[int, ModuleSpectrum]
+    pairs: dict[tuple[int, int], ModulePair]
+
+
+def audit(
+    adapters: Sequence[AdapterSource],
+    thresholds: Thresholds = PRESETS["post"],
+    energy: float = ENERGY,
+    progress: Progress = SILENT,
+) -> PoolAudit:
+    """Audit every adapter, and of several every pair.
+
+    Args:
+        adapters: one or more, each as for :func:`~mlx_rsgwm.models.adapter_sources.load_adapters`.
+        thresholds: where the verdicts change.
+        energy: the share of Σσ² whose directions count as an update's subspace.
+        progress: told of modules.
+
+    Raises:
+        AdapterError: an adapter is damaged, or holds values that are not finite.
+        RsgwmError: adapters of different bases, two that share no module (some names of both are shown).
+    """
+    if not 0 < energy <= 1:
+        raise RsgwmError(f"energy must be above 0 and at most 1, found {energy}")
+    pool = Pool.open(adapters)
+    _check_shared(pool)
+    with pool.checked(), progress.task("audit", len(pool.modules)) as advance:
+        modules = []
+        for module in _measured(pool, thresholds, energy):
+            modules.append(module)
+            advance(1, "")
+    return PoolAudit(
+        tuple(
+            audit_of(
+                source.label, source.content_hash(), [each.spectra[index] for each in modules if index in each.spectra]
+            )
+            for index, source in enumerate(pool.sources)
+        ),
+        tuple(
+            PairAudit(*pair, tuple(each.pairs[pair] for each in modules if pair in each.pairs))
+            for pair in combinations(range(len(pool.sources)), 2)
+        ),
+        thresholds,
+    )
+
+
+def _measured(pool: Pool, thresholds: Thresholds, energy: float) -> Iterator[_Module]:
+    """The pool's modules, in threads of one BLAS thread each; a few of them are in memory at a time."""
+    waiting: deque[Future[_Module]] = deque()
+    with one_blas_thread(), ThreadPoolExecutor(cores()) as workers:
+        for name, factors in pool.updates():
+            present = {
+                index: _evaluated(update)
+                for index, (source, update) in enumerate(zip(pool.sources, factors, strict=True))
+                if name in source.shapes
+            }
+            waiting.append(workers.submit(_measure, name, present, thresholds, energy))
+            if len(waiting) > cores():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _measure(
+    name: str, factors: dict[int, tuple[np.ndarray, np.ndarray]], thresholds: Thresholds, energy: float
+) -> _Module:
+    updates: dict[int, Decomposed] = {index: decompose(*pair) for index, pair in factors.items()}
+    return _Module(
+        {index: spectrum_of(name, update) for index, update in updates.items()},
+        {
+            (first, second): compare(name, updates[first], updates[second], thresholds, energy)
+            for first, second in combinations(updates, 2)
+        },
+    )
+
+
+def _evaluated(update: Factors) -> tuple[np.ndarray, np.ndarray]:
+    mx.eval(update.a, update.b)
+    a, b = np.array(update.a, copy=False), np.array(update.b, copy=False)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("an update is not finite")  # Pool.checked says which
+    return a, b
+
+
+def _check_shared(pool: Pool) -> None:
+    for first, second in combinations(pool.sources, 2):
+        if not first.shapes.keys() & second.shapes.keys():
+            told = " and ".join(f"{source.label} adapts {_some(list(source.shapes))}" for source in (first, second))
+            raise RsgwmError(f"the adapters have no module in common: {told}")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+def to_dict(audited: PoolAudit) -> dict[str, Any]:
+    """JSON object of an audit: ``adapters`` and ``pairs``."""
+    return {
+        "adapters": [adapter.to_dict() for adapter in audited.adapters],
+        "pairs": [pair.to_dict(audited.labels) for pair in audited.pairs],
+    }
