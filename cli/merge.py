@@ -44,7 +44,8 @@ WIDTH = 79
     multiple=True,
     nargs=2,
     metavar="PATTERN NAME=VALUE[,…]",
-    help="Other parameters, or weights=1/0.5/…, for modules whose name matches the regular expression.",
+    help="For modules whose name matches the regular expression: other parameters, method=NAME with its parameters, "
+    "weights=1/0.5/…, or ranks=4/8/… that the adapters are brought to first.",
 )
 @shared.weight()
 @shared.rank("the highest of the sources, for cat their sum")
@@ -234,12 +235,21 @@ def _value(text: str) -> Any:
 
 
 def _override(pattern: str, text: str) -> Any:
-    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.merging.options import Override
 
     pairs = _pairs(text.split(","), "--at")
-    weights = str(pairs.pop("weights", ""))
-    numbers = [_value(weight) for weight in weights.split("/") if weight]
+    weights = _numbers(pairs.pop("weights", ""), f"--at {pattern}: weights")
+    ranks = _numbers(pairs.pop("ranks", ""), f"--at {pattern}: ranks")
+    if any(rank != int(rank) for rank in ranks):
+        raise RsgwmError(f"--at {pattern}: ranks are whole numbers, found {'/'.join(f'{rank:g}' for rank in ranks)}")
+    method = str(pairs.pop("method", ""))
+    return Override(pattern, pairs, weights, method, tuple(map(int, ranks)))
+
+
+def _numbers(text: Any, what: str) -> tuple[float, ...]:
+    from mlx_rsgwm.core.errors import RsgwmError
+
+    numbers = [_value(piece) for piece in str(text).split("/") if piece]
     if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
-        raise RsgwmError(f"--at {pattern}: weights are numbers with / between them, found {weights!r}")
-    return Override(pattern, pairs, tuple(map(float, numbers)))
+        raise RsgwmError(f"{what} are numbers with / between them, found {text!r}")
+    return tuple(map(float, numbers))

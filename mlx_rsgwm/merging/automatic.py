@@ -15,7 +15,7 @@ from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.merging.families.linear import survey_norms
-from mlx_rsgwm.merging.methods import METHODS, resolved, weight_problems
+from mlx_rsgwm.merging.methods import METHODS, settled, weight_problems
 from mlx_rsgwm.merging.options import AUTO, MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.models.directions import ALL
@@ -40,14 +40,15 @@ def choose_method(pool: Pool, options: MergeOptions) -> tuple[MergeOptions, str]
     """
     if options.method != AUTO:
         return options, ""
-    given = {*options.parameters, *(name for override in options.overrides for name in override.parameters)}
+    changed = (override for override in options.overrides if not override.method)
+    given = {*options.parameters, *(name for override in changed for name in override.parameters)}
     refusals: list[str] = []
     for offer in _offers(pool, options.role):
-        settled = replace(options, method=offer.method, parameters={**offer.parameters, **options.parameters})
-        problem = _refusal(settled, given, len(pool.sources))
+        offered = replace(options, method=offer.method, parameters={**offer.parameters, **options.parameters})
+        problem = _refusal(offered, given, len(pool.sources))
         if problem is None:
             passed = f"{' and '.join(refusals)} would not take what was given; " if refusals else ""
-            return settled, passed + offer.reason
+            return offered, passed + offer.reason
         refusals.append(offer.method)
     raise RsgwmError("; ".join([f"merge options: {problem}", *([_advice(given)] if given else [])]))
 
@@ -95,7 +96,7 @@ def _refusal(options: MergeOptions, given: set[str], count: int) -> str | None:
         return f"{options.method}, which auto comes to here, has no parameter {', '.join(map(repr, unknown))}"
     try:
         for override in options.overrides:
-            resolved(options, override.parameters)
+            settled(options, override)
         problems = weight_problems(options, count)
     except RsgwmError as error:
         return str(error).removeprefix("merge options: ")

@@ -18,7 +18,7 @@ from mlx_rsgwm.linalg.gram import SketchedGram
 from mlx_rsgwm.linalg.lowrank import Factors, Truncated, truncate, truncate_dense
 from mlx_rsgwm.linalg.metric import Solved, truncate_dense_in, truncate_in, truncate_solved
 from mlx_rsgwm.merging.layer import Layer
-from mlx_rsgwm.merging.methods import Method
+from mlx_rsgwm.merging.methods import find_method
 from mlx_rsgwm.merging.pool_metric import output_errors, stay_sketched
 from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
 
@@ -27,14 +27,14 @@ THREADED_ENTRIES = 1 << 22
 
 
 def compressed_modules(
-    modules: Iterable[Layer], method: Method, rank: int, diagnosed: bool, threads: bool = True
+    modules: Iterable[Layer], rank: int, diagnosed: bool, threads: bool = True
 ) -> Iterator[tuple[Layer, Truncated]]:
     """Every module with its merged update; ``diagnosed``: with notes of what the result's outputs are like; without
     ``threads`` each is merged before the next is read.
     """
 
     def compute(module: Layer) -> Truncated:
-        compressed = _compressed(module, method.merge(module), rank)
+        compressed = _compressed(module, find_method(module.method).merge(module), rank)
         if diagnosed:
             _note_outputs(module, compressed)
         return compressed
@@ -43,7 +43,7 @@ def compressed_modules(
     with ExitStack() as stack:
         workers = stack.enter_context(ThreadPoolExecutor(cores()))
         for module in modules:
-            if not threads or (ready := _for_threads(module, method)) is None:
+            if not threads or (ready := _for_threads(module)) is None:
                 yield from ((other, result.result()) for other, result in _popped(waiting, 0))
                 yield module, compute(module)
                 continue
@@ -60,9 +60,10 @@ def _popped(waiting: deque[tuple[Layer, Future[Truncated]]], most: int) -> Itera
         yield waiting.popleft()
 
 
-def _for_threads(module: Layer, method: Method) -> Layer | None:
+def _for_threads(module: Layer) -> Layer | None:
     """The module with all that it needs read, where no more than NumPy computes it; else None."""
-    if not (method.by_numpy and module.parameters["truncate"] == "metric" and stay_sketched(module.grams)):
+    by_numpy = find_method(module.method).by_numpy and module.parameters["truncate"] == "metric"
+    if not (by_numpy and stay_sketched(module.grams)):
         return None
     grams = tuple(module.grams)
     if sum(gram.factor.size for gram in grams if isinstance(gram, SketchedGram)) > THREADED_ENTRIES:

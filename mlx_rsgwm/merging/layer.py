@@ -50,6 +50,7 @@ class Layer:
     ``grams``: T second moments of the module's inputs, or empty. ``survey``: what the method's pass over the whole pool
     found, or None. ``notes``: where a method leaves what the diagnosis should say (scalars or short vectors,
     by name). ``objections``: where it leaves why it may have no answer here, and a bool scalar, true when it has none.
+    ``method``: the name of the one that merges it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Layer:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     notes: dict[str, mx.array] = field(default_factory=dict)
     objections: dict[str, mx.array] = field(default_factory=dict)
+    method: str = ""
 
     @cached_property
     def metric(self) -> PoolMetric:

@@ -19,14 +19,22 @@ from mlx_rsgwm.core.random_streams import module_seed
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.data.row_hashes import KEY, record_of
-from mlx_rsgwm.linalg.lowrank import Factors
+from mlx_rsgwm.linalg.lowrank import Factors, truncate
 from mlx_rsgwm.merging.automatic import choose_method
 from mlx_rsgwm.merging.compressed import compressed_modules
 from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.measure import LayerBatch, measuring
-from mlx_rsgwm.merging.methods import Method, find_method, needs_directions, resolved, sums, weight_problems
-from mlx_rsgwm.merging.options import AUTO, MergeOptions
+from mlx_rsgwm.merging.methods import (
+    Method,
+    find_method,
+    needs_directions,
+    resolved,
+    settled,
+    sums,
+    weight_problems,
+)
+from mlx_rsgwm.merging.options import AUTO, MergeOptions, Override
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.weights import brought_near_one
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
@@ -125,7 +133,7 @@ def _merged(
         measuring(rows, by_numpy) as measure_jobs,
     ):
         modules = _modules(pool, method, options, parameters)
-        for module, compressed in compressed_modules(modules, method, rank, diagnosed, layers is None):
+        for module, compressed in compressed_modules(modules, rank, diagnosed, layers is None):
             if layers is not None:
                 layers.take(module.name, compressed.factors)
             a, b = _padded(compressed.factors, rank)
@@ -134,7 +142,7 @@ def _merged(
             batch.arrays += [weights[f"{module.name}.lora_a"], weights[f"{module.name}.lora_b"], module.objections]
             if diagnosed:
                 rows[module.name] = batch.diagnose(module, compressed)
-            allowed[module.name] = _allowance(method, module)
+            allowed[module.name] = _allowance(module)
             objections[module.name] = module.objections
             batch.entries += a.shape[0] * b.shape[1]
             batch.held += sum(factors.a.size + factors.b.size for factors in module.factors)
@@ -158,8 +166,12 @@ def _merged(
     return merged
 
 
-def _allowance(method: Method, module: Layer) -> Allowance:
-    as_sum = sums(method, module.parameters) or method.scales
+def _as_sum(method: Method, parameters: Mapping[str, Any]) -> bool:
+    return sums(method, parameters) or method.scales
+
+
+def _allowance(module: Layer) -> Allowance:
+    as_sum = _as_sum(find_method(module.method), module.parameters)
     return Allowance(module.weights, as_sum, module.parameters.get("lambda", 1.0))
 
 
@@ -181,20 +193,24 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):
         override = next((candidate for candidate in options.overrides if candidate.covers(name)), None)
-        module_parameters = resolved(options, override.parameters) if override else parameters
+        method_name, module_parameters = settled(options, override) if override else (options.method, parameters)
         weights = (override.weights if override else ()) or options.weights or (1.0,) * len(factors)
+        if override and override.ranks:
+            factors = tuple(truncate(*pair).factors for pair in zip(factors, override.ranks, strict=True))
+        as_sum = _as_sum(find_method(method_name), module_parameters)
         start = initial.pop(f"{name}.lora_a", None)
         yield Layer(
             name=name,
             factors=factors,
             scales=scales,
-            weights=weights if sums(method, module_parameters) or method.scales else brought_near_one(weights),
+            weights=weights if as_sum else brought_near_one(weights),
             key=mx.random.key(module_seed(options.seed, name)),
             importances=importance,
             initial_a=None if start is None else start.astype(mx.float32),
             grams=gram,
             survey=survey,
             parameters=module_parameters,
+            method=method_name,
         )
 
 
@@ -239,7 +255,7 @@ def _usual_rank(method: Method, pool: Pool) -> int:
 
 def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any]) -> None:
     for override in options.overrides:
-        resolved(options, override.parameters)
+        settled(options, override)
         if fixed := {"space", "scope", "signal", "truncate"} & set(override.parameters):
             raise RsgwmError(f"merge options: {', '.join(sorted(fixed))} cannot differ between modules")
         if not any(override.covers(module) for module in pool.modules):
@@ -251,6 +267,13 @@ def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any
     advice = " (merge the products instead: --set space=product)"
     problems = pool.factor_problems()
     raise_problems("the pool cannot be merged factor by factor" + advice if problems else "", problems)
+
+
+def _described(override: Override) -> dict[str, Any]:
+    """An override as a JSON object, without the fields that it leaves as they are."""
+    fields = {"weights": list(override.weights), "method": override.method, "ranks": list(override.ranks)}
+    told = {name: value for name, value in fields.items() if value or name == "weights"}
+    return {"pattern": override.pattern, "parameters": dict(override.parameters), **told}
 
 
 def _manifest(
@@ -274,7 +297,7 @@ def _manifest(
             "role": options.role,
             "parameters": dict(parameters),
             "weights": list(options.weights),
-            "overrides": [vars(override) | {"weights": list(override.weights)} for override in options.overrides],
+            "overrides": [_described(override) for override in options.overrides],
             "rank": rank,
             "seed": options.seed,
             "largest": options.largest,

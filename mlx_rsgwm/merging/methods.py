@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,7 @@ from mlx_rsgwm.merging.families.regmean import PARAMETERS as REGMEAN
 from mlx_rsgwm.merging.families.regmean import regmean
 from mlx_rsgwm.merging.families.rsgwm import rsgwm, survey_importance
 from mlx_rsgwm.merging.layer import Layer
-from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.merging.options import MergeOptions, Override
 from mlx_rsgwm.merging.parameters import Parameter
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.steps.elementwise import elementwise
@@ -338,6 +338,26 @@ def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> 
     return settled
 
 
+def settled(options: MergeOptions, override: Override | None) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of the method for the modules of an ``override``, or of the merge itself for None.
+
+    Raises:
+        RsgwmError: unknown names, values out of range, a method that needs more than the modules themselves.
+    """
+    if override is None:
+        return options.method, resolved(options)
+    if not override.method:
+        return options.method, resolved(options, override.parameters)
+    method = find_method(override.method)
+    parameters = resolved(replace(options, method=override.method, parameters=override.parameters))
+    if method.needs or method.survey or needs_directions(method, parameters):
+        raise RsgwmError(
+            f"merge options: {override.method} looks at more than single modules, so it cannot be the method of some; "
+            f"found in {override.pattern!r}"
+        )
+    return override.method, parameters
+
+
 def sums(method: Method, parameters: Mapping[str, Any]) -> bool:
     """Whether the method with these parameters sums by weight, so that the weights are not shares of a mean."""
     if "lambda" in parameters and "normalise" in parameters:
@@ -347,21 +367,31 @@ def sums(method: Method, parameters: Mapping[str, Any]) -> bool:
 
 def weight_problems(options: MergeOptions, count: int) -> list[str]:
     """What is wrong with the weights of ``options`` for ``count`` adapters, those of single modules included."""
-    method, name = find_method(options.method), options.method
-    settled = resolved(options)
-    as_sum = sums(method, settled)
-    # By importance or by squared errors, and those are not below 0.
-    weighed = bool(method.needs) or needs_directions(method, settled)
-    problems = []
-    for weights in filter(None, (options.weights, *(override.weights for override in options.overrides))):
-        if len(weights) != count:
-            problems.append(f"{len(weights)} weights for {count} adapters; give one for each")
-        elif not any(weights):
-            problems.append("every weight is zero, so nothing would be merged")
-        elif weighed and min(weights) < 0:
-            problems.append(f"{name} averages: weights must not be negative, found {min(weights)}")
-        elif cancel(weights) and not as_sum:
-            problems.append(f"weights must not sum to zero, {name} is a mean")
-        elif (as_sum or method.scales) and max(map(abs, weights)) > LARGEST_WEIGHT:
-            problems.append(f"weights must not be above {LARGEST_WEIGHT:g} for {name}")
+    resolved(options)  # refuses what no weights can mend
+    given = [(options.weights, None), *((override.weights, override) for override in options.overrides)]
+    problems = [
+        f"{len(override.ranks)} ranks for {count} adapters in {override.pattern!r}; give one for each"
+        for override in options.overrides
+        if override.ranks and len(override.ranks) != count
+    ]
+    for weights, override in given:
+        if weights:
+            problems += _problems_of(weights, *settled(options, override), count)
     return problems
+
+
+def _problems_of(weights: Sequence[float], name: str, parameters: Mapping[str, Any], count: int) -> list[str]:
+    method = find_method(name)
+    as_sum = sums(method, parameters)
+    if len(weights) != count:
+        return [f"{len(weights)} weights for {count} adapters; give one for each"]
+    if not any(weights):
+        return ["every weight is zero, so nothing would be merged"]
+    # By importance or by squared errors, and those are not below 0.
+    if (method.needs or needs_directions(method, parameters)) and min(weights) < 0:
+        return [f"{name} averages: weights must not be negative, found {min(weights)}"]
+    if cancel(weights) and not as_sum:
+        return [f"weights must not sum to zero, {name} is a mean"]
+    if (as_sum or method.scales) and max(map(abs, weights)) > LARGEST_WEIGHT:
+        return [f"weights must not be above {LARGEST_WEIGHT:g} for {name}"]
+    return []

@@ -21,13 +21,21 @@ AUTO = "auto"  # in the place of a method: the one that suits the pool
 
 @dataclass(frozen=True)
 class Override:
-    """Other parameters, or weights, for the modules whose name the regular expression ``pattern`` finds."""
+    """Another treatment of the modules whose name the regular expression ``pattern`` finds.
+
+    ``method``: another method, with ``parameters`` of its own; or none, and ``parameters`` replace some of the merge's.
+    ``weights``: others than the merge's. ``ranks``: what each adapter's update is brought to before it is merged.
+    """
 
     pattern: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[float, ...] = ()
+    method: str = ""
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(rank < 1 for rank in self.ranks):
+            raise RsgwmError(f"merge options: ranks of {self.pattern!r} must be at least 1, found {list(self.ranks)}")
         try:
             compile_pattern(self.pattern)
         except ValueError as error:

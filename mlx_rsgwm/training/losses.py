@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch, plan_epoch
 from mlx_rsgwm.models.linux_cpu import cross_entropy
@@ -23,6 +24,22 @@ def batch_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
 def batch_loss(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
     """Mean cross-entropy in nats over the batch's trained tokens, a float32 scalar."""
     return batch_nats(hidden, head, batch) / batch.trained_tokens
+
+
+def row_nats(model: Any, rows: Sequence[TokenRow], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the loss in nats and count of trained tokens of every row, (rows,) float64 and int64, dropout off."""
+    model.eval()
+    hidden, head = split_head(model)
+    nats, counts = np.zeros(len(rows)), np.array([len(row.trained_positions()) for row in rows])
+    for indices in plan_epoch(rows, batch_size, seed=0, epoch=0):
+        batch = make_batch([rows[index] for index in indices])
+        states = hidden(batch.inputs)
+        picked = states.reshape(-1, states.shape[-1])[batch.positions]
+        losses = cross_entropy(head(picked).astype(mx.float32), batch.targets)
+        # Targets come row by row, so a row's are those of its number of trained tokens; the rest is padding.
+        owners = np.repeat(indices, counts[indices])
+        np.add.at(nats, owners, np.array(losses.astype(mx.float32))[: len(owners)])
+    return nats, counts
 
 
 def held_out_nats(model: Any, rows: Sequence[TokenRow], batch_size: int) -> dict[str, tuple[float, int]]:

@@ -1,0 +1,119 @@
+"""An audit in one line for a person who knows none of the words: safe, merge with care, do not merge, and what to type.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_rsgwm.audit.pair_audit import PairAudit
+from mlx_rsgwm.audit.pool_audit import PoolAudit
+from mlx_rsgwm.audit.verdicts import CONFLICTING, IMBALANCED, REDUNDANT, SAFE, SEVERITY
+
+GO, CARE, STOP = "safe", "merge with care", "do not merge"
+# Of a pair's squared norm, what has to lie in modules that oppose each other before a merge is advised against: less
+# than this a plan mends.
+OPPOSED_SHARE = 0.10
+PLAN = "plan.yaml"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """``word``: safe, merge with care, do not merge; ``reason``: the one reason; ``command``: what to type next.
+
+    ``leave_out``: of three or more adapters, the position of the one without which the rest would be better off.
+    """
+
+    word: str
+    reason: str
+    command: str
+    leave_out: int | None = None
+
+    @property
+    def line(self) -> str:
+        return f"{self.word}: {self.reason}. Next: {self.command}"
+
+    def to_dict(self, labels: Sequence[str]) -> dict[str, Any]:
+        left = None if self.leave_out is None else labels[self.leave_out]
+        return {"verdict": self.word, "reason": self.reason, "command": self.command, "leave_out": left}
+
+
+def word_of(pair: PairAudit) -> str:
+    """What a pair's verdict means for who wants to merge it."""
+    if pair.share(CONFLICTING) >= OPPOSED_SHARE:
+        return STOP
+    return GO if pair.verdict == SAFE else CARE
+
+
+def worst_first(audited: PoolAudit) -> list[PairAudit]:
+    """The pairs, the one to worry about most first."""
+    return sorted(audited.pairs, key=_badness, reverse=True)
+
+
+def advise(audited: PoolAudit, weak: Sequence[int] = ()) -> Advice:
+    """What to do with a pool; ``weak``: positions of adapters that are no better than the base on their own rows.
+
+    Raises:
+        ValueError: of a pool of one there is nothing to say.
+    """
+    labels = audited.labels
+    if len(weak) == len(labels):
+        return Advice(STOP, "every adapter is worse than the base on its own rows; use neither", "rsgwm train --help")
+    if weak:
+        rest = [label for index, label in enumerate(labels) if index not in weak]
+        reason = f"{labels[weak[0]]} is worse than the base on its own rows"
+        return Advice(CARE, reason, _without(rest), weak[0])
+    if not audited.pairs:
+        raise ValueError("one adapter is no pool")
+    worst = worst_first(audited)[0]
+    word = word_of(worst)
+    out = _left_out(audited) if len(labels) > 2 and word != GO else None
+    return Advice(word, _reason(audited, worst), _command(labels, word, out), out)
+
+
+def _reason(audited: PoolAudit, pair: PairAudit) -> str:
+    first, second = audited.labels[pair.first], audited.labels[pair.second]
+    names, count = f"{first} and {second}", len(pair.modules)
+    number = sum(module.verdict.name == pair.verdict for module in pair.modules)
+    where = f"in {number} of {count} modules"
+    if pair.verdict == CONFLICTING:
+        return f"{names} change the same directions the opposite way {where}"
+    if pair.verdict == IMBALANCED:
+        small, large = (first, second) if pair.norms[0] < pair.norms[1] else (second, first)
+        by = max(module.frobenius_ratio for module in pair.modules if module.verdict.name == IMBALANCED)
+        return f"{large} is up to {by:.3g} times as large as {small} {where}, and would drown it"
+    if pair.verdict == REDUNDANT:
+        return f"{names} change the same directions the same way {where}; much of one repeats the other"
+    return "no two of them change the same directions or differ much in size"
+
+
+def _command(labels: Sequence[str], word: str, out: int | None) -> str:
+    if word == GO:
+        return f"rsgwm merge {shlex.join(labels)} --out merged"
+    if word == STOP:
+        rest = [label for index, label in enumerate(labels) if index != out]
+        return _without(rest) if out is not None else f"rsgwm chat --adapter {shlex.quote(labels[0])}"
+    return f"rsgwm audit {shlex.join(labels)} --plan {PLAN} && rsgwm merge --plan {PLAN} --out merged"
+
+
+def _without(rest: Sequence[str]) -> str:
+    if len(rest) < 2:
+        return f"rsgwm chat --adapter {shlex.quote(rest[0])}"
+    return f"rsgwm audit {shlex.join(rest)}"
+
+
+def _left_out(audited: PoolAudit) -> int:
+    """The adapter without which the worst pair of the rest is best."""
+
+    def rest(index: int) -> tuple[float, ...]:
+        left = [_badness(pair) for pair in audited.pairs if index not in (pair.first, pair.second)]
+        return max(left)
+
+    return min(range(len(audited.adapters)), key=rest)
+
+
+def _badness(pair: PairAudit) -> tuple[float, ...]:
+    """Severity, the share of the energy in modules of that verdict, then the overlap."""
+    return (SEVERITY.index(pair.verdict), pair.share(pair.verdict), pair.mean_overlap)
