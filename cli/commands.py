@@ -19,6 +19,7 @@ COMMANDS = {
     "adapter loss": ("mlx_rsgwm.cli.loss:loss", "Loss of rows under the base and adapters on it."),
     "adapter importance": ("mlx_rsgwm.cli.importance:importance", "Collect importance for one trained elsewhere."),
     "directions collect": ("mlx_rsgwm.cli.directions:collect", "Collect directions for one trained elsewhere."),
+    "audit": ("mlx_rsgwm.cli.audit:audit", "Know before you merge: spectra, overlaps, a verdict, a plan."),
     "merge": ("mlx_rsgwm.cli.merge:merge", "Merge a pool into a drafter and a verifier."),
     "ask": ("mlx_rsgwm.cli.ask:ask", "Answer a question, or a file of them."),
     "chat": ("mlx_rsgwm.cli.chat:chat", "Talk with one adapter, a model, or a pair."),
@@ -63,7 +64,7 @@ GROUPS = {
 SECTIONS = {
     "Start": ("demo", "run", "recipe", "help"),
     "Data and training": ("data", "train", "pool", "adapter", "directions"),
-    "Merge": ("merge",),
+    "Merge": ("audit", "merge"),
     "Answer": ("ask", "chat", "calibrate"),
     "Evaluate": ("eval", "compare", "report", "lm-eval"),
     "Exchange": ("convert", "parity", "fuse", "hub"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ USUAL = (
     *("cat", "ties", "dare_ties", "slerp", "karcher"),
 )
 WIDTH = 79
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.models.adapter import Adapter
 
 
 @click.command()
@@ -65,6 +68,12 @@ WIDTH = 79
     help="Rows of an adapter's task, one for each in their order: directions are collected anew while merging, each "
     "layer's under the merged layers below.",
 )
+@click.option(
+    "--plan",
+    "plan_file",
+    type=PATH,
+    help="Merge plan, a YAML file; of rsgwm audit, with method and weights of every module, and the adapters.",
+)
 @shared.base()
 @shared.dry_run("write nothing, print the diagnosis")
 @click.option("--list", "list_methods", is_flag=True, help="List the methods that are used most.")
@@ -82,6 +91,7 @@ def merge(
     rank: int | None,
     largest: float,
     corpora: tuple[Path, ...],
+    plan_file: Path | None,
     base_name: str | None,
     dry_run: bool,
     list_methods: bool,
@@ -101,18 +111,21 @@ def merge(
       rsgwm merge a b --method linear --at 'layers\\.2[0-9]' weights=0/1 --out mixed
       rsgwm merge pool/* --method karcher --dry-run
       rsgwm merge a b --method regmean --recollect corpus/a --recollect corpus/b --out mixed
+      rsgwm merge --plan plan.yaml --out merged
       rsgwm merge --list --all
     """
     if list_methods or list_all:
         _list(console, list_all)
         return
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.merging.merge import merge as merge_adapters
-    from mlx_rsgwm.models.adapter_sources import load_adapters
     from mlx_rsgwm.training.checkpoints import new_adapter
 
-    if not adapters:
+    if not adapters and plan_file is None:
         raise RsgwmError("no adapters given; name at least two adapter folders, or use --list")
+    if plan_file is not None and (method != AUTO or settings or overrides or weights or corpora):
+        raise RsgwmError(
+            "--plan says method, parameters and weights; leave out --method, --set, --at, --weight, --recollect"
+        )
     if out is None and not dry_run:
         raise RsgwmError("no --out folder given; name one, or look first with --dry-run")
     if out is not None and not dry_run:
@@ -127,22 +140,53 @@ def merge(
         overrides=tuple(_override(pattern, text) for pattern, text in overrides),
         largest=largest,
     )
+    if plan_file is not None:
+        names, merged = _by_plan(console, plan_file, adapters, options, base_name)
+    else:
+        names, merged = _by_method(console, adapters, options, corpora, base_name)
+    if out is not None and not dry_run:
+        merged.save(out)
+    _tell(console, names, merged.manifest["merge"], "nothing written" if dry_run else str(out))
+
+
+def _by_method(
+    console: Console,
+    adapters: Sequence[Path | str],
+    options: MergeOptions,
+    corpora: Sequence[Path],
+    base_name: str | None,
+) -> tuple[list[str], Adapter]:
+    from mlx_rsgwm.audit.advice import advice_before_merge
+    from mlx_rsgwm.merging.merge import merge as merge_adapters
+    from mlx_rsgwm.models.adapter_sources import load_adapters
+
     loaded = load_adapters(adapters, base_name, lazy=True, hashes=False, progress=console.progress)
+    if advice := advice_before_merge(loaded):
+        console.line(f"audit: {advice}")
     recollection = None
     if corpora:
         from mlx_rsgwm.merging.recollect import open_recollection
 
         recollection = open_recollection(loaded, corpora, base_name, console.seed, console.progress)
     merged = merge_adapters(loaded, options, console.progress, base=base_name, recollection=recollection)
-    if not dry_run:
-        assert out is not None
-        merged.save(out)
-    _tell(
-        console,
-        [adapter.where for adapter in loaded],
-        merged.manifest["merge"],
-        "nothing written" if dry_run else str(out),
-    )
+    return [adapter.where for adapter in loaded], merged
+
+
+def _by_plan(
+    console: Console,
+    plan_file: Path,
+    adapters: Sequence[Path | str],
+    options: MergeOptions,
+    base_name: str | None,
+) -> tuple[list[str], Adapter]:
+    from mlx_rsgwm.audit.carry_out import merge_by_plan
+    from mlx_rsgwm.audit.plan import read_plan
+
+    plan = read_plan(plan_file)
+    merged = merge_by_plan(plan, adapters, options, console.progress, base_name)
+    outcome = merged.manifest["merge"]["outcome"]["truncated"]
+    console.line(f"plan: {len(plan.modules)} modules; Q_min {outcome['q_min']:.3f}, D {outcome['dominance']:.3f}")
+    return [adapter.adapter for adapter in plan.adapters], merged
 
 
 def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out: str) -> None:
@@ -235,6 +279,7 @@ def _value(text: str) -> Any:
 
 
 def _override(pattern: str, text: str) -> Any:
+    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.merging.options import Override
 
     pairs = _pairs(text.split(","), "--at")

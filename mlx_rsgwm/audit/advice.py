@@ -1,5 +1,4 @@
-"""An audit in one line for a person who knows none of the words: safe, merge with care, do not merge, and what to type.
-"""
+"""An audit in one line, for who knows none of the words: safe, merge with care, do not merge; and what to type."""
 
 from __future__ import annotations
 
@@ -9,14 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_rsgwm.audit.pair_audit import PairAudit
-from mlx_rsgwm.audit.pool_audit import PoolAudit
+from mlx_rsgwm.audit.pool_audit import PoolAudit, audit
 from mlx_rsgwm.audit.verdicts import CONFLICTING, IMBALANCED, REDUNDANT, SAFE, SEVERITY
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.models.adapter_sources import AdapterSource
 
 GO, CARE, STOP = "safe", "merge with care", "do not merge"
 # Of a pair's squared norm, what has to lie in modules that oppose each other before a merge is advised against: less
 # than this a plan mends.
 OPPOSED_SHARE = 0.10
 PLAN = "plan.yaml"
+# Before a merge up to so many adapters, of so many entries together, are audited: what takes three seconds at most.
+MOST_AUDITED, MOST_ENTRIES = 8, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,23 @@ class Advice:
     def to_dict(self, labels: Sequence[str]) -> dict[str, Any]:
         left = None if self.leave_out is None else labels[self.leave_out]
         return {"verdict": self.word, "reason": self.reason, "command": self.command, "leave_out": left}
+
+
+def advice_before_merge(adapters: Sequence[AdapterSource]) -> str:
+    """The verdict and its reason for adapters that are about to be merged; of many or large ones that none was looked
+    for, and nothing for what no audit takes: the merge says what is wrong with it.
+    """
+    try:
+        pool = Pool.open(adapters)
+        entries = sum(rank * (rows + columns) for each in pool.sources for rows, rank, columns in each.shapes.values())
+        if len(adapters) < 2:
+            return ""
+        if len(adapters) > MOST_AUDITED or entries > MOST_ENTRIES:
+            return "not looked at before the merge, it would take a while; rsgwm audit does"
+        advice = advise(audit(adapters))
+    except RsgwmError:
+        return ""
+    return f"{advice.word}: {advice.reason}"
 
 
 def word_of(pair: PairAudit) -> str:
@@ -69,7 +90,7 @@ def advise(audited: PoolAudit, weak: Sequence[int] = ()) -> Advice:
         raise ValueError("one adapter is no pool")
     worst = worst_first(audited)[0]
     word = word_of(worst)
-    out = _left_out(audited) if len(labels) > 2 and word != GO else None
+    out = _left_out(audited) if len(labels) > 2 and worst.verdict in (CONFLICTING, IMBALANCED) else None
     return Advice(word, _reason(audited, worst), _command(labels, word, out), out)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
-from mlx_rsgwm.data.batching import DRAFT, TokenRow
+from mlx_rsgwm.data.batching import ROLES, TokenRow
 from mlx_rsgwm.data.corpus import Corpus, make_rows
 from mlx_rsgwm.data.loading import load_data
 from mlx_rsgwm.data.question_files import is_question_file
@@ -77,11 +77,15 @@ def held_out_rows(data: str, adapter: Adapter, base: Base, count: int, seed: int
         corpus = Corpus(tuple(make_rows(questions, len(questions), 0, seed)), template, {})
         rows, _ = corpus.token_rows(base.tokenizer, MOST_TOKENS, "drop")
     record = record_of(adapter.manifest, adapter.name)
-    drafts = [row for row in rows if row.role == DRAFT][:count]
+    drafts = [row for row in rows if row.role == ROLES[0]][:count]
     new = [row for row in drafts if not record.has(row.keys)]
     if len(new) < FEWEST_ROWS:
-        told = f"; {len(drafts) - len(new)} were left out, since it was trained on them" if len(drafts) > len(new) else ""
-        raise RsgwmError(f"{data} has {len(new)} rows to judge {adapter.where} by, at least {FEWEST_ROWS} are needed{told}")
+        told = (
+            f"; {len(drafts) - len(new)} were left out, since it was trained on them" if len(drafts) > len(new) else ""
+        )
+        raise RsgwmError(
+            f"{data} has {len(new)} rows to judge {adapter.where} by, at least {FEWEST_ROWS} are needed{told}"
+        )
     return new, len(drafts) - len(new)
 
 

@@ -143,7 +143,7 @@ def plan_of(audited: PoolAudit, compat: bool = False) -> Plan:
     for pair in audited.pairs:
         for module in pair.modules:
             pairs.setdefault(module.name, []).append(((pair.first, pair.second), module))
-    modules = {name: _planned(found, audited, compat) for name, found in pairs.items()}
+    modules = {name: _planned(of_module, audited, compat) for name, of_module in pairs.items()}
     return Plan(adapters, modules)
 
 
@@ -186,9 +186,7 @@ def _balanced(pairs: Sequence[tuple[tuple[int, int], ModulePair]], count: int) -
     return tuple(round(value / sum(inverse), 6) if value else 1 / count for value in inverse)
 
 
-def _compressed(
-    pairs: Sequence[tuple[tuple[int, int], ModulePair]], count: int, audited: PoolAudit
-) -> tuple[int, ...]:
+def _compressed(pairs: Sequence[tuple[tuple[int, int], ModulePair]], count: int, audited: PoolAudit) -> tuple[int, ...]:
     """Ranks to cut the adapters to first, where they overlap and use a small part of theirs; none where nothing is."""
     targets: dict[int, int] = {}
     for positions, pair in pairs:

@@ -19,8 +19,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 # Two names of one thing are refused: each of these is said by another option, in all commands.
 SYNONYMS = {
     *(
-        "--data",
-        "--train-data",
+        "--train-data",  # --data is rows to judge an adapter by
         "--dataset",
         "--limit",
         "--number",
