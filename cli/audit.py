@@ -73,7 +73,8 @@ def audit(
     Examples:
       rsgwm audit pool/change
       rsgwm audit owner/one owner/two
-      rsgwm audit pool/* --plan plan.yaml && rsgwm merge --plan plan.yaml --out merged
+      rsgwm audit pool/* --plan plan.yaml
+      rsgwm merge --plan plan.yaml --out merged
       rsgwm audit pool/change pool/prices --data change --data prices --strict-qa
       rsgwm audit --merged merged --sources pool/change pool/prices
     """

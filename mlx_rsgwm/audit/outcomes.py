@@ -85,8 +85,10 @@ def structure_of(merged: Adapter, sources: Sequence[AdapterSource]) -> Structure
                 rows.append(_row(result, updates, coefficients.get(name), pool.sources[0].shapes[name][1]))
     if not rows:
         raise RsgwmError(f"{pool.sources[0].label} has no module of its sources")
+    truncated = _mean([row.truncated for row in rows])
+    assert truncated is not None
     return Structure(
-        _mean([row.truncated for row in rows]),
+        truncated,
         _mean([row.untruncated for row in rows]),
         _mean([row.predicted for row in rows]),
     )

@@ -118,7 +118,7 @@ class Plan:
             if fingerprint not in planned
         ]
         raise_problems("the plan is for other adapters; make a new one with rsgwm audit … --plan", problems)
-        return [places[adapter.fingerprint] for adapter in self.adapters]
+        return [places[str(adapter.fingerprint)] for adapter in self.adapters]
 
 
 def read_plan(path: Path) -> Plan:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -27,13 +26,10 @@ from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.models.adapter_sources import AdapterSource
 from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
 
-# Names of modules shown of adapters that share none.
-SHOWN = 4
-
 
 @dataclass(frozen=True)
 class PoolAudit:
-    """``adapters`` in their order, and ``pairs`` of their positions, each pair once."""
+    """``adapters`` in their order, and ``pairs`` of their positions that have a common module, each once."""
 
     adapters: tuple[AdapterAudit, ...]
     pairs: tuple[PairAudit, ...]
@@ -68,12 +64,11 @@ def audit(
 
     Raises:
         AdapterError: an adapter is damaged, or holds values that are not finite.
-        RsgwmError: adapters of different bases, two that share no module (some names of both are shown).
+        RsgwmError: adapters of different bases, one without a module of the first (some of both are named).
     """
     if not 0 < energy <= 1:
         raise RsgwmError(f"energy must be above 0 and at most 1, found {energy}")
     pool = Pool.open(adapters)
-    _check_shared(pool)
     with pool.checked(), progress.task("audit", len(pool.modules)) as advance:
         modules = []
         for module in _measured(pool, thresholds, energy):
@@ -87,8 +82,9 @@ def audit(
             for index, source in enumerate(pool.sources)
         ),
         tuple(
-            PairAudit(*pair, tuple(each.pairs[pair] for each in modules if pair in each.pairs))
+            PairAudit(*pair, shared)
             for pair in combinations(range(len(pool.sources)), 2)
+            if (shared := tuple(each.pairs[pair] for each in modules if pair in each.pairs))
         ),
         thresholds,
     )
@@ -130,23 +126,3 @@ def _evaluated(update: Factors) -> tuple[np.ndarray, np.ndarray]:
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("an update is not finite")  # Pool.checked says which
     return a, b
-
-
-def _check_shared(pool: Pool) -> None:
-    for first, second in combinations(pool.sources, 2):
-        if not first.shapes.keys() & second.shapes.keys():
-            told = " and ".join(f"{source.label} adapts {_some(list(source.shapes))}" for source in (first, second))
-            raise RsgwmError(f"the adapters have no module in common: {told}")
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
-
-
-def to_dict(audited: PoolAudit) -> dict[str, Any]:
-    """JSON object of an audit: ``adapters`` and ``pairs``."""
-    return {
-        "adapters": [adapter.to_dict() for adapter in audited.adapters],
-        "pairs": [pair.to_dict(audited.labels) for pair in audited.pairs],
-    }

@@ -17,6 +17,8 @@ COLLAPSE_SHARE = 0.01
 # Told: a result, or a module of it, of so many times the norm that its sources and weights allow; one so many times as
 # large as its sources.
 TOLD_GROWTH, TOLD_MODULE_GROWTH, TOLD_SHARE = 2.0, 10.0, 10.0
+# How far from 1 the sum of shares may be by rounding.
+ROUNDING = 1e-3
 # Beyond this norm float32 cannot hold the square.
 LARGEST_NORM = 1.8e19
 
@@ -37,6 +39,17 @@ class Allowance:
         if self.as_sum:
             return self.factor * sum(abs(weight) * norm for weight, norm in zip(self.weights, norms, strict=True))
         return self.factor * max(norm for weight, norm in zip(self.weights, norms, strict=True) if weight)
+
+    def mean(self, row: Mapping[str, Any]) -> float:
+        """The mean norm of a module's sources by these weights, or by the method's own shares where it notes them: what
+        a result is far below only if it collapses, however unequal the sources are.
+        """
+        noted: Any = row.get("note/coefficients")
+        known = isinstance(noted, list) and abs(sum(map(abs, noted)) - 1.0) < ROUNDING
+        pairs = zip(noted if known else self.weights, _norms(row), strict=True)
+        weighted = [(abs(weight), norm) for weight, norm in pairs if norm]
+        total = sum(weight for weight, _ in weighted)
+        return sum(weight * norm for weight, norm in weighted) / total if total else 0.0
 
 
 def diagnosis(
@@ -70,7 +83,8 @@ def diagnosis(
     )
     allowances = {module: allowed[module].norm(_norms(row)) for module, row in by_module.items()}
     modules = {module: _summary(row, allowances[module]) for module, row in by_module.items()}
-    _refuse_size(modules, allowances, options, remedy)
+    means = {module: allowed[module].mean(row) for module, row in by_module.items()}
+    _refuse_size(modules, means, allowances, options, remedy)
     keys = ("square", "mean_square", "discarded")
     overall: dict[str, Any] = {key: sum(row[key] for row in by_module.values()) for key in keys}
     for key in ("squares", "dots"):
@@ -175,10 +189,14 @@ def refuse_objections(objections: Mapping[str, Mapping[str, mx.array]], method: 
 
 
 def _refuse_size(
-    modules: Mapping[str, Any], allowances: Mapping[str, float], options: MergeOptions, remedy: str
+    modules: Mapping[str, Any],
+    means: Mapping[str, float],
+    allowances: Mapping[str, float],
+    options: MergeOptions,
+    remedy: str,
 ) -> None:
     # Where only adapters of weight 0 have an update, nothing is what should come out.
-    shares = {module: row["norm_share"] for module, row in modules.items() if allowances[module]}
+    shares = {module: row["norm"] / means[module] for module, row in modules.items() if means[module]}
     dead = {module: share for module, share in shares.items() if share < COLLAPSE_SHARE}
     if dead:
         module, share = min(dead.items(), key=lambda item: item[1])

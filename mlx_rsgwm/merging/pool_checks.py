@@ -11,6 +11,8 @@ from mlx_rsgwm.models.token_layers import is_embedding
 if TYPE_CHECKING:
     from mlx_rsgwm.merging.pool import PoolAdapter
 
+SHOWN = 4  # modules of an adapter that shares none with another
+
 
 def importance_remedy(source: PoolAdapter) -> str:
     """What to do about importance that a source has not: what leads to the same error again is not said."""
@@ -46,7 +48,7 @@ def misfits(sources: Sequence[PoolAdapter]) -> list[str]:
         if not first.shapes.keys() & other.shapes.keys():
             problems.append(
                 f"{other.label} and {first.label} have no module in common "
-                f"({next(iter(other.shapes))} against {next(iter(first.shapes))})"
+                f"({_some(list(other.shapes))} against {_some(list(first.shapes))})"
             )
     if apart := next((source.label for source in sources if source.untied), None):
         # Their embedding's update is the head's as well, of which a merge with a head of its own would know nothing.
@@ -57,6 +59,12 @@ def misfits(sources: Sequence[PoolAdapter]) -> list[str]:
             if not source.untied and any(map(is_embedding, source.shapes))
         ]
     return problems
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of several names, and how many more there are."""
+    shown = ", ".join(names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 def doubts(sources: Sequence[PoolAdapter]) -> list[str]:

@@ -29,7 +29,8 @@ def test_shares_are_mean_cosines(unlike, method, rank):
         expected = np.mean([cosine(product(source, name), product(merged, name)) for name in merged.modules()])
         assert structure.truncated.shares[index] == pytest.approx(expected, abs=1e-6)
     if method == "ties":
-        assert structure.untruncated is None and structure.predicted is None
+        assert structure.untruncated is None
+        assert structure.predicted is None
         return
     weights = {"linear": (1 / 3, 2 / 3)}.get(method) or inverse_norms(sources)
     for index, source in enumerate(sources):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -32,13 +33,10 @@ def planned(measured, compat=False):
 
 
 def audit_like(pairs, count=2):
-    from types import SimpleNamespace
-
     adapters = tuple(SimpleNamespace(label=f"a{n}", fingerprint=str(n), rank=8) for n in range(count))
     positions = [(0, 1), (0, 2), (1, 2)]
-    return PoolAudit(
-        adapters, tuple(PairAudit(*place, (each,)) for place, each in zip(positions, pairs)), PRESETS["post"]
-    )
+    made = tuple(PairAudit(*place, (each,)) for place, each in zip(positions, pairs, strict=False))
+    return PoolAudit(adapters, made, PRESETS["post"])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_adapters_are_known_by_what_they_hold_and_not_by_their_order(unlike, tmp
     moved = [folders[1].rename(tmp_path / "elsewhere"), folders[0]]
     for name, array in merge_by_plan(plan, moved).weights.items():
         assert mx.array_equal(array, merge_by_plan(plan, [moved[1], moved[0]]).weights[name]).item()
-    with pytest.raises(RsgwmError, match="does not exist|cannot be found|no such"):
+    with pytest.raises(RsgwmError, match=r"a1"):
         merge_by_plan(plan)
 
 

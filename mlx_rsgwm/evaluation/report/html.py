@@ -83,19 +83,27 @@ def render_html(
     # "</script>" and "<!--" in a draft must not end the data; JSON reads \u003c as "<".
     shown = {"items": [record.to_dict() for record in records], "exchange": (summary.get("exchange") or {}).get("id")}
     data = json.dumps(shown, ensure_ascii=False).replace("<", "\\u003c")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        "script-src 'unsafe-inline'; img-src data:\">"
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head><body>\n'
+    body = (
         f"{_opening(summary, alarm, drawn[OPENING])}\n"
         f"<h2>Questions, drafts and what became of them</h2>{EXPLORER}\n"
         f"<h2>Tables</h2>{said}{figures}\n"
         f'<h2>Charts</h2><div class="charts">{others}</div>\n'
         "<h2>Where the numbers come from</h2><details><summary>as JSON</summary>"
         f"<pre>{about}</pre></details>\n"
-        f'<script type="application/json" id="data">{data}</script>\n<script>{SCRIPT}</script></body></html>\n'
+        f'<script type="application/json" id="data">{data}</script>\n<script>{SCRIPT}</script>'
+    )
+    return page(title, body)
+
+
+def page(title: str, body: str) -> str:
+    """A document of this style around a body of HTML, which asks nothing of the network."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        "script-src 'unsafe-inline'; img-src data:\">"
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{STYLE}</style></head><body>\n'
+        f"{body}</body></html>\n"
     )
 
 
