@@ -11,9 +11,8 @@ from mlx_rsgwm.cli.commands import COMMANDS, GROUPS, SECTIONS, members, summary
 from mlx_rsgwm.core.nearest import advice, nearest
 
 # What other tools have a command for and this one has not.
-NOT_HERE = dict.fromkeys(
-    ("server", "serve"), "`mlx_lm.server --adapter-path ADAPTER` serves an adapter, `rsgwm chat` talks with one"
-)
+SERVED = "`mlx_lm.server --adapter-path ADAPTER` serves an adapter, `rsgwm chat` talks with one"
+NOT_HERE = {"server": SERVED, "serve": SERVED, "version": "`rsgwm --version` prints it"}
 
 
 def find_command(full_name: str) -> click.Command:

@@ -127,7 +127,9 @@ def merge(
             "--plan says method, parameters and weights; leave out --method, --set, --at, --weight, --recollect"
         )
     if out is None and not dry_run:
-        raise RsgwmError("no --out folder given; name one, or look first with --dry-run")
+        last = str(adapters[-1])
+        near = f"did you mean --out {last}?" if len(adapters) > 2 and not Path(last).exists() else "name one"
+        raise RsgwmError(f"no --out folder given; {near}, or look first with --dry-run")
     if out is not None and not dry_run:
         click.get_current_context().with_resource(new_adapter(out))
     options = MergeOptions(

@@ -17,6 +17,8 @@ ALONE = {"chat": "--adapter", "train": "--corpus", "pool train": "--task", "data
 # Options of other tools for which there is no option here, by command.
 INSTEAD = {
     ("train", "--task"): "a corpus is made of tasks first: rsgwm data build --task TASK --out corpus",
+    ("demo", "--base"): "the recipe names it: --set base=MODEL",
+    ("run", "--base"): "the recipe names it: --set base=MODEL",
     ("ask", "--prompt"): 'the question stands alone: rsgwm ask "…"',
     ("ask", "--question"): 'the question stands alone: rsgwm ask "…"',
 }
@@ -63,6 +65,9 @@ def _extra(words: str, command: str, context: click.Context) -> str:
     question = context.params.get("question") or ""
     if command == "ask" and " " not in question:
         return f"a question of several words needs quotes: rsgwm ask {shlex.quote(f'{question} {words}'[:60])}"
+    if command == "chat" and len(words.split()) == 2:
+        drafter, verifier = words.split()
+        return f"rsgwm chat takes no names by themselves; did you mean --drafter {drafter} --verifier {verifier}?"
     if flag := ALONE.get(command):
         return f"rsgwm {command} takes no {words!r} by itself; did you mean {flag} {words}?"
     return f"too many arguments: {words}"

@@ -45,7 +45,9 @@ class Number(click.FloatRange):
 
 
 def _hint(text: str, param: click.Parameter | None) -> str:
-    """What to type instead of a number with commas in it."""
+    """What to type instead of a number with commas, or in per cent."""
+    if text.endswith("%") and DECIMAL.fullmatch(text[:-1].strip()):
+        return f"; write {float(text[:-1]) / 100:g}"
     parts = [part.strip()[:12] for part in text.split(",")]
     if len(parts) == 1 or not all(DECIMAL.fullmatch(part) for part in parts):
         return ""

@@ -64,7 +64,6 @@ ELSEWHERE = {
     "fine-tune": ("train",),
     "download": ("pull",),
     "upload": ("push",),
-    "list": ("merge --list",),
 }
 
 

@@ -56,10 +56,15 @@ MISTAKES = {
     "words that stand alone": """
         ask What is 2 + 2? --adapter a    | a question of several words needs quotes: rsgwm ask 'What is 2 + 2?'
         ask sums.jsonl --adapter a        | sums.jsonl is a file; what it asks is answered with --file sums.jsonl
+        chat drafter verifier             | did you mean --drafter drafter --verifier verifier?
         ask                               | give either a question or --file
         chat a                            | did you mean --adapter a?
         train sums.jsonl --out o          | did you mean --corpus sums.jsonl?
         merge --out o                     | name at least two adapter folders
+        merge a,b --out o                 | write several with spaces between them
+        merge a b o                       | no --out folder given; did you mean --out o?
+        version                           | `rsgwm --version` prints it
+        demo --base tiny                  | the recipe names it: --set base=MODEL
         merge a b                         | no --out folder given; name one
         fuse a                            | missing option --out
         recipe init                       | for example: rsgwm recipe init my_questions.jsonl
@@ -94,6 +99,7 @@ MISTAKES = {
         {TRAIN} --config typo.yaml                | rnak
         ask x {PAIR} --threshold 1.5              | 1.5 is not in [0, 1]
         ask x {PAIR} --score combine              | did you mean 'combined'?
+        ask x --adapter a --top-p 90%             | '90%' is not a finite number; write 0.9
         ask x --adapter a --template chatml       | did you mean 'chat'?
         ask x --adapter a --temperature -1        | not in the range x>=0
         chat --adapter a --history lst            | did you mean 'last'?
@@ -134,7 +140,7 @@ MISTAKES = {
         ask --file sums.jsonl --adapter a --out corpus | corpus is a folder; name a file for the answers
         ask --file sums.jsonl --adapter a --out pc.csv | pc.csv is there already, and no unfinished run beside it
         recipe init sum.jsonl                     | sum.jsonl does not exist; did you mean 'sums.jsonl'?
-        recipe init sums.jsonl --out good.yaml    | good.yaml exists; edit it, remove it
+        recipe init sums.jsonl --out good.yaml    | good.yaml exists already; edit it, remove it
         recipe init sums.jsonl --out own.json     | give --out a name that ends in .yaml
         run good.yml                              | good.yml does not exist; did you mean 'good.yaml'?
         run demmo                                 | no recipe 'demmo'; did you mean 'demo'?
