@@ -103,11 +103,22 @@ def test_telemetry_is_off_unless_the_user_wants_it():
     assert environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
 
 
-def test_every_proof_that_the_page_names_exists():
+def promises() -> dict[str, list[tuple[str, str]]]:
+    """Every row of the page's table: its promise, and the files and functions that hold it."""
     text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`(tests/[\w/.]+)`", text))
-    assert len(named) >= 5
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", text, re.M)
+    return {rule: re.findall(r"`(tests/[\w/.]+)::(\w+)`", held) for rule, held in rows if rule != "rule"}
+
+
+def test_every_promise_names_its_tests_and_they_exist():
+    named = promises()
+    assert len(named) >= 14
+    assert [rule for rule, tests in named.items() if not tests] == []
+    for file, test in {each for tests in named.values() for each in tests}:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert test.startswith("test_"), test
+        assert test in functions, f"{file}::{test}"
 
 
 def test_workflows_ask_for_no_more_than_reading():

@@ -183,7 +183,7 @@ def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: PeftRe
     require_empty(out)
     reading = reading or PeftReading()
     adapter = _read_on(folder, base, reading)
-    reading.notes += replaced_notes(adapter)
+    reading.notes += [*replaced_notes(adapter), *still_notes(adapter)]
     rows = rows_of(adapter.manifest)
     reading.notes += [] if rows else tokenizer_notes(folder, base)
     converted = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
@@ -199,6 +199,15 @@ def replaced_notes(adapter: Adapter) -> list[str]:
     return [
         f"it replaces parameters of the base ({names}), which only rsgwm fuse can apply; "
         "mlx_lm.generate and mlx_lm.fuse cannot use this folder"
+    ]
+
+
+def still_notes(adapter: Adapter) -> list[str]:
+    """What to tell of an adapter that no training leaves behind; reads lora_b up to the first that is not zero."""
+    if not adapter.changes_nothing():
+        return []
+    return [
+        f"it changes nothing: every lora_b is zero{'; its magnitudes may' * (adapter.spec.fine_tune_type == 'dora')}"
     ]
 
 

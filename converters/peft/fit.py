@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_rsgwm.converters.base_layers import BaseLayers
 from mlx_rsgwm.converters.module_names import needs_parameter
-from mlx_rsgwm.converters.peft.config import selects
+from mlx_rsgwm.converters.peft.config import saves_whole, selects
 from mlx_rsgwm.converters.peft.folder import Groups
 from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.names import is_other_tower, layer_of
@@ -166,6 +166,22 @@ def missing_problems(
         return [f"the configuration selects {name}, but there are no arrays for it{noise}" for name in missing]
     shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
     reading.notes.append(f"selected, but without arrays, so left as in the base: {shown}")
+    return []
+
+
+def missing_saved(groups: Groups, config: Mapping[str, Any], reading: PeftReading) -> list[str]:
+    """Modules that were to be saved whole and of which nothing is there. PEFT warns and takes the base's; so does this.
+
+    Nobody but whoever trained it could say what they held.
+    """
+    modules = {name.rpartition(".")[0] for name in groups.full} | groups.copies.keys() | groups.embeddings.keys()
+    names = config.get("modules_to_save") or ()
+    missing = [name for name in names if not any(saves_whole({"modules_to_save": [name]}, each) for each in modules)]
+    if reading.strict:
+        return [f"modules_to_save names {name}, and nothing of it was saved" for name in missing]
+    if missing:
+        shown = ", ".join(missing)
+        reading.notes.append(f"modules_to_save names {shown}, of which nothing was saved: left as in the base")
     return []
 
 

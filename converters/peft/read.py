@@ -17,6 +17,7 @@ from mlx_rsgwm.converters.peft.fit import (
     depth_problems,
     fit_problems,
     missing_problems,
+    missing_saved,
     other_towers,
     take_copies,
     take_other_weights,
@@ -120,6 +121,7 @@ def _read_groups(
     if base is not None:
         problems += fit_problems(updates, groups, base)
         problems += missing_problems(updates, config, base, reading)
+    problems += missing_saved(groups, config, reading)
     reading.notes += config_notes(config)
     if layout.untied:
         reading.notes.append(

@@ -38,16 +38,16 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         RsgwmError: another process holds it, or the folder cannot be written.
     """
-    made = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     make_folder(folder)
     try:
         with _holding(folder / LOCK_FILE, folder):
             remove_leftovers(folder)
             yield
     finally:
-        if made:
-            with suppress(OSError):  # unless it holds something now
-                folder.rmdir()
+        with suppress(OSError):  # unless one holds something now
+            for each in made:
+                each.rmdir()
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+"""What the base, or whoever trained it, alone could say of an adapter of PEFT: refused where it is known, else told."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_rsgwm.converters.base_layers import read_base_layers
+from mlx_rsgwm.converters.peft.convert import convert_from_peft, to_peft
+from mlx_rsgwm.converters.peft.layout import PeftReading
+from mlx_rsgwm.core.errors import RsgwmError
+
+
+@pytest.fixture
+def theirs(make_adapter, tiny_base, tmp_path):
+    """A folder of PEFT alone, without what we put beside."""
+    folder = to_peft(
+        make_adapter(1, keys=("self_attn.q_proj", "self_attn.o_proj")), str(tiny_base), tmp_path / "theirs"
+    )
+    for file in (folder / "mlx_rsgwm").iterdir():
+        file.unlink()
+    (folder / "mlx_rsgwm").rmdir()
+    return folder
+
+
+def change_arrays(folder, change):
+    file = folder / "adapter_model.safetensors"
+    arrays = {name: change(name, mx.array(value)) for name, value in mx.load(str(file)).items()}
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays, {"format": "pt"})
+
+
+def set_keys(folder, **keys):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+def notes(theirs, tiny_base, out, strict=False):
+    reading = PeftReading(strict=strict)
+    convert_from_peft(theirs, read_base_layers(str(tiny_base), tiny_base), out, reading)
+    return reading.notes
+
+
+def test_a_sound_one_is_told_nothing_of(theirs, tiny_base, tmp_path):
+    assert not [note for note in notes(theirs, tiny_base, tmp_path / "ours") if "zero" in note or "saved" in note]
+
+
+def test_a_saved_module_without_arrays_is_told_or_refused(theirs, tiny_base, tmp_path):
+    set_keys(theirs, modules_to_save=["norm"])
+    assert [note for note in notes(theirs, tiny_base, tmp_path / "ours") if "norm, of which nothing was saved" in note]
+    with pytest.raises(RsgwmError, match="modules_to_save names norm, and nothing of it was saved"):
+        notes(theirs, tiny_base, tmp_path / "strict", strict=True)
+
+
+def test_a_lora_b_of_zeros_is_told(theirs, tiny_base, tmp_path):
+    change_arrays(theirs, lambda name, value: value * 0 if "lora_B" in name else value)
+    assert "it changes nothing: every lora_b is zero" in notes(theirs, tiny_base, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_transposed_factor_is_refused(theirs, tiny_base, tmp_path, factor):
+    """It has another shape unless the rank is the layer's width; a product transposed has transposed factors."""
+    change_arrays(theirs, lambda name, value: mx.contiguous(value.T) if factor in name else value)
+    with pytest.raises(RsgwmError, match="does not have rank"):
+        notes(theirs, tiny_base, tmp_path / "ours")

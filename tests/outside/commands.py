@@ -1,0 +1,135 @@
+"""A sound command line for every command, by parameter, so that any one value can be replaced by what is odd.
+
+Commands and parameters are those that click knows: a new command without an entry here fails a test, and a new
+parameter is tried like the others.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from click.testing import CliRunner
+
+from mlx_rsgwm.cli.groups import find_command
+from mlx_rsgwm.cli.main import rsgwm
+
+RESULTS = Path(__file__).parent.parent.parent / "bench" / "results"
+PAIR = {"--drafter": "draft", "--verifier": "verify", "--score": "yesno", "--threshold": "0.5", "--max-tokens": "4"}
+ANSWERING = {key: value for key, value in PAIR.items() if key not in ("--score", "--threshold")}
+SMALL = {"--rank": "2", "--alpha": "4", "--steps": "1", "--batch-size": "2"}
+RECIPE = {
+    "name": "tiny",
+    "base": "base",
+    "data": {"tasks": ["change", "groups"], "rows": 8, "verify_share": 0.5, "calibration_items": 2},
+    "train": {"rank": 2, "alpha": 4, "batch_size": 4, "learning_rate": 1e-2},
+    "loop": {"attempts": 2, "max_tokens": 4, "threshold": "auto"},
+    "evaluate": {"items": 2, "timed": 0},
+    "export": {"parity": False},
+}
+
+# Command: parameter (an option's long name, an argument's own) and its value; names of files are relative to the
+# folder of work, where every command runs, and what is written goes to `new/`.
+SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
+    "demo": {"--out": "new/out", "--set": "base=base", "--show": ""},
+    "run": {"recipe": "recipe.yaml", "--out": "new/out", "--show": ""},
+    "recipe init": {"files": "mine.jsonl", "--base": "base", "--out": "new/recipe.yaml"},
+    "help": {"names": "merge"},
+    "data build": {"--task": "change", "--draft-rows": "4", "--verify-rows": "2", "--out": "new/out"},
+    "data negatives": {"--adapter": "draft", "--task": "change", "--verify-rows": "2", "--draft-rows": "1",
+                       "--items": "2", "--drafts": "1", "--max-tokens": "4", "--out": "new/out"},
+    "train": {"--base": "base", "--corpus": "corpus", "--out": "new/out", **SMALL},
+    "pool train": {"--base": "base", "--corpus": "corpus", "--out": "new/out", **SMALL},
+    "pool sweep": {"pool": ("pool/change", "pool/groups"), "--methods": "linear", "--task": "change", "--items": "1",
+                   "--judged": "1", "--max-tokens": "4", "--out": "new/out"},
+    "adapter loss": {"--corpus": "corpus", "--adapter": "draft"},
+    "adapter importance": {"source": "pool/change", "--corpus": "corpus", "--out": "new/out"},
+    "directions collect": {"adapter_folder": "bare", "--corpus": "corpus"},
+    "merge": {"adapters": ("pool/change", "pool/groups"), "--role": "draft", "--out": "new/out"},
+    "ask": {"question": "What is 1 + 1?", **PAIR},
+    "chat": PAIR,
+    "calibrate": {**ANSWERING, "--task": "change", "--items": "2"},
+    "eval": {**PAIR, "--task": "mine.jsonl", "--items": "1", "--timed": "0", "--out": "new/out"},
+    "compare": {"run_a": "evaluated", "run_b": "evaluated-2", "--out": "new/out.md"},
+    "report write": {"run": "evaluated", "--out": "new/out"},
+    "report curves": {"adapters": ("pool/change", "pool/groups"), "--out": "new/curves.png"},
+    "report controls": {"run": "evaluated", "--items": "1", "--calibration-items": "1", "--sampling-seeds": "1",
+                        "--attempts": "1", "--drafts": "1", "--max-tokens": "2", "--out": "new/out"},
+    "report tables": {"number": "1", "--recipe": "recipe.yaml", "--items": "1", "--timed": "0", "--out": "new/out"},
+    "lm-eval": {**PAIR, "--task": "nosuch", "--items": "1"},
+    "convert to-peft": {"adapter": "draft", "--out": "new/out"},
+    "convert from-peft": {"folder": "draft-peft", "--base": "base", "--out": "new/out"},
+    "convert from-mlx": {"folder": "draft", "--out": "new/out"},
+    "convert to-gguf": {"source": "draft", "--out": "new/out.gguf"},
+    "convert from-gguf": {"source": "draft.gguf", "--base": "base", "--out": "new/out"},
+    "convert check": {"peft": "draft-peft", "adapter": "draft"},
+    "parity": {"adapter": "draft", "--base": "base"},
+    "fuse": {"adapter": "draft", "--out": "new/out", "--force": ""},
+    "hub push": {"adapter": "draft", "repo": "me/adapter", "--base": "me/base", "--dry-run": ""},
+    "hub pull": {"repo": "me/adapter", "--out": "new/out"},
+    "base pull": {"name": "base"},
+    "base info": {"name": "base"},
+    "bench latency": {"--base": "base", "--works": "forward", "--prompt-tokens": "4", "--new-tokens": "2",
+                      "--trials": "1", "--batch-size": "1"},
+    "bench compare": {"before": "bench.json", "after": "bench.json"},
+    "doctor": {},
+}  # fmt: skip
+
+
+def key_of(parameter: click.Parameter) -> str:
+    """What ``SOUND`` calls a parameter: the long name of an option, the name of an argument."""
+    return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else str(parameter.name)
+
+
+def valued(command: str) -> list[click.Parameter]:
+    """Every parameter of a command that takes a value."""
+    return [each for each in find_command(command).params if not getattr(each, "is_flag", False)]
+
+
+def command_line(command: str, key: str = "", value: str = "") -> list[str]:
+    """The sound command line; with ``key``, this parameter has ``value`` instead."""
+    given = SOUND[command] if not key else {**SOUND[command], key: value}
+    words = command.split()
+    for name, held in given.items():
+        if name.startswith("-"):
+            words += [name, *([str(held)] if held != "" or name == key else [])]
+    for parameter in find_command(command).params:  # arguments in their order
+        if isinstance(parameter, click.Argument) and parameter.name in given:
+            held = given[str(parameter.name)]
+            words += [held] if isinstance(held, str) else list(held)
+    return words
+
+
+def make_work(folder: Path, base: Path) -> None:
+    """Everything that ``SOUND`` names, in ``folder``."""
+    shutil.copytree(base, folder / "base")
+    (folder / "new").mkdir()
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(12)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "train.yaml").write_text(yaml.safe_dump({"rank": 2, "alpha": 4.0, "steps": 1, "batch_size": 2}))
+    small = [word for pair in SMALL.items() for word in pair]
+    rows_of = ("--draft-rows", "4", "--verify-rows", "4")
+    run("data", "build", "--task", "change", *rows_of, "--out", "corpus")
+    run("pool", "train", "--base", "base", "--task", "change", "--task", "groups", *rows_of, "--out", "pool", *small)
+    shutil.copytree(folder / "pool/change", folder / "bare")
+    manifest = json.loads((folder / "bare/manifest.json").read_text())
+    (folder / "bare/directions.safetensors").unlink()
+    del manifest["files"]["directions.safetensors"]
+    (folder / "bare/manifest.json").write_text(json.dumps(manifest))
+    for role in ("draft", "verify"):
+        run("merge", "pool/change", "pool/groups", "--role", role, "--out", role)
+    run("convert", "to-peft", "draft", "--out", "draft-peft")
+    run("convert", "to-gguf", "draft", "--out", "draft.gguf")
+    for out, seed in (("evaluated", "0"), ("evaluated-2", "1")):
+        run(*command_line("eval", "--out", out), "--sampling-seeds", "2", "--seed", seed)
+    shutil.copyfile(RESULTS / "latency-linux-2core.json", folder / "bench.json")
+
+
+def run(*arguments: Any) -> None:
+    done = CliRunner().invoke(rsgwm, [*map(str, arguments), "--quiet"])
+    assert done.exit_code == 0, (arguments, done.output[-2000:])
