@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def look(function: Callable[..., None]) -> Callable[..., None]:
     """``--show`` and ``--dry-run``: what a recipe is and would do."""
     show = click.option("--show", is_flag=True, help="Print the recipe with every setting, and run nothing.")
-    return show(shared.dry_run("run nothing, print the stages and their time")(function))
+    return show(shared.dry_run("run nothing, print the stages and their time, by one forward pass timed now")(function))
 
 
 @click.command()
