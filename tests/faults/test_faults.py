@@ -50,7 +50,12 @@ WHOLE = ("manifest.json", "report.json", "adapter_config.json", "summary.json")
 
 @contextmanager
 def disk_full_after(size):
-    """No file may grow beyond ``size`` bytes: the system then fails writes half-way, as a full disk does."""
+    """No file may grow beyond ``size`` bytes: the system then fails writes half-way, as a full disk does.
+
+    Python 3.11 keeps compiled modules without a look at how much was written: one that is first imported here must not
+    be kept, or every later process that imports it fails.
+    """
+    keep, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -59,6 +64,7 @@ def disk_full_after(size):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+        sys.dont_write_bytecode = keep
 
 
 @pytest.mark.parametrize("kind", KINDS)
