@@ -93,7 +93,8 @@ def ratios(trials: dict[str, list[dict[str, float]]]) -> dict[str, object]:
         name: {what: statistics.median(trial[what] for trial in runs) for what in MEASURED}
         for name, runs in trials.items()
     }
-    return {f"{what}_ratio": medians["rsgwm"][what] / medians["mlx_lm"][what] for what in MEASURED} | medians
+    over = {f"{what}_ratio": medians["rsgwm"][what] / medians["mlx_lm"][what] for what in MEASURED}
+    return {**over, **medians}
 
 
 def main() -> None:
