@@ -11,7 +11,7 @@ import click
 from mlx_rsgwm.audit.verdicts import PRESETS
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, Number, OneOf, Whole
+from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH, SOURCE, Number, OneOf, Whole
 
 if TYPE_CHECKING:
     from mlx_rsgwm.audit.eligibility import Eligibility
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--plan-compat", is_flag=True, help="Plan as gradience's plan_audit_aware does.")
 @click.option("--merged", type=SOURCE, help="A finished merge of the adapters: say what of each is in it.")
 @click.option("--sources", multiple=True, type=SOURCE, help="Adapters, too: what --merged was merged from.")
-@click.option("--html", "page", type=PATH, help="Write a page with heat map, dumbbells and spectra here.")
+@click.option("--html", "page", type=NEW_PATH, help="Write a page with heat map, dumbbells and spectra here.")
 @click.option("--every-module", is_flag=True, help="Show all modules of the worst pair, not the worst ten.")
 @click.option("--strict-qa", is_flag=True, help="End with 3 if an adapter is worse than the base on its data.")
 @shared.base()
@@ -156,7 +156,7 @@ def _result(
 
     result = to_json(audited, judged)
     if merged is not None:
-        adapter = load_adapter(merged, base_name, lazy=True, hashes=False, progress=console.progress)
+        adapter = load_adapter(merged, base_name, lazy=True, progress=console.progress)
         structure = structure_of(adapter, loaded)
         console.line()
         console.line(text_page([(f"What of each is in {adapter.where}", structure_rows(structure, audited.labels))]))

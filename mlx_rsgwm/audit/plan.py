@@ -123,7 +123,7 @@ class Plan:
 
 def read_plan(path: Path) -> Plan:
     """The plan at ``path``. RsgwmError for what cannot be read, unknown keys, wrong types, no module."""
-    values = read_yaml(files.read_text(path), str(path))
+    values = read_yaml(files.read_text(path, files.LARGEST_YAML), str(path))
     try:
         return build(Plan, values, str(path))
     except RsgwmError as error:

@@ -49,6 +49,7 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "adapter loss": {"--corpus": "corpus", "--adapter": "draft"},
     "adapter importance": {"source": "pool/change", "--corpus": "corpus", "--out": "new/out"},
     "directions collect": {"adapter_folder": "bare", "--corpus": "corpus"},
+    "audit": {"adapters": ("pool/change", "pool/groups"), "--data": "mine.jsonl"},
     "merge": {"adapters": ("pool/change", "pool/groups"), "--role": "draft", "--out": "new/out"},
     "ask": {"question": "What is 1 + 1?", **PAIR},
     "chat": PAIR,
@@ -111,11 +112,11 @@ def make_work(folder: Path, base: Path) -> None:
     rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(12)]
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    (folder / "train.yaml").write_text(yaml.safe_dump({"rank": 2, "alpha": 4.0, "steps": 1, "batch_size": 2}))
     small = [word for pair in SMALL.items() for word in pair]
     rows_of = ("--draft-rows", "4", "--verify-rows", "4")
     run("data", "build", "--task", "change", *rows_of, "--out", "corpus")
     run("pool", "train", "--base", "base", "--task", "change", "--task", "groups", *rows_of, "--out", "pool", *small)
+    run("audit", "pool/change", "pool/groups", "--plan", "plan.yaml")
     shutil.copytree(folder / "pool/change", folder / "bare")
     manifest = json.loads((folder / "bare/manifest.json").read_text())
     (folder / "bare/directions.safetensors").unlink()

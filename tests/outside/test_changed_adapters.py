@@ -13,7 +13,9 @@ CURVES = ("report curves", "adapters")  # reads the history in the manifest, and
 
 
 def uses():
-    """Every parameter of a sound line that is given an adapter."""
+    """Every parameter of a sound line that is given an adapter, and those of audit that one may be given."""
+    yield "audit", "--merged", "draft"
+    yield "audit", "--sources", "pool/change"
     for command, given in SOUND.items():
         for key, held in given.items():
             first = held if isinstance(held, str) else held[0]
@@ -34,7 +36,8 @@ def changed(work):
 
 def test_every_command_that_takes_an_adapter_is_tried():
     commands = {command for command, _, _ in uses()}
-    assert {"merge", "fuse", "parity", "convert to-peft", "convert from-mlx", "convert to-gguf", "hub push"} <= commands
+    known = {"audit", "merge", "fuse", "parity", "convert to-peft", "convert from-mlx", "convert to-gguf", "hub push"}
+    assert known <= commands
     assert len(commands) >= 15
 
 
@@ -43,7 +46,7 @@ def test_a_changed_bit_is_refused_by_every_command(changed, outcomes, problems):
     lines = []
     for command, key, first in tried:
         line = command_line(command, key, f"changed/{first}")
-        held = SOUND[command][key]
+        held = SOUND[command].get(key, "")
         lines.append(line if isinstance(held, str) else [*line, *held[1:]])
     for use, (_, ended) in zip(tried, outcomes(lines, 30), strict=True):
         assert not problems(ended), use
