@@ -7,20 +7,19 @@ left singular vectors, of a weight stored as (out, in), are here the ``outputs``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import inf, log
 from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.audit.verdicts import CONFLICTING, SAFE, UNDECIDED, Thresholds, Verdict, verdict_of, worst
+from mlx_rsgwm.audit.verdicts import CONFLICTING, Thresholds, Verdict, verdict_of, worst
 from mlx_rsgwm.linalg.spectrum import Decomposed, energy_rank, principal_cosines, random_overlap, stable_rank
 
 ENERGY = 0.90
 # Norms up to this are no update (gradience's eps).
 NOTHING = 1e-12
-NOT_JUDGED = Verdict(SAFE, UNDECIDED)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class ModulePair:
     agreement_back: float
     cosine: float
     random: float
-    verdict: Verdict = NOT_JUDGED
+    verdict: Verdict
 
     @property
     def mean_overlap(self) -> float:
@@ -142,8 +141,7 @@ class PairAudit:
     @property
     def cosine(self) -> float:
         """Between the updates over all modules."""
-        dots = sum(module.cosine * module.norms[0] * module.norms[1] for module in self.modules)
-        return dots / (self.norms[0] * self.norms[1]) if min(self.norms) > NOTHING else 0.0
+        return _cosine(sum(module.cosine * module.norms[0] * module.norms[1] for module in self.modules), *self.norms)
 
     def share(self, verdict: str) -> float:
         """The share of both adapters' energy that lies in modules of this verdict."""
@@ -179,30 +177,34 @@ def compare(
     outputs, inputs = first.outputs.T @ second.outputs, first.inputs.T @ second.inputs
     # ⟨u_i v_iᵀ, ΔW_b⟩ of a's singular directions, and of b's with ΔW_a.
     along = (outputs * inputs) @ second.sigma, first.sigma @ (outputs * inputs)
-    measured = ModulePair(
+    cosines = principal_cosines(outputs[: ranks[0], : ranks[1]])
+    agreement = _cosine_of(along[0][: ranks[0]], first.sigma[: ranks[0]])
+    norms, largest = (first.norm, second.norm), (float(first.sigma[0]), float(second.sigma[0]))
+    ratios = {"frobenius_ratio": _ratio(norms), "magnitude_ratio": _ratio(largest)}
+    return ModulePair(
         name=name,
         ranks=(first.rank, second.rank),
         energy_ranks=(ranks[0], ranks[1]),
-        norms=(first.norm, second.norm),
-        largest=(float(first.sigma[0]), float(second.sigma[0])),
+        norms=norms,
+        largest=largest,
         stable_ranks=(stable_rank(first.sigma), stable_rank(second.sigma)),
-        cosines=tuple(principal_cosines(outputs[: ranks[0], : ranks[1]]).tolist()),
+        cosines=tuple(cosines.tolist()),
         mean_input_overlap=float(principal_cosines(inputs[: ranks[0], : ranks[1]]).mean()),
-        agreement=_cosine(along[0][: ranks[0]], first.sigma[: ranks[0]]),
-        agreement_back=_cosine(along[1][: ranks[1]], second.sigma[: ranks[1]]),
-        cosine=_share(float(first.sigma @ along[0]), first.norm * second.norm),
+        agreement=agreement,
+        agreement_back=_cosine_of(along[1][: ranks[1]], second.sigma[: ranks[1]]),
+        cosine=_cosine(float(first.sigma @ along[0]), *norms),
         random=random_overlap(ranks[0], ranks[1], first.outputs.shape[0]),
+        verdict=verdict_of(float(cosines.mean()), agreement, ratios, thresholds),
     )
-    return replace(measured, verdict=verdict_of(measured, thresholds))
 
 
-def _cosine(first: np.ndarray, second: np.ndarray) -> float:
-    norms = float(np.linalg.norm(first)), float(np.linalg.norm(second))
-    return float(first @ second) / (norms[0] * norms[1]) if min(norms) > NOTHING else 0.0
+def _cosine_of(first: np.ndarray, second: np.ndarray) -> float:
+    return _cosine(float(first @ second), float(np.linalg.norm(first)), float(np.linalg.norm(second)))
 
 
-def _share(value: float, of: float) -> float:
-    return value / of if of > NOTHING**2 else 0.0
+def _cosine(product: float, *norms: float) -> float:
+    """0 where either norm is nothing."""
+    return product / (norms[0] * norms[1]) if min(norms) > NOTHING else 0.0
 
 
 def _ratio(values: tuple[float, float]) -> float:

@@ -1,7 +1,7 @@
 """What a pair's measures mean: a verdict for every module, one for the pair, and the words for them.
 
-The tree and its thresholds are those of "From Diagnosis to Guarded Repair" and gradience (``merge/verdicts.py``). As
-published in the text a large ratio of norms comes first, whatever the overlap; gradience 0.11 looks at it last, and at
+The tree and its thresholds are those of "From Diagnosis to Guarded Repair" and gradience (``merge/verdicts.py``). In
+the text a large ratio of norms comes first unless the adapters overlap much; gradience 0.11 looks at it last, and at
 the ratio of the largest singular values: ``Thresholds(by="magnitude_ratio", imbalance_first=False)``.
 """
 
@@ -10,25 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 SAFE, REDUNDANT, IMBALANCED, CONFLICTING = "safe", "redundant", "imbalanced", "conflicting"
 SEVERITY = (SAFE, REDUNDANT, IMBALANCED, CONFLICTING)
 # Confidence of the verdict that is left when no rule fires.
 UNDECIDED = 0.5
-
-
-class Measured(Protocol):
-    """What a verdict looks at, of one module of two adapters."""
-
-    @property
-    def mean_overlap(self) -> float: ...
-    @property
-    def agreement(self) -> float: ...
-    @property
-    def magnitude_ratio(self) -> float: ...
-    @property
-    def frobenius_ratio(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +23,7 @@ class Thresholds:
 
     ``low``, ``high``: mean overlap of output subspaces; ``aligned``, ``opposed``: directional agreement; ``ratio``: of
     the norms, the larger over the smaller, by ``by``: frobenius_ratio or magnitude_ratio. ``imbalance_first``: a ratio
-    above it decides before the overlap does.
+    above it decides before anything else where the overlap is not high.
     """
 
     low: float = 0.20
@@ -68,35 +54,39 @@ class Verdict:
 
     @property
     def risk(self) -> str:
-        """low, medium or high."""
+        """low, medium or high; of an imbalance high where it is near its limit, so that a rebalance may be wrong."""
         if self.name == CONFLICTING or (self.name == IMBALANCED and self.confidence <= 0.5):
             return "high"
         return "low" if self.name == SAFE else "medium"
 
 
-def verdict_of(pair: Measured, thresholds: Thresholds) -> Verdict:
-    """The first branch of the tree that a module's measures take."""
-    ratio = getattr(pair, thresholds.by)
+def verdict_of(overlap: float, agreement: float, ratios: Mapping[str, float], thresholds: Thresholds) -> Verdict:
+    """The first branch of the tree that a module's measures take.
+
+    Args:
+        overlap: mean cosine of the principal angles, in [0, 1].
+        agreement: directional, in [−1, 1].
+        ratios: ``frobenius_ratio`` and ``magnitude_ratio``, each at least 1.
+        thresholds: where the tree branches.
+    """
+    ratio = ratios[thresholds.by]
     imbalanced = Verdict(IMBALANCED, _distance(ratio, thresholds.ratio)) if ratio > thresholds.ratio else None
-    overlapping = pair.mean_overlap > thresholds.high
-    if imbalanced and thresholds.imbalance_first and pair.mean_overlap < thresholds.high:
+    if imbalanced and thresholds.imbalance_first and overlap < thresholds.high:
         return imbalanced
-    if pair.mean_overlap < thresholds.low:
-        return Verdict(SAFE, _distance(pair.mean_overlap, thresholds.low))
-    if overlapping and pair.agreement > thresholds.aligned:
-        return Verdict(REDUNDANT, _both(pair, thresholds, thresholds.aligned))
-    if overlapping and pair.agreement < thresholds.opposed:
-        return Verdict(CONFLICTING, _both(pair, thresholds, thresholds.opposed))
+    if overlap < thresholds.low:
+        return Verdict(SAFE, _distance(overlap, thresholds.low))
+    for name, limit, beyond in (
+        (REDUNDANT, thresholds.aligned, agreement > thresholds.aligned),
+        (CONFLICTING, thresholds.opposed, agreement < thresholds.opposed),
+    ):
+        if overlap > thresholds.high and beyond:
+            return Verdict(name, min(_distance(overlap, thresholds.high), abs(agreement - limit)))
     return imbalanced or Verdict(SAFE, UNDECIDED)
 
 
 def worst(verdicts: Sequence[str]) -> str:
     """The most severe of several verdicts' names."""
     return max(verdicts, key=SEVERITY.index, default=SAFE)
-
-
-def _both(pair: Measured, thresholds: Thresholds, agreement: float) -> float:
-    return min(_distance(pair.mean_overlap, thresholds.high), abs(pair.agreement - agreement))
 
 
 def _distance(value: float, threshold: float) -> float:

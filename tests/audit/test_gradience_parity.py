@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,9 +99,9 @@ def check_module(module, layer, thresholds):
 
 def test_the_text_looks_at_the_norms_first_where_the_package_looks_at_overlap():
     """The deliberate difference: 0.11 calls disjoint directions safe, however unequal in size; the text does not."""
-    pair = SimpleNamespace(mean_overlap=0.1, agreement=0.0, magnitude_ratio=30.0, frobenius_ratio=20.0)
-    assert verdict_of(pair, as_published("post")) == Verdict(SAFE, 0.5)
-    assert verdict_of(pair, PRESETS["post"]) == Verdict(IMBALANCED, 1.0)
+    ratios = {"magnitude_ratio": 30.0, "frobenius_ratio": 20.0}
+    assert verdict_of(0.1, 0.0, ratios, as_published("post")) == Verdict(SAFE, 0.5)
+    assert verdict_of(0.1, 0.0, ratios, PRESETS["post"]) == Verdict(IMBALANCED, 1.0)
 
 
 def test_scale_is_in_our_singular_values(unlike):

@@ -22,9 +22,12 @@ from mlx_rsgwm.merging.options import MergeOptions
 
 def pair(overlap, agreement=0.0, norms=(1.0, 1.0), ranks=(8, 8), energy_ranks=(4, 4)):
     """One module of two adapters with these measures, judged."""
+    ratio = max(norms) / min(norms)
+    verdict = verdict_of(overlap, agreement, {"frobenius_ratio": ratio, "magnitude_ratio": ratio}, PRESETS["post"])
     cosines = (overlap,) * 4
-    made = ModulePair("m", ranks, energy_ranks, norms, norms, (2.0, 2.0), cosines, 0.5, agreement, agreement, 0.0, 0.1)
-    return replace(made, verdict=verdict_of(made, PRESETS["post"]))
+    return ModulePair(
+        "m", ranks, energy_ranks, norms, norms, (2.0, 2.0), cosines, 0.5, agreement, agreement, 0.0, 0.1, verdict
+    )
 
 
 def planned(measured, compat=False):
