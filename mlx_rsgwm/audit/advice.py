@@ -91,7 +91,7 @@ def advise(audited: PoolAudit, weak: Sequence[int] = ()) -> Advice:
     worst = worst_first(audited)[0]
     word = word_of(worst)
     out = _left_out(audited) if len(labels) > 2 and worst.verdict in (CONFLICTING, IMBALANCED) else None
-    return Advice(word, _reason(audited, worst), _command(labels, word, out), out)
+    return Advice(word, _reason(audited, worst), _command(audited, word, out), out)
 
 
 def _reason(audited: PoolAudit, pair: PairAudit) -> str:
@@ -110,8 +110,10 @@ def _reason(audited: PoolAudit, pair: PairAudit) -> str:
     return "no two of them change the same directions or differ much in size"
 
 
-def _command(labels: Sequence[str], word: str, out: int | None) -> str:
-    if word == GO:
+def _command(audited: PoolAudit, word: str, out: int | None) -> str:
+    labels = audited.labels
+    # By directions a merge finds itself what a plan would balance or keep apart, and better (docs/lab-notes/audit.md).
+    if word == GO or (word == CARE and audited.directions):
         return f"rsgwm merge {shlex.join(labels)} --out merged"
     if word == STOP:
         rest = [label for index, label in enumerate(labels) if index != out]

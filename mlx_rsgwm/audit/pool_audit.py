@@ -20,8 +20,10 @@ from mlx_rsgwm.audit.pair_audit import ENERGY, ModulePair, PairAudit, compare
 from mlx_rsgwm.audit.verdicts import PRESETS, Thresholds
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.linalg.spectrum import Decomposed, decompose
+from mlx_rsgwm.merging.automatic import has_directions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.models.adapter_sources import AdapterSource
 from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
@@ -29,11 +31,16 @@ from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
 
 @dataclass(frozen=True)
 class PoolAudit:
-    """``adapters`` in their order, and ``pairs`` of their positions that have a common module, each once."""
+    """``adapters`` in their order, and ``pairs`` of their positions that have a common module, each once.
+
+    ``directions``: whether every adapter has directions to draft by, so that a merge can weigh them by what their
+    inputs are, and not only by what they hold.
+    """
 
     adapters: tuple[AdapterAudit, ...]
     pairs: tuple[PairAudit, ...]
     thresholds: Thresholds
+    directions: bool = False
 
     @property
     def labels(self) -> list[str]:
@@ -87,6 +94,7 @@ def audit(
             if (shared := tuple(each.pairs[pair] for each in modules if pair in each.pairs))
         ),
         thresholds,
+        has_directions(pool, ROLES[0]),
     )
 
 

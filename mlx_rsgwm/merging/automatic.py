@@ -56,7 +56,7 @@ def choose_method(pool: Pool, options: MergeOptions) -> tuple[MergeOptions, str]
 def _offers(pool: Pool, role: str) -> Iterator[_Offer]:
     """What could be done with the pool, the best first; norms are looked at only when nothing better was taken."""
     lacking = []
-    if _has_directions(pool, role if role in ROLES else ALL):
+    if has_directions(pool, role if role in ROLES else ALL):
         yield _Offer("regmean", "every adapter has directions of its layers' inputs")
     else:
         lacking.append("directions")
@@ -78,7 +78,7 @@ def _offers(pool: Pool, role: str) -> Iterator[_Offer]:
     yield _Offer("linear", f"{without}their norms are {ratio:.2f}-fold apart")
 
 
-def _has_directions(pool: Pool, role: str) -> bool:
+def has_directions(pool: Pool, role: str) -> bool:
     """Whether a merge by directions of ``role`` could begin; a damaged file is an error and no reason to go on."""
     try:
         pool.grams(role)
