@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from itertools import repeat
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,11 +186,12 @@ def merged_spec(pool: Pool, rank: int) -> LoraSpec:
 
 def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> Iterator[Layer]:
     survey = method.survey(pool, parameters) if method.survey else None
-    importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else repeat(())
-    grams: Any = pool.grams(_role_of_inputs(options)) if needs_directions(method, parameters) else repeat(())
+    nothing = [()] * len(pool.modules)
+    importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else nothing
+    grams: Any = pool.grams(_role_of_inputs(options)) if needs_directions(method, parameters) else nothing
     initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
     scales = tuple(source.spec.scale for source in pool.sources)
-    for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=False):
+    for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=True):
         override = next((candidate for candidate in options.overrides if candidate.covers(name)), None)
         method_name, module_parameters = settled(options, override) if override else (options.method, parameters)
         weights = (override.weights if override else ()) or options.weights or (1.0,) * len(factors)

@@ -346,3 +346,17 @@ def test_an_adapter_that_is_given_twice_is_told(make_adapter, tmp_path):
     told = Pool.open([folder, tmp_path / "link", other]).warnings
     assert told == (f"given more than once, and counted as often: {folder.resolve()}",)
     assert Pool.open([folder, other]).warnings == ()
+
+
+@pytest.mark.parametrize(("method", "stream"), [("rsgwm", "importances"), ("regmean", "grams")])
+def test_a_stream_that_ends_early_never_makes_a_smaller_adapter(make_adapter, monkeypatch, method, stream):
+    """What comes beside the updates comes for every module: a short one would leave the last modules unadapted."""
+    adapters = [make_adapter(seed) for seed in range(2)]
+    for adapter in adapters:
+        adapter.directions = {f"draft/{name}.gram": mx.eye(a.shape[0]) for name, a, _ in adapter.factors()}
+        adapter.directions_metadata = {"k": "0", "seed": "0", "tokens/draft": "50"}
+    merge(adapters, MergeOptions(method=method, role="draft"))
+    every = getattr(Pool, stream)
+    monkeypatch.setattr(Pool, stream, lambda pool, of: list(every(pool, of))[:-1])
+    with pytest.raises(ValueError, match="shorter"):
+        merge(adapters, MergeOptions(method=method, role="draft"))
