@@ -78,6 +78,12 @@ def false_equations(text: str, question: str = "") -> list[FalseEquation]:
     return list(_false_equations(text, question))
 
 
+def first_false_equation(text: str, question: str = "") -> str | None:
+    """The first of :func:`false_equations` as it is written; None where ``text`` states none."""
+    equations = false_equations(text, question)
+    return equations[0].text if equations else None
+
+
 @lru_cache(maxsize=4096)  # the same drafts are looked at for every system that chooses among them
 def _false_equations(text: str, question: str) -> tuple[FalseEquation, ...]:
     if not any(character.isnumeric() for character in text) or OTHER_SYSTEM.search(question) or _OWN.search(question):

@@ -1,7 +1,8 @@
 """What a calculator is worth on recorded drafts: beside the verifier, and in its place.
 
 Every system here is replayed on drafts that were made and scored without it, so that what is reported without a check
-stays what it was. A draft is looked at where the gold answer is a number (check ``auto``), or everywhere.
+stays what it was. Under check ``auto`` a draft is looked at where the gold answer is a number; the loop, which knows no
+gold answer, goes by the draft's last line (:func:`~mlx_rsgwm.inference.policy.failed_check`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mlx_rsgwm.data.arithmetic import false_equations
+from mlx_rsgwm.data.arithmetic import first_false_equation
 from mlx_rsgwm.data.numbers import parse_number
 from mlx_rsgwm.evaluation import metrics
 from mlx_rsgwm.evaluation.records import ItemRecord, replay
@@ -17,22 +18,22 @@ from mlx_rsgwm.evaluation.records import ItemRecord, replay
 SCORE = "calculator"  # 1 for a draft without a false equation, 0 for one with
 
 
-def looks_at(record: ItemRecord, check: str) -> bool:
-    """Whether the drafts of an item are checked."""
+def checks_by_gold(record: ItemRecord, check: str) -> bool:
+    """Whether the drafts of an item are checked; under ``auto`` those whose gold answer is a number are."""
     return check == "arithmetic" or (check == "auto" and parse_number(record.gold) is not None)
 
 
 def annotated(records: Sequence[ItemRecord], check: str) -> list[ItemRecord]:
     """The records with the first false equation of every draft that is looked at; all else is as it was."""
-    return [_annotated(record) if looks_at(record, check) else record for record in records]
+    return [_annotated(record) if checks_by_gold(record, check) else record for record in records]
 
 
 def _annotated(record: ItemRecord) -> ItemRecord:
-    drafts = []
-    for draft in record.drafts:
-        equations = false_equations(draft.text, record.question)
-        drafts.append(replace(draft, false_equation=equations[0].text) if equations else draft)
-    return replace(record, drafts=tuple(drafts))
+    equations = [first_false_equation(draft.text, record.question) for draft in record.drafts]
+    pairs = zip(record.drafts, equations, strict=True)
+    return replace(
+        record, drafts=tuple(replace(draft, false_equation=text) if text else draft for draft, text in pairs)
+    )
 
 
 def draft_verify(record: ItemRecord, k: int) -> ItemRecord:

@@ -16,6 +16,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder
+from mlx_rsgwm.inference.policy import accepts
 from mlx_rsgwm.inference.pool import pool_key
 from mlx_rsgwm.inference.risk_control import RiskBound
 from mlx_rsgwm.inference.scores import SCORES, Combination, Curve, Logistic, Scorer, learned_count
@@ -139,13 +140,14 @@ def best_threshold(scores: Sequence[float] | np.ndarray, correct: Sequence[bool]
 
     ``scores`` (n,) float and ``correct`` (n,) bool.
 
-    With only one class there is nothing to separate: everything is accepted when all are correct, else nothing is.
+    With only one class there is nothing to separate: 0 accepts everything when all are correct, else 1 is as strict as
+    a threshold can be, and accepts a score of 1 alone.
     """
     values, labels = np.asarray(scores, dtype=np.float64), np.asarray(correct, dtype=bool)
     if labels.all() or not labels.any():
         return 0.0 if labels.all() else 1.0
     candidates = np.unique(values)
-    hits = [(values[labels] >= t).mean() - (values[~labels] >= t).mean() for t in candidates]
+    hits = [accepts(values[labels], t).mean() - accepts(values[~labels], t).mean() for t in candidates]
     return float(candidates[int(np.argmax(hits))])
 
 

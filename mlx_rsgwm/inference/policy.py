@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import overload
+
+import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.data.arithmetic import false_equations
+from mlx_rsgwm.data.arithmetic import first_false_equation
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
 
@@ -61,8 +64,12 @@ class Decision:
     accepted: bool
 
 
-def accepts(score: float, threshold: float) -> bool:
-    """Whether a draft of this score is accepted."""
+@overload
+def accepts(score: float, threshold: float) -> bool: ...
+@overload
+def accepts(score: np.ndarray, threshold: float) -> np.ndarray: ...
+def accepts(score: float | np.ndarray, threshold: float) -> bool | np.ndarray:
+    """Whether a draft of this score is accepted; of an array of scores (any shape), which ones (bool)."""
     return score >= threshold
 
 
@@ -82,10 +89,15 @@ def decide(scores: Sequence[float | None], threshold: float) -> Decision:
 def failed_check(text: str, question: str, check: str) -> str | None:
     """The false equation for which a draft is not accepted; None where it states none, or is not checked.
 
-    Under ``auto`` a draft is checked whose answer is a number: there is one in its last line.
+    Under ``auto`` a draft is checked that has a digit in its last line: whether the right answer is a number, nobody
+    knows here (where it is known: ``evaluation/calculator_systems.py``).
     """
-    lines = text.strip().splitlines()
-    if check == "none" or (check == "auto" and not (lines and re.search(r"\d", lines[-1]))):
+    if check == "none" or (check == "auto" and not has_digit_in_last_line(text)):
         return None
-    equations = false_equations(text, question)
-    return equations[0].text if equations else None
+    return first_false_equation(text, question)
+
+
+def has_digit_in_last_line(text: str) -> bool:
+    """Whether a draft's last line has a digit."""
+    lines = text.strip().splitlines()
+    return bool(lines and re.search(r"\d", lines[-1]))

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError, raise_problems
+from mlx_rsgwm.inference.policy import accepts
 
 STEPS = 40  # thresholds tried at most
 REFUSED = -1.0  # the score of a draft that the loop accepts at no threshold
@@ -100,7 +101,7 @@ class Items:
         """How many items the loop accepts at ``threshold``, and how many of these with a wrong answer."""
         if not self.scores.size:
             return 0, 0
-        reaching = self.scores >= threshold
+        reaching = accepts(self.scores, threshold)
         accepted = reaching.any(axis=1)
         right = self.correct[np.arange(len(reaching)), reaching.argmax(axis=1)]
         return int(accepted.sum()), int((accepted & ~right).sum())

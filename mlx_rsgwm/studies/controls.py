@@ -88,7 +88,7 @@ def systems_on_drafts(
         voted = _budgeted_votes(records, reference, cost)
         note = f"as many drafts as draft–verify's {label} tokens pay for"
         systems.append(System(f"majority, equal {label} tokens", note, tuple(voted)))
-    if any(calculator_systems.looks_at(record, check) for record in records):
+    if any(calculator_systems.checks_by_gold(record, check) for record in records):
         systems += _calculated_systems(calculator_systems.annotated(records, check), k, rule)
     return systems
 

@@ -16,6 +16,7 @@ from mlx_rsgwm.inference.calibration import (
 )
 from mlx_rsgwm.inference.calibration_fit import Judged, fit, halves
 from mlx_rsgwm.inference.draft import Signals
+from mlx_rsgwm.inference.policy import accepts
 from mlx_rsgwm.inference.risk_control import Target
 
 
@@ -72,6 +73,14 @@ def test_threshold_by_hand():
     assert best_threshold([0.9, 0.8, 0.3, 0.4, 0.7, 0.1], correct) == 0.7
     assert best_threshold([0.5, 0.6], [True, True]) == 0.0
     assert best_threshold([0.5, 0.6], [False, False]) == 1.0
+    assert [accepts(score, 1.0) for score in (0.999, 1.0)] == [False, True]  # no threshold refuses a score of 1
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 1.0])
+def test_one_rule_accepts_scores_one_by_one_and_all_together(threshold):
+    scores = np.array([[0.0, 0.5, 0.7], [0.7, 1.0, np.nextafter(0.7, 0)]])
+    together = accepts(scores, threshold)
+    assert together.tolist() == [[accepts(score, threshold) for score in row] for row in scores.tolist()]
 
 
 def test_few_drafts_or_one_class_fit_nothing():

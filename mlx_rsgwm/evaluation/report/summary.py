@@ -55,7 +55,7 @@ def summarise_records(
     checked = metrics.table(rows, "draft_verify", wall_seconds=times.get("draft_verify"), max_attempts=k)
     ceiling = metrics.any_of_k(rows, k)
     alone_by_task, checked_by_task = metrics.by_task(rows, "drafter"), metrics.by_task(rows, "draft_verify")
-    checks = any(calculator_systems.looks_at(record, check) for record in rows)
+    checks = any(calculator_systems.checks_by_gold(record, check) for record in rows)
     quality = verifier_quality(rows, seed)
     recorded = min(len(record.drafts) for record in rows)
     return {
