@@ -21,8 +21,9 @@ import numpy as np
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.dtypes import CODES, UNSIGNED
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
-from mlx_rsgwm.core.folders import new_folder, require_space
-from mlx_rsgwm.models.adapter import FORMAT, FORMAT_VERSION, MANIFEST_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.core.folders import new_folder
+from mlx_rsgwm.core.safetensors_io import require_space_for
+from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, seal
 from mlx_rsgwm.models.finite import EXPONENT_BITS
 
 # Small arrays are evaluated together: one by one, their number would cost more than their bytes.
@@ -135,7 +136,7 @@ def save_adapter(adapter: Adapter, out: Path, others: Sequence[Path] = ()) -> No
     """
     raise_problems(adapter.where, adapter.shape_problems(), AdapterError)
     groups = (adapter.weights, adapter.full, adapter.importance, adapter.directions, adapter.init, adapter.kept)
-    require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    require_space_for(out, *groups)
     with new_folder(out) as work:
         arrays = {**adapter.weights, **adapter.full}
         adapter.weights.clear()
@@ -145,6 +146,4 @@ def save_adapter(adapter: Adapter, out: Path, others: Sequence[Path] = ()) -> No
         for file in others:
             shutil.copyfile(file, work / file.name)
             written.append(file.name)
-        hashes = {WEIGHTS_FILE: digest, **{name: files.sha256_file(work / name) for name in written}}
-        manifest = {**adapter.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
-        files.write_json(work / MANIFEST_FILE, manifest)
+        seal(work, adapter.manifest, written, {WEIGHTS_FILE: digest})

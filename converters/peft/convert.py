@@ -31,9 +31,9 @@ from mlx_rsgwm.converters.resized_vocabulary import rows_of, tokenizer_files
 from mlx_rsgwm.converters.stream import save_adapter, write_arrays
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
-from mlx_rsgwm.core.folders import new_folder, require_space
+from mlx_rsgwm.core.folders import new_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
-from mlx_rsgwm.core.safetensors_io import read_safetensors
+from mlx_rsgwm.core.safetensors_io import read_safetensors, require_space_for
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import ALIASES, base_for, local_base, resolve_base
@@ -124,7 +124,7 @@ def _write(
     hub_name = ALIASES[base_name].hub_id if base_name in ALIASES else base_name
     config = {**form.config, "base_model_name_or_path": hub_name}
     groups = (adapter.weights, adapter.full, adapter.importance, adapter.init, adapter.kept)
-    require_space(out, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    require_space_for(out, *groups)
     arrays = peft_arrays(adapter, form)
     metadata = (adapter.manifest.get("source") or {}).get("metadata") if form.layout is not None else None
     with new_folder(out) as work:

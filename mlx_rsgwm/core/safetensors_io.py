@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import require_space
 
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+BESIDE_ARRAYS = 2**20  # bytes that headers, configuration and manifest take at most
 
 
 class Header(NamedTuple):
@@ -25,6 +27,11 @@ class Header(NamedTuple):
     entries: dict[str, dict[str, Any]]
     metadata: dict[str, str]
     start: int
+
+
+def require_space_for(folder: Path, *groups: Mapping[str, mx.array]) -> None:
+    """Refuse to start writing a folder of these arrays where the file system has not that much room."""
+    require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + BESIDE_ARRAYS)
 
 
 def read_safetensors(path: Path, evaluate: bool = True) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -6,7 +6,7 @@ Layout and rules are in docs/formats.md. An :class:`Adapter` never knows a model
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,9 @@ import mlx.core as mx
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
-from mlx_rsgwm.core.folders import exclusive, require_space
+from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.nearest import nearest_path
-from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, write_safetensors
+from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, require_space_for, write_safetensors
 from mlx_rsgwm.models.adapter_shapes import FULL_LEAVES, array_problems, factor_problems
 from mlx_rsgwm.models.base_folder import base_difference
 from mlx_rsgwm.models.finite import all_zero_magnitudes, not_finite
@@ -232,20 +232,18 @@ class Adapter:
         """Write the folder: arrays and config by rename, manifest last, with the SHA-256 of every other file.
 
         Adapters that are not in memory whole are written by ``converters/stream.py``, unfinished ones by
-        ``training/checkpoints.py``, in the same form.
+        ``training/checkpoints.py``; :func:`seal` ends each.
         """
         raise_problems(self.where, self.problems(), AdapterError)
         folder = Path(path)
         groups = (self.weights, self.full, self.importance, self.directions, self.init, self.kept)
-        require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+        require_space_for(folder, *groups)
         with exclusive(folder):
             files.write_text(folder / UNFINISHED_FILE, "This folder is being written, or its writer was stopped.\n")
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
             write_safetensors(folder / WEIGHTS_FILE, {**self.weights, **self.full})
             written = [WEIGHTS_FILE, *self.write_beside(folder)]
-            hashes = {name: files.sha256_file(folder / name) for name in written}
-            self.manifest = {**self.manifest, "format": FORMAT, "format_version": FORMAT_VERSION, "files": hashes}
-            files.write_json(folder / MANIFEST_FILE, self.manifest)
+            self.manifest = seal(folder, self.manifest, written)
             (folder / UNFINISHED_FILE).unlink(missing_ok=True)
         self.path = folder
         return folder
@@ -271,6 +269,25 @@ class Adapter:
             else:
                 (folder / name).unlink(missing_ok=True)
         return written
+
+
+def seal(
+    folder: Path, manifest: Mapping[str, Any], written: Iterable[str], hashes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write the manifest of an adapter folder, the last of its files, after which it is whole; returns it.
+
+    It is ``manifest`` with the format and the SHA-256 of every file: ``hashes`` where they are known already, those of
+    the files ``written`` taken now.
+    """
+    taken = {name: files.sha256_file(folder / name) for name in written}
+    sealed = {
+        **manifest,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "files": {**(hashes or {}), **taken},
+    }
+    files.write_json(folder / MANIFEST_FILE, sealed)
+    return sealed
 
 
 def is_complete(path: str | Path) -> bool:

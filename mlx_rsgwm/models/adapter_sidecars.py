@@ -13,14 +13,12 @@ import mlx.core as mx
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError
-from mlx_rsgwm.core.folders import exclusive, require_space
-from mlx_rsgwm.core.safetensors_io import write_safetensors
+from mlx_rsgwm.core.folders import exclusive
+from mlx_rsgwm.core.safetensors_io import require_space_for, write_safetensors
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter import (
     CONFIG_FILE,
     DIRECTIONS_FILE,
-    FORMAT,
-    FORMAT_VERSION,
     IMPORTANCE_FILE,
     INIT_FILE,
     KEPT_FILE,
@@ -28,6 +26,7 @@ from mlx_rsgwm.models.adapter import (
     WEIGHTS_FILE,
     Adapter,
     read_manifest,
+    seal,
 )
 
 
@@ -50,17 +49,15 @@ def put_beside(
             f"{adapter.where} is not a folder that {name} could stand in; convert it first "
             "(rsgwm convert, rsgwm hub pull)"
         )
-    require_space(folder, sum(value.nbytes for value in arrays.values()) + 2**20)
+    require_space_for(folder, arrays)
     with exclusive(folder):
         before = _manifest_by_now(adapter, folder)
         digests = _digests_of_others(folder, before, name)
         if name in (before.get("files") or {}):
             files.write_json(folder / MANIFEST_FILE, {**before, "files": digests})
         write_safetensors(folder / name, dict(arrays), dict(metadata))
-        digests[name] = files.sha256_file(folder / name)
         described = {"kind": "imported", "base": base, "versions": versions(), **before, **entries}
-        adapter.manifest = {**described, "format": FORMAT, "format_version": FORMAT_VERSION, "files": digests}
-        files.write_json(folder / MANIFEST_FILE, adapter.manifest)
+        adapter.manifest = seal(folder, described, [name], digests)
     return folder
 
 

@@ -25,19 +25,18 @@ import mlx.core as mx
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.core.folders import exclusive, new_folder, require_space
+from mlx_rsgwm.core.folders import exclusive, new_folder
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.core.resume import differing
-from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
+from mlx_rsgwm.core.safetensors_io import read_safetensors, require_space_for, write_safetensors
 from mlx_rsgwm.models.adapter import (
     CONFIG_FILE,
-    FORMAT,
-    FORMAT_VERSION,
     MANIFEST_FILE,
     UNFINISHED_FILE,
     WEIGHTS_FILE,
     LoraSpec,
     is_complete,
+    seal,
 )
 from mlx_rsgwm.training.snapshots import FOLDER as SNAPSHOTS
 
@@ -103,8 +102,7 @@ def write_checkpoint(
             f"weights are no longer finite after step {checkpoint.step}; older checkpoints are kept "
             f"in {folder / FOLDER}; lower the learning rate"
         )
-    groups = (checkpoint.weights, checkpoint.arrays)
-    require_space(folder, sum(value.nbytes for group in groups for value in group.values()) + 2**20)
+    require_space_for(folder, checkpoint.weights, checkpoint.arrays)
     final = folder / FOLDER / f"step-{checkpoint.step:06d}"
     shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run had to step back behind
     with new_folder(final) as work:
@@ -118,11 +116,8 @@ def write_checkpoint(
             **told,
             "told_sha256": files.sha256_json(told),
             "state": {STATE_FILE: files.sha256_file(work / STATE_FILE)},
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "files": {name: files.sha256_file(work / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
         }
-        files.write_json(work / MANIFEST_FILE, manifest)
+        seal(work, manifest, (CONFIG_FILE, WEIGHTS_FILE))
     prune(folder, keep, WITH_STATE)
     return final
 
