@@ -15,9 +15,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
-from threading import current_thread, main_thread
+from collections.abc import MutableMapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -30,7 +29,10 @@ from mlx_rsgwm.cli.old_names import with_new_names
 from mlx_rsgwm.cli.startup import hide_torch
 from mlx_rsgwm.cli.wrong_words import refuse_one_dash, told
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.signals import handled
 
+BAD_INPUT = RsgwmError.exit_code
+INTERNAL = 1
 INTERRUPTED = 130
 UNREAD = 141  # what a shell makes of SIGPIPE
 LONGEST_SHOWN = 60  # characters of a name that is too long
@@ -62,7 +64,7 @@ class Rsgwm(LazyGroup):
         code, text = 0, ""
         try:
             refuse_one_dash(arguments)
-            with stopped_by_sigterm():
+            with handled((signal.SIGTERM,), _stop):
                 returned = super().main(
                     arguments, prog_name or "rsgwm", **{**settings, "standalone_mode": False, "obj": outcome}
                 )
@@ -78,7 +80,7 @@ class Rsgwm(LazyGroup):
             code, text = INTERRUPTED, "interrupted; what was finished before is kept"
         except Exception as error:
             code, text = explain(error)
-            if code != 1 and outcome.get("verbose"):
+            if code != INTERNAL and outcome.get("verbose"):
                 traceback.print_exception(error)
         if text:
             report_failure(code, text, as_json=asks_json(arguments) and not outcome.get("result_printed"))
@@ -88,35 +90,52 @@ class Rsgwm(LazyGroup):
 def explain(error: Exception) -> tuple[int, str]:
     """Exit code and the one line for a failure; an unforeseen one prints its traceback here."""
     if (said := _out_of_memory(error)) is not None:
-        return 2, f"out of memory ({said}); what was finished before is kept; {LOWER}"
+        return BAD_INPUT, f"out of memory ({said}); what was finished before is kept; {LOWER}"
     if isinstance(error, RsgwmError):
         return error.exit_code, str(error)
+    if isinstance(error, click.ClickException):
+        return BAD_INPUT, _of_the_command_line(error)
+    line = _of_a_file(error) if isinstance(error, OSError) else _of_a_library(error)
+    if line is not None:
+        return BAD_INPUT, line
+    traceback.print_exception(error)
+    return INTERNAL, f"internal failure: {type(error).__name__}: {error}"
+
+
+def _of_the_command_line(error: click.ClickException) -> str:
+    """The line for what click refuses."""
     if isinstance(error, click.UsageError):
         context = error.ctx
-        return 2, f"{told(error)} (try '{context.command_path if context else 'rsgwm'} --help')"
-    if isinstance(error, click.ClickException):
-        return 2, error.format_message()
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return f"{told(error)} (try '{context.command_path if context else 'rsgwm'} --help')"
+    return error.format_message()
+
+
+def _of_a_file(error: OSError) -> str | None:
+    """The line for what the system says of a file or a disk; None for what it says of anything else."""
+    if error.errno in FULL_DISK:
         where = f" while writing {error.filename}" if error.filename else ""
         what = "a file is too large for the disk" if error.errno == errno.EFBIG else "no space left on the disk"
-        return 2, f"{what}{where}; free some space or choose another folder"
-    if isinstance(error, OSError) and error.errno in FORBIDDEN:
-        where = error.filename or "a file"
-        return 2, f"{where}: {error.strerror}; change its permissions or choose another place"
-    if isinstance(error, OSError) and error.errno in UNUSABLE:
+        return f"{what}{where}; free some space or choose another folder"
+    if error.errno in FORBIDDEN:
+        return f"{error.filename or 'a file'}: {error.strerror}; change its permissions or choose another place"
+    if error.errno in UNUSABLE:
         name = str(error.filename or "a name")
         shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}…"
-        return 2, f"{shown}: {str(error.strerror).lower()}; choose another name"
+        return f"{shown}: {str(error.strerror).lower()}; choose another name"
+    if error.errno in FAILING:
+        return f"{error.filename or 'a file'}: {error.strerror}; the disk or network drive failed, try again"
+    return None
+
+
+def _of_a_library(error: Exception) -> str | None:
+    """The line for input of which Python or MLX only says in its own words that it is bad; None for other errors."""
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # what pathlib says of ~nosuchuser
-        return 2, "a path begins with ~ and the name of a user that does not exist; write it out"
+        return "a path begins with ~ and the name of a user that does not exist; write it out"
     if isinstance(error, ValueError) and "embedded null" in str(error):
-        return 2, "a path holds a character that no file name can have (NUL)"
-    if isinstance(error, OSError) and error.errno in FAILING:
-        return 2, f"{error.filename or 'a file'}: {error.strerror}; the disk or network drive failed, try again"
+        return "a path holds a character that no file name can have (NUL)"
     if isinstance(error, RuntimeError) and str(error).startswith("[read]"):  # MLX's, of arrays that are read when used
-        return 2, "a file became shorter while it was being read; look what writes it and try again"
-    traceback.print_exception(error)
-    return 1, f"internal failure: {type(error).__name__}: {error}"
+        return "a file became shorter while it was being read; look what writes it and try again"
+    return None
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:
@@ -148,21 +167,9 @@ def asks_json(arguments: Sequence[str]) -> bool:
     return "--json" in options
 
 
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
+def _stop(signum: int, frame: FrameType | None) -> None:
     """Let ``kill`` end the work much as Ctrl-C does, so that every ``finally`` runs."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    if current_thread() is not main_thread():  # only there may signals be handled
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    raise Stopped
 
 
 def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:

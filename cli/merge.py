@@ -118,7 +118,7 @@ def merge(
         _list(console, list_all)
         return
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.training.checkpoints import new_adapter
+    from mlx_rsgwm.training.checkpoints import claim_adapter_folder
 
     if not adapters and plan_file is None:
         raise RsgwmError("no adapters given; name at least two adapter folders, or use --list")
@@ -131,7 +131,7 @@ def merge(
         near = f"did you mean --out {last}?" if len(adapters) > 2 and not Path(last).exists() else "name one"
         raise RsgwmError(f"no --out folder given; {near}, or look first with --dry-run")
     if out is not None and not dry_run:
-        click.get_current_context().with_resource(new_adapter(out))
+        click.get_current_context().with_resource(claim_adapter_folder(out))
     options = MergeOptions(
         method=method,
         role=role,

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_rsgwm.core.progress import Progress
-from mlx_rsgwm.models.file_readers import ADAPTER_READERS, FILE_READERS, AdapterReader, FileReader
+from mlx_rsgwm.models.file_readers import ADAPTER_READERS, FILE_READERS, PEFT_WEIGHTS_FILE, AdapterReader, FileReader
 
 if TYPE_CHECKING:
     from mlx_rsgwm.models.adapter import Adapter
 
-PEFT_FILES = ("adapter_model.safetensors", "adapter_model.safetensors.index.json")
+PEFT_FILES = (PEFT_WEIGHTS_FILE, f"{PEFT_WEIGHTS_FILE}.index.json")
 
 
 def _gguf_reader() -> FileReader:

@@ -36,7 +36,7 @@ from mlx_rsgwm.merging.recollect import open_recollection
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 from mlx_rsgwm.models.base import DEFAULT_BASE, Base, load_base
-from mlx_rsgwm.training.checkpoints import Saving, new_adapter
+from mlx_rsgwm.training.checkpoints import Saving, claim_adapter_folder
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish
 from mlx_rsgwm.training.loop import train as train_adapter
@@ -114,7 +114,7 @@ def train(
     if folder is None:
         return train_adapter(_base(base, progress), rows, chosen, held, progress=progress)
     saving = Saving(folder, resume="continue")
-    with new_adapter(folder):
+    with claim_adapter_folder(folder):
         adapter = train_adapter(_base(base, progress), rows, chosen, held, progress=progress, saving=saving)
         finish(adapter, saving)
     return adapter
@@ -166,7 +166,7 @@ def merge(
     folder = None if out is None else Path(out)
     options = MergeOptions(method, role, parameters, tuple(weights), rank, seed)
     sources: list[AdapterSource] = [adapters] if isinstance(adapters, AdapterSource) else [*adapters]
-    with new_adapter(folder) if folder is not None else nullcontext():
+    with claim_adapter_folder(folder) if folder is not None else nullcontext():
         loaded, recollection = load_adapters(sources, base, lazy=True, hashes=False, progress=progress), None
         if recollect:
             recollection = open_recollection(loaded, recollect, _text(base), seed, progress)

@@ -15,7 +15,7 @@ from mlx_rsgwm.converters.peft.folder import INDEX_FILE, PeftFolder, open_peft
 from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.names import parse_name
 from mlx_rsgwm.converters.peft.raw_arrays import RawArray, read_raw
-from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
+from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE
 from mlx_rsgwm.converters.peft.verify import require_equal
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
 from mlx_rsgwm.core.folders import new_folder
@@ -23,6 +23,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import resolve_base
+from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE
 
 MOST_FOLDERS = 20_000  # that are looked into for adapters: a whole disk is a mistake
 

@@ -24,7 +24,7 @@ from mlx_rsgwm.converters.base_layers import BaseLayers, local_base_layers, read
 from mlx_rsgwm.converters.peft.folder import open_peft
 from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.read import early_problems, read_peft
-from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE, write_sidecar
+from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, write_sidecar
 from mlx_rsgwm.converters.peft.tokenizer_notes import tokenizer_notes
 from mlx_rsgwm.converters.peft.write import peft_arrays, peft_form, unconvertible
 from mlx_rsgwm.converters.resized_vocabulary import rows_of, tokenizer_files
@@ -38,6 +38,7 @@ from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hash
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import ALIASES, base_for, local_base, resolve_base
 from mlx_rsgwm.models.base_folder import fingerprint_of
+from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE
 from mlx_rsgwm.models.fit_check import check_made_for
 
 

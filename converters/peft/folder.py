@@ -12,13 +12,14 @@ import mlx.core as mx
 from mlx_rsgwm.converters.module_names import Names
 from mlx_rsgwm.converters.peft.config import rank_of, saves_whole
 from mlx_rsgwm.converters.peft.names import PREFIX, explain_name, parse_name
-from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE, PEFT_WEIGHTS_FILE
+from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE
 from mlx_rsgwm.converters.peft.uniform import same_bits
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.dtypes import NAMES, name_of
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
+from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE
 from mlx_rsgwm.models.token_layers import is_embedding, is_head
 
 INDEX_FILE = f"{PEFT_WEIGHTS_FILE}.index.json"

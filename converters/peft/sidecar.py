@@ -27,7 +27,6 @@ from mlx_rsgwm.models.adapter import (
 )
 
 PEFT_CONFIG_FILE = "adapter_config.json"
-PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
 CERTIFICATE_FILE = "parity.json"
 SIDECAR_FOLDER = "mlx_rsgwm"
 SIDECAR_FORMAT = "mlx-rsgwm/peft-sidecar"

@@ -21,6 +21,7 @@ from mlx_rsgwm.core.nearest import nearest_path
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, require_space_for, write_safetensors
 from mlx_rsgwm.models.adapter_shapes import FULL_LEAVES, array_problems, factor_problems
 from mlx_rsgwm.models.base_folder import base_difference
+from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE
 from mlx_rsgwm.models.finite import all_zero_magnitudes, not_finite
 from mlx_rsgwm.models.spec import LoraSpec
 
@@ -347,7 +348,7 @@ def _explain_missing_weights(folder: Path) -> str:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         return f"{folder}: {pickles[0]} is a pickle file, which can run code when loaded; only .safetensors is read"
-    if (folder / "adapter_model.safetensors").is_file():
+    if (folder / PEFT_WEIGHTS_FILE).is_file():
         return f"{folder} is a PEFT adapter; convert it first: rsgwm convert from-peft {folder} OUT --base BASE"
     if (folder / "adapters.npz").is_file():
         return (

@@ -15,6 +15,9 @@ from mlx_rsgwm.core.progress import Progress
 if TYPE_CHECKING:
     from mlx_rsgwm.models.adapter import Adapter
 
+# The array file of a PEFT adapter: converters read and write it, others tell by it what a folder is.
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+
 
 @dataclass(frozen=True)
 class FileReader:

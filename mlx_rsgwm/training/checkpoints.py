@@ -12,13 +12,10 @@ MLX's global random stream can be read but not set (mlx 0.32.4). So the run seed
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import current_thread, main_thread
-from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -38,9 +35,9 @@ from mlx_rsgwm.models.adapter import (
     is_complete,
     seal,
 )
+from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE
 from mlx_rsgwm.training.snapshots import FOLDER as SNAPSHOTS
 
-PEFT_WEIGHTS_FILE = "adapter_model.safetensors"  # as converters call it, which are not imported here
 FOLDER = "checkpoints"
 STATE_FILE = "state.safetensors"
 WITH_STATE = 2
@@ -143,8 +140,10 @@ def prune(folder: Path, keep: int, with_state: int) -> None:
 
 
 @contextmanager
-def new_adapter(folder: Path) -> Iterator[None]:
+def claim_adapter_folder(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for an adapter that the body makes, so that of two commands one makes it and the other says so.
+
+    Of a finished adapter in it what only an unfinished run needs is removed, before it is refused.
 
     Raises:
         RsgwmError: it holds a finished one, or one that was not trained here, or another process is writing it.
@@ -168,7 +167,8 @@ def drop_state(folder: Path) -> None:
 def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) -> Checkpoint | None:
     """The newest sound checkpoint of an unfinished run as ``saving.resume`` asks; None to start at the beginning.
 
-    ``run`` is everything the result depends on: nested mappings of JSON values.
+    ``run`` is everything the result depends on: nested mappings of JSON values. Nothing is written or removed: where
+    there is none to go on from, :func:`clear_run` takes away what is there.
 
     Raises:
         RsgwmError: there are checkpoints but ``resume`` refuses, or they are of a run that differs (every field that
@@ -191,14 +191,12 @@ def read_checkpoint(saving: Saving, run: Mapping[str, Any], progress: Progress) 
             continue
         differences = differing(manifest.get("run") or {}, run)
         if differences and saving.resume == "replace":
-            _clear(saving.folder)
             return None
         raise_problems(f"cannot resume {path}", differences)
         weights, _ = read_safetensors(path / WEIGHTS_FILE)
         arrays, _ = read_safetensors(path / STATE_FILE)
         return Checkpoint(manifest["step"], weights, arrays, manifest["record"])
     if saving.resume == "replace":
-        _clear(saving.folder)
         return None
     raise RsgwmError(f"no checkpoint in {saving.folder / FOLDER} can be resumed (damaged: {', '.join(damaged)})")
 
@@ -223,38 +221,8 @@ def _intact(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _clear(folder: Path) -> None:
-    """Forget what another run left."""
-    for name in (FOLDER, SNAPSHOTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-
-
-@dataclass
-class Interruption:
-    """Whether the process was asked to end."""
-
-    requested: bool = False
-
-
-@contextmanager
-def deferred_interrupts() -> Iterator[Interruption]:
-    """Let Ctrl-C and SIGTERM wait for the end of a step; a second one interrupts at once.
-
-    Outside the main thread, where Python delivers no signals, nothing changes.
-    """
-    interruption = Interruption()
-
-    def request(signum: int, frame: FrameType | None) -> None:
-        if interruption.requested:
-            raise KeyboardInterrupt
-        interruption.requested = True
-
-    if current_thread() is not main_thread():
-        yield interruption
-        return
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interruption
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def clear_run(folder: Path) -> None:
+    """Remove the checkpoints and snapshots of an unfinished run, where there are whole checkpoints of one."""
+    if checkpoint_folders(folder):
+        for name in (FOLDER, SNAPSHOTS):
+            shutil.rmtree(folder / name, ignore_errors=True)

@@ -13,7 +13,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.loading import load_data, load_test
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import DEFAULT_BASE, load_base
-from mlx_rsgwm.training.checkpoints import Saving, new_adapter
+from mlx_rsgwm.training.checkpoints import Saving, claim_adapter_folder
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish, train
 from mlx_rsgwm.training.memory import MemoryOptions
@@ -108,7 +108,7 @@ def run_job(job: TrainJob, progress: Progress = SILENT) -> Adapter | None:
     """
     processes, folder = launched_processes(), job.saving.folder
     if processes.writes:
-        with new_adapter(folder):
+        with claim_adapter_folder(folder):
             return _run_in(job, processes, progress)
     if is_complete(folder):
         raise RsgwmError(f"{folder} already holds a finished adapter; choose another folder or remove it")

@@ -24,13 +24,14 @@ from mlx_rsgwm.core.dtypes import name_of
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.signals import deferred_interrupts
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import TokenRow, plan_steps, row_notes
 from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of_base
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
-from mlx_rsgwm.training.checkpoints import Saving, deferred_interrupts, prune, read_checkpoint
+from mlx_rsgwm.training.checkpoints import Saving, clear_run, prune, read_checkpoint
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
 from mlx_rsgwm.training.layers import expert_keys, linear_keys, lora_layers
 from mlx_rsgwm.training.losses import held_out_loss
@@ -217,12 +218,14 @@ def _tell_few_steps(steps: int, config: TrainConfig, tell: Callable[[str], None]
 
 
 def _begin(run: TrainingRun, saving: Saving | None, identity: Mapping[str, Any], progress: Progress) -> None:
-    """Take up the checkpoint that is there, or score the held-out rows before the first step."""
+    """Take up the checkpoint that is there; with none, clear another run's away and score the held-out rows."""
     checkpoint = read_checkpoint(saving, identity, progress) if saving else None
     if checkpoint is not None:
         run.restore(checkpoint)
         progress.message(f"{run.label}: continuing after step {checkpoint.step} of {len(run.plan)}")
     else:
+        if saving and run.processes.writes:
+            clear_run(saving.folder)
         run.before = _loss(run.model, run.held_rows, run.config)
 
 

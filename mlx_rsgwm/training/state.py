@@ -18,10 +18,11 @@ from mlx_rsgwm.core.distributed import Processes
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.core.random_streams import step_seed
+from mlx_rsgwm.core.signals import Interruption
 from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch
 from mlx_rsgwm.models.linux_cpu import lazily
 from mlx_rsgwm.models.split import split_head
-from mlx_rsgwm.training.checkpoints import Checkpoint, Interruption, Saving, write_checkpoint
+from mlx_rsgwm.training.checkpoints import Checkpoint, Saving, write_checkpoint
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at, make_optimizer
 from mlx_rsgwm.training.directions import DirectionSums
 from mlx_rsgwm.training.history import Score, StepLoss, mean_loss

@@ -18,7 +18,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, new_adapter, read_checkpoint
+from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, claim_adapter_folder, clear_run, read_checkpoint
 from mlx_rsgwm.training.loop import finish, train
 
 RESULT = ("adapters.safetensors", "importance.safetensors", "directions.safetensors", "init.safetensors")
@@ -252,6 +252,18 @@ def test_nothing_to_resume_starts_at_the_beginning(tmp_path):
     assert read_checkpoint(Saving(tmp_path, resume="continue"), {}, Progress()) is None
 
 
+def test_reading_removes_nothing(base, corpus, config, tmp_path):
+    """Another run's checkpoints go when that is asked for, by what starts the new one, not by what looks at them."""
+    saving = Saving(tmp_path / "a", every=2, resume="replace")
+    with pytest.raises(KeyboardInterrupt):
+        train(base, corpus, config(), saving=saving, progress=Stop(3, send(signal.SIGINT)))
+    before = sorted(path for path in saving.folder.rglob("*"))
+    assert read_checkpoint(saving, {"config": "another"}, Progress()) is None
+    assert sorted(path for path in saving.folder.rglob("*")) == before
+    clear_run(saving.folder)
+    assert not checkpoint_folders(saving.folder)
+
+
 CHILD = """
 import sys
 from pathlib import Path
@@ -318,6 +330,6 @@ def test_an_adapter_of_another_program_is_not_written_over(tmp_path, name):
     folder = tmp_path / "theirs"
     folder.mkdir()
     (folder / name).write_text("theirs")
-    with pytest.raises(RsgwmError, match=f"holds {name} of another program"), new_adapter(folder):
+    with pytest.raises(RsgwmError, match=f"holds {name} of another program"), claim_adapter_folder(folder):
         raise AssertionError
     assert [path.name for path in folder.iterdir()] == [name]
