@@ -21,9 +21,10 @@ from mlx_rsgwm.data.perturb import perturb
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.evaluation import judging
-from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, pipeline_identity
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
 from mlx_rsgwm.inference.draft import Draft, Signals
+from mlx_rsgwm.inference.identity import pipeline_identity
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import failed_check
 from mlx_rsgwm.inference.pool import together
@@ -51,7 +52,10 @@ class CalibrationItem:
 
 def header_of(pipeline: DraftVerify, questions: Sequence[Question]) -> dict[str, Any]:
     """What a file of drafts of these questions begins with; not the rule of a pool, for each adapter is in it."""
-    made_for = {name: value for name, value in pipeline_identity(pipeline).items() if name != "combine"}
+    made_for = pipeline_identity(pipeline)
+    made_for.pop("combine", None)
+    if made_for["draft_template"] == made_for["template"]:  # files of earlier versions, which go on, say it once
+        del made_for["draft_template"]
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

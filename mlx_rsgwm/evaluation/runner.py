@@ -18,6 +18,7 @@ from mlx_rsgwm.evaluation.answers import REFUSAL
 from mlx_rsgwm.evaluation.journal import EvaluationJournal
 from mlx_rsgwm.evaluation.latency import with_latency
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
+from mlx_rsgwm.inference.identity import describe_pipeline
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import LoopConfig, decide
 from mlx_rsgwm.inference.pool import winner
@@ -180,19 +181,8 @@ def _record(question: Question, drafts: Sequence[DraftRecord], config: LoopConfi
 
 def describe_run(pipeline: DraftVerify, questions: Sequence[Question], batch_rows: int, **more: Any) -> dict[str, Any]:
     """Everything the items of a run depend on, for its journal and its report: prompt and decoding included."""
-    names = {"drafter": pipeline.drafter, "verifier": next(iter(pipeline.verifiers), None)}
-    adapters: dict[str, Any] = {
-        role: pipeline.slots.adapter(name).files_hash() if name else None for role, name in names.items()
-    }
-    if len(pipeline.verifiers) > 1:
-        adapters["verifier"] = {name: pipeline.slots.adapter(name).files_hash() for name in pipeline.verifiers}
-        adapters["combine"] = pipeline.combine
     return {
-        "base": pipeline.slots.base.fingerprint,
-        "adapters": adapters,
-        "template": pipeline.template.describe(),
-        "verify_template": pipeline.verify_template.describe(),
-        "loop": {name: value for name, value in asdict(pipeline.config).items() if name != "check"},  # the report's
+        **describe_pipeline(pipeline),
         "questions": files.sha256_json([asdict(question) for question in questions]),
         "items": len(questions),
         "batch_rows": batch_rows,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +22,6 @@ from mlx_rsgwm.inference.risk_control import RiskBound
 from mlx_rsgwm.inference.scores import SCORES, Combination, Curve, Logistic, Scorer, learned_count
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import cache_folder
-
-if TYPE_CHECKING:
-    from mlx_rsgwm.inference.loop import DraftVerify
 
 FILE = "calibration.json"
 FORMAT = "mlx-rsgwm/calibration"
@@ -201,27 +198,6 @@ def score_and_threshold(score: str, threshold: float | str, calibration: Calibra
         return score, float(threshold)
     matching = calibration is not None and calibration.score == score
     return score, calibration.threshold if calibration and matching else UNCALIBRATED_THRESHOLD
-
-
-def pipeline_identity(pipeline: DraftVerify) -> dict[str, Any]:
-    """What a calibration holds for: base, template, adapters by the SHA-256 of their weights, sampling, attempts."""
-    sampling = pipeline.config.sampling
-    slots, drafter = pipeline.slots, pipeline.drafter
-    hashes = [slots.adapter(name).weights_hash() for name in pipeline.verifiers]
-    return {
-        "base": pipeline.slots.base.fingerprint,
-        "template": pipeline.verify_template.hash,
-        "drafter": None if drafter is None else slots.adapter(drafter).weights_hash(),
-        **(
-            {"verifier": hashes, "combine": pipeline.combine}
-            if len(hashes) > 1
-            else {"verifier": hashes[0] if hashes else None}
-        ),
-        "attempts": pipeline.config.attempts,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_tokens": sampling.max_tokens,
-    }
 
 
 def load_calibration(folder: Path) -> Calibration | None:

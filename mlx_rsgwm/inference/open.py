@@ -20,10 +20,10 @@ from mlx_rsgwm.inference.calibration import (
     UNCALIBRATED_SCORE,
     Calibration,
     NothingToTellApart,
-    pipeline_identity,
     score_and_threshold,
     stored_calibration,
 )
+from mlx_rsgwm.inference.identity import pipeline_identity
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.pair import VerifierSource, brief, check_pair, check_pool, load_verifier, other_base, roles_of
 from mlx_rsgwm.inference.policy import LoopConfig

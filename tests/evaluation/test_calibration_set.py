@@ -9,12 +9,14 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.scoring import area_under_roc
 from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.data.synthetic import generate
+from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.evaluation import judging
-from mlx_rsgwm.evaluation.calibration_set import calibrate, collect
+from mlx_rsgwm.evaluation.calibration_set import calibrate, collect, header_of
 from mlx_rsgwm.evaluation.judging import label_drafts
 from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.evaluation.runner import evaluate
-from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, pipeline_identity, save_calibration
+from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart, load_calibration, save_calibration
+from mlx_rsgwm.inference.identity import describe_pipeline, pipeline_identity
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import Combination, Scorer
@@ -68,6 +70,40 @@ def test_identity_follows_the_weights(pipeline, make_adapter, tmp_path):
         pipeline.slots.load("verifier", adapter)
         found[seed] = pipeline_identity(pipeline)
     assert {name for name, value in found[2].items() if found[3][name] != value} == {"verifier"}
+
+
+CHANGES = {
+    "draft_template": lambda p: setattr(p, "template", TEMPLATES["chat"]),
+    "template": lambda p: setattr(p, "verify_template", TEMPLATES["chat"]),
+    "attempts": lambda p: setattr(p, "config", replace(p.config, attempts=5)),
+    "top_p": lambda p: setattr(p, "config", replace(p.config, sampling=replace(p.config.sampling, top_p=0.5))),
+    "drafter": lambda p: setattr(p, "drafter", None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_a_calibration_changes_a_run(pipeline, name):
+    before, run = pipeline_identity(pipeline), describe_pipeline(pipeline)
+    CHANGES[name](pipeline)
+    after = pipeline_identity(pipeline)
+    assert [field for field in before if before[field] != after[field]] == [name]
+    assert describe_pipeline(pipeline) != run
+
+
+def test_what_earlier_versions_kept_stays_of_use(pipeline, half_right, tmp_path):
+    """They recorded one template: such drafts go on where the prompts are one, such a calibration is compared by it."""
+    now = pipeline_identity(pipeline)
+    assert "draft_template" not in header_of(pipeline, QUESTIONS)
+    calibration = calibrate(pipeline, QUESTIONS, seed=1)
+    save_calibration(tmp_path, calibration)
+    stored = json.loads((tmp_path / "calibration.json").read_text())
+    del stored["made_for"]["draft_template"]
+    (tmp_path / "calibration.json").write_text(json.dumps(stored))
+    earlier = load_calibration(tmp_path)
+    pipeline.template = TEMPLATES["chat"]
+    assert earlier.differences(now) == earlier.differences(pipeline_identity(pipeline)) == []
+    assert calibration.differences(pipeline_identity(pipeline)) == ["draft_template"]
+    assert header_of(pipeline, QUESTIONS)["draft_template"] == TEMPLATES["chat"].hash
 
 
 @pytest.fixture

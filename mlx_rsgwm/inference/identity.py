@@ -1,0 +1,53 @@
+"""What a pipeline's drafts and scores depend on, described once, and the part of it that a calibration holds for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mlx_rsgwm.models.adapter import Adapter
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.inference.loop import DraftVerify
+
+
+def describe_pipeline(pipeline: DraftVerify, hash_of: Callable[[Adapter], str] = Adapter.files_hash) -> dict[str, Any]:
+    """Base, adapters by ``hash_of`` them, both prompts and the loop's settings, as JSON values.
+
+    Not ``check``: a report replays the loop with one on the same drafts.
+    """
+    slots, drafter = pipeline.slots, pipeline.drafter
+    verifiers = {name: hash_of(slots.adapter(name)) for name in pipeline.verifiers}
+    several = len(verifiers) > 1
+    return {
+        "base": slots.base.fingerprint,
+        "adapters": {
+            "drafter": hash_of(slots.adapter(drafter)) if drafter else None,
+            "verifier": verifiers if several else next(iter(verifiers.values()), None),
+            **({"combine": pipeline.combine} if several else {}),
+        },
+        "template": pipeline.template.describe(),
+        "verify_template": pipeline.verify_template.describe(),
+        "loop": {name: value for name, value in asdict(pipeline.config).items() if name != "check"},
+    }
+
+
+def pipeline_identity(pipeline: DraftVerify) -> dict[str, Any]:
+    """What a calibration holds for: base, prompts, adapters by the SHA-256 of their weights, sampling, attempts.
+
+    ``template`` is the verifier's prompt; ``draft_template``, the drafter's, is missing from calibrations of earlier
+    versions, which therefore cannot say whether it is another.
+    """
+    described = describe_pipeline(pipeline, Adapter.weights_hash)
+    adapters, sampling = described["adapters"], described["loop"]["sampling"]
+    verifier = adapters["verifier"]
+    return {
+        "base": described["base"],
+        "template": described["verify_template"]["hash"],
+        "draft_template": described["template"]["hash"],
+        **adapters,
+        "verifier": list(verifier.values()) if isinstance(verifier, dict) else verifier,
+        "attempts": described["loop"]["attempts"],
+        **{name: sampling[name] for name in ("temperature", "top_p", "max_tokens")},
+    }
