@@ -202,7 +202,7 @@ def convert_from_gguf(console: Console, source: Path, out: Path, base_name: str 
     if is_gguf_adapter(source):
         if quantised:
             raise RsgwmError(f"{source} is an adapter, not a model; leave --quantised out")
-        _tell(console, out, "adapter", convert_adapter(source, base_name, out, console.progress))
+        _print_result(console, out, "adapter", convert_adapter(source, base_name, out, console.progress))
         return
     if base_name is not None:
         raise RsgwmError(f"{source} is a model, not an adapter; leave --base out")
@@ -253,12 +253,12 @@ def _run(
     from mlx_rsgwm.converters.peft.bulk import adapter_folders, convert_all
 
     if isinstance(source, str) or is_adapter(source) or not adapter_folders(source, is_adapter):
-        _tell(console, out, noun, convert(source, out), **about)
+        _print_result(console, out, noun, convert(source, out), **about)
     else:
         _report(console, convert_all(source, out, is_adapter, is_result, convert, suffix, console.progress))
 
 
-def _tell(console: Console, out: Path, noun: str, result: Converted, **about: Any) -> None:
+def _print_result(console: Console, out: Path, noun: str, result: Converted, **about: Any) -> None:
     console.line(
         f"{out}: {noun} for {result.base}, rank {result.spec.rank}, scale {result.spec.scale:g}, "
         f"{result.modules} modules"

@@ -75,7 +75,7 @@ def collect(
     }
     size = (adapter_folder / DIRECTIONS_FILE).stat().st_size
     inputs = len({name.partition("/")[2].rpartition(".")[0] for name in arrays})
-    told = ", ".join(f"{counts['tokens'][role]} tokens of {n} {role} rows" for role, n in counts["rows"].items())
-    console.line(f"{adapter_folder}: directions of {inputs} inputs from {told} ({size / 1e6:.1f} MB)")
+    rows_read = ", ".join(f"{counts['tokens'][role]} tokens of {n} {role} rows" for role, n in counts["rows"].items())
+    console.line(f"{adapter_folder}: directions of {inputs} inputs from {rows_read} ({size / 1e6:.1f} MB)")
     modules = len(adapter.modules())
     console.result({"adapter": str(adapter_folder), "modules": modules, "inputs": inputs, **counts, "bytes": size})

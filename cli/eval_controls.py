@@ -102,7 +102,7 @@ def controls(
     )
     adapters = _checked_pair(console, run)
     summary = run_controls(load_base_for(adapters, base_name, console.progress), plan, console.progress)
-    _tell(console, summary, (*drawn.notes, *chosen.overlap.lines()), out)
+    _print_result(console, summary, (*drawn.notes, *chosen.overlap.lines()), out)
     console.result({"overlap": chosen.overlap.headline(), **summary})
 
 
@@ -138,7 +138,7 @@ def _checked_pair(console: Console, run: Path) -> list[Adapter]:
     return adapters
 
 
-def _tell(console: Console, summary: Mapping[str, Any], notes: Sequence[str], out: Path) -> None:
+def _print_result(console: Console, summary: Mapping[str, Any], notes: Sequence[str], out: Path) -> None:
     from mlx_rsgwm.core.tables import aligned
     from mlx_rsgwm.studies.controls import control_notes, control_rows
     from mlx_rsgwm.studies.judges import judge_rows

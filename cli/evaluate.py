@@ -105,7 +105,7 @@ def evaluate(
         drafts=drafts, refusal=wording, seed=console.seed, metadata=metadata, progress=progress, processes=processes,
     )  # fmt: skip
     if summary is not None:
-        _tell(console, summary, out)
+        _print_result(console, summary, out)
 
 
 def _choose(
@@ -143,7 +143,7 @@ def _calibrating_here(
     return lambda pipeline: calibrate(pipeline, drawn.questions, seed, batch_rows, progress)
 
 
-def _tell(console: Console, summary: dict[str, Any], out: Path | None) -> None:
+def _print_result(console: Console, summary: dict[str, Any], out: Path | None) -> None:
     from mlx_rsgwm.evaluation.report.folder import render_table
 
     console.line(render_table(summary))

@@ -66,13 +66,13 @@ def loss(
                 results[name] = held_out_loss(slots.model, chosen, batch_rows)
             advance(1, name)
     for name, values in results.items():
-        told = ", ".join(f"{role} {value:.4f}" for role, value in values.items())
+        shown = ", ".join(f"{role} {value:.4f}" for role, value in values.items())
         if seen.get(name):
             console.line(f"NOT NEW: {name} was trained on what {seen[name]} of the {len(chosen)} rows ask")
         if name in records and records[name].unknown:
             console.line(not_recorded(records[name].unknown))
         console.line(
-            f"{name}: {told} nats per completion token, {len(chosen)} rows{f' ({dropped} too long)' * bool(dropped)}"
+            f"{name}: {shown} nats per completion token, {len(chosen)} rows{f' ({dropped} too long)' * bool(dropped)}"
         )
     counts = {"rows": len(chosen), "rows_too_long": dropped}
     console.result({**counts, "loss": results, "trained_on": trained_on})

@@ -27,7 +27,7 @@ from mlx_rsgwm.cli.console import Stopped, show
 from mlx_rsgwm.cli.groups import LazyGroup
 from mlx_rsgwm.cli.old_names import with_new_names
 from mlx_rsgwm.cli.startup import hide_torch
-from mlx_rsgwm.cli.wrong_words import refuse_one_dash, told
+from mlx_rsgwm.cli.wrong_words import explained, refuse_one_dash
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.signals import handled
 
@@ -106,7 +106,7 @@ def _of_the_command_line(error: click.ClickException) -> str:
     """The line for what click refuses."""
     if isinstance(error, click.UsageError):
         context = error.ctx
-        return f"{told(error)} (try '{context.command_path if context else 'rsgwm'} --help')"
+        return f"{explained(error)} (try '{context.command_path if context else 'rsgwm'} --help')"
     return error.format_message()
 
 

@@ -148,7 +148,7 @@ def merge(
         names, merged = _by_method(console, adapters, options, corpora, base_name)
     if out is not None and not dry_run:
         merged.save(out)
-    _tell(console, names, merged.manifest["merge"], "nothing written" if dry_run else str(out))
+    _print_result(console, names, merged.manifest["merge"], "nothing written" if dry_run else str(out))
 
 
 def _by_method(
@@ -191,7 +191,7 @@ def _by_plan(
     return [adapter.adapter for adapter in plan.adapters], merged
 
 
-def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out: str) -> None:
+def _print_result(console: Console, adapters: Sequence[str], merge: dict[str, Any], out: str) -> None:
     diagnosis = merge["diagnosis"]
     overall = diagnosis["overall"]
     console.line(
@@ -200,8 +200,8 @@ def _tell(console: Console, adapters: Sequence[str], merge: dict[str, Any], out:
     if "chosen_because" in merge:
         console.line(f"{merge['method']} was chosen: {merge['chosen_because']} (--method takes another)")
     for path, collected in zip(adapters, merge.get("recollected", ()), strict=False):
-        told = ", ".join(f"{count} {role} rows" for role, count in collected["rows"].items())
-        console.line(f"directions of {path}: recollected from {told}")
+        rows_read = ", ".join(f"{count} {role} rows" for role, count in collected["rows"].items())
+        console.line(f"directions of {path}: recollected from {rows_read}")
     for warning in merge["warnings"]:
         console.line(f"warning: {warning}")
     console.line(f"norm of the update: {overall['norm_share']:.3f} of the sources' mean")

@@ -124,7 +124,7 @@ def merge_sweep(
     del adapters, beside  # the base takes the memory
     measured = Sweep(load_base(name, progress=progress), plan, out, progress, processes).execute()
     if processes.writes:
-        _tell(console, measured, overlap, out)
+        _print_result(console, measured, overlap, out)
 
 
 def _held_out(
@@ -140,7 +140,7 @@ def _held_out(
     return questions, overlap
 
 
-def _tell(console: Console, measured: Measured, overlap: Overlap, out: Path) -> None:
+def _print_result(console: Console, measured: Measured, overlap: Overlap, out: Path) -> None:
     from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
 
     summary = write_sweep(out, [measured], console.seed)

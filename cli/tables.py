@@ -123,8 +123,8 @@ def _measure(
     from mlx_rsgwm.studies.paper_tables import measure_table, table_notes, table_rows
 
     base, runs, settings = inputs
-    told = {**asdict(chosen.overlap), "headline": chosen.overlap.headline()}
-    measurement = measure_table(table, base, runs, chosen.questions, settings, folder, console.progress, told)
+    recorded = {**asdict(chosen.overlap), "headline": chosen.overlap.headline()}
+    measurement = measure_table(table, base, runs, chosen.questions, settings, folder, console.progress, recorded)
     rows, notes, overlap = table_rows(measurement), table_notes(measurement), chosen.overlap.lines()
     for suffix in PAGES:
         write_page(folder / f"table-{table}{suffix}", TITLES[table], [("", rows)], [*overlap, *notes])

@@ -24,7 +24,7 @@ INSTEAD = {
 }
 
 
-def told(error: click.UsageError) -> str:
+def explained(error: click.UsageError) -> str:
     """The message of a usage error, with what to type instead where that can be known."""
     context = error.ctx
     command = context.command_path.partition(" ")[2] if context else ""

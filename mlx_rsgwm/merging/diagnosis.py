@@ -14,9 +14,9 @@ from mlx_rsgwm.merging.options import MergeOptions
 
 # Refused: a module below this share of its sources' mean norm; silently it would be the base model.
 COLLAPSE_SHARE = 0.01
-# Told: a result, or a module of it, of so many times the norm that its sources and weights allow; one so many times as
-# large as its sources.
-TOLD_GROWTH, TOLD_MODULE_GROWTH, TOLD_SHARE = 2.0, 10.0, 10.0
+# Warned of: a result, or a module of it, of so many times the norm that its sources and weights allow; one so many
+# times as large as its sources.
+WARN_GROWTH, WARN_MODULE_GROWTH, WARN_SHARE = 2.0, 10.0, 10.0
 # How far from 1 the sum of shares may be by rounding.
 ROUNDING = 1e-3
 # Beyond this norm float32 cannot hold the square.
@@ -52,45 +52,53 @@ class Allowance:
         return sum(weight * norm for weight, norm in weighted) / total if total else 0.0
 
 
-def diagnosis(
-    measured: Mapping[str, MeasuredRow],
+def as_numbers(measured: Mapping[str, MeasuredRow]) -> dict[str, dict[str, Any]]:
+    """What was measured of every module, its arrays as lists and numbers."""
+    return {
+        module: {name: value.tolist() if isinstance(value, mx.array) else value for name, value in row.items()}
+        for module, row in measured.items()
+    }
+
+
+def refuse_unsound(
+    rows: Mapping[str, Mapping[str, Any]],
     labels: Sequence[str],
     allowed: Mapping[str, Allowance],
     objections: Mapping[str, Mapping[str, mx.array]],
     options: MergeOptions,
     remedy: str,
-) -> dict[str, Any]:
-    """The manifest's ``diagnosis``: one object per module and one over all.
-
-    ``norm`` and ``source_norms`` ‖ΔW‖_F, ``norm_share`` norm over the sources' mean norm, ``growth`` norm over what its
-    :class:`Allowance` allows, ``cosines`` to each source, ``cosine_to_mean_product``, ``discarded`` the share of ‖·‖²
-    that the output rank could not hold.
+) -> None:
+    """Raise for a merge that nobody can want, by what was measured of every module (``rows``, :func:`as_numbers`).
 
     Raises:
         RsgwmError: a source or the result is beyond float32; an adapter changes nothing; the method has no answer
             between these adapters; a module below 1 % of its sources' mean norm (such a merge silently is the base
             model), or above ``options.largest`` times what is allowed (such a one is made of rounding errors).
     """
-    by_module: dict[str, dict[str, Any]] = {
-        module: {name: value.tolist() if isinstance(value, mx.array) else value for name, value in row.items()}
-        for module, row in measured.items()
-    }
-    _refuse_sources(by_module, labels)
+    _refuse_sources(rows, labels)
     refuse_objections(objections, options.method, remedy)
     raise_problems(
         f"the {options.method} merge is beyond float32, though its sources are not; give other weights, or {remedy}",
-        [f"{module} of the result" for module, row in by_module.items() if not abs(row["square"]) < float("inf")],
+        [f"{module} of the result" for module, row in rows.items() if not abs(row["square"]) < float("inf")],
     )
-    allowances = {module: allowed[module].norm(_norms(row)) for module, row in by_module.items()}
-    modules = {module: _summary(row, allowances[module]) for module, row in by_module.items()}
-    means = {module: allowed[module].mean(row) for module, row in by_module.items()}
-    _refuse_size(modules, means, allowances, options, remedy)
+    _refuse_size(rows, allowed, options, remedy)
+
+
+def diagnosis(rows: Mapping[str, Mapping[str, Any]], allowed: Mapping[str, Allowance]) -> dict[str, Any]:
+    """The manifest's ``diagnosis``, of rows that :func:`refuse_unsound` lets pass: one object per module, one over all.
+
+    ``norm`` and ``source_norms`` ‖ΔW‖_F, ``norm_share`` norm over the sources' mean norm, ``growth`` norm over what its
+    :class:`Allowance` allows, ``cosines`` to each source, ``cosine_to_mean_product``, ``discarded`` the share of ‖·‖²
+    that the output rank could not hold.
+    """
+    allowances = {module: allowed[module].norm(_norms(row)) for module, row in rows.items()}
+    modules = {module: _summary(row, allowances[module]) for module, row in rows.items()}
     keys = ("square", "mean_square", "discarded")
-    overall: dict[str, Any] = {key: sum(row[key] for row in by_module.values()) for key in keys}
+    overall: dict[str, Any] = {key: sum(row[key] for row in rows.values()) for key in keys}
     for key in ("squares", "dots"):
-        overall[key] = [sum(column) for column in zip(*(row[key] for row in by_module.values()), strict=True)]
-    for name in dict.fromkeys(name for row in by_module.values() for name in row if name.startswith("note/")):
-        values = [row[name] for row in by_module.values() if name in row]
+        overall[key] = [sum(column) for column in zip(*(row[key] for row in rows.values()), strict=True)]
+    for name in dict.fromkeys(name for row in rows.values() for name in row if name.startswith("note/")):
+        values = [row[name] for row in rows.values() if name in row]
         if isinstance(values[0], list):
             overall[name] = [sum(column) / len(column) for column in zip(*values, strict=True)]
         else:
@@ -101,31 +109,37 @@ def diagnosis(
 
 def warnings_of(diagnosed: Mapping[str, Any], weights: Sequence[float]) -> list[str]:
     """What a careful person would want to know of a merge with these ``weights`` that was not refused."""
-    overall, told = diagnosed["overall"], []
-    grown = {name: row["growth"] for name, row in diagnosed["modules"].items() if row["growth"] > TOLD_MODULE_GROWTH}
-    if overall["growth"] > TOLD_GROWTH:
-        told.append(
+    overall, warnings = diagnosed["overall"], []
+    grown = {name: row["growth"] for name, row in diagnosed["modules"].items() if row["growth"] > WARN_MODULE_GROWTH}
+    if overall["growth"] > WARN_GROWTH:
+        warnings.append(
             f"the update is {overall['growth']:.1f} times as large as its sources and weights allow a mean or sum to be"
         )
-    elif overall["norm_share"] > TOLD_SHARE:
-        told.append(f"the update is {overall['norm_share']:.1f} times as large as its sources' mean, by the weights")
+    elif overall["norm_share"] > WARN_SHARE:
+        warnings.append(
+            f"the update is {overall['norm_share']:.1f} times as large as its sources' mean, by the weights"
+        )
     if grown:
         worst = max(grown, key=lambda name: grown[name])
-        told.append(
-            f"{len(grown)} modules are above {TOLD_MODULE_GROWTH:g} times that (e.g. {worst}, {grown[worst]:.1f})"
+        warnings.append(
+            f"{len(grown)} modules are above {WARN_MODULE_GROWTH:g} times that (e.g. {worst}, {grown[worst]:.1f})"
         )
     away = [name for name, row in diagnosed["modules"].items() if row["cosine_to_mean_product"] < 0]
     if away and min(weights, default=0) >= 0:
-        told.append(f"{len(away)} modules point away from their sources' mean (e.g. {away[0]})")
-    return told
+        warnings.append(f"{len(away)} modules point away from their sources' mean (e.g. {away[0]})")
+    return warnings
 
 
 def _norms(row: Mapping[str, Any]) -> list[float]:
     return [max(square, 0.0) ** 0.5 for square in row["squares"]]
 
 
+def _norm(row: Mapping[str, Any]) -> float:
+    return float(max(row["square"], 0.0) ** 0.5)
+
+
 def _summary(row: Mapping[str, Any], allowance: float) -> dict[str, Any]:
-    norm, norms = max(row["square"], 0.0) ** 0.5, _norms(row)
+    norm, norms = _norm(row), _norms(row)
     discarded = max(row["discarded"], 0.0)
     present = [size for size in norms if size]
     mean = sum(present) / len(present) if present else 0.0
@@ -153,13 +167,13 @@ def _cosine(dot: float, first: float, second: float) -> float:
     return dot / (first * second) if first and second else 0.0
 
 
-def _refuse_sources(by_module: Mapping[str, Any], labels: Sequence[str]) -> None:
+def _refuse_sources(rows: Mapping[str, Any], labels: Sequence[str]) -> None:
     # An adapter whose values are not finite is named by the pool, which looks after any failure.
     raise_problems(
         "the pool cannot be merged",
         [
             f"{module} of {label} is too large for float32: its update's norm is above {LARGEST_NORM:g}"
-            for module, row in by_module.items()
+            for module, row in rows.items()
             for label, square in zip(labels, row["squares"], strict=True)
             if not abs(square) < float("inf")
         ],
@@ -169,7 +183,7 @@ def _refuse_sources(by_module: Mapping[str, Any], labels: Sequence[str]) -> None
         [
             f"{label} changes nothing: every lora_a @ lora_b of it is zero, or too small for float32 (norm below 1e-19)"
             for index, label in enumerate(labels)
-            if not any(row["squares"][index] for row in by_module.values())
+            if not any(row["squares"][index] for row in rows.values())
         ],
     )
 
@@ -189,25 +203,23 @@ def refuse_objections(objections: Mapping[str, Mapping[str, mx.array]], method: 
 
 
 def _refuse_size(
-    modules: Mapping[str, Any],
-    means: Mapping[str, float],
-    allowances: Mapping[str, float],
-    options: MergeOptions,
-    remedy: str,
+    rows: Mapping[str, Mapping[str, Any]], allowed: Mapping[str, Allowance], options: MergeOptions, remedy: str
 ) -> None:
     # Where only adapters of weight 0 have an update, nothing is what should come out.
-    shares = {module: row["norm"] / means[module] for module, row in modules.items() if means[module]}
+    means = {module: allowed[module].mean(row) for module, row in rows.items()}
+    shares = {module: _norm(row) / means[module] for module, row in rows.items() if means[module]}
     dead = {module: share for module, share in shares.items() if share < COLLAPSE_SHARE}
     if dead:
         module, share = min(dead.items(), key=lambda item: item[1])
         raise RsgwmError(
-            f"the merge collapses in {len(dead)} of {len(modules)} modules ({module}: the product keeps {share:.2%} "
+            f"the merge collapses in {len(dead)} of {len(rows)} modules ({module}: the product keeps {share:.2%} "
             f"of the sources' mean norm); {remedy}"
         )
-    grown = {module: row["growth"] for module, row in modules.items() if row["growth"] > options.largest}
+    growths = {module: _ratio(_norm(row), allowed[module].norm(_norms(row))) for module, row in rows.items()}
+    grown = {module: growth for module, growth in growths.items() if growth > options.largest}
     if grown:
         module, growth = max(grown.items(), key=lambda item: item[1])
         raise RsgwmError(
-            f"the merge blows up in {len(grown)} of {len(modules)} modules ({module}: {growth:.3g} times the norm that "
+            f"the merge blows up in {len(grown)} of {len(rows)} modules ({module}: {growth:.3g} times the norm that "
             f"its sources and weights allow, the limit is {options.largest:g}); {remedy}, or allow it (--largest)"
         )

@@ -21,7 +21,7 @@ from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.linalg.lowrank import Factors, truncate
 from mlx_rsgwm.merging.automatic import choose_method
 from mlx_rsgwm.merging.compressed import compressed_modules
-from mlx_rsgwm.merging.diagnosis import Allowance, diagnosis, refuse_objections, warnings_of
+from mlx_rsgwm.merging.diagnosis import Allowance, as_numbers, diagnosis, refuse_objections, refuse_unsound, warnings_of
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.measure import LayerBatch, measuring
 from mlx_rsgwm.merging.methods import (
@@ -64,9 +64,9 @@ def merge(
 
     Sources are as for ``load_adapters``, a folder of adapters stands for them, and ``base`` is what those of other
     formats are read for. Folders are streamed: with their number grows one module's factors, and nothing else. With
-    ``diagnosed`` False the diagnosis is left out, and with it the refusal of a merge that collapses or blows up: for a
-    caller who looks at the result in another way. With a ``recollection`` the recorded directions are left aside: they
-    are collected while merging, a block's under the merged blocks below.
+    ``diagnosed`` False nothing is measured, so there is no diagnosis, and no refusal of a merge that collapses or blows
+    up: for a caller who looks at the result in another way. With a ``recollection`` the recorded directions are left
+    aside: they are collected while merging, a block's under the merged blocks below.
 
     Raises:
         AdapterError: an adapter is damaged.
@@ -89,7 +89,9 @@ def merge(
     options, reason = choose_method(pool, options)
     method, parameters = find_method(options.method), resolved(options)
     raise_problems("merge options", weight_problems(options, len(loaded)))
-    _check_space(pool, options, parameters)
+    _check_overrides(pool, options)
+    if parameters.get("space") == "factor":
+        _check_factors(pool)
     signal = parameters["signal"] if "importance" in method.needs else None
     if signal is not None:
         pool.require_signal(signal)
@@ -156,11 +158,15 @@ def _merged(
         measure_jobs(computing.jobs + batch.jobs)
     labels = [source.label for source in pool.sources]
     # Why a method has no answer explains a result that is not finite; that an adapter is damaged explains either.
-    found_here = diagnosis(rows, labels, allowed, objections, options, method.remedy) if diagnosed else None
-    if not diagnosed:
+    described = None
+    if diagnosed:
+        numbers = as_numbers(rows)
+        refuse_unsound(numbers, labels, allowed, objections, options, method.remedy)
+        described = diagnosis(numbers, allowed)
+    else:
         refuse_objections(objections, options.method, method.remedy)
-    merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, ranks, found_here))
-    # A diagnosis refuses what is not finite.
+    merged = Adapter(spec, weights, manifest=_manifest(pool, options, parameters, rank, ranks, described))
+    # What was measured is finite, or it was refused.
     raise_problems(f"{options.method} merge", merged.shape_problems() if diagnosed else merged.problems())
     return merged
 
@@ -253,7 +259,8 @@ def _usual_rank(method: Method, pool: Pool) -> int:
     return sum(ranks) if method.rank == "sum" else max(ranks)
 
 
-def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any]) -> None:
+def _check_overrides(pool: Pool, options: MergeOptions) -> None:
+    """Refuse overrides that no module can have, or that are for none."""
     for override in options.overrides:
         settled(options, override)
         if fixed := {"space", "scope", "signal", "truncate"} & set(override.parameters):
@@ -262,18 +269,19 @@ def _check_space(pool: Pool, options: MergeOptions, parameters: Mapping[str, Any
             near = nearest(override.pattern, [part for module in pool.modules for part in module.split(".")])
             hint = f"did you mean {near!r}?" if near else f"there is e.g. {pool.modules[0]}"
             raise RsgwmError(f"merge options: {override.pattern!r} finds no module; {hint}")
-    if parameters.get("space") != "factor":
-        return
+
+
+def _check_factors(pool: Pool) -> None:
+    """Refuse a pool whose factors do not belong together."""
     advice = " (merge the products instead: --set space=product)"
-    problems = pool.factor_problems()
-    raise_problems("the pool cannot be merged factor by factor" + advice if problems else "", problems)
+    raise_problems(f"the pool cannot be merged factor by factor{advice}", pool.factor_problems())
 
 
 def _described(override: Override) -> dict[str, Any]:
     """An override as a JSON object, without the fields that it leaves as they are."""
     fields = {"weights": list(override.weights), "method": override.method, "ranks": list(override.ranks)}
-    told = {name: value for name, value in fields.items() if value or name == "weights"}
-    return {"pattern": override.pattern, "parameters": dict(override.parameters), **told}
+    given = {name: value for name, value in fields.items() if value or name == "weights"}
+    return {"pattern": override.pattern, "parameters": dict(override.parameters), **given}
 
 
 def _manifest(
@@ -282,7 +290,7 @@ def _manifest(
     parameters: Mapping[str, Any],
     rank: int,
     ranks: Mapping[str, int],
-    diagnosis: dict[str, Any] | None,
+    described: dict[str, Any] | None,
 ) -> dict[str, Any]:
     first = pool.sources[0].manifest
     hashes = {source.template_hash for source in pool.sources}
@@ -306,9 +314,9 @@ def _manifest(
                 *pool.warnings,
                 *_rank_warning(options, ranks),
                 *_mixture_note(find_method(options.method), options, parameters),
-                *(warnings_of(diagnosis, options.weights) if diagnosis else ()),
+                *(warnings_of(described, options.weights) if described else ()),
             ],
-            **({"diagnosis": diagnosis} if diagnosis else {}),
+            **({"diagnosis": described} if described else {}),
         },
         "versions": versions(),
         **({"untied": True} if any(source.untied for source in pool.sources) else {}),

@@ -69,21 +69,21 @@ def _some(names: Sequence[str]) -> str:
 
 def doubts(sources: Sequence[PoolAdapter]) -> list[str]:
     """What a careful person would want to know before trusting a merge of them."""
-    told = []
+    warnings = []
     folders = [source.folder.resolve() for source in sources if source.folder]
     twice = list(dict.fromkeys(str(folder) for folder in folders if folders.count(folder) > 1))
     if twice:
-        told.append(f"given more than once, and counted as often: {', '.join(twice)}")
-    told += _descents(sources)
+        warnings.append(f"given more than once, and counted as often: {', '.join(twice)}")
+    warnings += _descents(sources)
     unknown = [source.label for source in sources if not source.base_fingerprint]
     if unknown:
-        told.append(f"the base of {', '.join(unknown)} is not recorded: make sure that it is the same one")
+        warnings.append(f"the base of {', '.join(unknown)} is not recorded: make sure that it is the same one")
     if len({source.template_hash for source in sources if source.template_hash}) > 1:
-        told.append("the adapters were trained with different prompt templates: the merge may follow neither")
+        warnings.append("the adapters were trained with different prompt templates: the merge may follow neither")
     shared = set.intersection(*(set(source.shapes) for source in sources))
     if any(set(source.shapes) != shared for source in sources):
-        told.append("the adapters differ in modules: where an adapter has none its update counts as zero")
-    return told
+        warnings.append("the adapters differ in modules: where an adapter has none its update counts as zero")
+    return warnings
 
 
 def _descents(sources: Sequence[PoolAdapter]) -> list[str]:

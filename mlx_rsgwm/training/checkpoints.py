@@ -42,7 +42,7 @@ FOLDER = "checkpoints"
 STATE_FILE = "state.safetensors"
 WITH_STATE = 2
 RESUME = ("refuse", "continue", "replace")
-TOLD = ("step", "run", "record")  # what a checkpoint's manifest alone knows; it has a hash of its own
+OF_THE_RUN = ("step", "run", "record")  # what a checkpoint's manifest alone knows; it has a hash of its own
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ def write_checkpoint(
         files.write_json(work / CONFIG_FILE, spec.to_config())
         write_safetensors(work / WEIGHTS_FILE, checkpoint.weights)
         write_safetensors(work / STATE_FILE, checkpoint.arrays)
-        told = dict(zip(TOLD, (checkpoint.step, dict(run), checkpoint.record), strict=True))
+        of_the_run = dict(zip(OF_THE_RUN, (checkpoint.step, dict(run), checkpoint.record), strict=True))
         manifest = {
             **about,
             "kind": "checkpoint",
-            **told,
-            "told_sha256": files.sha256_json(told),
+            **of_the_run,
+            "told_sha256": files.sha256_json(of_the_run),
             "state": {STATE_FILE: files.sha256_file(work / STATE_FILE)},
         }
         seal(work, manifest, (CONFIG_FILE, WEIGHTS_FILE))
@@ -205,10 +205,10 @@ def _intact(path: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint whose files are those it was written with; None when anything is damaged."""
     try:
         manifest = files.read_json_object(path / MANIFEST_FILE)
-        told = files.sha256_json({name: manifest.get(name) for name in TOLD})
+        of_the_run = files.sha256_json({name: manifest.get(name) for name in OF_THE_RUN})
     except (RsgwmError, ValueError):  # no JSON; NaN or infinity in it
         return None
-    if manifest.get("told_sha256") != told:
+    if manifest.get("told_sha256") != of_the_run:
         return None
     if not all(isinstance(manifest.get(name), dict) for name in ("files", "state")):
         return None

@@ -86,11 +86,11 @@ def train(
             a run that cannot be resumed, a loss that is not finite (names step and rows).
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
-    tell = partial(_tell, progress, label)
-    config = _with_keys(base, config, tell)
+    message = partial(_message, progress, label)
+    config = _with_keys(base, config, message)
     memory = memory or MemoryOptions()
     memory.apply()
-    data = _read_data(base, corpus, held_out, test, config, warm_start, tell)
+    data = _read_data(base, corpus, held_out, test, config, warm_start, message)
     plan = plan_steps(data.train.rows, config.step_rows, config.seed, config.epochs, config.steps)
     started_from = {"warm_start": warm_start.describe()} if warm_start else {}
     identity = {**_identity(base, corpus, config, held_out, processes), **started_from}
@@ -100,11 +100,11 @@ def train(
     with ExitStack() as stack:
         init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
         for note in warm_start.put_into(model, config.scale) if warm_start else ():
-            tell(note)
+            message(note)
         run = TrainingRun(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
         need = _estimate(base, data.train.rows, config, processes, run.directions.nbytes)
         progress.detail(f"{label}: {check_estimate(need, memory.enforce)}")
-        _tell_few_steps(len(plan), config, tell)
+        _warn_of_few_steps(len(plan), config, message)
         if saving and processes.writes:
             stack.enter_context(exclusive(saving.folder))
         _begin(run, saving, identity, progress)
@@ -156,16 +156,16 @@ class _Data:
     before: RowRecord
 
 
-def _tell(progress: Progress, label: str, text: str) -> None:
+def _message(progress: Progress, label: str, text: str) -> None:
     progress.message(f"{label}: {text}")
 
 
-def _with_keys(base: Base, config: TrainConfig, tell: Callable[[str], None]) -> TrainConfig:
+def _with_keys(base: Base, config: TrainConfig, message: Callable[[str], None]) -> TrainConfig:
     """``config`` with the names of all linear layers where it asks for all."""
     if config.keys != ALL_LINEAR:
         return config
     if experts := expert_keys(base.model):
-        tell(f"the experts' layers are not adapted, unlike in mlx-lm: {', '.join(experts)}")
+        message(f"the experts' layers are not adapted, unlike in mlx-lm: {', '.join(experts)}")
     return replace(config, keys=linear_keys(base.model))
 
 
@@ -176,7 +176,7 @@ def _read_data(
     test: TrainingData | None,
     config: TrainConfig,
     warm_start: WarmStart | None,
-    tell: Callable[[str], None],
+    message: Callable[[str], None],
 ) -> _Data:
     """Tokenise all data, and tell what is left out, cut, or asked both in training and elsewhere.
 
@@ -188,10 +188,10 @@ def _read_data(
         for source in (corpus, held_out, test)
     )
     for note in (*row_notes(train.rows), *row_notes(held.rows), *row_notes(tested.rows)):
-        tell(note)
+        message(note)
     cut = sum(row.cut for row in held.rows)
     if held.dropped or cut:
-        tell(
+        message(
             f"{held.dropped} held-out rows of {len(held.rows) + held.dropped} left out, {cut} cut: "
             f"they have more than {config.max_tokens} tokens"
         )
@@ -202,7 +202,7 @@ def _read_data(
     held, tested = (replace(rows, also_trained=sum(seen.has(row.keys) for row in rows.rows)) for rows in (held, tested))
     for name, rows in (("held-out", held), ("test", tested)):
         if rows.also_trained:
-            tell(
+            message(
                 f"{rows.also_trained} of {len(rows.rows)} {name} rows ask what is trained on, too; "
                 "their loss says nothing of new questions"
             )
@@ -211,10 +211,10 @@ def _read_data(
     return _Data(train, held, tested, before)
 
 
-def _tell_few_steps(steps: int, config: TrainConfig, tell: Callable[[str], None]) -> None:
+def _warn_of_few_steps(steps: int, config: TrainConfig, message: Callable[[str], None]) -> None:
     if steps < FEW_STEPS and not config.steps:
         more = math.ceil(3 * FEW_STEPS / steps) * config.epochs
-        tell(f"only {steps} steps, few to learn from; more rows, or --epochs {more}")
+        message(f"only {steps} steps, few to learn from; more rows, or --epochs {more}")
 
 
 def _begin(run: TrainingRun, saving: Saving | None, identity: Mapping[str, Any], progress: Progress) -> None:

@@ -81,5 +81,5 @@ class WarmStart:
         model.update(tree_unflatten(list(cast.items())))
         mx.eval(model.trainable_parameters())
         fresh = sorted({name.rpartition(".")[0] for name in places} - {name.rpartition(".")[0] for name in cast})
-        told = [f"starting from the weights of {self.path}"]
-        return told + ([f"{len(fresh)} layers are not in it and start anew: {', '.join(fresh[:4])}"] if fresh else [])
+        notes = [f"starting from the weights of {self.path}"]
+        return notes + ([f"{len(fresh)} layers are not in it and start anew: {', '.join(fresh[:4])}"] if fresh else [])
