@@ -18,10 +18,10 @@ Timing = tuple[float, float, float | None]  # first draft ms, whole loop ms, jou
 
 
 class EvaluationJournal:
-    """Records and latencies by (part, item id), over a :class:`mlx_rsgwm.core.resume.Journal`.
+    """Records and latencies by (run, item id), over a :class:`mlx_rsgwm.core.resume.Journal`.
 
-    A part is one drafter with one sampling seed. ``about`` names what the items depend on; ``replace`` and ``shard``
-    are those of the journal beneath.
+    A run is one drafter with one sampling seed; in the file its key is ``part``. ``about`` names what the items depend
+    on; ``replace`` and ``shard`` are those of the journal beneath.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], replace: bool = False, shard: int = 0) -> None:
@@ -34,16 +34,16 @@ class EvaluationJournal:
         """Take over what the other shards hold by now."""
         self._rows.read_others()
 
-    def add_items(self, part: str, records: Iterable[ItemRecord]) -> None:
+    def add_items(self, run: str, records: Iterable[ItemRecord]) -> None:
         """Keep finished items; they are on disk when this returns."""
         finished = list(records)
-        self._rows.append({"part": part, "item": record.to_dict()} for record in finished)
-        self.items.update({(part, record.id): record for record in finished})
+        self._rows.append({"part": run, "item": record.to_dict()} for record in finished)
+        self.items.update({(run, record.id): record for record in finished})
 
-    def add_timing(self, part: str, item: str, timing: Timing) -> None:
+    def add_timing(self, run: str, item: str, timing: Timing) -> None:
         """Keep one item's latency."""
-        self._rows.append([{"part": part, "id": item, "timing": timing}])
-        self.timings[part, item] = timing
+        self._rows.append([{"part": run, "id": item, "timing": timing}])
+        self.timings[run, item] = timing
 
     def _take(self, row: Any, where: str) -> None:
         if "item" in row:

@@ -62,28 +62,28 @@ def with_latency(
     timed: int,
     progress: Progress,
     journal: EvaluationJournal | None,
-    part: str,
+    run: str,
 ) -> list[ItemRecord]:
     """The records, ``timed`` of them (spread evenly over the list) with latency and energy.
 
-    What the ``journal`` holds for ``part`` is not measured again; what is measured goes into it.
+    What the ``journal`` holds for ``run`` is not measured again; what is measured goes into it.
     """
     rows = list(records)
     indices = sorted({round(step * len(records) / timed) for step in range(timed)} - {len(records)})
     # Side by side, the first draft waits for the others; alone it is what a user of the drafter would wait for.
     alone = pipeline.with_config(replace(pipeline.config, attempts=1, mode="sequential"))
     known = journal.timings if journal else {}
-    if any((part, records[index].id) not in known for index in indices):
+    if any((run, records[index].id) not in known for index in indices):
         # The first pass through a shape compiles and allocates; nobody should pay for that in the figures.
         pipeline.answer(records[indices[0]].question)
     with progress.task("time, one question at a time", len(indices)) as advance:
         for index in indices:
             record = records[index]
-            timing = known.get((part, record.id))
+            timing = known.get((run, record.id))
             if timing is None:
                 timing = _time(pipeline, alone, record.question)
                 if journal:
-                    journal.add_timing(part, record.id, timing)
+                    journal.add_timing(run, record.id, timing)
             first, total, energy = timing
             drafts = (replace(record.drafts[0], latency_ms=first), *record.drafts[1:])
             rows[index] = replace(record, drafts=drafts, latency_ms=total, energy_j=energy)

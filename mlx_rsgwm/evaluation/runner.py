@@ -20,7 +20,7 @@ from mlx_rsgwm.evaluation.latency import with_latency
 from mlx_rsgwm.evaluation.records import DraftRecord, ItemRecord
 from mlx_rsgwm.inference.identity import describe_pipeline
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.policy import LoopConfig, decide
+from mlx_rsgwm.inference.policy import Decision, LoopConfig, decide
 from mlx_rsgwm.inference.pool import winner
 from mlx_rsgwm.inference.scores import SCORES
 
@@ -55,7 +55,8 @@ def evaluate(
         drafts: recorded per question, at least the loop's attempts (None: as many).
         beside: other verifiers of the same drafts; the score each decides by is recorded as ``name:score``.
         scores: the pipeline's verifier scores to record; the loop's own must be among them, or none at all.
-        journal: keeps every finished batch under the name ``part``, and what it holds already is not run again.
+        journal: keeps every finished batch under its run, whose key is ``part`` and the seed, and what it holds already
+            is not run again.
         refusal: wording of a refusal (see :func:`~mlx_rsgwm.evaluation.answers.extract`).
         processes: each takes every size-th batch and keeps it in its own shard of the ``journal``, which there must be
             for several; all return all records, which are those of one process. The first alone takes the latencies.
@@ -161,8 +162,8 @@ def _evaluate_block(
 
 def _record(question: Question, drafts: Sequence[DraftRecord], config: LoopConfig, scored: bool) -> ItemRecord:
     """The record of one item, with the loop's decision; without scores its first draft, not accepted."""
-    used = [draft.scores.get(config.score, -1.0) for draft in drafts[: config.attempts]]
-    decision = decide(used, config.threshold if scored else -1.0)
+    used = [draft.scores.get(config.score) for draft in drafts[: config.attempts]]
+    decision = decide(used, config.threshold) if scored else Decision(chosen=0, attempts=1, accepted=False)
     return ItemRecord(
         id=question.id,
         task=question.task,
@@ -171,7 +172,7 @@ def _record(question: Question, drafts: Sequence[DraftRecord], config: LoopConfi
         drafts=tuple(drafts),
         score_name=config.score,
         threshold=config.threshold,
-        accepted=decision.accepted and scored,
+        accepted=decision.accepted,
         attempts=decision.attempts,
         chosen=decision.chosen,
         seed=config.sampling.seed,
