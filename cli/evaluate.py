@@ -79,7 +79,7 @@ def evaluate(
     from mlx_rsgwm.evaluation.slices import Slice
 
     wording = REFUSAL if refusal is None else _pattern(refusal)
-    processes = _processes(out)
+    processes = _processes_with_lock(out)
     progress = console.progress if processes.writes else SILENT
     slices = [Slice(task, items, how, console.seed, split, folder, revision) for task in tasks]
     drafter, verifier = load_pair(console, loop)
@@ -152,7 +152,7 @@ def _print_result(console: Console, summary: dict[str, Any], out: Path | None) -
     console.result({**summary["draft_verify"], **{key: summary[key] for key in summary if key != "draft_verify"}})
 
 
-def _processes(out: Path | None) -> Processes:
+def _processes_with_lock(out: Path | None) -> Processes:
     """The processes of this run; the first of them holds the lock of ``out`` until the command ends."""
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError

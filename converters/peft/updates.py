@@ -134,7 +134,7 @@ def _stacked(
     experts = module.removesuffix(".base_layer")
     wrapped = parameter_names(config, experts)
     inner = module.endswith(".base_layer")
-    if len(wrapped) != (2 if inner else len(wrapped)) or not wrapped:
+    if not wrapped or (inner and len(wrapped) != 2):
         return [], [f"target_parameters do not say which parameter of {experts} the arrays of {module} are for"]
     parameter = f"{experts}.{wrapped[0] if inner else wrapped[-1]}"
     rank, scale = rank_of(config, parameter), scale_of(config, parameter)

@@ -136,10 +136,9 @@ class Journal:
                 return True
             if before is None:
                 raise RsgwmError(f"{path} is not a journal of this version; choose another place, or delete it")
-            names = [name for name in {**before, **self.about} if before.get(name) != self.about.get(name)]
             raise RsgwmError(
-                f"{path} was made with another {', '.join(sorted(names))}; choose another place, or delete it "
-                "to start anew"
+                f"{path} was made with other settings ({'; '.join(differing(before, self.about))}); choose another "
+                "place, or delete it to start anew"
             )
         return False
 

@@ -201,10 +201,8 @@ class DraftVerify:
             decoder.read([prompt], [question], numbers)
         if lower_cache is not None:
             lower_cache.prefixes = decoder.prefixes
-        alone = self._goes_alone()
         for attempt in numbers:
-            single = self.config.mode == "sequential" or (alone and attempt == 1)
-            beside = [attempt] if single else numbers
+            beside = [attempt] if self._goes_alone(attempt) else numbers
             with self.slots.using(self.drafter):
                 while (0, attempt) not in decoder.ended:
                     decoder.step([(0, other) for other in beside])
@@ -233,8 +231,11 @@ class DraftVerify:
                 assert earlier.score is not None
                 trial.score(earlier.signals, earlier.score)
 
-    def _goes_alone(self) -> bool:
-        return self.config.mode == "adaptive" and self._accepted_first >= ALONE_FROM * self._asked
+    def _goes_alone(self, attempt: int) -> bool:
+        """Whether an attempt is written before the later ones are begun; what first drafts came to so far decides."""
+        if self.config.mode != "adaptive" or attempt > 1:
+            return self.config.mode == "sequential"
+        return self._accepted_first >= ALONE_FROM * self._asked
 
     def answer_many(self, questions: Sequence[str], batch_rows: int = 32, progress: Progress = SILENT) -> list[Answer]:
         """What :meth:`answer` says to each question, about ``batch_rows`` drafts or verdicts at a time."""
@@ -279,8 +280,7 @@ class DraftVerify:
 
     def _attempts_after(self, made: int) -> Sequence[int]:
         """The attempts that a question makes next, side by side, after those that were ``made``."""
-        alone = self.config.mode == "sequential" or (made == 0 and self._goes_alone())
-        return range(made + 1, (made + 1 if alone else self.config.attempts) + 1)
+        return range(made + 1, (made + 1 if self._goes_alone(made + 1) else self.config.attempts) + 1)
 
     def _drafted(self, scheduler: BatchScheduler, trials: dict[int, Trial]) -> Iterator[tuple[int, Draft]]:
         """The next draft of every question under way that has one ended and none to be scored."""

@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on_at_any_row(make_adapter, tmp_path, questions, mon
         assert len(out.read_text().splitlines()) == done
         if done == 1:
             other = ask(*command, "--temperature", "0.1", code=2)
-            assert "answers.jsonl.journal was made with another loop" in other.stderr
+            assert "answers.jsonl.journal was made with other settings (loop." in other.stderr
     with open(f"{out}.journal", "ab") as file:
         file.write(b'{"place": 2, "ro')  # what a kill leaves
     ask(*command)

@@ -70,7 +70,7 @@ def test_eval_records_seeds_drafts_and_contamination(run, tiny_base, tmp_path, m
     assert again["accuracy"] == found["accuracy"]
     other = evaluate(run, tiny_base, tmp_path / "a", *more, "--temperature", 0.9)
     assert other.exit_code == 2
-    assert "journal.jsonl was made with another " in other.stderr
+    assert "journal.jsonl was made with other settings (" in other.stderr
 
 
 def test_report_and_compare(run, tiny_base, tmp_path):

@@ -73,7 +73,7 @@ def test_what_is_no_journal_of_this_is_refused_and_stays(tmp_path):
         assert path.read_text() == text
     path.write_text("")
     assert rows_of(path, {"seed": 1})[1] == []
-    with pytest.raises(RsgwmError, match="made with another seed; choose another place"):
+    with pytest.raises(RsgwmError, match=r"made with other settings \(seed is 2 now, was 1\); choose another place"):
         rows_of(path, {"seed": 2})
     path.write_text('{"about": {"seed": 2}}\n{"n": 4}\n')  # as older versions wrote it
     assert rows_of(path, {"seed": 2})[1] == [4]

@@ -79,7 +79,7 @@ def test_interrupted_between_batches_keeps_what_was_finished(pipeline, tmp_path,
 def test_a_journal_of_another_run_is_refused_or_replaced(pipeline, tmp_path):
     path = tmp_path / "journal.jsonl"
     EvaluationJournal(path, {"seed": 1, "items": 3})
-    with pytest.raises(RsgwmError, match=r"made with another items, seed; choose another place"):
+    with pytest.raises(RsgwmError, match=r"\(seed is 2 now, was 1; items is 4 now, was 3\); choose another place"):
         EvaluationJournal(path, {"seed": 2, "items": 4})
     assert EvaluationJournal(path, {"seed": 2}, replace=True).items == {}
     path.write_text('{"about": {"seed": 2}}\n{"part": "x"}\n')

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_rsgwm.linalg.lowrank import Factors, cross
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.pool import Pool
-from mlx_rsgwm.merging.steps.masks import Histogram, MaskedMean, mean_entry, quantile, ranks
+from mlx_rsgwm.merging.steps.masks import Histogram, MaskedMean, mean_entry, mean_of, quantile, ranks
 
 # A norm is evaluated whenever so many entries of factors have come in.
 NORM_ENTRIES = 1 << 20
@@ -85,7 +85,7 @@ def _survey_products(
         if wide:
             histogram.add(importance)
         mx.eval(total)
-    mean = mx.maximum(total / max(count, 1), 1e-30)
+    mean = mean_of(total, count)
     if not wide:
         return mean, {}
     again = _product_importances(pool, index, parameters["signal"])

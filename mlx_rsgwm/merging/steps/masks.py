@@ -96,6 +96,11 @@ def mean_entry(arrays: Iterable[mx.array]) -> mx.array:
     total, count = mx.array(0.0), 0
     for array in arrays:
         total, count = total + array.sum(), count + array.size
+    return mean_of(total, count)
+
+
+def mean_of(total: mx.array, count: int) -> mx.array:
+    """A sum over ``count`` entries (scalar) as their mean, never 0."""
     return mx.maximum(total / max(count, 1), 1e-30)
 
 
@@ -103,7 +108,7 @@ class MaskedMean:
     """Δ = Σ s ⊙ m ⊙ Δ_t / (Σ s ⊙ m + ε) over T tasks, entry by entry; 0 where no task keeps an entry.
 
     Tasks are added one by one, each array of the same shape: numerator, denominator and the number of tasks that keep
-    an entry are the only state.
+    an entry are the only such arrays that are held, and of each task the share that it keeps.
     """
 
     def __init__(self) -> None:
