@@ -1,5 +1,7 @@
 """Second moments of a layer's inputs, G = XᵀX / n: whole, or as a Nyström sketch with the rest of its diagonal.
 
+To users these are an adapter's directions; in code one such matrix is a gram.
+
 A sketch keeps Y = G Ω for a fixed orthonormal test matrix Ω (in, k). Y is linear in X, so sums over batches, steps
 and processes need nothing else, and k columns stand for (in, in). What Y says of G is G Ω (ΩᵀGΩ)⁻¹ ΩᵀG; what it leaves
 out is positive semidefinite, so its trace, which the diagonal of G tells exactly, bounds the error.

@@ -57,7 +57,7 @@ def cross(first: Factors, second: Factors) -> mx.array:
     return ((first.a.T @ second.a) * (first.b @ second.b.T)).sum()
 
 
-def gram(updates: Sequence[Factors]) -> mx.array:
+def inner_products(updates: Sequence[Factors]) -> mx.array:
     """(T, T) inner products between T updates of one module, by two products of the stacked factors."""
     stacked = stack(updates)
     pieces = (stacked.a.T @ stacked.a) * (stacked.b @ stacked.b.T)

@@ -29,11 +29,11 @@ MeasuredRow = Mapping[str, Any]
 
 
 def measured_beside(updates: Sequence[Factors], merged: Factors) -> bool:
-    """Whether :func:`inner_products` takes these, in a thread beside the merge, once all arrays are evaluated."""
+    """Whether :func:`measure_in_numpy` takes these, in a thread beside the merge, once all arrays are evaluated."""
     return applies() and sum(update.rank for update in updates) + merged.rank <= STACKED_RANK
 
 
-def inner_products(updates: Sequence[Factors], merged: Factors) -> dict[str, Any]:
+def measure_in_numpy(updates: Sequence[Factors], merged: Factors) -> dict[str, Any]:
     """A row's ``square``, ``squares``, ``dots`` and ``mean_square`` as numbers, from evaluated arrays."""
     everything = (*updates, merged)
     a = np.concatenate([np.array(update.a, copy=False) for update in everything], axis=1)
@@ -112,7 +112,7 @@ def measuring(
 
     def measure_share(jobs: Sequence[Job]) -> None:
         for name, updates, merged in jobs:
-            rows[name].update(inner_products(updates, merged))
+            rows[name].update(measure_in_numpy(updates, merged))
 
     def finish() -> None:
         while running:

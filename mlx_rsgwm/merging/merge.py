@@ -100,7 +100,7 @@ def merge(
         if not needs_directions(method, parameters):
             raise RsgwmError(f"{options.method} does not look at directions; recollect them for regmean")
         layers = recollection.start(loaded, options.role)
-        pool = replace(pool, moments=layers.grams)
+        pool = replace(pool, recollected=layers.grams)
     with pool.checked(signal):
         pool = pool.by_name(layers.order if layers else None) if needs_directions(method, parameters) else pool
         merged = _merged(pool, method, options, parameters, progress, diagnosed, layers)
@@ -194,7 +194,7 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
     survey = method.survey(pool, parameters) if method.survey else None
     nothing = [()] * len(pool.modules)
     importances: Any = pool.importances(parameters["signal"]) if "importance" in method.needs else nothing
-    grams: Any = pool.grams(_role_of_inputs(options)) if needs_directions(method, parameters) else nothing
+    grams: Any = pool.grams(_directions_role(options)) if needs_directions(method, parameters) else nothing
     initial = pool.sources[0].initial() if parameters.get("reference") == "init" else {}
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=True):
@@ -220,12 +220,12 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
         )
 
 
-def _role_of_inputs(options: MergeOptions) -> str:
+def _directions_role(options: MergeOptions) -> str:
     return options.role if options.role in ROLES else ALL
 
 
 def _mixture_note(method: Method, options: MergeOptions, parameters: Mapping[str, Any]) -> list[str]:
-    if not needs_directions(method, parameters) or _role_of_inputs(options) != ALL:
+    if not needs_directions(method, parameters) or _directions_role(options) != ALL:
         return []
     return [f"role {options.role} has no directions of its own: those of all roles count, by their tokens"]
 

@@ -174,12 +174,12 @@ class PoolAdapter:
 class Pool:
     """T adapters on one base, and ``warnings``: what a careful person would want to know before trusting a merge.
 
-    ``moments`` gives what :meth:`grams` gives, where that is not what the adapters have recorded.
+    ``recollected`` gives what :meth:`grams` gives, where that is not what the adapters have recorded.
     """
 
     sources: tuple[PoolAdapter, ...]
     warnings: tuple[str, ...]
-    moments: Callable[[Pool], Iterator[Sequence[Gram]]] | None = None
+    recollected: Callable[[Pool], Iterator[Sequence[Gram]]] | None = None
 
     @classmethod
     def open(cls, adapters: Sequence[AdapterSource]) -> Pool:
@@ -301,8 +301,8 @@ class Pool:
         Raises:
             RsgwmError: adapters without directions of ``role`` or of a module, and how to get them.
         """
-        if self.moments is not None:
-            return self.moments(self)
+        if self.recollected is not None:
+            return self.recollected(self)
         readers = [source.grams(role) for source in self.sources]
         problems = [
             f"{source.label} has none of {missing[0]}; collect them: rsgwm directions collect {source.label} --corpus "

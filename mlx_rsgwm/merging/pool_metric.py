@@ -123,7 +123,7 @@ def pool_metric(
             return PoolMetric(metric, right, moments, outputs, balanced, ridge)
         ridge = max(10 * ridge, 1e-7)
     raise RsgwmError(
-        f"{name}: the second moments of its inputs are singular or not finite; collect them on more rows "
+        f"{name}: the directions of its inputs are singular or not finite; collect them on more rows "
         "(rsgwm directions collect ADAPTER --corpus ROWS --replace), or set off_diagonal below 1"
     )
 

@@ -1,4 +1,7 @@
-"""What MLX's CPU back end does slowly on Linux, asked for in another way. Nothing here runs on Metal.
+"""What MLX's CPU back end does slowly on Linux, asked for in another way where :func:`applies` says so.
+
+Anywhere else ``exp``, ``order_statistics``, ``largest`` and ``cross_entropy`` are MLX's own and ``quicken`` changes
+nothing; ``ones_where`` and ``Dropout`` are the same everywhere.
 
 Measured with mlx 0.32.4 on x86-64 (``bench/cpu.py`` prints it): MLX's elementwise functions run on one thread and
 take the exponential of one number at a time, so NumPy's vectorised one is several times as fast even on one thread,

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.linalg.lowrank import Factors, cross, gram, stack, truncate, truncate_dense
+from mlx_rsgwm.linalg.lowrank import Factors, cross, inner_products, stack, truncate, truncate_dense
 from mlx_rsgwm.merging.layer import DenseUpdates
 
 
@@ -27,7 +27,7 @@ def best(matrix, rank):
 def test_inner_products():
     updates = [make(0), make(1, rank=2), make(2, rank=7)]
     expected = [[(dense(x) * dense(y)).sum() for y in updates] for x in updates]
-    np.testing.assert_allclose(np.array(gram(updates)), expected, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(np.array(inner_products(updates)), expected, rtol=1e-4, atol=1e-2)
     assert cross(updates[0], updates[2]).item() == pytest.approx(expected[0][2], rel=1e-3)
 
 

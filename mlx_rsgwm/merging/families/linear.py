@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
-from mlx_rsgwm.linalg.lowrank import Factors, cross, gram, stack
+from mlx_rsgwm.linalg.lowrank import Factors, cross, inner_products, stack
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.merging.weights import CANCELLING, shares
@@ -111,7 +111,7 @@ def slerp(layer: Layer) -> mx.array:
     t = w_2 / (w_1 + w_2); c = (sin((1−t)θ), sin(tθ)) / sin θ. Nearly parallel updates (|cos θ| > .9995) are
     interpolated linearly, as mergekit does; nearly opposite ones have no arc between them, and are refused.
     """
-    products = gram(layer.factors)
+    products = inner_products(layer.factors)
     norms, _ = _norms(mx.diag(products))
     cosine = mx.clip(products[0, 1] / (norms[0] * norms[1]), -1.0, 1.0)
     layer.objections["the two updates are opposite, and no arc leads from one to the other"] = cosine < OPPOSITE
@@ -155,7 +155,7 @@ def model_stock(layer: Layer) -> mx.array:
     refused as collapsed, not silently dead. Updates that oppose one another (mean cosine below -0.1) give a negative t,
     without bound as their mean vanishes: refused too, where mergekit turns the mean round.
     """
-    products = gram(layer.factors)
+    products = inner_products(layer.factors)
     count = len(layer.factors)
     norms, _ = _norms(mx.diag(products))
     cosines = products / (norms[:, None] * norms[None, :])
@@ -203,7 +203,7 @@ class Sphere:
 
 
 def _sphere(layer: Layer) -> Sphere:
-    products = gram(layer.factors)
+    products = inner_products(layer.factors)
     norms, present = _norms(mx.diag(products))
     sphere = Sphere(products / (norms[:, None] * norms[None, :]), norms, present, shares(layer.weights))
     # An adapter that has no update here has no say in whether the others cancel.

@@ -239,5 +239,5 @@ def test_refusals(rank):
     nothing = [np.zeros_like(x) for x in data]
     broken = [gram_of(data[0], rank), WholeGram(gram_of(data[1]).dense() * float("nan")), gram_of(data[2], rank)]
     for grams in ([gram_of(x, rank) for x in nothing], broken):
-        with pytest.raises(RsgwmError, match="layer: the second moments of its inputs are singular or not finite"):
+        with pytest.raises(RsgwmError, match="layer: the directions of its inputs are singular or not finite"):
             regmean(layer_of(factors, grams))
