@@ -147,8 +147,7 @@ class AdapterAudit:
 
 def spectrum_of(name: str, update: Decomposed) -> ModuleSpectrum:
     """What is kept of a decomposed module once its vectors are no more needed."""
-    shape = (update.inputs.shape[0], update.rank, update.outputs.shape[0])
-    return ModuleSpectrum(name, shape, update.sigma)
+    return ModuleSpectrum(name, update.shape, update.sigma)
 
 
 def audit_of(label: str, fingerprint: str | None, modules: Sequence[ModuleSpectrum]) -> AdapterAudit:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, log
+from math import inf, log, sqrt
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,11 @@ class ModulePair:
 
     @property
     def mean_overlap(self) -> float:
-        return float(np.mean(self.cosines))
+        return sum(self.cosines) / len(self.cosines)
 
     @property
     def max_overlap(self) -> float:
-        return float(np.max(self.cosines))
+        return max(self.cosines)
 
     @property
     def mean_agreement(self) -> float:
@@ -169,12 +169,13 @@ def compare(
     name: str,
     first: Decomposed,
     second: Decomposed,
+    products: tuple[np.ndarray, np.ndarray],
     thresholds: Thresholds,
     energy: float = ENERGY,
 ) -> ModulePair:
-    """Measure two decomposed updates of one module, and judge them."""
+    """Measure two decomposed updates of one module, and judge them; ``products``: of their inputs and outputs."""
     ranks = tuple(max(energy_rank(update.sigma, energy), 1) for update in (first, second))
-    outputs, inputs = first.outputs.T @ second.outputs, first.inputs.T @ second.inputs
+    inputs, outputs = products
     # ⟨u_i v_iᵀ, ΔW_b⟩ of a's singular directions, and of b's with ΔW_a.
     along = (outputs * inputs) @ second.sigma, first.sigma @ (outputs * inputs)
     cosines = principal_cosines(outputs[: ranks[0], : ranks[1]])
@@ -193,13 +194,13 @@ def compare(
         agreement=agreement,
         agreement_back=_cosine_of(along[1][: ranks[1]], second.sigma[: ranks[1]]),
         cosine=_cosine(float(first.sigma @ along[0]), *norms),
-        random=random_overlap(ranks[0], ranks[1], first.outputs.shape[0]),
+        random=random_overlap(ranks[0], ranks[1], first.shape[2]),
         verdict=verdict_of(float(cosines.mean()), agreement, ratios, thresholds),
     )
 
 
 def _cosine_of(first: np.ndarray, second: np.ndarray) -> float:
-    return _cosine(float(first @ second), float(np.linalg.norm(first)), float(np.linalg.norm(second)))
+    return _cosine(float(first @ second), sqrt(first @ first), sqrt(second @ second))
 
 
 def _cosine(product: float, *norms: float) -> float:

@@ -21,8 +21,7 @@ from mlx_rsgwm.audit.verdicts import PRESETS, Thresholds
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.batching import ROLES
-from mlx_rsgwm.linalg.lowrank import Factors
-from mlx_rsgwm.linalg.spectrum import Decomposed, decompose
+from mlx_rsgwm.linalg.spectrum import Decompositions
 from mlx_rsgwm.merging.automatic import has_directions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.models.adapter_sources import AdapterSource
@@ -103,8 +102,9 @@ def _measured(pool: Pool, thresholds: Thresholds, energy: float) -> Iterator[_Mo
     waiting: deque[Future[_Module]] = deque()
     with one_blas_thread(), ThreadPoolExecutor(cores()) as workers:
         for name, factors in pool.updates():
+            mx.eval([(update.a, update.b) for update in factors])
             present = {
-                index: _evaluated(update)
+                index: (np.array(update.a, copy=False), np.array(update.b, copy=False))
                 for index, (source, update) in enumerate(zip(pool.sources, factors, strict=True))
                 if name in source.shapes
             }
@@ -118,19 +118,12 @@ def _measured(pool: Pool, thresholds: Thresholds, energy: float) -> Iterator[_Mo
 def _measure(
     name: str, factors: dict[int, tuple[np.ndarray, np.ndarray]], thresholds: Thresholds, energy: float
 ) -> _Module:
-    updates: dict[int, Decomposed] = {index: decompose(*pair) for index, pair in factors.items()}
+    together, places = Decompositions(list(factors.values())), list(factors)
+    updates = together.updates
     return _Module(
-        {index: spectrum_of(name, update) for index, update in updates.items()},
+        {place: spectrum_of(name, update) for place, update in zip(places, updates, strict=True)},
         {
-            (first, second): compare(name, updates[first], updates[second], thresholds, energy)
-            for first, second in combinations(updates, 2)
+            (places[a], places[b]): compare(name, updates[a], updates[b], together.products(a, b), thresholds, energy)
+            for a, b in combinations(range(len(places)), 2)
         },
     )
-
-
-def _evaluated(update: Factors) -> tuple[np.ndarray, np.ndarray]:
-    mx.eval(update.a, update.b)
-    a, b = np.array(update.a, copy=False), np.array(update.b, copy=False)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("an update is not finite")  # Pool.checked says which
-    return a, b

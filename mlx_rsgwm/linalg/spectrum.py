@@ -6,29 +6,40 @@ NumPy in float64: an audit compares numbers near thresholds, and its matrices ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
+from math import isfinite
 
 import numpy as np
 
 # Singular values up to this share of the largest are rounding errors of float64.
 NEGLIGIBLE = 1e-12
-# Columns whose Gram matrix has a condition number above this are orthonormalised by Householder reflections.
-WORST_CONDITION = 1e10
+# Columns whose Gram matrix has a condition number above this are orthonormalised by Householder reflections: the
+# roots of its eigenvalues lose as many digits as this has.
+WORST_CONDITION = 1e6
+# Rows whose products are summed at a time: in float64 some hundred columns of them stay in a core's cache.
+ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Decomposed:
-    """The SVD of an update ΔW (in, out) of nominal ``rank`` r: ``inputs`` (in, k) @ diag(``sigma``) @ ``outputs``ᵀ.
+    """The SVD of an update ΔW of ``shape`` (in, r, out), without the long vectors: ``sigma`` (k,) descends.
 
-    k is the least of r, in and out; ``sigma`` (k,) descends; ``inputs`` and ``outputs`` (out, k) have orthonormal
-    columns. Float64.
+    ``inputs`` and ``outputs`` (columns, k) are its singular vectors' coordinates, which :class:`Decompositions` knows
+    how to multiply; k is the least of r, in and out. Float64.
     """
 
-    inputs: np.ndarray
+    shape: tuple[int, int, int]
     sigma: np.ndarray
+    inputs: np.ndarray
     outputs: np.ndarray
-    rank: int
+
+    @property
+    def rank(self) -> int:
+        """The nominal one."""
+        return self.shape[1]
 
     @cached_property
     def norm(self) -> float:
@@ -36,34 +47,108 @@ class Decomposed:
         return float(np.sqrt(np.square(self.sigma).sum()))
 
 
-def decompose(a: np.ndarray, b: np.ndarray) -> Decomposed:
-    """The SVD of a @ b, a (in, r) and b (r, out): orthonormal bases of both factors, then the r × r core's SVD."""
-    inputs, upper_in = orthonormal(np.asarray(a, dtype=np.float64))
-    outputs, upper_out = orthonormal(np.asarray(b, dtype=np.float64).T)
-    left, sigma, right = np.linalg.svd(upper_in @ upper_out.T, full_matrices=False)
-    return Decomposed(inputs @ left, sigma, outputs @ right.T, a.shape[1])
+class Decompositions:
+    """The SVDs of T updates of one module, and how their singular vectors lie to each other.
 
-
-def orthonormal(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Q (n, r) with orthonormal columns and R (r, r), Q R = ``columns`` (n, r), n ≥ r, float64.
-
-    By Cholesky factors of the Gram matrix, twice (CholeskyQR2, Yamamoto et al., 2015), which is products and so a
-    fraction of the time of Householder reflections; by those where the columns are nearly dependent, or few rows.
+    All of it comes from two Gram matrices of the stacked factors, AᵀA and BBᵀ, Σ r_t wide: a Cholesky factor of a
+    diagonal block is R of a QR decomposition, and products between two updates' vectors are other blocks in those
+    coordinates. So the long side is walked over once for all updates and pairs, by matrix products.
     """
-    basis, upper = columns, np.eye(columns.shape[1])
-    if columns.shape[0] < 4 * columns.shape[1]:
-        return np.linalg.qr(columns)
-    for _ in range(2):
-        products = basis.T @ basis
-        try:
-            lower = np.linalg.cholesky(products)
-        except np.linalg.LinAlgError:
-            return np.linalg.qr(columns)
-        diagonal = np.diag(lower)
-        if not diagonal.max() ** 2 < WORST_CONDITION * diagonal.min() ** 2:
-            return np.linalg.qr(columns)
-        basis, upper = basis @ np.linalg.inv(lower).T, lower.T @ upper
-    return basis, upper
+
+    def __init__(self, factors: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """``factors``: of each update a (in, r_t) and b (r_t, out); their product is it.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        self._inputs = _Side([a for a, _ in factors])
+        self._outputs = _Side([b.T for _, b in factors])
+        self.updates = tuple(
+            self._decomposed(index, (a.shape[0], a.shape[1], b.shape[1])) for index, (a, b) in enumerate(factors)
+        )
+
+    def _decomposed(self, index: int, shape: tuple[int, int, int]) -> Decomposed:
+        upper_in, upper_out = self._inputs.uppers[index], self._outputs.uppers[index]
+        left, sigma, right = np.linalg.svd(upper_in @ upper_out.T, full_matrices=False)
+        inputs, outputs = self._inputs.coordinates(index, left), self._outputs.coordinates(index, right.T)
+        return Decomposed(shape, sigma, inputs, outputs)
+
+    def products(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of two updates' singular vectors, (k_first, k_second) each: their inputs' and their outputs'."""
+        a, b = self.updates[first], self.updates[second]
+        return (
+            a.inputs.T @ self._inputs.block(first, second) @ b.inputs,
+            a.outputs.T @ self._outputs.block(first, second) @ b.outputs,
+        )
+
+
+class _Side:
+    """Columns of all updates on one side, as their Gram matrix; ``uppers``: R of each one's QR decomposition."""
+
+    def __init__(self, columns: Sequence[np.ndarray]) -> None:
+        columns, self.uppers, self._bases = list(columns), [], []
+        products, spans = gram_matrix(columns), _spans(columns)
+        changed = False
+        for index, span in enumerate(spans):
+            upper = _upper(products[span, span]) if columns[index].shape[0] >= columns[index].shape[1] else None
+            basis = None if upper is None else np.linalg.inv(upper)
+            if upper is None:  # nearly dependent: the orthonormal columns stand for these from here on
+                columns[index], upper = np.linalg.qr(np.asarray(columns[index], np.float64))
+                changed = True
+            self.uppers.append(upper)
+            self._bases.append(basis)
+        self._products, self._spans = (gram_matrix(columns), _spans(columns)) if changed else (products, spans)
+
+    def coordinates(self, index: int, vectors: np.ndarray) -> np.ndarray:
+        """What the columns of an update are multiplied by to come to Q @ ``vectors``."""
+        basis = self._bases[index]
+        return vectors if basis is None else basis @ vectors
+
+    def block(self, first: int, second: int) -> np.ndarray:
+        """Products between the columns of two updates."""
+        return self._products[self._spans[first], self._spans[second]]
+
+
+def decompose(a: np.ndarray, b: np.ndarray) -> Decomposed:
+    """The SVD of a @ b, a (in, r) and b (r, out)."""
+    return Decompositions([(a, b)]).updates[0]
+
+
+def gram_matrix(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Products (Σ r_t, Σ r_t) in float64 of all columns with all, from blocks (n, r_t) of them of any float type.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    spans, length = _spans(columns), columns[0].shape[0]
+    width = spans[-1].stop
+    products = np.zeros((width, width))
+    # The piece lies as the first block does, and is filled by copies without a transposition where all lie so.
+    tall = columns[0].flags.c_contiguous
+    piece = np.empty((min(ROWS, length), width)) if tall else np.empty((width, min(ROWS, length))).T
+    for start in range(0, length, ROWS):
+        part = piece[: min(ROWS, length - start)]
+        for span, block in zip(spans, columns, strict=True):
+            part[:, span] = block[start : start + ROWS]
+        products += part.T @ part
+    if not isfinite(products.trace()):  # its terms are the columns' squares
+        raise ValueError("an update is not finite")
+    return products
+
+
+def _spans(columns: Sequence[np.ndarray]) -> list[slice]:
+    ends = accumulate((block.shape[1] for block in columns), initial=0)
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+def _upper(products: np.ndarray) -> np.ndarray | None:
+    """R of the QR decomposition of columns with these products; None where they are nearly dependent."""
+    try:
+        lower = np.linalg.cholesky(products)
+    except np.linalg.LinAlgError:
+        return None
+    diagonal = lower.diagonal()
+    return lower.T if diagonal.max() ** 2 < WORST_CONDITION * diagonal.min() ** 2 else None
 
 
 def stable_rank(sigma: np.ndarray) -> float:
@@ -92,9 +177,10 @@ def energy_rank(sigma: np.ndarray, share: float) -> int:
 def principal_cosines(products: np.ndarray) -> np.ndarray:
     """Cosines of the principal angles, descending, (min(k_a, k_b),), from QᵀP (k_a, k_b) of two orthonormal bases.
 
-    Björck and Golub, 1973; clipped to [0, 1], which rounding leaves.
+    Björck and Golub, 1973; at most 1, which rounding leaves.
     """
-    return np.clip(np.linalg.svd(products, compute_uv=False), 0.0, 1.0)
+    cosines: np.ndarray = np.minimum(np.linalg.svd(products, compute_uv=False), 1.0)
+    return cosines
 
 
 def random_overlap(first: int, second: int, dimension: int) -> float:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.linalg.spectrum import (
-    decompose,
+    Decompositions,
     effective_rank,
     energy_rank,
-    orthonormal,
+    gram_matrix,
     principal_cosines,
     random_overlap,
     stable_rank,
@@ -27,7 +27,8 @@ def factors(rows, rank, columns, seed=0, spread=1.0):
     ("rows", "rank", "columns", "spread"),
     [
         (40, 4, 30, 1.0),
-        (300, 16, 200, 1e-3),
+        (3000, 16, 2000, 1e-2),
+        (300, 16, 200, 1e-4),
         (300, 16, 200, 1e-9),
         (20, 16, 300, 1.0),
         (6, 10, 40, 1.0),
@@ -35,21 +36,44 @@ def factors(rows, rank, columns, seed=0, spread=1.0):
     ],
 )
 def test_the_decomposition_is_the_dense_svd(rows, rank, columns, spread):
-    a, b = factors(rows, rank, columns, spread=spread)
-    update, expected = decompose(a, b), np.linalg.svd(a @ b, compute_uv=False)
-    assert np.allclose(update.sigma, expected[: len(update.sigma)], rtol=1e-9, atol=1e-13 * expected[0])
-    assert np.allclose((update.inputs * update.sigma) @ update.outputs.T, a @ b, rtol=0, atol=1e-12 * expected[0])
-    for vectors in (update.inputs, update.outputs):
-        assert np.allclose(vectors.T @ vectors, np.eye(vectors.shape[1]), atol=1e-9)
-    assert update.rank == rank
-    assert update.norm == pytest.approx(np.linalg.norm(a @ b))
+    pairs = [factors(rows, rank, columns, 0, spread), factors(rows, 3, columns, 1)]
+    together = Decompositions(pairs)
+    dense = [np.linalg.svd(a @ b, full_matrices=False) for a, b in pairs]
+    for update, (_, expected, _), (a, b) in zip(together.updates, dense, pairs, strict=True):
+        assert np.allclose(update.sigma, expected[: len(update.sigma)], rtol=1e-9, atol=1e-13 * expected[0])
+        assert update.shape == (*a.shape, b.shape[1])
+        assert update.norm == pytest.approx(np.linalg.norm(a @ b))
+    for side in together.products(0, 0):
+        assert np.allclose(side, np.eye(len(side)), atol=1e-9)
+    (left, _, right), (other_left, _, other_right) = dense
+    sizes = [len(update.sigma) for update in together.updates]
+    inputs, outputs = together.products(0, 1)
+    # Signs of singular vectors are free, but for a pair of them together.
+    assert np.allclose(abs(inputs), abs(left.T @ other_left)[: sizes[0], : sizes[1]], atol=1e-9)
+    assert np.allclose(
+        inputs * outputs, ((left.T @ other_left) * (right @ other_right.T))[: sizes[0], : sizes[1]], atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("columns", [np.ones((50, 3)), np.zeros((50, 3)), np.eye(50)[:, [0, 1, 1]]])
-def test_dependent_columns_are_orthonormalised_all_the_same(columns):
-    basis, upper = orthonormal(columns.astype(np.float64))
-    assert np.allclose(basis @ upper, columns)
-    assert np.allclose(basis.T @ basis, np.eye(3))
+def test_dependent_columns_are_decomposed_all_the_same(columns):
+    rows = np.random.default_rng(0).standard_normal((3, 40))
+    together = Decompositions([(columns, rows), (columns[:, ::-1], rows[::-1])])
+    expected = np.linalg.svd(columns @ rows, compute_uv=False)[:3]
+    for update in together.updates:
+        assert np.allclose(update.sigma, expected, atol=1e-12 * max(expected[0], 1))
+    kept = int((expected > 1e-9).sum())
+    assert np.allclose(principal_cosines(together.products(0, 1)[1][:kept, :kept]), 1.0)
+
+
+def test_products_are_those_of_all_columns_whatever_the_number_of_rows():
+    rng = np.random.default_rng(0)
+    blocks = [rng.standard_normal((2500, rank)).astype(np.float32) for rank in (3, 16, 1)]
+    stacked = np.concatenate(blocks, axis=1).astype(np.float64)
+    assert np.allclose(gram_matrix(blocks), stacked.T @ stacked, rtol=1e-12)
+    blocks[1][1700, 2] = np.inf
+    with pytest.raises(ValueError, match="not finite"):
+        gram_matrix(blocks)
 
 
 def test_ranks_of_known_spectra():

@@ -1,0 +1,43 @@
+"""An audit streams: its memory is that of a few modules, however many there are."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import mlx.core as mx
+
+from mlx_rsgwm.audit.pool_audit import audit
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+
+KEY = "self_attn.q_proj"
+SIDE, RANK = 2048, 16
+FACTOR = SIDE * RANK * 4  # bytes of one factor in float32
+
+
+def peak(tmp_path, layers):
+    """The most bytes that MLX and NumPy together hold during an audit of two adapters."""
+    folders = []
+    for seed in range(2):
+        mx.random.seed(seed)
+        weights = {}
+        for layer in range(layers):
+            weights[f"model.layers.{layer}.{KEY}.lora_a"] = mx.random.normal((SIDE, RANK))
+            weights[f"model.layers.{layer}.{KEY}.lora_b"] = mx.random.normal((RANK, SIDE))
+        adapter = Adapter(LoraSpec(RANK, 1.0, 0.0, (KEY,), layers), weights, manifest={"kind": "trained"})
+        folders.append(adapter.save(tmp_path / f"{layers}-{seed}"))
+    del weights, adapter
+    mx.clear_cache()
+    tracemalloc.start()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    try:
+        audit(folders)
+        return mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_modules(tmp_path):
+    peak(tmp_path, 2)  # imports
+    few, many = peak(tmp_path, 6), peak(tmp_path, 48)
+    assert many < few + 4 * FACTOR  # 42 modules more hold 168 factors more
