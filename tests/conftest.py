@@ -213,6 +213,18 @@ def base(tiny_base):
 
 
 @pytest.fixture
+def browser(tmp_path):
+    """Headless Chromium, as ``tests/browser.py`` drives it."""
+    from tests.browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here; install it with: apt-get install chromium")
+    started = Browser(tmp_path / "profile")
+    yield started
+    started.close()
+
+
+@pytest.fixture
 def make_adapter(base):
     """A random adapter on the tiny base, with importance for every signal and a shared initialisation."""
     from mlx_rsgwm.data.template import TEMPLATES

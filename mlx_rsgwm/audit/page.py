@@ -15,7 +15,7 @@ from mlx_rsgwm.audit.advice import advise, worst_first
 from mlx_rsgwm.audit.eligibility import WEAK, Eligibility
 from mlx_rsgwm.audit.pair_audit import PairAudit
 from mlx_rsgwm.audit.pool_audit import PoolAudit
-from mlx_rsgwm.audit.report import notes, sections, short_names
+from mlx_rsgwm.audit.report import MODULES_SHOWN, module_rows, notes, sections, short_names
 from mlx_rsgwm.core import files, tables
 from mlx_rsgwm.core.tables import shortened
 from mlx_rsgwm.evaluation.report.figures import Size, inline_svg, legend_below
@@ -29,6 +29,17 @@ MEASURES = {
     "agreement": ("Agreement: the same way, or the opposite", "RdBu", (-1.0, 1.0)),
     "log_ratio": ("Size: log₂ of the norms' ratio", "PuOr", (-4.0, 4.0)),
 }
+# Kinds of modules in the order of a block; others come after them.
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LEADS = {
+    "Adapters": "How much of its rank each adapter uses: few directions hold nearly all of an update.",
+    "What to do with each pair": "By the worst module of the pair.",
+    "Pairs, the worst first": "Overlap: how far both change the same directions of the outputs, 0 to 1; what random "
+    "directions would show stands beside it. Agreement: the same way (+1) or the opposite (−1). Norms: how many times "
+    "as large one is as the other.",
+    "Modules of the worst pair": "The ones to worry about most first; sure: how far the figures are from where the "
+    "verdict would change, 0 to 1.",
+}
 
 
 def write_page(audited: PoolAudit, judged: Sequence[Eligibility], path: Path) -> None:
@@ -40,8 +51,12 @@ def render_page(audited: PoolAudit, judged: Sequence[Eligibility]) -> str:
     """The page as HTML."""
     drawn = "".join(pictures(audited))
     shown = "".join(
-        f"<h3>{escape(title)}</h3>{tables.html(rows)}" for title, rows in sections(audited, judged, every_module=True)
+        f'<h3>{escape(title)}</h3><p class="lead">{escape(LEADS[title])}</p>{tables.html(rows)}'
+        for title, rows in sections(audited, judged)
     )
+    if audited.pairs and len(worst_first(audited)[0].modules) > MODULES_SHOWN:
+        every = tables.html(module_rows(worst_first(audited)[0], 0))
+        shown += f"<details><summary>all its modules</summary>{every}</details>"
     said = "".join(f'<p class="note">{escape(note)}</p>' for note in notes(audited, judged))
     title = " and ".join(short_names(audited.labels)) if len(audited.labels) < 4 else f"{len(audited.labels)} adapters"
     body = f'{_opening(audited, judged)}<div class="charts">{drawn}</div><h2>Tables</h2>{said}{shown}'
@@ -69,7 +84,7 @@ def pictures(audited: PoolAudit) -> list[str]:
     worst = worst_first(audited)[0]
     both = names[worst.first], names[worst.second]
     drawn += [
-        inline_svg(partial(heat_map, pair=worst, measure=measure), PICTURE, MEASURES[measure][0])
+        inline_svg(partial(heat_map, pair=worst, measure=measure, names=both), PICTURE, MEASURES[measure][0])
         for measure in MEASURES
     ]
     return [*drawn, inline_svg(partial(dumbbells, pair=worst, names=both), PICTURE, "Norms by module")]
@@ -87,30 +102,47 @@ def spectra(figure: Any, adapters: Sequence[AdapterAudit], names: Sequence[str])
         places = np.arange(1, ranks + 1)
         axes.fill_between(places, low, high, alpha=0.15)
         axes.plot(places, middle, marker="o", markersize=2.5, label=shortened(name, 24))
-    axes.set(ylim=(0, 1.05), xlabel="singular value", ylabel="share of the largest", title="Spectra")
+    axes.set(
+        ylim=(0, 1.05), xlabel="singular value", ylabel="share of the largest", title=_spectra_title(len(adapters))
+    )
     legend_below(figure, axes)
 
 
-def heat_map(figure: Any, pair: PairAudit, measure: str) -> None:
-    """Layers by kinds of module, coloured by a measure of the pair."""
+def _spectra_title(count: int) -> str:
+    return "Spectra" if count <= MOST_ADAPTERS else f"Spectra of the first {MOST_ADAPTERS} of {count}"
+
+
+def heat_map(figure: Any, pair: PairAudit, measure: str, names: tuple[str, str]) -> None:
+    """Layers by kinds of module, coloured by a measure of the pair; grey where there is no module."""
     title, colours, (low, high) = MEASURES[measure]
     axes = figure.subplots()
     layers, kinds, grid = _grid(pair, measure)
+    if measure == "log_ratio":  # symmetric, so that white is no difference
+        high = max(high, float(np.nanmax(abs(grid))))
+        low = -high
+    axes.set_facecolor("#c8c8c8")
     image = axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(kinds)), [shortened(kind, 12) for kind in kinds], rotation=35, ha="right")
-    step = max(1, len(layers) // 12)
+    # Upright: the boxes around slanted labels meet.
+    axes.set_xticks(range(len(kinds)), [shortened(kind, 14) for kind in kinds], rotation=90)
+    step = max(1, -(-len(layers) // 12))
     axes.set_yticks(range(0, len(layers), step), layers[::step])
     axes.set(ylabel="layer", title=title)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    ends = {
+        "mean_overlap": ("apart", "the same directions"),
+        "agreement": ("opposite", "the same way"),
+        "log_ratio": tuple(f"{shortened(name, 16)} larger" for name in reversed(names)),
+    }[measure]
+    bar.set_label(f"← {ends[0]}      {ends[1]} →", fontsize="small")
 
 
 def _grid(pair: PairAudit, measure: str) -> tuple[list[str], list[str], np.ndarray]:
     places = [_place(module.name) for module in pair.modules]
-    layers = sorted(
-        {layer for layer, _ in places},
-        key=lambda layer: (not layer.isdigit(), int(layer) if layer.isdigit() else 0, layer),
+    layers = sorted({layer for layer, _ in places}, key=_layer_order)
+    kinds = sorted(
+        dict.fromkeys(kind for _, kind in places),
+        key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS),
     )
-    kinds = list(dict.fromkeys(kind for _, kind in places))
     grid = np.full((len(layers), len(kinds)), np.nan)
     for (layer, kind), module in zip(places, pair.modules, strict=True):
         value = (
@@ -129,14 +161,23 @@ def _place(name: str) -> tuple[str, str]:
     return number, pieces[-1]
 
 
+def _layer_order(layer: str) -> tuple[bool, int, str]:
+    return (not layer.isdigit(), int(layer) if layer.isdigit() else 0, layer)
+
+
 def dumbbells(figure: Any, pair: PairAudit, names: tuple[str, str]) -> None:
     """Both adapters' norms in every module, joined by a line: a long line is a drowned adapter."""
     axes = figure.subplots()
-    layers, norms = range(len(pair.modules)), np.array([module.norms for module in pair.modules])
+    modules = sorted(pair.modules, key=lambda module: (_layer_order(_place(module.name)[0]), module.name))
+    layers, norms = range(len(modules)), np.array([module.norms for module in modules])
     axes.vlines(layers, norms.min(axis=1), norms.max(axis=1), color="grey", linewidth=0.8)
     for index, name in enumerate(names):
         axes.plot(layers, norms[:, index], "o", markersize=3, label=shortened(name, 24))
-    if norms.min() > 0:
+    if 0 < 10 * norms.min() < norms.max():
         axes.set_yscale("log")
-    axes.set(xlabel="modules", ylabel="norm of the update", title="Norms by module")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set(xlabel="modules, layer after layer", ylabel="norm of the update", title="Norms by module")
     legend_below(figure, axes)

@@ -1,27 +1,18 @@
-"""The report's page in headless Chromium, driven over its debugging pipe: filters work, nothing leaves the file."""
+"""The report's page in headless Chromium: filters work, nothing leaves the file."""
 
-import base64
-import itertools
 import json
-import os
 import random
-import shutil
-import subprocess
 import time
 from dataclasses import replace
 from html import escape
-from pathlib import Path
-
-import pytest
 
 from mlx_rsgwm.evaluation import metrics
 from mlx_rsgwm.evaluation.records import DraftRecord, ExtractedAnswer, ItemRecord
 from mlx_rsgwm.evaluation.report import folder as report
 from mlx_rsgwm.evaluation.report.leads import LEADS, lead
 from mlx_rsgwm.evaluation.report.outcome import Outcome, verdict
+from tests.browser import check_pictures, opened
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
 EVIL = '</script><script>window.broken=1</script><img src="http://example.com/x.png" onerror="window.broken=1"><!--'
 
 
@@ -42,96 +33,7 @@ def records(count=130):
     return made
 
 
-class Browser:
-    """Chromium's debugging pipe: commands in, answers and events out, each ended by a zero byte."""
-
-    def __init__(self, profile: Path) -> None:
-        out_read, self.out = os.pipe()
-        self.inp, in_write = os.pipe()
-        command = (
-            f'exec "{CHROMIUM}" --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe '
-            f'--no-first-run --user-data-dir="{profile}" --window-size=1200,1500 about:blank '
-            f"3<&{out_read} 4>&{in_write}"
-        )
-        # The tests' preloaded BLAS does not survive in Chromium's sandboxed processes.
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(
-            ["bash", "-c", command], pass_fds=(out_read, in_write), env=environment, **quiet
-        )
-        os.close(out_read)
-        os.close(in_write)
-        self.numbers, self.buffer, self.events = itertools.count(1), b"", []
-
-    def call(self, method, session=None, **parameters):
-        number = next(self.numbers)
-        message = {"id": number, "method": method, "params": parameters}
-        os.write(self.out, json.dumps(message | ({"sessionId": session} if session else {})).encode() + b"\0")
-        while True:
-            answer = self.read()
-            if answer.get("id") == number:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-
-    def read(self):
-        while b"\0" not in self.buffer:
-            data = os.read(self.inp, 1 << 16)
-            assert data, "chromium ended"
-            self.buffer += data
-        line, _, self.buffer = self.buffer.partition(b"\0")
-        return json.loads(line)
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        os.close(self.out)
-        os.close(self.inp)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here; install it with: apt-get install chromium")
-    found = Browser(tmp_path / "profile")
-    yield found
-    found.close()
-
-
-def opened(browser, page):
-    """The session of a page that has been drawn, and a function that evaluates JavaScript in it."""
-    target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-    session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-    for domain in ("Page", "Runtime", "Log", "Network"):
-        browser.call(f"{domain}.enable", session)
-    browser.call("Page.navigate", session, url=page.as_uri())
-
-    def evaluate(expression):
-        found = browser.call("Runtime.evaluate", session, expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    deadline = time.monotonic() + 60
-    while not evaluate("document.readyState === 'complete' && !!document.getElementById('count')?.textContent"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return session, evaluate
-
-
-# Texts of a picture that lie on each other or outside it; a pixel of overlap is rounding.
-COLLISIONS = """[...document.querySelectorAll('svg')].flatMap(svg => {
-  const frame = svg.getBoundingClientRect();
-  const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
-  const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
-    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
-  const outside = ([, r]) => r.left < frame.left - 1 || r.right > frame.right + 1 ||
-    r.top < frame.top - 1 || r.bottom > frame.bottom + 1;
-  return [...texts.filter(outside).map(([name]) => svg.ariaLabel + ': ' + name + ' outside'),
-    ...texts.flatMap(([name, a], i) => texts.slice(i + 1).filter(([, b]) => meet(a, b)).map(([other]) =>
-      svg.ariaLabel + ': ' + name + ' on ' + other))];
-})"""
-TEXTS = "[...document.querySelectorAll('svg')].map(svg => svg.querySelectorAll('text').length)"
-PAPER = "[...document.querySelectorAll('svg')].map(svg => getComputedStyle(svg).backgroundColor)"
+DRAWN = "!!document.getElementById('count')?.textContent"
 
 
 def test_no_label_meets_another(browser, tmp_path):
@@ -139,35 +41,15 @@ def test_no_label_meets_another(browser, tmp_path):
     names = [f"family {index} of questions on $x^{index}$ <b>&amp; more" for index in range(14)]
     rows = [replace(row, task=names[index % 14]) for index, row in enumerate(records(56))]
     report.write_report(tmp_path, [replace(row, latency_ms=1000.0 + 90 * i) for i, row in enumerate(rows)], 3)
-    session, evaluate = opened(browser, tmp_path / "report.html")
-    for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        browser.call("Emulation.setDeviceMetricsOverride", session, **size)
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        browser.call("Emulation.setEmulatedMedia", session, features=[feature])
-        assert min(evaluate(TEXTS)) >= 5
-        assert evaluate(COLLISIONS) == []
-        assert evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        assert set(evaluate(PAPER)) == {"rgb(255, 255, 255)"}  # the ink of the pictures is black
-        if keep := os.environ.get("RSGWM_SCREENSHOTS"):
-            keep_screenshot(browser, session, Path(keep) / f"report-{width}-{scheme}.png")
-    evaluate("{const t = document.querySelector('svg text'); t.parentNode.append(t.cloneNode(true));}")
-    assert len(evaluate(COLLISIONS)) == 1  # a label on another is seen
-
-
-def keep_screenshot(browser, session, path):
-    shot = browser.call("Page.captureScreenshot", session, format="png", captureBeyondViewport=True)
-    picture = base64.b64decode(shot["data"])
-    assert picture.startswith(b"\x89PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture)
+    session, evaluate = opened(browser, tmp_path / "report.html", DRAWN)
+    check_pictures(browser, session, evaluate, "report", 5)
 
 
 def test_page_in_chromium(browser, tmp_path):
     rows = records()
     folder = tmp_path / "report"
     report.write_report(folder, rows, 3, {"note": EVIL})
-    _, evaluate = opened(browser, folder / "report.html")
+    _, evaluate = opened(browser, folder / "report.html", DRAWN)
 
     def choose(field, value):
         evaluate(
@@ -252,7 +134,7 @@ def test_every_table_is_led_by_a_sentence_of_its_own(tmp_path):
 
 def test_drafts_stand_side_by_side_and_below_each_other_on_a_phone(browser, tmp_path):
     report.write_report(tmp_path, records(12), 3)
-    session, evaluate = opened(browser, tmp_path / "report.html")
+    session, evaluate = opened(browser, tmp_path / "report.html", DRAWN)
     deadline = time.monotonic() + 20
     while evaluate("document.querySelectorAll('details.item[open] .draft').length") < 3:
         assert time.monotonic() < deadline
