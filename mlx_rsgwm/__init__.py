@@ -13,6 +13,7 @@ from mlx_rsgwm import converters as converters  # fills the table of readers of 
 
 if TYPE_CHECKING:
     from mlx_rsgwm.api import calibrate, convert, evaluate, fuse, load_questions, merge, parity, train
+    from mlx_rsgwm.audit.audit_adapters import audit_adapters
     from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
     from mlx_rsgwm.core.progress import LineProgress, Progress
     from mlx_rsgwm.data.build import build_corpus
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 # Where each name of the library is defined.
 _HOMES = {
     "api": ("calibrate", "convert", "evaluate", "fuse", "load_questions", "merge", "parity", "train"),
+    "audit.audit_adapters": ("audit_adapters",),
     "core.errors": ("AdapterError", "CheckFailed", "RsgwmError"),
     "core.progress": ("LineProgress", "Progress"),
     "data.build": ("build_corpus",),
@@ -65,6 +67,7 @@ __all__ = [
     "RsgwmError",
     "Template",
     "TrainConfig",
+    "audit_adapters",
     "build_corpus",
     "calibrate",
     "convert",

@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlx_rsgwm.audit.carry_out import merge_by_plan
+from mlx_rsgwm.audit.plan import read_plan
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
@@ -121,9 +124,10 @@ def train(
 
 
 def merge(
-    adapters: AdapterSource | Sequence[AdapterSource],
+    adapters: AdapterSource | Sequence[AdapterSource] = (),
     out: str | Path | None = None,
     *,
+    plan: str | Path | None = None,
     method: str = MergeOptions.method,
     role: str = MergeOptions.role,
     weights: Sequence[float] = (),
@@ -138,8 +142,9 @@ def merge(
 
     Args:
         adapters: at least two, each as for :func:`load_adapter`, or a folder of them; folders are read a module at a
-            time.
+            time. None with a ``plan``: those that it names, where it names them.
         out: the folder to write; None keeps the adapter in memory.
+        plan: a merge plan (:func:`audit_adapters`), which says method, parameters and weights of every module.
         method: a name of ``rsgwm merge --list``; ``auto`` takes the one that suits what the adapters have kept, and
             ``manifest["merge"]["chosen_because"]`` says why.
         role: ``draft``, ``verify``, or one of your own.
@@ -170,7 +175,12 @@ def merge(
         loaded, recollection = load_adapters(sources, base, lazy=True, hashes=False, progress=progress), None
         if recollect:
             recollection = open_recollection(loaded, recollect, _text(base), seed, progress)
-        merged = merge_adapters(loaded, options, progress, base=base, recollection=recollection)
+        if plan is not None:
+            if method != MergeOptions.method or parameters or weights or recollect:
+                raise RsgwmError("a plan says method, parameters and weights; leave them out")
+            merged = merge_by_plan(read_plan(Path(plan)), loaded, options, progress, base)
+        else:
+            merged = merge_adapters(loaded, options, progress, base=base, recollection=recollection)
         if reason := merged.manifest["merge"].get("chosen_because"):
             progress.message(f"merged by {merged.manifest['merge']['method']}: {reason}")
         for warning in merged.manifest["merge"]["warnings"]:

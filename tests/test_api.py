@@ -168,6 +168,21 @@ def test_what_reads_back_otherwise_is_told(pool, tmp_path, monkeypatch):
         rs.convert(pool[0], tmp_path / "out", to="mlx")
 
 
+def test_a_pool_is_audited_and_merged_by_the_plan(make_adapter, tmp_path):
+    folders = [make_adapter(seed, size=size).save(tmp_path / str(seed)) for seed, size in ((0, 0.1), (1, 4.0))]
+    audited = rs.audit_adapters(folders, plan=tmp_path / "plan.yaml", page=tmp_path / "audit.html")
+    (pair,) = audited.pairs
+    assert pair.verdict == "imbalanced"
+    assert "<svg" in (tmp_path / "audit.html").read_text(encoding="utf-8")
+    merged = rs.merge(plan=tmp_path / "plan.yaml", out=tmp_path / "merged")
+    assert merged.manifest["merge"]["outcome"]["truncated"]["dominance"] < 0.2
+    assert rs.load_adapter(tmp_path / "merged").weights.keys() == merged.weights.keys()
+    with pytest.raises(rs.RsgwmError, match="a plan says method"):
+        rs.merge(plan=tmp_path / "plan.yaml", method="ties")
+    with pytest.raises(rs.RsgwmError, match="did you mean 'post'"):
+        rs.audit_adapters(folders, preset="pots")
+
+
 def test_questions_that_were_seen_are_refused(answering_base, tmp_path):
     from mlx_rsgwm.data.row_hashes import RowRecord
 
