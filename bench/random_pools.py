@@ -1,11 +1,16 @@
-"""Pools of random adapters for merge benchmarks: on TinyLlama's attention, or all linear modules of 8B-like layers."""
+"""Pools of random adapters for merge benchmarks: on TinyLlama's attention or all
+its linear modules, or on those of 8B-like layers; and folders of the bases that those are for, without weights.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,6 +23,12 @@ ATTENTION: Shapes = {
     "self_attn.k_proj": (2048, 256),
     "self_attn.v_proj": (2048, 256),
     "self_attn.o_proj": (2048, 2048),
+}
+LINEAR: Shapes = {
+    **ATTENTION,
+    "mlp.gate_proj": (2048, 5632),
+    "mlp.up_proj": (2048, 5632),
+    "mlp.down_proj": (5632, 2048),
 }
 WIDE: Shapes = {
     "self_attn.q_proj": (4096, 4096),
@@ -81,3 +92,31 @@ def write_pool(
             adapter = replace(adapter, directions=arrays, directions_metadata=about)
         written.append(adapter.save(folder / f"adapter-{index:02}"))
     return written
+
+
+def write_hollow_base(folder: Path, config: Mapping[str, Any], shapes: Shapes) -> Path:
+    """A base of Llama's architecture whose weights are a hole in a file and whose tokenizer knows one word: enough for
+    what reads configs and headers.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    parameters = {"model.embed_tokens": (vocabulary, hidden), "model.norm": (hidden,), "lm_head": (vocabulary, hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        parameters |= {f"{block}.{name}": (columns, rows) for name, (rows, columns) in shapes.items()}
+        parameters |= {f"{block}.{name}": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    header, end = {}, 0
+    for name, shape in parameters.items():
+        size = 2 * math.prod(shape)
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": (end, end + size)}
+        end += size
+    described = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    Tokenizer(WordLevel({"word": 0}, unk_token="word")).save(str(folder / "tokenizer.json"))
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(described)) + described)
+        file.truncate(8 + len(described) + end)
+    return folder

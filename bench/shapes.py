@@ -1,4 +1,4 @@
-"""Shapes of a model that many Macs run, for benchmarks that need no weights of it."""
+"""Shapes of models that many Macs run, for benchmarks that need no weights of them."""
 
 from __future__ import annotations
 
@@ -14,4 +14,12 @@ TINYLLAMA: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "vocab_size": 32000,
     "tie_word_embeddings": False,
+}
+LLAMA_8B: dict[str, Any] = {
+    **TINYLLAMA,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
 }
