@@ -108,25 +108,25 @@ def against_gradience(folder: Path, trials: int) -> dict[str, Any]:
                 steps[name].append(step)
                 told = f"{step['seconds']:.3f} s, {step['cpu_seconds']:.3f} s of processors, {step['mb']:.0f} MB"
                 print(f"{name:<17} {told}", flush=True)
-    theirs = steps["gradience"]
+    peers = steps["gradience"]
     return {
-        "speedup_vs_gradience": round(ratio(theirs, steps["ours"]), 2),
-        "speedup_from_own_folders": round(ratio(theirs, steps["ours, own folders"]), 2),
-        "processor_seconds_ratio": round(ratio(theirs, steps["ours"], "cpu_seconds", "cpu_seconds"), 2),
+        "speedup_vs_gradience": round(ratio(peers, steps["ours"]), 2),
+        "speedup_from_own_folders": round(ratio(peers, steps["ours, own folders"]), 2),
+        "processor_seconds_ratio": round(ratio(peers, steps["ours"], "cpu_seconds", "cpu_seconds"), 2),
         "gradience": peer.facts,
         "steps": steps,
     }
 
 
-def require_same(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> None:
-    """Both sides measured the same of every module of every pair.
+def require_same(first: Sequence[dict[str, float]], second: Sequence[dict[str, float]]) -> None:
+    """Both sides measured the same of every module of every pair; the second's names may have a prefix.
 
     Raises:
         RuntimeError: they did not.
     """
-    for mine, peers in zip(ours, theirs, strict=True):
-        found = [next(value for name, value in peers.items() if name.endswith(module)) for module in mine]
-        if len(mine) != len(peers) or not np.allclose(list(mine.values()), found, rtol=CLOSE, atol=0):
+    for mine, peers in zip(first, second, strict=True):
+        matched = [next(value for name, value in peers.items() if name.endswith(module)) for module in mine]
+        if len(mine) != len(peers) or not np.allclose(list(mine.values()), matched, rtol=CLOSE, atol=0):
             raise RuntimeError("the sides disagree about overlaps")
 
 

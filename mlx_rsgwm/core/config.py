@@ -18,7 +18,7 @@ from mlx_rsgwm.core.nearest import nearest
 T = TypeVar("T")
 
 MOST_VALUES = 100_000
-NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+")
+NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 class Loader(yaml.SafeLoader):

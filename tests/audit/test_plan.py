@@ -88,6 +88,12 @@ def test_a_plan_is_read_as_it_was_written(unlike, tmp_path):
     assert text.startswith("# A merge plan")
 
 
+def test_a_fingerprint_that_begins_like_a_number_stays_a_text(tmp_path):
+    plan = Plan((PlannedAdapter("a", "45e05d0a"), PlannedAdapter("b", "1e5f")), {"m": ModulePlan("linear", (0.5, 0.5))})
+    plan.save(tmp_path / "plan.yaml")
+    assert read_plan(tmp_path / "plan.yaml") == plan
+
+
 def test_a_merge_by_plan_is_the_merge_that_it_says(unlike, tmp_path):
     folders = [adapter.save(tmp_path / f"a{index}") for index, adapter in enumerate(unlike[:2])]
     plan = plan_of(audit(folders))
