@@ -24,6 +24,7 @@ from mlx_rsgwm.converters.checkpoint_form import checkpoint_arrays
 from mlx_rsgwm.converters.fuse.layers import (
     FORMATS,
     StoredForm,
+    dora_gains,
     fuse_layers,
     fused_weight,
     plain_layer,
@@ -47,7 +48,7 @@ from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.models.config import open_model
-from mlx_rsgwm.models.fit_check import base_of
+from mlx_rsgwm.models.fit_check import base_of, dora_changes_nothing
 from mlx_rsgwm.models.token_layers import has_head
 
 MIN_SHARE = 0.9
@@ -128,6 +129,8 @@ def _fuse(
     model, config, replaced = _adapted_model(path, adapter, base_name)
     tokenizer = tokenizer_of(adapter, path)
     layers = _adapted_layers(model, adapter)
+    if dora_changes_nothing(adapter, dora_gains(layers.values())):
+        raise AdapterError(f"{adapter.where} changes nothing: every lora_b is zero, and its magnitudes are the base's")
     survivals = []
     with progress.task("measuring", len(layers)) as advance:
         for name in sorted(layers, key=model_order):

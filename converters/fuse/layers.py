@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,14 @@ def fused_weight(layer: Any) -> tuple[mx.array, mx.array]:
         norms = mx.sqrt(mx.sum(fused * fused, axis=1, keepdims=True))
         fused = layer.m.astype(mx.float32)[:, None] / norms * fused
     return weight, fused
+
+
+def dora_gains(layers: Iterable[Any]) -> Iterator[mx.array]:
+    """The magnitudes of adapted layers by the norms of the base's rows, (out,) float32 of each; of LoRA none."""
+    for layer in layers:
+        if "m" in layer:
+            weight, _ = fused_weight(layer)
+            yield layer.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1)
 
 
 def stored_as(layer: Any, target: str) -> StoredForm:

@@ -11,7 +11,7 @@ with.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -39,7 +39,7 @@ from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import ALIASES, base_for, local_base, resolve_base
 from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE
-from mlx_rsgwm.models.fit_check import check_made_for
+from mlx_rsgwm.models.fit_check import check_made_for, dora_changes_nothing
 
 
 class Converted(NamedTuple):
@@ -184,7 +184,7 @@ def convert_from_peft(folder: Path, base: BaseLayers, out: Path, reading: PeftRe
     require_empty(out)
     reading = reading or PeftReading()
     adapter = _read_on(folder, base, reading)
-    reading.notes += [*replaced_notes(adapter), *still_notes(adapter)]
+    reading.notes += [*replaced_notes(adapter), *still_notes(adapter, base)]
     rows = rows_of(adapter.manifest)
     reading.notes += [] if rows else tokenizer_notes(folder, base)
     converted = Converted(out, base.name, adapter.spec, len(adapter.modules()), tuple(reading.notes))
@@ -203,13 +203,25 @@ def replaced_notes(adapter: Adapter) -> list[str]:
     ]
 
 
-def still_notes(adapter: Adapter) -> list[str]:
+def still_notes(adapter: Adapter, base: BaseLayers) -> list[str]:
     """What to tell of an adapter that no training leaves behind; reads lora_b up to the first that is not zero."""
     if not adapter.changes_nothing():
         return []
-    return [
-        f"it changes nothing: every lora_b is zero{'; its magnitudes may' * (adapter.spec.fine_tune_type == 'dora')}"
-    ]
+    magnitudes = ""
+    if adapter.spec.fine_tune_type == "dora":
+        same = dora_changes_nothing(adapter, _gains(adapter, base))
+        magnitudes = ", and its magnitudes are the base's" if same else "; its magnitudes may"
+    return [f"it changes nothing: every lora_b is zero{magnitudes}"]
+
+
+def _gains(adapter: Adapter, base: BaseLayers) -> Iterator[mx.array]:
+    """The magnitudes by the norms of the base's rows, one module at a time; of packed weights nobody can tell here."""
+    arrays = base.read_arrays({f"{module}.weight" for module in adapter.modules()})
+    for module in adapter.modules():
+        weight, magnitude = arrays.pop(f"{module}.weight"), adapter.weights[f"{module}.m"].astype(mx.float32)
+        plain = weight.ndim == 2 and mx.issubdtype(weight.dtype, mx.floating)
+        norms = mx.linalg.norm(weight.astype(mx.float32), axis=1) if plain else mx.zeros(magnitude.shape)
+        yield magnitude / norms
 
 
 def check_peft(folder: Path) -> None:

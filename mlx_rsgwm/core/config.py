@@ -18,11 +18,26 @@ from mlx_rsgwm.core.nearest import nearest
 T = TypeVar("T")
 
 MOST_VALUES = 100_000
+MOST_TOLD = 8  # unknown keys that a near one is looked for: an error tells no more
+LARGEST_BITS = 1024
+LARGEST_WHOLE = 2**32 - 1  # a seed is the largest of whole numbers that anybody gives
 NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 that reads 1e-5 as a number, as mlx-lm does, and leaves dates the texts that they are written as."""
+    """YAML 1.1 that reads 1e-5 as a number, as mlx-lm does, and leaves dates the texts that they are written as.
+
+    It stops at ``MOST_VALUES``, which take seconds, where a file of 16 MB can hold millions.
+    """
+
+    composed = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As PyYAML does it, and counted."""
+        self.composed += 1
+        if self.composed > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES} values")
+        return super().compose_node(parent, index)
 
 
 Loader.yaml_implicit_resolvers = {
@@ -84,6 +99,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is a date without such a day
         reason = _yaml_reason(error)
         raise RsgwmError(f"{where} is not valid YAML: {reason}") from None
+    except (LookupError, AttributeError, TypeError) as error:  # PyYAML's constructors, of !!bool maybe, !!timestamp x
+        reason = f"a value is not what its tag says ({brief(str(error))})"
+        raise RsgwmError(f"{where} is not valid YAML: {reason}") from None
     raise_problems(where, [f"{key} is given twice, the second time in line {line}" for key, line in twice])
     _unfold(values, where)
     return values
@@ -134,22 +152,47 @@ def written_texts(text: str) -> dict[str, str]:
 
 
 def _unfold(values: Any, where: str) -> None:
-    """Refuse what has more than ``MOST_VALUES`` values once aliases are written out, such as one that holds itself."""
+    """Refuse what has more than ``MOST_VALUES`` values once aliases are written out, such as one that holds itself, and
+    whole numbers that neither a float nor, if they come as 0x…, Python's ``str`` takes."""
     waiting, seen = [values], 0
     while waiting:
         value = waiting.pop()
         seen += 1
         if seen > MOST_VALUES:
             raise RsgwmError(f"{where} unfolds to more than {MOST_VALUES} values; write its aliases out")
+        if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
+            raise RsgwmError(f"{where} holds a whole number of hundreds of digits, which nothing here can be")
         if isinstance(value, (Mapping, list, tuple, set)):
             waiting += [*value, *value.values()] if isinstance(value, Mapping) else value
 
 
-def _is_bool_for_number(hint: Any, value: Any) -> bool:
-    """Whether a truth value stands where a field takes numbers; pydantic would make 1 or 0 of it."""
+def _number_problem(name: str, hint: Any, value: Any) -> str:
+    """What is wrong with the numbers that stand where the field ``name`` takes some; empty where nothing is.
+
+    pydantic would make 1 or 0 of a truth value, and take what is not finite or has hundreds of digits.
+    """
     kinds = {hint, *get_args(hint)}
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return bool(kinds & {int, float}) and bool not in kinds and any(isinstance(entry, bool) for entry in values)
+    if not kinds & {int, float} or bool in kinds:
+        return ""
+    for entry in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(entry, bool):
+            return f"{name}: expected a number, found {brief(value)}"
+        if isinstance(entry, str) and str in kinds:
+            continue
+        if not _is_in_range(entry, float in kinds):
+            return f"{name} = {brief(entry)} is out of range"
+    return ""
+
+
+def _is_in_range(value: Any, is_real: bool) -> bool:
+    """Whether a number, also as text, is finite and, where it must be whole, no larger than any; of the rest True."""
+    try:
+        number = abs(float(value))
+    except OverflowError:
+        return False
+    except (ValueError, TypeError):
+        return True
+    return number < float("inf") and (is_real or number <= LARGEST_WHOLE)
 
 
 @cache
@@ -163,11 +206,11 @@ def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
     problems = []
     for name, value in values.items():
         if name not in known:
-            near = nearest(str(name), known) or _deeper(hints, str(name))
+            near = (nearest(str(name), known) or _deeper(hints, str(name))) if len(problems) < MOST_TOLD else None
             advice = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
             problems.append(f"unknown key {prefix + str(name)!r}, {advice}")
-        elif _is_bool_for_number(hints[name], value):
-            problems.append(f"{prefix}{name}: expected a number, found {brief(value)}")
+        elif problem := _number_problem(prefix + name, hints[name], value):
+            problems.append(problem)
         elif isinstance(value, Mapping):
             kinds = [kind for kind in (hints[name], *get_args(hints[name])) if is_dataclass(kind)]
             # A table of dataclasses by name has names of its own.

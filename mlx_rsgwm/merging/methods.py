@@ -330,7 +330,7 @@ def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> 
         settled["tau"] = ROLE_TAU.get(options.role)
         if settled["tau"] is None:
             problems.append(f"role {options.role!r} has no tau of its own; give one, in (0, 1)")
-    if "signal" in settled:
+    if "signal" in settled and not problems:
         settled["signal"] = {"per_role": options.role, "shared": "all"}.get(settled["signal"], settled["signal"])
     if not problems and method.check:
         problems += method.check(settled)

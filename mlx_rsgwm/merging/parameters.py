@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Any
 
 
@@ -21,6 +22,8 @@ class Parameter:
 
     def problem(self, name: str, value: Any) -> str | None:
         """Why ``value`` cannot be; None when it can."""
+        if not isinstance(value, (str, int, float)):
+            return f"{name} must be a number or a name, found {brief(value)}"
         if self.choices:
             return None if value in self.choices else f"{name} must be one of {_listed(self.choices)}, found {value!r}"
         if self.low is None and self.high is None:

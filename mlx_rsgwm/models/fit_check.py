@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import ALIASES, Base, base_for, local_base
 from mlx_rsgwm.models.base_folder import base_difference, fingerprint_of, weights_fingerprint
 from mlx_rsgwm.models.token_layers import is_head
+
+MAGNITUDE_ROUNDING = 2**-8  # of norms that were computed in bfloat16
 
 
 def hub_name(name: str) -> str:
@@ -111,6 +114,17 @@ def check_fit(base: Base, adapter: Adapter) -> None:
     # A DoRA adapter may do all its work by the magnitudes.
     if adapter.spec.fine_tune_type == "lora" and not mx.any(mx.stack(norms) > 0).item():
         raise AdapterError(f"{adapter.where} would change nothing: every product B·A is zero")
+
+
+def dora_changes_nothing(adapter: Adapter, gains: Iterable[mx.array]) -> bool:
+    """Whether a DoRA adapter is as before any training: every lora_b zero, every magnitude the norm that the base has.
+
+    ``gains``: the magnitudes by those norms, (out,) of every module. An adapter with magnitudes alone to its credit
+    cannot have every lora_b at exactly zero and them within rounding, for one step of training moves both.
+    """
+    if adapter.spec.fine_tune_type != "dora" or not adapter.changes_nothing():
+        return False
+    return all((mx.abs(gain - 1) <= MAGNITUDE_ROUNDING).all().item() for gain in gains)
 
 
 def fitting_modules(base: Base, adapter: Adapter) -> dict[str, nn.Module]:

@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
-from mlx_rsgwm.models.fit_check import check_fit, find_module
+from mlx_rsgwm.models.fit_check import check_fit, dora_changes_nothing, find_module
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -181,10 +181,16 @@ class AdapterSlots:
 
         Raises:
             AdapterError: when it was made for another base, names a module the model has not, has another shape, or
-                would change nothing at all (every product B·A is zero). The model is left as it was.
+                would change nothing at all (every product B·A is zero, and DoRA's magnitudes are the base's norms). The
+                model is left as it was.
         """
         self._require_model()
         check_fit(self.base, adapter)
+        gains = self._gains(adapter)
+        if dora_changes_nothing(adapter, gains.values()):
+            raise AdapterError(
+                f"{adapter.where} would change nothing: every product B·A is zero, and its magnitudes are the base's"
+            )
         wrapped = {}
         for module, a, b in adapter.factors():
             layer = find_module(self.model, module)
@@ -192,15 +198,23 @@ class AdapterSlots:
                 embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
                 layer = (SlotEmbedding if embedding else SlotLinear)(layer, self._active)
                 wrapped[module] = layer
-            magnitude = adapter.weights.get(f"{module}.m")
-            gain = None if magnitude is None else _gain(layer.linear, a, b, adapter.spec.scale, magnitude)
-            layer._factors[name] = LowRank(a, b, adapter.spec.scale, gain)
+            layer._factors[name] = LowRank(a, b, adapter.spec.scale, gains.get(module))
         if wrapped:
             self.model.update_modules(tree_unflatten(list(wrapped.items())))
         if name in self._loaded:
             for module in set(self._loaded[name].modules()) - set(adapter.modules()):
                 find_module(self.model, module)._factors.pop(name, None)
         self._loaded[name] = adapter
+
+    def _gains(self, adapter: Adapter) -> dict[str, mx.array]:
+        """What DoRA multiplies every module's outputs by, (out,) float32; empty for LoRA."""
+        gains = {}
+        for module, a, b in adapter.factors():
+            if (magnitude := adapter.weights.get(f"{module}.m")) is not None:
+                layer = find_module(self.model, module)
+                plain = layer.linear if isinstance(layer, Slots) else layer
+                gains[module] = _gain(plain, a, b, adapter.spec.scale, magnitude)
+        return gains
 
     def unload(self, name: str) -> None:
         """Forget an adapter; if it was active, the bare base is."""

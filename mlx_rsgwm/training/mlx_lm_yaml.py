@@ -376,6 +376,8 @@ def _is_text(value: Any) -> bool:
 
 def _number(value: Any) -> Any:
     """A number as float, also one that is quoted; anything else, and what is not finite, as it is."""
+    if isinstance(value, str) and not (value.isascii() and "_" not in value):  # Python's float takes ٣ and 1_000, too
+        return value
     try:
         number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
     except (ValueError, OverflowError):

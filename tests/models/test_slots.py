@@ -1,5 +1,7 @@
 """Slots: the same outputs as mlx-lm's own loading, constant-time switching, nothing silently unapplied."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -132,6 +134,25 @@ def test_dora_equals_mlx_lm(base, tiny_base, make_adapter, tmp_path, bits, bias)
     assert mx.allclose(slots.model(mx.array(IDS)), other.model(mx.array(IDS)), rtol=1e-4, atol=1e-4).item()
     slots.use(None)
     assert not mx.allclose(slots.model(mx.array(IDS)), other.model(mx.array(IDS)), atol=1e-2).item()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_dora_that_changes_nothing_is_refused(base, make_adapter, bits):
+    """As PEFT and mlx-lm begin it: lora_b zero and the magnitudes those of the base, which only the base can tell."""
+    if bits:
+        nn.quantize(base.model, group_size=32, bits=bits)
+    adapter, layers = dora(make_adapter(1), base), dict(base.model.named_modules())
+    weights = {name: value * 0 if name.endswith("lora_b") else value for name, value in adapter.weights.items()}
+    for module in adapter.modules():
+        layer = layers[module]
+        dense = mx.dequantize(layer.weight, layer.scales, layer.biases, 32, bits) if bits else layer.weight
+        weights[f"{module}.m"] = mx.linalg.norm(dense.astype(mx.float32), axis=1)
+    slots = AdapterSlots(base)
+    with pytest.raises(AdapterError, match=r"would change nothing: .*magnitudes are the base's"):
+        slots.load("still", replace(adapter, weights=weights))
+    module = adapter.modules()[-1]
+    slots.load("moved", replace(adapter, weights={**weights, f"{module}.m": weights[f"{module}.m"] * 1.01}))
+    assert "still" not in slots.nbytes()
 
 
 def test_rows_of_a_batch_take_their_own_adapters(base, make_adapter):

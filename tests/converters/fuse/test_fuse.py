@@ -103,6 +103,19 @@ def logits(base, adapter=None):
     return np.array(model(mx.array([IDS]))[0])
 
 
+def test_dora_that_changes_nothing_is_not_fused(bases, tmp_path):
+    folder = make(tmp_path / "adapter", kind="dora", base=bases / "float32")
+    adapter, layers = Adapter.load(folder), dict(load_base(str(bases / "float32"), "float32").model.named_modules())
+    for module in adapter.modules():
+        adapter.weights[f"{module}.lora_b"] *= 0
+        adapter.weights[f"{module}.m"] = mx.linalg.norm(layers[module].weight, axis=1)
+    with pytest.raises(AdapterError, match=r"changes nothing: .*magnitudes are the base's"):
+        fuse(adapter.save(tmp_path / "still"), str(bases / "float32"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    adapter.weights[f"{module}.m"] *= 1.05
+    assert fuse(adapter.save(tmp_path / "moved"), str(bases / "float32"), tmp_path / "out")["modules"] == 1
+
+
 @pytest.mark.parametrize(
     ("base", "target", "tolerance"),
     [

@@ -11,6 +11,8 @@ from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.peft.convert import convert_from_peft, to_peft
 from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.models.adapter_sources import load_adapter
 
 
 @pytest.fixture
@@ -57,6 +59,42 @@ def test_a_saved_module_without_arrays_is_told_or_refused(theirs, tiny_base, tmp
 def test_a_lora_b_of_zeros_is_told(theirs, tiny_base, tmp_path):
     change_arrays(theirs, lambda name, value: value * 0 if "lora_B" in name else value)
     assert "it changes nothing: every lora_b is zero" in notes(theirs, tiny_base, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    ("factor", "told"), [(1.0, ", and its magnitudes are the base's"), (1.1, "; its magnitudes may")]
+)
+def test_dora_before_its_training_is_told(theirs, tiny_base, tmp_path, factor, told):
+    """Magnitudes that are the norms of the base's rows: that they change nothing only the base can tell."""
+    parameters = mx.load(str(tiny_base / "model.safetensors"))
+    arrays = {}
+    for name, value in mx.load(str(theirs / "adapter_model.safetensors")).items():
+        arrays[name] = value * 0 if "lora_B" in name else value
+        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        norms = mx.linalg.norm(parameters[f"{module}.weight"].astype(mx.float32), axis=1)
+        arrays[name.partition(".lora_")[0] + ".lora_magnitude_vector"] = norms * factor
+    mx.eval(arrays)
+    mx.save_safetensors(str(theirs / "adapter_model.safetensors"), arrays, {"format": "pt"})
+    set_keys(theirs, use_dora=True)
+    assert f"it changes nothing: every lora_b is zero{told}" in notes(theirs, tiny_base, tmp_path / "ours")
+
+
+def test_the_direct_way_tells_the_same(theirs, tiny_base):
+    """merge, ask and eval read a PEFT folder without converting it first."""
+    said = []
+
+    class Told(Progress):
+        def message(self, text):
+            said.append(text)
+
+    set_keys(theirs, modules_to_save=["lm_head"])
+    change_arrays(theirs, lambda name, value: value * 0 if "lora_B" in name else value)
+    load_adapter(theirs, str(tiny_base), progress=Told())
+    assert [text for text in said if "modules_to_save names lm_head, of which nothing was saved" in text]
+    assert [text for text in said if "changes nothing, every lora_b is zero" in text]
+    said.clear()
+    load_adapter(theirs, str(tiny_base), lazy=True, progress=Told())  # as merge does
+    assert [text for text in said if "modules_to_save names lm_head, of which nothing was saved" in text]
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
