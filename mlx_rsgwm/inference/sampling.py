@@ -17,6 +17,7 @@ from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.models.linux_cpu import exp, largest
 
 CANDIDATES = 128
+COLDEST = (1e-37, 3e38)  # what logits are multiplied by, at least and at most
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def _from_candidates(
     candidates, values = (mx.take_along_axis(x, order, axis=-1) for x in (candidates, values))
     order = mx.argsort(-values, axis=-1)
     candidates, values = (mx.take_along_axis(x, order, axis=-1) for x in (candidates, values))
-    highest, colder = mx.max(logits, axis=-1, keepdims=True), 1 / temperature
+    highest = mx.max(logits, axis=-1, keepdims=True)
+    colder = min(
+        max(1 / temperature, COLDEST[0]), COLDEST[1]
+    )  # as float32 it would be 0 or infinite, and 0·∞ no number
     probabilities = exp((values - highest) * colder) / exp((logits - highest) * colder).sum(axis=-1, keepdims=True)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
     nucleus = mx.where(before < top_p, probabilities, 0.0)
