@@ -70,7 +70,11 @@ class GradienceSide:
         from gradience.vnext.merge import merge_audit
 
         self._audit = merge_audit
-        tried = thread_seconds(lambda: merge_audit(str(folders[0]), str(folders[1])))
+
+        def once() -> None:
+            merge_audit(str(folders[0]), str(folders[1]))
+
+        tried = thread_seconds(once)
         torch.set_num_threads(min(tried, key=lambda threads: tried[threads]))
         self.facts = {"threads": torch.get_num_threads(), "tried": tried}
 

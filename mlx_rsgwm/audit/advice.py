@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from mlx_rsgwm.audit.pair_audit import PairAudit
@@ -104,6 +105,8 @@ def _reason(audited: PoolAudit, pair: PairAudit) -> str:
     if pair.verdict == IMBALANCED:
         small, large = (first, second) if pair.norms[0] < pair.norms[1] else (second, first)
         by = max(module.frobenius_ratio for module in pair.modules if module.verdict.name == IMBALANCED)
+        if by == inf:
+            return f"{small} changes next to nothing beside {large} {where}, and would be drowned"
         return f"{large} is up to {by:.3g} times as large as {small} {where}, and would drown it"
     if pair.verdict == REDUNDANT:
         return f"{names} change the same directions the same way {where}; much of one repeats the other"

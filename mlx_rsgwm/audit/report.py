@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import PurePath
 from typing import Any
 
@@ -66,7 +67,7 @@ def _pair_row(names: Sequence[str], pair: PairAudit) -> list[str]:
     return [
         *(f"{names[pair.first]}, {names[pair.second]}", f"{pair.verdict} ({word_of(pair)})", pair.risk),
         *(f"{pair.mean_overlap:.2f}", f"{average[0]:.2f}", f"{average[1]:+.2f}"),
-        *(f"{pair.frobenius_ratio:.3g} ×", f"{pair.cosine:+.2f}"),
+        *(_times(pair.frobenius_ratio), f"{pair.cosine:+.2f}"),
         ", ".join(f"{count} {name}" for name, count in counts.items() if count),
     ]
 
@@ -82,8 +83,13 @@ def _module_row(module: ModulePair) -> list[str]:
     return [
         *(module.name, module.verdict.name, f"{module.verdict.confidence:.2f}", f"{module.mean_overlap:.2f}"),
         *(f"{module.random:.2f}", f"{module.mean_input_overlap:.2f}", f"{module.agreement:+.2f}"),
-        *(f"{module.frobenius_ratio:.3g} ×", " and ".join(map(str, module.energy_ranks))),
+        *(_times(module.frobenius_ratio), " and ".join(map(str, module.energy_ranks))),
     ]
+
+
+def _times(ratio: float) -> str:
+    """A ratio of norms, which is infinite where an update is nothing."""
+    return f"{ratio:.3g} ×" if ratio < inf else "nothing in one"
 
 
 def matrix_rows(audited: PoolAudit) -> Rows:

@@ -66,6 +66,13 @@ def test_the_first_line_is_a_verdict_and_the_second_what_to_type(pool, other, wo
     assert told["recommendation"]["verdict"] == word
 
 
+def test_an_adapter_that_changes_nothing_is_told_without_infinities(pool, make_adapter, tmp_path):
+    made = run("audit", pool["a"], make_adapter(5, size=0.0).save(tmp_path / "zero"))
+    assert "zero changes next to nothing beside" in made.stdout.splitlines()[0]
+    assert "nothing in one" in made.stdout
+    assert " inf" not in made.stdout
+
+
 def test_of_three_the_worst_pair_is_first_and_one_is_named_to_leave_out(pool):
     told = result(run("audit", pool["a"], pool["same"], pool["against"], "--json"))
     assert told["pairs"][0]["verdict"] == "conflicting"
