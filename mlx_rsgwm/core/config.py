@@ -203,7 +203,7 @@ def _checker(cls: Any) -> TypeAdapter[Any]:
 def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
     known = [field.name for field in fields(cls)]
     hints = get_type_hints(cls)
-    problems = []
+    problems: list[str] = []
     for name, value in values.items():
         if name not in known:
             near = (nearest(str(name), known) or _deeper(hints, str(name))) if len(problems) < MOST_TOLD else None
