@@ -33,6 +33,7 @@ class ModuleSpectrum:
 
     @property
     def rank(self) -> int:
+        """The nominal rank."""
         return self.shape[1]
 
     @property
@@ -42,10 +43,12 @@ class ModuleSpectrum:
 
     @property
     def stable_rank(self) -> float:
+        """‖ΔW‖_F² / σ₁²."""
         return stable_rank(self.sigma)
 
     @property
     def effective_rank(self) -> float:
+        """By the entropy of the singular values."""
         return effective_rank(self.sigma)
 
     @property
@@ -54,6 +57,7 @@ class ModuleSpectrum:
         return self.stable_rank / self.rank
 
     def energy_rank(self, share: float) -> int:
+        """The fewest singular values that have ``share`` of Σσ²."""
         return energy_rank(self.sigma, share)
 
     @property
@@ -63,6 +67,7 @@ class ModuleSpectrum:
         return rank * (rows + columns)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -94,10 +99,12 @@ class AdapterAudit:
 
     @property
     def stable_rank_mean(self) -> float:
+        """Mean over modules."""
         return float(np.mean([module.stable_rank for module in self.modules]))
 
     @property
     def utilisation_mean(self) -> float:
+        """Mean over modules of stable rank over rank."""
         return float(np.mean([module.utilisation for module in self.modules]))
 
     @property
@@ -122,6 +129,7 @@ class AdapterAudit:
         return [name for name, holds in flags.items() if holds]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, its modules among them."""
         return {
             "adapter": self.label,
             "fingerprint": self.fingerprint,

@@ -38,9 +38,11 @@ class Advice:
 
     @property
     def line(self) -> str:
+        """Word, reason and command in one line."""
         return f"{self.word}: {self.reason}. Next: {self.command}"
 
     def to_dict(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Plain JSON values; ``labels`` of the adapters in their order."""
         left = None if self.leave_out is None else labels[self.leave_out]
         return {"verdict": self.word, "reason": self.reason, "command": self.command, "leave_out": left}
 

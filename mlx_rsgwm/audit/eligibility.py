@@ -57,6 +57,7 @@ class Eligibility:
     seen: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
         return asdict(self)
 
 

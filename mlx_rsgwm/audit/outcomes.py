@@ -44,6 +44,7 @@ class Outcome:
         return max(abs(a - b) / (abs(a) + abs(b) + TINY) for a, b in combinations(self.shares, 2))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
         return {"shares": list(self.shares), "q_min": self.quality, "dominance": self.dominance}
 
 
@@ -58,9 +59,11 @@ class Structure:
 
     @property
     def dominated(self) -> bool:
+        """Whether one source drowns another in the merge as it is saved."""
         return self.truncated.dominance > WORST_DOMINANCE
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
         told = {name: outcome and outcome.to_dict() for name, outcome in vars(self).items()}
         return {**told, "dominated": self.dominated}
 

@@ -48,10 +48,12 @@ class ModulePair:
 
     @property
     def mean_overlap(self) -> float:
+        """Mean of ``cosines``, in [0, 1]."""
         return sum(self.cosines) / len(self.cosines)
 
     @property
     def max_overlap(self) -> float:
+        """Largest of ``cosines``."""
         return max(self.cosines)
 
     @property
@@ -76,6 +78,7 @@ class ModulePair:
         return sum(cosine > thresholds.high for cosine in self.cosines)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
         return {
             "name": self.name,
             "verdict": self.verdict.name,
@@ -124,11 +127,13 @@ class PairAudit:
 
     @property
     def norms(self) -> tuple[float, float]:
+        """Both adapters' ‖·‖_F over the modules that they share."""
         squares = np.square([module.norms for module in self.modules]).sum(axis=0)
         return float(np.sqrt(squares[0])), float(np.sqrt(squares[1]))
 
     @property
     def frobenius_ratio(self) -> float:
+        """Of ``norms``, the larger over the smaller."""
         return _ratio(self.norms)
 
     @property
@@ -150,6 +155,7 @@ class PairAudit:
         return float(energies[chosen].sum() / energies.sum()) if energies.sum() else 0.0
 
     def to_dict(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Plain JSON values; ``labels`` of the pool's adapters in their order."""
         counts: dict[str, int] = {}
         for module in self.modules:
             counts[module.verdict.name] = counts.get(module.verdict.name, 0) + 1

@@ -43,6 +43,7 @@ class PoolAudit:
 
     @property
     def labels(self) -> list[str]:
+        """Where the adapters are, in their order."""
         return [adapter.label for adapter in self.adapters]
 
 

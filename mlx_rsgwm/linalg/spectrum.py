@@ -152,12 +152,12 @@ def _upper(products: np.ndarray) -> np.ndarray | None:
 
 
 def stable_rank(sigma: np.ndarray) -> float:
-    """‖ΔW‖_F² / σ₁², from descending singular values; 0 of an update that is zero."""
+    """‖ΔW‖_F² / σ₁² from descending singular values (k,); 0 of an update that is zero."""
     return float(np.square(sigma / sigma[0]).sum()) if len(sigma) and sigma[0] > 0 else 0.0
 
 
 def effective_rank(sigma: np.ndarray) -> float:
-    """exp(−Σ p log p) with p = σ / Σσ (Roy and Vetterli, 2007); 0 of an update that is zero."""
+    """exp(−Σ p log p) with p = σ / Σσ, σ (k,) descending (Roy and Vetterli, 2007); 0 of an update that is zero."""
     counted = _counting(sigma)
     if not len(counted):
         return 0.0
@@ -166,7 +166,7 @@ def effective_rank(sigma: np.ndarray) -> float:
 
 
 def energy_rank(sigma: np.ndarray, share: float) -> int:
-    """The fewest singular values that have ``share`` of Σσ²; 0 of an update that is zero."""
+    """The fewest of the descending singular values (k,) that have ``share`` of Σσ²; 0 of an update that is zero."""
     counted = _counting(sigma)
     if not len(counted):
         return 0
