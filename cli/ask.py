@@ -75,7 +75,7 @@ def _ask_file(console: Console, path: Path, out: Path | None, batch_rows: int, w
     from mlx_rsgwm.inference.speaker import Speaker
 
     asked = questions_of(path)
-    with claimed(out):
+    with claimed(out, path):
         voice = open_speaker_or_pair(console, who)
         if isinstance(voice, Speaker):
             rows = answer_file(console, asked, out, voice.loop, lambda texts: _alone(voice, texts, batch_rows))

@@ -34,11 +34,12 @@ def questions_of(path: Path) -> list[AskedRow]:
 
 
 @contextmanager
-def claimed(out: Path | None) -> Iterator[None]:
+def claimed(out: Path | None, asked: Path) -> Iterator[None]:
     """Keep ``out`` for this process while the body runs.
 
     Raises:
-        RsgwmError: another process writes it; ``out`` is a folder, or is there and no unfinished run beside it.
+        RsgwmError: another process writes it; ``out`` is a folder, a device, the file ``asked`` itself, or is there and
+            no unfinished run beside it.
     """
     from mlx_rsgwm.core.folders import exclusive_file
 
@@ -47,6 +48,10 @@ def claimed(out: Path | None) -> Iterator[None]:
         return
     if out.is_dir():
         raise RsgwmError(f"{out} is a folder; name a file for the answers, such as {out / 'answers.jsonl'}")
+    if out.exists() and not out.is_file():
+        raise RsgwmError(f"{out} is not a file that could be resumed; without --out answers are printed")
+    if out.exists() and asked.exists() and out.samefile(asked):
+        raise RsgwmError(f"{out} holds the questions; give another --out")
     with exclusive_file(out):
         if out.exists() and not _journal_path(out).exists():
             raise RsgwmError(
@@ -100,7 +105,7 @@ def answer_file(
     if out is not None and journal is not None:
         _write(out, rows)
         journal.path.unlink()
-        console.line(f"{out}: {len(rows)} answers")
+        console.line(f"{out}: {len(rows)} answer{'s' * (len(rows) != 1)}")
     return [rows[place] for place in sorted(rows)]
 
 
@@ -110,18 +115,31 @@ def _journal(
     from mlx_rsgwm.core.resume import Journal
     from mlx_rsgwm.evaluation.runner import describe_run
 
-    def take(row: Any, where: str) -> None:
-        place = int(row["place"])
-        if place < len(asked) and row["row"]["question"] == asked[place].question:
-            rows[place] = dict(row["row"])
+    others: set[tuple[int, str]] = set()
 
-    about = describe_run(pipeline, (), 0)
-    journal = Journal(
-        _journal_path(out), {name: about[name] for name in about if name not in ("questions", "items")}, take
-    )
+    def take(row: Any, where: str) -> None:
+        place, question = int(row["place"]), str(row["row"]["question"])
+        if place < len(asked) and question == asked[place].question:
+            rows[place] = dict(row["row"])
+        else:
+            others.add((place, question))
+
+    journal = Journal(_journal_path(out), _settings(describe_run(pipeline, (), 0)), take)
+    if others and not rows:
+        problem = f"{journal.path} keeps {len(others)} answers to other questions"
+        raise RsgwmError(f"{problem}; give another --out, or delete it to start anew")
+    if others:
+        about = f"{len(others)} other question{'s' * (len(others) != 1)}"
+        console.progress.warning(f"warning: answers to {about}, kept from before, are left out")
     if rows:
         console.progress.message(f"{len(rows)} of {len(asked)} answers are there already; going on with the rest")
     return journal
+
+
+def _settings(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What answers depend on, side by side, so that a refusal names the option that changed."""
+    flat = {**about, **about["loop"], **about["loop"]["sampling"]}
+    return {name: flat[name] for name in flat if name not in ("questions", "items", "loop", "sampling")}
 
 
 def _row(asked: AskedRow, row: Mapping[str, Any]) -> dict[str, Any]:

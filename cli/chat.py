@@ -57,7 +57,7 @@ def chat(console: Console, history: str | None, **who: Any) -> None:
     talk = Talk(console, open_speaker_or_pair(console, who), history)
     talk.begin()
     for text in _lines(console):
-        if text in ("exit", "quit", "/exit", "/quit"):
+        if text.lower() in ("exit", "quit", "/exit", "/quit"):
             break
         if text:
             talk.take(text)
@@ -91,7 +91,7 @@ class Talk:
         """Answer a line, or do what it asks for; what goes wrong is told, and the conversation goes on."""
         try:
             check_text(text, "the question")
-            if text.startswith("/") and text[1:2].isalpha():
+            if text == "/" or (text.startswith("/") and text[1:2].isalpha()):
                 self._do(text)
             else:
                 self._answer(text)
@@ -119,7 +119,7 @@ class Talk:
 
     def _do(self, line: str) -> None:
         name, _, rest = line.partition(" ")
-        if name == "/help":
+        if name in ("/help", "/"):
             for command, meaning in COMMANDS.items():
                 self._console.line(f"{command:<14} {meaning}")
         elif name == "/clear":

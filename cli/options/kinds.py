@@ -43,6 +43,10 @@ class Number(click.FloatRange):
             self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
 
+    def _describe_range(self) -> str:
+        # click's words for a range without ends are x<=None
+        return "any" if self.min is None and self.max is None else super()._describe_range()
+
 
 def _hint(text: str, param: click.Parameter | None) -> str:
     """What to type instead of a number with commas, or in per cent."""

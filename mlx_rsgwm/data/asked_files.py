@@ -50,7 +50,8 @@ def read_asked(path: Path, text: str | None = None) -> list[AskedRow]:
             problems.append((f"{unit} {number}", str(error)))
     raise_problems(str(path), grouped(problems))
     if not asked:
-        raise RsgwmError(f"{path} holds no question; write one a line, or rows with question in JSON or CSV")
+        where = "standard input" if str(path) == "-" else path
+        raise RsgwmError(f"{where} holds no question; write one a line, or rows with question in JSON or CSV")
     return asked
 
 
@@ -96,7 +97,9 @@ def _asked(number: int, value: Any) -> AskedRow:
     if not isinstance(value, Mapping):
         raise ValueError("neither an object nor a text")
     text = next(_texts(value), None)
-    if text is None or not text.strip():
+    if text is not None and not text.strip():
+        raise ValueError("its question is empty; fill it in, or leave the row out")
+    if text is None:
         has = ", ".join(str(name)[:20] for name in list(value)[:SHOWN]) or "nothing"
         raise ValueError(f"no text under {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; it has {has}")
     refuse_unshown(value, text)

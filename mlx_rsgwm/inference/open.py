@@ -170,10 +170,13 @@ def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
     if calibration is None:
         return []
     doubts = []
-    if changed := calibration.differences(pipeline_identity(pipeline)):
+    if changed := _changed_since(calibration, pipeline_identity(pipeline)):
+        options = all(isinstance(was, (int, float)) for was, _ in changed.values())  # the rest are hashes
+        named = ", ".join(f"{name} ({was}, now {now})" if options else name for name, (was, now) in changed.items())
+        same = " ".join(f"--{name.replace('_', '-')} {was}" for name, (was, _) in changed.items())
         doubts.append(
-            f"the verifier was calibrated with another {', '.join(changed)}; its threshold and what its scores mean "
-            "may not hold here; calibrate again with: rsgwm calibrate"
+            f"the verifier was calibrated with another {named}; its threshold and what its scores mean may not hold "
+            f"here; {f'take {same}, or ' if options else ''}calibrate again with: rsgwm calibrate"
         )
     bound = calibration.risk_bound
     if bound is not None and bound.check != pipeline.config.check:
@@ -184,6 +187,12 @@ def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
     if not calibration.made_for:
         doubts.append("the verifier's calibration does not say which pair it was made for; see rsgwm calibrate")
     return doubts
+
+
+def _changed_since(calibration: Calibration, identity: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    """What differs from the pipeline that was calibrated: as it was and as it is, by name."""
+    names = calibration.differences(identity)
+    return {name: (calibration.made_for[name], identity[name]) for name in names}
 
 
 def _settled(

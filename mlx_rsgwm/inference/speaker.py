@@ -70,8 +70,10 @@ class Speaker:
         if not question.strip():
             raise RsgwmError("the question is empty")
         prompt = self.template.turn_prompt(self.tokenizer, before, question)
-        remedy = "begin a new one (/clear), shorten it or lower --max-tokens"
-        return self.slots.base.fitting_prompt(prompt, self.sampling.max_tokens, "the conversation", remedy)
+        about, remedy = "the question", "shorten it or lower --max-tokens"
+        if before:
+            about, remedy = "the conversation", f"begin a new one (/clear), {remedy}"
+        return self.slots.base.fitting_prompt(prompt, self.sampling.max_tokens, about, remedy)
 
     def _tokens(self, prompt: tuple[int, ...], question: str) -> Iterator[int]:
         from mlx_lm.generate import generate_step, generation_stream, wired_limit

@@ -80,6 +80,7 @@ def test_ids_and_places_are_those_of_the_file(tmp_path):
         ("q", "question,answer\nx\n", "line 2: 1 cells where the header has 2"),
         ("q", '{"question": 3}\n', "line 1: no text under question, prompt or messages; it has question"),
         ("q", '{"question": "x"}\n{"text": "y"}\n{"text": "z"}\n', "line 2, line 3: no text under question"),
+        ("q", '{"question": "x"}\n{"question": " "}\n', "line 2: its question is empty; fill it in"),
         ("q", '{"question": "x"\n', "line 1: not valid JSON"),
         ("q", '{"rows": [\n{"question": "x"}\n]}', "its rows may be under 'rows'"),
         ("q", '{"question": "x?", "context": "a river"}', "it has context beside its question"),
@@ -148,6 +149,11 @@ def test_answers_are_kept_in_the_order_of_the_questions(make_adapter, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "answers.jsonl", "questions"]
     again = ask("--file", questions, "--adapter", folder, *SHORT, "--out", out, code=2)
     assert "is there already, and no unfinished run beside it" in again.stderr
+    same = ask("--file", questions, "--adapter", folder, "--out", questions, code=2)
+    assert f"{questions} holds the questions; give another --out" in same.stderr
+    device = ask("--file", questions, "--adapter", folder, "--out", os.devnull, code=2)
+    assert "is not a file that could be resumed; without --out answers are printed" in device.stderr
+    assert "standard input holds no question" in ask("--file", "-", "--adapter", folder, code=2, input="").stderr
     assert "is a folder; name a file" in ask("--file", questions, "--adapter", folder, "--out", tmp_path, code=2).stderr
 
 
@@ -175,12 +181,46 @@ def test_a_stopped_run_goes_on_at_any_row(make_adapter, tmp_path, questions, mon
         assert len(out.read_text().splitlines()) == done
         if done == 1:
             other = ask(*command, "--temperature", "0.1", code=2)
-            assert "answers.jsonl.journal was made with other settings (loop." in other.stderr
+            assert (
+                "answers.jsonl.journal was made with other settings (temperature is 0.1 now, was 0.7)" in other.stderr
+            )
+    (tmp_path / "others").write_text("What else?")
+    wrong = ask("--file", tmp_path / "others", *command[2:], code=2)
+    assert "answers.jsonl.journal keeps 2 answers to other questions; give another --out" in wrong.stderr
     with open(f"{out}.journal", "ab") as file:
         file.write(b'{"place": 2, "ro')  # what a kill leaves
     ask(*command)
     assert sorted(asked) == sorted(QUESTIONS), "each was asked once"
     assert out.read_bytes() == whole
+
+
+def test_a_changed_question_is_asked_anew_and_told(make_adapter, tmp_path, questions, monkeypatch):
+    from mlx_rsgwm.cli import ask as module
+
+    folder, out = make_adapter(1).save(tmp_path / "a"), tmp_path / "answers.jsonl"
+    command = ("--file", questions, "--adapter", folder, "--max-tokens", 4, "--out", out)
+    original = module._alone
+
+    def stops(speaker, texts, batch_rows):
+        for count, answered in enumerate(original(speaker, texts, 1), 1):
+            yield answered
+            if count == 2:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_alone", stops)
+        ask(*command, code=130)
+    questions.write_text(f"What is new?\n{QUESTIONS[1]}\n")
+    made = ask(*command)
+    assert "warning: answers to 1 other question, kept from before, are left out" in made.stderr
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == ["What is new?", QUESTIONS[1]]
+
+
+def test_a_question_too_long_is_no_conversation(make_adapter, tmp_path):
+    folder = make_adapter(1).save(tmp_path / "a")
+    made = ask("word " * 9000, "--adapter", folder, *SHORT, code=2)
+    assert "the question takes " in made.stderr
+    assert "/clear" not in made.stderr
 
 
 def test_a_kill_leaves_what_was_done(make_adapter, tmp_path):

@@ -69,7 +69,8 @@ def test_calibrate_then_ask_by_the_combined_score(adapters, tiny_base, half_righ
         "ask", "What is 2 + 2?", "--base", tiny_base, "--drafter", adapters / "drafter",
         "--verifier", adapters / "verifier", "--max-tokens", 6, "--attempts", 3, "--json",
     )  # fmt: skip
-    assert "calibrated with another attempts" in other.stderr
+    assert "calibrated with another attempts (2, now 3); its threshold" in other.stderr
+    assert "may not hold here; take --attempts 2, or calibrate again with: rsgwm calibrate" in other.stderr
 
 
 def test_a_bound_that_cannot_be_held_leaves_the_verifier_alone(adapters, tiny_base, half_right):

@@ -88,7 +88,7 @@ def test_who_answers_in_which_words(folders, tiny_base, make_adapter, tmp_path):
 
 def test_a_conversation_and_its_commands(folders):
     text = "Hello\n\n/adapter\n/clear\n/helpp\n/help\n/adapter nowhere\n/adapter none\nHello\n"
-    made = chat("--adapter", folders[0], *SHORT, text=text + f"/adapter {folders[1]}\nHello\nexit\nnever read\n")
+    made = chat("--adapter", folders[0], *SHORT, text=text + f"/adapter {folders[1]}\nHello\nEXIT\nnever read\n")
     lines = made.stdout.splitlines()
     assert lines[0] == f"{folders[0]}; /help lists what else there is, exit ends"
     assert f"{folders[0]} answers" in lines
@@ -98,6 +98,9 @@ def test_a_conversation_and_its_commands(folders):
     assert any("nowhere" in line for line in lines)
     assert f"{folders[1]} answers" in lines
     assert lines[-1] == "3 questions"
+    alone = chat("--adapter", folders[0], *SHORT, text="/\n").stdout.splitlines()
+    assert any(line.startswith("/adapter NAME") for line in alone)
+    assert alone[-1] == "0 questions"
 
 
 def test_a_pair_hears_the_last_exchange_only_when_asked_to_and_warned(folders, monkeypatch):

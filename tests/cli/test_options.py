@@ -220,3 +220,9 @@ def test_odd_values_are_taken_or_refused_by_name_in_every_option(command):
                 refused += 1
     assert taken + refused == len(ODD_VALUES) * len(find_command(command).params)
     assert refused or command == "help"
+
+
+def test_no_help_shows_a_range_without_ends():
+    shown = [Number()._describe_range(), Number(0)._describe_range()]
+    assert shown == ["any", "x>=0"]
+    assert "None" not in CliRunner().invoke(rsgwm, ["merge", "--help"]).stdout
