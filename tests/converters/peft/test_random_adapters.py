@@ -10,6 +10,7 @@ import tempfile
 import warnings
 import zlib
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -171,6 +172,13 @@ def logits_by_peft(model, folder):
         return matrix.torch_logits(peft.PeftModel.from_pretrained(model, str(folder)).eval())
 
 
+def in_float32(folder):
+    """The adapter with its values in float32, as PEFT computes: mlx-lm takes DoRA's norms in the adapter's own type."""
+    adapter = Adapter.load(folder)
+    weights = {name: value.astype(mx.float32) for name, value in adapter.weights.items()}
+    return Adapter.load(replace(adapter, weights=weights, path=None).save(folder.with_name("wide")))
+
+
 def require_same(ours, theirs):
     scale = max(1.0, max(np.abs(row).max() for row in theirs))
     assert matrix.largest(ours, theirs) < 2e-4 * scale
@@ -191,7 +199,7 @@ def try_peft(folders, torch_bases, outcomes, family, configuration, dtype, damag
             assert not (work / "ours").exists()
             outcomes[f"{kind_of(damage)} refused"] += 1
             return
-        ours = matrix.mlx_logits(folders(family), Adapter.load(work / "ours"))
+        ours = matrix.mlx_logits(folders(family), in_float32(work / "ours"))
         require_same(ours, logits_by_peft(torch_bases(family), work / "theirs"))
         outcomes[f"{kind_of(damage)} read"] += 1
 
