@@ -23,7 +23,7 @@ from mlx_rsgwm.core.tables import aligned
 from mlx_rsgwm.evaluation.calculator_systems import annotated, draft_verify, first_calculated, majority_calculated
 from mlx_rsgwm.evaluation.metrics import majority_index
 from mlx_rsgwm.evaluation.records import ItemRecord, read_items
-from mlx_rsgwm.evaluation.stats.intervals import bootstrapped
+from mlx_rsgwm.evaluation.stats.intervals import Rate, bootstrapped
 from mlx_rsgwm.evaluation.stats.paired import mean_difference
 
 Rule = Callable[[ItemRecord, int], bool]
@@ -64,6 +64,12 @@ def right(records: Sequence[ItemRecord], rule: Rule, k: int) -> np.ndarray:
     return np.array(list(flags.values()))
 
 
+def share_right(flags: np.ndarray) -> Rate | None:
+    """Of (items, seeds), with an interval over items."""
+    means = flags.mean(axis=1)
+    return bootstrapped(lambda drawn: float(means[drawn].mean()), list(range(len(means))))
+
+
 def answered(records: Sequence[ItemRecord], score: str, k: int) -> dict[str, float]:
     """Of the answers with the highest scores, the share right, by the share of all items that is answered."""
     ranked = sorted((best_calculated(record, k, score) for record in records), reverse=True)
@@ -88,8 +94,7 @@ def main() -> None:
         flags = {name: right(records, rule, k) for name, rule in rules(options.score).items()}
         reference = flags["draft–verify, arithmetic"]
         for name, values in flags.items():
-            means = values.mean(axis=1)
-            rate: Any = bootstrapped(lambda drawn, means=means: float(means[drawn].mean()), list(range(len(means))))
+            rate: Any = share_right(values)
             gap = mean_difference(values, reference)
             table.append(
                 [str(k), name, str(rate), f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]", f"{gap.p_value:.4f}"]

@@ -124,12 +124,10 @@ def predicted_shares(updates: Sequence[Factors], weights: np.ndarray, rank: int)
     The singular values of a sum of orthogonal updates are all of theirs, weighted; the ``rank`` largest survive.
     """
     spectra = [decompose(*_arrays(update)).sigma for update in updates]
-    weighted = np.concatenate([abs(weight) * sigma for weight, sigma in zip(weights, spectra, strict=True)])
-    cut = np.sort(weighted)[::-1][: min(rank, len(weighted))][-1]
-    survived = [
-        float(np.square(sigma[abs(weight) * sigma >= cut]).sum())
-        for weight, sigma in zip(weights, spectra, strict=True)
-    ]
+    owners = np.repeat(np.arange(len(spectra)), [len(sigma) for sigma in spectra])
+    largest = np.argsort(-np.abs(weights)[owners] * np.concatenate(spectra), kind="stable")[:rank]
+    survived = np.zeros(len(spectra))
+    np.add.at(survived, owners[largest], np.square(np.concatenate(spectra))[largest])
     norms = np.array([float(np.sqrt(np.square(sigma).sum())) for sigma in spectra])
     length = np.sqrt(sum(weight**2 * square for weight, square in zip(weights, survived, strict=True)))
     return np.array(

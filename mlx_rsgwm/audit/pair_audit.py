@@ -215,7 +215,10 @@ def _cosine(product: float, *norms: float) -> float:
 
 
 def _ratio(values: tuple[float, float]) -> float:
-    return max(values) / min(values) if min(values) > NOTHING else inf
+    """The larger over the smaller; 1 of two that are nothing."""
+    if min(values) > NOTHING:
+        return max(values) / min(values)
+    return inf if max(values) > NOTHING else 1.0
 
 
 def _bounded(values: tuple[float, float]) -> float:

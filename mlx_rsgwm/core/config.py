@@ -206,7 +206,9 @@ def _unknown(cls: Any, values: Mapping[str, Any], prefix: str) -> list[str]:
     problems: list[str] = []
     for name, value in values.items():
         if name not in known:
-            near = (nearest(str(name), known) or _deeper(hints, str(name))) if len(problems) < MOST_TOLD else None
+            near: str | None = None
+            if len(problems) < MOST_TOLD:
+                near = nearest(str(name), known) or _deeper(hints, str(name))
             advice = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
             problems.append(f"unknown key {prefix + str(name)!r}, {advice}")
         elif problem := _number_problem(prefix + name, hints[name], value):
