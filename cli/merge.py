@@ -163,14 +163,19 @@ def _by_method(
     from mlx_rsgwm.models.adapter_sources import load_adapters
 
     loaded = load_adapters(adapters, base_name, lazy=True, hashes=False, progress=console.progress)
-    if advice := advice_before_merge(loaded):
-        console.line(f"audit: {advice}")
+
+    def say_verdict() -> None:
+        if advice := advice_before_merge(loaded):
+            console.line(f"audit: {advice}")
+
     recollection = None
     if corpora:
         from mlx_rsgwm.merging.recollect import open_recollection
 
         recollection = open_recollection(loaded, corpora, base_name, console.seed, console.progress)
-    merged = merge_adapters(loaded, options, console.progress, base=base_name, recollection=recollection)
+    merged = merge_adapters(
+        loaded, options, console.progress, base=base_name, recollection=recollection, once_checked=say_verdict
+    )
     return [adapter.where for adapter in loaded], merged
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -59,6 +59,7 @@ def merge(
     diagnosed: bool = True,
     base: str | Path | None = None,
     recollection: Recollection | None = None,
+    once_checked: Callable[[], None] | None = None,
 ) -> Adapter:
     """One adapter from several, with the diagnosis and the sources in its manifest.
 
@@ -66,7 +67,8 @@ def merge(
     formats are read for. Folders are streamed: with their number grows one module's factors, and nothing else. With
     ``diagnosed`` False nothing is measured, so there is no diagnosis, and no refusal of a merge that collapses or blows
     up: for a caller who looks at the result in another way. With a ``recollection`` the recorded directions are left
-    aside: they are collected while merging, a block's under the merged blocks below.
+    aside: they are collected while merging, a block's under the merged blocks below. ``once_checked`` is called when
+    options and adapters are known to fit, and the merge begins.
 
     Raises:
         AdapterError: an adapter is damaged.
@@ -101,6 +103,8 @@ def merge(
             raise RsgwmError(f"{options.method} does not look at directions; recollect them for regmean")
         layers = recollection.start(loaded, options.role)
         pool = replace(pool, recollected=layers.grams)
+    if once_checked is not None:
+        once_checked()
     with pool.checked(signal):
         pool = pool.by_name(layers.order if layers else None) if needs_directions(method, parameters) else pool
         merged = _merged(pool, method, options, parameters, progress, diagnosed, layers)
