@@ -43,13 +43,15 @@ class Truncated:
 
     ``discarded``: ‖ΔW − ab‖²_F, a float32 scalar; ab is a projection, so ‖ΔW‖²_F is ‖ab‖²_F and this. ``exact``: the
     truncation is the best there is of this rank (Eckart–Young), not a sketch's. ``lost``: of one in a metric, where
-    the projection is oblique, the share of ‖·‖² in that metric; else None.
+    the projection is oblique, the share of ‖·‖² in that metric; else None. ``core``: the update and its truncation in
+    the coordinates of the orthonormal bases that they were taken by, where inner products are what they are outside.
     """
 
     factors: Factors
     discarded: mx.array
     exact: bool
     lost: mx.array | None = None
+    core: tuple[Factors, Factors] | None = None
 
 
 def cross(first: Factors, second: Factors) -> mx.array:
@@ -92,8 +94,9 @@ def truncate(update: Factors, rank: int) -> Truncated:
     right, upper_right = mx.linalg.qr(update.b.T, stream=mx.cpu)
     u, sigma, vt = svd(upper_left @ upper_right.T)
     root = mx.sqrt(sigma[:rank])
-    factors = Factors(left @ (u[:, :rank] * root), (root[:, None] * vt[:rank]) @ right.T)
-    return Truncated(factors, mx.square(sigma[rank:]).sum(), True)
+    core = Factors(u[:, :rank] * root, root[:, None] * vt[:rank])
+    factors = Factors(left @ core.a, core.b @ right.T)
+    return Truncated(factors, mx.square(sigma[rank:]).sum(), True, core=(Factors(upper_left, upper_right.T), core))
 
 
 def truncate_dense(update: mx.array, rank: int, key: mx.array, exact: bool | None = None) -> Truncated:

@@ -22,6 +22,8 @@ from mlx_rsgwm.models.linux_cpu import applies, cores, one_blas_thread
 
 # Updates are stacked for their inner products until their ranks reach this sum.
 STACKED_RANK = 128
+# Weights below this share of the largest are not divided by.
+SMALLEST_WEIGHT = 1e-3
 
 # Of one module: ``square`` ‖merged‖², ``squares`` (T,), ``dots`` (T,), ``mean_square`` ‖mean of the sources‖²,
 # ``discarded`` (what truncation took from ``square``), and the method's notes under note/.
@@ -33,12 +35,12 @@ def measured_beside(updates: Sequence[Factors], merged: Factors) -> bool:
     return applies() and sum(update.rank for update in updates) + merged.rank <= STACKED_RANK
 
 
-def measure_in_numpy(updates: Sequence[Factors], merged: Factors) -> dict[str, Any]:
+def measure_in_numpy(updates: Sequence[Factors], merged: Factors, ranks: Sequence[int]) -> dict[str, Any]:
     """A row's ``square``, ``squares``, ``dots`` and ``mean_square`` as numbers, from evaluated arrays."""
     everything = (*updates, merged)
     a = np.concatenate([np.array(update.a, copy=False) for update in everything], axis=1)
     b = np.concatenate([np.array(update.b, copy=False) for update in everything], axis=0)
-    starts = np.cumsum([0, *(update.rank for update in updates)])
+    starts = np.cumsum([0, *ranks])
     with np.errstate(over="ignore", invalid="ignore"):
         pieces = ((a.T @ a) * (b @ b.T)).astype(np.float64)  # symmetric: NumPy has BLAS do half the work
         products = np.add.reduceat(np.add.reduceat(pieces, starts, axis=0), starts, axis=1)
@@ -46,7 +48,7 @@ def measure_in_numpy(updates: Sequence[Factors], merged: Factors) -> dict[str, A
         "square": float(products[-1, -1]),
         "squares": np.diag(products)[:-1].tolist(),
         "dots": products[-1, :-1].tolist(),
-        "mean_square": float(products[:-1, :-1].sum()) / len(updates) ** 2,
+        "mean_square": float(products[:-1, :-1].sum()) / len(ranks) ** 2,
     }
 
 
@@ -69,7 +71,8 @@ def measure(updates: Sequence[Factors], merged: Factors) -> dict[str, mx.array]:
     return {"square": square, "squares": squares, "dots": dots, "mean_square": square_of_sum / len(updates) ** 2}
 
 
-Job = tuple[str, tuple[Factors, ...], Factors]
+# A module's name, its sources as factors or stacks of them, its result, and the T sources' ranks in these.
+Job = tuple[str, tuple[Factors, ...], Factors, tuple[int, ...]]
 
 
 @dataclass
@@ -89,12 +92,30 @@ class LayerBatch:
         row: dict[str, Any] = {f"note/{name}": value for name, value in module.notes.items()}
         row["discarded"] = merged.discarded
         if measured_beside(module.factors, merged.factors):
-            self.jobs.append((module.name, module.factors, merged.factors))
-            self.arrays += [part for factors in (*module.factors, merged.factors) for part in (factors.a, factors.b)]
+            updates, result = _in_core(module, merged) or (module.factors, merged.factors)
+            self.jobs.append((module.name, updates, result, tuple(update.rank for update in module.factors)))
+            self.arrays += [part for factors in (*updates, result) for part in (factors.a, factors.b)]
         else:
             row |= measure(module.factors, merged.factors)
         self.arrays.append(dict(row))
         return row
+
+
+def _in_core(module: Layer, merged: Truncated) -> tuple[tuple[Factors], Factors] | None:
+    """The sources of a weighted mean, stacked, and the result, in the few coordinates that the mean was truncated in.
+
+    Inner products there are those of the updates, and Σ r_t is a fraction of their length. None of other results, whose
+    coefficients may vanish, and where a source has so little weight that dividing by it would lose it.
+    """
+    coefficients = module.notes.get("coefficients")
+    sizes = [abs(weight) for weight in module.weights]
+    if module.method != "linear" or merged.core is None or coefficients is None:
+        return None
+    if min(sizes) < SMALLEST_WEIGHT * max(sizes):
+        return None
+    stacked, result = merged.core
+    each = owner_matrix(tuple(update.rank for update in module.factors)) @ coefficients.astype(mx.float32)
+    return (Factors(stacked.a, stacked.b / each[:, None]),), result
 
 
 @contextmanager
@@ -111,8 +132,8 @@ def measuring(
     running: list[Future[None]] = []
 
     def measure_share(jobs: Sequence[Job]) -> None:
-        for name, updates, merged in jobs:
-            rows[name].update(measure_in_numpy(updates, merged))
+        for name, updates, merged, ranks in jobs:
+            rows[name].update(measure_in_numpy(updates, merged, ranks))
 
     def finish() -> None:
         while running:

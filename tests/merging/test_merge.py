@@ -57,7 +57,7 @@ def test_products_taken_beside_the_merge_are_those_of_dense_ones(ranks):
     }
     lazy = {name: value.tolist() for name, value in measure.measure(updates, merged).items()}
     size = max(expected["squares"])
-    for found in (measure.measure_in_numpy(updates, merged), lazy):
+    for found in (measure.measure_in_numpy(updates, merged, ranks), lazy):
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6 * size)
 
