@@ -128,6 +128,11 @@ def _value_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"lora_alpha must be a finite number other than 0, found {alpha!r}")
     if not _is_number(dropout) or not 0 <= dropout < 1:
         problems.append(f"lora_dropout must be in [0, 1), found {dropout!r}")
+    if config.get("target_modules") is None and not config.get("target_parameters"):
+        problems.append(
+            "target_modules is missing: PEFT then takes its defaults for the model's class and drops other arrays; "
+            "name the modules that were trained"
+        )
     for name in ("use_rslora", "use_dora", "lora_bias"):
         if not isinstance(config.get(name) or False, bool):
             problems.append(f"{name} must be true or false, found {config[name]!r}")
@@ -230,7 +235,7 @@ def alpha_for(scale: float, rank: int) -> int | float:
 def selects(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT, given this configuration, puts LoRA on a linear layer, embedding or parameter of that full name.
 
-    PEFT's ``check_target_module_exists``. Where the choice depends on the model's class (no target_modules), yes.
+    PEFT's ``check_target_module_exists``; a configuration without targets of either kind is refused before.
     """
     if _excluded(config, module):
         return False

@@ -48,7 +48,7 @@ def audit_adapters(
     Example::
 
         audited = rs.audit_adapters(["pool/change", "pool/prices"], plan="plan.yaml")
-        print(audited.pairs[0].verdict)
+        assert audited.pairs[0].verdict == "safe"
         rs.merge(plan="plan.yaml", out="merged")
     """
     if preset not in PRESETS:

@@ -245,7 +245,7 @@ def test_held_out_rows_come_from_another_split(tmp_path, data_folder):
          "was made for"),
         (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/cut", "--verifier", "{tmp}/verifier"], "SHA-256"),
         (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier",
-          "--attempts", "0"], "not in the range x>=1"),
+          "--attempts", "0"], "not in the range 1<=x<=10000"),
         (["ask", "q", "--base", "{base}", "--drafter", "{tmp}/drafter", "--verifier", "{tmp}/verifier",
           "--threshold", "high"], "neither auto nor a number"),
         (["ask", "q", "--drafter", "{tmp}/verifier", "--verifier", "{tmp}/drafter"], "are swapped"),

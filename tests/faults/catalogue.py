@@ -176,6 +176,7 @@ NOT_HERE = {
     "demo": "`run` with a recipe of its own and a base that is fetched",
     "help": "writes nothing",
     "adapter loss": "writes nothing",
+    "audit": "a plan or a page, one file at its end, through the same function as `compare`",
     "chat": "writes nothing",
     "lm-eval": "one file at its end, through the same function as `compare`",
     "convert check": "writes nothing",

@@ -206,7 +206,7 @@ def test_shipped_recipes_are_valid():
         (["train={"], "not valid YAML"),
         (["loop.threshold=5"], r"threshold must be in \[0, 1\], found 5"),
         (["loop.threshold=high"], "threshold must be auto or a number"),
-        (["loop.attempts=0"], "attempts must be at least 1"),
+        (["loop.attempts=0"], "attempts must be from 1 to 10000"),
         (["loop.temperature=-1"], "temperature must be 0 or more"),
         (["loop.top_p=0"], "top_p must be in"),
         (["loop.max_tokens=0"], "max_tokens must be at least 1"),

@@ -15,7 +15,7 @@ from mlx_rsgwm.core.safetensors_io import write_safetensors
 from mlx_rsgwm.data.corpus import tokenize
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.data.unlabelled import load_unlabelled
-from mlx_rsgwm.models import adapter as adapter_module
+from mlx_rsgwm.models import adapter_sidecars
 from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, Adapter
 from mlx_rsgwm.models.directions import load_directions, role_grams
 from mlx_rsgwm.models.hooks import inputs_seen
@@ -137,7 +137,7 @@ def test_killed_while_replacing(base, corpus, saved, monkeypatch):
         written(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapter_module, "write_safetensors", killed)
+    monkeypatch.setattr(adapter_sidecars, "write_safetensors", killed)
     again = Adapter.load(saved.path)
     with pytest.raises(KeyboardInterrupt):
         save_directions(again, base, corpus, *collect_directions(base, again, corpus, rows=4))

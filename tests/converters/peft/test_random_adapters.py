@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from mlx_rsgwm.converters.peft.convert import convert_from_peft, convert_to_peft
@@ -36,9 +36,7 @@ FAMILIES = ("llama", "qwen", "gemma")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS = range(matrix.LAYERS)
 QUICK, MANY = (65, 35), (1400, 700)  # adapters of PEFT, of mlx-lm
-ANYTHING = settings(
-    deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True, phases=[Phase.generate]
-)
+ANYTHING = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate])
 
 modules = st.sampled_from(LINEAR)
 blocks = st.sampled_from(["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
@@ -290,6 +288,10 @@ def try_mlx(folders, torch_bases, outcomes, family, parameters, layers, dora, se
             assert not (work / "ours").exists()
             outcomes[f"{kind_of(damage)} refused"] += 1
             return
+        if damage in ("fewer layers", "other keys"):  # mlx-lm refuses arrays that these leave out; here arrays count
+            sound = {"num_layers": -1, "lora_parameters": parameters}
+            config = json.loads((work / "theirs" / "adapter_config.json").read_text())
+            (work / "theirs" / "adapter_config.json").write_text(json.dumps({**config, **sound}))
         require_same(logits_by_peft(torch_bases(family), work / "ours"), mlx_lm_logits(base, work / "theirs"))
         outcomes[f"{kind_of(damage)} read"] += 1
 
@@ -304,6 +306,7 @@ def many(strategies, attempt, damages, count):
     """Outcomes of so many examples, of which enough are read and enough refused."""
     outcomes = Counter()
 
+    @seed(count)  # derandomize=True draws by the function's digest, which differs between runs of a closure
     @settings(ANYTHING, max_examples=count)
     @given(**strategies)
     def each(**drawn):
