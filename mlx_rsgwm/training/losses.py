@@ -13,12 +13,16 @@ from mlx_rsgwm.models.linux_cpu import cross_entropy
 from mlx_rsgwm.models.split import Head, Hidden, split_head
 
 
-def batch_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
-    """Sum of cross-entropies in nats over the batch's trained tokens, a float32 scalar."""
+def token_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
+    """Cross-entropies in nats, (targets,) float32, row by row; those that only round the count up come last."""
     states = hidden(batch.inputs)
     picked = states.reshape(-1, states.shape[-1])[batch.positions]
-    loss = cross_entropy(head(picked).astype(mx.float32), batch.targets)
-    return (loss * batch.weights).sum()
+    return cross_entropy(head(picked).astype(mx.float32), batch.targets)
+
+
+def batch_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
+    """Sum of cross-entropies in nats over the batch's trained tokens, a float32 scalar."""
+    return (token_nats(hidden, head, batch) * batch.weights).sum()
 
 
 def batch_loss(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
@@ -32,13 +36,9 @@ def row_nats(model: Any, rows: Sequence[TokenRow], batch_size: int) -> tuple[np.
     hidden, head = split_head(model)
     nats, counts = np.zeros(len(rows)), np.array([len(row.trained_positions()) for row in rows])
     for indices in plan_epoch(rows, batch_size, seed=0, epoch=0):
-        batch = make_batch([rows[index] for index in indices])
-        states = hidden(batch.inputs)
-        picked = states.reshape(-1, states.shape[-1])[batch.positions]
-        losses = cross_entropy(head(picked).astype(mx.float32), batch.targets)
-        # Targets come row by row, so a row's are those of its number of trained tokens; the rest is padding.
+        losses = token_nats(hidden, head, make_batch([rows[index] for index in indices]))
         owners = np.repeat(indices, counts[indices])
-        np.add.at(nats, owners, np.array(losses.astype(mx.float32))[: len(owners)])
+        np.add.at(nats, owners, np.array(losses)[: len(owners)])
     return nats, counts
 
 
