@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.linalg.spectrum import Decomposed, effective_rank, energy_rank, stable_rank
+from mlx_rsgwm.linalg.spectrum import Decomposed, Spectrum, effective_rank, energy_rank, stable_rank
 
 SHARES = (0.90, 0.95, 0.99)
 
@@ -24,22 +24,10 @@ UNDERUTILISED = 0.2
 
 
 @dataclass(frozen=True)
-class ModuleSpectrum:
-    """The spectrum of one module's update: ``shape`` (in, rank, out), ``sigma`` (rank,) descending, scale included."""
+class ModuleSpectrum(Spectrum):
+    """The spectrum of one module's update, scale included."""
 
     name: str
-    shape: tuple[int, int, int]
-    sigma: np.ndarray
-
-    @property
-    def rank(self) -> int:
-        """The nominal rank."""
-        return self.shape[1]
-
-    @property
-    def norm(self) -> float:
-        """‖ΔW‖_F."""
-        return float(np.sqrt(np.square(self.sigma).sum()))
 
     @property
     def stable_rank(self) -> float:
@@ -155,7 +143,7 @@ class AdapterAudit:
 
 def spectrum_of(name: str, update: Decomposed) -> ModuleSpectrum:
     """What is kept of a decomposed module once its vectors are no more needed."""
-    return ModuleSpectrum(name, update.shape, update.sigma)
+    return ModuleSpectrum(update.shape, update.sigma, name)
 
 
 def audit_of(label: str, fingerprint: str | None, modules: Sequence[ModuleSpectrum]) -> AdapterAudit:

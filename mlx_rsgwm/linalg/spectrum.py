@@ -24,17 +24,13 @@ ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Decomposed:
-    """The SVD of an update ΔW of ``shape`` (in, r, out), without the long vectors: ``sigma`` (k,) descends.
-
-    ``inputs`` and ``outputs`` (columns, k) are its singular vectors' coordinates, which :class:`Decompositions` knows
-    how to multiply; k is the least of r, in and out. Float64.
+class Spectrum:
+    """The singular values of an update ΔW of ``shape`` (in, r, out): ``sigma`` (k,) float64, descending; k is the least
+    of r, in and out.
     """
 
     shape: tuple[int, int, int]
     sigma: np.ndarray
-    inputs: np.ndarray
-    outputs: np.ndarray
 
     @property
     def rank(self) -> int:
@@ -45,6 +41,18 @@ class Decomposed:
     def norm(self) -> float:
         """‖ΔW‖_F."""
         return float(np.sqrt(np.square(self.sigma).sum()))
+
+
+@dataclass(frozen=True)
+class Decomposed(Spectrum):
+    """The SVD of an update without the long vectors.
+
+    ``inputs`` and ``outputs`` (columns, k) are its singular vectors' coordinates, which :class:`Decompositions` knows
+    how to multiply. Float64.
+    """
+
+    inputs: np.ndarray
+    outputs: np.ndarray
 
 
 class Decompositions:
