@@ -11,7 +11,7 @@ from mlx_rsgwm.audit.plan import plan_of
 from mlx_rsgwm.audit.pool_audit import PoolAudit, audit
 from mlx_rsgwm.audit.verdicts import PRESETS
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.core.nearest import nearest
+from mlx_rsgwm.core.nearest import advice
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 
@@ -52,10 +52,7 @@ def audit_adapters(
         rs.merge(plan="plan.yaml", out="merged")
     """
     if preset not in PRESETS:
-        near = nearest(preset, PRESETS)
-        raise RsgwmError(
-            f"preset {preset!r} is unknown; " + (f"did you mean {near!r}?" if near else ", ".join(PRESETS))
-        )
+        raise RsgwmError(f"preset {preset!r} is unknown; {advice(preset, PRESETS)}")
     sources: list[AdapterSource] = [adapters] if isinstance(adapters, AdapterSource) else [*adapters]
     loaded = load_adapters(sources, base, lazy=True, hashes=False, progress=progress)
     audited = audit(loaded, PRESETS[preset], energy, progress)

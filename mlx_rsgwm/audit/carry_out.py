@@ -38,7 +38,7 @@ def merge_by_plan(
     order = plan.ordered([each.content_hash() for each in known], [each.label for each in known])
     ordered = [loaded[index] for index in order]
     merged = merge(ordered, plan.options(options or MergeOptions()), progress, base=base)
-    told: dict[str, Any] = merged.manifest["merge"]
-    told["plan"] = {name: module.reason for name, module in plan.modules.items()}
-    told["outcome"] = structure_of(merged, ordered).to_dict()
+    described: dict[str, Any] = merged.manifest["merge"]
+    described["plan"] = {name: module.reason for name, module in plan.modules.items()}
+    described["outcome"] = structure_of(merged, ordered).to_dict()
     return merged

@@ -42,12 +42,12 @@ def adapter_rows(audited: PoolAudit, judged: Sequence[Eligibility]) -> Rows:
 
 
 def _adapter_row(name: str, adapter: AdapterAudit, judged: Eligibility) -> list[str]:
-    told = adapter.to_dict()
+    measures = adapter.to_dict()
     gain = "" if judged.gain is None else f" ({judged.gain:+.3f} ± {judged.margin:.3f} nats)"
     return [
         *(name, f"{adapter.norm:.3g}", str(adapter.rank), f"{adapter.stable_rank_mean:.2f}"),
-        *(f"{adapter.utilisation_mean:.0%}", f"{told['effective_rank_mean']:.1f}"),
-        *(f"{told['energy_rank_90_p50']:g}", judged.verdict + gain),
+        *(f"{adapter.utilisation_mean:.0%}", f"{measures['effective_rank_mean']:.1f}"),
+        *(f"{measures['energy_rank_90_p50']:g}", judged.verdict + gain),
     ]
 
 

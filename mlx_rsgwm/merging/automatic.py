@@ -15,7 +15,7 @@ from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.merging.families.linear import survey_norms
-from mlx_rsgwm.merging.methods import METHODS, settled, weight_problems
+from mlx_rsgwm.merging.methods import METHODS, method_for, weight_problems
 from mlx_rsgwm.merging.options import AUTO, MergeOptions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.models.directions import ALL
@@ -96,7 +96,7 @@ def _refusal(options: MergeOptions, given: set[str], count: int) -> str | None:
         return f"{options.method}, which auto comes to here, has no parameter {', '.join(map(repr, unknown))}"
     try:
         for override in options.overrides:
-            settled(options, override)
+            method_for(options, override)
         problems = weight_problems(options, count)
     except RsgwmError as error:
         return str(error).removeprefix("merge options: ")

@@ -27,9 +27,9 @@ from mlx_rsgwm.merging.measure import LayerBatch, measuring
 from mlx_rsgwm.merging.methods import (
     Method,
     find_method,
+    method_for,
     needs_directions,
     resolved,
-    settled,
     sums,
     weight_problems,
 )
@@ -203,7 +203,7 @@ def _modules(pool: Pool, method: Method, options: MergeOptions, parameters: Mapp
     scales = tuple(source.spec.scale for source in pool.sources)
     for (name, factors), importance, gram in zip(pool.updates(), importances, grams, strict=True):
         override = next((candidate for candidate in options.overrides if candidate.covers(name)), None)
-        method_name, module_parameters = settled(options, override) if override else (options.method, parameters)
+        method_name, module_parameters = method_for(options, override) if override else (options.method, parameters)
         weights = (override.weights if override else ()) or options.weights or (1.0,) * len(factors)
         if override and override.ranks:
             factors = tuple(truncate(*pair).factors for pair in zip(factors, override.ranks, strict=True))
@@ -266,7 +266,7 @@ def _usual_rank(method: Method, pool: Pool) -> int:
 def _check_overrides(pool: Pool, options: MergeOptions) -> None:
     """Refuse overrides that no module can have, or that are for none."""
     for override in options.overrides:
-        settled(options, override)
+        method_for(options, override)
         if fixed := {"space", "scope", "signal", "truncate"} & set(override.parameters):
             raise RsgwmError(f"merge options: {', '.join(sorted(fixed))} cannot differ between modules")
         if not any(override.covers(module) for module in pool.modules):

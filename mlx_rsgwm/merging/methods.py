@@ -338,7 +338,7 @@ def resolved(options: MergeOptions, values: Mapping[str, Any] | None = None) -> 
     return settled
 
 
-def settled(options: MergeOptions, override: Override | None) -> tuple[str, dict[str, Any]]:
+def method_for(options: MergeOptions, override: Override | None) -> tuple[str, dict[str, Any]]:
     """Name and parameters of the method for the modules of an ``override``, or of the merge itself for None.
 
     Raises:
@@ -376,7 +376,7 @@ def weight_problems(options: MergeOptions, count: int) -> list[str]:
     ]
     for weights, override in given:
         if weights:
-            problems += _problems_of(weights, *settled(options, override), count)
+            problems += _problems_of(weights, *method_for(options, override), count)
     return problems
 
 
