@@ -168,10 +168,10 @@ def read_json_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
     return value
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+def sha256_file(path: Path, largest: int | None = None) -> str:
+    """Hex SHA-256 of a file's bytes, of which there may be ``largest``."""
     digest = hashlib.sha256()
-    with open_regular(path) as file:
+    with open_regular(path, largest) as file:
         try:
             while block := file.read(1 << 17):
                 digest.update(block)

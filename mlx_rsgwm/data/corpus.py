@@ -205,7 +205,7 @@ def load_corpus(folder: Path) -> Corpus:
         str(folder / MANIFEST_FILE),
         [f"{name} is not an object" for name in parts if not isinstance(manifest.get(name), dict)],
     )
-    if files.sha256_file(path) != manifest["files"].get(ROWS_FILE):
+    if files.sha256_file(path, files.LARGEST_TEXT) != manifest["files"].get(ROWS_FILE):
         raise RsgwmError(f"{path} was changed after it was built; build the corpus again")
     rows, problems = [], []
     for number, value in read_json_lines(path):

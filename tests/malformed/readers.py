@@ -28,7 +28,7 @@ from sound_files import READERS  # noqa: E402
 
 from mlx_rsgwm.core.errors import RsgwmError  # noqa: E402
 
-SECONDS = 10.0  # a gigabyte of rows takes 3 to 5
+SECONDS = 5.0
 BLOCKED = 60.0  # seconds on the wall, after which a read is taken to wait for what never comes
 MEMORY = 6 << 30  # of addresses, most of them of libraries; a header that asks for more is to be refused before
 SEEDS = HERE / "seeds"
