@@ -59,12 +59,14 @@ def negatives(
       rsgwm data negatives --adapter pool/change --task change --draft-rows 144 --verify-rows 160 --out corpus/change
       rsgwm data negatives --adapter runs/blind/drafter --task choice --offset 144 --true-equations --out corpus/own
     """
+    from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.evaluation.own_mistakes import MistakePlan, build_from_mistakes
     from mlx_rsgwm.inference.sampling import Sampling
 
     drafting = {name: options.pop(name) for name in ("temperature", "top_p", "max_tokens")}
     sampling = Sampling(**drafting, seed=console.seed)
     plan = MistakePlan(tasks, template=options.pop("template_name"), sampling=sampling, seed=console.seed, **options)
+    click.get_current_context().with_resource(exclusive(out))  # drafting takes minutes: nobody else is to begin it
     corpus, counts = build_from_mistakes(sources, base_name, plan, out, console.line, console.progress, replace)
     console.line(f"corpus: {out}")
     console.result(

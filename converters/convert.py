@@ -11,6 +11,7 @@ from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.gguf.adapter import to_gguf
 from mlx_rsgwm.converters.peft.convert import require_empty, to_peft
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
+from mlx_rsgwm.core.folders import new_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
@@ -36,7 +37,8 @@ def convert(source: AdapterSource, out: Path, to: str, base: str | None = None, 
         to_peft(adapter, name, out)
     else:
         require_empty(out)
-        adapter.save(out)
+        with new_folder(out) as work:
+            adapter.save(work)
     _compare(adapter, load_adapter(out, name), out)
     return out
 

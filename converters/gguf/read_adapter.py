@@ -21,6 +21,7 @@ from mlx_rsgwm.converters.peft.read import keys_of
 from mlx_rsgwm.converters.peft.uniform import Update, common_scale, fold_scale, widen_rank
 from mlx_rsgwm.core.dtypes import FLOATS
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
+from mlx_rsgwm.core.folders import new_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
@@ -58,7 +59,8 @@ def convert_from_gguf(path: Path, base_name: str | None, out: Path, progress: Pr
     """:func:`from_gguf`, written to the new folder ``out`` as mlx-lm loads it. Raises as that; ``out`` is not empty."""
     require_empty(out)
     adapter = from_gguf(path, base_name, progress)
-    adapter.save(out)
+    with new_folder(out) as work:
+        adapter.save(work)
     return Converted(out, str(adapter.base_name), adapter.spec, len(adapter.modules()))
 
 

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.converters.convert import convert
 from mlx_rsgwm.core import files, temporary
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import new_folder
@@ -114,6 +115,30 @@ def test_single_folders_killed_anywhere(command, pool, tiny_base, tmp_path, monk
     arguments = [tiny_base if one == "BASE" else one for one in command]
     assert steps_until_done(monkeypatch, arguments, lambda: _absent(tmp_path / "out"))
     assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
+
+
+def test_an_adapter_from_gguf_killed_anywhere(pool, tiny_base, tmp_path, monkeypatch):
+    (tmp_path / "gguf").mkdir()
+    assert run("convert", "to-gguf", pool / "a", "--out", tmp_path / "gguf/a.gguf", "--base", tiny_base).exit_code == 0
+    command = ("convert", "from-gguf", tmp_path / "gguf/a.gguf", "--out", tmp_path / "out", "--base", tiny_base)
+    assert steps_until_done(monkeypatch, command, lambda: _absent(tmp_path / "out"))
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
+
+
+def test_a_conversion_by_the_library_is_whole_or_absent(pool, tiny_base, tmp_path, monkeypatch):
+    real = files.write_json
+
+    def killing(path, value):
+        if path.name == "manifest.json":
+            raise Killed
+        real(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_json", killing)
+        with pytest.raises(Killed):
+            convert(pool / "a", tmp_path / "out", "mlx", str(tiny_base))
+    _absent(tmp_path / "out")
+    assert convert(pool / "a", tmp_path / "out", "mlx", str(tiny_base)) == tmp_path / "out"
 
 
 def _absent(folder):

@@ -10,11 +10,11 @@ import os
 
 import pytest
 
-from tests.faults.catalogue import KINDS
+from tests.faults.catalogue import KINDS, SMALL
 from tests.faults.tally import RIGHT
 
 
-@pytest.mark.parametrize("name", ["merge", "convert to-peft", "data build", "recipe init", "hub pull"])
+@pytest.mark.parametrize("name", ["merge", "convert from-gguf", "data negatives", "recipe init", "hub pull"])
 def test_killed_at_a_few_events(harness, name):
     found = harness(name)
     events = sorted({1, 2, found.events // 2, found.events - 1, found.events})
@@ -31,4 +31,27 @@ def test_killed_at_every_event(harness, tally, name):
     most = min(found.events, int(os.environ.get("RSGWM_MOST_EVENTS", found.events)))
     outcomes = [found.kill(1 + number * (found.events - 1) // max(1, most - 1)) for number in range(most)]
     tally.keep(name, "kills", outcomes, events=found.events)
+    assert [outcome for outcome in outcomes if outcome not in RIGHT] == []
+
+
+def first_event_of(found, shown):
+    """The first event a kill at which leaves what ``shown`` sees, which then stays there."""
+    low, high = 1, found.events
+    while low < high:
+        middle = (low + high) // 2
+        found.fresh()
+        found.once(kill_at=middle)
+        low, high = (low, middle) if shown() else (middle + 1, high)
+    return low
+
+
+@pytest.mark.slow
+def test_training_killed_at_every_event_of_a_checkpoint(harness, tally):
+    """From the moment that one is there to the moment that the next one is: everything that a checkpoint writes."""
+    found = harness("train")
+    every = SMALL[SMALL.index("--save-every") + 1]
+    saved = [found.place / f"out/checkpoints/step-{step:06d}/manifest.json" for step in (2 * every, 3 * every)]
+    begin, end = (first_event_of(found, path.exists) for path in saved)
+    outcomes = [found.kill(event) for event in range(begin, end + 1)]
+    tally.keep("train: one checkpoint", "kills", outcomes)
     assert [outcome for outcome in outcomes if outcome not in RIGHT] == []
