@@ -36,6 +36,10 @@ def show_help(ctx: click.Context, names: tuple[str, ...], markdown: bool) -> Non
     click.echo(context.get_help())
 
 
+# Options that mean something else in one group: `rsgwm merge --at PATTERN`, and a time in `rsgwm probe`.
+OF_A_GROUP = frozenset({("probe", "--at")})
+
+
 def option_table() -> OptionTable:
     """Every option by its long name: the commands that have it, and click's object for each."""
     table: OptionTable = defaultdict(dict)
@@ -43,7 +47,8 @@ def option_table() -> OptionTable:
         for parameter in find_command(name).params:
             if isinstance(parameter, click.Option):
                 for flag in (flag for flag in parameter.opts if flag.startswith("--")):
-                    table[flag][name] = parameter
+                    group = name.split()[0]
+                    table[f"{flag} ({group})" if (group, flag) in OF_A_GROUP else flag][name] = parameter
     return table
 
 

@@ -106,5 +106,22 @@ class NamedValue(click.ParamType):
         return str(value)
 
 
+class Percentages(click.ParamType):
+    """Shares in per cent with commas between them, ``1,2,5``, as a tuple of shares, ascending; 0 for none."""
+
+    name = "PERCENT[,PERCENT…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if parts == ["0"]:
+            return ()
+        if not all(DECIMAL.fullmatch(part) and 0 < float(part) <= 100 for part in parts):
+            self.fail(f"{str(value)[:40]!r} is no list of per cents above 0 and up to 100, such as 1,2,5", param, ctx)
+        return tuple(sorted({round(float(part) / 100, 9) for part in parts}))
+
+
 AUTO_SHARE = AutoShare()
+PERCENTAGES = Percentages()
 PAIR = NamedValue()

@@ -12,7 +12,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import COUNT, INSIDE, POSITIVE, Number, OneOf, Whole
+from mlx_rsgwm.cli.options.kinds import COUNT, INSIDE, PERCENTAGES, POSITIVE, Number, OneOf, Whole
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.training.config import FINE_TUNE_TYPES, LONG_ROWS, OPTIMIZERS, SCHEDULES, SELECTIONS, TrainConfig
 from mlx_rsgwm.training.reporting import SERVICES
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlx_rsgwm.training.checkpoints import Saving
 
 # Defaults of Saving, which is slow to import; a test holds them equal.
-SAVE_EVERY, KEEP = 100, 3
+SAVE_EVERY, KEEP, SNAPSHOTS = 100, 3, (0.01, 0.02, 0.05)
 OPEN_SHARE = Number(0, 1, max_open=True)
 AT_LEAST_0 = Number(0)
 ABOVE_0 = Number(0, min_open=True)
@@ -77,6 +77,11 @@ RUNNING = (
         "--save-every", type=COUNT, help=f"Steps between checkpoints; 0 for only the last.  [default: {SAVE_EVERY}]"
     ),
     click.option("--keep", type=POSITIVE, help=f"Checkpoints to keep.  [default: {KEEP}]"),
+    click.option(
+        "--snapshots",
+        type=PERCENTAGES,
+        help="Per cents of the steps after which the adapter is kept, for rsgwm probe; 0 for none.  [default: 1,2,5]",
+    ),
     click.option("--report-to", help=f"{', '.join(SERVICES)}; several with commas. Needs their packages."),
     click.option("--project", help="Project name at these services.  [default: mlx-rsgwm]"),
     click.option("--cache-limit", type=AT_LEAST_0, help="Gigabytes of freed memory that MLX may hold on to."),
@@ -137,7 +142,8 @@ def saving_options(folder: Path, from_file: Mapping[str, Any], running: Mapping[
         name: next((value for value in (running[option], from_file.get(option)) if value is not None), default)
         for name, option, default in (("every", "save_every", SAVE_EVERY), ("keep", "keep", KEEP))
     }
-    return Saving(folder, given["every"], given["keep"], "continue" if running["resume"] else "refuse")
+    snapshots = SNAPSHOTS if running["snapshots"] is None else running["snapshots"]
+    return Saving(folder, given["every"], given["keep"], "continue" if running["resume"] else "refuse", snapshots)
 
 
 def _names(options: tuple[Callable[..., Any], ...]) -> list[str]:

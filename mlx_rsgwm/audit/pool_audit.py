@@ -7,10 +7,12 @@ modules or adapters beyond those.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +28,9 @@ from mlx_rsgwm.merging.automatic import has_directions
 from mlx_rsgwm.merging.pool import Pool
 from mlx_rsgwm.models.adapter_sources import AdapterSource
 from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
+
+Arrays = tuple[np.ndarray, np.ndarray]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def audit(
     pool = Pool.open(adapters)
     with pool.checked(), progress.task("audit", len(pool.modules)) as advance:
         modules = []
-        for module in _measured(pool, thresholds, energy):
+        for module in each_module(pool, partial(_measure, thresholds, energy)):
             modules.append(module)
             advance(1, "")
     return PoolAudit(
@@ -98,9 +103,11 @@ def audit(
     )
 
 
-def _measured(pool: Pool, thresholds: Thresholds, energy: float) -> Iterator[_Module]:
-    """The pool's modules, in threads of one BLAS thread each; a few of them are in memory at a time."""
-    waiting: deque[Future[_Module]] = deque()
+def each_module(pool: Pool, work: Callable[[str, dict[int, Arrays]], Result]) -> Iterator[Result]:
+    """``work`` of every module's name and factors, in order: a (in, r) and b (r, out, scale in it) by the positions of
+    the adapters that have it. In threads of one BLAS thread each; a few modules are in memory at a time.
+    """
+    waiting: deque[Future[Result]] = deque()
     with one_blas_thread(), ThreadPoolExecutor(cores()) as workers:
         for name, factors in pool.updates():
             mx.eval([(update.a, update.b) for update in factors])
@@ -109,16 +116,14 @@ def _measured(pool: Pool, thresholds: Thresholds, energy: float) -> Iterator[_Mo
                 for index, (source, update) in enumerate(zip(pool.sources, factors, strict=True))
                 if name in source.shapes
             }
-            waiting.append(workers.submit(_measure, name, present, thresholds, energy))
+            waiting.append(workers.submit(work, name, present))
             if len(waiting) > cores():
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _measure(
-    name: str, factors: dict[int, tuple[np.ndarray, np.ndarray]], thresholds: Thresholds, energy: float
-) -> _Module:
+def _measure(thresholds: Thresholds, energy: float, name: str, factors: dict[int, Arrays]) -> _Module:
     together, places = Decompositions(list(factors.values())), list(factors)
     updates = together.updates
     return _Module(

@@ -20,6 +20,7 @@ from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.core.random_streams import step_seed
 from mlx_rsgwm.core.signals import Interruption
 from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch
+from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.linux_cpu import lazily
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.checkpoints import Checkpoint, Saving, write_checkpoint
@@ -121,10 +122,8 @@ class TrainingRun:
                 advance(1, f"{step.role} loss {step.loss:.3f}")
                 reports.log(step.step, self._numbers(step))
                 if step.step in snapshots and saving is not None:
-                    record = {"shares": snapshots[step.step], "loss": step.loss}
-                    write_snapshot(
-                        saving.folder, step.step, trainable(self.model), self.start, self.gradient_sum, record
-                    )
+                    record = {"step": step.step, "shares": snapshots[step.step], "loss": step.loss}
+                    write_snapshot(saving.folder, self._adapter_now(about), self.gradient_sum, record)
                 if step.step >= last_snapshot:
                     self.gradient_sum = {}
                 if self.config.validate_every and step.step % self.config.validate_every == 0:
@@ -202,6 +201,15 @@ class TrainingRun:
             return None
         sums = held_out_nats(self.model, self.held_rows, self.config.batch_size)
         return sum(nats for nats, _ in sums.values()) / sum(count for _, count in sums.values())
+
+    def _adapter_now(self, about: Mapping[str, Any]) -> Adapter:
+        """What the run would leave if it ended here, of importance only that of all steps; a warm start is no
+        initialisation."""
+        weights = trainable(self.model)
+        init = {name: value for name, value in self.start.items() if name.endswith(".lora_a")}
+        recorded = {} if "warm_start" in about else init
+        importance = {name: value for name, value in self.importance.arrays().items() if name.startswith("all/")}
+        return Adapter(self.config.spec(), weights, importance, self.importance.metadata(), recorded, {**about})
 
     def checkpoint(self, held_out: float | None) -> Checkpoint:
         """The whole state at the end of the last step; ``held_out`` is for the record alone."""

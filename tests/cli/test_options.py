@@ -163,7 +163,7 @@ def test_defaults_of_slow_imports_are_written_twice_and_equal():
 
     sampling = (Sampling.temperature, Sampling.top_p, Sampling.max_tokens)
     assert sampling == (shared.TEMPERATURE, shared.TOP_P, shared.MAX_TOKENS)
-    assert (Saving.every, Saving.keep) == (train.SAVE_EVERY, train.KEEP)
+    assert (Saving.every, Saving.keep, Saving.snapshots) == (train.SAVE_EVERY, train.KEEP, train.SNAPSHOTS)
 
 
 @pytest.mark.parametrize(

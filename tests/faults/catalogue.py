@@ -67,6 +67,11 @@ KINDS = {
                                    "--out", place / "out"],
         ("out/adapters.safetensors", "out/importance.safetensors"),
     ),
+    "probe measure": Kind(
+        lambda work, base, place: ["probe", "measure", work / "pool/change", work / "pool/groups",
+                                   "--out", place / "table.jsonl"],
+        ("table.jsonl",),
+    ),
     "merge": Kind(
         lambda work, base, place: ["merge", work / "pool/change", work / "pool/groups", "--role", "draft",
                                    "--out", place / "out"],

@@ -50,6 +50,7 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "adapter importance": {"source": "pool/change", "--corpus": "corpus", "--out": "new/out"},
     "directions collect": {"adapter_folder": "bare", "--corpus": "corpus"},
     "audit": {"adapters": ("pool/change", "pool/groups"), "--data": "mine.jsonl"},
+    "probe measure": {"adapters": ("pool/change", "pool/groups"), "--out": "new/table.jsonl"},
     "merge": {"adapters": ("pool/change", "pool/groups"), "--role": "draft", "--out": "new/out"},
     "ask": {"question": "What is 1 + 1?", **PAIR},
     "chat": PAIR,

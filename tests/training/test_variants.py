@@ -15,6 +15,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.batching import make_batch, plan_steps
 from mlx_rsgwm.data.corpus import tokenize
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at
@@ -22,7 +23,7 @@ from mlx_rsgwm.training.layers import lora_layers, trainable
 from mlx_rsgwm.training.loop import train
 from mlx_rsgwm.training.losses import batch_nats
 from mlx_rsgwm.training.reporting import open_reports
-from mlx_rsgwm.training.snapshots import snapshot_steps
+from mlx_rsgwm.training.snapshots import snapshot_folders, snapshot_steps
 
 
 def equal(first, second, **tolerance):
@@ -278,7 +279,9 @@ def test_snapshots_hold_update_and_mean_gradient(base, corpus, config, tmp_path)
     train(base, corpus, settings, saving=saving)
     folders = sorted((tmp_path / "a" / "snapshots").iterdir())
     assert [path.name for path in folders] == ["step-000001", "step-000003"]
-    assert json.loads((folders[1] / "manifest.json").read_text())["shares"] == [0.2]
+    manifest = json.loads((folders[1] / "manifest.json").read_text())
+    assert (manifest["shares"], manifest["step"], manifest["kind"]) == ([0.2], 3, "snapshot")
+    assert snapshot_folders(tmp_path / "a") == {0.05: folders[0], 0.2: folders[1]}
     rows, _ = tokenize(corpus, base.tokenizer, 512)
     plan = plan_steps(rows, 4, settings.seed, 2)
     with lora_layers(base.model, settings.spec(), settings.init_seed):
@@ -294,8 +297,12 @@ def test_snapshots_hold_update_and_mean_gradient(base, corpus, config, tmp_path)
             )
             total = {name: total.get(name, 0) + value for name, value in tree_flatten(gradients)}
             optimizer.update(base.model, gradients)
-        moved = {name: value - start[name] for name, value in trainable(base.model).items()}
-    equal(dict(sorted(mx.load(str(folders[1] / "update.safetensors")).items())), moved, rtol=1e-3, atol=1e-5)
+        moved = trainable(base.model)
+    snapshot = load_adapter(folders[1])
+    equal(dict(sorted(snapshot.weights.items())), moved, rtol=1e-3, atol=1e-5)
+    assert snapshot.init.keys() == {name for name in start if name.endswith("lora_a")}
+    assert all(mx.array_equal(value, start[name]) for name, value in snapshot.init.items())
+    assert snapshot.importance.keys() == {f"all/{name}" for name in moved}
     mean = {name: total[name] / 3 for name in moved}
     equal(dict(sorted(mx.load(str(folders[1] / "gradient.safetensors")).items())), mean, rtol=1e-3, atol=1e-6)
 
