@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +13,7 @@ from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH, SOURCE, Number, OneOf, Whole
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.audit.eligibility import Eligibility
-    from mlx_rsgwm.audit.pool_audit import PoolAudit
-    from mlx_rsgwm.models.adapter import Adapter
+    from mlx_rsgwm.audit.audit_adapters import Audit
 
 
 @click.command()
@@ -41,7 +38,11 @@ if TYPE_CHECKING:
 )
 @click.option("--plan", type=PATH, help="Merge plan, a YAML file; written here.")
 @click.option("--plan-compat", is_flag=True, help="Plan as gradience's plan_audit_aware does.")
-@click.option("--merged", type=SOURCE, help="A finished merge of the adapters: say what of each is in it.")
+@click.option(
+    "--merged",
+    type=SOURCE,
+    help="A finished merge of the adapters: say what of each is in it, and with --data what it keeps of each.",
+)
 @click.option("--sources", multiple=True, type=SOURCE, help="Adapters, too: what --merged was merged from.")
 @click.option("--html", "page", type=NEW_PATH, help="Write a page with heat map, dumbbells and spectra here.")
 @click.option("--every-module", is_flag=True, help="Show all modules of the worst pair, not the worst ten.")
@@ -67,7 +68,7 @@ def audit(
     """Say before any inference whether ADAPTERS should be merged, and how.
 
     One adapter: how much of its rank it uses. Several: which pairs overlap, oppose each other, or differ in size. With
-    --data also whether each is better than the base on rows it has not seen.
+    --data also whether each is better than the base on rows it has not seen; with --merged what is left of each.
 
     \b
     Examples:
@@ -77,113 +78,52 @@ def audit(
       rsgwm merge --plan plan.yaml --out merged
       rsgwm audit pool/change pool/prices --data change --data prices --strict-qa
       rsgwm audit --merged merged --sources pool/change pool/prices
+      rsgwm audit --merged merged --sources pool/change pool/prices --data change --data prices
     """
-    from mlx_rsgwm.audit.pool_audit import audit as audit_pool
+    from mlx_rsgwm.audit.audit_adapters import audit_adapters
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.models.adapter_sources import load_adapters
 
     named = [*sources, *adapters]
     if not named:
         raise RsgwmError("no adapters given; name one or more: folders, .gguf files or Hub ids")
-    loaded = load_adapters(named, base_name, lazy=True, hashes=False, progress=console.progress)
-    audited = audit_pool(loaded, PRESETS[preset], energy, console.progress)
-    judged = _judged(console, loaded, data, data_rows, base_name)
-    _tell(console, audited, judged, every_module)
-    result = _result(console, audited, judged, loaded, merged, base_name)
+    audited = audit_adapters(
+        named,
+        data=data,
+        data_rows=data_rows,
+        merged=merged,
+        plan=plan,
+        plan_compat=plan_compat,
+        page=page,
+        preset=preset,
+        energy=energy,
+        base=base_name,
+        seed=console.seed,
+        progress=console.progress,
+    )
+    _tell(console, audited, every_module)
     if plan is not None:
-        _plan(console, audited, plan, plan_compat)
+        console.line(f"plan: {plan} (rsgwm merge --plan {plan} --out FOLDER carries it out)")
     if page is not None:
-        _page(console, audited, judged, page)
-    console.result(result)
+        console.line(f"page: {page}")
+    console.result(audited.to_dict())
     if strict_qa:
-        _check_quality(audited, judged)
+        _check_quality(audited)
 
 
-def _judged(
-    console: Console, loaded: Sequence[Adapter], data: Sequence[str], rows: int, base_name: str | None
-) -> list[Eligibility]:
-    from mlx_rsgwm.audit.eligibility import Eligibility, held_out_rows, judge
-    from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.inference.open import load_base_for, slots_of
-
-    if not data:
-        return [Eligibility() for _ in loaded]
-    if len(data) not in (1, len(loaded)):
-        raise RsgwmError(f"--data is given once for all adapters or once for each: {len(loaded)} adapters, {len(data)}")
-    base = load_base_for(list(loaded), base_name, console.progress)
-    each = list(data) * (len(loaded) if len(data) == 1 else 1)
-    chosen = [
-        held_out_rows(name, adapter, base, rows, console.seed) for name, adapter in zip(each, loaded, strict=True)
-    ]
-    slots = slots_of(base, {str(index): adapter for index, adapter in enumerate(loaded)})
-    judged = []
-    with console.progress.task("judge on data", len(loaded)) as advance:
-        for index, (name, (new, seen)) in enumerate(zip(each, chosen, strict=True)):
-            judged.append(judge(slots, str(index), new, name, seen, console.seed))
-            advance(1, "")
-    return judged
-
-
-def _tell(console: Console, audited: PoolAudit, judged: Sequence[Eligibility], every_module: bool) -> None:
-    from mlx_rsgwm.audit.advice import advise
-    from mlx_rsgwm.audit.eligibility import WEAK
-    from mlx_rsgwm.audit.report import notes, sections
-    from mlx_rsgwm.core.tables import text_page
-
-    if audited.pairs:
-        weak = [index for index, each in enumerate(judged) if each.verdict == WEAK]
-        advice = advise(audited, weak)
+def _tell(console: Console, audited: Audit, every_module: bool) -> None:
+    advice = audited.advice
+    if advice is not None:
         console.line(f"{advice.word}: {advice.reason}")
         console.line(f"next: {advice.command}")
         if advice.leave_out is not None:
-            console.line(f"leave out: {audited.labels[advice.leave_out]}")
+            console.line(f"leave out: {audited.pool.labels[advice.leave_out]}")
         console.line()
-    console.line(text_page(sections(audited, judged, every_module), notes(audited, judged)))
+    console.line(audited.text(every_module))
 
 
-def _result(
-    console: Console,
-    audited: PoolAudit,
-    judged: Sequence[Eligibility],
-    loaded: Sequence[Adapter],
-    merged: Path | str | None,
-    base_name: str | None,
-) -> dict[str, Any]:
-    from mlx_rsgwm.audit.outcomes import structure_of
-    from mlx_rsgwm.audit.report import structure_rows, to_json
-    from mlx_rsgwm.core.tables import text_page
-    from mlx_rsgwm.models.adapter_sources import load_adapter
-
-    result = to_json(audited, judged)
-    if merged is not None:
-        adapter = load_adapter(merged, base_name, lazy=True, progress=console.progress)
-        structure = structure_of(adapter, loaded)
-        console.line()
-        console.line(text_page([(f"What of each is in {adapter.where}", structure_rows(structure, audited.labels))]))
-        if structure.dominated:
-            console.line("one of them drowns another: D is above 0.2")
-        result["merged"] = structure.to_dict()
-    return result
-
-
-def _plan(console: Console, audited: PoolAudit, path: Path, compat: bool) -> None:
-    from mlx_rsgwm.audit.plan import plan_of
-
-    plan_of(audited, compat).save(path)
-    console.line(f"plan: {path} (rsgwm merge --plan {path} --out FOLDER carries it out)")
-
-
-def _page(console: Console, audited: PoolAudit, judged: Sequence[Eligibility], path: Path) -> None:
-    from mlx_rsgwm.audit.page import write_page
-
-    write_page(audited, judged, path)
-    console.line(f"page: {path}")
-
-
-def _check_quality(audited: PoolAudit, judged: Sequence[Eligibility]) -> None:
-    from mlx_rsgwm.audit.eligibility import WEAK
+def _check_quality(audited: Audit) -> None:
     from mlx_rsgwm.core.errors import CheckFailed
 
-    weak = [label for label, each in zip(audited.labels, judged, strict=True) if each.verdict == WEAK]
-    if weak:
-        raise CheckFailed(f"worse than the base on their own rows: {', '.join(weak)}")
+    if audited.weak:
+        weak = ", ".join(audited.pool.labels[index] for index in audited.weak)
+        raise CheckFailed(f"worse than the base on their own rows: {weak}")

@@ -33,6 +33,7 @@ STANDARD_ERRORS = 2.0
 RESAMPLES = 1000
 FEWEST_ROWS = 8
 MOST_TOKENS = 1024
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -90,22 +91,44 @@ def held_out_rows(data: str, adapter: Adapter, base: Base, count: int, seed: int
     return new, len(drafts) - len(new)
 
 
-def judge(
-    slots: AdapterSlots, name: str, rows: Sequence[TokenRow], data: str, seen: int = 0, seed: int = DEFAULT_SEED
-) -> Eligibility:
-    """The adapter in the slot ``name`` beside the base on ``rows``; 1000 resamples of rows, the same for both."""
-    nats = []
-    for slot in (None, name):
-        with slots.using(slot):
-            sums, tokens = row_nats(slots.model, rows, 8)
-            nats.append(sums)
-    base_nll, adapter_nll = (float(sums.sum() / tokens.sum()) for sums in nats)
-    gain, low, high, error = token_weighted(nats[0] - nats[1], tokens, seed)
-    verdict, confidence = verdict_of(gain, STANDARD_ERRORS * error)
-    return Eligibility(
-        verdict, confidence, data, base_nll, adapter_nll, gain, low, high, STANDARD_ERRORS * error,
-        len(rows), int(tokens.sum()), seen,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Measured:
+    """An adapter on held-out rows: ``base`` and ``alone`` (rows,) float64, nats of each row's completion under the base
+    and under the adapter; ``tokens`` (rows,) of it; ``seen`` as in :class:`Eligibility`.
+    """
+
+    data: str
+    rows: tuple[TokenRow, ...]
+    base: np.ndarray
+    alone: np.ndarray
+    tokens: np.ndarray
+    seen: int = 0
+
+    def mean(self, nats: np.ndarray) -> float:
+        """Nats a completion token, of nats by row."""
+        return float(nats.sum() / self.tokens.sum())
+
+    def eligibility(self, seed: int = DEFAULT_SEED) -> Eligibility:
+        """The verdict on the adapter; 1000 resamples of rows, the same for base and adapter."""
+        gain, low, high, error = token_weighted(self.base - self.alone, self.tokens, seed)
+        verdict, confidence = verdict_of(gain, STANDARD_ERRORS * error)
+        return Eligibility(
+            verdict, confidence, self.data, self.mean(self.base), self.mean(self.alone), gain, low, high,
+            STANDARD_ERRORS * error, len(self.rows), int(self.tokens.sum()), self.seen,
+        )  # fmt: skip
+
+
+def measure(slots: AdapterSlots, name: str, rows: Sequence[TokenRow], data: str, seen: int = 0) -> Measured:
+    """The adapter in the slot ``name`` beside the base on ``rows``."""
+    base, alone = (nats_under(slots, slot, rows) for slot in (None, name))
+    tokens = np.array([len(row.trained_positions()) for row in rows])
+    return Measured(data, tuple(rows), base, alone, tokens, seen)
+
+
+def nats_under(slots: AdapterSlots, name: str | None, rows: Sequence[TokenRow]) -> np.ndarray:
+    """Nats of every row's completion (rows,) float64, under the adapter in a slot or under the base."""
+    with slots.using(name):
+        return row_nats(slots.model, rows, BATCH)[0]
 
 
 def token_weighted(differences: np.ndarray, tokens: np.ndarray, seed: int) -> tuple[float, float, float, float]:

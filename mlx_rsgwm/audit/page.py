@@ -15,9 +15,9 @@ from mlx_rsgwm.audit.advice import advise, worst_first
 from mlx_rsgwm.audit.eligibility import WEAK, Eligibility
 from mlx_rsgwm.audit.pair_audit import PairAudit
 from mlx_rsgwm.audit.pool_audit import PoolAudit
-from mlx_rsgwm.audit.report import MODULES_SHOWN, module_rows, notes, sections, short_names
+from mlx_rsgwm.audit.report import LEADS, MODULES_SHOWN, module_rows, notes, sections, short_names
 from mlx_rsgwm.core import files, tables
-from mlx_rsgwm.core.tables import shortened
+from mlx_rsgwm.core.tables import Section, shortened
 from mlx_rsgwm.evaluation.report.figures import Size, inline_svg, legend_below
 from mlx_rsgwm.evaluation.report.html import page
 
@@ -31,28 +31,19 @@ MEASURES = {
 }
 # Kinds of modules in the order of a block; others come after them.
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LEADS = {
-    "Adapters": "How much of its rank each adapter uses: few directions hold nearly all of an update.",
-    "What to do with each pair": "By the worst module of the pair.",
-    "Pairs, the worst first": "Overlap: how far both change the same directions of the outputs, 0 to 1; what random "
-    "directions would show stands beside it. Agreement: the same way (+1) or the opposite (−1). Norms: how many times "
-    "as large one is as the other.",
-    "Modules of the worst pair": "The ones to worry about most first; sure: how far the figures are from where the "
-    "verdict would change, 0 to 1.",
-}
 
 
-def write_page(audited: PoolAudit, judged: Sequence[Eligibility], path: Path) -> None:
+def write_page(audited: PoolAudit, judged: Sequence[Eligibility], path: Path, of_merge: Sequence[Section] = ()) -> None:
     """Write the page of an audit, completely or not at all."""
-    files.write_text(path, render_page(audited, judged))
+    files.write_text(path, render_page(audited, judged, of_merge))
 
 
-def render_page(audited: PoolAudit, judged: Sequence[Eligibility]) -> str:
-    """The page as HTML."""
+def render_page(audited: PoolAudit, judged: Sequence[Eligibility], of_merge: Sequence[Section] = ()) -> str:
+    """The page as HTML; ``of_merge``: tables of a finished merge."""
     drawn = "".join(pictures(audited))
     shown = "".join(
         f'<h3>{escape(title)}</h3><p class="lead">{escape(LEADS[title])}</p>{tables.html(rows)}'
-        for title, rows in sections(audited, judged)
+        for title, rows in (*of_merge, *sections(audited, judged))
     )
     if audited.pairs and len(worst_first(audited)[0].modules) > MODULES_SHOWN:
         every = tables.html(module_rows(worst_first(audited)[0], 0))

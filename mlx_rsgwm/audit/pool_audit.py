@@ -6,11 +6,11 @@ modules or adapters beyond those.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
 from typing import TypeVar
 
@@ -38,13 +38,26 @@ class PoolAudit:
     """``adapters`` in their order, and ``pairs`` of their positions that have a common module, each once.
 
     ``directions``: whether every adapter has directions to draft by, so that a merge can weigh them by what their
-    inputs are, and not only by what they hold.
+    inputs are, and not only by what they hold. ``warnings``: what is odd about the pool; ``base``: what the adapters
+    call theirs, empty where they do not.
     """
 
     adapters: tuple[AdapterAudit, ...]
     pairs: tuple[PairAudit, ...]
     thresholds: Thresholds
     directions: bool = False
+    warnings: tuple[str, ...] = ()
+    base: str = ""
+
+    @cached_property
+    def only_here(self) -> tuple[list[str], ...]:
+        """Of every adapter in a pool of several the modules that no other has."""
+        owners = Counter(module.name for adapter in self.adapters for module in adapter.modules)
+        several = len(self.adapters) > 1
+        return tuple(
+            [module.name for module in adapter.modules if several and owners[module.name] == 1]
+            for adapter in self.adapters
+        )
 
     @property
     def labels(self) -> list[str]:
@@ -100,6 +113,8 @@ def audit(
         ),
         thresholds,
         has_directions(pool, ROLES[0]),
+        pool.warnings,
+        next((str(name) for each in pool.sources if (name := (each.manifest.get("base") or {}).get("name"))), ""),
     )
 
 

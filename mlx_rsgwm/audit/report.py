@@ -8,13 +8,14 @@ from pathlib import PurePath
 from typing import Any
 
 from mlx_rsgwm.audit.adapter_audit import AdapterAudit
-from mlx_rsgwm.audit.advice import advise, word_of, worst_first
+from mlx_rsgwm.audit.advice import Advice, word_of, worst_first
 from mlx_rsgwm.audit.eligibility import UNKNOWN, WEAK, Eligibility
-from mlx_rsgwm.audit.outcomes import Outcome, Structure
+from mlx_rsgwm.audit.outcomes import WORST_DOMINANCE, WORST_QUALITY, Outcome, Structure
 from mlx_rsgwm.audit.pair_audit import ModulePair, PairAudit
 from mlx_rsgwm.audit.pool_audit import PoolAudit
+from mlx_rsgwm.audit.retention import Behaviour, Retention
 from mlx_rsgwm.audit.verdicts import SEVERITY
-from mlx_rsgwm.core.tables import Rows, Section, show
+from mlx_rsgwm.core.tables import ABSENT, Rows, Section, aligned, show
 
 MODULES_SHOWN = 10
 FLAGS = {
@@ -22,6 +23,25 @@ FLAGS = {
     "high_rank_waste": "a smaller rank would hold the same",
     "concentrated_spectrum": "nearly all of it lies in one or two directions",
     "underutilised_capacity": "its stable rank is below a fifth of its rank",
+}
+ADAPTERS, MATRIX, PAIRS, MODULES = (
+    "Adapters",
+    "What to do with each pair",
+    "Pairs, the worst first",
+    "Modules of the worst pair",
+)
+STRUCTURE, RETENTION = "What of each is in the merge", "What the merge keeps of each, on rows that are new to it"
+# What the heads of a table mean.
+LEADS = {
+    ADAPTERS: "norm: of the whole update; stable rank: directions that carry it; used: that over the rank; effective "
+    "rank: small directions counted more; rank for 90 %: singular values with 90 % of the energy",
+    MATRIX: "by the worst module of the pair",
+    PAIRS: "overlap: of the directions that both write to, 0 to 1, and what chance would show; agreement: the same way "
+    "(+1) or the opposite (−1); norms: how many times as large one is; cosine: between the updates",
+    MODULES: "sure: how far from where the verdict would change, 0 to 1; inputs: overlap of the directions that both "
+    "read; ranks for 90 %: how many directions of each were compared",
+    STRUCTURE: "mean cosine of each to the merge; Q_min: the least; D: how unequal, above 0.2 one drowns another",
+    RETENTION: "base, alone, merged: nats a token of the answers; kept: 1 as alone, 0 as the base, with 95 % intervals",
 }
 
 
@@ -107,21 +127,27 @@ def matrix_rows(audited: PoolAudit) -> Rows:
 
 def sections(audited: PoolAudit, judged: Sequence[Eligibility], every_module: bool = False) -> list[Section]:
     """The tables of an audit."""
-    tables: list[Section] = [("Adapters", adapter_rows(audited, judged))]
+    tables: list[Section] = [(ADAPTERS, adapter_rows(audited, judged))]
     if len(audited.adapters) > 2:
-        tables.append(("What to do with each pair", matrix_rows(audited)))
+        tables.append((MATRIX, matrix_rows(audited)))
     if audited.pairs:
-        tables.append(("Pairs, the worst first", pair_rows(audited)))
+        tables.append((PAIRS, pair_rows(audited)))
         worst = worst_first(audited)[0]
-        tables.append(("Modules of the worst pair", module_rows(worst, 0 if every_module else MODULES_SHOWN)))
+        tables.append((MODULES, module_rows(worst, 0 if every_module else MODULES_SHOWN)))
     return tables
 
 
 def notes(audited: PoolAudit, judged: Sequence[Eligibility]) -> list[str]:
     """What must be said below the tables."""
-    said = []
-    for name, adapter in zip(short_names(audited.labels), audited.adapters, strict=True):
+    said = list(audited.warnings)
+    for name, adapter, modules in zip(short_names(audited.labels), audited.adapters, audited.only_here, strict=True):
         said += [f"{name}: {FLAGS[flag]} ({flag})" for flag in adapter.flags]
+        if modules:
+            shown = ", ".join(modules[:2]) + (", …" if len(modules) > 2 else "")
+            said.append(
+                f"{name}: no other adapter has {len(modules)} of its {len(adapter.modules)} modules ({shown}), so that "
+                "no pair was judged by them"
+            )
     said += [
         f"{name}: worse than the base on its own rows"
         for name, each in zip(short_names(audited.labels), judged, strict=True)
@@ -147,17 +173,74 @@ def _outcome_row(name: str, outcome: Outcome | None, count: int) -> list[str]:
     return [name, *(f"{share:+.3f}" for share in outcome.shares), f"{outcome.quality:.3f}", f"{outcome.dominance:.3f}"]
 
 
-def to_json(audited: PoolAudit, judged: Sequence[Eligibility]) -> dict[str, Any]:
-    """JSON object of an audit: ``adapters`` (each with its ``eligibility``), ``pairs`` and ``recommendation``."""
-    weak = [index for index, each in enumerate(judged) if each.verdict == WEAK]
-    adapters: list[Mapping[str, Any]] = [
-        {**adapter.to_dict(), "eligibility": each.to_dict()}
-        for adapter, each in zip(audited.adapters, judged, strict=True)
+def merge_sections(structure: Structure | None, behaviour: Behaviour | None, labels: Sequence[str]) -> list[Section]:
+    """The tables of a finished merge."""
+    tables: list[Section] = []
+    if structure is not None:
+        tables.append((STRUCTURE, structure_rows(structure, labels)))
+    if behaviour is not None:
+        tables.append((RETENTION, retention_rows(behaviour, labels)))
+    return tables
+
+
+def retention_rows(behaviour: Behaviour, labels: Sequence[str]) -> Rows:
+    """One line a source, and what they come to."""
+    head = ["adapter", "data", "rows", "base", "alone", "merged", "kept"]
+    rows = [_retention_row(*each) for each in zip(short_names(labels), behaviour.sources, strict=True)]
+    quality, dominance = (ABSENT if v is None else f"{v:.3f}" for v in (behaviour.quality, behaviour.dominance))
+    return [head, *rows, ["", "", "", "", "", "", f"Q_min {quality}, D {dominance}"]]
+
+
+def _retention_row(name: str, source: Retention) -> list[str]:
+    return [
+        *(name, source.data, str(source.rows)),
+        *(f"{nll:.3f}" for nll in (source.base_nll, source.alone_nll, source.merged_nll)),
+        kept_of(source),
     ]
-    recommendation = advise(audited, weak).to_dict(audited.labels) if audited.pairs else None
+
+
+def kept_of(source: Retention) -> str:
+    """What is kept of a source, with its interval."""
+    if source.kept is None:
+        return f"{ABSENT} (alone not clearly better than the base)"
+    return show({"value": source.kept, "low": source.low, "high": source.high})
+
+
+def merge_notes(structure: Structure | None, behaviour: Behaviour | None, labels: Sequence[str]) -> list[str]:
+    """What must be said of a finished merge."""
+    said = []
+    if structure is not None and structure.dominated:
+        said.append(f"in its weights one of them drowns another: D is above {WORST_DOMINANCE}")
+    if behaviour is None:
+        return said
+    names = short_names(labels)
+    if "q_min" in behaviour.flags:
+        known = {name: each.kept for name, each in zip(names, behaviour.sources, strict=True) if each.kept is not None}
+        worst = min(known, key=lambda name: known[name])
+        said.append(f"of {worst} it keeps {known[worst]:.0%}: Q_min is below {WORST_QUALITY}")
+    if "dominance" in behaviour.flags:
+        said.append(f"it keeps much more of one than of another: D is above {WORST_DOMINANCE}")
+    if behaviour.quality is not None and not behaviour.flags:
+        said.append(f"it keeps at least {WORST_QUALITY:.0%} of each that is better than the base")
+    return said
+
+
+def text(tables: Sequence[Section], said: Sequence[str]) -> str:
+    """Titled tables for a terminal, what their heads mean in a line below each, and the notes."""
+    blocks = [f"{title}\n{aligned(rows)}\n({LEADS[title]})" for title, rows in tables]
+    return "\n\n".join([*blocks, *(["\n".join(said)] if said else [])])
+
+
+def to_json(audited: PoolAudit, judged: Sequence[Eligibility], advice: Advice | None) -> dict[str, Any]:
+    """JSON object of an audit: ``adapters`` (each with its ``eligibility``), ``pairs`` and ``recommendation``."""
+    adapters: list[Mapping[str, Any]] = [
+        {**adapter.to_dict(), "only_here": modules, "eligibility": each.to_dict()}
+        for adapter, modules, each in zip(audited.adapters, audited.only_here, judged, strict=True)
+    ]
     return {
         "adapters": adapters,
         "pairs": [pair.to_dict(audited.labels) for pair in worst_first(audited)],
-        "recommendation": recommendation,
+        "recommendation": advice and advice.to_dict(audited.labels),
         "thresholds": vars(audited.thresholds),
+        "warnings": list(audited.warnings),
     }

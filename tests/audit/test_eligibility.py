@@ -10,7 +10,7 @@ from mlx_rsgwm.audit.eligibility import (
     UNCERTAIN,
     WEAK,
     held_out_rows,
-    judge,
+    measure,
     token_weighted,
     verdict_of,
 )
@@ -45,7 +45,7 @@ def test_a_trained_adapter_is_eligible_and_a_random_one_is_weak(base, corpus, ma
     slots = slots_of(base, {"trained": trained, "random": random})
     rows, seen = held_out_rows("change", random, base, 24, 0)
     assert (len(rows), seen) == (24, 0)
-    good, bad = (judge(slots, name, rows, "change") for name in ("trained", "random"))
+    good, bad = (measure(slots, name, rows, "change").eligibility() for name in ("trained", "random"))
     assert good.verdict == ELIGIBLE
     assert good.low < good.gain < good.high
     assert good.gain == pytest.approx(good.base_nll - good.adapter_nll)
