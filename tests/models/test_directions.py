@@ -128,6 +128,14 @@ def test_too_few_tokens_for_k(folder: Path) -> None:
     refused(folder, "come from 7 tokens, too few for k = 8; collect them on more rows")
 
 
+def test_whole_matrices_need_no_more_tokens_than_they_have(folder: Path) -> None:
+    whole = {name: array for name, array in arrays_of().items() if name.endswith(".gram")}
+    put(folder, whole, k="1000", shared="{}")
+    np.testing.assert_allclose(
+        dense(load_directions(folder, "draft")[DOWN]), ROWS["draft"].T @ ROWS["draft"] / 300, atol=1e-5
+    )
+
+
 def test_of_other_weights(folder: Path, make_adapter) -> None:
     stale = (folder / DIRECTIONS_FILE).read_bytes()
     make_adapter(2, keys=("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")).save(folder)
