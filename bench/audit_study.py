@@ -1,9 +1,9 @@
 """Does a plan of ``rsgwm audit`` repair what is lopsided, and leave alone what is not?
 
     python bench/audit_study.py [--out results.json]
-    python bench/audit_study.py --pool pool/change pool/prices --data change prices [--rows 64] [--out results.json]
+    python bench/audit_study.py FOLDER [--rows 32] [--pool strain] [--seed 0] [--tables kept.md] [--out results.json]
 
-Without ``--pool``: in the weights. Five pairs are built to the ranks and norm ratios of the published ones ("From
+Without a folder: in the weights. Five pairs are built to the ranks and norm ratios of the published ones ("From
 Diagnosis to Guarded Repair", Study 16): random directions, singular values k^-p, ratios of the modules lognormal
 around the pair's. The falls p of both and the spread were chosen from a grid of 0.2 so that the closed form comes near
 the four published figures of a pair: three numbers for four, so this shows that such adapters exist and what a real
@@ -12,9 +12,14 @@ of equal norms; Q_min and D of what is saved stand beside those of the sum befor
 what the closed form says. The balanced control is a pair whose plan is the mean everywhere: its merge must have the
 mean's bits.
 
-With ``--pool``: in behaviour. Every merge of trained adapters is measured on rows that none of them was trained on:
-nats a completion token, and the retention of each source, (base − merged) / (base − alone), 1 where all is kept and 0
-where the merge is no better than the base, with 95 % intervals from 1000 resamples of rows, the same for all.
+With the folder of ``bench/merge_study.py``: in behaviour. Every pool that is trained there is merged as a whole (the
+mean, equal norms, by its plan, and as ``rsgwm merge`` does by itself), and every pair of it (the mean, and by
+itself). Each merge is measured on test questions that none of the adapters was trained on: nats a completion token,
+and the retention of each source, (base − merged) / (base − alone), 1 where all is kept and 0 where the merge is no
+better than the base, with 95 % intervals from 1000 resamples of rows, the same for all. Last comes how often a
+verdict held: of how many pairs that were called safe at least .95 of both was kept, with Wilson's interval (pairs of
+a pool share adapters, so that it is too narrow). Whatever is measured is kept in FOLDER/audit, and not measured
+again.
 
 The last line is JSON.
 """
@@ -36,7 +41,8 @@ from mlx_rsgwm.audit.outcomes import structure_of
 from mlx_rsgwm.audit.plan import plan_of
 from mlx_rsgwm.audit.pool_audit import audit
 from mlx_rsgwm.audit.verdicts import IMBALANCED
-from mlx_rsgwm.bench.audit_retention import measure_pool
+from mlx_rsgwm.bench.audit_retention import study
+from mlx_rsgwm.bench.merge_study import POOLS
 from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.core.tables import Rows, text_page
 from mlx_rsgwm.core.versions import versions
@@ -185,20 +191,20 @@ def structural() -> dict[str, Any]:
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pool", nargs="+", default=[], metavar="FOLDER", help="trained adapters, two or more")
-    parser.add_argument("--data", nargs="+", default=[], metavar="TASK-OR-FILE", help="held-out rows of each, in order")
-    parser.add_argument("--rows", type=int, default=64, help="of each --data, at most")
-    parser.add_argument("--base", help="the base, where the adapters do not record it")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", nargs="?", type=Path, help="what bench/merge_study.py trained")
+    parser.add_argument("--rows", type=int, default=32, help="test questions of each adapter")
+    parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: both")
+    parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
+    parser.add_argument("--tables", type=Path, help="write the tables here, too (.md, .tex, .csv)")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     options = parser.parse_args()
-    if len(options.pool) != len(options.data):
-        parser.error(f"--data is given once for each of --pool: {len(options.pool)} and {len(options.data)}")
-    if options.pool:
-        result = measure_pool(options.pool, options.data, options.rows, options.seed, options.base)
+    if options.folder is not None:
+        pools, seeds = options.pool or list(POOLS), options.seed or [0, 1, 2]
+        result = study(options.folder, options.rows, pools, seeds, options.tables)
     else:
         result = structural()
-    give_result({"versions": versions(), **result}, options.out, result)
+    shown = {"rows": result["rows"], "verdicts": result["verdicts"]} if "verdicts" in result else result
+    give_result({"versions": versions(), **result}, options.out, shown)
 
 
 if __name__ == "__main__":

@@ -143,11 +143,17 @@ def train_pool(base: Base, pool: str, seed: int, folder: Path) -> None:
         rows = training_rows(family.task, seed)
         everything += rows
         train_one(base, rows, family.training, folder / family.task, seed)
-        test = questions(family.task, "test", TEST_ITEMS, seed)
-        lines = [{"id": q.id, "task": q.task, "question": q.question, "answer": q.answer} for q in test]
-        make_folder(folder / "test")
-        files.write_text(folder / "test" / f"{family.task}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        save_questions(folder / "test", family.task, TEST_ITEMS, seed)
     train_one(base, everything, {}, folder / "joint", seed)
+
+
+def save_questions(folder: Path, task: str, count: int, seed: int) -> Path:
+    """Write ``count`` held-out questions of a family as JSON lines; returns the file."""
+    test = questions(task, "test", count, seed)
+    lines = [{"id": q.id, "task": q.task, "question": q.question, "answer": q.answer} for q in test]
+    make_folder(folder)
+    files.write_text(folder / f"{task}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return folder / f"{task}.jsonl"
 
 
 def sketch(folder: Path, out: Path, rank: int) -> None:
