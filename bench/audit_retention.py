@@ -20,7 +20,7 @@ from mlx_rsgwm.audit.eligibility import Measured, held_out_rows, nats_under
 from mlx_rsgwm.audit.outcomes import WORST_QUALITY, structure_of
 from mlx_rsgwm.audit.plan import plan_of
 from mlx_rsgwm.audit.pool_audit import PoolAudit, audit
-from mlx_rsgwm.audit.report import kept_of
+from mlx_rsgwm.audit.report import share_of
 from mlx_rsgwm.audit.retention import Behaviour, Retention, retention
 from mlx_rsgwm.bench.merge_study import POOLS, save_questions
 from mlx_rsgwm.core.errors import RsgwmError
@@ -101,9 +101,9 @@ def study(folder: Path, rows: int, pools: Iterable[str], seeds: Iterable[int], t
     Raises:
         RsgwmError: no pool in ``folder`` is trained.
     """
-    found = [Trained(pool, seed, folder / pool / f"seed-{seed}") for pool in pools for seed in seeds]
-    trained = [each for each in found if all(is_complete(each.folder / task) for task in each.tasks)]
-    for each in found:
+    pools_asked = [Trained(pool, seed, folder / pool / f"seed-{seed}") for pool in pools for seed in seeds]
+    trained = [each for each in pools_asked if all(is_complete(each.folder / task) for task in each.tasks)]
+    for each in pools_asked:
         if each not in trained:
             print(f"{each.name}: not trained yet, left out", flush=True)
     if not trained:
@@ -149,12 +149,12 @@ def measure_pool(slots: AdapterSlots, trained: Trained, out: Path, count: int) -
         "norms": [adapter.norm for adapter in audited.adapters],
         "verdict": advise(audited).to_dict(trained.tasks),
         "alone": [each.eligibility(trained.seed).to_dict() for each in sources],
-        "merges": {name: whole(meter, name, adapters, sources, trained.seed) for name in MERGES},
+        "merges": {name: of_pool(meter, name, adapters, sources, trained.seed) for name in MERGES},
         "pairs": [of_pair(meter, audited, place, adapters, sources, trained) for place in range(len(audited.pairs))],
     }
 
 
-def whole(
+def of_pool(
     meter: Meter, name: str, adapters: Sequence[Adapter], sources: Sequence[Measured], seed: int
 ) -> dict[str, Any]:
     """What one merge of the whole pool keeps of every adapter, and what of each is in it."""
@@ -164,8 +164,8 @@ def whole(
         described = made().manifest["merge"]
         return {"method": described["method"], "structure": structure_of(made(), adapters).to_dict()}
 
-    kept = [retention(each, meter.nats(name, index, made), seed) for index, each in enumerate(sources)]
-    return {**meter.told(name, tell), **Behaviour(tuple(kept)).to_dict()}
+    retained = [retention(each, meter.nats(name, index, made), seed) for index, each in enumerate(sources)]
+    return {**meter.told(name, tell), **Behaviour(tuple(retained)).to_dict()}
 
 
 def of_pair(
@@ -184,8 +184,8 @@ def of_pair(
     for name in PAIR_MERGES:
         made = cache(partial(merged_by, name, [adapters[index] for index in both], trained.seed))
         label = f"{name} {' '.join(names)}"
-        kept = [retention(sources[index], meter.nats(label, index, made), trained.seed) for index in both]
-        merges[name] = Behaviour(tuple(kept)).to_dict()
+        retained = [retention(sources[index], meter.nats(label, index, made), trained.seed) for index in both]
+        merges[name] = Behaviour(tuple(retained)).to_dict()
     told = {"adapters": names, "verdict": pair.verdict, "word": word_of(pair), "ratio": pair.frobenius_ratio}
     return {**told, "overlap": pair.mean_overlap, "merges": merges}
 
@@ -209,10 +209,10 @@ def verdict_counts(pools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for merge_name, word in ((merge_name, word) for merge_name in PAIR_MERGES for word in WORDS):
         pairs = [pair["merges"][merge_name] for pool in pools for pair in pool["pairs"] if pair["word"] == word]
-        known = [pair for pair in pairs if all(source["kept"] is not None for source in pair["sources"])]
-        kept = sum(pair["q_min"] >= WORST_QUALITY for pair in known)
-        rate = wilson(kept, len(known))
-        told = {"merge": merge_name, "word": word, "pairs": len(pairs), "judged": len(known), "kept": kept}
+        known = [pair for pair in pairs if all(source["share"] is not None for source in pair["sources"])]
+        passed = sum(pair["q_min"] >= WORST_QUALITY for pair in known)
+        rate = wilson(passed, len(known))
+        told = {"merge": merge_name, "word": word, "pairs": len(pairs), "judged": len(known), "kept": passed}
         rows.append({**told, "share": rate and rate.to_dict()})
     return rows
 
@@ -226,7 +226,7 @@ def pool_table(measured: Mapping[str, Any]) -> Section:
         cells = (f"{each[f'{name}_nll']:.3f} nats" for each in losses)
         table.append(["base" if name == "base" else "alone", *cells, "", ""])
     for name, row in measured["merges"].items():
-        cells = (kept_of(Retention(**source)) for source in row["sources"])
+        cells = (share_of(Retention(**source)) for source in row["sources"])
         table.append([f"{name} ({row['method']})", *cells, show(row["q_min"]), show(row["dominance"])])
     rows = sorted({each["rows"] for each in losses})
     told = f"{'–'.join(map(str, rows))} rows each; verdict: {measured['verdict']['verdict']}"

@@ -73,8 +73,8 @@ class Audit:
         """The JSON object that ``rsgwm audit --json`` ends in."""
         result = to_json(self.pool, self.judged, self.advice)
         if self.structure is not None:
-            kept = self.behaviour and self.behaviour.to_dict()
-            result["merged"] = {"adapter": self.merged, **self.structure.to_dict(), "retention": kept}
+            retained = self.behaviour and self.behaviour.to_dict()
+            result["merged"] = {"adapter": self.merged, **self.structure.to_dict(), "retention": retained}
         return result
 
 

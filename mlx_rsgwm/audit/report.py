@@ -195,15 +195,15 @@ def _retention_row(name: str, source: Retention) -> list[str]:
     return [
         *(name, source.data, str(source.rows)),
         *(f"{nll:.3f}" for nll in (source.base_nll, source.alone_nll, source.merged_nll)),
-        kept_of(source),
+        share_of(source),
     ]
 
 
-def kept_of(source: Retention) -> str:
+def share_of(source: Retention) -> str:
     """What is kept of a source, with its interval."""
-    if source.kept is None:
+    if source.share is None:
         return f"{ABSENT} (alone not clearly better than the base)"
-    return show({"value": source.kept, "low": source.low, "high": source.high})
+    return show({"value": source.share, "low": source.low, "high": source.high})
 
 
 def merge_notes(structure: Structure | None, behaviour: Behaviour | None, labels: Sequence[str]) -> list[str]:
@@ -215,7 +215,9 @@ def merge_notes(structure: Structure | None, behaviour: Behaviour | None, labels
         return said
     names = short_names(labels)
     if "q_min" in behaviour.flags:
-        known = {name: each.kept for name, each in zip(names, behaviour.sources, strict=True) if each.kept is not None}
+        known = {
+            name: each.share for name, each in zip(names, behaviour.sources, strict=True) if each.share is not None
+        }
         worst = min(known, key=lambda name: known[name])
         said.append(f"of {worst} it keeps {known[worst]:.0%}: Q_min is below {WORST_QUALITY}")
     if "dominance" in behaviour.flags:

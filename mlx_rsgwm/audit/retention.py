@@ -24,7 +24,7 @@ from mlx_rsgwm.models.adapter import Adapter
 
 @dataclass(frozen=True)
 class Retention:
-    """What a merge keeps of one source: ``kept`` is (base − merged) / (base − alone), in nats a completion token.
+    """What a merge keeps of one source: ``share`` is (base − merged) / (base − alone), in nats a completion token.
 
     ``low`` and ``high``: its middle 95 % when rows are resampled, the same for all three. All three are None where the
     source alone is not clearly better than the base (:data:`~mlx_rsgwm.audit.eligibility.ELIGIBLE`): there is nothing
@@ -35,7 +35,7 @@ class Retention:
     base_nll: float
     alone_nll: float
     merged_nll: float
-    kept: float | None
+    share: float | None
     low: float | None
     high: float | None
     rows: int
@@ -64,7 +64,7 @@ class Behaviour:
 
     @property
     def _known(self) -> tuple[float, ...]:
-        return tuple(source.kept for source in self.sources if source.kept is not None)
+        return tuple(source.share for source in self.sources if source.share is not None)
 
     @property
     def flags(self) -> list[str]:
@@ -94,11 +94,11 @@ def retention(source: Measured, merged: np.ndarray, seed: int = DEFAULT_SEED) ->
         return Retention(source.data, *losses, None, None, None, *size)
     gained, left = source.base - source.alone, source.base - merged
 
-    def kept(drawn: np.ndarray) -> float:
+    def share(drawn: np.ndarray) -> float:
         return float(left[drawn].sum() / gained[drawn].sum())
 
-    low, high = percentile_interval(resampled(kept, len(merged), seed, RESAMPLES))
-    return Retention(source.data, *losses, kept(np.arange(len(merged))), low, high, *size)
+    low, high = percentile_interval(resampled(share, len(merged), seed, RESAMPLES))
+    return Retention(source.data, *losses, share(np.arange(len(merged))), low, high, *size)
 
 
 def judge_on_data(
@@ -134,11 +134,11 @@ def judge_on_data(
     chosen = [held_out_rows(name, each, base, count, seed) for name, each in zip(names, adapters, strict=True)]
     sources = {str(index): adapter for index, adapter in enumerate(adapters)}
     slots = slots_of(base, {**sources, **({"merged": merged} if merged is not None else {})})
-    measured, kept = [], []
+    measured, retained = [], []
     with progress.task("judge on data", len(adapters)) as advance:
         for slot, name, (rows, seen) in zip(sources, names, chosen, strict=True):
             measured.append(measure(slots, slot, rows, name, seen))
             if merged is not None:
-                kept.append(retention(measured[-1], nats_under(slots, "merged", rows), seed))
+                retained.append(retention(measured[-1], nats_under(slots, "merged", rows), seed))
             advance(1, "")
-    return [each.eligibility(seed) for each in measured], Behaviour(tuple(kept)) if merged is not None else None
+    return [each.eligibility(seed) for each in measured], Behaviour(tuple(retained)) if merged is not None else None
