@@ -14,6 +14,7 @@ COMMANDS = {
     "data build": ("mlx_rsgwm.cli.data:build", "Build a corpus from tasks or your own questions."),
     "data negatives": ("mlx_rsgwm.cli.negatives:negatives", "Build verifier pairs from adapters' own mistakes."),
     "train": ("mlx_rsgwm.cli.train:train", "Train one LoRA or DoRA adapter and keep its importance."),
+    "average": ("mlx_rsgwm.cli.average:average", "Average the checkpoints of one run into one adapter."),
     "pool train": ("mlx_rsgwm.cli.train_pool:train_pool", "Train several adapters that share one initialisation."),
     "pool sweep": ("mlx_rsgwm.cli.merge_sweep:merge_sweep", "Merge a pool by many methods and rank the merges."),
     "adapter loss": ("mlx_rsgwm.cli.loss:loss", "Loss of rows under the base and adapters on it."),
@@ -65,7 +66,7 @@ GROUPS = {
 
 SECTIONS = {
     "Start": ("demo", "run", "recipe", "help"),
-    "Data and training": ("data", "train", "pool", "adapter", "directions"),
+    "Data and training": ("data", "train", "average", "pool", "adapter", "directions"),
     "Merge": ("audit", "probe", "merge"),
     "Answer": ("ask", "chat", "calibrate"),
     "Evaluate": ("eval", "compare", "report", "lm-eval"),

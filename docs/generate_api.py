@@ -16,8 +16,8 @@ from mlx_rsgwm.core.progress import SILENT
 PAGE = Path(__file__).with_name("api.md")
 # The exported functions, in the order in which a job uses them.
 FUNCTIONS = (
-    "build_corpus", "load_questions", "load_base", "load_adapter", "train", "audit_adapters", "merge", "open_pipeline",
-    "calibrate", "evaluate", "convert", "fuse", "parity",
+    "build_corpus", "load_questions", "load_base", "load_adapter", "train", "average", "audit_adapters", "merge",
+    "open_pipeline", "calibrate", "evaluate", "convert", "fuse", "parity",
 )  # fmt: skip
 HEAD = """# Python
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.models.adapter_sources import load_adapter
     from mlx_rsgwm.models.base import Base, load_base
+    from mlx_rsgwm.training.averaging import average
     from mlx_rsgwm.training.config import TrainConfig
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _HOMES = {
     "models.adapter": ("Adapter",),
     "models.adapter_sources": ("load_adapter",),
     "models.base": ("Base", "load_base"),
+    "training.averaging": ("average",),
     "training.config": ("TrainConfig",),
 }
 _MODULE_OF = {name: f"mlx_rsgwm.{module}" for module, names in _HOMES.items() for name in names}
@@ -68,6 +70,7 @@ __all__ = [
     "Template",
     "TrainConfig",
     "audit_adapters",
+    "average",
     "build_corpus",
     "calibrate",
     "convert",

@@ -1,9 +1,9 @@
 """Checkpoints: a run's whole state on disk, so that it can go on as if nothing had happened.
 
-``checkpoints/step-NNNNNN/`` inside the adapter folder is itself an adapter folder (weights, config, manifest with the
-losses at that step). The newest two also hold ``state.safetensors``: optimiser moments, importance moments and what
-else a continued run needs. A checkpoint is written under a temporary name, its manifest last, and renamed; a run that
-is killed at any moment loses what came after the newest one.
+``checkpoints/step-NNNNNN/`` inside the adapter folder is itself an adapter folder (weights, importance, config and a
+manifest with the losses at that step). The newest two also hold ``state.safetensors``: optimiser moments, importance
+moments and what else a continued run needs. A checkpoint is written under a temporary name, its manifest last, and
+renamed; a run that is killed at any moment loses what came after the newest one.
 
 MLX's global random stream can be read but not set (mlx 0.32.4). So the run seeds it before every step by number
 (:func:`~mlx_rsgwm.core.random_streams.step_seed`): its state needs no storing.
@@ -28,6 +28,7 @@ from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.core.safetensors_io import read_safetensors, require_space_for, write_safetensors
 from mlx_rsgwm.models.adapter import (
     CONFIG_FILE,
+    IMPORTANCE_FILE,
     MANIFEST_FILE,
     UNFINISHED_FILE,
     WEIGHTS_FILE,
@@ -75,12 +76,17 @@ class Saving:
 
 @dataclass
 class Checkpoint:
-    """A run at the end of ``step``. ``arrays`` are the state's, ``record`` what JSON holds of it."""
+    """A run at the end of ``step``. ``arrays`` are the state's, ``record`` what JSON holds of it.
+
+    ``importance`` is only written, for whoever averages or merges checkpoints: the state has the raw moments.
+    """
 
     step: int
     weights: dict[str, mx.array]
     arrays: dict[str, mx.array]
     record: dict[str, Any] = field(default_factory=dict)
+    importance: dict[str, mx.array] = field(default_factory=dict)
+    importance_metadata: dict[str, str] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -99,13 +105,17 @@ def write_checkpoint(
             f"weights are no longer finite after step {checkpoint.step}; older checkpoints are kept "
             f"in {folder / FOLDER}; lower the learning rate"
         )
-    require_space_for(folder, checkpoint.weights, checkpoint.arrays)
+    require_space_for(folder, checkpoint.weights, checkpoint.arrays, checkpoint.importance)
     final = folder / FOLDER / f"step-{checkpoint.step:06d}"
     shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run had to step back behind
     with new_folder(final) as work:
         files.write_json(work / CONFIG_FILE, spec.to_config())
         write_safetensors(work / WEIGHTS_FILE, checkpoint.weights)
         write_safetensors(work / STATE_FILE, checkpoint.arrays)
+        written = [CONFIG_FILE, WEIGHTS_FILE]
+        if checkpoint.importance:
+            write_safetensors(work / IMPORTANCE_FILE, checkpoint.importance, checkpoint.importance_metadata)
+            written.append(IMPORTANCE_FILE)
         of_the_run = dict(zip(OF_THE_RUN, (checkpoint.step, dict(run), checkpoint.record), strict=True))
         manifest = {
             **about,
@@ -114,7 +124,7 @@ def write_checkpoint(
             "told_sha256": files.sha256_json(of_the_run),
             "state": {STATE_FILE: files.sha256_file(work / STATE_FILE)},
         }
-        seal(work, manifest, (CONFIG_FILE, WEIGHTS_FILE))
+        seal(work, manifest, written)
     prune(folder, keep, WITH_STATE)
     return final
 

@@ -239,7 +239,8 @@ class TrainingRun:
             "history": [[step.step, step.role, step.loss, step.trained_tokens] for step in self.history],
         }
         self._saved_step = self.done
-        return Checkpoint(self.done, trainable(self.model), arrays, record)
+        importance = self.importance
+        return Checkpoint(self.done, trainable(self.model), arrays, record, importance.arrays(), importance.metadata())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up the state that :meth:`checkpoint` gave."""

@@ -30,7 +30,7 @@ SYNONYMS = {
         "--adapters",
     ),
     *("--output", "--out-dir", "--dest", "--certificate-out", "--model", "--base-model", "--batch", "--rows-at-once"),
-    *("--samples", "--tau", "--signal", "--space", "--k", "--max-new-tokens", "--max-length", "--as-json", "--silent"),
+    *("--samples", "--tau", "--signal", "--k", "--max-new-tokens", "--max-length", "--as-json", "--silent"),
 }
 
 

@@ -51,6 +51,12 @@ KINDS = {
         ("out/adapters.safetensors", "out/importance.safetensors", "out/directions.safetensors", "out/init.safetensors",
          "out/adapter_config.json"),
     ),
+    "average": Kind(
+        lambda work, base, place: ["average", work / "checkpointed", "--out", place / "out"],
+        ("out/adapters.safetensors", "out/importance.safetensors", "out/directions.safetensors",
+         "out/adapter_config.json"),
+        needs=("checkpointed",),
+    ),
     "pool train": Kind(
         lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",
                                    "--corpus", work / "corpus/groups", "--out", place / "out", *SMALL],

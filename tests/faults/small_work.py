@@ -10,7 +10,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
-from tests.faults.catalogue import held, judged
+from tests.faults.catalogue import SMALL, held, judged
 
 
 def run(*arguments):
@@ -33,6 +33,11 @@ def evaluated(temperature: float) -> Callable[[Path, Path, Path], None]:
 
 def finished_run(work: Path, base: Path, out: Path) -> None:
     done("run", work / "recipe.yaml", "--out", out)
+
+
+def checkpointed(work: Path, base: Path, out: Path) -> None:
+    """A run with several checkpoints."""
+    done("train", "--base", base, "--corpus", work / "corpus/change", "--out", out, *SMALL)
 
 
 def questions(more: int) -> Callable[[Path, Path, Path], None]:
@@ -66,6 +71,7 @@ MAKERS = {
     "evaluated": evaluated(0.7),
     "evaluated-hot": evaluated(0.9),
     "run": finished_run,
+    "checkpointed": checkpointed,
     "questions.jsonl": questions(1),
     "others.jsonl": questions(2),
     "held.jsonl": labelled,

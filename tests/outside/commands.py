@@ -43,6 +43,7 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "data negatives": {"--adapter": "draft", "--task": "change", "--verify-rows": "2", "--draft-rows": "1",
                        "--items": "2", "--drafts": "1", "--max-tokens": "4", "--out": "new/out"},
     "train": {"--base": "base", "--corpus": "corpus", "--out": "new/out", **SMALL},
+    "average": {"sources": "checkpointed", "--out": "new/out"},
     "pool train": {"--base": "base", "--corpus": "corpus", "--out": "new/out", **SMALL},
     "pool sweep": {"pool": ("pool/change", "pool/groups"), "--methods": "linear", "--task": "change", "--items": "1",
                    "--judged": "1", "--max-tokens": "4", "--out": "new/out"},
@@ -117,6 +118,8 @@ def make_work(folder: Path, base: Path) -> None:
     rows_of = ("--draft-rows", "4", "--verify-rows", "4")
     run("data", "build", "--task", "change", *rows_of, "--out", "corpus")
     run("pool", "train", "--base", "base", "--task", "change", "--task", "groups", *rows_of, "--out", "pool", *small)
+    steps = ("--steps", "2", "--save-every", "1")
+    run("train", "--base", "base", "--corpus", "corpus", "--out", "checkpointed", *small, *steps)
     run("audit", "pool/change", "pool/groups", "--plan", "plan.yaml")
     shutil.copytree(folder / "pool/change", folder / "bare")
     manifest = json.loads((folder / "bare/manifest.json").read_text())

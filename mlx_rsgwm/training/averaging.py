@@ -1,0 +1,282 @@
+"""One adapter from the checkpoints of one run: their mean, weighted by losses or steps (MWA, docs/methods.md).
+
+Checkpoints of a run share a trajectory, so the mean of their factors is near the mean of their products, and both are
+computed to say how near. Of a product the mean is exact (stacked factors) and brought back to the run's rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.versions import versions
+from mlx_rsgwm.data.row_hashes import KEY
+from mlx_rsgwm.linalg.gram import float64
+from mlx_rsgwm.linalg.lowrank import Factors, cross, stack, truncate
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.training.average_weights import (
+    FEW_EFFECTIVE,
+    AverageOptions,
+    effective_count,
+    loss_weights,
+    step_weights,
+)
+from mlx_rsgwm.training.checkpoints import claim_adapter_folder
+from mlx_rsgwm.training.run_checkpoints import RunCheckpoint, run_checkpoints, run_folder
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Checkpoints with their weights (n,) float64, which sum to 1, by ``metric`` (what decided them)."""
+
+    checkpoints: tuple[RunCheckpoint, ...]
+    weights: np.ndarray
+    metric: str
+
+    @property
+    def effective(self) -> float:
+        """Of how many equally weighted checkpoints the average is worth."""
+        return effective_count(self.weights)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """A JSON object for each checkpoint, in the order of their steps."""
+        return [
+            {
+                "checkpoint": each.name,
+                "step": each.step,
+                "train_loss": each.train_loss,
+                "validation_loss": each.validation_loss,
+                "weight": float(weight),
+            }
+            for each, weight in zip(self.checkpoints, self.weights, strict=True)
+        ]
+
+
+def average(
+    run: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    metric: str = AverageOptions.metric,
+    penalty: float = AverageOptions.penalty,
+    power: float = AverageOptions.power,
+    last: int = AverageOptions.last,
+    space: str = AverageOptions.space,
+    log: str | Path | None = None,
+    base: str | None = None,
+    progress: Progress = SILENT,
+) -> Adapter:
+    """One adapter from the checkpoints of a training run, weighted by their losses or steps.
+
+    Args:
+        run: the run's folder (of ``rsgwm train``, of mlx_lm.lora, of a PEFT trainer), or two or more checkpoints of it.
+        out: the folder to write; None keeps the adapter in memory.
+        metric: ``loss`` (of validation where every checkpoint has it, else of training), ``train-loss``,
+            ``validation-loss`` or ``steps``.
+        penalty: p in (0, 1], a checkpoint's factor for each place behind the best.
+        power: q from 0, the exponent of 1 / loss, or of step / last step. p = 1 and q = 0 are the uniform mean.
+        last: the newest so many checkpoints; 0 for all.
+        space: mean of the ``factor``\\ s, or of the ``product``\\ s, brought back to the run's rank.
+        log: a file of what mlx_lm.lora printed, for its losses.
+        base: the base that PEFT's folders are read for; None for the one that they name.
+        progress: told of checkpoints and warnings.
+
+    Returns:
+        The adapter: arrays of the run's shapes in float32, importance averaged likewise (in factor space), the run's
+        directions; ``manifest["average"]`` has weights, their effective number and the cosine between both means.
+
+    Raises:
+        RsgwmError: fewer than two checkpoints, checkpoints of several runs, no such loss, a loss that is not finite,
+            settings out of range, a finished adapter in ``out``.
+
+    Example::
+
+        rs.average("pool/change", "averaged", last=5)
+    """
+    options = AverageOptions(metric, penalty, power, last, space)
+    sources = [Path(run)] if isinstance(run, (str, Path)) else [Path(source) for source in run]
+    folder = None if out is None else Path(out)
+    with claim_adapter_folder(folder) if folder is not None else nullcontext():
+        checkpoints = run_checkpoints(sources, None if log is None else Path(log), base, progress)
+        weighted = weigh(checkpoints, options)
+        for warning in warnings_of(weighted):
+            progress.warning(f"warning: {warning}")
+        adapter = mean_of(weighted, options, progress)
+        if folder is not None:
+            adapter.save(folder)
+    return adapter
+
+
+def weigh(checkpoints: Sequence[RunCheckpoint], options: AverageOptions) -> Weighted:
+    """The newest ``options.last`` of the checkpoints with their weights.
+
+    Raises:
+        RsgwmError: fewer checkpoints than asked for, or without a loss of the metric; which metrics there are is said.
+    """
+    if options.last > len(checkpoints):
+        raise RsgwmError(f"the last {options.last} checkpoints are asked for, and there are {len(checkpoints)}")
+    chosen = tuple(checkpoints[-options.last :])
+    metric = options.metric
+    known = [name for name in ("validation-loss", "train-loss") if all(c.loss(name) is not None for c in chosen)]
+    if metric == "loss" and known:
+        metric = known[0]
+    if metric == "steps":
+        return Weighted(chosen, step_weights([c.step for c in chosen], options.penalty, options.power), metric)
+    if metric not in known:
+        without = [c.name for c in chosen if all(c.loss(name) is None for name in _names(metric))]
+        shown = ", ".join(without[:3]) + (" …" if len(without) > 3 else "")
+        raise RsgwmError(
+            f"{shown} has no {metric.replace('-', ' ')}; there {'are' if known else 'is'} "
+            f"{', '.join((*known, 'steps'))}: --metric {(*known, 'steps')[0]} (mlx_lm.lora's losses: --log FILE)"
+        )
+    losses = [loss for c in chosen if (loss := c.loss(metric)) is not None]
+    return Weighted(chosen, loss_weights(losses, options.penalty, options.power), metric)
+
+
+def _names(metric: str) -> tuple[str, ...]:
+    return ("validation-loss", "train-loss") if metric == "loss" else (metric,)
+
+
+def warnings_of(weighted: Weighted) -> list[str]:
+    """What a careful person would want to know of these weights."""
+    if weighted.effective >= FEW_EFFECTIVE:
+        return []
+    return [
+        f"the average is worth {weighted.effective:.2f} checkpoints, hardly more than the best alone; "
+        "raise --penalty or lower --power"
+    ]
+
+
+def mean_of(weighted: Weighted, options: AverageOptions, progress: Progress = SILENT) -> Adapter:
+    """The weighted mean, not saved yet; one module's arrays of all checkpoints are in memory at a time.
+
+    Raises:
+        RsgwmError: checkpoints of different modules or shapes, products of adapters that are no plain LoRA.
+    """
+    adapters = [each.load() for each in weighted.checkpoints]
+    first = adapters[-1]
+    _check_alike(weighted, adapters, options.space)
+    measured: dict[str, float] = dict.fromkeys(("dot", "factor", "product", "discarded"), 0.0)
+    weights: dict[str, mx.array] = {}
+    modules = first.modules()
+    with progress.task("average", len(modules)) as advance:
+        for module in modules:
+            names = [name for name in first.weights if name.rpartition(".")[0] == module]
+            arrays = [{name: adapter.weights.pop(name) for name in names} for adapter in adapters]
+            weights |= _mean_module(module, arrays, weighted.weights, first.spec.scale, options.space, measured)
+            advance(1, "")
+    keep = options.space == "factor"
+    importance = _mean_importance(adapters, weighted.weights) if keep else {}
+    result = Adapter(first.spec, weights, importance, first.importance_metadata if importance else {})
+    finished = _beside(weighted, result, keep)
+    result.manifest = _manifest(weighted, options, first, finished, measured)
+    raise_problems("average", result.problems())
+    return result
+
+
+def _mean_module(
+    module: str,
+    arrays: Sequence[dict[str, mx.array]],
+    weights: np.ndarray,
+    scale: float,
+    space: str,
+    measured: dict[str, float],
+) -> dict[str, mx.array]:
+    """A module's averaged arrays, float32; what both means are like is added to ``measured``."""
+    mean = {name: _mean([each[name] for each in arrays], weights) for name in arrays[0]}
+    a, b = f"{module}.lora_a", f"{module}.lora_b"
+    if mean[a].ndim != 2:  # experts: their products are not formed
+        return mean
+    updates = [Factors(each[a].astype(mx.float32), scale * each[b].astype(mx.float32)) for each in arrays]
+    factors = Factors(mean[a], scale * mean[b])
+    product = truncate(stack(updates, mx.array(weights.astype(np.float32))), factors.rank)
+    pairs = {"dot": (factors, product.factors), "factor": (factors,) * 2, "product": (product.factors,) * 2}
+    values: dict[str, Any] = {name: cross(*pair) for name, pair in pairs.items()} | {"discarded": product.discarded}
+    mx.eval(values, mean, product.factors.a, product.factors.b)
+    for name, value in values.items():
+        measured[name] += value.item()
+    return mean if space == "factor" else {a: product.factors.a, b: product.factors.b / scale}
+
+
+def _mean(arrays: Sequence[mx.array], weights: np.ndarray) -> mx.array:
+    """Σ w_x θ_x, summed in float64, as float32."""
+    total = np.zeros(arrays[0].shape)
+    for array, weight in zip(arrays, weights, strict=True):
+        total += weight * float64(array.astype(mx.float32))
+    return mx.array(total.astype(np.float32))
+
+
+def _mean_importance(adapters: Sequence[Adapter], weights: np.ndarray) -> dict[str, mx.array]:
+    """The same of the importances that all checkpoints have."""
+    shared = [name for name in adapters[-1].importance if all(name in adapter.importance for adapter in adapters)]
+    return {name: _mean([adapter.importance.pop(name) for adapter in adapters], weights) for name in shared}
+
+
+def _check_alike(weighted: Weighted, adapters: Sequence[Adapter], space: str) -> None:
+    first = adapters[-1]
+    if space == "product" and (first.spec.fine_tune_type != "lora" or first.full):
+        raise RsgwmError(f"{first.spec.fine_tune_type} adapters have no plain product; average them by --space factor")
+    shapes = {name: value.shape for name, value in first.weights.items()}
+    if space == "product" and any(len(shape) != 2 for shape in shapes.values()):
+        raise RsgwmError("layers of experts are averaged by --space factor only")
+    raise_problems(
+        "the checkpoints cannot be averaged",
+        [
+            f"{each.path} has other modules, shapes or settings than {weighted.checkpoints[-1].name}"
+            for each, adapter in zip(weighted.checkpoints, adapters, strict=True)
+            if {name: value.shape for name, value in adapter.weights.items()} != shapes
+            or adapter.spec != first.spec
+            or adapter.full
+        ],
+    )
+
+
+def _beside(weighted: Weighted, result: Adapter, keep: bool) -> Mapping[str, Any]:
+    """Take over what the finished run has beside its weights, and return its manifest; empty where none is finished.
+
+    Its directions are sums over all of its steps already; its initialisation holds for the mean of factors alone.
+    """
+    folder = run_folder(weighted.checkpoints[-1])
+    if folder is None:
+        return {}
+    finished = Adapter.load(folder)
+    result.directions = finished.directions
+    result.directions_metadata = {k: v for k, v in finished.directions_metadata.items() if k != "weights_sha256"}
+    result.init = finished.init if keep else {}
+    return finished.manifest
+
+
+def _manifest(
+    weighted: Weighted,
+    options: AverageOptions,
+    newest: Adapter,
+    finished: Mapping[str, Any],
+    measured: Mapping[str, float],
+) -> dict[str, Any]:
+    norms = (measured["factor"] * measured["product"]) ** 0.5
+    names = ("base", "template", "config", "data", "seed", "warm_start", KEY, "task", "untied")
+    before = finished or newest.manifest
+    about = {name: value for name in names if (value := before.get(name)) is not None}
+    if ((before.get("source") or {}).get("layout") or {}).get("untied"):
+        about["untied"] = True
+    return {
+        "kind": "averaged",
+        **about,
+        "average": {
+            **asdict(options),
+            "metric": weighted.metric,
+            "checkpoints": weighted.describe(),
+            "effective": weighted.effective,
+            "cosine_factor_product": measured["dot"] / norms if norms else None,
+            "discarded": measured["discarded"] / (measured["product"] + measured["discarded"] or 1.0),
+            "warnings": warnings_of(weighted),
+        },
+        "versions": versions(),
+    }

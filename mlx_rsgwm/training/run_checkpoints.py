@@ -1,0 +1,209 @@
+"""The checkpoints that a run left: this project's, mlx-lm's numbered files, the folders of a PEFT trainer.
+
+Of each its step and losses are known before any array is read; arrays are read when they are used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.resume import differing
+from mlx_rsgwm.core.safetensors_io import read_safetensors
+from mlx_rsgwm.models.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter, LoraSpec, is_complete, read_manifest
+from mlx_rsgwm.models.adapter_sources import load_adapter
+from mlx_rsgwm.training.checkpoints import checkpoint_folders
+
+NUMBERED = re.compile(r"(\d{7,})_adapters\.safetensors")  # mlx_lm.lora's
+TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")  # transformers' Trainer's
+TRAINER_FILE = "trainer_state.json"
+# What mlx_lm.lora prints: "Iter 10: Train loss 2.345, …"; from 0.32 on a table, "10  2.345 ▼ …" and "10  val 2.345".
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+LINES = (
+    re.compile(r"\s*Iter (\d+): (Train|Val) loss ([0-9.]+|nan|inf)"),
+    re.compile(r"\s*(\d+)\s+()([0-9.]+|nan|inf)\s+[▼▲]"),
+    re.compile(r"\s*(\d+)\s+(val)\s+([0-9.]+|nan|inf)"),
+)
+
+Losses = dict[int, float]
+
+
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint by ``name``; ``run`` is what all of one run have in common. Losses in nats per token, or None.
+
+    ``train_loss``: the mean since the checkpoint before.
+    """
+
+    name: str
+    step: int
+    path: Path
+    run: Any
+    train_loss: float | None
+    validation_loss: float | None
+    load: Callable[[], Adapter]
+
+    def loss(self, metric: str) -> float | None:
+        """The loss of ``metric``, train-loss or validation-loss."""
+        return self.train_loss if metric == "train-loss" else self.validation_loss
+
+
+def run_checkpoints(
+    sources: Sequence[Path], log: Path | None = None, base: str | None = None, progress: Progress = SILENT
+) -> list[RunCheckpoint]:
+    """The checkpoints of a run's folder, or those named one by one, in the order of their steps.
+
+    ``log``: what mlx_lm.lora printed, for its losses. ``base``: what PEFT's folders are read for.
+
+    Raises:
+        RsgwmError: fewer than two, of several runs, two of one step, or a source that is no checkpoint.
+    """
+    places = _inside(sources[0]) if len(sources) == 1 else list(sources)
+    logged = _read_log(log) if log is not None else ({}, {})
+    taken = sorted((_open(place, logged, base, progress) for place in places), key=lambda each: each.step)
+    where = ", ".join(map(str, sources[:2]))
+    if len(taken) < 2:
+        raise RsgwmError(
+            f"{where} holds {len(taken) or 'no'} checkpoint{'s' * (len(taken) != 1)}; an average needs at least two "
+            "(rsgwm train keeps them: --save-every 50 --keep 10)"
+        )
+    double = sorted({str(each.step) for each in taken if sum(other.step == each.step for other in taken) > 1})
+    raise_problems(where, [f"two checkpoints are of step {step}" for step in double])
+    for other in taken[1:]:
+        if differences := differing(taken[0].run, other.run):
+            raise RsgwmError(
+                f"{other.path} and {taken[0].path} are checkpoints of different runs ({'; '.join(differences[:3])})"
+            )
+    return _windowed(taken, logged[0])
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What of a run's folder is a checkpoint."""
+    if not folder.is_dir():
+        raise RsgwmError(f"{folder} is no folder of a run; name one, or two or more checkpoints")
+    if folders := checkpoint_folders(folder):
+        return folders
+    entries = sorted(folder.iterdir())
+    numbered = [path for path in entries if NUMBERED.fullmatch(path.name)]
+    return numbered or [path for path in entries if TRAINER_FOLDER.fullmatch(path.name) and path.is_dir()]
+
+
+def _open(path: Path, logged: tuple[Losses, Losses], base: str | None, progress: Progress) -> RunCheckpoint:
+    if (path / MANIFEST_FILE).is_file():
+        return _own_checkpoint(path)
+    if match := NUMBERED.fullmatch(path.name):
+        step = int(match[1])
+        load = partial(_load_numbered, path)
+        return RunCheckpoint(path.name, step, path, _parent(path), None, logged[1].get(step), load)
+    if (match := TRAINER_FOLDER.fullmatch(path.name)) and path.is_dir():
+        step = int(match[1])
+        train, validation = _trainer_losses(path, step)
+        load = partial(load_adapter, path, base, progress=progress)
+        return RunCheckpoint(path.name, step, path, _parent(path), train, validation, load)
+    raise RsgwmError(
+        f"{path} is no checkpoint; a folder step-NNNNNN of rsgwm train, a file NNNNNNN_adapters.safetensors of "
+        "mlx_lm.lora, or a folder checkpoint-N of a PEFT trainer is"
+    )
+
+
+def _own_checkpoint(path: Path) -> RunCheckpoint:
+    manifest = read_manifest(path / MANIFEST_FILE)
+    record, step = manifest.get("record"), manifest.get("step")
+    if manifest.get("kind") != "checkpoint" or not isinstance(record, dict) or not isinstance(step, int):
+        raise RsgwmError(f"{path} is an adapter, no checkpoint of a run; name its folder's checkpoints/step-NNNNNN")
+    losses = [_number(record.get(name), f"{path}: {name}") for name in ("train_loss_window", "validation_loss")]
+    load = partial(Adapter.load, path, lazy=True)
+    return RunCheckpoint(path.name, step, path, manifest.get("run"), losses[0], losses[1], load)
+
+
+def _number(value: Any, where: str) -> float | None:
+    """A loss as it was recorded; None where there is none.
+
+    Raises:
+        RsgwmError: it is no finite number from 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise RsgwmError(f"{where} is {value!r}, no finite loss; leave that checkpoint out, or weigh by --metric steps")
+    return float(value)
+
+
+def _parent(path: Path) -> dict[str, str]:
+    """Of other programs a run is known by its folder alone."""
+    return {"folder": str(path.resolve().parent)}
+
+
+def _load_numbered(path: Path) -> Adapter:
+    file = path.with_name(CONFIG_FILE)
+    config = files.read_json_object(file)
+    arrays, _ = read_safetensors(path, evaluate=False)
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
+    model = config.get("model")
+    adapter = Adapter(LoraSpec.from_config(config, str(file)).covering(modules), arrays, origin=path)
+    adapter.named_base = model if isinstance(model, str) else ""
+    raise_problems(str(path), adapter.shape_problems())
+    return adapter
+
+
+def _read_log(path: Path) -> tuple[Losses, Losses]:
+    """Losses by step of a log of mlx_lm.lora: of training, which are means since the line before, and of validation."""
+    train: Losses = {}
+    validation: Losses = {}
+    for line in COLOURS.sub("", files.read_text(path)).splitlines():
+        match = next((seen for pattern in LINES if (seen := pattern.match(line))), None)
+        if match is not None:
+            side = validation if match[2].lower() == "val" else train
+            side[int(match[1])] = float(match[3])
+    if not train and not validation:
+        raise RsgwmError(f"{path} has no line of losses as mlx_lm.lora prints them")
+    return train, validation
+
+
+def _trainer_losses(folder: Path, step: int) -> tuple[float | None, float | None]:
+    """Training loss at ``step`` and validation loss there, of a Trainer's own log in the checkpoint."""
+    file = folder / TRAINER_FILE
+    if not file.is_file():
+        return None, None
+    history = files.read_json_object(file).get("log_history")
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    train = {row["step"]: row["loss"] for row in rows if isinstance(row.get("step"), int) and "loss" in row}
+    scored = [row["eval_loss"] for row in rows if row.get("step") == step and "eval_loss" in row]
+    before = [int(match[1]) for path in folder.parent.iterdir() if (match := TRAINER_FOLDER.fullmatch(path.name))]
+    window = _window(train, max((other for other in before if other < step), default=0), step, str(file))
+    return window, _number(scored[-1], f"{file}: eval_loss") if scored else None
+
+
+def _window(logged: Mapping[int, Any], before: int, step: int, where: str) -> float | None:
+    """The mean of what was logged after ``before`` up to ``step``; each line stands for the steps since the last."""
+    total, weight, last = 0.0, 0, before
+    for at in sorted(at for at in logged if before < at <= step):
+        loss = _number(logged[at], f"{where}, step {at}: the training loss")
+        assert loss is not None
+        total, weight, last = total + loss * (at - last), weight + at - last, at
+    return total / weight if weight else None
+
+
+def _windowed(taken: list[RunCheckpoint], logged: Losses) -> list[RunCheckpoint]:
+    """The same with the training losses of a log, where there is one."""
+    if not logged:
+        return taken
+    before = [0, *(each.step for each in taken)]
+    return [
+        replace(each, train_loss=_window(logged, start, each.step, "the log"))
+        for start, each in zip(before, taken, strict=False)
+    ]
+
+
+def run_folder(checkpoint: RunCheckpoint) -> Path | None:
+    """The finished adapter's folder that one of this project's checkpoints belongs to; None where there is none."""
+    folder = checkpoint.path.resolve().parent.parent
+    return folder if (checkpoint.path / MANIFEST_FILE).is_file() and is_complete(folder) else None

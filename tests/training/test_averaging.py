@@ -1,0 +1,376 @@
+"""Averages of checkpoints against a float64 transcription; runs of three programs; what is refused."""
+
+import json
+import math
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import Progress
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.training.average_choice import _chosen, candidates, choose
+from mlx_rsgwm.training.average_weights import (
+    AverageOptions,
+    average_ranks,
+    effective_count,
+    loss_weights,
+    step_weights,
+)
+from mlx_rsgwm.training.averaging import average, weigh
+from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders
+from mlx_rsgwm.training.loop import finish, train
+from mlx_rsgwm.training.run_checkpoints import run_checkpoints
+
+
+def reference_weights(values, penalty, power, newest_first=False):
+    """Position by sorting, ties by the mean of their positions: a transcription in plain Python."""
+    order = sorted(values, reverse=newest_first)
+    positions = [sum(i for i, other in enumerate(order) if other == value) / order.count(value) for value in values]
+    if newest_first:
+        raw = [penalty**rank * (value / max(values)) ** power for rank, value in zip(positions, values, strict=True)]
+    else:
+        raw = [penalty**rank * (1 / max(value, 1e-8)) ** power for rank, value in zip(positions, values, strict=True)]
+    return [weight / math.fsum(raw) for weight in raw]
+
+
+def reference_product(arrays, weights, scale, rank):
+    """The best rank-r approximation of Σ w ΔW, dense, float64."""
+    dense = sum(
+        w * scale * a.astype(np.float64) @ b.astype(np.float64) for w, (a, b) in zip(weights, arrays, strict=True)
+    )
+    u, sigma, vt = np.linalg.svd(dense)
+    return (u[:, :rank] * sigma[:rank]) @ vt[:rank], (sigma[rank:] ** 2).sum()
+
+
+@pytest.fixture
+def base(tiny_base):
+    return load_base(str(tiny_base), dtype="float32")
+
+
+@pytest.fixture
+def run(base, corpus, config, tmp_path):
+    """A finished run of 14 steps with checkpoints 2, 4, …, 14."""
+    saving = Saving(tmp_path / "run", every=2, keep=20, snapshots=())
+    settings = config(epochs=2, learning_rate=1e-2, dropout=0.1, directions=4)
+    finish(train(base, corpus, settings, saving=saving), saving)
+    return saving.folder
+
+
+def numbers(folder):
+    """Every checkpoint's arrays in float64 by name, oldest first, and their recorded training losses."""
+    folders = checkpoint_folders(folder)[::-1]
+    arrays = [
+        {
+            **{
+                name: np.array(value, dtype=np.float64)
+                for name, value in mx.load(str(path / "adapters.safetensors")).items()
+            },
+            **{
+                name: np.array(value, dtype=np.float64)
+                for name, value in mx.load(str(path / "importance.safetensors")).items()
+            },
+        }
+        for path in folders
+    ]
+    losses = [json.loads((path / "manifest.json").read_text())["record"]["train_loss_window"] for path in folders]
+    return arrays, losses
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(("penalty", "power"), [(0.7, 1.0), (0.5, 0.0), (1.0, 2.5), (1.0, 0.0), (0.9, 400.0)])
+def test_weights_are_those_of_a_transcription(penalty, power):
+    losses, steps = [1.5, 0.4, 0.9, 0.4, 2.0], [10, 20, 30, 45, 60]
+    np.testing.assert_allclose(
+        loss_weights(losses, penalty, power), reference_weights(losses, penalty, power), rtol=1e-9, atol=1e-300
+    )
+    np.testing.assert_allclose(
+        step_weights(steps, penalty, power), reference_weights(steps, penalty, power, True), rtol=1e-9, atol=1e-300
+    )
+
+
+def test_ties_share_their_rank_and_effective_counts_are_the_known_ones():
+    assert average_ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [2.5, 0.0, 2.5, 1.0]
+    for penalty, count in ((0.5, 2.99), (0.7, 5.36), (0.9, 9.18), (1.0, 10.0)):
+        weights = step_weights(range(1, 11), penalty, 0.0)
+        assert effective_count(weights) == pytest.approx(count, abs=0.005)
+    assert loss_weights([0.0, 1.0], 1.0, 1.0)[0] == pytest.approx(1.0)  # a loss of 0 is floored, not divided by
+
+
+@pytest.mark.parametrize(("metric", "penalty", "power", "last"), [
+    ("loss", 0.7, 1.0, 0), ("steps", 0.5, 1.0, 0), ("train-loss", 1.0, 0.0, 4),
+])  # fmt: skip
+def test_the_mean_of_factors_and_importances_is_that_of_float64(run, tmp_path, metric, penalty, power, last):
+    arrays, losses = numbers(run)
+    arrays, losses = arrays[-last:], losses[-last:]
+    steps = [2 * (1 + place) for place in range(7)][-last:]
+    weights = reference_weights(steps if metric == "steps" else losses, penalty, power, metric == "steps")
+    averaged = average(run, tmp_path / "out", metric=metric, penalty=penalty, power=power, last=last)
+    read = Adapter.load(tmp_path / "out")
+    for name, value in {**read.weights, **read.importance}.items():
+        expected = sum(weight * each[name] for weight, each in zip(weights, arrays, strict=True))
+        error = np.linalg.norm(np.array(value, dtype=np.float64) - expected) / np.linalg.norm(expected)
+        assert error < 1e-6, name
+    assert {name.partition("/")[0] for name in read.importance} == {"all", "draft", "verify"}
+    told = averaged.manifest["average"]
+    assert told["metric"] == ("steps" if metric == "steps" else "train-loss")
+    assert [row["weight"] for row in told["checkpoints"]] == pytest.approx(weights)
+    assert told["effective"] == pytest.approx(1 / sum(weight**2 for weight in weights))
+    finished = Adapter.load(run)
+    assert read.manifest["kind"] == "averaged"
+    assert read.manifest["base"] == finished.manifest["base"]
+    assert read.directions.keys() == finished.directions.keys()  # the run's own, bound to the new weights
+    assert read.init.keys() == finished.init.keys()
+
+
+def test_the_mean_of_products_is_that_of_float64_and_the_cosine_is_told(run, tmp_path):
+    arrays, losses = numbers(run)
+    weights = reference_weights(losses, 0.7, 1.0)
+    told = average(run, tmp_path / "product", space="product").manifest["average"]
+    factors = average(run).manifest["average"]
+    read = Adapter.load(tmp_path / "product")
+    scale, rank = read.spec.scale, read.spec.rank
+    dot = of_factors = of_products = lost = 0.0
+    for module, a, b in read.factors():
+        pairs = [(each[f"{module}.lora_a"], each[f"{module}.lora_b"]) for each in arrays]
+        expected, discarded = reference_product(pairs, weights, scale, rank)
+        made = scale * np.array(a, dtype=np.float64) @ np.array(b, dtype=np.float64)
+        assert np.linalg.norm(made - expected) < 1e-6 * np.linalg.norm(expected)
+        mean_a, mean_b = (sum(w * pair[i] for w, pair in zip(weights, pairs, strict=True)) for i in (0, 1))
+        product = scale * mean_a @ mean_b
+        dot, lost = dot + (product * expected).sum(), lost + discarded
+        of_factors, of_products = of_factors + (product**2).sum(), of_products + (expected**2).sum()
+    assert told["cosine_factor_product"] == pytest.approx(dot / math.sqrt(of_factors * of_products), abs=1e-6)
+    assert factors["cosine_factor_product"] == told["cosine_factor_product"]
+    assert told["discarded"] == pytest.approx(lost / (of_products + lost), abs=1e-6)
+    assert not read.importance  # of other factors it says nothing
+    assert not read.init
+
+
+def test_validation_loss_goes_first_where_every_checkpoint_has_it(base, corpus, config, tmp_path):
+    saving = Saving(tmp_path / "run", every=2, keep=9, snapshots=())
+    held = corpus
+    finish(train(base, corpus, config(), held, saving=saving), saving)
+    averaged = average(tmp_path / "run")
+    assert averaged.manifest["average"]["metric"] == "validation-loss"
+    scored = [row["validation_loss"] for row in averaged.manifest["average"]["checkpoints"]]
+    assert [row["weight"] for row in averaged.manifest["average"]["checkpoints"]] == pytest.approx(
+        reference_weights(scored, 0.7, 1.0)
+    )
+
+
+def test_dora_is_averaged_by_its_factors_and_magnitudes(base, corpus, config, tmp_path):
+    saving = Saving(tmp_path / "run", every=2, keep=9, snapshots=())
+    finish(train(base, corpus, config(fine_tune_type="dora", learning_rate=1e-2), saving=saving), saving)
+    averaged = average(tmp_path / "run", penalty=1.0, power=0.0)
+    arrays, _ = numbers(tmp_path / "run")
+    for name in (name for name in averaged.weights if name.endswith(".m")):
+        expected = sum(each[name] for each in arrays) / len(arrays)
+        np.testing.assert_allclose(np.array(averaged.weights[name]), expected, rtol=1e-6)
+    with pytest.raises(RsgwmError, match="no plain product"):
+        average(tmp_path / "run", space="product")
+
+
+def mlx_lm_run(run, folder):
+    """The same checkpoints as mlx_lm.lora leaves them."""
+    folder.mkdir()
+    shutil.copy(run / "adapter_config.json", folder)
+    shutil.copy(run / "adapters.safetensors", folder)
+    for path in checkpoint_folders(run):
+        step = int(path.name.removeprefix("step-"))
+        shutil.copy(path / "adapters.safetensors", folder / f"{step:07d}_adapters.safetensors")
+    return folder
+
+
+LOGS = {
+    "new": "\x1b[1m  iter   train_loss     tok/s     tokens\x1b[0m\n     1    val 2.900    1.20s\n"
+    + "".join(f"     {n}    \x1b[32m{3 - n / 10:.3f} ▼\x1b[0m    1,234    10.0k\n" for n in range(1, 15)),
+    "former": "Starting training..., iters: 14\nIter 1: Val loss 2.900, Val took 1.2s\n"
+    + "".join(f"Iter {n}: Train loss {3 - n / 10:.3f}, Learning Rate 1.000e-05\n" for n in range(1, 15)),
+}
+
+
+@pytest.mark.parametrize("form", LOGS)
+def test_numbered_files_of_mlx_lm_are_averaged_by_steps_or_a_log(run, tmp_path, form):
+    folder = mlx_lm_run(run, tmp_path / "mlx-lm")
+    (tmp_path / "train.log").write_text(LOGS[form])
+    by_steps = average(folder, metric="steps")
+    mine = average(run, metric="steps")
+    for name, value in mine.weights.items():
+        assert (value == by_steps.weights[name]).all().item()
+    told = average(folder, log=tmp_path / "train.log", power=2.0).manifest["average"]
+    windows = [3 - (n - 0.5) / 10 for n in range(2, 15, 2)]  # the mean of both lines since the checkpoint before
+    assert [row["train_loss"] for row in told["checkpoints"]] == pytest.approx(windows)
+    assert [row["weight"] for row in told["checkpoints"]] == pytest.approx(reference_weights(windows, 0.7, 2.0))
+
+
+def test_an_mlx_lm_log_with_validation_at_every_checkpoint_weighs_by_it(run, tmp_path):
+    folder = mlx_lm_run(run, tmp_path / "mlx-lm")
+    (tmp_path / "train.log").write_text("".join(f"  {n}    val {1 + n / 100:.3f}    1.20s\n" for n in range(2, 15, 2)))
+    told = average(folder, log=tmp_path / "train.log").manifest["average"]
+    assert told["metric"] == "validation-loss"
+    assert [row["validation_loss"] for row in told["checkpoints"]] == pytest.approx(
+        [1 + n / 100 for n in range(2, 15, 2)]
+    )
+
+
+def test_checkpoints_of_a_peft_trainer_are_averaged_by_its_log(run, tiny_base, tmp_path):
+    from mlx_rsgwm.converters.peft.convert import to_peft
+
+    history = [{"step": n, "loss": 3 - n / 10, "learning_rate": 1e-4} for n in range(1, 15)]
+    for path in checkpoint_folders(run):
+        step = int(path.name.removeprefix("step-"))
+        out = tmp_path / "trainer" / f"checkpoint-{step}"
+        to_peft(Adapter.load(path), str(tiny_base), out)
+        (out / "trainer_state.json").write_text(json.dumps({"log_history": [r for r in history if r["step"] <= step]}))
+    averaged = average(tmp_path / "trainer", base=str(tiny_base))
+    told = averaged.manifest["average"]
+    windows = [3 - (n - 0.5) / 10 for n in range(2, 15, 2)]
+    assert [row["train_loss"] for row in told["checkpoints"]] == pytest.approx(windows)
+    arrays, _ = numbers(run)
+    weights = reference_weights(windows, 0.7, 1.0)
+    for name, value in averaged.weights.items():
+        expected = sum(w * each[name] for w, each in zip(weights, arrays, strict=True))
+        np.testing.assert_allclose(np.array(value), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_command_prints_weights_and_warns_of_few(run, tmp_path):
+    done = invoke("average", run, "--out", tmp_path / "out", "--penalty", 0.1, "--power", 3, "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["effective"] < 2
+    assert "warning: the average is worth 1." in done.stderr
+    assert "step-000014" in done.stderr
+    again = invoke("average", run, "--out", tmp_path / "out")
+    assert again.exit_code == 2
+    assert "already holds a finished adapter" in again.stderr
+
+
+def test_choosing_tries_every_setting_and_says_what_it_costs(run, base, corpus, tmp_path):
+    checkpoints = run_checkpoints([run])
+    rows, _ = corpus.token_rows(base.tokenizer, 1024, "drop")
+    choice = choose(base, checkpoints, rows, AverageOptions(), fixed=("power",))
+    assert choice.settings == len(candidates(7, AverageOptions(), ("power",))) == 12
+    assert choice.options.power == 1.0
+    assert choice.loss <= choice.nested + 1e-9  # on these rows no other setting is better
+    done = invoke(
+        "average",
+        run,
+        "--out",
+        tmp_path / "out",
+        "--choose",
+        corpus.folder if hasattr(corpus, "folder") else tmp_path / "corpus",
+        "--json",
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["penalty"] == told["choice"]["penalty"]
+    assert "NOT NEW" in done.stderr  # the run was trained on these rows
+
+
+def test_the_nested_split_finds_a_choice_by_chance():
+    """Settings that differ by noise alone: the best looks better than it is, and the nested loss does not."""
+    rng = np.random.default_rng(0)
+    gaps = []
+    for trial in range(400):
+        nats = np.vstack([np.ones((2, 60)), 1 + rng.normal(0, 1, (30, 60))])
+        chosen = _chosen([AverageOptions()] * 30, nats, np.ones(60, dtype=np.int64), trial)
+        gaps.append((chosen.loss, chosen.nested))
+    apparent, nested = np.mean(gaps, axis=0)
+    assert apparent < 0.8
+    assert abs(nested - 1) < 0.02  # three standard errors
+
+
+def damage(run, name, value):
+    path = checkpoint_folders(run)[1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["record"][name] = value
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--penalty", "0"], "--penalty"), (["--penalty", "1.1"], "--penalty"), (["--penalty", "nan"], "--penalty"),
+    (["--power", "-1"], "--power"), (["--last", "1"], "last = 1 is out of range"),
+    (["--last", "9"], "the last 9 checkpoints are asked for, and there are 7"),
+    (["--metric", "validation-loss"], "there are train-loss, steps"),
+])  # fmt: skip
+def test_bad_settings_are_refused_in_a_line(run, tmp_path, arguments, message):
+    done = invoke("average", run, "--out", tmp_path / "out", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_that_cannot_be_averaged_are_refused_in_a_line(run, base, corpus, config, tmp_path):
+    other = Saving(tmp_path / "other", every=4, keep=9, snapshots=())
+    finish(train(base, corpus, config(epochs=2, learning_rate=2e-2), saving=other), other)
+    mixed = (run / "checkpoints/step-000002", tmp_path / "other/checkpoints/step-000004")
+    (tmp_path / "single").mkdir()
+    shutil.copy(run / "adapter_config.json", tmp_path / "single")
+    shutil.copy(run / "adapters.safetensors", tmp_path / "single/0000100_adapters.safetensors")
+    log = tmp_path / "empty.log"
+    log.write_text("nothing\n")
+    cases = {
+        "different runs (config.": mixed,
+        "holds 1 checkpoint;": (tmp_path / "single",),
+        "holds no checkpoints;": (tmp_path / "corpus",),
+        "is no checkpoint;": (run / "checkpoints/step-000002", tmp_path / "single"),
+        "is an adapter, no checkpoint": (run, run / "checkpoints/step-000002"),
+        "is no folder of a run": (log,),
+        "two checkpoints are of step 2": (run / "checkpoints/step-000002",) * 2,
+        "has no line of losses": (mlx_lm_run(run, tmp_path / "mlx-lm"), "--log", log),
+        "there is steps: --metric steps": (tmp_path / "mlx-lm",),
+    }
+    for message, sources in cases.items():
+        done = invoke("average", *sources, "--out", tmp_path / "out")
+        assert done.exit_code == 2, (message, done.output)
+        assert message in done.stderr, (message, done.stderr)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "0.5", True])
+def test_a_loss_that_is_none_is_refused_with_its_checkpoint(run, tmp_path, value):
+    damage(run, "train_loss_window", value)
+    done = invoke("average", run, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "step-000012" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(run, tmp_path):
+    path = checkpoint_folders(run)[0] / "adapters.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0xFF
+    path.write_bytes(bytes(data))
+    done = invoke("average", run, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert "was changed or damaged" in done.stderr
+
+
+def test_an_average_is_an_adapter_like_others(run, base, tmp_path):
+    """It merges with another by importance and by directions, and its rows are known."""
+    from mlx_rsgwm.data.row_hashes import record_of
+    from mlx_rsgwm.merging.merge import merge
+    from mlx_rsgwm.merging.options import MergeOptions
+
+    average(run, tmp_path / "averaged", progress=Progress())
+    for method in ("rsgwm", "regmean", "linear"):
+        merge([run, tmp_path / "averaged"], MergeOptions(method=method))
+    averaged = Adapter.load(tmp_path / "averaged")
+    assert record_of(averaged.manifest, "averaged") == record_of(Adapter.load(run).manifest, "run")
+    assert averaged.base_problem(base.name, base.fingerprint) == ""
+
+
+def test_weighing_leaves_checkpoints_in_order(run):
+    weighted = weigh(run_checkpoints([run]), AverageOptions(last=3))
+    assert [each.step for each in weighted.checkpoints] == [10, 12, 14]
+    assert weighted.weights.sum() == pytest.approx(1.0)
