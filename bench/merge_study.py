@@ -57,7 +57,7 @@ METHODS = (
     "rsgwm:signal=shared,normalise=mean,rsgwm:tau=0.5,normalise=mean",
     "rsgwm:space=product,normalise=mean,rsgwm:space=product,signal=shared,normalise=mean",
 )
-SKETCHED = ("linear,regmean:truncate=metric/plain,balance=relative/equal",)  # merges of every k
+SKETCHED = ("regmean:truncate=metric/plain,balance=relative/equal",)  # merges of every k
 RANKS = (32, 64, 128)
 WHOLE = 1 << 20  # more columns than any layer of these bases has inputs
 COMMON: Mapping[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "num_layers": 16, "directions": WHOLE}
@@ -200,8 +200,10 @@ def main() -> None:
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: both")
     parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
-    parser.add_argument("--methods", action="append", help="as of rsgwm pool sweep; default: those of the lab notes")
-    parser.add_argument("--rank", action="append", type=int, help="k of sketches, repeat; default: 32, 64, 128")
+    parser.add_argument(
+        "--methods", action="append", help="as of rsgwm pool sweep, by whole matrices; default: those of the lab notes"
+    )
+    parser.add_argument("--rank", nargs="*", type=int, help="k of sketches; default: 32, 64, 128")
     parser.add_argument("--stage", choices=("train", "sweep"), help="stop after this one")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--plots", type=Path, help="folder for merge-study-<pool>.png")
@@ -216,11 +218,9 @@ def main() -> None:
     summaries: dict[str, Any] = {}
     for pool in pools:
         for rank in (None, *(RANKS if options.rank is None else options.rank)):
-            name, methods = (pool, METHODS) if rank is None else (f"{pool} k={rank}", SKETCHED)
-            runs = [
-                sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", options.methods or methods, rank)
-                for seed in seeds
-            ]
+            whole = options.methods or METHODS
+            name, methods = (pool, whole) if rank is None else (f"{pool} k={rank}", SKETCHED)
+            runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods, rank) for seed in seeds]
             out = options.folder / pool / (f"k-{rank}" if rank else "")
             make_folder(out)
             summaries[name] = write_sweep(out, runs)
