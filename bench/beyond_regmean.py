@@ -165,8 +165,8 @@ def compensated(base: Base, pool: Sequence[Adapter], rows: Sequence[DraftRows], 
     model: Any = base.model
     blocks, names = split_blocks(model), block_names(model)
     assert blocks is not None
-    own = [[make_batch([row], length_step=1).inputs for row in task.rows] for task in rows]
-    merged = [list(task) for task in own]
+    by_itself = [[make_batch([row], length_step=1).inputs for row in task.rows] for task in rows]
+    merged = [list(task) for task in by_itself]
     updates: dict[str, tuple[Matrix, Matrix]] = {}
     for block, prefix in zip(blocks, names, strict=True):
         inside = [name for name in like_this.modules() if name.startswith(f"{prefix}.")]
@@ -174,17 +174,17 @@ def compensated(base: Base, pool: Sequence[Adapter], rows: Sequence[DraftRows], 
         for task, adapter in enumerate(pool):
             totals: dict[str, Any] = {}
             with on(base, adapter, inside):
-                for row, states in enumerate(own[task]):
+                for row, states in enumerate(by_itself[task]):
                     seen: list[dict[str, mx.array]] = [{}, {}]
                     with inputs_seen(model, inside, seen[0].__setitem__):
-                        own[task][row] = block(states)
+                        by_itself[task][row] = block(states)
                     with inputs_seen(model, inside, seen[1].__setitem__):
                         block(merged[task][row])
                     for name in inside:
                         x, under_merged = (of[name].reshape(-1, of[name].shape[-1]) for of in seen)
                         gram, cross = totals.get(name, (0, 0))
                         totals[name] = (gram + under_merged.T @ under_merged, cross + under_merged.T @ x)
-                    mx.eval(own[task][row], totals)
+                    mx.eval(by_itself[task][row], totals)
             sums.append(totals)
         for name in inside:
             updates[name] = _made_good(base, pool, sums, name, like_this.spec.rank)
@@ -216,14 +216,14 @@ def make_all(base: Base, folder: Path, tasks: Sequence[str], count: int) -> dict
         return places
     pool = [Adapter.load(folder / task) for task in tasks]
     rows = [draft_rows(folder / "data" / task, base, count) for task in tasks]
-    whole = [with_whole(base, *pair) for pair in zip(pool, rows, strict=True)]
-    plain = merge(whole, DRAFTER)
+    counted = [with_whole(base, *pair) for pair in zip(pool, rows, strict=True)]
+    plain = merge(counted, DRAFTER)
     data: list[Any] = list(rows)
     makers: Mapping[str, Callable[[], Adapter]] = {
         "by_rows": lambda: plain,
         "recollected": lambda: merge(pool, DRAFTER, recollection=Recollection(base, data, rows=0)),
         "compensated": lambda: compensated(base, pool, rows, plain),
-        "curvature": lambda: by_curvature(base, whole, rows, plain),
+        "curvature": lambda: by_curvature(base, counted, rows, plain),
     }
     for name, maker in makers.items():
         if not is_complete(places[name]):

@@ -218,8 +218,8 @@ def main() -> None:
     summaries: dict[str, Any] = {}
     for pool in pools:
         for rank in (None, *(RANKS if options.rank is None else options.rank)):
-            whole = options.methods or METHODS
-            name, methods = (pool, whole) if rank is None else (f"{pool} k={rank}", SKETCHED)
+            by_whole = options.methods or METHODS
+            name, methods = (pool, by_whole) if rank is None else (f"{pool} k={rank}", SKETCHED)
             runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods, rank) for seed in seeds]
             out = options.folder / pool / (f"k-{rank}" if rank else "")
             make_folder(out)

@@ -36,11 +36,11 @@ def definite(random, size):
 @pytest.fixture
 def rows(base, tmp_path):
     """Draft rows of two tasks."""
-    found = []
+    tasks = []
     for task in ("change", "compare"):
         save_corpus(tmp_path / task, make_rows(generate(task, 4, 1, "train"), 4, 0, 1), TEMPLATES["plain"], {})
-        found.append(draft_rows(tmp_path / task, base))
-    return found
+        tasks.append(draft_rows(tmp_path / task, base))
+    return tasks
 
 
 def test_conjugate_gradients_solve_a_sum_of_kronecker_products(random):
@@ -48,13 +48,13 @@ def test_conjugate_gradients_solve_a_sum_of_kronecker_products(random):
     right = random.normal(size=(6, 4))
     matrix = sum(np.kron(gram, moment) for gram, moment in pairs)
     inverses = np.linalg.inv(sum(gram for gram, _ in pairs)), np.linalg.inv(sum(moment for _, moment in pairs))
-    found = conjugate_gradients(
+    solved = conjugate_gradients(
         lambda x: sum(gram @ x @ moment for gram, moment in pairs),
         lambda x: inverses[0] @ x @ inverses[1],
         right,
         np.zeros((6, 4)),
     )
-    np.testing.assert_allclose(found, np.linalg.solve(matrix, right.reshape(-1)).reshape(6, 4), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(solved, np.linalg.solve(matrix, right.reshape(-1)).reshape(6, 4), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("with_outputs", [False, True])
@@ -89,26 +89,26 @@ def test_gradients_at_outputs_are_those_of_finite_differences(base, make_adapter
                 with outputs_changed(base.model, [name], lambda _, x, y, moved=moved: y + moved):
                     sides.append(batch_nats(hidden, head, batch).item())
             gradients[place] = (sides[0] - sides[1]) / (2 * step)
-    one = type(rows[0])([row], rows[0].template, rows[0].hash)
-    found = output_moments(base, adapter, one)[name][:3, :3]
+    alone = type(rows[0])([row], rows[0].template, rows[0].hash)
+    moments = output_moments(base, adapter, alone)[name][:3, :3]
     expected = gradients.T @ gradients
-    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
+    np.testing.assert_allclose(moments, expected, atol=0.02 * np.abs(expected).max())
 
 
 def test_a_pool_of_one_adapter_twice_is_that_adapter(base, make_adapter, rows):
     adapter = make_adapter(3, keys=KEYS, size=0.5)
     pool = [adapter, adapter]
-    whole = [with_whole(base, *pair) for pair in zip(pool, rows, strict=True)]
-    plain = merge(whole, MergeOptions("regmean", role="draft"))
-    for merged in (compensated(base, pool, rows, plain), by_curvature(base, whole, rows, plain)):
+    counted = [with_whole(base, *pair) for pair in zip(pool, rows, strict=True)]
+    plain = merge(counted, MergeOptions("regmean", role="draft"))
+    for merged in (compensated(base, pool, rows, plain), by_curvature(base, counted, rows, plain)):
         for name in adapter.modules():
             np.testing.assert_allclose(update(merged, name), update(adapter, name), atol=2e-3)
 
 
 def test_a_target_of_its_own_run_is_another_where_layers_below_were_merged(base, make_adapter, rows):
     pool = [make_adapter(seed, keys=KEYS, size=1.0) for seed in (1, 2)]
-    whole = [with_whole(base, *pair) for pair in zip(pool, rows, strict=True)]
-    plain = merge(whole, MergeOptions("regmean", role="draft"))
+    counted = [with_whole(base, *pair) for pair in zip(pool, rows, strict=True)]
+    plain = merge(counted, MergeOptions("regmean", role="draft"))
     merged = compensated(base, pool, rows, plain)
     below, above = (
         [np.abs(update(merged, name) - update(plain, name)).max() for name in plain.modules() if f"layers.{n}." in name]
