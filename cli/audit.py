@@ -10,7 +10,7 @@ import click
 from mlx_rsgwm.audit.verdicts import PRESETS
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH, SOURCE, Number, OneOf, Whole
+from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH, SOURCE, Number, OneOf
 
 if TYPE_CHECKING:
     from mlx_rsgwm.audit.audit_adapters import Audit
@@ -18,16 +18,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("adapters", nargs=-1, type=SOURCE)
-@click.option(
-    "--data",
-    multiple=True,
-    metavar="TASK-OR-FILE",
-    help="Rows to judge an adapter by: a task, a file of questions or of rows, or a corpus; once for all adapters, or "
-    "one for each in their order.",
-)
-@click.option(
-    "--data-rows", type=Whole(8), default=64, show_default=True, help="Rows of --data that are taken, at most."
-)
+@shared.data()
+@shared.data_rows(64)
 @click.option("--preset", type=OneOf(list(PRESETS)), default="post", show_default=True, help="Where verdicts change.")
 @click.option(
     "--energy",

@@ -67,6 +67,21 @@ def corpus(tail: str = "", required: bool = False, multiple: bool = False, name:
     return click.option("--corpus", name, type=PATH, required=required, multiple=multiple, help=text)
 
 
+def data() -> Any:
+    """``--data``: what adapters are judged or measured on."""
+    text = (
+        "Rows of the adapters' tasks: a task, a file of questions or of rows, or a corpus; once for all adapters, or "
+        "one for each in their order."
+    )
+    return click.option("--data", multiple=True, metavar="TASK-OR-FILE", help=text)
+
+
+def data_rows(default: int) -> Any:
+    """``--data-rows``: at most so many of each."""
+    text = "Rows of --data that are taken, at most."
+    return click.option("--data-rows", type=Whole(8), default=default, show_default=True, help=text)
+
+
 def items(default: int | None, tail: str = "", shown: str = "") -> Any:
     """``--items``: how many questions."""
     text = f"Questions of each task{_tail(tail)}{_default(shown)}"

@@ -91,6 +91,26 @@ def held_out_rows(data: str, adapter: Adapter, base: Base, count: int, seed: int
     return new, len(drafts) - len(new)
 
 
+def rows_of_each(
+    data: Sequence[str], adapters: Sequence[Adapter], base: Base, count: int, seed: int
+) -> list[tuple[str, list[TokenRow], int]]:
+    """For every adapter the name of its data, its :func:`held_out_rows` there, and how many were left out.
+
+    ``data``: one for all adapters, or one for each in their order.
+
+    Raises:
+        RsgwmError: another number of them, and as :func:`held_out_rows`.
+    """
+    if len(data) not in (1, len(adapters)):
+        raise RsgwmError(
+            f"--data is given once for all adapters or once for each: {len(adapters)} adapters, {len(data)}"
+        )
+    each = list(data) * (len(adapters) if len(data) == 1 else 1)
+    return [
+        (name, *held_out_rows(name, adapter, base, count, seed)) for name, adapter in zip(each, adapters, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Measured:
     """An adapter on held-out rows: ``base`` and ``alone`` (rows,) float64, nats of each row's completion under the base

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.audit.eligibility import ELIGIBLE, RESAMPLES, Eligibility, Measured, held_out_rows, measure, nats_under
+from mlx_rsgwm.audit.eligibility import ELIGIBLE, RESAMPLES, Eligibility, Measured, measure, nats_under, rows_of_each
 from mlx_rsgwm.audit.outcomes import WORST_DOMINANCE, WORST_QUALITY, Outcome
-from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.evaluation.stats.bootstrap import percentile_interval, resampled
@@ -124,19 +123,14 @@ def judge_on_data(
     Raises:
         RsgwmError: more or fewer names than adapters, what cannot be read, too few new rows.
     """
-    if len(data) not in (1, len(adapters)):
-        raise RsgwmError(
-            f"--data is given once for all adapters or once for each: {len(adapters)} adapters, {len(data)}"
-        )
     merges = [] if merged is None else [merged]
     base = load_base_for([*adapters, *merges], base_name, progress)
-    names = list(data) * (len(adapters) if len(data) == 1 else 1)
-    chosen = [held_out_rows(name, each, base, count, seed) for name, each in zip(names, adapters, strict=True)]
+    chosen = rows_of_each(data, adapters, base, count, seed)
     sources = {str(index): adapter for index, adapter in enumerate(adapters)}
     slots = slots_of(base, {**sources, **({"merged": merged} if merged is not None else {})})
     measured, retained = [], []
     with progress.task("judge on data", len(adapters)) as advance:
-        for slot, name, (rows, seen) in zip(sources, names, chosen, strict=True):
+        for slot, (name, rows, seen) in zip(sources, chosen, strict=True):
             measured.append(measure(slots, slot, rows, name, seen))
             if merged is not None:
                 retained.append(retention(measured[-1], nats_under(slots, "merged", rows), seed))

@@ -39,3 +39,16 @@ def test_measure_refuses_in_one_line(folders, tmp_path):
     code, printed = run("probe", "measure", folders[0], folders[0], "--out", out)
     assert (code, out.exists()) == (2, False)
     assert "two are called" in printed["error"]
+
+
+def test_measure_on_data(folders, tmp_path, base):
+    out = tmp_path / "table.jsonl"
+    words = ("--data", "change", "--data", "groups", "--data-rows", 8, "--base", base.path, "--out", out)
+    code, printed = run("probe", "measure", *folders[:2], *words)
+    assert code == 0, printed
+    table = read_table(out)
+    assert table.about["data"]["own_rows"] == [8, 8]
+    assert table.about["data"]["shared_rows"] == 8
+    assert table.rows[0].measures["cka.median"] <= 1
+    code, printed = run("probe", "measure", *folders, *words)
+    assert (code, "once for all adapters or once for each: 3 adapters, 2" in printed["error"]) == (2, True)
