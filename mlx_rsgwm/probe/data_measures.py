@@ -35,7 +35,7 @@ class PairData:
         a, b = self.passes[first], self.passes[second]
         return {
             **_activations(a.states[-1].mean(axis=0), b.states[-1].mean(axis=0)),
-            **_vectors("gradient", _flat(a.own), _flat(b.own)),
+            **_vectors("gradient", _flat(a.on_task), _flat(b.on_task)),
             **_vectors("input_gradient", a.embedding.ravel(), b.embedding.ravel()),
             **_shared_gradients(a, b),
             **_cross_gradients(a, b),
@@ -73,7 +73,7 @@ def measure_on_data(
         for adapter, rows in zip(adapters, own_rows, strict=True):
             slots.load(SLOT, adapter)
             passes.append(passes_of(slots, SLOT, rows, shared_rows, places, width))
-            if not all(np.isfinite(each).all() for each in (*passes[-1].own.values(), passes[-1].states)):
+            if not all(np.isfinite(each).all() for each in (*passes[-1].on_task.values(), passes[-1].states)):
                 raise RsgwmError(f"{adapter.where}: gradients or states on its rows are not finite")
             advance(1, adapter.where)
     tokens = [[row.tokens for row in rows] for rows in (*own_rows, shared_rows)]
@@ -127,11 +127,11 @@ def _cross_gradients(a: Passes, b: Passes) -> dict[str, float]:
     """cos(ΔW_a, −g_b) and the other way round: above 0 where a step along one's update lowers the other's loss."""
     common = [name for name in a.update if name in b.update]
     ways = np.array(
-        [[-_cosine(x.update[name], y.own[name]) for name in common] for x, y in ((a, b), (b, a))],
+        [[-_cosine(x.update[name], y.on_task[name]) for name in common] for x, y in ((a, b), (b, a))],
     )
     energies = np.array([_square(a.update[name]) + _square(b.update[name]) for name in common])
     worst = min(
-        -_cosine(_flat({name: x.update[name] for name in common}), _flat({name: y.own[name] for name in common}))
+        -_cosine(_flat({name: x.update[name] for name in common}), _flat({name: y.on_task[name] for name in common}))
         for x, y in ((a, b), (b, a))
     )
     return {**dict(over_modules("cross_gradient", ways.mean(axis=0), energies)), "cross_gradient_worst": worst}

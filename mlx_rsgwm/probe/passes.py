@@ -145,11 +145,11 @@ def block_states(slots: AdapterSlots, rows: Sequence[TokenRow]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Passes:
-    """What one adapter did. ``own``: sketches of the gradient on rows of its own task, that of the embedding under
+    """What one adapter did. ``on_task``: sketches of the gradient on rows of its own task, that of the embedding under
     ``embedding``; ``shared``: on the rows that all adapters see; ``states``: (blocks, rows, dims) there; ``update``:
     the adapter itself, projected."""
 
-    own: Mapping[str, np.ndarray]
+    on_task: Mapping[str, np.ndarray]
     embedding: np.ndarray
     shared: Mapping[str, np.ndarray]
     states: np.ndarray
@@ -159,7 +159,7 @@ class Passes:
 def passes_of(
     slots: AdapterSlots,
     slot: str,
-    own: Sequence[TokenRow],
+    task_rows: Sequence[TokenRow],
     shared: Sequence[TokenRow],
     places: Sequence[Place],
     width: int = SKETCH,
@@ -169,7 +169,7 @@ def passes_of(
     embedding = embedding_place(slots.model)
     with ExitStack() as stack:
         stack.enter_context(slots.using(slot))
-        gradients = gradient_sketches(slots, own, [*places, embedding], width)
+        gradients = gradient_sketches(slots, task_rows, [*places, embedding], width)
         on_shared = gradient_sketches(slots, shared, places, width)
         states = block_states(slots, shared)
     update = {

@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_dense_weights(base, make_adapter):
     measured = measure_on_data(base, adapters, own, shared, ["x"], width=1000)
     for passes, (expected, embedding), shared_expected in zip(measured.passes, dense, on_shared, strict=True):
         for name, gradient in expected.items():
-            assert np.allclose(passes.own[name], gradient, rtol=1e-3, atol=1e-5), name
+            assert np.allclose(passes.on_task[name], gradient, rtol=1e-3, atol=1e-5), name
             assert np.allclose(passes.shared[name], shared_expected[name], rtol=1e-3, atol=1e-5)
         assert np.allclose(passes.embedding, embedding, rtol=1e-3, atol=1e-5)
     row = measured.of(0, 1)
@@ -107,7 +107,7 @@ def test_a_step_against_the_gradient_has_cross_gradient_one(base, make_adapter):
     step = replace(adapter, weights=weights, label="step")
     measured = measure_on_data(base, [step, adapter], [token_rows(2), rows], token_rows(3), ["x"], width=1000)
     first, second = measured.passes
-    ways = [-cosine(first.update[name], second.own[name]) for name in first.update]
+    ways = [-cosine(first.update[name], second.on_task[name]) for name in first.update]
     assert ways == pytest.approx([1] * len(ways), abs=1e-4)
 
 
