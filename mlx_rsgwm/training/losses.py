@@ -15,9 +15,13 @@ from mlx_rsgwm.models.split import Head, Hidden, split_head
 
 def token_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
     """Cross-entropies in nats, (targets,) float32, row by row; those that only round the count up come last."""
+    return cross_entropy(_logits(hidden, head, batch), batch.targets)
+
+
+def _logits(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
+    """(targets, vocabulary) float32, at the trained positions alone."""
     states = hidden(batch.inputs)
-    picked = states.reshape(-1, states.shape[-1])[batch.positions]
-    return cross_entropy(head(picked).astype(mx.float32), batch.targets)
+    return head(states.reshape(-1, states.shape[-1])[batch.positions]).astype(mx.float32)
 
 
 def batch_nats(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
@@ -32,14 +36,24 @@ def batch_loss(hidden: Hidden, head: Head, batch: Batch) -> mx.array:
 
 def row_nats(model: Any, rows: Sequence[TokenRow], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Sum of the loss in nats and count of trained tokens of every row, (rows,) float64 and int64, dropout off."""
+    nats, _, counts = row_scores(model, rows, batch_size)
+    return nats, counts
+
+
+def row_scores(model: Any, rows: Sequence[TokenRow], batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`row_nats`, and between them how many of the trained tokens are the likeliest, (rows,) int64 each."""
     model.eval()
     hidden, head = split_head(model)
-    nats, counts = np.zeros(len(rows)), np.array([len(row.trained_positions()) for row in rows])
+    counts = np.array([len(row.trained_positions()) for row in rows])
+    nats, right = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     for indices in plan_epoch(rows, batch_size, seed=0, epoch=0):
-        losses = token_nats(hidden, head, make_batch([rows[index] for index in indices]))
+        batch = make_batch([rows[index] for index in indices])
+        logits = _logits(hidden, head, batch)
+        losses, likeliest = cross_entropy(logits, batch.targets), mx.argmax(logits, axis=-1) == batch.targets
         owners = np.repeat(indices, counts[indices])
         np.add.at(nats, owners, np.array(losses)[: len(owners)])
-    return nats, counts
+        np.add.at(right, owners, np.array(likeliest)[: len(owners)])
+    return nats, right, counts
 
 
 def held_out_nats(model: Any, rows: Sequence[TokenRow], batch_size: int) -> dict[str, tuple[float, int]]:

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.probe.outcomes import read_outcomes
 from mlx_rsgwm.probe.table import read_table
 
 
@@ -52,3 +53,29 @@ def test_measure_on_data(folders, tmp_path, base):
     assert table.rows[0].measures["cka.median"] <= 1
     code, printed = run("probe", "measure", *folders, *words)
     assert (code, "once for all adapters or once for each: 3 adapters, 2" in printed["error"]) == (2, True)
+
+
+def test_outcomes_of_a_trained_pool(tmp_path, tiny_base):
+    """Everything that the command line adds: rows of the adapters' own tasks, sets, going on, the table."""
+    small = ("--rank", 2, "--alpha", 4, "--steps", 2, "--batch-size", 2, "--draft-rows", 4, "--verify-rows", 0)
+    tasks = ("--task", "change", "--task", "groups", "--task", "prices")
+    code, _ = run("pool", "train", "--base", tiny_base, *tasks, *small, "--out", tmp_path / "pool")
+    assert code == 0
+    out = tmp_path / "outcomes.jsonl"
+    words = ("probe", "outcomes", tmp_path / "pool", "--data-rows", 8, "--sets", 1, "--items", 2, "--out", out)
+    code, printed = run(*words, "--methods", "linear")
+    assert code == 0, printed
+    assert [row["merges"] for row in printed["methods"]] == ["4"]
+    first = out.read_text()
+    code, printed = run(*words, "--methods", "linear,norm_equalised", "--utility", "tokens")
+    assert (code, [row["method"] for row in printed["methods"]]) == (0, ["linear", "norm_equalised"])
+    assert out.read_text().startswith(first)
+    outcomes = read_outcomes(out)
+    assert sorted(outcomes.tasks.values()) == ["change", "groups", "prices"]
+    assert (outcomes.about["rows"][str(tmp_path / "pool" / "change")], len(outcomes.rows)) == (8, 6 + 8)
+    early = tmp_path / "early.jsonl"
+    code, printed = run("probe", "measure", tmp_path / "pool", "--at", 0.05, "--out", early)
+    assert (code, printed["at"], len(printed["pairs"])) == (0, 0.05, 3)
+    assert "training_gradient_cosine" in printed["pairs"][0]["measures"]
+    assert "fisher_overlap" in printed["pairs"][0]["measures"]
+    assert sorted(printed["pairs"][0]["tasks"]) == ["change", "groups"]

@@ -78,6 +78,11 @@ KINDS = {
                                    "--out", place / "table.jsonl"],
         ("table.jsonl",),
     ),
+    "probe outcomes": Kind(
+        lambda work, base, place: ["probe", "outcomes", work / "pool/change", work / "pool/groups", "--base", base,
+                                   "--methods", "linear", "--data-rows", 8, "--out", place / "outcomes.jsonl"],
+        ("outcomes.jsonl",),
+    ),
     "merge": Kind(
         lambda work, base, place: ["merge", work / "pool/change", work / "pool/groups", "--role", "draft",
                                    "--out", place / "out"],

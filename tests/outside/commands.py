@@ -52,6 +52,8 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "directions collect": {"adapter_folder": "bare", "--corpus": "corpus"},
     "audit": {"adapters": ("pool/change", "pool/groups"), "--data": "mine.jsonl"},
     "probe measure": {"adapters": ("pool/change", "pool/groups"), "--out": "new/table.jsonl"},
+    "probe outcomes": {"adapters": ("pool/change", "pool/groups"), "--methods": "linear", "--data-rows": "8",
+                       "--out": "new/outcomes.jsonl"},
     "merge": {"adapters": ("pool/change", "pool/groups"), "--role": "draft", "--out": "new/out"},
     "ask": {"question": "What is 1 + 1?", **PAIR},
     "chat": PAIR,
