@@ -20,13 +20,13 @@ def _gguf_reader() -> FileReader:
     return FileReader(CONVERSION_VERSION, convert_gguf)
 
 
-def _from_peft(path: Path, base: str | None, progress: Progress) -> Adapter:
+def _from_peft(path: Path, base: str | None, progress: Progress, lazy: bool) -> Adapter:
     from mlx_rsgwm.converters.peft.convert import from_peft_on
 
-    return from_peft_on(path, base, progress)
+    return from_peft_on(path, base, progress, lazy)
 
 
-def _from_gguf(path: Path, base: str | None, progress: Progress) -> Adapter:
+def _from_gguf(path: Path, base: str | None, progress: Progress, lazy: bool) -> Adapter:
     from mlx_rsgwm.converters.gguf.read_adapter import from_gguf
 
     return from_gguf(path, base, progress)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from mlx_rsgwm.core.patterns import LONGEST_NAME, compile_pattern
@@ -276,14 +277,21 @@ def _in_layers(config: Mapping[str, Any], module: str) -> bool:
     if layers is None or layers == []:
         return True
     patterns = config.get("layers_pattern") or ANY_NAME
-    starts = [0, *(place + 1 for place, letter in enumerate(module) if letter == ".")]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        layer = compile_pattern(LAYER_IN.format(pattern)).compiled
-        if match := next(filter(None, (layer.match(module, start) for start in starts)), None):
-            return match["layer"] is not None and int(match["layer"]) in (
-                layers if isinstance(layers, list) else [layers]
-            )
+        if (matched := _layer_by(pattern, module)) is not None:
+            return matched >= 0 and matched in (layers if isinstance(layers, list) else [layers])
     return False
+
+
+@lru_cache(maxsize=1 << 13)  # adapters of one base have the same modules
+def _layer_by(pattern: str, module: str) -> int | None:
+    """The layer that a pattern finds in a module's name: −1 for a match without one, None for no match."""
+    layer = compile_pattern(LAYER_IN.format(pattern)).compiled
+    starts = [0, *(place + 1 for place, letter in enumerate(module) if letter == ".")]
+    match = next(filter(None, (layer.match(module, start) for start in starts)), None)
+    if match is None:
+        return None
+    return -1 if match["layer"] is None else int(match["layer"])
 
 
 def token_rows(config: Mapping[str, Any], module: str) -> list[int]:

@@ -38,7 +38,7 @@ from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hash
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import ALIASES, base_for, local_base, resolve_base
 from mlx_rsgwm.models.base_folder import fingerprint_of
-from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE
+from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE, UnreadArrays
 from mlx_rsgwm.models.fit_check import check_made_for, dora_changes_nothing
 
 
@@ -158,16 +158,22 @@ def from_peft(folder: Path, base: Mapping[str, Any] | None = None) -> Adapter:
     return _evaluated(read_peft(open_peft(Path(folder)), None, base))
 
 
-def from_peft_on(folder: Path, base_name: str | None, progress: Progress = SILENT) -> Adapter:
+def from_peft_on(folder: Path, base_name: str | None, progress: Progress = SILENT, lazy: bool = False) -> Adapter:
     """:func:`from_peft` for a named base, with every module's name and shape checked against the base's.
+
+    With ``lazy`` values are left on disk, and not checked.
 
     The base is resolved (fetched if need be) only once the adapter itself is known to be sound; it is not loaded.
     Without a name it is the one that the folder records. What PEFT would only warn of is told.
     """
     check_peft(folder)
     name, path = base_for(str(folder), base_name, open_peft(folder).base_name, progress)
-    reading = PeftReading()
-    adapter = _evaluated(_read_on(folder, shared_base_layers(name, path), reading))
+    reading, base = PeftReading(), shared_base_layers(name, path)
+    adapter = _read_on(folder, base, reading)
+    if lazy:
+        adapter.weights = UnreadArrays(adapter.weights, lambda: _read_on(folder, base).weights)
+    else:
+        adapter = _evaluated(adapter)
     for note in reading.notes:
         progress.message(f"{folder}: {note}")
     return adapter

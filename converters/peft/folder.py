@@ -57,7 +57,7 @@ class PeftFolder:
 
     def sha256(self) -> str:
         """Identifies the weights' bytes: the file's own SHA-256, or one over the shards'."""
-        digests = [files.sha256_file(file) for file in self.weights]
+        digests = [files.sha256_unchanged(file) for file in self.weights]
         return digests[0] if len(digests) == 1 else files.sha256_json(digests)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from mlx_rsgwm.models.token_layers import is_embedding
@@ -41,6 +42,7 @@ VARIANTS = {
     "modules_to_save.default.weight": "weight",
     "modules_to_save.default.bias": "bias",
 }
+LONGEST_FIRST = sorted([*VARIANTS, *LEAVES], key=len, reverse=True)
 HINTS = {
     "hada_": "this is LoHa",
     "lokr_": "this is LoKr",
@@ -59,13 +61,13 @@ class PeftName(NamedTuple):
     leaf: str
 
 
+@lru_cache(maxsize=1 << 13)  # adapters of one base have the same names
 def parse_name(name: str) -> PeftName | None:
     """The module and leaf of a PEFT array, or None for a name that PEFT's LoRA does not write."""
     if not name.startswith(PREFIX):
         return None
     name = name[len(PREFIX) :]
-    leaves = sorted([*VARIANTS, *LEAVES], key=len, reverse=True)
-    leaf = next((candidate for candidate in leaves if name.endswith("." + candidate)), None)
+    leaf = next((candidate for candidate in LONGEST_FIRST if name.endswith("." + candidate)), None)
     if leaf is None or ".lora_" in name[: -len(leaf)]:
         return None
     return PeftName(name[: -len(leaf) - 1], LEAVES[VARIANTS.get(leaf, leaf)])

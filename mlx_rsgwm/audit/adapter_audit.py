@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_rsgwm.linalg.spectrum import Decomposed, Spectrum, effective_rank, energy_rank, stable_rank
+from mlx_rsgwm.linalg.spectrum import Decomposed, Spectrum, effective_rank, energy_rank
 
 SHARES = (0.90, 0.95, 0.99)
 
@@ -28,11 +28,6 @@ class ModuleSpectrum(Spectrum):
     """The spectrum of one module's update, scale included."""
 
     name: str
-
-    @property
-    def stable_rank(self) -> float:
-        """‖ΔW‖_F² / σ₁²."""
-        return stable_rank(self.sigma)
 
     @property
     def effective_rank(self) -> float:

@@ -84,7 +84,8 @@ def advise(audited: PoolAudit, weak: Sequence[int] = ()) -> Advice:
     """
     labels = audited.labels
     if len(weak) == len(labels):
-        return Advice(STOP, "every adapter is worse than the base on its own rows; use neither", "rsgwm train --help")
+        chat = f"rsgwm chat --base {shlex.quote(audited.base)}" if audited.base else "rsgwm train --help"
+        return Advice(STOP, "every adapter is worse than the base on its own rows; use neither", chat)
     if weak:
         rest = [label for index, label in enumerate(labels) if index not in weak]
         reason = f"{labels[weak[0]]} is worse than the base on its own rows"
@@ -122,7 +123,7 @@ def _command(audited: PoolAudit, word: str, out: int | None) -> str:
         return f"rsgwm merge {shlex.join(labels)} --out merged"
     if word == STOP:
         rest = [label for index, label in enumerate(labels) if index != out]
-        return _without(rest) if out is not None else f"rsgwm chat --adapter {shlex.quote(labels[0])}"
+        return _without(rest) if out is not None else _apart(labels)
     return f"rsgwm audit {shlex.join(labels)} --plan {PLAN} && rsgwm merge --plan {PLAN} --out merged"
 
 
@@ -130,6 +131,11 @@ def _without(rest: Sequence[str]) -> str:
     if len(rest) < 2:
         return f"rsgwm chat --adapter {shlex.quote(rest[0])}"
     return f"rsgwm audit {shlex.join(rest)}"
+
+
+def _apart(labels: Sequence[str]) -> str:
+    """Adapters used one at a time; what follows the first is a comment to a shell."""
+    return f"rsgwm chat --adapter {shlex.quote(labels[0])}  # or {shlex.join(labels[1:])}, one at a time"
 
 
 def _left_out(audited: PoolAudit) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.audit.verdicts import CONFLICTING, Thresholds, Verdict, verdict_of, worst
-from mlx_rsgwm.linalg.spectrum import Decomposed, energy_rank, principal_cosines, random_overlap, stable_rank
+from mlx_rsgwm.linalg.spectrum import Decomposed, energy_rank, principal_cosines, random_overlap
 
 ENERGY = 0.90
 # Norms up to this are no update (gradience's eps).
@@ -194,7 +194,7 @@ def compare(
         energy_ranks=(ranks[0], ranks[1]),
         norms=norms,
         largest=largest,
-        stable_ranks=(stable_rank(first.sigma), stable_rank(second.sigma)),
+        stable_ranks=(first.stable_rank, second.stable_rank),
         cosines=tuple(cosines.tolist()),
         mean_input_overlap=float(principal_cosines(inputs[: ranks[0], : ranks[1]]).mean()),
         agreement=agreement,

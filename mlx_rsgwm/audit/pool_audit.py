@@ -25,7 +25,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.batching import ROLES
 from mlx_rsgwm.linalg.spectrum import Decompositions
 from mlx_rsgwm.merging.automatic import has_directions
-from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.pool import HASHING_THREADS, Pool
 from mlx_rsgwm.models.adapter_sources import AdapterSource
 from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
 
@@ -94,7 +94,12 @@ def audit(
     if not 0 < energy <= 1:
         raise RsgwmError(f"energy must be above 0 and at most 1, found {energy}")
     pool = Pool.open(adapters)
-    with pool.checked(), progress.task("audit", len(pool.modules)) as advance:
+    with (
+        pool.checked(),
+        ThreadPoolExecutor(HASHING_THREADS) as hashing,
+        progress.task("audit", len(pool.modules)) as advance,
+    ):
+        hashed = [hashing.submit(source.content_hash) for source in pool.sources]
         modules = []
         for module in each_module(pool, partial(_measure, thresholds, energy)):
             modules.append(module)
@@ -102,7 +107,7 @@ def audit(
     return PoolAudit(
         tuple(
             audit_of(
-                source.label, source.content_hash(), [each.spectra[index] for each in modules if index in each.spectra]
+                source.label, hashed[index].result(), [each.spectra[index] for each in modules if index in each.spectra]
             )
             for index, source in enumerate(pool.sources)
         ),

@@ -15,6 +15,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -178,6 +179,20 @@ def sha256_file(path: Path, largest: int | None = None) -> str:
         except OSError as error:
             raise RsgwmError(f"cannot read {path}: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def sha256_unchanged(path: Path) -> str:
+    """:func:`sha256_file`, taken once while the file's inode, size and time stay what they are."""
+    try:
+        now = path.stat()
+    except OSError as error:
+        raise RsgwmError(f"cannot read {path}: {error.strerror or error}") from error
+    return _sha256_while(path, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _sha256_while(path: Path, stamp: tuple[int, ...]) -> str:
+    return sha256_file(path)
 
 
 def sha256_json(value: Any) -> str:

@@ -6,6 +6,7 @@ NumPy in float64: an audit compares numbers near thresholds, and its matrices ar
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,11 @@ class Spectrum:
     def norm(self) -> float:
         """‖ΔW‖_F."""
         return float(np.sqrt(np.square(self.sigma).sum()))
+
+    @cached_property
+    def stable_rank(self) -> float:
+        """‖ΔW‖_F² / σ₁²."""
+        return stable_rank(self.sigma)
 
 
 @dataclass(frozen=True)
@@ -175,11 +181,11 @@ def effective_rank(sigma: np.ndarray) -> float:
 
 def energy_rank(sigma: np.ndarray, share: float) -> int:
     """The fewest of the descending singular values (k,) that have ``share`` of Σσ²; 0 of an update that is zero."""
-    counted = _counting(sigma)
-    if not len(counted):
+    values = sigma.tolist()  # a few numbers, which NumPy takes longer over than Python
+    if not values or values[0] <= 0:
         return 0
-    energy = np.cumsum(np.square(counted / counted[0]))
-    return min(int(np.searchsorted(energy, share * energy[-1])) + 1, len(counted))
+    energy = list(accumulate((value / values[0]) ** 2 for value in values if value > NEGLIGIBLE * values[0]))
+    return min(bisect_left(energy, share * energy[-1]) + 1, len(energy))
 
 
 def principal_cosines(products: np.ndarray) -> np.ndarray:

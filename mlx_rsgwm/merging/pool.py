@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
-from mlx_rsgwm.core.files import sha256_file, sha256_json
+from mlx_rsgwm.core.files import sha256_file, sha256_json, sha256_unchanged
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.linalg.gram import Gram
 from mlx_rsgwm.linalg.lowrank import Factors
@@ -36,6 +36,7 @@ from mlx_rsgwm.models.adapter import (
 )
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 from mlx_rsgwm.models.directions import load_directions, role_grams
+from mlx_rsgwm.models.file_readers import UnreadArrays
 from mlx_rsgwm.models.finite import not_finite
 
 # Files are hashed beside the work. One thread hashes about 1 GB a second, twice what a merge reads on two cores.
@@ -90,7 +91,10 @@ class PoolAdapter:
 
     def weights(self) -> dict[str, mx.array]:
         """A fresh mapping of lora_a and lora_b, read when used."""
-        return dict(self.held.weights) if self.held else self._read(WEIGHTS_FILE)
+        if self.held is None:
+            return self._read(WEIGHTS_FILE)
+        unread = self.held.weights
+        return unread.anew() if isinstance(unread, UnreadArrays) else dict(unread)
 
     def importance(self, signal: str) -> dict[str, mx.array]:
         """A fresh mapping of the importance of ``signal`` under the weights' names, read when used."""
@@ -142,11 +146,17 @@ class PoolAdapter:
         return {"name": self.name, "manifest_sha256": digest}
 
     def content_hash(self) -> str | None:
-        """What tells it from every other adapter: its manifest's hash, or its own; None for one made in memory."""
+        """What tells it from every other adapter: the hash of its manifest, or of the files of another format that it
+        was read from, with its spec; None for one made in memory.
+        """
         manifest = self.folder / MANIFEST_FILE if self.folder else None
         if manifest is not None and manifest.is_file():
             return sha256_file(manifest)
-        return self.held.content_hash() if self.held is not None and self.held.origin is not None else None
+        origin = self.held.origin if self.held is not None else None
+        if origin is None:
+            return None
+        read = [origin] if origin.is_file() else sorted(origin.glob("*.safetensors"))
+        return sha256_json([self.spec.to_config(), *map(sha256_unchanged, read)])
 
     def merged_from(self) -> dict[str, str]:
         """Content hashes of the adapters that it was merged from, with their names."""

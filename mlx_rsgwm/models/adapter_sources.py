@@ -52,8 +52,8 @@ def load_adapter(
             loaded already is returned as it is.
         base: the base to read another format for (Hub id, folder, ``.gguf`` file, alias); its config and headers are
             read, never its weights. None: the one that the source names.
-        lazy: leave a folder of our or mlx-lm's layout on disk: values are read, and checked, when they are used.
-            Other formats are converted, and checked, now.
+        lazy: leave a folder of our, mlx-lm's or PEFT's layout on disk: values are read, and checked, when they are
+            used. GGUF files are converted, and checked, now.
         hashes: compare the files with the manifest's SHA-256.
         progress: is told once what the source does not say: which base it is for, by fingerprint.
 
@@ -83,7 +83,7 @@ def _read(place: _Place, base: str | Path | None, lazy: bool, hashes: bool, prog
             raise RsgwmError(f"{place.label or place.path} is a folder of adapters ({shown}); name one of them")
         adapter = Adapter.load(place.path, lazy=lazy, hashes=hashes)
     else:
-        adapter = reader.read(place.path, name, progress)
+        adapter = reader.read(place.path, name, progress, lazy)
     adapter.label = place.label
     _tell_base(adapter, name, progress)
     if not lazy and adapter.changes_nothing():

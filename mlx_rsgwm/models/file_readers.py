@@ -5,7 +5,7 @@ Neither of those knows a format; whoever adds one adds a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from mlx_rsgwm.core.progress import Progress
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from mlx_rsgwm.models.adapter import Adapter
 
 # The array file of a PEFT adapter: converters read and write it, others tell by it what a folder is.
@@ -36,11 +38,22 @@ class AdapterReader:
     """How an adapter of another format becomes one of ours in memory.
 
     ``recognises``: whether a file or folder is of the format, by names alone. ``read``: called with it, the name of the
-    base to read it for (None: the one that it names itself) and a progress; values are checked, nothing is written.
+    base to read it for (None: the one that it names itself), a progress, and whether values may be left on disk, as
+    :class:`UnreadArrays`; else they are checked. Nothing is written.
     """
 
     recognises: Callable[[Path], bool]
-    read: Callable[[Path, str | None, Progress], Adapter]
+    read: Callable[[Path, str | None, Progress, bool], Adapter]
+
+
+class UnreadArrays(dict[str, "mx.array"]):
+    """Arrays of a file of another format by our names, lazy; ``anew`` opens the file again, so that whoever drops an
+    array after its use needs the memory of a few: an array in here stays once it is read.
+    """
+
+    def __init__(self, arrays: Mapping[str, mx.array], anew: Callable[[], dict[str, mx.array]]) -> None:
+        super().__init__(arrays)
+        self.anew = anew
 
 
 # By a file's suffix; called when the first such file is met, so that no start pays for the imports.

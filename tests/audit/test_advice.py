@@ -32,7 +32,10 @@ def test_opposed_adapters_are_not_to_be_merged_and_one_is_left_out(opposed):
     assert advice.word == STOP
     assert "the opposite way" in advice.reason
     assert advice.leave_out == 2
-    assert advise(audit(opposed[::2])).leave_out is None
+    apart = advise(audit(opposed[::2]))
+    assert apart.leave_out is None
+    assert apart.command.startswith("rsgwm chat --adapter ")
+    assert "one at a time" in apart.command
 
 
 def test_a_large_one_beside_small_ones_is_named(make_adapter):
@@ -47,6 +50,7 @@ def test_weak_adapters_decide_before_any_overlap(unlike):
     audited = audit(unlike[:2])
     assert advise(audited, [0, 1]).word == STOP
     assert "use neither" in advise(audited, [0, 1]).reason
+    assert advise(replace(audited, base="owner/base"), [0, 1]).command == "rsgwm chat --base owner/base"
     one = advise(audited, [1])
     assert (one.word, one.leave_out) == (CARE, 1)
 
