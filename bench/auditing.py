@@ -10,8 +10,8 @@ Adapters are random, rank 16, float32, all seven linear modules, written once as
   sides. Beside it ``speedup_from_own_folders``, the same adapters in this project's layout, and
   ``processor_seconds_ratio``, which other work on the machine changes less.
 - ``pair_seconds_8b``: two adapters of 32 layers of an 8B base's shapes, PEFT's folders.
-- ``memory_mb``: what the same audit adds to the resident set at its peak, from PEFT's folders, which are streamed, after
-  an audit of two layers. Two and eight layers stand beside it, and folders of this project's or mlx-lm's layout.
+- ``memory_mb``: what the same audit adds to the resident set at its peak, from PEFT's folders, after an audit of two
+  layers. Two and eight layers stand beside it, and folders of this project's or mlx-lm's layout. All are streamed.
 
 Each side has a process of its own, gradience's without what is preloaded for MLX; it gets the number of threads that a
 short search finds best. The processes take turns, and the ratio is the median of the turns'. Before that both are asked

@@ -19,7 +19,7 @@ FACTOR = SIDE * RANK * 4  # bytes of one factor in float32
 
 
 def peak(tmp_path, layers, base=None):
-    """The most bytes that MLX and NumPy together hold during an audit of two adapters; for a ``base`` from PEFT's folders."""
+    """The most bytes that MLX and NumPy hold during an audit of two adapters; of a ``base``, from PEFT's folders."""
     folders = []
     for seed in range(2):
         mx.random.seed(seed)
