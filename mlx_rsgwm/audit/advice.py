@@ -92,10 +92,23 @@ def advise(audited: PoolAudit, weak: Sequence[int] = ()) -> Advice:
         return Advice(CARE, reason, _without(rest), weak[0])
     if not audited.pairs:
         raise ValueError("one adapter is no pool")
+    empty = [index for index, adapter in enumerate(audited.adapters) if not adapter.norm]
+    if empty and len(empty) < len(labels):
+        rest = [label for index, label in enumerate(labels) if index not in empty]
+        return Advice(CARE, f"{labels[empty[0]]} changes nothing", _without(rest), empty[0])
     worst = worst_first(audited)[0]
     word = word_of(worst)
+    if worst.verdict == REDUNDANT and _same(audited, worst):
+        rest = [label for index, label in enumerate(labels) if index != worst.second]
+        reason = f"{labels[worst.first]} and {labels[worst.second]} are the same adapter"
+        return Advice(word, reason, _without(rest), worst.second)
     out = _left_out(audited) if len(labels) > 2 and worst.verdict in (CONFLICTING, IMBALANCED) else None
     return Advice(word, _reason(audited, worst), _command(audited, word, out), out)
+
+
+def _same(audited: PoolAudit, pair: PairAudit) -> bool:
+    first, second = (audited.adapters[index].fingerprint for index in (pair.first, pair.second))
+    return first is not None and first == second
 
 
 def _reason(audited: PoolAudit, pair: PairAudit) -> str:

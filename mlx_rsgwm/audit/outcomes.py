@@ -108,6 +108,8 @@ class _Row:
 
 def _row(result: Factors, updates: Sequence[Factors], coefficients: Sequence[float] | None, rank: int) -> _Row:
     products = _products([*updates, result])
+    if not np.isfinite(products).all():
+        raise ValueError("an update is not finite")  # the pool says which
     norms = np.sqrt(np.maximum(np.diag(products), 0.0))
     truncated = _cosines(products[:-1, -1], norms[:-1], norms[-1])
     if coefficients is None:

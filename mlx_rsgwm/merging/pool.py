@@ -67,7 +67,7 @@ class PoolAdapter:
         """Raises RsgwmError, all reasons at once, for an adapter that no merge can take."""
         shapes, problems = {}, []
         if adapter.spec.fine_tune_type != "lora":
-            problems.append(f"it is a {adapter.spec.fine_tune_type} adapter; only lora adapters can be merged")
+            problems.append(f"it is a {adapter.spec.fine_tune_type} adapter; only lora adapters can be")
         if adapter.full:
             first = next(iter(adapter.full))
             problems.append(f"it replaces whole parameters of the base ({first}, …), which only rsgwm fuse applies")
@@ -76,7 +76,7 @@ class PoolAdapter:
                 problems.append(f"{module} is a layer of experts, {a.shape}; those cannot be merged yet")
             elif not problems:
                 shapes[module] = (a.shape[0], a.shape[1], b.shape[1])
-        raise_problems(f"{adapter.where} cannot be merged", problems)
+        raise_problems(f"{adapter.where} cannot be merged or audited", problems)
         return cls(
             label=adapter.where,
             name=adapter.name,

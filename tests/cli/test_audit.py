@@ -68,9 +68,17 @@ def test_the_first_line_is_a_verdict_and_the_second_what_to_type(pool, other, wo
 
 def test_an_adapter_that_changes_nothing_is_told_without_infinities(pool, make_adapter, tmp_path):
     made = run("audit", pool["a"], make_adapter(5, size=0.0).save(tmp_path / "zero"))
-    assert "zero changes next to nothing beside" in made.stdout.splitlines()[0]
+    first, second, *_ = made.stdout.splitlines()
+    assert first.endswith("zero changes nothing")
+    assert second == f"next: rsgwm chat --adapter {pool['a']}"
     assert "nothing in one" in made.stdout
     assert " inf" not in made.stdout
+
+
+def test_an_adapter_given_twice_is_told_as_that(pool):
+    first, second, *_ = run("audit", pool["a"], pool["a"]).stdout.splitlines()
+    assert first.endswith("are the same adapter")
+    assert second == f"next: rsgwm chat --adapter {pool['a']}"
 
 
 def test_of_three_the_worst_pair_is_first_and_one_is_named_to_leave_out(pool):
@@ -122,6 +130,8 @@ def test_values_that_are_not_finite_are_named(make_adapter, tmp_path, pool):
     name = next(iter(weights))
     mx.save_safetensors(str(folder / "adapters.safetensors"), weights | {name: weights[name] * mx.nan})
     assert f"{name} has values that are not finite" in run("audit", folder, pool["a"], code=2).output
+    merged = ("audit", "--merged", folder, "--sources", pool["a"], pool["large"])
+    assert f"{name} has values that are not finite" in run(*merged, code=2).output
 
 
 @pytest.mark.parametrize(
