@@ -66,15 +66,17 @@ def report(console: Console, run: Path, out: Path | None, against: bool, tables_
 @click.option(
     "--of", "modes", default="draft_verify", show_default=True, help="drafter, draft_verify, or A,B: one each."
 )
+@click.option("--tails", is_flag=True, help="Also how sure the verifiers were of wrong answers that they accepted.")
 @shared.out("a file: .md, .tex or .csv")
 @common_options
-def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | None) -> None:
+def compare(console: Console, run_a: Path, run_b: Path, modes: str, tails: bool, out: Path | None) -> None:
     """Compare RUN_A and RUN_B on the items they share: exact McNemar, paired bootstrap, corrected for several tests.
 
     \b
     Examples:
       rsgwm compare runs/a runs/b
       rsgwm compare runs/demo runs/demo/paper --out table.tex
+      rsgwm compare runs/demo runs/demo/paper --tails
     """
     from mlx_rsgwm.core.tables import aligned, page_writer, write_page
     from mlx_rsgwm.evaluation.report.comparison import compare_runs, comparison_notes, comparison_rows
@@ -86,6 +88,11 @@ def compare(console: Console, run_a: Path, run_b: Path, modes: str, out: Path | 
     comparison = compare_runs(first, second, modes, (str(run_a), str(run_b)), console.seed)
     console.line(aligned(comparison_rows(comparison)))
     console.line("\n".join(comparison_notes(comparison)))
+    if tails:
+        from mlx_rsgwm.evaluation.tails.accepted_wrong import compare_tails, tails_text
+
+        comparison["tails"] = compare_tails(first, second, (str(run_a), str(run_b)), console.seed)
+        console.line(tails_text(comparison["tails"]))
     if out is not None:
         write_page(out, f"{run_a} and {run_b}", [("", comparison_rows(comparison))], comparison_notes(comparison))
         console.line(f"comparison: {out}")

@@ -194,6 +194,7 @@ NOT_HERE = {
     "adapter loss": "writes nothing",
     "audit": "a plan or a page, one file at its end, through the same function as `compare`",
     "chat": "writes nothing",
+    "tails": "a picture at its end, through the same function as `compare`",
     "lm-eval": "one file at its end, through the same function as `compare`",
     "convert check": "writes nothing",
     "parity": "one file at its end, through the same function as `compare`; takes seconds to import torch",

@@ -1,0 +1,136 @@
+"""Scores of items from a file of rows, or of a run's wrong answers that were accepted."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.json_lines import RowFile, read_json_rows
+from mlx_rsgwm.core.nearest import nearest, nearest_path
+from mlx_rsgwm.data.question_files import DELIMITERS, JSON_SUFFIXES, table_rows
+from mlx_rsgwm.evaluation.records import ItemRecord
+from mlx_rsgwm.evaluation.report.folder import read_report
+from mlx_rsgwm.inference.scores import logit
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class ItemScores:
+    """``scores`` (n,) float64 of the items ``ids``, in the file's order."""
+
+    name: str
+    ids: tuple[str, ...]
+    scores: np.ndarray
+
+    def logits(self) -> ItemScores:
+        """The same on the logit scale, where scores near 0 and 1 do not pile up.
+
+        Raises:
+            RsgwmError: a score that is not between 0 and 1.
+        """
+        if not ((self.scores > 0) & (self.scores < 1)).all():
+            outside = np.count_nonzero(~((self.scores > 0) & (self.scores < 1)))
+            raise RsgwmError(f"{self.name}: {outside} scores are not between 0 and 1 and have no logit")
+        return ItemScores(self.name, self.ids, logit(self.scores))
+
+    def look_like_chances(self) -> bool:
+        """Whether all lie in [0, 1]: what comes out of a sigmoid."""
+        return bool(((self.scores >= 0) & (self.scores <= 1)).all())
+
+
+def read_scores(path: Path, column: str = "score", id_column: str = "id") -> ItemScores:
+    """The numbers in ``column`` of a JSONL or CSV file, or a run's (:func:`wrongly_accepted`).
+
+    Raises:
+        RsgwmError: no such file or column, a row without a number, an item twice.
+    """
+    if path.is_dir():
+        return wrongly_accepted(read_report(path)[1], str(path))
+    file = _rows(path)
+    problems, ids, scores = [], [], []
+    for place, (number, row) in enumerate(file.rows, 1):
+        try:
+            scores.append(_score(row, column))
+            ids.append(str(row.get(id_column, place)))
+        except ValueError as error:
+            problems.append(f"{file.unit} {number}: {error}")
+    raise_problems(str(path), problems)
+    if not scores:
+        raise RsgwmError(f"{path} holds no scores")
+    double = next((name for name, times in Counter(ids).items() if times > 1), None)
+    if double is not None:
+        raise RsgwmError(f"{path}: item {double!r} is there twice; name the items' column (--id)")
+    return ItemScores(str(path), tuple(ids), np.array(scores))
+
+
+def wrongly_accepted(records: Sequence[ItemRecord], name: str) -> ItemScores:
+    """The logits of the scores of answers that were accepted and are wrong: how sure the verifier was of them.
+
+    Raises:
+        RsgwmError: there are none.
+    """
+    wrong = [record for record in records if record.accepted and not record.returned.correct]
+    if not wrong:
+        raise RsgwmError(f"{name}: no wrong answer was accepted; there is no tail to look at")
+    scores = np.array([record.returned.scores[record.score_name] for record in wrong])
+    return ItemScores(name, tuple(f"{record.id}/{record.seed}" for record in wrong), logit(scores))
+
+
+def same_items(first: ItemScores, second: ItemScores) -> ItemScores:
+    """``second`` in the order of ``first``.
+
+    Raises:
+        RsgwmError: items that only one of them has.
+    """
+    missing, more = set(first.ids) - set(second.ids), set(second.ids) - set(first.ids)
+    if missing or more:
+        lacking, extra = (", ".join(sorted(names)[:SHOWN]) or "none" for names in (missing, more))
+        raise RsgwmError(
+            f"{first.name} and {second.name} are of different items: {len(missing)} only in the first ({lacking}), "
+            f"{len(more)} only in the second ({extra}); score the same items with both"
+        )
+    places = {name: index for index, name in enumerate(second.ids)}
+    order = np.array([places[name] for name in first.ids])
+    return ItemScores(second.name, first.ids, second.scores[order])
+
+
+def _rows(path: Path) -> RowFile:
+    if not files.is_present(path):
+        raise RsgwmError(f"{path} does not exist{nearest_path(path)}")
+    suffix = path.suffix.lower()
+    if suffix in JSON_SUFFIXES:
+        return read_json_rows(path)
+    if suffix not in DELIMITERS:
+        raise RsgwmError(f"{path}: scores are read from .jsonl, .json, .csv or .tsv, or from a run's folder")
+    text = files.read_text(path)
+    first = text.split("\n", 1)[0].strip()
+    delimiter = max(DELIMITERS[suffix], key=first.count)
+    return RowFile("line", table_rows(path, text, delimiter, [cell.strip() for cell in first.split(delimiter)]))
+
+
+def _score(row: Any, column: str) -> float:
+    """The number in a row's ``column``; ValueError says what is there instead."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if column not in row:
+        near = nearest(column, list(row))
+        raise ValueError(f"no {column}" + (f"; did you mean --column {near}?" if near else ""))
+    value = row[column]
+    try:
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{column} is {value!r}, not a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{column} is {value}, not a finite number")
+    return number

@@ -1,0 +1,75 @@
+"""``rsgwm tails`` and ``compare --tails`` at the edge."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.evaluation.tails.pareto import draw
+
+
+def run(*arguments, code=0):
+    made = CliRunner().invoke(rsgwm, [*map(str, arguments), "--json"])
+    assert made.exit_code == code, made.output
+    return made
+
+
+def write(path, scores):
+    path.write_text("id,score\n" + "".join(f"{n},{score!r}\n" for n, score in enumerate(scores.tolist())))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    random = np.random.default_rng(1)
+    arms = {
+        name: draw(shape, 1.0, (32_000,), random) for name, shape in (("a", 0.0), ("b", 0.25), ("c", 0.0), ("d", 0.25))
+    }
+    return {name: write(tmp_path / f"{name}.csv", scores) for name, scores in arms.items()}
+
+
+def test_without_files_it_says_how_many_scores_a_difference_takes():
+    made = run("tails")
+    assert json.loads(made.stdout.splitlines()[-1])["needed"] == 1570
+    assert "31400" in made.stderr
+
+
+def test_two_files_and_two_more_pass_and_are_drawn(files, tmp_path):
+    picture = tmp_path / "tails.png"
+    made = run(
+        "tails", files["a"], files["b"], "--second", files["c"], files["d"], "--resamples", 99, "--plot", picture
+    )
+    told = json.loads(made.stdout.splitlines()[-1])
+    assert (told["verdict"], told["gate"]) == ("PASS", None)
+    assert "PASS: ξ differs by" in made.stderr
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_file_of_chances_is_warned_of(tmp_path):
+    chances = 1 / (1 + np.exp(-np.random.default_rng(0).normal(0, 4, 5000)))
+    made = run("tails", write(tmp_path / "a.csv", chances), "--resamples", 99)
+    assert json.loads(made.stdout.splitlines()[-1])["verdict"] == "REJECT"
+    assert "--logit" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing.csv"], "does not exist"),
+        (["{a}", "{short}"], "different items"),
+        (["{short}"], "at least 200"),
+        (["{a}", "--second", "{b}", "{c}"], "give two files"),
+        (["{a}", "--plot", "tails.pdf"], ".png or .svg"),
+        (["{a}", "--column", "scores"], "did you mean --column score"),
+    ],
+)
+def test_bad_input_is_one_line(files, tmp_path, arguments, words):
+    short = write(tmp_path / "short.csv", np.arange(50.0))
+    given = [text.format(**files, short=short) for text in arguments]
+    made = run("tails", *given, code=2)
+    assert words in made.stderr
+    assert len(made.stderr.strip().splitlines()) == 1
