@@ -190,7 +190,8 @@ def sweep(base: Base, pool: str, seed: int, folder: Path, methods: Sequence[str]
         max_tokens=MAX_TOKENS,
         seed=seed,
     )
-    return Sweep(base, plan, place / "sweep", LineProgress()).execute()
+    # One folder for every k: what does not look at directions is measured once.
+    return Sweep(base, plan, folder / "sweep", LineProgress()).execute()
 
 
 def main() -> None:
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument(
         "--methods", action="append", help="as of rsgwm pool sweep, by whole matrices; default: those of the lab notes"
     )
+    parser.add_argument("--sketched", action="append", help="merges by sketches; default: the four of regmean")
     parser.add_argument("--rank", nargs="*", type=int, help="k of sketches; default: 32, 64, 128")
     parser.add_argument("--stage", choices=("train", "sweep"), help="stop after this one")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
@@ -219,7 +221,8 @@ def main() -> None:
     for pool in pools:
         for rank in (None, *(RANKS if options.rank is None else options.rank)):
             by_whole = options.methods or METHODS
-            name, methods = (pool, by_whole) if rank is None else (f"{pool} k={rank}", SKETCHED)
+            sketched = options.sketched or SKETCHED
+            name, methods = (pool, by_whole) if rank is None else (f"{pool} k={rank}", sketched)
             runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods, rank) for seed in seeds]
             out = options.folder / pool / (f"k-{rank}" if rank else "")
             make_folder(out)
