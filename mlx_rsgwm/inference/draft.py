@@ -41,7 +41,8 @@ class Draft:
     ended by itself; False where the token limit cut it. ``text``: the tokens decoded, empty while nobody has asked.
     ``signals`` and ``score`` (in [0, 1]): what the verifier said; ``accepted``: whether the score reaches the
     threshold. The three are None until then. ``false_equation``: what it states and is not so; such a draft is rejected
-    without a score, the verifier has not seen it.
+    without a score, the verifier has not seen it. ``kind``: ``sampled``, or of which graft
+    (:mod:`~mlx_rsgwm.inference.grafting`).
     """
 
     attempt: int
@@ -52,6 +53,7 @@ class Draft:
     score: float | None = None
     accepted: bool | None = None
     false_equation: str | None = None
+    kind: str = "sampled"
 
     @property
     def state(self) -> State:

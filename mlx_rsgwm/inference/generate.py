@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -69,11 +69,30 @@ def _decode(
         last = last[rows]
     logits = head(last[:, None])[:, 0]
 
-    count = sampling.max_tokens
-    stream = np.stack([uniforms(sampling.seed, r.question, r.attempt, count) for r in requests])
-    written: list[list[int]] = [[] for _ in requests]
-    finished = [False] * len(requests)
-    rows_left = list(range(len(requests)))
+    stream = np.stack([uniforms(sampling.seed, r.question, r.attempt, sampling.max_tokens) for r in requests])
+    written = write_drafts(parts, end_ids, caches, logits, sampling, stream)
+    return [replace(row, attempt=request.attempt) for request, row in zip(requests, written, strict=True)]
+
+
+def write_drafts(
+    parts: Parts,
+    end_ids: frozenset[int],
+    caches: Sequence[Any],
+    logits: mx.array,
+    sampling: Sampling,
+    stream: np.ndarray | None = None,
+) -> list[Draft]:
+    """Completions of rows that ``caches`` have read, from the ``logits`` (rows, vocabulary) of what follows.
+
+    ``stream``: uniform numbers (rows, max_tokens); greedy decoding takes none. The drafts' attempt is 0.
+    """
+    hidden, head = parts
+    count, rows = sampling.max_tokens, logits.shape[0]
+    if stream is None:
+        stream = np.zeros((rows, count), dtype=np.float32)
+    written: list[list[int]] = [[] for _ in range(rows)]
+    finished = [False] * rows
+    rows_left = list(range(rows))
     for step in range(count):
         uniform = mx.array(stream[rows_left, step])
         tokens, certain = choose(logits, uniform, sampling.temperature, sampling.top_p)
@@ -97,7 +116,4 @@ def _decode(
             for cache in caches:
                 cache.filter(indices)
         logits = head(hidden(tokens[:, None], cache=caches))[:, 0]
-    return [
-        Draft(request.attempt, tuple(tokens), done)
-        for request, tokens, done in zip(requests, written, finished, strict=True)
-    ]
+    return [Draft(0, tuple(tokens), done) for tokens, done in zip(written, finished, strict=True)]
