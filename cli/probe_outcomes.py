@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlx_rsgwm.studies.merge_outcomes import TaskData
 
 METHODS = "linear,ties,dare_ties,norm_equalised,rsgwm"
+UTILITIES = ("nll", "tokens", "answers")  # of mlx_rsgwm.probe.outcomes
 UTILITY = "What retention is of: probability of held-out tokens, tokens that are likeliest, or right answers."
 
 
@@ -34,7 +35,7 @@ UTILITY = "What retention is of: probability of held-out tokens, tokens that are
 @shared.data()
 @shared.data_rows(64)
 @shared.items(None, "answered greedily beside the rows", "none")
-@click.option("--utility", type=OneOf(["nll", "tokens", "answers"]), default="nll", show_default=True, help=UTILITY)
+@click.option("--utility", type=OneOf(UTILITIES), default="nll", show_default=True, help=UTILITY)
 @shared.base()
 @shared.out("the outcomes, JSON lines; run again to go on or to add merges", required=True)
 @shared.replace()

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.probe.outcomes import read_outcomes
 from mlx_rsgwm.probe.table import read_table
+from tests.outside.commands import write_study
 
 
 def run(*words):
@@ -79,3 +80,22 @@ def test_outcomes_of_a_trained_pool(tmp_path, tiny_base):
     assert "training_gradient_cosine" in printed["pairs"][0]["measures"]
     assert "fisher_overlap" in printed["pairs"][0]["measures"]
     assert sorted(printed["pairs"][0]["tasks"]) == ["change", "groups"]
+
+
+def test_fit_and_report(tmp_path):
+    table, outcomes, out = (tmp_path / name for name in ("table.jsonl", "outcomes.jsonl", "predictors"))
+    write_study(table, outcomes)
+    code, printed = run("probe", "fit", table, outcomes, "--model", "ridge", "--model", "fingerprint", "--out", out)
+    assert code == 0, printed
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"linear.{kind}.predictor.json" for kind in ("fingerprint", "ridge")
+    ]
+    code, shown = run("probe", "report", out, "--html", tmp_path / "page.html")
+    assert (code, len(shown["predictors"])) == (0, 2)
+    assert shown["predictors"][1]["spearman"] == printed["predictors"][0]["spearman"]
+    assert set(shown["fingerprints"]) == {"linear"}
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2 + bool(shown["fingerprints"]["linear"])
+    code, printed = run("probe", "fit", table, outcomes, "--method", "ties", "--out", tmp_path / "other")
+    assert (code, (tmp_path / "other").exists()) == (2, False)
+    assert "no method 'ties'" in printed["error"]

@@ -192,6 +192,8 @@ NOT_HERE = {
     "demo": "`run` with a recipe of its own and a base that is fetched",
     "help": "writes nothing",
     "adapter loss": "writes nothing",
+    "probe fit": "files of their own at its end, through the same function as `compare`",
+    "probe report": "a page, one file at its end, through the same function as `compare`",
     "audit": "a plan or a page, one file at its end, through the same function as `compare`",
     "chat": "writes nothing",
     "tails": "a picture at its end, through the same function as `compare`",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "probe measure": {"adapters": ("pool/change", "pool/groups"), "--out": "new/table.jsonl"},
     "probe outcomes": {"adapters": ("pool/change", "pool/groups"), "--methods": "linear", "--data-rows": "8",
                        "--out": "new/outcomes.jsonl"},
+    "probe fit": {"table": "table.jsonl", "outcomes": "outcomes.jsonl", "--out": "new/predictors"},
+    "probe report": {"predictors": "predictors"},
     "merge": {"adapters": ("pool/change", "pool/groups"), "--role": "draft", "--out": "new/out"},
     "ask": {"question": "What is 1 + 1?", **PAIR},
     "chat": PAIR,
@@ -129,6 +132,8 @@ def make_work(folder: Path, base: Path) -> None:
     (folder / "bare/directions.safetensors").unlink()
     del manifest["files"]["directions.safetensors"]
     (folder / "bare/manifest.json").write_text(json.dumps(manifest))
+    write_study(folder / "table.jsonl", folder / "outcomes.jsonl")
+    run("probe", "fit", "table.jsonl", "outcomes.jsonl", "--out", "predictors")
     for role in ("draft", "verify"):
         run("merge", "pool/change", "pool/groups", "--role", role, "--out", role)
     run("convert", "to-peft", "draft", "--out", "draft-peft")
@@ -136,6 +141,37 @@ def make_work(folder: Path, base: Path) -> None:
     for out, seed in (("evaluated", "0"), ("evaluated-2", "1")):
         run(*command_line("eval", "--out", out), "--sampling-seeds", "2", "--seed", seed)
     shutil.copyfile(RESULTS / "latency-linux-2core.json", folder / "bench.json")
+
+
+def write_study(table: Path, outcomes: Path) -> None:
+    """A table of pairs and what merges did to them, of adapters that are nowhere."""
+    names = [f"pool/{letter}" for letter in "abcde"]
+    pairs = list(combinations(range(len(names)), 2))
+    rows = [
+        {"adapters": [names[i], names[j]], "tasks": ["abcde"[i], "abcde"[j]], "modules": 2,
+         "measures": {"task_vector_cosine": (i * j) / 20, "task_vector_norm_ratio": 1 / (1 + i + j),
+                      "task_vector_l2": 2.0 + i, "task_vector_dot": (i - j) / 5, "sign_disagreement.mean": j / 5}}
+        for i, j in pairs
+    ]  # fmt: skip
+    told = {"at": 1.0, "base": None, "adapters": dict.fromkeys(names, ""), "data": None}
+    write_lines(table, [{"about": {"kind": "pair-table", "version": 1, **told}}, *rows])
+    about = {"kind": "merge-outcomes", "version": 1, "adapters": dict.fromkeys(names, ""),
+             "tasks": {name: name[-1] for name in names}}  # fmt: skip
+    alone = [
+        {"members": [name], "method": method, "scores": {name: {"nats": nats, "right": 3, "tokens": 10}}, "refused": ""}
+        for name in names
+        for method, nats in (("base", 20.0), ("single", 10.0))
+    ]
+    merged = [
+        {"members": [names[i], names[j]], "method": "linear", "refused": "",
+         "scores": {names[place]: {"nats": 11.0 + i + j / 3, "right": 3, "tokens": 10} for place in (i, j)}}
+        for i, j in pairs
+    ]  # fmt: skip
+    write_lines(outcomes, [{"about": about}, *alone, *merged])
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run(*arguments: Any) -> None:
