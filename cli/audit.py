@@ -10,7 +10,7 @@ import click
 from mlx_rsgwm.audit.verdicts import PRESETS
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH, SOURCE, Number, OneOf
+from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, Number, OneOf
 
 if TYPE_CHECKING:
     from mlx_rsgwm.audit.audit_adapters import Audit
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     help="A finished merge of the adapters: say what of each is in it, and with --data what it keeps of each.",
 )
 @click.option("--sources", multiple=True, type=SOURCE, help="Adapters, too: what --merged was merged from.")
-@click.option("--html", "page", type=NEW_PATH, help="Write a page with heat map, dumbbells and spectra here.")
+@shared.page("heat maps, dumbbells and spectra")
 @click.option("--every-module", is_flag=True, help="Show all modules of the worst pair, not the worst ten.")
 @click.option("--strict-qa", is_flag=True, help="End with 3 if an adapter is worse than the base on its data.")
 @shared.base()

@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 @click.command(name="sweep")
 @click.argument("pool", nargs=-1, required=True, type=SOURCE)
-@click.option(
-    "--methods",
-    multiple=True,
-    metavar="METHOD[:NAME=VALUE[/VALUE…],…],…",
-    help="Merges to compare; values with / make one each, 'all' is every method.  [default: all, and rsgwm's readings]",
-)
+@shared.methods("values with / make one each, 'all' is every method", "all, and rsgwm's readings")
 @shared.task(required=False, default="the pool's tasks")
 @shared.questions()
 @shared.split("the one to report on")

@@ -18,13 +18,13 @@ MODELS = ("ridge", "trees", "fingerprint")
 @click.argument("table", type=PATH)
 @click.argument("outcomes", type=PATH)
 @click.option(
-    "--model",
+    "--fit",
     "models",
     multiple=True,
     type=OneOf(MODELS),
     help="What is fitted: ridge, boosted trees, or the fingerprint of each method; repeatable.  [default: ridge]",
 )
-@click.option("--method", "methods", multiple=True, help="Only this method of the outcomes; repeatable.")
+@shared.methods("as the outcomes call them; repeatable", "all of the outcomes")
 @click.option("--utility", type=OneOf(UTILITIES), default="nll", show_default=True, help=UTILITY)
 @click.option(
     "--target",
@@ -53,7 +53,7 @@ def fit(
     \b
     Examples:
       rsgwm probe fit table.jsonl outcomes.jsonl --out predictors
-      rsgwm probe fit early.jsonl outcomes.jsonl --model ridge --model fingerprint --target worst --out predictors
+      rsgwm probe fit early.jsonl outcomes.jsonl --fit ridge --fit fingerprint --target worst --out predictors
     """
     from mlx_rsgwm.core.folders import make_folder
     from mlx_rsgwm.core.tables import aligned

@@ -24,12 +24,7 @@ UTILITY = "What retention is of: probability of held-out tokens, tokens that are
 
 @click.command()
 @click.argument("adapters", metavar="POOL...", nargs=-1, required=True, type=SOURCE)
-@click.option(
-    "--methods",
-    multiple=True,
-    metavar="METHOD[:NAME=VALUE[/VALUE…],…],…",
-    help=f"Merges to compare; values with / make one each, 'all' is every method.  [default: {METHODS}]",
-)
+@shared.methods("values with / make one each, 'all' is every method", METHODS)
 @click.option("--sets", type=COUNT, default=0, show_default=True, help="Random larger sets to merge beside all pairs.")
 @click.option("--largest-set", type=Whole(3), default=5, show_default=True, help="Adapters of the largest of them.")
 @shared.data()

@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH
 
 
 @click.command()
 @click.argument("predictors", type=PATH)
-@click.option("--html", "page", type=NEW_PATH, help="Write a page with pictures here.")
+@shared.page("fingerprints, and predicted against measured")
 @common_options
 def report(console: Console, predictors: Path, page: Path | None) -> None:
     """Show the PREDICTORS that `rsgwm probe fit` left in a folder.

@@ -67,6 +67,17 @@ def corpus(tail: str = "", required: bool = False, multiple: bool = False, name:
     return click.option("--corpus", name, type=PATH, required=required, multiple=multiple, help=text)
 
 
+def methods(tail: str, default: str) -> Any:
+    """``--methods``: merges that stand beside each other."""
+    text = f"Merges to compare; {tail}.{_default(default)}"
+    return click.option("--methods", multiple=True, metavar="METHOD[:NAME=VALUE[/VALUE…],…],…", help=text)
+
+
+def page(what: str) -> Any:
+    """``--html``: a page with pictures."""
+    return click.option("--html", "page", type=NEW_PATH, help=f"Write a page here: {what}.")
+
+
 def data() -> Any:
     """``--data``: what adapters are judged or measured on."""
     text = (

@@ -76,6 +76,7 @@ def _snapshots(adapters: Sequence[Adapter], at: float) -> list[Adapter]:
         if at in folders:
             snapshot = load_adapter(folders[at], lazy=True, hashes=False)
             snapshot.manifest.setdefault("task", task_of(adapter))
+            snapshot.label = adapter.where  # so that a table of young adapters and outcomes of finished ones agree
             taken.append(snapshot)
         else:
             there = ", ".join(f"{share:g}" for share in sorted(folders)) or "none"

@@ -27,7 +27,7 @@ from mlx_rsgwm.probe.inputs import require_common_modules, task_of
 from mlx_rsgwm.probe.module_pair import ModuleMeasures, measure_module, some_entries
 from mlx_rsgwm.probe.pair_measures import pair_measures
 from mlx_rsgwm.probe.signals import signal_measures
-from mlx_rsgwm.probe.table import TABLE, VERSION, PairRow
+from mlx_rsgwm.probe.table import TABLE, VERSION, PairRow, Table
 
 # Adapters of a block. Twice as many are decomposed for its square of pairs, so that decomposing counts little.
 BLOCK = 8
@@ -100,6 +100,13 @@ def write_table(
             journal.append([row.to_dict()])
             rows[pair] = row
     return [rows[pair] for pair in combinations(range(len(labels)), 2)]
+
+
+def measured_table(adapters: Sequence[Adapter], at: float = 1.0, progress: Progress = SILENT) -> Table:
+    """The table of all pairs, in memory."""
+    rows = dict(measure_pairs(adapters, at, None, progress))
+    about = table_about(Pool.open(adapters).sources, adapters, at, None)
+    return Table(about, tuple(rows[pair] for pair in combinations(range(len(adapters)), 2)))
 
 
 def table_about(

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
+from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.probe.outcomes import read_outcomes
 from mlx_rsgwm.probe.table import read_table
 from tests.outside.commands import write_study
@@ -85,7 +86,7 @@ def test_outcomes_of_a_trained_pool(tmp_path, tiny_base):
 def test_fit_and_report(tmp_path):
     table, outcomes, out = (tmp_path / name for name in ("table.jsonl", "outcomes.jsonl", "predictors"))
     write_study(table, outcomes)
-    code, printed = run("probe", "fit", table, outcomes, "--model", "ridge", "--model", "fingerprint", "--out", out)
+    code, printed = run("probe", "fit", table, outcomes, "--fit", "ridge", "--fit", "fingerprint", "--out", out)
     assert code == 0, printed
     assert sorted(path.name for path in out.iterdir()) == [
         f"linear.{kind}.predictor.json" for kind in ("fingerprint", "ridge")
@@ -96,6 +97,19 @@ def test_fit_and_report(tmp_path):
     assert set(shown["fingerprints"]) == {"linear"}
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 2 + bool(shown["fingerprints"]["linear"])
-    code, printed = run("probe", "fit", table, outcomes, "--method", "ties", "--out", tmp_path / "other")
+    code, printed = run("probe", "fit", table, outcomes, "--methods", "ties", "--out", tmp_path / "other")
     assert (code, (tmp_path / "other").exists()) == (2, False)
     assert "no method 'ties'" in printed["error"]
+
+
+def test_decide_and_apply(folders, tmp_path):
+    out = tmp_path / "decided"
+    code, printed = run("probe", "decide", *folders, "--apply", "--out", out)
+    assert code == 0, printed
+    assert (len(printed["pairs"]), printed["predicted"]) == (3, False)
+    assert printed["written"] == [str(out / "merged")]
+    assert load_adapter(out / "merged").manifest["kind"] == "merged"
+    code, printed = run("probe", "decide", *folders, "--apply")
+    assert (code, "--apply and --out belong together" in printed["error"]) == (2, True)
+    code, printed = run("probe", "decide", *folders, "--predictors", tmp_path / "none")
+    assert (code, "holds no predictor" in printed["error"]) == (2, True)

@@ -83,6 +83,11 @@ KINDS = {
                                    "--methods", "linear", "--data-rows", 8, "--out", place / "outcomes.jsonl"],
         ("outcomes.jsonl",),
     ),
+    "probe decide": Kind(
+        lambda work, base, place: ["probe", "decide", work / "pool/change", work / "pool/groups", "--apply",
+                                   "--out", place / "out"],
+        ("out/decision.json", "out/merged/adapters.safetensors"),
+    ),
     "merge": Kind(
         lambda work, base, place: ["merge", work / "pool/change", work / "pool/groups", "--role", "draft",
                                    "--out", place / "out"],

@@ -57,6 +57,7 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
                        "--out": "new/outcomes.jsonl"},
     "probe fit": {"table": "table.jsonl", "outcomes": "outcomes.jsonl", "--out": "new/predictors"},
     "probe report": {"predictors": "predictors"},
+    "probe decide": {"adapters": ("pool/change", "pool/groups")},
     "merge": {"adapters": ("pool/change", "pool/groups"), "--role": "draft", "--out": "new/out"},
     "ask": {"question": "What is 1 + 1?", **PAIR},
     "chat": PAIR,

@@ -84,6 +84,7 @@ def test_snapshots_are_measured_at_their_share(folders, make_adapter):
     ((_, row),) = measure_pairs(adapters, at)
     assert at == 0.05
     assert row.tasks == ("task-0", "task-1")
+    assert row.adapters == tuple(map(str, folders[:2]))  # as the outcomes of the finished adapters call them
     assert row.measures["training_gradient_cosine"] == pytest.approx(1)
     finished = next(iter(measure_pairs(probed_adapters(folders[:2])[0])))[1]
     assert "training_gradient_cosine" not in finished.measures

@@ -1,0 +1,101 @@
+"""``rsgwm probe decide``: merge, reweight, prune or route, and do it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH, SOURCE, OneOf
+from mlx_rsgwm.cli.probe_fit import MODELS
+from mlx_rsgwm.cli.probe_measure import AT, AT_HELP
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.probe.decide import Choice, Decision
+
+
+@click.command()
+@click.argument("adapters", metavar="POOL...", nargs=-1, required=True, type=SOURCE)
+@click.option("--at", type=AT, help=AT_HELP)
+@click.option(
+    "--predictors",
+    type=PATH,
+    help="Folder of `rsgwm probe fit`, or a file in it; without one a rule of the measures decides.",
+)
+@click.option("--decide-by", type=OneOf(MODELS), default="ridge", show_default=True, help="Which fit decides.")
+@click.option("--table", type=PATH, help="Table of the pool's pairs, measured before (with data, say).")
+@click.option("--apply", is_flag=True, help="Carry it out: merge the groups into --out.")
+@shared.base()
+@shared.out("a new folder for what --apply merges")
+@common_options
+def decide(
+    console: Console,
+    adapters: tuple[Path | str, ...],
+    at: float | None,
+    predictors: Path | None,
+    decide_by: str,
+    table: Path | None,
+    apply: bool,
+    base_name: str | None,
+    out: Path | None,
+) -> None:
+    """Say what to do with every pair of POOL, and which of its adapters go together.
+
+    Merge as they are, reweight, prune, or leave apart and route: what costs least, counting what a merge is forecast to
+    lose. Then the pool is grouped: the two groups whose union saves most are joined, as long as one costs no more.
+
+    \b
+    Examples:
+      rsgwm probe decide pool
+      rsgwm probe decide pool --predictors predictors --apply --out decided
+      rsgwm probe decide pool --at 0.05 --predictors early-predictors
+    """
+    from mlx_rsgwm.models.adapter_sources import load_adapters
+    from mlx_rsgwm.probe.apply import apply as carry_out
+    from mlx_rsgwm.probe.decide import decide as decide_on
+    from mlx_rsgwm.probe.decide import only_method
+    from mlx_rsgwm.probe.inputs import probed_adapters
+    from mlx_rsgwm.probe.measure import measured_table
+    from mlx_rsgwm.probe.predictor import read_predictors
+    from mlx_rsgwm.probe.table import read_table
+
+    if apply != (out is not None):
+        raise click.UsageError("--apply and --out belong together: where the merged groups go")
+    fitted = only_method(read_predictors(predictors), decide_by) if predictors is not None else []
+    loaded, share = probed_adapters(adapters, at, base_name, console.progress)
+    pairs = measured_table(loaded, share, console.progress) if table is None else read_table(table)
+    decision = decide_on(pairs, fitted)
+    _tell(console, decision)
+    result = decision.to_dict()
+    if out is not None:
+        finished = {each.where: each for each in load_adapters(adapters, base_name, lazy=True, hashes=False)}
+        result["written"] = carry_out(decision, finished, out, console.progress)
+        console.line(f"written: {out}")
+    console.result(result)
+
+
+def _tell(console: Console, decision: Decision) -> None:
+    from mlx_rsgwm.core.tables import text_page
+
+    head = ["adapters", "do", "by", "keeps", "at least", "why"]
+    sections = [
+        (title, [head, *map(_row, choices)])
+        for title, choices in (("Pairs", decision.pairs), ("Together", decision.groups))
+    ]
+    notes = [] if decision.predicted else ["no predictor: a rule of the measures decided, retention is not forecast"]
+    console.line(text_page(sections, notes))
+
+
+def _row(choice: Choice) -> list[str]:
+    shown: Sequence[float | None] = (choice.retention, choice.bound)
+    return [
+        " + ".join(choice.members),
+        choice.action,
+        choice.method,
+        *("–" if value is None else f"{value:.3f}" for value in shown),
+        choice.reason,
+    ]
