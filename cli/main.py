@@ -24,6 +24,7 @@ import click
 
 from mlx_rsgwm import __version__
 from mlx_rsgwm.cli.console import Stopped, show
+from mlx_rsgwm.cli.crashes import address_limit, crashes_told
 from mlx_rsgwm.cli.groups import LazyGroup
 from mlx_rsgwm.cli.old_names import with_new_names
 from mlx_rsgwm.cli.startup import hide_torch
@@ -40,8 +41,17 @@ LONG_WORD = re.compile(r"\S{400,}")  # longer than any name worth reading: what 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FAILING = {errno.EIO, errno.ESTALE}
 UNUSABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
-# MLX's words: of the Metal and the CUDA allocator, and of a command buffer that failed on Metal.
-NO_MEMORY = re.compile(r"malloc\].*(allocate|memory)|Insufficient Memory|out of memory|std::bad_alloc", re.IGNORECASE)
+# MLX's words: of the Metal and the CUDA allocator, and of a command buffer that failed on Metal; then the loader's of a
+# library, Python's of a thread, and the system's.
+NO_MEMORY_IN = (RuntimeError, ImportError, OSError)
+NO_MEMORY = re.compile(
+    r"malloc\].*(allocate|memory)|Insufficient Memory|out of memory|std::bad_alloc"
+    r"|failed to map segment|can't start new thread|Cannot allocate memory",
+    re.IGNORECASE,
+)
+UNREADABLE = "[read]"  # how MLX begins what it says of a file that ends too soon
+UNTOLD = (UNREADABLE, "Resource temporarily unavailable")  # or where it reads to what it did not get, or gets no thread
+KEPT = "what was finished before is kept"
 LOWER = (
     "lower --batch-size or --max-seq-length in training, --batch-rows, --drafts or --max-tokens in answering, "
     "or take a smaller or quantised base"
@@ -75,9 +85,9 @@ class Rsgwm(LazyGroup):
         except SystemExit:
             if "PacifyFlush" not in type(sys.stdout).__name__:  # click's, once a pipe was closed
                 raise
-            code, text = UNREAD, "nobody reads the output any more; what was finished before is kept"
+            code, text = UNREAD, f"nobody reads the output any more; {KEPT}"
         except (click.Abort, KeyboardInterrupt):
-            code, text = INTERRUPTED, "interrupted; what was finished before is kept"
+            code, text = INTERRUPTED, f"interrupted; {KEPT}"
         except Exception as error:
             code, text = explain(error)
             if code != INTERNAL and outcome.get("verbose"):
@@ -90,7 +100,7 @@ class Rsgwm(LazyGroup):
 def explain(error: Exception) -> tuple[int, str]:
     """Exit code and the one line for a failure; an unforeseen one prints its traceback here."""
     if (said := _out_of_memory(error)) is not None:
-        return BAD_INPUT, f"out of memory ({said}); what was finished before is kept; {LOWER}"
+        return BAD_INPUT, f"out of memory ({said}); {KEPT}; {LOWER}"
     if isinstance(error, RsgwmError):
         return error.exit_code, str(error)
     if isinstance(error, click.ClickException):
@@ -133,7 +143,9 @@ def _of_a_library(error: Exception) -> str | None:
         return "a path begins with ~ and the name of a user that does not exist; write it out"
     if isinstance(error, ValueError) and "embedded null" in str(error):
         return "a path holds a character that no file name can have (NUL)"
-    if isinstance(error, RuntimeError) and str(error).startswith("[read]"):  # MLX's, of arrays that are read when used
+    if isinstance(error, RuntimeError) and str(error).startswith(
+        UNREADABLE
+    ):  # MLX's, of arrays that are read when used
         return "a file became shorter while it was being read; look what writes it and try again"
     return None
 
@@ -142,8 +154,10 @@ def _out_of_memory(error: BaseException | None) -> str | None:
     """What Python, a library or MLX says of memory that it did not get, also behind another error; None otherwise."""
     while error is not None:
         first = (str(error).splitlines() or [""])[0]
-        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(first)):
+        if isinstance(error, MemoryError) or (isinstance(error, NO_MEMORY_IN) and NO_MEMORY.search(first)):
             return first or "Python got none"
+        if isinstance(error, RuntimeError) and first.startswith(UNTOLD) and address_limit() is not None:
+            return f"{first}, as ulimit -v leaves no room"
         error = error.__cause__
     return None
 
@@ -237,7 +251,12 @@ def rsgwm() -> None:
 def main() -> NoReturn:
     """The entry point of the ``rsgwm`` script."""
     prepare_streams()
-    set_environment()
-    quieten_libraries(sys.argv[1:])
-    hide_torch(sys.argv[1:])
-    rsgwm.main()
+    with crashes_told() as limit:
+        if limit is not None:
+            text = f"out of memory (ulimit -v allows {limit / 1e6:.0f} MB); {KEPT}; {LOWER}"
+            report_failure(BAD_INPUT, text, as_json=asks_json(sys.argv[1:]))
+            sys.exit(BAD_INPUT)
+        set_environment()
+        quieten_libraries(sys.argv[1:])
+        hide_torch(sys.argv[1:])
+        rsgwm.main()

@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_rsgwm.core import files, tables
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.resume import content_key, stamped
 from mlx_rsgwm.data.corpus import Corpus, load_corpus, save_corpus
@@ -48,7 +49,7 @@ from mlx_rsgwm.studies.controls import (
     systems_on_drafts,
 )
 from mlx_rsgwm.studies.judges import judge_rows, judge_scores
-from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.checkpoints import Saving, drop_state
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import finish, train
 
@@ -113,14 +114,22 @@ def train_controls(base: Base, run: Path, out: Path, progress: Progress = SILENT
         folders[name] = out / name
         source = {"controls": name, "sources": {task: corpus.hash for task, corpus in by_task.items()}}
         corpus = save_corpus(out / "data" / name, rows, template, source)
-        if is_complete(folders[name]):
-            data = files.read_json_object(folders[name] / "manifest.json").get("data") or {}
-            if data.get("hash") == corpus.hash:
+        with exclusive(folders[name]):  # also what a process left that was killed at its very end goes
+            if _is_trained_on(folders[name], corpus):
+                drop_state(folders[name])
                 continue
-        saving = Saving(folders[name], resume="replace")
-        adapter = train(base, corpus, config, label=f"train {name}", progress=progress, saving=saving)
-        finish(adapter, saving)
+            saving = Saving(folders[name], resume="replace")
+            adapter = train(base, corpus, config, label=f"train {name}", progress=progress, saving=saving)
+            finish(adapter, saving)
     return folders
+
+
+def _is_trained_on(folder: Path, corpus: Corpus) -> bool:
+    """Whether a finished adapter is in ``folder`` that was trained on these rows."""
+    if not is_complete(folder):
+        return False
+    data = files.read_json_object(folder / "manifest.json").get("data") or {}
+    return bool(data.get("hash") == corpus.hash)
 
 
 def run_controls(base: Base, plan: ControlPlan, progress: Progress = SILENT) -> dict[str, Any]:

@@ -109,12 +109,15 @@ def device_limit() -> tuple[int, str]:
     """Bytes that MLX may use, and what says so."""
     if mx.metal.is_available():
         return int(mx.device_info()["max_recommended_working_set_size"]), "Metal's recommended working set"
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "the machine's memory")]
     cgroup = Path("/sys/fs/cgroup/memory.max")
     allowed = cgroup.read_text().strip() if cgroup.is_file() else "max"
-    if allowed.isdigit() and int(allowed) < total:
-        return int(allowed), "this container's limit"
-    return total, "the machine's memory"
+    if allowed.isdigit():
+        limits.append((int(allowed), "this container's limit"))
+    addresses = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if addresses != resource.RLIM_INFINITY:
+        limits.append((addresses, "ulimit -v"))
+    return min(limits)
 
 
 def check_estimate(estimate: MemoryEstimate, enforce: bool = True) -> str:

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.core import files
+from mlx_rsgwm.core.folders import LOCK_FILE
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.inference.loop import DraftVerify
 
@@ -113,8 +114,10 @@ def test_controls(run, tiny_base, tmp_path, monkeypatch):
     assert (tmp_path / "c" / "joint" / "manifest.json").is_file()
     assert "draft–verify" in (tmp_path / "c" / "controls.md").read_text()
     monkeypatch.setattr(DraftVerify, "draft_many", lambda *rest: pytest.fail("drafted again"))
+    (tmp_path / "c" / "joint" / LOCK_FILE).touch()  # as a kill at the very end of its training leaves it
     again = result(invoke(*arguments))
     assert again == found
+    assert not (tmp_path / "c" / "joint" / LOCK_FILE).exists()
 
 
 def test_tables(recipe, tmp_path):

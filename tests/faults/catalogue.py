@@ -59,7 +59,7 @@ KINDS = {
     ),
     "pool train": Kind(
         lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",
-                                   "--corpus", work / "corpus/groups", "--out", place / "out", *SMALL],
+                                   "--corpus", work / "corpus/groups", "--out", place / "out", "--resume", *SMALL],
         ("out/change/adapters.safetensors", "out/groups/adapters.safetensors"),
     ),
     "directions collect": Kind(

@@ -57,7 +57,7 @@ class Server:
         """Run a command; ``kill_at``: before which change below ``root`` (1 is the first, 0 none) it is killed;
         ``room``: after how many written bytes the disk is full (-1: never). ``number``: another signal than SIGKILL,
         ``times``: at how many events from there on; ``step``: seconds that the clock is off from there on, without a
-        signal."""
+        signal. ``memory``: how many bytes of addresses it may have beside those it starts with."""
         return self.together([command], root, **how)[0]
 
     def together(
@@ -69,6 +69,7 @@ class Server:
         number: int = signal.SIGKILL,
         times: int = 1,
         step: int = 0,
+        memory: int = 0,
     ) -> list[Ended]:
         """Commands that are started at once; their events and bytes are counted as one."""
         task = {
@@ -79,6 +80,7 @@ class Server:
             "signal": int(number),
             "times": times,
             "step": step,
+            "memory": memory,
             "log": str(self._log),
         }
         self._process.stdin.write(json.dumps(task) + "\n")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -23,9 +24,12 @@ from mlx_rsgwm.cli.commands import COMMANDS
 from mlx_rsgwm.cli.startup import hide_torch
 
 PRELOADED = (
-    "mlx.core", "mlx_lm", "mlx_lm.utils", "transformers", "math_verify", "scipy.stats", "matplotlib.pyplot",
-    "mlx_rsgwm.recipes.run", "mlx_rsgwm.training.loop", "mlx_rsgwm.evaluation.runner", "mlx_rsgwm.converters.peft.bulk",
-    "mlx_rsgwm.studies.control_study", "mlx_rsgwm.studies.merge_sweep", "mlx_rsgwm.studies.paper_tables",
+    "mlx.core", "mlx_lm", "mlx_lm.utils", "mlx_lm.models.llama", "transformers", "transformers.models.llama",
+    "math_verify", "scipy.stats", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg", "PIL.features", "pydantic.dataclasses", "pdb", "mlx_rsgwm.models.tokenizer",
+    "mlx_rsgwm.evaluation.chosen_questions", "mlx_rsgwm.recipes.run", "mlx_rsgwm.training.loop",
+    "mlx_rsgwm.evaluation.runner", "mlx_rsgwm.converters.peft.bulk", "mlx_rsgwm.studies.control_study",
+    "mlx_rsgwm.studies.merge_sweep", "mlx_rsgwm.studies.paper_tables",
 )  # fmt: skip
 
 
@@ -44,7 +48,8 @@ def serve() -> None:
         task = json.loads(line)
         signals = task["signal"], task["times"], task["step"]
         shim.watch(os.fsencode(task["root"]), task["kill_at"], task["room"], *signals)
-        children = [started(arguments, Path(f"{task['log']}-{n}")) for n, arguments in enumerate(task["commands"])]
+        logs = [Path(f"{task['log']}-{number}") for number in range(len(task["commands"]))]
+        children = [started(*each, task["memory"]) for each in zip(task["commands"], logs, strict=True)]
         codes = [ended(child) for child in children]
         print(json.dumps({"codes": codes, "events": shim.events(), "written": shim.written()}), flush=True)
         shim.watch(b"", 0, -1, 0, 0, 0)
@@ -60,10 +65,13 @@ def ended(child: int) -> int:
         os.kill(child, signal.SIGCONT)
 
 
-def started(arguments: list[str], log: Path) -> int:
-    """The id of a new process that runs a command."""
+def started(arguments: list[str], log: Path, memory: int) -> int:
+    """The id of a new process that runs a command, with ``memory`` more bytes of addresses; 0 for no limit."""
     child = os.fork()
     if child == 0:
+        if memory:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (used + memory,) * 2)
         command(arguments, log)
     return child
 

@@ -16,8 +16,8 @@ BEGIN, END = "<!-- counts: made by `make faults` -->\n", "<!-- end of counts -->
 # How one trial ended. The first two are right: the same command did the work, or found it finished.
 OUTCOMES = ("again", "finished", "lost", "wrong", "left over")
 RIGHT = OUTCOMES[:2]
-TRIALS = ("kills", "sizes", "races", "signals and clocks")
-HEAD = ["command", "killed at", "disk full at", "races", "signals and clocks", "lost", "wrong", "left over"]
+TRIALS = ("kills", "sizes", "races", "signals and clocks", "memory limits")
+HEAD = ["command", "killed at", "disk full at", *TRIALS[2:], *OUTCOMES[2:]]
 
 
 class Tally:

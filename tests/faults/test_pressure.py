@@ -86,8 +86,9 @@ def test_signals_and_clocks_at_a_few_events(harness, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_signals_and_clocks(harness, tally, name):
+    """At eight events, or as few as RSGWM_MOST_EVENTS says."""
     found = harness(name)
-    check(name, found, spread(found, 8), tally)
+    check(name, found, spread(found, min(8, int(os.environ.get("RSGWM_MOST_EVENTS", 8)))), tally)
 
 
 # What MLX says of memory that it did not get: the Metal allocator, a command buffer on Metal, the CUDA allocator.
