@@ -50,7 +50,7 @@ test: $(VENV)/.test openblas  ## set up everything and run the tests
 slow: $(VENV)/.test openblas  ## run the long proofs
 	$(RUN) $(BIN)/python -m pytest -m slow
 
-# RSGWM_MOST_EVENTS=24 kills each command at so many events only.
+# RSGWM_MOST_EVENTS=24 kills each command at so many events only, and sends signals at so many if those are fewer than 8.
 faults: $(VENV)/.test openblas  ## kill every command at every event, fill its disk, race it; writes docs/reliability.md
 	RSGWM_TALLY=docs/reliability.json $(RUN_TESTS) $(BIN)/python -m pytest -m slow tests/faults; tried=$$?; \
 		$(BIN)/python tests/faults/tally.py; exit $$tried

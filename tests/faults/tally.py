@@ -6,9 +6,12 @@ python tests/faults/tally.py    writes the table into the page from docs/reliabi
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
 COUNTS, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
@@ -17,7 +20,9 @@ BEGIN, END = "<!-- counts: made by `make faults` -->\n", "<!-- end of counts -->
 OUTCOMES = ("again", "finished", "lost", "wrong", "left over")
 RIGHT = OUTCOMES[:2]
 TRIALS = ("kills", "sizes", "races", "signals and clocks", "memory limits")
-HEAD = ["command", "killed at", "disk full at", *TRIALS[2:], *OUTCOMES[2:]]
+HEAD = ["command", "killed at", "disk full at", *TRIALS[2:], *OUTCOMES[2:], "counted at"]
+
+Known = dict[str, dict[str, dict[str, Any]]]  # command, kind of trial, what is known of it
 
 
 class Tally:
@@ -33,12 +38,22 @@ class Tally:
         counts = Counter(outcome.partition(":")[0] for outcome in outcomes)
         assert set(counts) <= set(OUTCOMES)
         known = json.loads(self._file.read_text()) if self._file.exists() else {}
-        told = {"tried": len(outcomes), **more, **{name: counts[name] for name in OUTCOMES}}
+        told = {"tried": len(outcomes), **more, **{name: counts[name] for name in OUTCOMES}, "at": commit()}
         known.setdefault(command, {})[trial] = told
         self._file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
-def table(known: dict[str, dict[str, dict[str, int]]]) -> str:
+def commit() -> str:
+    """The commit that is tried, shortened; empty outside of a repository."""
+    if shutil.which("git") is None:
+        return ""
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short=7", "HEAD"], cwd=DOCS, capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip()
+
+
+def table(known: Known) -> str:
     """The counts as Markdown, a command a row, and their sums."""
     rows = [_row(command, known[command]) for command in sorted(known)]
     sums = {
@@ -53,20 +68,21 @@ def table(known: dict[str, dict[str, dict[str, int]]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _row(command: str, trials: dict[str, dict[str, int]]) -> list[str]:
+def _row(command: str, trials: dict[str, dict[str, Any]]) -> list[str]:
     tried = [str(trials[trial]["tried"]) if trial in trials else "–" for trial in TRIALS]
     kills = trials.get("kills", {})
     if kills:
         tried[0] = f"{kills['tried']} of {_events(kills)} events"
     wrong = [str(sum(trial[name] for trial in trials.values())) for name in OUTCOMES[2:]]
-    return [command, *tried, *wrong]
+    commits = dict.fromkeys(trial["at"] for trial in trials.values() if trial.get("at"))
+    return [command, *tried, *wrong, ", ".join(commits)]
 
 
-def _events(kills: dict[str, int]) -> int:
+def _events(kills: dict[str, Any]) -> int:
     return kills.get("events", kills["tried"])
 
 
-def with_table(page: str, known: dict[str, dict[str, dict[str, int]]]) -> str:
+def with_table(page: str, known: Known) -> str:
     """The page with the counts in their place."""
     before, _, rest = page.partition(BEGIN)
     return before + BEGIN + "\n" + table(known) + "\n" + END + rest.partition(END)[2]

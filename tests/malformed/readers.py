@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,15 +24,17 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from audited_files import AUDITED  # noqa: E402
 from mutants import mutate  # noqa: E402
-from sound_files import READERS  # noqa: E402
+from sound_files import READERS as SOUND  # noqa: E402
 
 from mlx_rsgwm.core.errors import RsgwmError  # noqa: E402
 
 SECONDS = 5.0
-BLOCKED = 60.0  # seconds on the wall, after which a read is taken to wait for what never comes
+BLOCKED = 200.0  # on the wall, for what waits for ever: enough for a process that gets a fortieth of a processor
 MEMORY = 6 << 30  # of addresses, most of them of libraries; a header that asks for more is to be refused before
 SEEDS = HERE / "seeds"
+READERS = {**SOUND, **AUDITED}
 
 
 def bind(path: Path) -> None:
@@ -132,9 +135,10 @@ def main(lines: list[str]) -> None:
                 damaged = mutate(reader.kind, data, int(chosen)) if chosen.isdigit() else kept.read_bytes()
                 (folder / reader.file).write_bytes(damaged)
             print(f"begin {line}", flush=True)
-            before = peak_memory()
+            before, started = peak_memory(), time.process_time()
             verdict, text = outcome(reader.read, folder)
-            found = {"reader": name, "input": chosen, "verdict": verdict, "text": text}
+            busy = time.process_time() - started
+            found = {"reader": name, "input": chosen, "verdict": verdict, "text": text, "busy": busy}
             found["sha256"] = hashlib.sha256(damaged).hexdigest()
             print(json.dumps({**found, "grown": peak_memory() - before}), flush=True)
 

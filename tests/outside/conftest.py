@@ -56,7 +56,7 @@ def outcomes(work, tmp_path_factory):
             child.wait()
 
     def one(child, words, seconds):
-        timer = Timer(20 * seconds + 120, child.kill)  # the first waits for the imports
+        timer = Timer(60 * seconds + 900, child.kill)  # beyond the runner's own limits; the first waits for the imports
         timer.start()
         child.stdin.write(
             json.dumps({"words": [*words, *["--quiet"] * (words[0] != "help")], "seconds": seconds}) + "\n"

@@ -21,8 +21,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-# Of processor time, as the machine may be busy with other things; and on the wall, for what waits for ever.
-LIMITS = ((signal.SIGPROF, signal.ITIMER_PROF, 1), (signal.SIGALRM, signal.ITIMER_REAL, 8))
+# Of processor time, as the machine may be busy with other things; and on the wall, for what waits for ever: a process
+# that gets a fortieth of a processor is given all of the former before the latter.
+LIMITS = ((signal.SIGPROF, signal.ITIMER_PROF, 1), (signal.SIGALRM, signal.ITIMER_REAL, 40))
 # What commands import: the first must not pay for all, and an interrupt must not leave a module half imported.
 PRELOADED = (
     "mlx.core", "mlx_lm", "mlx_lm.utils", "transformers.models.auto.tokenization_auto", "mlx_rsgwm.recipes.run",
