@@ -112,9 +112,27 @@ def peft_form(
             names = untied.names
     else:
         names = layers.names if layers is not None else Names(model_type)
-    raise_problems(adapter.where, _plain_problems(adapter, names), AdapterError)
+    raise_problems(adapter.where, [*_misfits(adapter, layers), *_plain_problems(adapter, names)], AdapterError)
     joined = gate_up_of(module for module in adapter.modules() if SWITCH.fullmatch(module))
     return PeftForm(_plain_config(adapter, joined, tied, names), None, names, joined, tied)
+
+
+def _misfits(adapter: Adapter, base: BaseLayers | None) -> list[str]:
+    """Modules whose factors are of other sizes than the base's layers, which PEFT would not load; none without a base.
+
+    An embedding may have rows of tokens that the base has not.
+    """
+    problems = []
+    for module in adapter.modules():
+        layer = base.layers.get(module) if base is not None else None
+        if layer is None or is_embedding(module):
+            continue
+        a, b = (adapter.weights[f"{module}.{leaf}"].shape for leaf in ("lora_a", "lora_b"))
+        found = (a[-1], b[-2]) if layer.kind == "experts" else (a[0], b[-1])
+        if found != (layer.inputs, layer.outputs):
+            sizes = f"{found[0]}→{found[1]}, the base's layer {layer.inputs}→{layer.outputs}"
+            problems.append(f"{module}: adapter is {sizes}")
+    return problems
 
 
 def _plain_problems(adapter: Adapter, names: Names) -> list[str]:

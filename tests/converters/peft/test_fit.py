@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -103,3 +104,13 @@ def test_a_transposed_factor_is_refused(theirs, tiny_base, tmp_path, factor):
     change_arrays(theirs, lambda name, value: mx.contiguous(value.T) if factor in name else value)
     with pytest.raises(RsgwmError, match="does not have rank"):
         notes(theirs, tiny_base, tmp_path / "ours")
+
+
+def test_factors_of_other_sizes_than_the_base_has_are_not_written(make_adapter, tiny_base, tmp_path):
+    """PEFT would refuse them; a damaged adapter of mlx-lm can have them."""
+    adapter = replace(make_adapter(1), importance={}, init={})
+    name = "model.layers.0.self_attn.q_proj.lora_a"
+    adapter.weights[name] = adapter.weights[name][:-1]
+    with pytest.raises(RsgwmError, match=r"q_proj: adapter is 31→32, the base's layer 32→32"):
+        to_peft(adapter, str(tiny_base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
