@@ -15,7 +15,8 @@ from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.names import is_other_tower, layer_of
 from mlx_rsgwm.converters.peft.uniform import Update
 from mlx_rsgwm.converters.weight_map import describe_link
-from mlx_rsgwm.models.token_layers import is_head
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.token_layers import is_embedding, is_head
 
 
 def other_towers(groups: Groups, base: BaseLayers, reading: PeftReading) -> list[str]:
@@ -207,3 +208,21 @@ def _shown(layer: Any) -> tuple[int, ...]:
     if layer.kind == "experts":
         return layer.experts, layer.outputs, layer.inputs
     return layer.outputs, layer.inputs
+
+
+def size_problems(adapter: Adapter, base: BaseLayers | None) -> list[str]:
+    """Modules whose factors are of other sizes than the base's layers, which PEFT would not load; none without a base.
+
+    An embedding may have rows of tokens that the base has not.
+    """
+    problems = []
+    for module in adapter.modules():
+        layer = base.layers.get(module) if base is not None else None
+        if layer is None or is_embedding(module):
+            continue
+        a, b = (adapter.weights[f"{module}.{leaf}"].shape for leaf in ("lora_a", "lora_b"))
+        found = (a[-1], b[-2]) if layer.kind == "experts" else (a[0], b[-1])
+        if found != (layer.inputs, layer.outputs):
+            sizes = f"{found[0]}→{found[1]}, the base's layer {layer.inputs}→{layer.outputs}"
+            problems.append(f"{module}: adapter is {sizes}")
+    return problems

@@ -21,6 +21,7 @@ from mlx_rsgwm.converters.module_names import (
 )
 from mlx_rsgwm.converters.peft.config import alpha_for, rank_of, scale_of, selects
 from mlx_rsgwm.converters.peft.experts import GATE_UP, join_gate_up, stack_experts
+from mlx_rsgwm.converters.peft.fit import size_problems
 from mlx_rsgwm.converters.peft.layout import Layout
 from mlx_rsgwm.converters.peft.names import PREFIX, SAVED, key_of, layer_of, model_order
 from mlx_rsgwm.converters.peft.uniform import (
@@ -112,27 +113,9 @@ def peft_form(
             names = untied.names
     else:
         names = layers.names if layers is not None else Names(model_type)
-    raise_problems(adapter.where, [*_misfits(adapter, layers), *_plain_problems(adapter, names)], AdapterError)
+    raise_problems(adapter.where, [*size_problems(adapter, layers), *_plain_problems(adapter, names)], AdapterError)
     joined = gate_up_of(module for module in adapter.modules() if SWITCH.fullmatch(module))
     return PeftForm(_plain_config(adapter, joined, tied, names), None, names, joined, tied)
-
-
-def _misfits(adapter: Adapter, base: BaseLayers | None) -> list[str]:
-    """Modules whose factors are of other sizes than the base's layers, which PEFT would not load; none without a base.
-
-    An embedding may have rows of tokens that the base has not.
-    """
-    problems = []
-    for module in adapter.modules():
-        layer = base.layers.get(module) if base is not None else None
-        if layer is None or is_embedding(module):
-            continue
-        a, b = (adapter.weights[f"{module}.{leaf}"].shape for leaf in ("lora_a", "lora_b"))
-        found = (a[-1], b[-2]) if layer.kind == "experts" else (a[0], b[-1])
-        if found != (layer.inputs, layer.outputs):
-            sizes = f"{found[0]}→{found[1]}, the base's layer {layer.inputs}→{layer.outputs}"
-            problems.append(f"{module}: adapter is {sizes}")
-    return problems
 
 
 def _plain_problems(adapter: Adapter, names: Names) -> list[str]:

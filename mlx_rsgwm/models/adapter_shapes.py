@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from mlx_rsgwm.models.token_layers import is_embedding
+
 if TYPE_CHECKING:
     from mlx_rsgwm.models.adapter import Adapter
 
@@ -29,6 +31,9 @@ def factor_problems(adapter: Adapter) -> list[str]:
             problems.append(f"{module}: lora_a has shape {a.shape} and lora_b {b.shape}")
         if adapter.spec.fine_tune_type == "dora" and f"{module}.m" not in adapter.weights:
             problems.append(f"{module} has no magnitude m")
+        m = adapter.weights.get(f"{module}.m")
+        if m is not None and b is not None and not is_embedding(module) and m.shape != (b.shape[-1],):
+            problems.append(f"{module}: m has shape {m.shape}, and lora_b {b.shape}")
     return problems
 
 

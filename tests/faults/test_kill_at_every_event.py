@@ -34,14 +34,20 @@ def test_killed_at_every_event(harness, tally, name):
     assert [outcome for outcome in outcomes if outcome not in RIGHT] == []
 
 
-def first_event_of(found, shown):
-    """The first event a kill at which leaves what ``shown`` sees, which then stays there."""
+def saved(folder):
+    """The last step that training had saved there; more than any once it is finished and older ones are gone."""
+    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoints/step-*")]
+    return 10**6 if (folder / "manifest.json").exists() else max(steps, default=0)
+
+
+def first_event_of(found, step):
+    """The first event a kill at which leaves a step saved."""
     low, high = 1, found.events
     while low < high:
         middle = (low + high) // 2
         found.fresh()
         found.once(kill_at=middle)
-        low, high = (low, middle) if shown() else (middle + 1, high)
+        low, high = (low, middle) if saved(found.place / "out") >= step else (middle + 1, high)
     return low
 
 
@@ -50,8 +56,8 @@ def test_training_killed_at_every_event_of_a_checkpoint(harness, tally):
     """From the moment that one is there to the moment that the next one is: everything that a checkpoint writes."""
     found = harness("train")
     every = SMALL[SMALL.index("--save-every") + 1]
-    saved = [found.place / f"out/checkpoints/step-{step:06d}/manifest.json" for step in (2 * every, 3 * every)]
-    begin, end = (first_event_of(found, path.exists) for path in saved)
+    begin, end = (first_event_of(found, count * every) for count in (2, 3))
+    assert end > begin + 20
     outcomes = [found.kill(event) for event in range(begin, end + 1)]
     tally.keep("train: one checkpoint", "kills", outcomes)
     assert [outcome for outcome in outcomes if outcome not in RIGHT] == []

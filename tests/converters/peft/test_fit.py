@@ -114,3 +114,14 @@ def test_factors_of_other_sizes_than_the_base_has_are_not_written(make_adapter, 
     with pytest.raises(RsgwmError, match=r"q_proj: adapter is 31→32, the base's layer 32→32"):
         to_peft(adapter, str(tiny_base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_magnitudes_of_another_size_than_the_outputs_are_refused(make_adapter):
+    adapter = replace(make_adapter(1), importance={}, init={})
+    adapter.spec = replace(adapter.spec, fine_tune_type="dora")
+    outputs = {module: adapter.weights[f"{module}.lora_b"].shape[1] for module in adapter.modules()}
+    adapter.weights |= {f"{module}.m": mx.ones(size) for module, size in outputs.items()}
+    assert adapter.shape_problems() == []
+    name = "model.layers.0.self_attn.v_proj"
+    adapter.weights[f"{name}.m"] = mx.ones(15)
+    assert adapter.shape_problems() == [f"{name}: m has shape (15,), and lora_b (4, 16)"]
