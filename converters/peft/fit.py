@@ -221,8 +221,8 @@ def size_problems(adapter: Adapter, base: BaseLayers | None) -> list[str]:
         if layer is None or is_embedding(module):
             continue
         a, b = (adapter.weights[f"{module}.{leaf}"].shape for leaf in ("lora_a", "lora_b"))
-        found = (a[-1], b[-2]) if layer.kind == "experts" else (a[0], b[-1])
-        if found != (layer.inputs, layer.outputs):
-            sizes = f"{found[0]}→{found[1]}, the base's layer {layer.inputs}→{layer.outputs}"
-            problems.append(f"{module}: adapter is {sizes}")
+        sizes = (a[-1], b[-2]) if layer.kind == "experts" else (a[0], b[-1])
+        if sizes != (layer.inputs, layer.outputs):
+            wanted = f"{layer.inputs}→{layer.outputs}"
+            problems.append(f"{module}: adapter is {sizes[0]}→{sizes[1]}, the base's layer {wanted}")
     return problems
