@@ -255,6 +255,8 @@ def make_mlx(base, folder, parameters, layers, dora, seed):
     for name, value in tree_flatten(model.trainable_parameters()):
         drawn = mx.array(rng.standard_normal(value.shape).astype(np.float32))
         arrays[name] = value * (1 + 0.1 * drawn) if name.endswith(".m") else 0.1 * drawn
+    if not arrays:  # lm_head of a base that has none of its own
+        raise ValueError("nothing is adapted")
     folder.mkdir()
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
     kind = "dora" if dora else "lora"
@@ -292,6 +294,10 @@ def try_mlx(folders, torch_bases, outcomes, family, parameters, layers, dora, se
             sound = {"num_layers": -1, "lora_parameters": parameters}
             config = json.loads((work / "theirs" / "adapter_config.json").read_text())
             (work / "theirs" / "adapter_config.json").write_text(json.dumps({**config, **sound}))
+        file = str(work / "theirs" / "adapters.safetensors")
+        wide = {name: value.astype(mx.float32) for name, value in mx.load(file).items()}  # as `in_float32`
+        mx.eval(wide)
+        mx.save_safetensors(file, wide)
         require_same(logits_by_peft(torch_bases(family), work / "ours"), mlx_lm_logits(base, work / "theirs"))
         outcomes[f"{kind_of(damage)} read"] += 1
 
