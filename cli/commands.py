@@ -32,6 +32,7 @@ COMMANDS = {
     "calibrate": ("mlx_rsgwm.cli.calibrate:calibrate", "Fit a verifier's scores and threshold on held-out questions."),
     "eval": ("mlx_rsgwm.cli.evaluate:evaluate", "Compare the drafter alone with draft–verify on the same items."),
     "compare": ("mlx_rsgwm.cli.report:compare", "Compare two runs on the same items: tests and intervals."),
+    "blindspot": ("mlx_rsgwm.cli.blindspot:blindspot", "Find what sampling never finds, and try grafted chains there."),
     "tails": ("mlx_rsgwm.cli.tails:tails", "Say whether a claim about the tail of scores holds."),
     "report write": ("mlx_rsgwm.cli.report:report", "Write a run's report anew from its items."),
     "report curves": ("mlx_rsgwm.cli.plot:plot", "Draw the training curves of adapters."),
@@ -74,7 +75,7 @@ SECTIONS = {
     "Data and training": ("data", "train", "average", "pool", "adapter", "directions"),
     "Merge": ("audit", "probe", "merge"),
     "Answer": ("ask", "chat", "calibrate"),
-    "Evaluate": ("eval", "compare", "tails", "report", "lm-eval"),
+    "Evaluate": ("eval", "compare", "blindspot", "tails", "report", "lm-eval"),
     "Exchange": ("convert", "parity", "fuse", "hub"),
     "Machine": ("base", "bench", "doctor"),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,11 +17,15 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.nearest import nearest
+from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.generate import PREFILL_STEP, write_drafts
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.hooks import block_names, outputs_changed
 from mlx_rsgwm.models.split import Parts
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.inference.loop import DraftVerify
 
 GREEDY = "greedy"  # nothing is replaced
 DEPTH = 0.75  # of the layers, where no layer is given
@@ -229,3 +233,43 @@ def _state(output: Any) -> mx.array:
 
 def _with_state(output: Any, state: mx.array) -> Any:
     return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
+def graft_many(
+    pipeline: DraftVerify,
+    questions: Sequence[str],
+    kinds: Sequence[str] = SIX,
+    layer: int | None = None,
+    batch_rows: int = 32,
+    progress: Progress = SILENT,
+) -> list[list[Draft]]:
+    """Of every question a draft of each kind by the pipeline's drafter, ``batch_rows`` of them at a time, with texts.
+
+    Raises:
+        RsgwmError: as :func:`grafted_drafts`, and for an empty or too long question.
+    """
+    sampling, model = pipeline.config.sampling, pipeline.slots.model
+    check_kinds(kinds)
+    grafted_layer(model, layer)
+    prompts = [pipeline.prompt(question) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    drafts: dict[int, list[Draft]] = {}
+    step = max(1, batch_rows // len(kinds))
+    with progress.task("draft grafted chains", len(questions)) as advance, pipeline.slots.using(pipeline.drafter):
+        for start in range(0, len(order), step):
+            places = order[start : start + step]
+            written = grafted_drafts(
+                model,
+                pipeline.parts,
+                pipeline.end_ids,
+                [prompts[place] for place in places],
+                kinds,
+                layer,
+                sampling.max_tokens,
+                sampling.seed,
+            )
+            for place, chains in zip(places, written, strict=True):
+                texts = [pipeline.tokenizer.decode(list(chain.tokens)) for chain in chains]
+                drafts[place] = [replace(chain, text=text) for chain, text in zip(chains, texts, strict=True)]
+            advance(len(places), "")
+    return [drafts[index] for index in range(len(questions))]

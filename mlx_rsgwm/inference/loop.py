@@ -169,7 +169,7 @@ class DraftVerify:
     def steps(self, question: str, watch: Watch | None = None) -> Iterator[Step]:
         """One question, step by step: each draft as the drafter wrote it, then as the verifier judged it; the last step
         is the :class:`Answer`. ``watch`` is told the number of the draft that comes next and its tokens so far."""
-        prompt = self._prompt(question)
+        prompt = self.prompt(question)
         parts, lower_cache = self.parts, None
         if self.batches:
             reading_prompt, parts = self.reader.remembering(question)
@@ -254,7 +254,7 @@ class DraftVerify:
         drafts have mostly been accepted, a question comes in with its first attempt alone; else with all of them. What
         the attempts at a question have in common is written once either way.
         """
-        prompts = [self._prompt(question) for question in questions]
+        prompts = [self.prompt(question) for question in questions]
         if not self.batches:
             for index, question in enumerate(questions):
                 for step in self.steps(question):
@@ -317,7 +317,7 @@ class DraftVerify:
     ) -> Iterator[tuple[int, list[Draft]]]:
         """The drafts of :meth:`draft_many`, each question's with its index once all of them have ended."""
         numbers = range(1, attempts + 1)
-        prompts = [self._prompt(question) for question in questions]
+        prompts = [self.prompt(question) for question in questions]
         if not self.batches:
             for index, (prompt, text) in enumerate(zip(prompts, questions, strict=True)):
                 yield index, self._draft([DraftRequest(prompt, text, attempt) for attempt in numbers])
@@ -363,7 +363,8 @@ class DraftVerify:
         """A given answer text in the form of a draft, so that it can be scored."""
         return Draft(0, tuple(self.template.completion(self.tokenizer, answer)[:-1]), True, answer)
 
-    def _prompt(self, question: str) -> tuple[int, ...]:
+    def prompt(self, question: str) -> tuple[int, ...]:
+        """The ids that the drafter reads for a question; RsgwmError for one that is empty or too long."""
         if not question.strip():
             raise RsgwmError("the question is empty")
         prompt = self.template.draft_prompt(self.tokenizer, question)

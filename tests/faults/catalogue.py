@@ -154,6 +154,11 @@ KINDS = {
         copied=("verify", "held.jsonl"),
         needs=("held.jsonl",),
     ),
+    "blindspot": Kind(
+        lambda work, base, place: ["blindspot", work / "draft", "--task", work / "mine.jsonl", "--split", "all",
+                                   "--items", 6, "--max-tokens", 6, "--out", place / "out"],
+        ("out/blindspot.json", "out/blindspot.html"),
+    ),
     "compare": Kind(
         lambda work, base, place: ["compare", work / "evaluated", work / "evaluated-hot", "--out", place / "out.md"],
         ("out.md",),

@@ -120,7 +120,7 @@ def test_drafts_of_many_are_those_of_each(request, make_pipeline, monkeypatch, r
     writers, wanted = watched(monkeypatch)
     found = pipeline.draft_many(questions, 2, rows)
     for question, drafts in zip(questions, found, strict=True):
-        prompt = pipeline._prompt(question)
+        prompt = pipeline.prompt(question)
         requests = [DraftRequest(prompt, question, attempt) for attempt in (1, 2)]
         assert [drafted.tokens for drafted in drafts] == [drafted.tokens for drafted in pipeline._draft(requests)]
     (decoder,) = writers

@@ -63,6 +63,7 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "chat": PAIR,
     "calibrate": {**ANSWERING, "--task": "change", "--items": "2"},
     "eval": {**PAIR, "--task": "mine.jsonl", "--items": "1", "--timed": "0", "--out": "new/out"},
+    "blindspot": {"adapter": "draft", "--task": "mine.jsonl", "--items": "1", "--max-tokens": "4", "--out": "new/out"},
     "tails": {},
     "compare": {"run_a": "evaluated", "run_b": "evaluated-2", "--out": "new/out.md"},
     "report write": {"run": "evaluated", "--out": "new/out"},

@@ -1,0 +1,115 @@
+"""The blind-spot study: counted by hand on a few drafts, and run on the tiny base, where it goes on after a cut."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_rsgwm.inference.grafting import GREEDY, KINDS, SIX
+from mlx_rsgwm.studies.blind_spot import Tried, jaccards, summarise
+from mlx_rsgwm.studies.blind_spot_report import opening, render_page, study_text
+
+
+def tried(kinds, right):
+    return tuple(Tried(kind, kind in right, f"text of {kind}", 3) for kind in kinds)
+
+
+@pytest.fixture
+def arms():
+    samples = tuple(Tried("sampled", False, "", 2) for _ in range(6))
+    solved = (*samples[1:], Tried("sampled", True, "", 2))
+    every = (GREEDY, *KINDS)
+    return {
+        "sampled": {"a": solved, "b": samples, "c": samples, "d": samples, "e": samples},
+        "fresh": {"b": solved, "c": samples, "d": samples, "e": samples},
+        "grafted": {
+            "b": tried(every, {GREEDY, "zero"}),
+            "c": tried(every, {"zero", "shuf"}),
+            "d": tried(every, {"avg"}),
+            "e": tried(every, set()),
+        },
+    }
+
+
+def test_recovery_is_counted_on_the_stratum_beside_its_control(arms):
+    told = summarise("abcde", "bcde", arms)
+    assert (told["questions"], told["stratum"]["value"]) == (5, 0.8)
+    assert {name: rate["value"] for name, rate in told["recovery"].items()} == {
+        "R_1": 0.25,
+        "R_3": 0.5,
+        "R_6": 0.5,
+        "R_8": 0.75,
+    }
+    assert told["fresh"]["value"] == 0.25
+    assert (told["chains_over_fresh"]["only_first"], told["chains_over_fresh"]["only_second"]) == (0, 1)
+    assert told["by_kind"]["zero"] == 2
+    assert told["tokens"] == {"sampled": 60, "fresh": 48, "grafted": 4 * len(SIX) * 3}
+
+
+def test_both_readings_of_jaccard():
+    right = {kind: set() for kind in (GREEDY, *KINDS)} | {GREEDY: {"b"}, "zero": {"b", "c"}, "shuf": {"c", "d"}}
+    indices = jaccards(right, set("bcde"))
+    assert indices["fixed"] == 0.5  # zero {c}, shuf {c, d}
+    assert indices["errors"] == 1.0  # two kinds that are never right miss the same
+    assert jaccards({kind: set() for kind in right}, set("b"))["fixed"] is None
+
+
+def test_the_page_shows_what_was_recovered_and_escapes_it(arms):
+    told = summarise("abcde", "bcde", arms)
+    item = {"id": "c", "question": "<b>how many?</b>", "gold": "4", "fresh": False}
+    chains = {draft.kind: {"text": draft.text, "correct": draft.correct} for draft in arms["grafted"]["c"]}
+    shown = render_page({**told, "items": [{**item, "chains": chains}]})
+    assert "&lt;b&gt;how many?" in shown
+    assert "text of shuf" in shown
+    assert "text of prev" not in shown
+    assert "six fresh samples 25.0%" in opening(told)
+    assert "six fresh samples (control)" in study_text(told)
+
+
+def test_without_a_blind_spot_it_says_so(arms):
+    told = summarise("a", "", {**arms, "sampled": {"a": arms["sampled"]["a"]}})
+    assert "there is no blind spot here" in study_text(told)
+    assert "there is no blind spot here" in render_page({**told, "items": []})
+
+
+def test_a_run_goes_on_where_it_was_cut_and_is_refused_for_other_questions(tiny_base, tmp_path, make_adapter):
+    from click.testing import CliRunner
+
+    from mlx_rsgwm.cli.main import rsgwm
+
+    make_adapter(1, size=0.5).save(tmp_path / "adapter")
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n + 1}"} for n in range(5)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    arguments = [
+        "blindspot",
+        tmp_path / "adapter",
+        "--base",
+        tiny_base,
+        "--task",
+        tmp_path / "own.jsonl",
+        "--split",
+        "all",
+    ]
+    arguments += ["--items", 5, "--max-tokens", 5, "--batch-rows", 2, "--out", out, "--json"]
+
+    def run(*more):
+        return CliRunner().invoke(rsgwm, [str(word) for word in (*arguments, *more)])
+
+    made = run()
+    assert made.exit_code == 0, made.output
+    told = json.loads(made.stdout.splitlines()[-1])
+    assert told["questions"] == 5
+    first = (out / "blindspot.json").read_bytes()
+    lines = (out / "journal.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 3 * 5
+    (out / "journal.jsonl").write_text("".join(lines[:8]))
+    (out / "blindspot.json").unlink()
+    assert run().exit_code == 0
+    assert (out / "blindspot.json").read_bytes() == first
+    refused = run("--temperature", 0.9)
+    assert refused.exit_code == 2
+    assert "temperature" in refused.stderr
+    out_of_range = run("--layer", 9)
+    assert (out_of_range.exit_code, "layers 0 to 1" in out_of_range.stderr) == (2, True)
