@@ -2,9 +2,9 @@
 
     python bench/grafting.py [--base smollm2-135m] [--questions 8] [--max-tokens 32] [--trials 3]
 
-The sides take turns, question by question, in one process: one greedy draft; six chains together, at batch size 1 (one
-question at a time); six chains one by one, each reading its prompt anew. Every chain writes ``--max-tokens`` tokens, for
-no end of text counts, so all sides decode equally far. The last line is JSON: medians of the ratios over questions.
+The sides take turns, question by question, in one process: one greedy draft; six chains together, at batch size 1
+(one question at a time); six chains one by one, each reading its prompt anew. Every chain writes ``--max-tokens``
+tokens, for no end of text counts, so all sides decode equally far. The last line is JSON: medians of the ratios.
 """
 
 from __future__ import annotations
