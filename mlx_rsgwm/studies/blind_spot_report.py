@@ -79,11 +79,11 @@ def render_page(summary: Mapping[str, Any]) -> str:
 
 
 def _recovered(summary: Mapping[str, Any]) -> str:
-    found = [item for item in summary["items"] if any(chain["correct"] for chain in item["chains"].values())]
-    if not found:
+    recovered = [item for item in summary["items"] if any(chain["correct"] for chain in item["chains"].values())]
+    if not recovered:
         return "<p>None.</p>"
     parts = []
-    for item in found[:SHOWN]:
+    for item in recovered[:SHOWN]:
         again = "found by fresh samples, too" if item["fresh"] else "found by no fresh sample"
         chains = "".join(
             f"<dt>{escape(kind)}</dt><dd>{escape(chain['text'])}</dd>"
