@@ -190,8 +190,9 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 def r_squared(predicted: np.ndarray, measured: np.ndarray) -> float:
     """1 − Σ(y − ŷ)²/Σ(y − ȳ)² of two (n,): 0 is what the mean of these would do, and below it worse."""
-    spread = float(np.square(measured - measured.mean()).sum()) if len(measured) else 0.0
-    return float(1 - np.square(measured - predicted).sum() / spread) if spread > 0 else float("nan")
+    if not len(measured) or np.ptp(measured) == 0:  # the mean of equal numbers may differ from them by rounding
+        return float("nan")
+    return float(1 - np.square(measured - predicted).sum() / np.square(measured - measured.mean()).sum())
 
 
 def area(predicted: np.ndarray, measured: np.ndarray, worth: float = WORTH) -> float:

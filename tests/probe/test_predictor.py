@@ -190,6 +190,7 @@ def test_figures_are_those_of_scipy():
     assert spearman(x, y) == pytest.approx(spearmanr(x, y)[0])
     assert r_squared(y.mean() * np.ones(20), y) == pytest.approx(0)
     assert np.isnan(spearman(np.ones(20), y))
+    assert np.isnan(r_squared(x[:3], np.full(3, 0.1)))  # whose mean is not .1
 
 
 def test_permutation_of_adapters_needs_more_than_one_lucky_pair():
