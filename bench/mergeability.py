@@ -198,9 +198,9 @@ def decisions(fitted: Mapping[str, Fitted]) -> dict[str, Any]:
 
 
 def _strategy(
-    methods: Sequence[str], kept: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], least: np.ndarray
+    methods: Sequence[str], retained: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], least: np.ndarray
 ) -> dict[str, float]:
-    retention = np.array([kept[method][place] for place, method in enumerate(methods)])
+    retention = np.array([retained[method][place] for place, method in enumerate(methods)])
     cost = np.array([costs[method][place] for place, method in enumerate(methods)])
     routed = np.array([method == ROUTE for method in methods])
     return {
