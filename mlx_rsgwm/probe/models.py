@@ -48,7 +48,7 @@ class Linear:
             raise ValueError("centre, spread and beta differ in length")
         if not all(np.isfinite(each).all() for each in arrays) or (arrays[1] <= 0).any():
             raise ValueError("centre, spread or beta out of range")
-        return cls(*arrays, float(value["intercept"]))
+        return cls(arrays[0], arrays[1], arrays[2], float(value["intercept"]))
 
 
 @dataclass(frozen=True)
