@@ -135,7 +135,7 @@ def merge(
     options = MergeOptions(
         method=method,
         role=role,
-        parameters=_pairs(settings, "--set"),
+        parameters=named_values(settings, "--set"),
         weights=weights,
         rank=rank,
         seed=console.seed,
@@ -265,7 +265,8 @@ def _print_all(console: Console) -> None:
             console.line(f"    {parameter}={meaning.default}{choices}  {meaning.meaning}")
 
 
-def _pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
+def named_values(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """``NAME=VALUE`` texts as a mapping; whole and decimal numbers become numbers."""
     from mlx_rsgwm.core.errors import RsgwmError
 
     pairs = {}
@@ -289,7 +290,7 @@ def _override(pattern: str, text: str) -> Any:
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.merging.options import Override
 
-    pairs = _pairs(text.split(","), "--at")
+    pairs = named_values(text.split(","), "--at")
     weights = _numbers(pairs.pop("weights", ""), f"--at {pattern}: weights")
     ranks = _numbers(pairs.pop("ranks", ""), f"--at {pattern}: ranks")
     if any(rank != int(rank) for rank in ranks):

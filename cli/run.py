@@ -29,7 +29,7 @@ def look(function: Callable[..., None]) -> Callable[..., None]:
 @look
 @common_options
 def run(console: Console, recipe: str, out: Path | None, settings: tuple[str, ...], show: bool, dry_run: bool) -> None:
-    """Run RECIPE (a .yaml file, or the name of a shipped one: demo, paper) and say what came out.
+    """Run RECIPE (a .yaml file, or the name of a shipped one: demo, paper, rounds) and say what came out.
 
     Stages that are already done with the same settings are skipped, so the same command resumes a run.
 

@@ -10,8 +10,10 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import COUNT, Number, OneOf
 from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
 from mlx_rsgwm.models.base import DEFAULT_BASE
+from mlx_rsgwm.training.rounds import MODES, Rounds
 
 
 @click.command(name="train")
@@ -24,6 +26,13 @@ from mlx_rsgwm.models.base import DEFAULT_BASE
 @shared.template("plain")
 @shared.mask_prompt()
 @shared.out("a folder that gets one folder per adapter", required=True)
+@click.option(
+    "--rounds", type=COUNT, default=0, help="Share the steps out among so many rounds, with a merge after each."
+)
+@click.option("--round-mode", type=OneOf(MODES), help=f"How rounds are merged.  [default: {Rounds.mode}]")
+@click.option("--round-method", metavar="METHOD", help=f"Merge of a round, by name.  [default: {Rounds.method}]")
+@click.option("--round-alpha", type=Number(0, min_open=True), help="Length of a round's step.  [default: 1]")
+@shared.settings("a parameter of --round-method", "round_settings")
 @train_options
 @common_options
 def train_pool(
@@ -37,6 +46,11 @@ def train_pool(
     template_name: str,
     mask_prompt: bool,
     out: Path,
+    rounds: int,
+    round_mode: str | None,
+    round_method: str | None,
+    round_alpha: float | None,
+    round_settings: tuple[str, ...],
     settings: Mapping[str, Any],
     running: Mapping[str, Any],
 ) -> None:
@@ -45,22 +59,28 @@ def train_pool(
     Finished adapters are skipped, so the same command with --resume goes on where it was cut off. Under mlx.launch the
     adapters are shared out among the processes.
 
+    With --rounds every task starts each round where the merge of the last one ended (ATM); the last round's adapters
+    are the pool. Of several processes each reads its own tasks' rows alone; adapters are all that crosses.
+
     \b
     Examples:
       rsgwm pool train --task change --task groups --out pool
       rsgwm pool train --corpus corpus/a --corpus corpus/b --epochs 1 --out pool --resume
       mlx.launch -n 2 -- rsgwm pool train --corpus corpus/a --corpus corpus/b --out pool
+      rsgwm pool train --task change --task groups --steps 24 --rounds 4 --out pool
     """
     from mlx_rsgwm.core.distributed import launched_processes
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.data.loading import load_data
+    from mlx_rsgwm.merging import alternate
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.training import pool
 
     if not folders and not tasks:
         raise RsgwmError("give at least one --corpus or --task")
-    config = train_config(console, {}, settings)
+    given = {"mode": round_mode, "method": round_method, "alpha": round_alpha, "parameters": round_settings}
+    config = train_config(console, {}, {**settings, **_rounds(rounds, given)})
     saving = saving_options(out, {}, running)
     processes = launched_processes()
     corpora = {folder.stem: folder for folder in folders}
@@ -71,16 +91,46 @@ def train_pool(
         _build(console, tasks, out, draft_rows, verify_rows, folder, template_name)
     processes.wait()
     corpora |= {Path(task).stem: out / "data" / Path(task).stem for task in tasks}
-    members = [pool.Member(name, *load_data(folder, None, mask_prompt)) for name, folder in corpora.items()]
+    named = [*corpora.items()][processes.rank :: processes.size] if config.rounds else [*corpora.items()]
+    members = [pool.Member(name, *load_data(folder, None, mask_prompt)) for name, folder in named]
     progress = console.progress if processes.writes else SILENT
     base = load_base(base_name or DEFAULT_BASE, progress=progress)
-    trained = pool.train_pool(base, members, config, saving, memory_options(running), progress, processes)
+    running_options = (saving, memory_options(running), progress, processes)
+    told: dict[str, Any]
+    if config.rounds:
+        records = alternate.train_rounds(base, list(corpora), members, config, *running_options)
+        told = {"rounds": records}
+    else:
+        told = {"trained": pool.train_pool(base, members, config, *running_options)}
     processes.wait()
     if not processes.writes:
         return
+    if config.rounds:
+        console.line(alternate.render_rounds(told["rounds"]))
     rows = pool.pool_summary(out, list(corpora))
     console.line(pool.render_pool(rows))
-    console.result({"out": str(out), "trained": trained, "adapters": rows})
+    console.result({"out": str(out), **told, "adapters": rows})
+
+
+def _rounds(count: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting ``rounds`` of the options; empty without them.
+
+    Raises:
+        RsgwmError: options of rounds without --rounds.
+    """
+    from mlx_rsgwm.cli.merge import named_values
+    from mlx_rsgwm.core.errors import RsgwmError
+
+    chosen = {name: value for name, value in given.items() if value}
+    if not count:
+        if chosen:
+            raise RsgwmError(
+                "--round-mode, --round-method, --round-alpha and --set are for --rounds; give their number"
+            )
+        return {}
+    if "parameters" in chosen:
+        chosen["parameters"] = named_values(chosen["parameters"], "--set")
+    return {"rounds": {"count": count, **chosen}}
 
 
 def _build(

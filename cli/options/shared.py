@@ -206,10 +206,10 @@ def out(what: str, required: bool = False, default: str = "") -> Any:
     )
 
 
-def settings(what: str) -> Any:
+def settings(what: str, name: str = "settings") -> Any:
     """``--set``: a value by its name."""
     text = f"Set a value by its name; {what}. Repeatable."
-    return click.option("--set", "settings", type=PAIR, metavar="NAME=VALUE", multiple=True, help=text)
+    return click.option("--set", name, type=PAIR, metavar="NAME=VALUE", multiple=True, help=text)
 
 
 def replace() -> Any:

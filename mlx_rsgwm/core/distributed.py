@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
+
+CHUNK = 1 << 24  # bytes of one message
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,27 @@ class Processes:
         """
         if self.size > 1:
             self._all_sum(mx.ones(()))
+
+    def broadcast(self, content: bytes | None, owner: int) -> bytes:
+        """What the process ``owner`` gives as ``content``, in every process; the others' is not looked at.
+
+        Raises:
+            RsgwmError: a process has ended.
+        """
+        if self.size == 1:
+            return content or b""
+        mine = (content or b"") if self.rank == owner else b""
+        sizes = np.zeros(2, dtype=np.int32)  # whole messages, and the rest
+        sizes[:] = divmod(len(mine), CHUNK)
+        whole, rest = np.array(self._all_sum(mx.array(sizes))).tolist()
+        pieces = []
+        for start in range(0, whole * CHUNK + rest, CHUNK):
+            length = min(CHUNK, whole * CHUNK + rest - start)
+            piece = np.zeros(length, dtype=np.uint8)
+            if self.rank == owner:
+                piece[:] = np.frombuffer(mine[start : start + length], dtype=np.uint8)
+            pieces.append(np.array(self._all_sum(mx.array(piece))).tobytes())
+        return b"".join(pieces)
 
     def _all_sum(self, values: mx.array) -> mx.array:
         try:

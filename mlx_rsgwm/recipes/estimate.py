@@ -40,6 +40,7 @@ def forecast(run: RecipeRun) -> dict[str, float | None]:
     prompt, answer = (mean(task_lengths[place] for task_lengths in lengths.values()) for place in (1, 2))
     speed = _measure(run.base.model, round(prompt + answer), run.recipe.evaluate.batch_rows)
     seconds = {f"train-{folder_name(task)}": told[0] * BACKWARD * speed.token for task, told in lengths.items()}
+    seconds["train-in-rounds"] = sum(seconds.values())
     items = {
         "calibrate": len(lengths) * run.recipe.data.calibration_items,
         "evaluate": len(run.recipe.evaluate.tasks or lengths) * run.recipe.evaluate.items,

@@ -19,8 +19,6 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
 from mlx_rsgwm.core.folders import exclusive, make_folder
 from mlx_rsgwm.core.progress import SILENT, Progress
-from mlx_rsgwm.data.corpus import load_corpus, save_corpus
-from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.evaluation.calculator_systems import SYSTEMS
 from mlx_rsgwm.evaluation.calibration_set import calibrate
@@ -50,12 +48,12 @@ from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base
 from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.recipes.pair import MergedPair
-from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test, training_rows
+from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test
 from mlx_rsgwm.recipes.schema import MERGED, Recipe, folder_name, load_recipe, shipped_recipes
 from mlx_rsgwm.recipes.stage_bars import StageBars
 from mlx_rsgwm.recipes.stages import Stage, Stages
-from mlx_rsgwm.training.checkpoints import Saving
-from mlx_rsgwm.training.loop import check_layers, finish, train
+from mlx_rsgwm.recipes.train_stages import train_stages
+from mlx_rsgwm.training.loop import check_layers
 
 __all__ = ["Recipe", "RecipeRun", "load_recipe", "run_recipe", "shipped_recipes"]
 
@@ -69,7 +67,7 @@ class RecipeRun:
         self.progress = StageBars(progress, details)
         self.template = find_template(recipe.template)
         self.stages = Stages(out, self.progress)
-        alone = self._adapter(recipe.data.tasks[0]) if len(recipe.data.tasks) == 1 else None
+        alone = self.adapter(recipe.data.tasks[0]) if len(recipe.data.tasks) == 1 else None
         self.pair = MergedPair(out, recipe.merge, verifiers=recipe.verifiers, adapter=alone)
         self.pairs = [self.pair, *([MergedPair(out / "paper", recipe.paper, "-paper")] if recipe.paper else [])]
         self._base: Base | None = None
@@ -120,35 +118,9 @@ class RecipeRun:
 
     def _plan(self) -> list[Stage]:
         """The stages in their order: all data before all training, so that too few questions are told at once."""
-        recipe, tasks, shared = self.recipe, self.recipe.data.tasks, self._shared()
+        recipe = self.recipe
         return [
-            *(
-                Stage(
-                    f"data-{folder_name(task)}",
-                    {
-                        **shared,
-                        "task": task,
-                        "budget": recipe.data.budget(task),
-                        "folder": recipe.data.folder,
-                        "files": self._hashes([task]),
-                        **({"split": "by content"} if is_question_file(task) else {}),
-                    },
-                    (),
-                    (self._corpus(task),),
-                    partial(self._data, task),
-                )
-                for task in tasks
-            ),
-            *(
-                Stage(
-                    f"train-{folder_name(task)}",
-                    {**shared, "task": task, "config": recipe.train.describe()},
-                    (self._corpus(task),),
-                    (self._adapter(task),),
-                    partial(self._train, task),
-                )
-                for task in tasks
-            ),
+            *train_stages(self),
             *(stage for pair in self.pairs for stage in self._stages_of(pair)),
             Stage(
                 "export",
@@ -167,7 +139,7 @@ class RecipeRun:
         judged = () if pair.calibration.parent in roles else (pair.calibration,)
         tested = recipe.evaluate.tasks or tasks
         asked = {
-            **self._shared(),
+            **self.shared(),
             "loop": recipe.loop.describe(),
             "batch_rows": recipe.evaluate.batch_rows,
             "folder": recipe.data.folder,
@@ -176,7 +148,7 @@ class RecipeRun:
             Stage(
                 f"merge{pair.suffix}",
                 {"tasks": tasks, "seed": recipe.seed, **asdict(pair.section)},
-                tuple(self._adapter(task) for task in tasks),
+                tuple(self.adapter(task) for task in tasks),
                 roles,
                 partial(self._merge, pair),
                 (CALIBRATION_FILE,),
@@ -187,7 +159,7 @@ class RecipeRun:
             *([] if pair.adapter else merging),
             Stage(
                 f"calibrate{pair.suffix}",
-                {**asked, "tasks": tasks, "items": recipe.data.calibration_items, "files": self._hashes(tasks)},
+                {**asked, "tasks": tasks, "items": recipe.data.calibration_items, "files": self.hashes(tasks)},
                 read,
                 (pair.calibration,),
                 partial(self._calibrate, pair),
@@ -203,9 +175,9 @@ class RecipeRun:
                     "tasks": tested,
                     "trained": tasks,
                     **asdict(recipe.evaluate),
-                    "files": self._hashes(tested),
+                    "files": self.hashes(tested),
                 },
-                (*(self._corpus(task) for task in tasks), *read, *judged),
+                (*(self.corpus(task) for task in tasks), *read, *judged),
                 (pair.report,),
                 partial(self._evaluate, pair),
                 resumed=(JOURNAL_FILE,),
@@ -213,36 +185,21 @@ class RecipeRun:
             ),
         ]
 
-    def _shared(self) -> dict[str, Any]:
+    def shared(self) -> dict[str, Any]:
         """What every stage before the export depends on."""
         return {"base": self._fingerprint, "template": self.template.hash, "seed": self.recipe.seed}
 
-    def _hashes(self, tasks: Sequence[str]) -> dict[str, dict[str, str]]:
+    def hashes(self, tasks: Sequence[str]) -> dict[str, dict[str, str]]:
         """The bytes of the files that questions of ``tasks`` may come from."""
         data = self.recipe.data
         return {task: {path.name: files.sha256_file(path) for path in data.files_of(task)} for task in tasks}
 
-    def _data(self, task: str) -> None:
-        rows, chosen = training_rows(self.recipe, task)
-        if chosen.note(task):
-            self.progress.message(chosen.note(task))
-        about = {"seed": self.recipe.seed, "task": task, "split": chosen.split}
-        save_corpus(self._corpus(task), rows, self.template, about, chosen.file_questions)
-
-    def _train(self, task: str) -> None:
-        corpus = load_corpus(self._corpus(task))
-        # Of another run only checkpoints can be here, of one that was killed; they are used if they are of this run.
-        saving = Saving(self._adapter(task), resume="replace")
-        adapter = train(
-            self.base, corpus, self.recipe.train, label=f"train {task}", progress=self.progress, saving=saving
-        )
-        adapter.manifest["task"] = task
-        finish(adapter, saving)
-
     def _merge(self, pair: MergedPair) -> None:
-        pool = [self._adapter(task) for task in self.recipe.data.tasks]
+        pool = [self.adapter(task) for task in self.recipe.data.tasks]
         for role, folder in zip(("draft", "verify"), pair.roles.values(), strict=True):
             options = replace(pair.section.options(role), seed=self.recipe.seed)
+            if self.recipe.train.grows and options.rank is None:  # adapters of a higher rank than was asked for
+                options = replace(options, rank=self.recipe.train.rank)
             merged = merge(pool, options, self.progress)
             merged.save(folder)
             for warning in merged.manifest["merge"]["warnings"]:
@@ -290,7 +247,7 @@ class RecipeRun:
         questions = asked(chosen)
         overlap = check_overlap(questions, seen, section.allow_overlap, "test")
         about = describe_run(pipeline, questions, section.batch_rows, timed=section.timed)
-        trained_on = training_questions(self._corpus(task) for task in self.recipe.data.tasks)
+        trained_on = training_questions(self.corpus(task) for task in self.recipe.data.tasks)
         report_run(
             pipeline, questions, about, overlap, pair.report, timed=section.timed,
             batch_rows=section.batch_rows, seed=self.recipe.seed, replace=True, progress=self.progress,
@@ -371,10 +328,12 @@ class RecipeRun:
         report = files.read_json_object(self.pairs[-1].report / "report.json")
         return {**report["draft_verify"], "drafter": report["drafter"]}
 
-    def _corpus(self, task: str) -> Path:
+    def corpus(self, task: str) -> Path:
+        """The folder of a task's corpus."""
         return self.out / "data" / folder_name(task)
 
-    def _adapter(self, task: str) -> Path:
+    def adapter(self, task: str) -> Path:
+        """The folder of a task's adapter in the pool."""
         return self.out / "pool" / folder_name(task)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -29,7 +28,9 @@ from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.merging.methods import ROLE_TAU, find_method, needs_directions, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
+from mlx_rsgwm.merging.round_merge import check_rounds
 from mlx_rsgwm.models.adapter import SIGNALS
+from mlx_rsgwm.recipes.sections import AverageSection, EvaluateSection, ExportSection
 from mlx_rsgwm.training.config import TrainConfig
 
 FOLDER = Path(__file__).parent  # of the shipped recipes
@@ -229,55 +230,11 @@ class LoopSection:
 
 
 @dataclass(frozen=True)
-class EvaluateSection:
-    """What to evaluate on: ``items`` test questions of each task (default: the trained ones), ``timed`` one by one.
-
-    ``allow_overlap``: ask what was trained or calibrated on, too; the report says so above its figures.
-    """
-
-    tasks: tuple[str, ...] = ()
-    items: int = 25
-    timed: int = 12
-    batch_rows: int = 32
-    allow_overlap: bool = False
-
-    def __post_init__(self) -> None:
-        least = {"items": 1, "timed": 0, "batch_rows": 1}
-        problems = [
-            f"{name} must be at least {low}, found {value}"
-            for name, low in least.items()
-            if (value := getattr(self, name)) < low
-        ]
-        if len(set(self.tasks)) != len(self.tasks):
-            problems.append(f"tasks must be named once each, found {', '.join(self.tasks)}")
-        raise_problems("recipe, evaluate", problems)
-
-
-@dataclass(frozen=True)
-class ExportSection:
-    """``peft``: write both adapters in PEFT's format. ``parity``: compare the drafter with torch + PEFT."""
-
-    peft: bool = True
-    parity: bool = True
-    tolerance: float = 1e-3
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not 0 < self.tolerance < float("inf"):
-            problems.append(f"tolerance must be above 0, found {self.tolerance}")
-        missing = [name for name in ("torch", "peft") if find_spec(name) is None] if self.parity else []
-        if missing:
-            problems.append(
-                f"parity needs {' and '.join(missing)}: pip install 'mlx-rsgwm[torch]', or set export.parity to false"
-            )
-        raise_problems("recipe, export", problems)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A job. Every section but ``data`` has defaults; ``train`` is a :class:`TrainConfig`; ``name`` is the file's.
 
-    With one task its adapter drafts and verifies, and nothing is merged.
+    With one task its adapter drafts and verifies, and nothing is merged. ``average`` puts an average of each run's
+    checkpoints in the place of its last weights; ``train.rounds`` trains all tasks in rounds.
 
     ``paper``: another merge of the same pool, calibrated and evaluated beside ``merge`` on the same questions.
     """
@@ -288,6 +245,7 @@ class Recipe:
     template: str = "plain"
     seed: int = DEFAULT_SEED
     train: TrainConfig = field(default_factory=TrainConfig)
+    average: AverageSection | None = None
     merge: MergeSection = field(default_factory=MergeSection)
     paper: MergeSection | None = None
     loop: LoopSection = field(default_factory=LoopSection)
@@ -303,6 +261,7 @@ class Recipe:
             problems.append("train.validate_every needs held-out rows, which a recipe does not set aside; leave it out")
         if self.train.fine_tune_type != "lora":
             problems.append(f"train.fine_tune_type is {self.train.fine_tune_type}; only lora adapters can be merged")
+        problems += self._problems_of_rounds()
         for section in (self.merge, self.paper):
             problems += section.problems_with(self.data) if section else []
             if section and len(self.data.tasks) > 1 and section.needs_directions and not self.train.directions:
@@ -326,6 +285,24 @@ class Recipe:
         except RsgwmError as error:
             problems.append(str(error))
         raise_problems("recipe", problems)
+
+    def _problems_of_rounds(self) -> list[str]:
+        """What would stop training in rounds, or the merges of what it leaves."""
+        if self.train.rounds is None:
+            return []
+        problems = []
+        if len(self.data.tasks) < 2:
+            problems.append("train.rounds merges a pool, and data.tasks names one task; leave it out")
+        if self.average:
+            problems.append("train.rounds leaves no checkpoints to average; leave out average or train.rounds")
+        if "rounds" in map(folder_name, self.data.tasks):
+            problems.append("with train.rounds no task can be called rounds, which is a folder of the pool")
+        for name, section in (("merge", self.merge), ("paper", self.paper)):
+            factors = section is not None and resolved(section.options("draft")).get("space") == "factor"
+            if factors and self.train.rounds.mode != "accumulate":
+                problems.append(f"{name}: adapters of rounds share no initialisation; set parameters.space product")
+        check_rounds(self.train)
+        return problems
 
     @property
     def verifiers(self) -> tuple[str, ...]:

@@ -190,7 +190,7 @@ def _mean_module(
     measured: dict[str, float],
 ) -> dict[str, mx.array]:
     """A module's averaged arrays, float32; what both means are like is added to ``measured``."""
-    mean = {name: _mean([each[name] for each in arrays], weights) for name in arrays[0]}
+    mean = {name: mean_array([each[name] for each in arrays], weights) for name in arrays[0]}
     a, b = f"{module}.lora_a", f"{module}.lora_b"
     if mean[a].ndim != 2:  # experts: their products are not formed
         return mean
@@ -205,7 +205,7 @@ def _mean_module(
     return mean if space == "factor" else {a: product.factors.a, b: product.factors.b / scale}
 
 
-def _mean(arrays: Sequence[mx.array], weights: np.ndarray) -> mx.array:
+def mean_array(arrays: Sequence[mx.array], weights: np.ndarray) -> mx.array:
     """Σ w_x θ_x, summed in float64, as float32."""
     total = np.zeros(arrays[0].shape)
     for array, weight in zip(arrays, weights, strict=True):
@@ -214,9 +214,15 @@ def _mean(arrays: Sequence[mx.array], weights: np.ndarray) -> mx.array:
 
 
 def _mean_importance(adapters: Sequence[Adapter], weights: np.ndarray) -> dict[str, mx.array]:
-    """The same of the importances that all checkpoints have."""
-    shared = [name for name in adapters[-1].importance if all(name in adapter.importance for adapter in adapters)]
-    return {name: _mean([adapter.importance.pop(name) for adapter in adapters], weights) for name in shared}
+    """The same of the importances, each over the checkpoints that have it: the first may have seen one role alone."""
+    means = {}
+    for name in list(adapters[-1].importance):
+        places = [place for place, adapter in enumerate(adapters) if name in adapter.importance]
+        shares = weights[places]
+        if shares.sum() > 0:
+            arrays = [adapters[place].importance.pop(name) for place in places]
+            means[name] = mean_array(arrays, shares / shares.sum())
+    return means
 
 
 def _check_alike(weighted: Weighted, adapters: Sequence[Adapter], space: str) -> None:

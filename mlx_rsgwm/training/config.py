@@ -13,6 +13,7 @@ from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import raise_problems
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.models.adapter import LoraSpec
+from mlx_rsgwm.training.rounds import ACCUMULATE, FREEZE_A, Rounds
 from mlx_rsgwm.training.schedule import RateSchedule
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -41,6 +42,7 @@ class TrainConfig:
     checkpointing). ``lr_schedule``, one of mlx-lm's, decides the rates instead of ``schedule`` and ``warmup``. ``eps``
     and ``bias_correction`` are Adam's. ``directions`` is k of the sketches that are kept of the modules' inputs
     (:mod:`~mlx_rsgwm.training.directions`; 0 for none), of every nth token, n = ``directions_every``.
+    ``rounds`` shares the steps out among rounds, between which a pool is merged.
     """
 
     rank: int = 16
@@ -74,6 +76,7 @@ class TrainConfig:
     lr_schedule: RateSchedule | None = None
     directions: int = 64
     directions_every: int = 4
+    rounds: Rounds | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -114,7 +117,21 @@ class TrainConfig:
         for name in ("patience", "select"):
             if getattr(self, name) not in (0, "last") and not self.validate_every:
                 problems.append(f"{name} = {getattr(self, name)!r} needs validate_every")
+        if self.rounds and self.fine_tune_type != "lora":
+            problems.append(f"rounds are for lora adapters, found fine_tune_type {self.fine_tune_type}")
+        if self.freezes_a and (self.weight_decay or not self.eps):
+            problems.append("rounds of mode freeze_a need weight_decay 0 and eps above 0, or lora_a would change")
         raise_problems("training config", problems)
+
+    @property
+    def freezes_a(self) -> bool:
+        """Whether lora_a stays as it is."""
+        return self.rounds is not None and self.rounds.mode == FREEZE_A
+
+    @property
+    def grows(self) -> bool:
+        """Whether the adapters of a pool get a higher rank than ``rank``, by what they were trained on top of."""
+        return self.rounds is not None and self.rounds.mode == ACCUMULATE
 
     @property
     def scale(self) -> float:
@@ -133,7 +150,7 @@ class TrainConfig:
     def describe(self) -> dict[str, Any]:
         """JSON object of all settings; those that came later are in it where they are not at their defaults."""
         values = {**asdict(self), "keys": list(self.keys)}
-        for name in ("eps", "bias_correction", "lr_schedule", "directions", "directions_every"):
+        for name in ("eps", "bias_correction", "lr_schedule", "directions", "directions_every", "rounds"):
             if values[name] == getattr(TrainConfig, name):
                 del values[name]
         if self.lr_schedule:

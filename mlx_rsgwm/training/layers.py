@@ -18,9 +18,9 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.nearest import nearest
-from mlx_rsgwm.models.adapter import LoraSpec
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.fit_check import linear_shape
-from mlx_rsgwm.models.hooks import Call, block_names, calls_wrapped, modules_replaced
+from mlx_rsgwm.models.hooks import Call, block_names, calls_wrapped, modules_replaced, outputs_changed
 from mlx_rsgwm.models.linux_cpu import Dropout, applies
 
 LAYERS: dict[str, Any] = {"lora": LoRALinear, "dora": DoRALinear}
@@ -155,6 +155,31 @@ def lora_layers(model: Any, spec: LoraSpec, seed: int) -> Iterator[dict[str, mx.
     init = initial_factors({name: factor_shape(module) for name, module in modules.items()}, spec.rank, seed)
     with adapted(model, modules, spec, init):
         yield init
+
+
+@contextmanager
+def updates_beneath(model: Any, adapter: Adapter | None) -> Iterator[None]:
+    """The layers of ``model`` also add what ``adapter`` adds, which is not trained; without one, nothing changes.
+
+    Raises:
+        RsgwmError: it adapts an embedding, or a layer with several experts.
+    """
+    if adapter is None:
+        yield
+        return
+    present = dict(model.named_modules())
+    factors = {module: (a, adapter.spec.scale * b) for module, a, b in adapter.factors()}
+    raise_problems(
+        "cannot be trained on top of",
+        [name for name, (a, _) in factors.items() if a.ndim != 2 or isinstance(present.get(name), LoRAEmbedding)],
+    )
+
+    def add(name: str, x: mx.array, y: mx.array) -> mx.array:
+        a, b = factors[name]
+        return y + ((x @ a) @ b).astype(y.dtype)
+
+    with outputs_changed(model, factors, add):
+        yield
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:

@@ -27,16 +27,17 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.signals import deferred_interrupts
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.batching import TokenRow, plan_steps, row_notes
-from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of_base
+from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of, record_of_base
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.training.checkpoints import Saving, clear_run, prune, read_checkpoint
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
-from mlx_rsgwm.training.layers import expert_keys, linear_keys, lora_layers
+from mlx_rsgwm.training.layers import expert_keys, linear_keys, lora_layers, updates_beneath
 from mlx_rsgwm.training.losses import held_out_loss
 from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estimate, estimate, memory_line, memory_now
 from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
+from mlx_rsgwm.training.rounds import round_steps
 from mlx_rsgwm.training.state import TrainingRun
 from mlx_rsgwm.training.warm_start import WarmStart
 
@@ -73,13 +74,15 @@ def train(
     processes: Processes = ALONE,
     warm_start: WarmStart | None = None,
     test: TrainingData | None = None,
+    beneath: Adapter | None = None,
 ) -> Adapter:
     """Train one adapter on ``corpus`` and return it with importance, initialisation and provenance.
 
     The base model is left as it was found. ``held_out`` is scored before and after, and as ``config`` says in between.
     ``saving`` keeps checkpoints and snapshots in the adapter's folder; the caller saves the adapter there afterwards.
     Of several ``processes`` all return the same adapter, and only the first writes. ``warm_start`` are weights to begin
-    with; such an adapter records no initialisation. ``test`` is scored once, at the end.
+    with; such an adapter records no initialisation. ``test`` is scored once, at the end. ``beneath`` is an adapter that
+    the base has on all the while, and that does not change.
 
     Raises:
         RsgwmError: rows that do not fit, keys that match nothing, a rank above a layer's dimensions, too little memory,
@@ -90,9 +93,10 @@ def train(
     config = _with_keys(base, config, message)
     memory = memory or MemoryOptions()
     memory.apply()
-    data = _read_data(base, corpus, held_out, test, config, warm_start, message)
-    plan = plan_steps(data.train.rows, config.step_rows, config.seed, config.epochs, config.steps)
+    data = _read_data(base, corpus, held_out, test, config, (warm_start, beneath), message)
+    plan = plan_of(data.train.rows, config)
     started_from = {"warm_start": warm_start.describe()} if warm_start else {}
+    started_from |= {"beneath": beneath.content_hash()} if beneath else {}
     identity = {**_identity(base, corpus, config, held_out, processes), **started_from}
     about = {**_provenance(base, corpus, config, data), **started_from, **_seen_before(corpus, data)}
     started = time.monotonic()
@@ -101,6 +105,7 @@ def train(
         init = stack.enter_context(lora_layers(model, config.spec(), config.init_seed))
         for note in warm_start.put_into(model, config.scale) if warm_start else ():
             message(note)
+        stack.enter_context(updates_beneath(model, beneath))
         run = TrainingRun(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
         need = _estimate(base, data.train.rows, config, processes, run.directions.nbytes)
         progress.detail(f"{label}: {check_estimate(need, memory.enforce)}")
@@ -175,7 +180,7 @@ def _read_data(
     held_out: TrainingData | None,
     test: TrainingData | None,
     config: TrainConfig,
-    warm_start: WarmStart | None,
+    before: tuple[WarmStart | None, Adapter | None],
     message: Callable[[str], None],
 ) -> _Data:
     """Tokenise all data, and tell what is left out, cut, or asked both in training and elsewhere.
@@ -195,10 +200,11 @@ def _read_data(
             f"{held.dropped} held-out rows of {len(held.rows) + held.dropped} left out, {cut} cut: "
             f"they have more than {config.max_tokens} tokens"
         )
-    before = record_of_base(base.path)
-    if warm_start:
-        before |= warm_start.record
-    seen = RowRecord.of_keys(row.keys for row in train.rows) | before
+    warm_start, beneath = before
+    trained = record_of_base(base.path)
+    trained |= warm_start.record if warm_start else RowRecord()
+    trained |= record_of(beneath.manifest, beneath.name) if beneath else RowRecord()
+    seen = RowRecord.of_keys(row.keys for row in train.rows) | trained
     held, tested = (replace(rows, also_trained=sum(seen.has(row.keys) for row in rows.rows)) for rows in (held, tested))
     for name, rows in (("held-out", held), ("test", tested)):
         if rows.also_trained:
@@ -208,11 +214,25 @@ def _read_data(
             )
     if config.validate_every and not held.rows:
         raise RsgwmError(f"validate_every is {config.validate_every}, but there are no held-out rows to score")
-    return _Data(train, held, tested, before)
+    return _Data(train, held, tested, trained)
+
+
+def plan_of(rows: Sequence[TokenRow], config: TrainConfig) -> list[list[int]]:
+    """Indices of the rows of every step of a run, or of one round of it.
+
+    Raises:
+        RsgwmError: steps that the rounds cannot share; all rounds at once, which only a pool trains.
+    """
+    plan = plan_steps(rows, config.step_rows, config.seed, config.epochs, config.steps)
+    if config.rounds is None:
+        return plan
+    if not config.rounds.number:
+        raise RsgwmError("rounds are for a pool, which is merged between them: rsgwm pool train --rounds")
+    return round_steps(plan, [rows[step[0]].role for step in plan], config.rounds)
 
 
 def _warn_of_few_steps(steps: int, config: TrainConfig, message: Callable[[str], None]) -> None:
-    if steps < FEW_STEPS and not config.steps:
+    if steps < FEW_STEPS and not config.steps and not config.rounds:
         more = math.ceil(3 * FEW_STEPS / steps) * config.epochs
         message(f"only {steps} steps, few to learn from; more rows, or --epochs {more}")
 

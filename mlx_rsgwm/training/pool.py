@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlx_rsgwm.core import files
@@ -13,13 +14,14 @@ from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.resume import differing
-from mlx_rsgwm.models.adapter import MANIFEST_FILE, is_complete
+from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.base_folder import base_difference
 from mlx_rsgwm.training.checkpoints import Saving, drop_state
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train
 from mlx_rsgwm.training.memory import MemoryOptions
+from mlx_rsgwm.training.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ def train_pool(
     memory: MemoryOptions | None = None,
     progress: Progress = SILENT,
     processes: Processes = ALONE,
+    warm_start: WarmStart | None = None,
+    beneath: Adapter | None = None,
 ) -> list[str]:
     """Train every member that is not finished, into ``saving.folder``/name; returns the names trained here.
 
-    All share ``config`` and with it the seed of lora_a. ``saving.resume`` holds for each. With several ``processes``
-    each takes every size-th member as a whole.
+    All share ``config`` and with it the seed of lora_a, and ``warm_start`` or ``beneath``, as training takes them.
+    ``saving.resume`` holds for each. With several ``processes`` each takes every size-th member as a whole.
 
     Raises:
         RsgwmError: two members of one name, a finished member that was trained otherwise, whatever training raises.
@@ -52,7 +56,8 @@ def train_pool(
     double = sorted({name for name in names if names.count(name) > 1})
     raise_problems("pool", [f"two members are named {name}" for name in double])
     for member in members:
-        _check_finished(saving.folder / member.name, base, member, config)
+        started = {"warm_start": warm_start.describe() if warm_start else None}
+        check_finished(saving.folder / member.name, base, member, config, started)
     trained = []
     for member in members[processes.rank :: processes.size]:
         folder = saving.folder / member.name
@@ -71,6 +76,8 @@ def train_pool(
                 progress,
                 member_saving,
                 memory=memory,
+                warm_start=warm_start,
+                beneath=beneath,
             )
             adapter.manifest["task"] = member.name
             finish(adapter, member_saving)
@@ -120,16 +127,23 @@ def _mean_loss(history: Sequence[Sequence[Any]]) -> float:
     return float(sum(line[2] * line[3] for line in history) / tokens)
 
 
-def _check_finished(folder: Path, base: Base, member: Member, config: TrainConfig) -> None:
-    """Refuse to take a finished adapter for one of this pool when it is not."""
+def check_finished(
+    folder: Path, base: Base, member: Member, config: TrainConfig, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Refuse to take a finished adapter for one of this pool when it is not; ``more`` of its manifest must hold, too.
+
+    Raises:
+        RsgwmError: it was trained with another base, data or settings, by name.
+    """
     if not is_complete(folder):
         return
     manifest = files.read_json_object(folder / MANIFEST_FILE)
     before = {
         "config": manifest.get("config"),
         "data": (manifest.get("data") or {}).get("hash"),
+        **{name: manifest.get(name) for name in more},
     }
-    now = {"config": config.describe(), "data": member.data.hash}
+    now = {"config": config.describe(), "data": member.data.hash, **more}
     differences = differing(before, now)
     chat = (manifest.get("template") or {}).get("chat") is not False
     other_base = base_difference((manifest.get("base") or {}).get("fingerprint") or "", base.fingerprint, chat)

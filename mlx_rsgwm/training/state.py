@@ -147,6 +147,10 @@ class TrainingRun:
         self._blocks = 0
         self.model.train()
         loss, gradients = self._gradients(indices)
+        if self.config.freezes_a:  # a gradient of zero: Adam leaves it at that, and so its importance
+            gradients = {
+                name: mx.zeros_like(value) if name.endswith(".lora_a") else value for name, value in gradients.items()
+            }
         role = self.rows[indices[0]].role
         self.importance.update(role, gradients)
         if keep_sum:

@@ -62,6 +62,14 @@ KINDS = {
                                    "--corpus", work / "corpus/groups", "--out", place / "out", "--resume", *SMALL],
         ("out/change/adapters.safetensors", "out/groups/adapters.safetensors"),
     ),
+    "pool train --rounds": Kind(
+        lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",
+                                   "--corpus", work / "corpus/groups", "--out", place / "out", *SMALL, "--rounds", 3,
+                                   "--directions", 2, "--resume"],
+        ("out/change/adapters.safetensors", "out/groups/adapters.safetensors", "out/change/directions.safetensors",
+         "out/groups/importance.safetensors", "out/rounds/round-01/merged/adapters.safetensors",
+         "out/rounds/round-03/merged/adapters.safetensors", "out/rounds/round-02/round.json"),
+    ),
     "directions collect": Kind(
         lambda work, base, place: ["directions", "collect", place / "pool/change", "--corpus", work / "corpus/change",
                                    "--replace"],

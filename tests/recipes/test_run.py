@@ -181,7 +181,7 @@ def test_interrupted_run_keeps_what_was_finished(recipe_file, tmp_path, monkeypa
 
 
 def test_shipped_recipes_are_valid():
-    assert shipped_recipes() == ["demo", "paper"]
+    assert shipped_recipes() == ["demo", "paper", "rounds"]
     paper = load_recipe("paper")
     assert paper.data.rows == 810
     assert sum(sum(paper.data.budget(task)) for task in paper.data.tasks) == 810
@@ -327,3 +327,60 @@ def test_the_pool_of_a_run_verifies(recipe_file, tmp_path, monkeypatch):
     assert mean["executed"] == ["calibrate", "evaluate"]
     with pytest.raises(RsgwmError, match=r"loop.verifier: 'pool/x' matches none of verifier, pool/change, pool/groups"):
         load_recipe(recipe_file(), ["loop.verifier=pool/x"])
+
+
+ROUNDS = {"rank": 4, "alpha": 8, "epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "directions": 4}
+
+
+@pytest.mark.parametrize("mode", ["avg_product", "accumulate"])
+def test_a_pool_is_trained_in_rounds(recipe_file, tmp_path, mode):
+    train = {**ROUNDS, "rounds": {"count": 2, "mode": mode}}
+    path, out = (
+        recipe_file(train=train, merge={"method": "regmean"}, evaluate={"items": 2, "timed": 0}),
+        tmp_path / "out",
+    )
+    first = run_recipe(load_recipe(path), out)
+    assert first["executed"] == [*STAGES[:2], "train-in-rounds", *STAGES[4:]]
+    assert Adapter.load(out / "pool/change").spec.rank == (8 if mode == "accumulate" else 4)
+    assert Adapter.load(out / "drafter").spec.rank == 4
+    assert (out / "pool/rounds/round-02/round.json").is_file()
+    weights = [path for path in contents(out) if path.endswith("adapters.safetensors") and "export" not in path]
+    written = {path: (out / path).read_bytes() for path in weights}
+    assert run_recipe(load_recipe(path), out)["executed"] == []
+    (out / "pool/rounds/round-01/round.json").unlink()  # what is deleted is made again, to the same bits
+    assert run_recipe(load_recipe(path), out)["executed"][0] == "train-in-rounds"
+    assert {path: (out / path).read_bytes() for path in weights} == written
+
+
+def test_averages_of_checkpoints_make_the_pool(recipe_file, tmp_path):
+    path = recipe_file(train=ROUNDS, average={"save_every": 1, "metric": "steps"}, evaluate={"items": 2, "timed": 0})
+    first = run_recipe(load_recipe(path), tmp_path / "out")
+    stages = [f"{name}-{task}" for name in ("data", "train", "average") for task in ("change", "groups")]
+    assert first["executed"] == [*stages, *STAGES[4:]]
+    averaged = Adapter.load(tmp_path / "out/pool/change")
+    assert averaged.manifest["task"] == "change"
+    assert len(averaged.manifest["average"]["checkpoints"]) == 4
+    assert averaged.manifest["average"]["metric"] == "steps"
+    assert averaged.importance_of("draft")  # which the merge has used
+    assert run_recipe(load_recipe(path), tmp_path / "out")["executed"] == []
+    again = run_recipe(load_recipe(path, ["average.penalty=0.5"]), tmp_path / "out")
+    assert again["executed"] == [*stages[4:], *STAGES[4:]]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"average": {"penalty": 0}}, "penalty = 0"), ({"average": {"save_every": 0}}, "save_every must be at least 1"),
+    ({"train": {"rounds": {"count": 2}}, "average": {}, "merge": {"method": "linear"}}, "no checkpoints to average"),
+    ({"train": {"rounds": {"count": 2}}}, "share no initialisation; set parameters.space product"),
+    ({"train": {"rounds": {"count": 2, "method": "rsgwm"}}, "merge": {"method": "linear"}}, "no tau"),
+    ({"train": {"rounds": {"mode": "freeze_a"}}}, "count"), ({"train": {"rounds": {"count": 2, "modes": 1}}}, "modes"),
+])  # fmt: skip
+def test_what_stops_rounds_and_averages_is_told_first(recipe_file, changes, message):
+    with pytest.raises(RsgwmError, match=message):
+        load_recipe(recipe_file(**changes))
+
+
+def test_steps_that_rounds_cannot_share_are_told_before_any_training(recipe_file, tmp_path):
+    path = recipe_file(train={**ROUNDS, "rounds": {"count": 5}}, merge={"method": "linear"})
+    with pytest.raises(RsgwmError, match="cannot be shared out among 5 rounds"):
+        run_recipe(load_recipe(path), tmp_path / "out")
+    assert not list((tmp_path / "out/pool").glob("*/*"))
