@@ -58,10 +58,10 @@ class Processes:
         mine = (content or b"") if self.rank == owner else b""
         sizes = np.zeros(2, dtype=np.int32)  # whole messages, and the rest
         sizes[:] = divmod(len(mine), CHUNK)
-        whole, rest = np.array(self._all_sum(mx.array(sizes))).tolist()
+        chunks, rest = np.array(self._all_sum(mx.array(sizes))).tolist()
         pieces = []
-        for start in range(0, whole * CHUNK + rest, CHUNK):
-            length = min(CHUNK, whole * CHUNK + rest - start)
+        for start in range(0, chunks * CHUNK + rest, CHUNK):
+            length = min(CHUNK, chunks * CHUNK + rest - start)
             piece = np.zeros(length, dtype=np.uint8)
             if self.rank == owner:
                 piece[:] = np.frombuffer(mine[start : start + length], dtype=np.uint8)

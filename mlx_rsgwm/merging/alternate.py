@@ -225,8 +225,8 @@ class _RoundsRun:
             if name in own_names:
                 member = own_names[name]
                 adapter = Adapter.load(self.place(number) / name)
-                own = on_top(self.state, adapter) if self.rounds.mode == ACCUMULATE else adapter
-                losses = {"own": self._loss(slots, own, name), "merged": self._loss(slots, merged, name)}
+                by_itself = on_top(self.state, adapter) if self.rounds.mode == ACCUMULATE else adapter
+                losses = {"own": self._loss(slots, by_itself, name), "merged": self._loss(slots, merged, name)}
                 losses["base"] = first[name]["base"] if first else self._loss(slots, None, name)
                 rows, held = len(self.scored[name]), member.held_out is not None
                 about = {"data": member.data.hash, "scored_rows": rows, "held_out": held}

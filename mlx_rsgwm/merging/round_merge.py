@@ -149,10 +149,10 @@ def _updates(
 ) -> tuple[Factors | None, list[Factors]]:
     """θ of a module, and what each task added to it."""
     before = None if state is None else _factors(state, module)
-    own = [_factors(adapter, module) for adapter in adapters]
+    updates = [_factors(adapter, module) for adapter in adapters]
     if before is None or accumulated:
-        return before, own
-    return before, [stack((update, before), (1.0, -1.0)) for update in own]
+        return before, updates
+    return before, [stack((update, before), (1.0, -1.0)) for update in updates]
 
 
 def _mean_factors(
@@ -201,11 +201,11 @@ def _by_products(
 
 def _mean_of_all(state: Adapter | None, adapters: Sequence[Adapter], module: str, alpha: float) -> Factors:
     """(1 − α) θ + α · mean ΔW_t: θ + α · mean (ΔW_t − θ), without the factors of θ in every term."""
-    own = [_factors(adapter, module) for adapter in adapters]
-    shares = [alpha / len(own)] * len(own)
+    updates = [_factors(adapter, module) for adapter in adapters]
+    shares = [alpha / len(updates)] * len(updates)
     if state is None or alpha == 1:
-        return stack(own, shares)
-    return stack((_factors(state, module), *own), [1 - alpha, *shares])
+        return stack(updates, shares)
+    return stack((_factors(state, module), *updates), [1 - alpha, *shares])
 
 
 def _of_training_size(update: Factors) -> Factors:
@@ -234,9 +234,9 @@ def _stacked(adapter: Adapter, other: Adapter, sign: float) -> Adapter:
         below_a, below_b = other.weights[f"{module}.lora_a"], other.weights[f"{module}.lora_b"]
         factor = sign * other.spec.scale / adapter.spec.scale
         pairs = {"lora_a": (a, below_a, 1), "lora_b": (b, factor * below_b, 0)}
-        for leaf, (own, below, axis) in pairs.items():
+        for leaf, (array, below, axis) in pairs.items():
             name = f"{module}.{leaf}"
-            weights[name] = mx.concatenate([own, below.astype(own.dtype)], axis=axis)
+            weights[name] = mx.concatenate([array, below.astype(array.dtype)], axis=axis)
             for signal in signals:
                 entry = adapter.importance[f"{signal}/{name}"]
                 importance[f"{signal}/{name}"] = mx.concatenate([entry, mx.zeros(below.shape)], axis=axis)
