@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,7 @@ def run_one(base: Base, task: str, seed: int, options: argparse.Namespace) -> di
     figures = {}
     for name, weighted in variants(run_checkpoints([out])).items():
         path = folder / "figures" / f"{name}.json"
-        figures[name] = stamped(
-            path, key, lambda name=name, weighted=weighted: measured(base, name, weighted, data["test"], asked, options)
-        )
+        figures[name] = stamped(path, key, partial(measured, base, name, weighted, data["test"], asked, options))
         loss = float(np.mean(figures[name]["loss"]))
         print(f"{task}, seed {seed}, {name}: {loss:.4f} nats per token, a row's mean", flush=True)
     return figures

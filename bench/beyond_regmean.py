@@ -22,6 +22,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +131,23 @@ def by_curvature(base: Base, pool: Sequence[Adapter], rows: Sequence[DraftRows],
             for (gram, moment), target in zip(pairs, targets, strict=True)
         ]
         pairs = [(weight * gram, moment) for weight, (gram, moment) in zip(weights, pairs, strict=True)]
-        right = sum(gram @ target @ moment for (gram, moment), target in zip(pairs, targets, strict=True))
-        inputs, outputs = sum(gram for gram, _ in pairs), sum(moment for _, moment in pairs)
+        right = np.sum([between([pair], target) for pair, target in zip(pairs, targets, strict=True)], axis=0)
+        inputs: Matrix = np.sum([gram for gram, _ in pairs], axis=0)
+        outputs: Matrix = np.sum([moment for _, moment in pairs], axis=0)
         inverses = np.linalg.inv(inputs), np.linalg.inv(outputs)
         solved = conjugate_gradients(
-            lambda x, pairs=pairs: sum(gram @ x @ moment for gram, moment in pairs),
-            lambda x, by=inverses: by[0] @ x @ by[1],
+            partial(between, pairs),
+            partial(between, [inverses]),
             right,
             update(start, name),
         )
         updates[name] = cut(solved, inputs, outputs, start.spec.rank)
     return like(start, updates)
+
+
+def between(pairs: Sequence[tuple[Matrix, Matrix]], x: Matrix) -> Matrix:
+    """Σ G x H over the pairs (G, H)."""
+    return np.sum([gram @ x @ moment for gram, moment in pairs], axis=0)
 
 
 def conjugate_gradients(

@@ -87,17 +87,17 @@ class Behaviour:
 
 def retention(source: Measured, merged: np.ndarray, seed: int = DEFAULT_SEED) -> Retention:
     """What a merge with nats ``merged`` (rows,) on the source's rows keeps of it; 1000 resamples of rows."""
-    losses = [source.mean(nats) for nats in (source.base, source.alone, merged)]
+    base, alone, left_over = (source.mean(nats) for nats in (source.base, source.alone, merged))
     size = len(source.rows), int(source.tokens.sum())
     if source.eligibility(seed).verdict != ELIGIBLE:
-        return Retention(source.data, *losses, None, None, None, *size)
+        return Retention(source.data, base, alone, left_over, None, None, None, *size)
     gained, left = source.base - source.alone, source.base - merged
 
     def share(drawn: np.ndarray) -> float:
         return float(left[drawn].sum() / gained[drawn].sum())
 
     low, high = percentile_interval(resampled(share, len(merged), seed, RESAMPLES))
-    return Retention(source.data, *losses, share(np.arange(len(merged))), low, high, *size)
+    return Retention(source.data, base, alone, left_over, share(np.arange(len(merged))), low, high, *size)
 
 
 def judge_on_data(

@@ -173,8 +173,10 @@ def passes_of(
         on_shared = gradient_sketches(slots, shared, places, width)
         states = block_states(slots, shared)
     update = {
-        name: projected_update(*(np.array(f.astype(mx.float32), np.float64) for f in (a, b)), width)
-        * adapter.spec.scale
-        for name, a, b in adapter.factors()
+        name: projected_update(_float64(a), _float64(b), width) * adapter.spec.scale for name, a, b in adapter.factors()
     }
     return Passes(gradients, gradients.pop(embedding.name), on_shared, states, update)
+
+
+def _float64(factor: mx.array) -> np.ndarray:
+    return np.array(factor.astype(mx.float32), np.float64)

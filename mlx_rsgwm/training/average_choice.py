@@ -59,7 +59,7 @@ class Choice:
 
 def candidates(checkpoints: int, options: AverageOptions, fixed: Sequence[str] = ()) -> list[AverageOptions]:
     """Settings that are tried: every combination of those that ``fixed`` does not name."""
-    grid = {
+    grid: dict[str, list[Any]] = {
         "last": [*(last for last in LAST if last < checkpoints), 0],
         "penalty": list(PENALTIES),
         "power": list(POWERS),

@@ -44,7 +44,7 @@ class AverageOptions:
         raise_problems("average", problems)
 
 
-def average_ranks(values: Sequence[float]) -> np.ndarray:
+def average_ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """0-based ranks from the lowest value, (n,) float64; equal values share the mean of their ranks."""
     array = np.asarray(values, dtype=np.float64)
     below = (array[None, :] < array[:, None]).sum(axis=1)

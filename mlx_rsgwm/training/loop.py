@@ -95,7 +95,7 @@ def train(
     memory.apply()
     data = _read_data(base, corpus, held_out, test, config, (warm_start, beneath), message)
     plan = plan_of(data.train.rows, config)
-    started_from = {"warm_start": warm_start.describe()} if warm_start else {}
+    started_from: dict[str, Any] = {"warm_start": warm_start.describe()} if warm_start else {}
     started_from |= {"beneath": beneath.content_hash()} if beneath else {}
     identity = {**_identity(base, corpus, config, held_out, processes), **started_from}
     about = {**_provenance(base, corpus, config, data), **started_from, **_seen_before(corpus, data)}
