@@ -52,13 +52,8 @@ def _decode(
     prompts = list(dict.fromkeys(request.prompt for request in requests))
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     hidden, head = parts
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    caches = make_prompt_cache(model)
-    if batched:
-        caches = [BatchKVCache(padding) for _ in caches]
-    ids = mx.array(np.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]))
-    for start in range(0, longest, PREFILL_STEP):
+    ids, caches, _ = unread(model, prompts, batched)
+    for start in range(0, ids.shape[1], PREFILL_STEP):
         states = hidden(ids[:, start : start + PREFILL_STEP], cache=caches)
         mx.eval([cache.state for cache in caches])
     last = states[:, -1]
@@ -72,6 +67,17 @@ def _decode(
     stream = np.stack([uniforms(sampling.seed, r.question, r.attempt, sampling.max_tokens) for r in requests])
     written = write_drafts(parts, end_ids, caches, logits, sampling, stream)
     return [replace(row, attempt=request.attempt) for request, row in zip(requests, written, strict=True)]
+
+
+def unread(model: Any, prompts: Sequence[Sequence[int]], batched: bool) -> tuple[mx.array, list[Any], list[int]]:
+    """Prompts as ids (rows, length) padded on the left, empty caches for them, and by how much each is padded."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    caches: list[Any] = make_prompt_cache(model)
+    if batched:
+        caches = [BatchKVCache(padding) for _ in caches]
+    ids = np.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+    return mx.array(ids), caches, padding
 
 
 def write_drafts(

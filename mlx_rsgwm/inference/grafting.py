@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.inference.draft import Draft
-from mlx_rsgwm.inference.generate import PREFILL_STEP, write_drafts
+from mlx_rsgwm.inference.generate import PREFILL_STEP, unread, write_drafts
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.hooks import block_names, outputs_changed
 from mlx_rsgwm.models.split import Parts
@@ -149,12 +149,7 @@ def _written(
 ) -> list[Draft]:
     """Drafts, those of a prompt after one another."""
     hidden, head = parts
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    caches = make_prompt_cache(model)
-    if batched:
-        caches = [BatchKVCache(padding) for _ in caches]
-    ids = mx.array(np.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]))
+    ids, caches, padding = unread(model, prompts, batched)
     before = _before(model, hidden, ids, caches, place)
     if len(kinds) > 1:
         rows = mx.repeat(mx.arange(len(prompts)), len(kinds))
