@@ -160,7 +160,7 @@ class _RoundsRun:
             RsgwmError: it was made with other settings or rows.
         """
         path = self.place(number) / RECORD_FILE
-        content = path.read_bytes() if self.processes.writes and path.is_file() else b""
+        content = files.read_bytes(path) if self.processes.writes and path.is_file() else b""
         text = self.processes.broadcast(content, 0)
         if not text:
             return None

@@ -34,7 +34,7 @@ def probed_adapters(
         RsgwmError: fewer than two, one without a snapshot of ``at``, several fractions of training, one that changes
             nothing.
     """
-    adapters = load_adapters(sources, base, lazy=True, hashes=False, progress=progress)
+    adapters = load_adapters(sources, base, lazy=True, progress=progress)
     if len(adapters) < 2:
         raise RsgwmError(f"a pair is two adapters, found {len(adapters)}")
     if at is not None and at < FINISHED:
@@ -74,7 +74,7 @@ def _snapshots(adapters: Sequence[Adapter], at: float) -> list[Adapter]:
     for adapter in adapters:
         folders = snapshot_folders(adapter.path) if adapter.path else {}
         if at in folders:
-            snapshot = load_adapter(folders[at], lazy=True, hashes=False)
+            snapshot = load_adapter(folders[at], lazy=True)
             snapshot.manifest.setdefault("task", task_of(adapter))
             snapshot.label = adapter.where  # so that a table of young adapters and outcomes of finished ones agree
             taken.append(snapshot)

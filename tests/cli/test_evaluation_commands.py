@@ -134,9 +134,9 @@ def test_tables(recipe, tmp_path):
 
 
 def test_tables_refuse_what_will_be_trained_on_before_training(recipe, tmp_path, monkeypatch):
-    from mlx_rsgwm.recipes import run as stages
+    from mlx_rsgwm.recipes import train_stages
 
-    monkeypatch.setattr(stages, "train", lambda *rest, **more: pytest.fail("trained"))
+    monkeypatch.setattr(train_stages, "train", lambda *rest, **more: pytest.fail("trained"))
     rows = [{"question": row.question.upper(), "answer": row.gold} for row in generate("change", 2, 42, "train")]
     rows += [{"question": row.question, "answer": row.gold} for row in generate("change", 2, 42, "calibration")]
     rows.append({"question": "Is this one new?", "answer": "yes"})

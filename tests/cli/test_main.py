@@ -34,18 +34,18 @@ def run():
 
 @pytest.fixture
 def command(monkeypatch):
-    """Adds a command ``probe`` whose body is the given function of a console."""
+    """Adds a command ``sample`` whose body is the given function of a console."""
 
     def add(body):
         @click.command()
         @common_options
-        def probe(console: Console) -> None:
+        def sample(console: Console) -> None:
             body(console)
 
-        module = types.ModuleType("probe_module")
-        module.probe = probe
-        monkeypatch.setitem(sys.modules, "probe_module", module)
-        monkeypatch.setitem(COMMANDS, "probe", ("probe_module:probe", "A probe."))
+        module = types.ModuleType("sample_module")
+        module.sample = sample
+        monkeypatch.setitem(sys.modules, "sample_module", module)
+        monkeypatch.setitem(COMMANDS, "sample", ("sample_module:sample", "A sample."))
 
     return add
 
@@ -119,7 +119,7 @@ def test_the_package_runs_as_a_module():
 
 def test_verbose_shows_where_a_foreseen_error_arose(run, command):
     command(raising(RsgwmError("no such folder")))
-    result = run("probe", "-v")
+    result = run("sample", "-v")
     assert result.exit_code == 2
     assert "in body" in result.stderr
     assert result.stderr.splitlines()[-1] == "rsgwm: error: no such folder"
@@ -195,7 +195,7 @@ def test_no_arguments_show_the_help(run):
 )
 def test_a_foreseen_failure_is_one_line(run, command, error, code, part):
     command(raising(error))
-    result = run("probe")
+    result = run("sample")
     lines = [line for line in result.stderr.splitlines() if line]
     assert result.exit_code == code
     assert result.stdout == ""
@@ -207,7 +207,7 @@ def test_a_foreseen_failure_is_one_line(run, command, error, code, part):
 @pytest.mark.parametrize("error", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "gone", "x")])
 def test_an_unforeseen_failure_keeps_its_traceback(run, command, error):
     command(raising(error))
-    result = run("probe", "--json")
+    result = run("sample", "--json")
     assert result.exit_code == 1
     assert "Traceback (most recent call last)" in result.stderr
     assert type(error).__name__ in result.stderr
@@ -217,7 +217,7 @@ def test_an_unforeseen_failure_keeps_its_traceback(run, command, error):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["probe", "--json"], 2), (["probe", "--json", "--nope"], 2), (["prob", "--json"], 2)]
+    ("arguments", "code"), [(["sample", "--json"], 2), (["sample", "--json", "--nope"], 2), (["prob", "--json"], 2)]
 )
 def test_with_json_a_failure_ends_in_an_object(run, command, arguments, code):
     command(raising(RsgwmError("no such folder")))
@@ -233,7 +233,7 @@ def test_a_failed_check_keeps_its_result_as_the_last_line(run, command):
         raise CheckFailed("too far")
 
     command(body)
-    result = run("probe", "--json")
+    result = run("sample", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout) == {"max_abs_logit": 0.5}
     assert result.stderr == "rsgwm: error: too far\n"
@@ -241,7 +241,7 @@ def test_a_failed_check_keeps_its_result_as_the_last_line(run, command):
 
 def test_an_exit_code_asked_of_click_is_kept(run, command):
     command(lambda console: click.get_current_context().exit(3))
-    assert run("probe").exit_code == 3
+    assert run("sample").exit_code == 3
 
 
 def test_json_after_a_double_dash_is_an_argument():
@@ -257,21 +257,23 @@ def test_the_environment_has_defaults_that_users_override():
 
 @pytest.mark.parametrize(("options", "heard"), [([], False), (["--verbose"], True)])
 def test_libraries_warn_and_log_for_who_asks(options, heard, tmp_path):
-    (tmp_path / "probe_module.py").write_text(
+    (tmp_path / "sample_module.py").write_text(
         "import logging, warnings\n"
         "from mlx_rsgwm.cli.console import common_options\n"
         "import click\n"
         "@click.command()\n"
         "@common_options\n"
-        "def probe(console):\n"
+        "def sample(console):\n"
         "    warnings.warn('a warning')\n"
         "    logging.getLogger('library').warning('a log line')\n"
         "    console.line('done')\n"
     )
     program = (
-        "from mlx_rsgwm.cli import commands, main\ncommands.COMMANDS['probe'] = ('probe_module:probe', '')\nmain.main()"
+        "from mlx_rsgwm.cli import commands, main\n"
+        "commands.COMMANDS['sample'] = ('sample_module:sample', '')\n"
+        "main.main()"
     )
-    command = [sys.executable, "-c", program, "probe", *options]
+    command = [sys.executable, "-c", program, "sample", *options]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "done\n"
@@ -283,10 +285,10 @@ def test_libraries_warn_and_log_for_who_asks(options, heard, tmp_path):
 def test_kill_and_ctrl_c_run_the_clean_up(number, tmp_path):
     """A command that is stopped runs its ``finally`` and exits with 130."""
     ready, cleaned = tmp_path / "ready", tmp_path / "cleaned"
-    (tmp_path / "probe_module.py").write_text(
+    (tmp_path / "sample_module.py").write_text(
         "import pathlib, time, click\n"
         "@click.command()\n"
-        "def probe():\n"
+        "def sample():\n"
         "    try:\n"
         f"        pathlib.Path({str(ready)!r}).touch()\n"
         "        time.sleep(60)\n"
@@ -296,11 +298,11 @@ def test_kill_and_ctrl_c_run_the_clean_up(number, tmp_path):
     program = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mlx_rsgwm.cli import commands, main\n"
-        "commands.COMMANDS['probe'] = ('probe_module:probe', '')\n"
+        "commands.COMMANDS['sample'] = ('sample_module:sample', '')\n"
         "main.main()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "probe"],
+        [sys.executable, "-c", program, "sample"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,

@@ -115,7 +115,7 @@ def test_what_stands_in_a_files_place_is_refused_in_one_line(everything, what):
     allowed = text if what == "@mark" else {name for name, standing in STILL_READ if standing == what}
     assert still <= allowed | {"checkpoint-manifest"}
     assert max(one["grown"] for one in mine) < 300 << 20
-    assert max(one["busy"] for one in mine) < 2  # seconds of processor time
+    assert max(one["busy"] for one in mine) < 5  # seconds of processor time; beside another heavy process 2 become 3.5
 
 
 def test_a_reader_that_crashes_or_hangs_would_be_seen(tmp_path):
