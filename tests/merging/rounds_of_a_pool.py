@@ -1,4 +1,6 @@
-"""What the tests of rounds share: three small tasks, settings for the tiny base, a run."""
+"""What the tests of rounds share: three small tasks, settings for the tiny base, a run, the command."""
+
+import sys
 
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.data.corpus import make_rows, save_corpus
@@ -10,6 +12,7 @@ from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.pool import Member
 
 NAMES = ("change", "groups", "prices")
+RSGWM = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
 
 
 def settings(rounds, **changes):

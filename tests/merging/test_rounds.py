@@ -1,7 +1,6 @@
 """Rounds against a float64 transcription of ATM; the same bits after a stop anywhere; what is refused."""
 
 import json
-import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -18,19 +17,12 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.round_merge import merge_round, on_top
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
-from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.rounds import BY_PRODUCTS, MODES, Rounds, round_steps
 from tests.merging.rounds_of_a_pool import NAMES, make_members, run, settings
 
-SPEC = LoraSpec(4, 2.0, 0.0, ("self_attn.q_proj",), -1)
+LORA = LoraSpec(4, 2.0, 0.0, ("self_attn.q_proj",), -1)
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
-RSGWM = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
-
-
-@pytest.fixture
-def base(tiny_base):
-    return load_base(str(tiny_base), dtype="float32")
 
 
 @pytest.fixture
@@ -78,7 +70,7 @@ def reference(state, tasks, mode, alpha, rank):
             step, away = cut(alpha * mean, rank)
             after[module] = before + step
         else:
-            began = state or Adapter(SPEC, {**tasks[0].init, f"{module}.lora_b": mx.zeros((rank, 24))})
+            began = state or Adapter(LORA, {**tasks[0].init, f"{module}.lora_b": mx.zeros((rank, 24))})
             a, b = (
                 (1 - alpha) * np.array(began.weights[f"{module}.{leaf}"], dtype=np.float64)
                 + alpha * np.mean([np.array(t.weights[f"{module}.{leaf}"], dtype=np.float64) for t in tasks], axis=0)

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -17,14 +16,7 @@ from mlx_rsgwm.merging.alternate import train_rounds
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.rounds import Rounds
-from tests.merging.rounds_of_a_pool import NAMES, make_members, run, settings
-
-RSGWM = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
-
-
-@pytest.fixture
-def base(tiny_base):
-    return load_base(str(tiny_base), dtype="float32")
+from tests.merging.rounds_of_a_pool import NAMES, RSGWM, make_members, run, settings
 
 
 @pytest.fixture
