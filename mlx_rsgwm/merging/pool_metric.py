@@ -27,12 +27,13 @@ from mlx_rsgwm.merging.parameters import Parameter
 RAISES = 5  # of the ridge, tenfold each, before second moments are given up
 # An adapter whose outputs here have a norm a hundred times below the largest counts as if it were a hundred times.
 LARGEST_RATIO = 1e4
+EXPONENTS = {"relative": 1.0, "root": 0.5, "equal": 0.0}
 
 PARAMETERS: Mapping[str, Parameter] = {
     "balance": Parameter(
         "relative",
-        "an adapter's error counts relative to its own outputs, or as it is",
-        choices=("relative", "equal"),
+        "an adapter's error counts relative to its own outputs, as it is, or halfway between (root)",
+        choices=("relative", "root", "equal"),
     ),
     "off_diagonal": Parameter(1.0, "factor on the second moments' entries off the diagonal", 0, 1),
     # 1e-6 leaves directions without input free: on the demo's pool the result had 1.6 times the norm that it has here,
@@ -101,7 +102,7 @@ def pool_metric(
     """From T second moments G_t and updates a_t b_t of the module ``name``, and the user's weights.
 
     Ḡ_t is G_t with its entries off the diagonal times ``off_diagonal``, and ``ridge`` · tr(G_t) / in added to its
-    diagonal. w_t is the user's weight, with ``balance`` relative over ‖X_t ΔW_t‖². The ridge is added to every G_t and
+    diagonal. w_t is the user's weight, with ``balance`` relative over ‖X_t ΔW_t‖², with root over ‖X_t ΔW_t‖. The ridge is added to every G_t and
     not to their sum alone, so that equal updates stay as they are and directions without any input get the mean. Where
     the data is too little for a sound solution (fewer tokens than inputs) it is raised tenfold until it suffices.
 
@@ -114,7 +115,7 @@ def pool_metric(
         inner(gram.between(moment, moment), update, update)
         for gram, moment, update in zip(grams, moments, factors, strict=True)
     )
-    balanced = _balanced(weights, outputs) if settled["balance"] == "relative" else tuple(weights)
+    balanced = _balanced(weights, outputs, EXPONENTS[settled["balance"]])
     ridge = settled["ridge"]
     summed = _sketched if stay_sketched(grams) else _whole
     for _ in range(RAISES):
@@ -142,15 +143,15 @@ def output_errors(grams: Sequence[Gram], factors: Sequence[Factors], merged: Fac
     return mx.array(errors)
 
 
-def _balanced(weights: Sequence[float], outputs: Sequence[float]) -> tuple[float, ...]:
-    """The weights over the outputs' squared norms, the largest of which is 1. Without output nothing is relative to it:
+def _balanced(weights: Sequence[float], outputs: Sequence[float], exponent: float) -> tuple[float, ...]:
+    """The weights over powers of the outputs' squared norms, the largest of which is 1. Without output nothing is relative to it:
     such an adapter counts like the one with the largest, no more than any other.
     """
     largest = max(outputs)
     if not 0 < largest < float("inf"):
         return tuple(weights)
     sizes = [max(output / largest, 1 / LARGEST_RATIO) if output > 0 else 1.0 for output in outputs]
-    return tuple(weight / size for weight, size in zip(weights, sizes, strict=True))
+    return tuple(weight / size**exponent for weight, size in zip(weights, sizes, strict=True))
 
 
 def stay_sketched(grams: Sequence[Gram]) -> bool:
