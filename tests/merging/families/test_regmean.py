@@ -12,7 +12,7 @@ from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.linalg.metric import SketchedMetric, WholeMetric
 from mlx_rsgwm.merging.families.regmean import regmean as solved_regmean
 from mlx_rsgwm.merging.layer import Layer
-from mlx_rsgwm.merging.pool_metric import LARGEST_RATIO, output_errors
+from mlx_rsgwm.merging.pool_metric import LARGEST_RATIO, PARAMETERS, output_errors
 
 
 def regmean(module: Layer) -> Factors:
@@ -150,6 +150,21 @@ def test_balanced_adapters_count_by_their_relative_errors():
     for x, product, error in zip(data, products, errors.tolist(), strict=True):
         share = np.sum((x @ (np.array(found.dense()) - product)) ** 2) / np.sum((x @ product) ** 2)
         assert error == pytest.approx(share, rel=1e-4)
+
+
+def test_half_balanced_adapters_lie_between():
+    """w_t over ‖X_t ΔW_t‖, the largest of which is 1."""
+    factors, products, data = make(np.random.default_rng(6))
+    factors[1], products[1] = Factors(10 * factors[1].a, factors[1].b), 10 * products[1]
+    weights = module_of(factors, data, (1.0, 3.0, 1.0), balance="root").metric.weights
+    sizes = np.array([np.linalg.norm(x @ product) for x, product in zip(data, products, strict=True)])
+    np.testing.assert_allclose(weights, np.array([1.0, 3.0, 1.0]) * sizes.max() / sizes, rtol=1e-4)
+
+
+def test_the_default_leaves_the_weights_of_the_user_alone():
+    factors, _, data = make(np.random.default_rng(6))
+    defaults = {name: parameter.default for name, parameter in PARAMETERS.items()}
+    assert module_of(factors, data, (1.0, 3.0, 2.0), **defaults).metric.weights == (1.0, 3.0, 2.0)
 
 
 def test_balance_has_bounds():
