@@ -21,6 +21,7 @@ WARN_GROWTH, WARN_MODULE_GROWTH, WARN_SHARE = 2.0, 10.0, 10.0
 ROUNDING = 1e-3
 # Beyond this norm float32 cannot hold the square.
 LARGEST_NORM = 1.8e19
+WARN_OUTPUTS = 0.5  # of an adapter's outputs, the squared error
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,16 @@ def warnings_of(diagnosed: Mapping[str, Any], weights: Sequence[float]) -> list[
     if away and min(weights, default=0) >= 0:
         warnings.append(f"{len(away)} modules point away from their sources' mean (e.g. {away[0]})")
     return warnings
+
+
+def overwritten(names: Sequence[str], parameters: Mapping[str, Any], diagnosed: Mapping[str, Any]) -> list[str]:
+    """Which adapters a merge that counts errors as they are gives up, for larger updates on the same inputs."""
+    errors = diagnosed["overall"].get("output_errors")
+    if parameters.get("balance") != "equal" or not errors:
+        return []
+    lost = [name for name, error in zip(names, errors, strict=True) if error > WARN_OUTPUTS]
+    told = f"little is left of the outputs of {', '.join(lost)}, whose updates are small; balance=root keeps more"
+    return [told] if lost else []
 
 
 def _norms(row: Mapping[str, Any]) -> list[float]:

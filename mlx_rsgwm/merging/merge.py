@@ -21,7 +21,15 @@ from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.linalg.lowrank import Factors, truncate
 from mlx_rsgwm.merging.automatic import choose_method
 from mlx_rsgwm.merging.compressed import compressed_modules
-from mlx_rsgwm.merging.diagnosis import Allowance, as_numbers, diagnosis, refuse_objections, refuse_unsound, warnings_of
+from mlx_rsgwm.merging.diagnosis import (
+    Allowance,
+    as_numbers,
+    diagnosis,
+    overwritten,
+    refuse_objections,
+    refuse_unsound,
+    warnings_of,
+)
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.measure import LayerBatch, measuring
 from mlx_rsgwm.merging.methods import (
@@ -319,6 +327,7 @@ def _manifest(
                 *_rank_warning(options, ranks),
                 *_mixture_note(find_method(options.method), options, parameters),
                 *(warnings_of(described, options.weights) if described else ()),
+                *(overwritten([s.name for s in pool.sources], parameters, described) if described else ()),
             ],
             **({"diagnosis": described} if described else {}),
         },

@@ -109,7 +109,7 @@ def test_outputs_are_nearer_when_the_rank_is_cut_in_their_metric(inputs, method)
 
 def test_the_diagnosis_has_the_output_errors(inputs, request):
     adapters = [adapter(0), adapter(1, 8.0), adapter(2, 0.5)]
-    merged = merge(adapters, MergeOptions("regmean", rank=5))
+    merged = merge(adapters, MergeOptions("regmean", parameters={"balance": "relative"}, rank=5))
     rows = merged.manifest["merge"]["diagnosis"]["modules"]
     found = np.array([rows[name]["output_errors"] for name in NAMES])
     np.testing.assert_allclose(found, errors(merged, adapters), atol=0.06 if "sketched" in request.node.name else 1e-4)
@@ -125,6 +125,18 @@ def test_balanced_adapters_of_unequal_norms_keep_more_of_the_small_one(inputs):
         for how in ("relative", "equal")
     }
     assert small["relative"] < 0.6 * small["equal"]
+
+
+def test_an_adapter_that_is_given_up_is_named(inputs):
+    adapters = [replace(adapter(0), path=None), adapter(1, 8.0)]
+
+    def told(how: str) -> list[str]:
+        merged = merge(adapters, MergeOptions("regmean", parameters={"balance": how}))
+        return [line for line in merged.manifest["merge"]["warnings"] if "little is left of the outputs" in line]
+
+    assert len(told("equal")) == 1
+    assert adapters[0].name in told("equal")[0]
+    assert not told("relative")
 
 
 def test_modules_computed_in_threads_are_the_same(inputs, monkeypatch):
