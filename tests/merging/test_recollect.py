@@ -74,11 +74,10 @@ def moment(base, lower, upper, rows, name):
 
 
 def reference(grams, updates, rank=None, ridge=1e-3):
-    """The least-squares solution with errors relative to each update's own outputs, or the nearest of a rank."""
-    weights = [1 / np.trace(update.T @ gram @ update) for gram, update in zip(grams, updates, strict=True)]
+    """The least-squares solution, or the nearest of a rank."""
     regular = [gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)) for gram in grams]
-    left = sum(weight * gram for weight, gram in zip(weights, regular, strict=True))
-    right = sum(weight * gram @ update for weight, gram, update in zip(weights, regular, updates, strict=True))
+    left = sum(regular)
+    right = sum(gram @ update for gram, update in zip(regular, updates, strict=True))
     lower = np.linalg.cholesky(left)
     u, sigma, vt = np.linalg.svd(np.linalg.solve(lower, right))
     return np.linalg.solve(lower.T, (u[:, : len(sigma)] * sigma)[:, :rank] @ vt[: len(sigma)][:rank])

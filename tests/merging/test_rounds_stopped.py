@@ -94,7 +94,7 @@ def test_killed_again_and_again_a_pool_of_rounds_ends_in_the_same_bits(tiny_base
     for _ in range(60):
         child = subprocess.Popen([*RSGWM, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            child.wait(timeout=rng.uniform(0.3, 0.8) * whole)
+            child.wait(timeout=rng.uniform(0.25, 0.55) * whole)
             break
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
