@@ -7,13 +7,13 @@ FOLDER is one in which ``merge_study.py FOLDER --stage train`` has trained. From
 - ``by_rows``: ``regmean`` by whole second moments G_t of the inputs under each adapter by itself;
 - ``recollected``: of the inputs under the merged layers below (RegMean++);
 - ``compensated``: a module's target is what each adapter gives in its own run, so that what the layers below have lost
-  is made good: argmin Σ w_t ‖X'_t (W + ΔW) − X_t (W + ΔW_t)‖², X'_t the inputs under the merged layers, X_t under the
+  is made good: argmin Σ ‖X'_t (W + ΔW) − X_t (W + ΔW_t)‖² / n_t, X'_t the inputs under the merged layers, X_t under the
   adapter's own;
-- ``curvature``: errors of outputs count by how the loss depends on them: argmin Σ w_t tr((ΔW − ΔW_t)ᵀ G_t (ΔW − ΔW_t)
+- ``curvature``: errors of outputs count by how the loss depends on them: argmin Σ tr((ΔW − ΔW_t)ᵀ G_t (ΔW − ΔW_t)
   H_t), H_t the second moments of the loss's gradients there (K-FAC), by conjugate gradients.
 
-All have the weights w_t of ``regmean`` (with H_t in its norm for the last), its ridge and its rank, and are cut to it
-in the same metric. Drafting, loss and AUROC are as in a merge sweep, whose table is printed. The last line is JSON.
+All count errors as they are, have ``regmean``'s ridge and its rank, and are cut to it in the same metric. Drafting,
+loss and AUROC are as in a merge sweep, whose table is printed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -126,11 +126,6 @@ def by_curvature(base: Base, pool: Sequence[Adapter], rows: Sequence[DraftRows],
     for name in start.modules():
         targets = [update(adapter, name) for adapter in pool]
         pairs = [(ridged(gram[name]), ridged(moments[name])) for gram, moments in zip(grams, curved, strict=True)]
-        weights = [
-            1 / np.sum((gram @ target) * (target @ moment))
-            for (gram, moment), target in zip(pairs, targets, strict=True)
-        ]
-        pairs = [(weight * gram, moment) for weight, (gram, moment) in zip(weights, pairs, strict=True)]
         right = np.sum([between([pair], target) for pair, target in zip(pairs, targets, strict=True)], axis=0)
         inputs: Matrix = np.sum([gram for gram, _ in pairs], axis=0)
         outputs: Matrix = np.sum([moment for _, moment in pairs], axis=0)
@@ -189,8 +184,12 @@ def compensated(base: Base, pool: Sequence[Adapter], rows: Sequence[DraftRows], 
                         block(merged[task][row])
                     for name in inside:
                         x, under_merged = (of[name].reshape(-1, of[name].shape[-1]) for of in seen)
-                        gram, cross = totals.get(name, (0, 0))
-                        totals[name] = (gram + under_merged.T @ under_merged, cross + under_merged.T @ x)
+                        gram, cross, tokens = totals.get(name, (0, 0, 0))
+                        totals[name] = (
+                            gram + under_merged.T @ under_merged,
+                            cross + under_merged.T @ x,
+                            tokens + len(x),
+                        )
                     mx.eval(by_itself[task][row], totals)
             sums.append(totals)
         for name in inside:
@@ -206,9 +205,9 @@ def _made_good(base: Base, pool: Sequence[Adapter], sums: Any, name: str, rank: 
     weight = np.array(module.weight).astype(np.float64).T
     metric, right = np.zeros((len(weight),) * 2), np.zeros(weight.shape)
     for adapter, totals in zip(pool, sums, strict=True):
-        gram, cross = (np.array(total).astype(np.float64) for total in totals[name])
+        gram, cross, tokens = (np.array(total).astype(np.float64) for total in totals[name])
         target, regular = update(adapter, name), ridged(gram)
-        share = 1 / np.sum((gram @ target) * target)
+        share = 1 / tokens
         metric += share * regular
         right += share * (regular @ target + (cross - gram) @ (weight + target))
     return cut(np.linalg.solve(metric, right), metric, None, rank)

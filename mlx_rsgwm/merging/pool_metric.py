@@ -104,8 +104,8 @@ def pool_metric(
     """From T second moments G_t and updates a_t b_t of the module ``name``, and the user's weights.
 
     Ḡ_t is G_t with its entries off the diagonal times ``off_diagonal``, and ``ridge`` · tr(G_t) / in added to its
-    diagonal. w_t is the user's weight, with ``balance`` relative over ‖X_t ΔW_t‖², with root over ‖X_t ΔW_t‖. The ridge is added to every G_t and
-    not to their sum alone, so that equal updates stay as they are and directions without any input get the mean. Where
+    diagonal. w_t is the user's weight, with ``balance`` relative over ‖X_t ΔW_t‖², with root over ‖X_t ΔW_t‖. The ridge
+    is added to every G_t and not to their sum alone, so that equal updates stay as they are and directions without any input get the mean. Where
     the data is too little for a sound solution (fewer tokens than inputs) it is raised tenfold until it suffices.
 
     Raises:
@@ -146,8 +146,8 @@ def output_errors(grams: Sequence[Gram], factors: Sequence[Factors], merged: Fac
 
 
 def _balanced(weights: Sequence[float], outputs: Sequence[float], exponent: float) -> tuple[float, ...]:
-    """The weights over powers of the outputs' squared norms, the largest of which is 1. Without output nothing is relative to it:
-    such an adapter counts like the one with the largest, no more than any other.
+    """The weights over powers of the outputs' squared norms, the largest of which is 1. Without output nothing is
+    relative to it: such an adapter counts like the one with the largest, no more than any other.
     """
     largest = max(outputs)
     if not 0 < largest < float("inf"):
