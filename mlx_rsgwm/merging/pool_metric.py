@@ -105,8 +105,9 @@ def pool_metric(
 
     Ḡ_t is G_t with its entries off the diagonal times ``off_diagonal``, and ``ridge`` · tr(G_t) / in added to its
     diagonal. w_t is the user's weight, with ``balance`` relative over ‖X_t ΔW_t‖², with root over ‖X_t ΔW_t‖. The ridge
-    is added to every G_t and not to their sum alone, so that equal updates stay as they are and directions without any input get the mean. Where
-    the data is too little for a sound solution (fewer tokens than inputs) it is raised tenfold until it suffices.
+    is added to every G_t and not to their sum alone, so that equal updates stay as they are and directions without any
+    input get the mean. Where the data is too little for a sound solution (fewer tokens than inputs) it is raised
+    tenfold until it suffices.
 
     Raises:
         RsgwmError: the second moments are zero or not finite.
