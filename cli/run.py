@@ -100,7 +100,7 @@ def render(summary: Mapping[str, Any], out: Path) -> str:
     from mlx_rsgwm.evaluation.report.folder import render_table
 
     lines = [render_table(read_json_object(out / "report" / "report.json")), ""]
-    if "draft_verify_paper" in summary:
+    if any(name in summary for name in ("draft_verify_paper", "draft_verify_own_mistakes")):
         lines += [text_page([("The same questions by", _systems(summary))]), ""]
     calibration = summary["calibration"]
     if calibration:
@@ -131,6 +131,7 @@ def render(summary: Mapping[str, Any], out: Path) -> str:
 SYSTEMS = {
     "draft_verify_paper": "draft–verify, the paper's merge",
     "draft_verify": "draft–verify",
+    "draft_verify_own_mistakes": "draft–verify, verifier trained on own mistakes",
     "draft_verify_arithmetic": "draft–verify, arithmetic checked",
     "calculator": "calculator, no verifier",
 }
@@ -142,8 +143,9 @@ def _systems(summary: Mapping[str, Any]) -> list[list[str]]:
     from mlx_rsgwm.core.tables import show
     from mlx_rsgwm.evaluation.report.folder import ROWS
 
+    paper = summary.get("draft_verify_paper")
     rows = {
-        "drafter alone, the paper's merge": summary["draft_verify_paper"]["drafter"],
+        **({"drafter alone, the paper's merge": paper["drafter"]} if paper else {}),
         "drafter alone": summary["drafter"],
         **{label: summary[key] for key, label in SYSTEMS.items() if key in summary},
     }

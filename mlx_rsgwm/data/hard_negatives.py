@@ -40,6 +40,7 @@ def make_mixed_rows(
     share: float,
     seed: int,
     true_equations: bool = False,
+    at_most: bool = False,
 ) -> MixedRows:
     """``pairs`` pairs of verify rows, ``share`` of them with a draft as the wrong answer, the rest perturbed gold.
 
@@ -48,7 +49,7 @@ def make_mixed_rows(
     take the questions without a drafted pair first. With ``true_equations`` no wrong answer states a false equation.
 
     Raises:
-        RsgwmError: a number out of range, or fewer drafts and perturbable solutions than pairs.
+        RsgwmError: a number out of range, or fewer drafts and perturbable solutions than pairs, unless ``at_most``.
     """
     if pairs < 1 or not 0 <= share <= 1:
         raise RsgwmError(f"pairs must be at least 1 and share in [0, 1], found {pairs} and {share}")
@@ -81,12 +82,12 @@ def make_mixed_rows(
         negative = wrong_answer(questions[index], questions, rng, true_equations)
         if negative is not None:
             rows += _pair(questions[index], "perturbed", 0, questions[index].answer, negative.answer)
-    if len(rows) < 2 * pairs:
+    if len(rows) < 2 * pairs and not at_most:
         raise RsgwmError(
             f"{pairs} pairs asked for, but {len(questions)} questions gave only {drafted} with a wrong draft and "
             f"{len(rows) // 2 - drafted} with a perturbed answer; ask for fewer or give more questions"
         )
-    return MixedRows(rows, drafted, pairs - drafted, wanted - drafted)
+    return MixedRows(rows, drafted, len(rows) // 2 - drafted, wanted - drafted)
 
 
 def _distinct(drafts: Sequence[Labelled], correct: bool, rng: random.Random) -> list[str]:

@@ -6,7 +6,7 @@ Adapters draft on training questions alone; gold says which drafts are right. Ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class MistakePlan:
 
     Of each task come ``verify_rows`` rows in pairs of a right and a wrong answer, ``share`` of the wrong ones drafts,
     and ``draft_rows`` gold rows before them. Every adapter drafts ``attempts`` times. With ``true_equations`` no wrong
-    answer states a false equation. ``folder`` holds ``<task>/<split>.jsonl``; ``template`` is by default the adapters'.
+    answer states a false equation. ``at_most``: fewer rows where there are too few wrong answers, and no error.
+    ``folder`` holds ``<task>/<split>.jsonl``; ``template`` is by default the adapters'.
     """
 
     tasks: tuple[str, ...]
@@ -52,6 +53,7 @@ class MistakePlan:
     template: str | None = None
     seed: int = DEFAULT_SEED
     true_equations: bool = False
+    at_most: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -97,13 +99,35 @@ def build_from_mistakes(
     adapters = load_adapters(sources, base, progress=progress)
     template = template_of(adapters, plan.template)
     pipelines = _drafters(adapters, base, template, plan, progress)
+    rows, counts = mistake_rows(pipelines, chosen, plan, tell, progress)
+    about = mistakes_about(plan, adapters, counts)
+    return save_corpus(out, rows, template, about, texts_of(chosen), replace), counts
+
+
+def mistake_rows(
+    pipelines: Sequence[DraftVerify],
+    chosen: Mapping[str, Selection],
+    plan: MistakePlan,
+    tell: Callable[[str], None] = lambda text: None,
+    progress: Progress = SILENT,
+) -> tuple[list[CorpusRow], dict[str, dict[str, int]]]:
+    """The rows that ``pipelines`` give by drafting on the questions ``chosen`` for each task; ``tell`` hears of each.
+
+    Returns:
+        The rows of a corpus, and for each task the numbers of drafts, of right ones, and of pairs of either kind.
+
+    Raises:
+        RsgwmError: too few mistakes, unless ``plan.at_most``.
+    """
     rows: list[CorpusRow] = []
     counts = {}
     for task, selection in chosen.items():
         questions = selection.questions
         asked = questions[: plan.drafted_on]
         drafts = label_drafts(pipelines, asked, plan.batch_rows, progress)
-        mixed = make_mixed_rows(asked, drafts, plan.verify_rows // 2, plan.share, plan.seed, plan.true_equations)
+        mixed = make_mixed_rows(
+            asked, drafts, plan.verify_rows // 2, plan.share, plan.seed, plan.true_equations, plan.at_most
+        )
         rows += [
             CorpusRow(f"{question.id}/draft", question.task, "draft", question.question, question.answer)
             for question in questions[: plan.draft_rows]
@@ -111,7 +135,7 @@ def build_from_mistakes(
         rows += mixed.rows
         counts[task] = _counts([correct for item in drafts for _, correct in item], mixed)
         _tell_task(tell, task, counts[task], mixed.missing)
-    return save_corpus(out, rows, template, _about(plan, adapters, counts), _texts(chosen), replace), counts
+    return rows, counts
 
 
 def _drafters(
@@ -140,12 +164,15 @@ def _tell_task(tell: Callable[[str], None], task: str, counts: dict[str, int], m
     )
     if missing:
         tell(
-            f"{task}: {missing} more were to have a wrong draft, but there are no more; --items and --drafts give more"
+            f"{task}: {missing} more were to have a wrong draft, but there are no more; more questions, or more drafts "
+            "of each, give more"
         )
 
 
-def _about(plan: MistakePlan, adapters: Sequence[Adapter], counts: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """What the corpus records of its making."""
+def mistakes_about(
+    plan: MistakePlan, adapters: Sequence[Adapter], counts: Mapping[str, Mapping[str, int]]
+) -> dict[str, Any]:
+    """What the corpus records of its making: JSON values."""
     origin = [{"name": adapter.name, "files": adapter.manifest.get("files", {})} for adapter in adapters]
     sampling = {name: value for name, value in asdict(plan.sampling).items() if name != "seed"}
     negatives = {
@@ -160,5 +187,6 @@ def _about(plan: MistakePlan, adapters: Sequence[Adapter], counts: dict[str, dic
     return about | ({"true_equations": True} if plan.true_equations else {})
 
 
-def _texts(chosen: dict[str, Selection]) -> list[str]:
+def texts_of(chosen: Mapping[str, Selection]) -> list[str]:
+    """All questions of the user's own files that the rows come from."""
     return [text for selection in chosen.values() for text in selection.file_questions]

@@ -31,6 +31,7 @@ def ending(report: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         verdict(outcome),
         acceptance(outcome),
         *_with_arithmetic(report),
+        *_with_more_training(summary),
         cost(outcome),
         *_exchange(report),
     ]
@@ -62,6 +63,13 @@ def _with_arithmetic(report: Mapping[str, Any]) -> list[str]:
     if not checked:
         return []
     return [f"With false equations rejected, too, as ask does: {percent(Rate(**checked['accuracy']))} right."]
+
+
+def _with_more_training(summary: Mapping[str, Any]) -> list[str]:
+    trained = summary.get("draft_verify_own_mistakes")
+    if not trained:
+        return []
+    return [f"With a verifier trained on the drafter's own mistakes: {percent(Rate(**trained['accuracy']))} right."]
 
 
 def _exchange(report: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.core.progress import shown_time
+from mlx_rsgwm.recipes import own_mistakes
 from mlx_rsgwm.recipes.questions import training_rows
 from mlx_rsgwm.recipes.run import RecipeRun
 from mlx_rsgwm.recipes.schema import Recipe, folder_name
@@ -41,6 +42,11 @@ def forecast(run: RecipeRun) -> dict[str, float | None]:
     speed = _measure(run.base.model, round(prompt + answer), run.recipe.evaluate.batch_rows)
     seconds = {f"train-{folder_name(task)}": told[0] * BACKWARD * speed.token for task, told in lengths.items()}
     seconds["train-in-rounds"] = sum(seconds.values())
+    if section := run.recipe.own_mistakes:
+        count = len(lengths) * section.items * section.attempts
+        seconds[own_mistakes.DRAFT] = FIXED / 2 + count * (prompt * speed.token + answer * speed.step / speed.rows)
+        tokens = len(lengths) * section.rows * section.epochs * (prompt + answer)
+        seconds[own_mistakes.TRAIN] = tokens * BACKWARD * speed.token
     items = {
         "calibrate": len(lengths) * run.recipe.data.calibration_items,
         "evaluate": len(run.recipe.evaluate.tasks or lengths) * run.recipe.evaluate.items,
@@ -50,7 +56,12 @@ def forecast(run: RecipeRun) -> dict[str, float | None]:
     timed = run.recipe.evaluate.timed * 2 * (prompt * speed.token + answer * speed.step)
     seconds["evaluate"] += timed
     seconds["export"] = FIXED * (3 if run.recipe.export.parity else 1)
-    return {name: None if done else seconds.get(name.removesuffix("-paper"), 1.0) for name, done in ahead.items()}
+    return {name: None if done else seconds.get(name, seconds.get(_plain(name), 1.0)) for name, done in ahead.items()}
+
+
+def _plain(name: str) -> str:
+    """A stage's name without what says for which pair."""
+    return name.removesuffix("-paper").removesuffix(own_mistakes.SUFFIX)
 
 
 def _lengths(run: RecipeRun, task: str) -> tuple[int, float, float]:

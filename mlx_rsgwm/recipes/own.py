@@ -35,7 +35,12 @@ train:
   learning_rate: 5.0e-4  # too high: the loss jumps; too low: it hardly falls
   rank: 16  # size of the adapter
   batch_size: 8  # less where memory is short
-{merge}loop:
+{merge}# own_mistakes:  # without the "# ": train a verifier on the drafter's mistakes, too; it has a report of its own
+#   items: 48  # training questions of each file that are drafted on
+#   attempts: 2  # drafts of each
+#   rows: 48  # right and wrong drafts of each file to train on
+#   epochs: 1  # times that each is trained on
+loop:
   attempts: 3  # drafts of a question at most
   threshold: auto  # a number in [0, 1] accepts by that
   max_tokens: 256  # of an answer; shorter is faster

@@ -17,7 +17,8 @@ class MergedPair:
     """A drafter and a verifier from one merge of the pool, with calibration and report, in ``folder``.
 
     ``suffix`` ends the names of its stages. ``verifiers``: the folders in it that verify. ``adapter``: where the
-    pool is one adapter, its folder: it drafts and verifies.
+    pool is one adapter, its folder: it drafts and verifies. ``drafter``: another pair's, where this one has but a
+    verifier, which was trained.
     """
 
     folder: Path
@@ -25,11 +26,13 @@ class MergedPair:
     suffix: str = ""
     verifiers: tuple[str, ...] = (MERGED,)
     adapter: Path | None = None
+    drafter: Path | None = None
 
     @property
     def roles(self) -> dict[str, Path]:
         """The folders of drafter and verifier."""
-        return {role: self.adapter or self.folder / role for role in ("drafter", "verifier")}
+        drafter = self.drafter or self.adapter or self.folder / "drafter"
+        return {"drafter": drafter, "verifier": self.adapter or self.folder / MERGED}
 
     @property
     def asked(self) -> dict[str, Path]:
@@ -57,6 +60,6 @@ class MergedPair:
             role: files.read_json_object(folder / MANIFEST_FILE).get("merge") for role, folder in self.roles.items()
         }
         return {
-            "method": None if self.adapter else self.section.method,
+            "method": self.section.method if any(merges.values()) else None,
             "warnings": [f"{role}: {text}" for role, merge in merges.items() if merge for text in merge["warnings"]],
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mlx_rsgwm.data.corpus import CorpusRow, make_rows
 from mlx_rsgwm.data.questions import Question
@@ -23,6 +24,24 @@ def training_rows(recipe: Recipe, task: str) -> tuple[list[CorpusRow], Selection
     wanted = max(draft_rows, 2 * verify_rows)
     chosen = select_questions(task, "train", wanted, recipe.seed, recipe.data.path)
     return make_rows(chosen.questions, draft_rows, verify_rows, recipe.seed), chosen
+
+
+def mistake_questions(recipe: Recipe, task: str) -> tuple[Selection, int]:
+    """What the drafter drafts on for its own mistakes: training questions that the pool is not trained on.
+
+    Where these are too few, some that it is trained on come after them; where those are too few, too, there are fewer.
+
+    Returns:
+        The selection, and how many of its questions the pool is trained on.
+    """
+    assert recipe.own_mistakes is not None
+    count = recipe.own_mistakes.items
+    rows, chosen = training_rows(recipe, task)
+    trained_on = {row.question for row in rows}
+    everything = select_questions(task, "train", len(chosen.questions) + count, recipe.seed, recipe.data.path)
+    new = [question for question in everything.questions if question.question not in trained_on][:count]
+    again = [question for question in everything.questions if question.question in trained_on][: count - len(new)]
+    return replace(everything, questions=[*new, *again]), len(again)
 
 
 def draw_to_calibrate(recipe: Recipe, trained: Mapping[str, RowRecord]) -> CalibrationDraw:
@@ -49,6 +68,9 @@ def rows_ahead(recipe: Recipe) -> dict[str, RowRecord]:
     for task in recipe.data.tasks:
         rows, chosen = training_rows(recipe, task)
         seen[f"data/{folder_name(task)}"] = RowRecord.of((row.question for row in rows), chosen.file_questions)
+    for task in recipe.data.tasks if recipe.own_mistakes else ():
+        drafted_on = mistake_questions(recipe, task)[0].questions
+        seen[f"own_mistakes, {task}"] = RowRecord.of(question.question for question in drafted_on)
     if recipe.data.calibration_items:
         seen["calibration"] = draw_to_calibrate(recipe, seen).record
     return seen

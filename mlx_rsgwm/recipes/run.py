@@ -30,6 +30,7 @@ from mlx_rsgwm.evaluation.contamination import (
     training_questions,
 )
 from mlx_rsgwm.evaluation.journal import FILE as JOURNAL_FILE
+from mlx_rsgwm.evaluation.report.folder import REPORT_FILE
 from mlx_rsgwm.evaluation.reported_run import report_run
 from mlx_rsgwm.evaluation.runner import describe_run
 from mlx_rsgwm.inference.calibration import FILE as CALIBRATION_FILE
@@ -47,6 +48,7 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base, resolve_base
 from mlx_rsgwm.models.base_folder import fingerprint_of
+from mlx_rsgwm.recipes import own_mistakes
 from mlx_rsgwm.recipes.pair import MergedPair
 from mlx_rsgwm.recipes.questions import asked, check_questions, draw_to_calibrate, draw_to_test
 from mlx_rsgwm.recipes.schema import MERGED, Recipe, folder_name, load_recipe, shipped_recipes
@@ -69,7 +71,8 @@ class RecipeRun:
         self.stages = Stages(out, self.progress)
         alone = self.adapter(recipe.data.tasks[0]) if len(recipe.data.tasks) == 1 else None
         self.pair = MergedPair(out, recipe.merge, verifiers=recipe.verifiers, adapter=alone)
-        self.pairs = [self.pair, *([MergedPair(out / "paper", recipe.paper, "-paper")] if recipe.paper else [])]
+        self.paper = MergedPair(out / "paper", recipe.paper, "-paper") if recipe.paper else None
+        self.own_mistakes = own_mistakes.pair_of(self)
         self._base: Base | None = None
         self._fingerprint = ""
 
@@ -104,7 +107,9 @@ class RecipeRun:
         make_folder(self.out)
         self._fingerprint = fingerprint_of(resolve_base(self.recipe.base, self.progress))
         plan = self._plan()
-        if not all(self.stages.is_done(stage) for stage in plan if stage.name.startswith("train-")):
+        if not all(
+            self.stages.is_done(stage) for stage in plan if stage.name.startswith(("train-", own_mistakes.DRAFT))
+        ):
             check_questions(self.recipe)
             check_layers(self.base.model, self.recipe.train)
         for number, stage in enumerate(plan, 1):
@@ -121,7 +126,7 @@ class RecipeRun:
         recipe = self.recipe
         return [
             *train_stages(self),
-            *(stage for pair in self.pairs for stage in self._stages_of(pair)),
+            *(stage for pair in (self.pair, self.paper, self.own_mistakes) if pair for stage in self._stages_of(pair)),
             Stage(
                 "export",
                 {**asdict(recipe.export), "base": recipe.base, "fingerprint": self._fingerprint},
@@ -133,10 +138,11 @@ class RecipeRun:
         ]
 
     def _stages_of(self, pair: MergedPair) -> list[Stage]:
-        """Merge, calibrate and evaluate one pair; one adapter alone is not merged."""
+        """Make, calibrate and evaluate one pair."""
         recipe, tasks, roles = self.recipe, self.recipe.data.tasks, tuple(pair.roles.values())
         read = tuple({**pair.roles, **pair.asked}.values())
         judged = () if pair.calibration.parent in roles else (pair.calibration,)
+        beside = (self.pair.report / REPORT_FILE,) if pair is self.own_mistakes else ()
         tested = recipe.evaluate.tasks or tasks
         asked = {
             **self.shared(),
@@ -144,19 +150,8 @@ class RecipeRun:
             "batch_rows": recipe.evaluate.batch_rows,
             "folder": recipe.data.folder,
         }
-        merging = [
-            Stage(
-                f"merge{pair.suffix}",
-                {"tasks": tasks, "seed": recipe.seed, **asdict(pair.section)},
-                tuple(self.adapter(task) for task in tasks),
-                roles,
-                partial(self._merge, pair),
-                (CALIBRATION_FILE,),
-                pieces=2,
-            )
-        ]
         return [
-            *([] if pair.adapter else merging),
+            *(own_mistakes.making(self) if pair is self.own_mistakes else self._merging(pair)),
             Stage(
                 f"calibrate{pair.suffix}",
                 {**asked, "tasks": tasks, "items": recipe.data.calibration_items, "files": self.hashes(tasks)},
@@ -177,13 +172,28 @@ class RecipeRun:
                     **asdict(recipe.evaluate),
                     "files": self.hashes(tested),
                 },
-                (*(self.corpus(task) for task in tasks), *read, *judged),
+                (*(self.corpus(task) for task in tasks), *read, *judged, *beside),
                 (pair.report,),
                 partial(self._evaluate, pair),
                 resumed=(JOURNAL_FILE,),
                 pieces=2 if recipe.evaluate.timed else 1,
             ),
         ]
+
+    def _merging(self, pair: MergedPair) -> list[Stage]:
+        """One adapter alone is not merged."""
+        if pair.adapter:
+            return []
+        stage = Stage(
+            f"merge{pair.suffix}",
+            {"tasks": self.recipe.data.tasks, "seed": self.recipe.seed, **asdict(pair.section)},
+            tuple(self.adapter(task) for task in self.recipe.data.tasks),
+            tuple(pair.roles.values()),
+            partial(self._merge, pair),
+            (CALIBRATION_FILE,),
+            pieces=2,
+        )
+        return [stage]
 
     def shared(self) -> dict[str, Any]:
         """What every stage before the export depends on."""
@@ -265,6 +275,7 @@ class RecipeRun:
                     }
                     for task, selection in chosen.items()
                 ],
+                **(own_mistakes.beside(self) if pair is self.own_mistakes else {}),
             },
         )  # fmt: skip
 
@@ -293,7 +304,7 @@ class RecipeRun:
                 raise CheckFailed(f"the drafter differs between MLX and torch: {'; '.join(result['failures'])}")
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        report = files.read_json_object(self.pair.report / "report.json")
+        report = files.read_json_object(self.pair.report / REPORT_FILE)
         parity = self.out / "export" / "parity.json"
         summary = {
             "recipe": self.recipe.name,
@@ -303,7 +314,8 @@ class RecipeRun:
             "drafter": report["drafter"],
             "draft_verify": report["draft_verify"],
             **{key: report[key] for key in (*SYSTEMS, "arithmetic") if key in report},
-            **({"draft_verify_paper": self._paper()} if self.recipe.paper else {}),
+            **({"draft_verify_paper": self._paper(self.paper)} if self.paper else {}),
+            **(own_mistakes.summary(self) if self.own_mistakes else {}),
             "verifier_auroc": report["verifier_auroc"][report["score"]]["all"],
             "verifier": report["verifier_auroc"],
             "calibration": report["metadata"].get("calibration"),
@@ -323,9 +335,9 @@ class RecipeRun:
         files.write_json(self.out / "summary.json", summary)
         return summary
 
-    def _paper(self) -> dict[str, Any]:
+    def _paper(self, pair: MergedPair) -> dict[str, Any]:
         """What came out of the paper's pair on the same questions."""
-        report = files.read_json_object(self.pairs[-1].report / "report.json")
+        report = files.read_json_object(pair.report / REPORT_FILE)
         return {**report["draft_verify"], "drafter": report["drafter"]}
 
     def corpus(self, task: str) -> Path:

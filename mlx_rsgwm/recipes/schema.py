@@ -30,7 +30,7 @@ from mlx_rsgwm.merging.methods import ROLE_TAU, find_method, needs_directions, r
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.round_merge import check_rounds
 from mlx_rsgwm.models.adapter import SIGNALS
-from mlx_rsgwm.recipes.sections import AverageSection, EvaluateSection, ExportSection
+from mlx_rsgwm.recipes.sections import AverageSection, EvaluateSection, ExportSection, OwnMistakesSection
 from mlx_rsgwm.training.config import TrainConfig
 
 FOLDER = Path(__file__).parent  # of the shipped recipes
@@ -225,8 +225,11 @@ class LoopSection:
 
     def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
         """The loop with score and threshold settled."""
-        sampling = Sampling(self.temperature, self.top_p, self.max_tokens, seed)
-        return LoopConfig(self.attempts, threshold, score, sampling, check=self.check)
+        return LoopConfig(self.attempts, threshold, score, self.sampling(seed), check=self.check)
+
+    def sampling(self, seed: int) -> Sampling:
+        """How drafts are drawn."""
+        return Sampling(self.temperature, self.top_p, self.max_tokens, seed)
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,8 @@ class Recipe:
     With one task its adapter drafts and verifies, and nothing is merged. ``average`` puts an average of each run's
     checkpoints in the place of its last weights; ``train.rounds`` trains all tasks in rounds.
 
-    ``paper``: another merge of the same pool, calibrated and evaluated beside ``merge`` on the same questions.
+    ``paper``: another merge of the same pool, calibrated and evaluated beside ``merge`` on the same questions;
+    ``own_mistakes``: so is the drafter with a verifier that was trained on its mistakes.
     """
 
     name: str
@@ -248,6 +252,7 @@ class Recipe:
     average: AverageSection | None = None
     merge: MergeSection = field(default_factory=MergeSection)
     paper: MergeSection | None = None
+    own_mistakes: OwnMistakesSection | None = None
     loop: LoopSection = field(default_factory=LoopSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     export: ExportSection = field(default_factory=ExportSection)

@@ -1,4 +1,4 @@
-"""The sections of a recipe that need no other: averaging checkpoints, evaluating, exporting."""
+"""The sections of a recipe that need no other: averaging checkpoints, own mistakes, evaluating, exporting."""
 
 from __future__ import annotations
 
@@ -19,6 +19,32 @@ class AverageSection(AverageOptions):
         super().__post_init__()
         if self.save_every < 1:
             raise_problems("recipe, average", [f"save_every must be at least 1, found {self.save_every}"])
+
+
+@dataclass(frozen=True)
+class OwnMistakesSection:
+    """After the merge a verifier is trained on the drafter's own mistakes, and evaluated as a pair of its own.
+
+    The drafter drafts ``attempts`` answers to ``items`` training questions of each task; ``rows`` of each task, half of
+    them right and half wrong, are trained on for ``epochs``. With ``true_equations`` no wrong one states a false
+    equation.
+    """
+
+    items: int = 48
+    attempts: int = 2
+    rows: int = 48
+    epochs: int = 1
+    true_equations: bool = False
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, found {value}"
+            for name in ("items", "attempts", "epochs")
+            if (value := getattr(self, name)) < 1
+        ]
+        if self.rows < 2 or self.rows % 2:
+            problems.append(f"rows must be even and at least 2, for they come in pairs, found {self.rows}")
+        raise_problems("recipe, own_mistakes", problems)
 
 
 @dataclass(frozen=True)

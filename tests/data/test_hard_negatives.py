@@ -67,6 +67,12 @@ def test_missing_mistakes_are_made_up_and_told():
     assert (found.drafted_pairs, found.perturbed_pairs, found.missing) == (5, 11, 7)
 
 
+def test_fewer_pairs_where_there_are_no_more_wrong_answers():
+    none = [[] for _ in QUESTIONS]
+    found = make_mixed_rows(QUESTIONS, none, 40, 1.0, 1, at_most=True)
+    assert (found.drafted_pairs, found.perturbed_pairs, found.missing, len(found.rows)) == (0, 20, 40, 40)
+
+
 def test_what_is_refused():
     none = [[] for _ in QUESTIONS]
     with pytest.raises(RsgwmError, match=r"gave only 0 with a wrong draft and 20 with a perturbed"):

@@ -158,6 +158,15 @@ def test_a_question_whose_draft_was_rejected_and_the_next_accepted():
     assert not [line for line in ending(report_of("nothing"), SUMMARY) if "rejected  " in line]
 
 
+def test_a_verifier_with_more_training_has_a_line_of_its_own():
+    report = report_of("helps")
+    trained = {**report["draft_verify"], "accuracy": {"value": 0.75, "low": 0.6, "high": 0.9, "n": 64}}
+    lines = ending(report, {**SUMMARY, "draft_verify_own_mistakes": trained})
+    assert "With a verifier trained on the drafter's own mistakes: 75 % right." in lines
+    assert [line for line in lines if "After" not in line][:4] == ending(report, SUMMARY)[:4]
+    assert (len(lines), max(map(len, lines)) <= 80) == (15, True)
+
+
 def test_bars_are_as_long_as_their_rates():
     before, after = ending(report_of("helps"), SUMMARY)[2:4]
     assert before.count("█") == round(BAR * 22 / 64)

@@ -58,6 +58,7 @@ def sections(summary: Mapping[str, Any]) -> list[Section]:
     parts: list[Section] = [
         ("Draft–verify against the drafter alone", _main(summary)),
         *([("With arithmetic checked", _arithmetic(summary))] if "arithmetic" in summary else []),
+        *([("With and without more training", _beside(summary))] if "beside" in summary["metadata"] else []),
         ("Families", _families(summary)),
         ("Verifier", _scores(summary)),
         ("Ceiling", _ceiling(summary)),
@@ -97,6 +98,20 @@ def _arithmetic(summary: Mapping[str, Any]) -> list[list[str]]:
         rows.append([f"Accuracy, {task}", *map(show, rates), str(rates[0]["n"])])
     if about.get("seeds"):
         rows.append(["Accuracy over all seeds", *(show(about["seeds"][key]) for key in SYSTEMS), ""])
+    return rows
+
+
+BESIDE = ("accuracy", "accept_rate", "accepted_and_correct", "false_accept_rate", "average_attempts")
+
+
+def _beside(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Draft–verify of two pairs with one drafter on the same questions, a row each; ``metadata`` has the other's."""
+    about = summary["metadata"]["beside"]
+    rows = [["draft–verify", *(ROWS[name] for name in BESIDE), "score", "AUROC", "n"]]
+    for label, report in ((about["other"], about["report"]), (about["this"], summary)):
+        checked, score = report["draft_verify"], report["score"]
+        cells = [*(show(checked[name]) for name in BESIDE), score, show(report["verifier_auroc"][score]["all"])]
+        rows.append([label, *cells, str(checked["accuracy"]["n"])])
     return rows
 
 

@@ -33,6 +33,14 @@ def _arithmetic(summary: Summary) -> str:
     )
 
 
+def _beside(summary: Summary) -> str:
+    about = summary["metadata"]["beside"]
+    this, other = (_share(report["draft_verify"]["accuracy"]) for report in (summary, about["report"]))
+    return (
+        f"{about['this'].capitalize()}: {this} right; {about['other']}: {other}. No other table here has its figures."
+    )
+
+
 def _families(summary: Summary) -> str:
     def gap(task: str) -> float:
         rates = summary["by_task"][task]
@@ -96,6 +104,7 @@ def _seeds(summary: Summary) -> str:
 LEADS: Mapping[str, Callable[[Summary], str]] = {
     "Draft–verify against the drafter alone": _main,
     "With arithmetic checked": _arithmetic,
+    "With and without more training": _beside,
     "Families": _families,
     "Verifier": _verifier,
     "Ceiling": _ceiling,

@@ -121,8 +121,10 @@ def test_every_table_is_led_by_a_sentence_of_its_own(tmp_path):
         replace(row, drafts=tuple(replace(draft, text="2 + 2 = 5\n#### 5") for draft in row.drafts)) for row in twice
     ]
     seen = set()
-    for made in (rows, twice, numbers):
-        summary = report.write_report(tmp_path, made, 3, check="auto")
+    other = {**report.summarise_records(rows[:6], 3), "metadata": {}}
+    beside = {"beside": {"this": "another verifier", "other": "this one", "report": other}}
+    for made, metadata in ((rows, {}), (twice, beside), (numbers, {})):
+        summary = report.write_report(tmp_path, made, 3, metadata, check="auto")
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
         for title, _ in report.sections(summary):
             sentence = lead(title, summary)
