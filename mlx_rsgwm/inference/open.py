@@ -28,6 +28,7 @@ from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.pair import VerifierSource, brief, check_pair, check_pool, load_verifier, other_base, roles_of
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.pool import check_rule
+from mlx_rsgwm.inference.routed import RoutedDraftVerify, RoutedPool, load_routed
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
@@ -38,10 +39,11 @@ from mlx_rsgwm.models.slots import AdapterSlots
 
 
 def open_pipeline(
-    drafter: AdapterSource,
+    drafter: AdapterSource | None,
     verifier: VerifierSource | None = None,
     base: str | Path | Base | None = None,
     *,
+    router: str | Path | None = None,
     template: str | Template | None = None,
     verify_template: str | Template | None = None,
     template_mismatch: str = "refuse",
@@ -65,6 +67,8 @@ def open_pipeline(
     Args:
         drafter, verifier: as for :func:`~mlx_rsgwm.models.adapter_sources.load_adapter`; without a verifier the bare
             base judges. Several verifiers, or a folder of them, read each draft together.
+        router: a pool's folder with a router in it (:func:`~mlx_rsgwm.inference.routing.fit_router`): its adapters
+            draft, each on the questions that are its own, and ``drafter`` where none is sure; that may then be None.
         base: Hub id, folder, ``.gguf`` file, alias, or a loaded base; None: the one that the adapters record.
         template: the prompt template (``plain``, ``chat``, or one of your own); None: the one that the drafter was
             trained with. ``verify_template``: other words for the verifier's question.
@@ -89,7 +93,9 @@ def open_pipeline(
         pipeline = rs.open_pipeline("runs/demo/drafter", "runs/demo/verifier")
         print(pipeline.answer("Ada has 12 pens and gets 7 more. How many pens does Ada have now?").text)
     """
-    drafting, verifying = _load_pair(drafter, verifier, base.name if isinstance(base, Base) else base, progress)
+    named = base.name if isinstance(base, Base) else base
+    routed = None if router is None else load_routed(router, named, progress)
+    drafting, verifying = _load_pair(_first_drafter(drafter, routed), verifier, named, progress)
     check_rule(combine, len(verifying))
     first_score, first_threshold = score_and_threshold(score, threshold, None)
     config = LoopConfig(
@@ -112,16 +118,28 @@ def open_pipeline(
     if not isinstance(base, Base):
         base = load_base_for([drafting, *verifying], None if base is None else str(base), progress)
     judges = roles_of(verifying)
-    slots = slots_of(base, {"drafter": drafting, **judges})
-    pipeline = DraftVerify(
-        slots, spoken, "drafter", [*judges], config, asked_in, template_mismatch, calibration, combine
-    )
+    options = (config, asked_in, template_mismatch, calibration, combine)
+    if routed is None:
+        slots = slots_of(base, {"drafter": drafting, **judges})
+        pipeline = DraftVerify(slots, spoken, "drafter", [*judges], *options)
+    else:
+        slots = slots_of(base, {"drafter": drafting, **routed.beside(judges)})
+        merged = None if drafter is None else "drafter"
+        pipeline = RoutedDraftVerify(slots, spoken, routed.router, merged, [*judges], *options)
     for warning in (*pipeline.warnings, *_calibration_doubts(pipeline)):
         progress.warning(f"warning: {warning}")
     pipeline.config = _settled(pipeline, config, score, threshold, calibrate, progress)
     if needed:
         pipeline.scorer(pipeline.config.score)  # a learned rule that was never fitted is refused before any draft
     return pipeline
+
+
+def _first_drafter(drafter: AdapterSource | None, routed: RoutedPool | None) -> AdapterSource:
+    if drafter is not None:
+        return drafter
+    if routed is None:
+        raise RsgwmError("no drafter: name one, or a router whose adapters draft")
+    return next(iter(routed.adapters.values()))
 
 
 def _load_pair(

@@ -1,0 +1,281 @@
+"""Which adapter of a pool a question is for, by the state of its prompt in the bare base.
+
+A prompt's state is the mean of its tokens' hidden states after the first layers of the base, which no adapter changes.
+A router is fitted on questions of every adapter's task and chooses by one of three rules:
+
+- ``distance``: to the mean of each task's states, in the metric of their common covariance, shrunk (Ledoit and Wolf,
+  2004); a linear discriminant.
+- ``nearest``: votes of the nearest labelled questions, by cosine.
+- ``classifier``: logistic regression on standardised states.
+
+Its margin is the probability (or share of the votes) of the chosen adapter above that of the next. Likelihood of the
+prompt is no rule here: where loss was on completions alone an adapter knows its answers and not its questions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_rsgwm.core import files
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
+from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.slots import unwrap
+from mlx_rsgwm.models.split import split_blocks
+
+RULES = ("distance", "nearest", "classifier")
+FORMAT = "mlx-rsgwm/router"
+NEIGHBOURS, FOLDS, LEAST = 5, 5, 5
+DEPTH = 0.5  # of the layers, where a prompt's state is taken
+BATCH_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Route:
+    """``name`` of the chosen adapter; ``probabilities`` (adapters,) in the router's order; ``margin`` in [0, 1]."""
+
+    name: str
+    margin: float
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Router:
+    """Chooses among ``names`` by ``rule``.
+
+    ``layer``: states are those after so many layers. ``arrays``: linear rules have weight (adapters, dims) and bias
+    (adapters,), nearest has states (n, dims), unit length, and labels (n,); all float64. ``margin``: below it no
+    adapter is sure. ``about``: base and template that the states depend on, and what was measured when it was fitted.
+    """
+
+    names: tuple[str, ...]
+    rule: str
+    layer: int
+    arrays: Mapping[str, np.ndarray]
+    margin: float = 0.0
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def routes(self, states: np.ndarray) -> list[Route]:
+        """One for each row of states (n, dims)."""
+        shares = _shares(self.rule, self.arrays, states, len(self.names))
+        ordered = np.sort(shares, axis=1)
+        return [
+            Route(self.names[int(chosen)], float(row[-1] - row[-2]), tuple(of.tolist()))
+            for chosen, row, of in zip(shares.argmax(axis=1), ordered, shares, strict=True)
+        ]
+
+    def digest(self) -> str:
+        """Hex SHA-256 of what its choices depend on."""
+        values = {name: array.tolist() for name, array in self.arrays.items()}
+        return files.sha256_json([self.names, self.rule, self.layer, self.margin, values])
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file; what is there is replaced."""
+        told = {"names": list(self.names), "rule": self.rule, "layer": self.layer, "margin": self.margin}
+        metadata = {"kind": FORMAT, "router": json.dumps({**told, "about": dict(self.about)})}
+        write_safetensors(path, {name: _bits(array) for name, array in self.arrays.items()}, metadata)
+
+    @staticmethod
+    def load(path: Path) -> Router:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            RsgwmError: no such file, or one that holds no sound router.
+        """
+        arrays, metadata = read_safetensors(path)
+        if metadata.get("kind") != FORMAT:
+            raise RsgwmError(f"{path} is no router; rsgwm route fit makes one")
+        try:
+            told = files.parse_json(metadata["router"])
+            router = Router(
+                tuple(map(str, told["names"])),
+                str(told["rule"]),
+                int(told["layer"]),
+                {name: _values(array) for name, array in arrays.items()},
+                float(told["margin"]),
+                dict(told["about"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RsgwmError(f"{path} is no sound router: {error}") from error
+        router.check(path)
+        return router
+
+    def check(self, path: Path) -> None:
+        """Raise for what cannot choose: another number of adapters than names, values that are not finite."""
+        kept = {"nearest": ("states", "labels")}.get(self.rule, ("weight", "bias"))
+        sound = self.rule in RULES and set(self.arrays) == set(kept) and 0 <= self.margin <= 1 and len(self.names) > 1
+        if sound:
+            first, second = (self.arrays[name] for name in kept)
+            rows = len(first) if self.rule == "nearest" else len(self.names)
+            sound = first.ndim == 2 and first.shape[0] == rows and second.shape == (rows,)
+            sound = sound and bool(np.isfinite(first).all() and np.isfinite(second).all())
+            sound = sound and (self.rule != "nearest" or set(second.tolist()) <= set(range(len(self.names))))
+        if not sound:
+            raise RsgwmError(f"{path} is no sound router; rsgwm route fit makes one")
+
+    def require(self, base: Base, template: Template) -> None:
+        """Raise when states here are others than those that the router was fitted on."""
+        for what, here in (("base", base.fingerprint), ("template", template.hash)):
+            if self.about.get(what) != here:
+                raise RsgwmError(f"the router was fitted with another {what}; fit it again: rsgwm route fit")
+
+
+def _bits(array: np.ndarray) -> mx.array:
+    # MLX has no float64 on a GPU, so the values travel as their bits.
+    return mx.array(np.ascontiguousarray(array, dtype=np.float64).view(np.uint32))
+
+
+def _values(array: mx.array) -> np.ndarray:
+    return np.array(array).view(np.float64)
+
+
+def depth_of(base: Base) -> int:
+    """The number of layers after which states are taken: half of them, at least one."""
+    model: Any = base.model
+    return max(1, round(DEPTH * len(model.layers)))
+
+
+def prompt_states(base: Base, prompts: Sequence[Sequence[int]], layer: int) -> np.ndarray:
+    """Mean hidden state of each prompt's tokens after ``layer`` layers of the bare base, (prompts, dims) float64.
+
+    Raises:
+        RsgwmError: the model's layers cannot be reached one by one, or there are not so many.
+    """
+    unwrap(base.model)
+    return StateReader(base, layer).states(prompts)
+
+
+class StateReader:
+    """Reads prompts with the first ``layer`` layers of a base, in whatever adapter is active there: none, it must be."""
+
+    def __init__(self, base: Base, layer: int) -> None:
+        blocks = split_blocks(base.model)
+        if blocks is None:
+            raise RsgwmError("the layers of this base cannot be reached one by one, so it has no states to route by")
+        if not 0 < layer <= len(blocks):
+            raise RsgwmError(f"layer must be in [1, {len(blocks)}], found {layer}")
+        self._blocks = blocks[:layer]
+
+    def states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """(prompts, dims) float64; prompts of like lengths are read together."""
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        found: dict[int, np.ndarray] = {}
+        for start in range(0, len(order), BATCH_ROWS):
+            indices = order[start : start + BATCH_ROWS]
+            lengths = mx.array([len(prompts[index]) for index in indices])
+            longest = len(prompts[indices[-1]])
+            ids = mx.array([[*prompts[index], *[0] * (longest - len(prompts[index]))] for index in indices])
+            states = ids
+            for block in self._blocks:
+                states = block(states)
+            # What pads a prompt comes after it, and no earlier token sees it.
+            inside = (mx.arange(longest)[None] < lengths[:, None]).astype(mx.float32)[..., None]
+            means = (states.astype(mx.float32) * inside).sum(axis=1) / lengths[:, None]
+            found.update(zip(indices, np.array(means).astype(np.float64), strict=True))
+        return np.stack([found[index] for index in range(len(prompts))])
+
+
+def fit_router(
+    base: Base,
+    template: Template,
+    questions: Mapping[str, Sequence[str]],
+    rule: str = "auto",
+    layer: int | None = None,
+    margin: float = 0.0,
+    seed: int = 0,
+) -> Router:
+    """A router of the adapters that ``questions`` names, from questions of each one's task.
+
+    ``auto`` takes the rule that is right most often on left-out questions (five folds; the first of equals). What every
+    rule came to is in ``about["accuracy"]``.
+
+    Raises:
+        RsgwmError: fewer than two adapters, or than five questions of one; an unknown rule; a margin out of range.
+    """
+    if rule not in ("auto", *RULES):
+        raise RsgwmError(f"rule must be auto or one of {', '.join(RULES)}, found {rule!r}")
+    if not 0 <= margin <= 1:
+        raise RsgwmError(f"margin must be in [0, 1], found {margin}")
+    names = tuple(questions)
+    if len(names) < 2:
+        raise RsgwmError(f"a router chooses among two or more adapters, found {len(names)}")
+    for name, asked in questions.items():
+        if len(asked) < LEAST:
+            raise RsgwmError(f"{name}: a router takes at least {LEAST} questions of each task, found {len(asked)}")
+    layer = depth_of(base) if layer is None else layer
+    prompts = [template.draft_prompt(base.tokenizer, text) for asked in questions.values() for text in asked]
+    states = prompt_states(base, prompts, layer)
+    labels = np.array([index for index, asked in enumerate(questions.values()) for _ in asked])
+    accuracy = {each: _left_out_accuracy(each, states, labels, len(names), seed) for each in RULES}
+    chosen = max(RULES, key=lambda each: accuracy[each]) if rule == "auto" else rule
+    about = {
+        "base": base.fingerprint,
+        "template": template.hash,
+        "questions": {name: len(asked) for name, asked in questions.items()},
+        "accuracy": accuracy,
+    }
+    return Router(names, chosen, layer, _fit(chosen, states, labels, len(names)), margin, about)
+
+
+def _left_out_accuracy(rule: str, states: np.ndarray, labels: np.ndarray, count: int, seed: int) -> float:
+    from sklearn.model_selection import StratifiedKFold
+
+    right = 0
+    for fitted, left in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(states, labels):
+        arrays = _fit(rule, states[fitted], labels[fitted], count)
+        right += int((_shares(rule, arrays, states[left], count).argmax(axis=1) == labels[left]).sum())
+    return right / len(labels)
+
+
+def _fit(rule: str, states: np.ndarray, labels: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    if rule == "nearest":
+        return {"states": states / _lengths(states), "labels": labels.astype(np.float64)}
+    means, scales = states.mean(axis=0), states.std(axis=0)
+    scales[scales < 1e-9] = 1.0
+    weight, bias = _linear(rule, (states - means) / scales, labels)
+    if count == 2 and len(weight) == 1:  # what two classes are fitted as: the second against the first
+        weight, bias = np.concatenate([np.zeros_like(weight), weight]), np.concatenate([np.zeros_like(bias), bias])
+    weight = weight / scales
+    return {"weight": weight, "bias": bias - weight @ means}
+
+
+def _linear(rule: str, states: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression
+
+    if rule == "classifier":
+        model: Any = LogisticRegression(C=1.0, max_iter=1000)
+    else:  # every task is as likely, however many questions of it there are
+        count = len(np.unique(labels))
+        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=np.full(count, 1 / count))
+    model.fit(states, labels)
+    return np.asarray(model.coef_, dtype=np.float64), np.asarray(model.intercept_, dtype=np.float64)
+
+
+def _shares(rule: str, arrays: Mapping[str, np.ndarray], states: np.ndarray, count: int) -> np.ndarray:
+    """(n, adapters): probabilities, or shares of the nearest questions' votes, by their cosine where those are even."""
+    if rule != "nearest":
+        logits = states @ arrays["weight"].T + arrays["bias"]
+        exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares: np.ndarray = exponents / exponents.sum(axis=1, keepdims=True)
+        return shares
+    cosines = states / _lengths(states) @ arrays["states"].T
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEIGHBOURS]
+    votes = np.zeros((len(states), count))
+    for row, indices in enumerate(nearest):
+        # Weighted by closeness, which is near 1 for all: it decides between equal numbers of votes alone.
+        np.add.at(votes[row], arrays["labels"][indices].astype(int), np.maximum(cosines[row, indices], 1e-9))
+    return votes / votes.sum(axis=1, keepdims=True)
+
+
+def _lengths(states: np.ndarray) -> np.ndarray:
+    lengths: np.ndarray = np.linalg.norm(states, axis=1, keepdims=True)
+    return np.maximum(lengths, 1e-30)
