@@ -17,6 +17,7 @@ COMMANDS = {
     "average": ("mlx_rsgwm.cli.average:average", "Average the checkpoints of one run into one adapter."),
     "pool train": ("mlx_rsgwm.cli.train_pool:train_pool", "Train several adapters that share one initialisation."),
     "pool sweep": ("mlx_rsgwm.cli.merge_sweep:merge_sweep", "Merge a pool by many methods and rank the merges."),
+    "pool route": ("mlx_rsgwm.cli.route:route", "Fit what chooses the adapter of a pool that answers."),
     "adapter loss": ("mlx_rsgwm.cli.loss:loss", "Loss of rows under the base and adapters on it."),
     "adapter importance": ("mlx_rsgwm.cli.importance:importance", "Collect importance for one trained elsewhere."),
     "directions collect": ("mlx_rsgwm.cli.directions:collect", "Collect directions for one trained elsewhere."),
@@ -59,7 +60,7 @@ COMMANDS = {
 GROUPS = {
     "recipe": "Recipes of your own: init.",
     "data": "Corpora of draft rows and verifier pairs: build, negatives.",
-    "pool": "Adapters that belong together: train, sweep.",
+    "pool": "Adapters that belong together: train, sweep, route.",
     "adapter": "What an adapter knows of its data: loss, importance.",
     "directions": "Second moments of the inputs of an adapter's layers: collect.",
     "probe": "Predict how well adapters merge: measure, outcomes, fit, report, decide.",

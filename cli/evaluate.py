@@ -118,8 +118,12 @@ def _choose(
 ) -> tuple[CalibrationDraw, ChosenQuestions]:
     """What to calibrate on here and what to ask, both apart from what the pair has seen; their notes are shown."""
     from mlx_rsgwm.evaluation.chosen_questions import choose_questions, draw_to_calibrate_here, rows_seen_by
+    from mlx_rsgwm.evaluation.contamination import rows_seen
+    from mlx_rsgwm.inference.routed import load_routed
 
     seen = rows_seen_by(drafter, verifier, loop["combine"], loop["base_name"], progress)
+    if loop["router"] is not None:
+        seen |= rows_seen(load_routed(loop["router"], loop["base_name"]).adapters, loop["base_name"], progress)
     drawn = draw_to_calibrate_here(
         [part.task for part in slices], verifier, loop["score"], loop["combine"], seen,
         seed=slices[0].seed, folder=slices[0].folder, allow_overlap=allow_overlap,

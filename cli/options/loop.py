@@ -11,7 +11,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import AUTO_SHARE, SOURCE, OneOf
+from mlx_rsgwm.cli.options.kinds import AUTO_SHARE, PATH, SOURCE, OneOf
 from mlx_rsgwm.cli.options.paths import SOURCES, SeveralOption
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.inference.policy import CHECKS, MODES, LoopConfig
@@ -46,6 +46,11 @@ PIPELINE_OPTIONS = (
         default="max",
         show_default=True,
         help="What several verifiers say together; learned is fitted by rsgwm calibrate.",
+    ),
+    click.option(
+        "--router",
+        type=PATH,
+        help="A pool with a router (rsgwm pool route): the adapter it chooses drafts, and the drafter where none is sure.",
     ),
     shared.attempts(),
     shared.temperature(),
@@ -180,6 +185,7 @@ def build_pipeline(
         options["drafter"],
         options["verifier"],
         options["base_name"],
+        router=options["router"],
         template=options["template_name"],
         score=options.get("score", "auto"),
         threshold=options.get("threshold", "auto"),
