@@ -38,10 +38,11 @@ def tell_pair(console: Console, pipeline: DraftVerify, question: str) -> dict[st
     steps: list[dict[str, Any]] = []
     drafts: list[Draft] = []
     line = _DraftLine(console, pipeline)
+    routed = _tell_route(console, pipeline, question)
     for step in pipeline.steps(question, line.watch):
         if not isinstance(step, Draft):
             _tell_end(console, pipeline, step, drafts)
-            return {**row_of(pipeline, step), "steps": steps}
+            return {**row_of(pipeline, step), **routed, "steps": steps}
         if step.state == "drafted":
             line.end(step)
             steps.append({"attempt": step.attempt, "text": step.text})
@@ -49,6 +50,17 @@ def tell_pair(console: Console, pipeline: DraftVerify, question: str) -> dict[st
             drafts.append(step)
             steps[-1] |= _tell_verdict(console, pipeline, step)
     raise AssertionError("the last step is the answer")
+
+
+def _tell_route(console: Console, pipeline: DraftVerify, question: str) -> dict[str, Any]:
+    """Print which adapter drafts, where a router chooses."""
+    from mlx_rsgwm.inference.routed import RoutedDraftVerify
+
+    if not isinstance(pipeline, RoutedDraftVerify):
+        return {}
+    (drafter,), (route,) = pipeline.drafters_of([question]), pipeline.routes([question])
+    console.line(f"drafted by {drafter} (the router's choice {route.name}, {route.margin:.2f} above the next)")
+    return {"drafted_by": drafter, "route": route.name, "margin": route.margin}
 
 
 class _DraftLine:

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("pool", type=PATH)
-@shared.corpus("of every adapter's task; repeatable, in the order of the adapters' names", True, True, "corpora")
+@shared.corpus(
+    "of every adapter's task, in the order of their names, or a folder that has all under these names; repeatable",
+    True,
+    True,
+    "corpora",
+)
 @click.option(
     "--rule",
     type=OneOf(["auto", *RULES]),
@@ -62,26 +67,22 @@ def route(
 
     \b
     Examples:
+      rsgwm pool route runs/demo/pool --corpus runs/demo/data
       rsgwm pool route pool --corpus corpus/change --corpus corpus/groups
       rsgwm ask "Tom has 3 boxes of 8 pens. How many pens?" --router pool --drafter drafter --verifier verifier
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.folders import exclusive
-    from mlx_rsgwm.data.corpus import load_corpus
     from mlx_rsgwm.inference.open import load_base_for, template_of
     from mlx_rsgwm.inference.routed import ROUTER_FILE
     from mlx_rsgwm.inference.routing import fit_router
     from mlx_rsgwm.models.adapter_sources import load_adapters
 
     adapters = load_adapters([pool], base_name, lazy=True, progress=console.progress)
-    if len(corpora) != len(adapters):
-        names = ", ".join(adapter.name for adapter in adapters)
-        raise RsgwmError(f"give a corpus of each adapter, in their order ({names}); found {len(corpora)} corpora")
     with exclusive(pool):
         if (pool / ROUTER_FILE).exists() and not replace:
             raise RsgwmError(f"{pool / ROUTER_FILE} is there already; --replace it")
-        data = [load_corpus(path) for path in corpora]
-        _refuse_other_order(adapters, data)
+        data = _corpora_of(adapters, corpora)
         asked = {
             adapter.name: list(dict.fromkeys(row.question for row in corpus.rows))[:rows]
             for adapter, corpus in zip(adapters, data, strict=True)
@@ -93,21 +94,34 @@ def route(
     _tell(console, router, pool / ROUTER_FILE)
 
 
-def _refuse_other_order(adapters: Sequence[Adapter], corpora: Sequence[Corpus]) -> None:
-    """Raise where an adapter says that it was trained on another one's corpus."""
+def _corpora_of(adapters: Sequence[Adapter], paths: Sequence[Path]) -> list[Corpus]:
+    """Each adapter's corpus: of one folder, what is there under the adapters' names; else as they were given."""
     from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.data.corpus import load_corpus
 
+    names = [adapter.name for adapter in adapters]
+    if len(paths) == 1 and all((paths[0] / name).is_dir() for name in names):
+        paths = [paths[0] / name for name in names]
+    if len(paths) != len(names):
+        told = ", ".join(names)
+        raise RsgwmError(
+            f"give a corpus of each adapter, in their order ({told}), or a folder that has all under their names"
+        )
+    corpora = [load_corpus(path) for path in paths]
     of = {adapter.manifest.get("data", {}).get("hash"): adapter.name for adapter in adapters}
     for adapter, corpus in zip(adapters, corpora, strict=True):
         if of.get(corpus.hash, adapter.name) != adapter.name:
             raise RsgwmError(f"the corpus given for {adapter.name} is what {of[corpus.hash]} was trained on; reorder")
+    return corpora
 
 
 def _tell(console: Console, router: Router, path: Path) -> None:
     counts = router.about["questions"]
     for rule, accuracy in router.about["accuracy"].items():
         chosen = ", taken" if rule == router.rule else ""
-        console.line(f"{rule:<10}  {accuracy:.3f} of {sum(counts.values())} left-out questions to the right adapter{chosen}")
+        console.line(
+            f"{rule:<10}  {accuracy:.3f} of {sum(counts.values())} left-out questions to the right adapter{chosen}"
+        )
     console.line(f"router: {path}")
     told = {"rule": router.rule, "layer": router.layer, "margin": router.margin}
     console.result({"router": str(path), **told, "questions": counts, "accuracy": router.about["accuracy"]})

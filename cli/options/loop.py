@@ -50,7 +50,7 @@ PIPELINE_OPTIONS = (
     click.option(
         "--router",
         type=PATH,
-        help="A pool with a router (rsgwm pool route): the adapter it chooses drafts, and the drafter where none is sure.",
+        help="Pool with a router (rsgwm pool route): the adapter it chooses drafts; the drafter, where none is sure.",
     ),
     shared.attempts(),
     shared.temperature(),

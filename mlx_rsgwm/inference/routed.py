@@ -53,7 +53,7 @@ def load_routed(pool: str | Path, base: str | Path | None, progress: Progress = 
     """
     folder = files.expanded(str(pool))
     if not (folder / ROUTER_FILE).is_file():
-        raise RsgwmError(f"{folder} has no router; make one: rsgwm route fit {folder} --corpus ROWS …")
+        raise RsgwmError(f"{folder} has no router; make one: rsgwm pool route {folder} --corpus ROWS …")
     router = Router.load(folder / ROUTER_FILE)
     outside = [name for name in router.names if Path(name).name != name or not (folder / name).is_dir()]
     if outside:
@@ -89,9 +89,7 @@ class RoutedDraftVerify(DraftVerify):
         super().__init__(slots, template, merged or router.names[0], verifier, config, *options)
         self.router, self.merged = router, merged
         drafters = (*router.names, *([merged] if merged else ()))
-        self._by_drafter = {
-            name: DraftVerify(slots, template, name, verifier, config, *options) for name in drafters
-        }
+        self._by_drafter = {name: DraftVerify(slots, template, name, verifier, config, *options) for name in drafters}
         self.warnings = list(dict.fromkeys(line for each in self._by_drafter.values() for line in each.warnings))
         self._states = StateReader(slots.base, router.layer)
         self._known: dict[str, Route] = {}

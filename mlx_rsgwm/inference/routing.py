@@ -92,7 +92,7 @@ class Router:
         """
         arrays, metadata = read_safetensors(path)
         if metadata.get("kind") != FORMAT:
-            raise RsgwmError(f"{path} is no router; rsgwm route fit makes one")
+            raise RsgwmError(f"{path} is no router; rsgwm pool route makes one")
         try:
             told = files.parse_json(metadata["router"])
             router = Router(
@@ -119,13 +119,13 @@ class Router:
             sound = sound and bool(np.isfinite(first).all() and np.isfinite(second).all())
             sound = sound and (self.rule != "nearest" or set(second.tolist()) <= set(range(len(self.names))))
         if not sound:
-            raise RsgwmError(f"{path} is no sound router; rsgwm route fit makes one")
+            raise RsgwmError(f"{path} is no sound router; rsgwm pool route makes one")
 
     def require(self, base: Base, template: Template) -> None:
         """Raise when states here are others than those that the router was fitted on."""
         for what, here in (("base", base.fingerprint), ("template", template.hash)):
             if self.about.get(what) != here:
-                raise RsgwmError(f"the router was fitted with another {what}; fit it again: rsgwm route fit")
+                raise RsgwmError(f"the router was fitted with another {what}; fit it again: rsgwm pool route")
 
 
 def _bits(array: np.ndarray) -> mx.array:
@@ -154,7 +154,7 @@ def prompt_states(base: Base, prompts: Sequence[Sequence[int]], layer: int) -> n
 
 
 class StateReader:
-    """Reads prompts with the first ``layer`` layers of a base, in whatever adapter is active there: none, it must be."""
+    """Reads prompts with the first ``layer`` layers of a base. No adapter may be active there."""
 
     def __init__(self, base: Base, layer: int) -> None:
         blocks = split_blocks(base.model)

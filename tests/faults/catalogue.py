@@ -70,6 +70,12 @@ KINDS = {
          "out/groups/importance.safetensors", "out/rounds/round-01/merged/adapters.safetensors",
          "out/rounds/round-03/merged/adapters.safetensors", "out/rounds/round-02/round.json"),
     ),
+    "pool route": Kind(
+        lambda work, base, place: ["pool", "route", place / "pool", "--corpus", work / "corpus/change",
+                                   "--corpus", work / "corpus/groups", "--base", base, "--replace"],
+        ("pool/router.safetensors",),
+        copied=("pool",),
+    ),
     "directions collect": Kind(
         lambda work, base, place: ["directions", "collect", place / "pool/change", "--corpus", work / "corpus/change",
                                    "--replace"],

@@ -48,6 +48,7 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "pool train": {"--base": "base", "--corpus": "corpus", "--out": "new/out", **SMALL},
     "pool sweep": {"pool": ("pool/change", "pool/groups"), "--methods": "linear", "--task": "change", "--items": "1",
                    "--judged": "1", "--max-tokens": "4", "--out": "new/out"},
+    "pool route": {"pool": "pool", "--corpus": "corpora", "--replace": ""},
     "adapter loss": {"--corpus": "corpus", "--adapter": "draft"},
     "adapter importance": {"source": "pool/change", "--corpus": "corpus", "--out": "new/out"},
     "directions collect": {"adapter_folder": "bare", "--corpus": "corpus"},
@@ -125,6 +126,8 @@ def make_work(folder: Path, base: Path) -> None:
     small = [word for pair in SMALL.items() for word in pair]
     rows_of = ("--draft-rows", "4", "--verify-rows", "4")
     run("data", "build", "--task", "change", *rows_of, "--out", "corpus")
+    for task in ("change", "groups"):
+        run("data", "build", "--task", task, "--draft-rows", "6", "--verify-rows", "2", "--out", f"corpora/{task}")
     run("pool", "train", "--base", "base", "--task", "change", "--task", "groups", *rows_of, "--out", "pool", *small)
     steps = ("--steps", "2", "--save-every", "1")
     run("train", "--base", "base", "--corpus", "corpus", "--out", "checkpointed", *small, *steps)
