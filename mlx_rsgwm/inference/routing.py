@@ -110,10 +110,10 @@ class Router:
 
     def check(self, path: Path) -> None:
         """Raise for what cannot choose: another number of adapters than names, values that are not finite."""
-        kept = {"nearest": ("states", "labels")}.get(self.rule, ("weight", "bias"))
-        sound = self.rule in RULES and set(self.arrays) == set(kept) and 0 <= self.margin <= 1 and len(self.names) > 1
+        parts = {"nearest": ("states", "labels")}.get(self.rule, ("weight", "bias"))
+        sound = self.rule in RULES and set(self.arrays) == set(parts) and 0 <= self.margin <= 1 and len(self.names) > 1
         if sound:
-            first, second = (self.arrays[name] for name in kept)
+            first, second = (self.arrays[name] for name in parts)
             rows = len(first) if self.rule == "nearest" else len(self.names)
             sound = first.ndim == 2 and first.shape[0] == rows and second.shape == (rows,)
             sound = sound and bool(np.isfinite(first).all() and np.isfinite(second).all())
@@ -167,7 +167,7 @@ class StateReader:
     def states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """(prompts, dims) float64; prompts of like lengths are read together."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        found: dict[int, np.ndarray] = {}
+        read: dict[int, np.ndarray] = {}
         for start in range(0, len(order), BATCH_ROWS):
             indices = order[start : start + BATCH_ROWS]
             lengths = mx.array([len(prompts[index]) for index in indices])
@@ -179,8 +179,8 @@ class StateReader:
             # What pads a prompt comes after it, and no earlier token sees it.
             inside = (mx.arange(longest)[None] < lengths[:, None]).astype(mx.float32)[..., None]
             means = (states.astype(mx.float32) * inside).sum(axis=1) / lengths[:, None]
-            found.update(zip(indices, np.array(means).astype(np.float64), strict=True))
-        return np.stack([found[index] for index in range(len(prompts))])
+            read.update(zip(indices, np.array(means).astype(np.float64), strict=True))
+        return np.stack([read[index] for index in range(len(prompts))])
 
 
 def fit_router(
