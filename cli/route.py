@@ -11,12 +11,13 @@ import click
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import PATH, OneOf
-from mlx_rsgwm.inference.routing import RULES
 
 if TYPE_CHECKING:
     from mlx_rsgwm.data.corpus import Corpus
     from mlx_rsgwm.inference.routing import Router
     from mlx_rsgwm.models.adapter import Adapter
+
+RULES = ("distance", "nearest", "classifier")  # of inference.routing, which help does not load
 
 
 @click.command()

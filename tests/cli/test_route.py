@@ -6,10 +6,12 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
+from mlx_rsgwm.cli import route
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.data.corpus import make_rows, save_corpus
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.inference import routing
 
 PAIR = ("--score", "yesno", "--threshold", "0.5", "--max-tokens", "4", "--attempts", "1")
 
@@ -32,6 +34,10 @@ def pool(make_adapter, tmp_path):
 
 def fit(pool, tiny_base, *more):
     return invoke("pool", "route", pool, "--base", tiny_base, "--template", "plain", *more)
+
+
+def test_the_option_names_every_rule():
+    assert route.RULES == routing.RULES
 
 
 def test_a_pool_gets_a_router_and_answers_by_it(pool, tiny_base, tmp_path):
