@@ -10,7 +10,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, OneOf
+from mlx_rsgwm.cli.options.kinds import COUNT, PATH, SHARE, OneOf
 
 if TYPE_CHECKING:
     from mlx_rsgwm.data.corpus import Corpus
@@ -36,10 +36,10 @@ RULES = ("distance", "nearest", "classifier")  # of inference.routing, which hel
     help="By distance to each task's mean, votes of the nearest questions, or a classifier; auto: what is right most "
     "often on left-out questions.",
 )
-@click.option("--layer", type=int, help="Layers of the base that a prompt is read by.  [default: half of them]")
+@click.option("--lower-layers", "layer", type=COUNT, help="Layers of the base that a prompt is read by.  [default: half of them]")
 @click.option(
     "--margin",
-    type=float,
+    type=SHARE,
     default=0.0,
     show_default=True,
     help="The drafter answers where the first choice is less than so far above the second; 0: never, 1: always.",

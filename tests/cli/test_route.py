@@ -71,8 +71,8 @@ def test_a_margin_that_none_reaches_leaves_all_to_the_drafter(pool, tiny_base, t
     ("more", "reason"),
     [
         (("--corpus", "data/change"), "give a corpus of each adapter, in their order (change, groups)"),
-        (("--corpus", "data", "--margin", "2"), "margin must be in [0, 1], found 2.0"),
-        (("--corpus", "data", "--layer", "0"), "layer must be in [1, 2], found 0"),
+        (("--corpus", "data", "--margin", "2"), "2.0 is not in the range 0<=x<=1"),
+        (("--corpus", "data", "--lower-layers", "0"), "layer must be in [1, 2], found 0"),
         (("--corpus", "data", "--rows", "3"), "change: a router takes at least 5 questions"),
     ],
 )
