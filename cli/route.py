@@ -36,7 +36,7 @@ RULES = ("distance", "nearest", "classifier")  # of inference.routing, which hel
     help="By distance to each task's mean, votes of the nearest questions, or a classifier; auto: what is right most "
     "often on left-out questions.",
 )
-@click.option("--lower-layers", "layer", type=COUNT, help="Layers of the base that a prompt is read by.  [default: half of them]")
+@click.option("--lower-layers", "layer", type=COUNT, help="Layers that read a prompt.  [default: half]")
 @click.option(
     "--margin",
     type=SHARE,
