@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("adapters", metavar="POOL...", nargs=-1, required=True, type=SOURCE)
 @click.option("--at", type=AT, help=AT_HELP)
-@click.option(
-    "--predictors",
-    type=PATH,
-    help="Folder of `rsgwm probe fit`, or a file in it; without one a rule of the measures decides.",
-)
+@shared.predictors()
 @click.option("--decide-by", type=OneOf(MODELS), default="ridge", show_default=True, help="Which fit decides.")
 @click.option("--table", type=PATH, help="Table of the pool's pairs, measured before (with data, say).")
 @click.option("--apply", is_flag=True, help="Carry it out: merge the groups into --out.")
@@ -69,7 +65,7 @@ def decide(
     loaded, share = probed_adapters(adapters, at, base_name, console.progress)
     pairs = measured_table(loaded, share, console.progress) if table is None else read_table(table)
     decision = decide_on(pairs, fitted)
-    _tell(console, decision)
+    tell_decision(console, decision)
     result = decision.to_dict()
     if out is not None:
         finished = {each.where: each for each in load_adapters(adapters, base_name, lazy=True, hashes=False)}
@@ -78,7 +74,8 @@ def decide(
     console.result(result)
 
 
-def _tell(console: Console, decision: Decision) -> None:
+def tell_decision(console: Console, decision: Decision) -> None:
+    """Print what to do with the pairs and with all together."""
     from mlx_rsgwm.core.tables import text_page
 
     head = ["adapters", "do", "by", "keeps", "at least", "why"]

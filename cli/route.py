@@ -36,7 +36,7 @@ RULES = ("distance", "nearest", "classifier")  # of inference.routing, which hel
     help="By distance to each task's mean, votes of the nearest questions, or a classifier; auto: what is right most "
     "often on left-out questions.",
 )
-@click.option("--lower-layers", "layer", type=COUNT, help="Layers that read a prompt.  [default: half]")
+@click.option("--lower-layers", "layer", type=COUNT, help="Layers that read a prompt.  [default: a quarter]")
 @click.option(
     "--margin",
     type=SHARE,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import COUNT, Number, OneOf
 from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.base import DEFAULT_BASE
 from mlx_rsgwm.training.rounds import MODES, Rounds
 
@@ -26,6 +28,14 @@ from mlx_rsgwm.training.rounds import MODES, Rounds
 @shared.template("plain")
 @shared.mask_prompt()
 @shared.out("a folder that gets one folder per adapter", required=True)
+@click.option(
+    "--probe",
+    "probed",
+    type=Number(0, 1, min_open=True, max_open=True),
+    help="After this share of every adapter's steps say how they will merge (rsgwm probe decide), then train on.",
+)
+@shared.predictors()
+@click.option("--stop-after-probe", is_flag=True, help="Do not train on; the same command without it does.")
 @click.option(
     "--rounds", type=COUNT, default=0, help="Share the steps out among so many rounds, with a merge after each."
 )
@@ -46,6 +56,9 @@ def train_pool(
     template_name: str,
     mask_prompt: bool,
     out: Path,
+    probed: float | None,
+    predictors: Path | None,
+    stop_after_probe: bool,
     rounds: int,
     round_mode: str | None,
     round_method: str | None,
@@ -68,9 +81,9 @@ def train_pool(
       rsgwm pool train --corpus corpus/a --corpus corpus/b --epochs 1 --out pool --resume
       mlx.launch -n 2 -- rsgwm pool train --corpus corpus/a --corpus corpus/b --out pool
       rsgwm pool train --task change --task groups --steps 24 --rounds 4 --out pool
+      rsgwm pool train --task change --task groups --probe 0.05 --out pool
     """
     from mlx_rsgwm.core.distributed import launched_processes
-    from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.data.loading import load_data
     from mlx_rsgwm.merging import alternate
@@ -82,11 +95,14 @@ def train_pool(
     given = {"mode": round_mode, "method": round_method, "alpha": round_alpha, "parameters": round_settings}
     config = train_config(console, {}, {**settings, **_rounds(rounds, given)})
     saving = saving_options(out, {}, running)
+    _refuse_probing(probed, predictors, stop_after_probe, rounds)
     processes = launched_processes()
     corpora = {folder.stem: folder for folder in folders}
     names = [path.stem for path in (*folders, *map(Path, tasks))]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise RsgwmError(f"two --corpus or --task are called {double[0]}; adapters are named after them")
+    if probed is not None and len(names) < 2:
+        raise RsgwmError("--probe takes a pool of two or more adapters")
     if processes.writes:
         _build(console, tasks, out, draft_rows, verify_rows, folder, template_name)
     processes.wait()
@@ -97,6 +113,17 @@ def train_pool(
     base = load_base(base_name or DEFAULT_BASE, progress=progress)
     running_options = (saving, memory_options(running), progress, processes)
     told: dict[str, Any]
+    decided: dict[str, Any] = {}
+    if probed is not None:
+        saving = replace(saving, snapshots=tuple(sorted({*saving.snapshots, probed})), pause=probed)
+        pool.train_pool(base, members, config, saving, *running_options[1:])
+        processes.wait()
+        decided = _decide(console, [out / name for name in corpora], probed, predictors) if processes.writes else {}
+        saving = replace(saving, pause=None, resume="continue")
+        running_options = (saving, *running_options[1:])
+        if stop_after_probe:
+            console.result({"out": str(out), **decided})
+            return
     if config.rounds:
         records = alternate.train_rounds(base, list(corpora), members, config, *running_options)
         told = {"rounds": records}
@@ -109,7 +136,31 @@ def train_pool(
         console.line(alternate.render_rounds(told["rounds"]))
     rows = pool.pool_summary(out, list(corpora))
     console.line(pool.render_pool(rows))
-    console.result({"out": str(out), **told, "adapters": rows})
+    console.result({"out": str(out), **told, **decided, "adapters": rows})
+
+
+def _refuse_probing(probed: float | None, predictors: Path | None, stop: bool, rounds: int) -> None:
+    if probed is None and (predictors is not None or stop):
+        raise RsgwmError("--predictors and --stop-after-probe are for --probe; give the share of training to probe at")
+    if probed is not None and rounds:
+        raise RsgwmError("--probe looks at adapters that are trained apart; leave it out, or leave out --rounds")
+
+
+def _decide(console: Console, folders: Sequence[Path], share: float, predictors: Path | None) -> dict[str, Any]:
+    """What :func:`~mlx_rsgwm.probe.decide.decide` says of a pool's young adapters, which is shown."""
+    from mlx_rsgwm.cli.probe_decide import tell_decision
+    from mlx_rsgwm.probe.decide import apart, decide, only_method
+    from mlx_rsgwm.probe.inputs import young_adapters
+    from mlx_rsgwm.probe.measure import measured_table
+    from mlx_rsgwm.probe.predictor import read_predictors
+
+    fitted = only_method(read_predictors(predictors), "ridge") if predictors is not None else []
+    decision = decide(measured_table(young_adapters(folders, share), share, console.progress), fitted)
+    tell_decision(console, decision)
+    alone = apart(decision)
+    for name in alone:
+        console.line(f"{name} merges with none of the others: train it on for routing alone (rsgwm pool route)")
+    return {"probe": {"at": share, **decision.to_dict(), "apart": alone}}
 
 
 def _rounds(count: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +170,6 @@ def _rounds(count: int, given: Mapping[str, Any]) -> dict[str, Any]:
         RsgwmError: options of rounds without --rounds.
     """
     from mlx_rsgwm.cli.merge import named_values
-    from mlx_rsgwm.core.errors import RsgwmError
 
     chosen = {name: value for name, value in given.items() if value}
     if not count:

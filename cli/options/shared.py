@@ -67,6 +67,12 @@ def corpus(tail: str = "", required: bool = False, multiple: bool = False, name:
     return click.option("--corpus", name, type=PATH, required=required, multiple=multiple, help=text)
 
 
+def predictors() -> Any:
+    """``--predictors``: what forecasts the retention of merges."""
+    text = "Folder of `rsgwm probe fit`, or a file in it; without one a rule of the measures decides."
+    return click.option("--predictors", type=PATH, help=text)
+
+
 def methods(tail: str, default: str) -> Any:
     """``--methods``: merges that stand beside each other."""
     text = f"Merges to compare; {tail}.{_default(default)}"

@@ -34,7 +34,7 @@ from mlx_rsgwm.models.split import split_blocks
 RULES = ("distance", "nearest", "classifier")
 FORMAT = "mlx-rsgwm/router"
 NEIGHBOURS, FOLDS, LEAST = 5, 5, 5
-DEPTH = 0.5  # of the layers, where a prompt's state is taken
+DEPTH = 0.25  # of the layers, where a prompt's state is taken; deeper ones cost more and told no more apart
 BATCH_ROWS = 16
 
 
@@ -138,7 +138,7 @@ def _values(array: mx.array) -> np.ndarray:
 
 
 def depth_of(base: Base) -> int:
-    """The number of layers after which states are taken: half of them, at least one."""
+    """The number of layers after which states are taken: a quarter of them, at least one."""
     model: Any = base.model
     return max(1, round(DEPTH * len(model.layers)))
 

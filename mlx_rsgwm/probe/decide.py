@@ -143,6 +143,13 @@ def grouped(table: Table, names: Sequence[str], predictors: Sequence[Predictor])
     return groups
 
 
+def apart(decision: Decision) -> list[str]:
+    """The adapters that no pair of the decision merges, reweights or prunes: they can only be routed to."""
+    merges = {name for pair in decision.pairs if pair.action != ROUTE for name in pair.members}
+    names = dict.fromkeys(name for pair in decision.pairs for name in pair.members)
+    return [name for name in names if name not in merges]
+
+
 def _total(choice: Choice) -> float:
     return choice.cost * len(choice.members)
 

@@ -48,6 +48,25 @@ def probed_adapters(
     return adapters, at if at is not None and at in common else max(common)
 
 
+def young_adapters(folders: Sequence[Path], at: float) -> list[Adapter]:
+    """The snapshots at a share of training of runs in ``folders``, finished or not, called as the folders are.
+
+    Raises:
+        RsgwmError: one without such a snapshot, or that changes nothing.
+    """
+    taken = []
+    for folder in folders:
+        kept = snapshot_folders(folder)
+        if at not in kept:
+            raise RsgwmError(f"{folder} has no snapshot at {at:g}")
+        snapshot = load_adapter(kept[at], lazy=True)
+        snapshot.manifest["task"] = folder.name
+        snapshot.label = folder.name
+        taken.append(snapshot)
+    raise_problems("no optimiser step was taken, every update is zero", [a.where for a in taken if a.changes_nothing()])
+    return taken
+
+
 def task_of(adapter: Adapter) -> str:
     """What it was trained on, as its manifest has it, else its name."""
     return Path(str(adapter.manifest.get("task") or adapter.name or adapter.where)).stem

@@ -46,6 +46,10 @@ RESUME = ("refuse", "continue", "replace")
 OF_THE_RUN = ("step", "run", "record")  # what a checkpoint's manifest alone knows; it has a hash of its own
 
 
+class Paused(Exception):
+    """A run ended where it was to pause; all of it is saved."""
+
+
 @dataclass(frozen=True)
 class Saving:
     """Where and how often a run keeps its state.
@@ -53,7 +57,8 @@ class Saving:
     ``folder`` is the adapter folder; ``every`` counts steps, 0 saves only when interrupted and at the end; ``keep``
     checkpoints stay. ``resume`` says what to do with the checkpoints of an unfinished run: ``refuse`` to start,
     ``continue`` it (and refuse if it was another run's), or continue it and ``replace`` another run's. ``snapshots``
-    are the shares of the run after which update and gradient are kept.
+    are the shares of the run after which update and gradient are kept; a run saves itself and ends at that of ``pause``
+    with :class:`Paused`, and goes on when it is continued without one.
     """
 
     folder: Path
@@ -61,6 +66,7 @@ class Saving:
     keep: int = 3
     resume: str = "refuse"
     snapshots: tuple[float, ...] = (0.01, 0.02, 0.05)
+    pause: float | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -68,6 +74,7 @@ class Saving:
             "keep": self.keep >= 1,
             "resume": self.resume in RESUME,
             "snapshots": all(0 < share <= 1 for share in self.snapshots),
+            "pause": self.pause is None or self.pause in self.snapshots,
         }
         raise_problems(
             "saving", [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok]

@@ -17,7 +17,7 @@ from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.base_folder import base_difference
-from mlx_rsgwm.training.checkpoints import Saving, drop_state
+from mlx_rsgwm.training.checkpoints import Paused, Saving, drop_state
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train
 from mlx_rsgwm.training.memory import MemoryOptions
@@ -47,7 +47,8 @@ def train_pool(
     """Train every member that is not finished, into ``saving.folder``/name; returns the names trained here.
 
     All share ``config`` and with it the seed of lora_a, and ``warm_start`` or ``beneath``, as training takes them.
-    ``saving.resume`` holds for each. With several ``processes`` each takes every size-th member as a whole.
+    ``saving.resume`` holds for each; with ``saving.pause`` none is finished but what was before. With several
+    ``processes`` each takes every size-th member as a whole.
 
     Raises:
         RsgwmError: two members of one name, a finished member that was trained otherwise, whatever training raises.
@@ -67,18 +68,21 @@ def train_pool(
                 progress.message(f"{member.name}: finished before")
                 continue
             member_saving = replace(saving, folder=folder)
-            adapter = train(
-                base,
-                member.data,
-                config,
-                member.held_out,
-                f"train {member.name}",
-                progress,
-                member_saving,
-                memory=memory,
-                warm_start=warm_start,
-                beneath=beneath,
-            )
+            try:
+                adapter = train(
+                    base,
+                    member.data,
+                    config,
+                    member.held_out,
+                    f"train {member.name}",
+                    progress,
+                    member_saving,
+                    memory=memory,
+                    warm_start=warm_start,
+                    beneath=beneath,
+                )
+            except Paused:
+                continue
             adapter.manifest["task"] = member.name
             finish(adapter, member_saving)
             trained.append(member.name)

@@ -23,7 +23,7 @@ from mlx_rsgwm.data.batching import Batch, TokenRow, make_batch
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.linux_cpu import lazily
 from mlx_rsgwm.models.split import split_head
-from mlx_rsgwm.training.checkpoints import Checkpoint, Saving, write_checkpoint
+from mlx_rsgwm.training.checkpoints import Checkpoint, Paused, Saving, write_checkpoint
 from mlx_rsgwm.training.config import TrainConfig, learning_rate_at, make_optimizer
 from mlx_rsgwm.training.directions import DirectionSums
 from mlx_rsgwm.training.history import Score, StepLoss, mean_loss
@@ -96,12 +96,14 @@ class TrainingRun:
 
         Raises:
             RsgwmError: the loss or the weights are not finite; checkpoints written before stay.
+            Paused: where ``saving`` says so, after the step was finished and saved.
             KeyboardInterrupt: asked to end; the step was finished and, with ``saving``, saved.
         """
         started, earlier = time.monotonic(), self.seconds
         saving = saving if self.processes.writes else None
         snapshots = snapshot_steps(saving.snapshots, len(self.plan)) if saving else {}
         last_snapshot = max(snapshots, default=0)
+        paused = next((step for step, shares in snapshots.items() if saving and saving.pause in shares), math.inf)
 
         def save(scored: bool = True) -> None:
             if saving is not None:
@@ -116,6 +118,8 @@ class TrainingRun:
         with progress.task(self.label, len(self.plan)) as advance, self.looking():
             if self.done:
                 advance(self.done, "continued")
+            if self.done >= paused:
+                raise Paused
             while self.done < len(self.plan) and not self._out_of_patience():
                 keep_sum = self.done < last_snapshot
                 step = self.step(keep_sum)
@@ -131,10 +135,12 @@ class TrainingRun:
                     progress.message(f"{self.label}: step {score.step}, held-out loss {score.loss:.4f}")
                     reports.log(step.step, {"held_out_loss": score.loss})
                 due = saving is not None and saving.every and step.step % saving.every == 0
-                if due or interruption.requested:
+                if due or interruption.requested or step.step == paused:
                     save(scored=not interruption.requested)
                 if interruption.requested:
                     raise KeyboardInterrupt
+                if step.step == paused:
+                    raise Paused
             if self._saved_step != self.done:
                 save()
         self.seconds = earlier
