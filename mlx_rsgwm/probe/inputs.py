@@ -56,10 +56,10 @@ def young_adapters(folders: Sequence[Path], at: float) -> list[Adapter]:
     """
     taken = []
     for folder in folders:
-        kept = snapshot_folders(folder)
-        if at not in kept:
+        snapshots = snapshot_folders(folder)
+        if at not in snapshots:
             raise RsgwmError(f"{folder} has no snapshot at {at:g}")
-        snapshot = load_adapter(kept[at], lazy=True)
+        snapshot = load_adapter(snapshots[at], lazy=True)
         snapshot.manifest["task"] = folder.name
         snapshot.label = folder.name
         taken.append(snapshot)
