@@ -45,6 +45,7 @@ from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.models.hooks import block_names, inputs_seen, outputs_changed
+from mlx_rsgwm.models.slots import unwrap
 from mlx_rsgwm.models.split import split_blocks, split_head
 from mlx_rsgwm.studies.merge_sweep import Measured, Plan, Sweep
 from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
@@ -242,6 +243,7 @@ def make_all(base: Base, folder: Path, tasks: Sequence[str], count: int) -> dict
 def sweep(base: Base, pool: str, folder: Path, seed: int, count: int) -> Measured:
     """The four beside the pool's recorded regmean and its mean, on the study's questions."""
     tasks = [family.task for family in POOLS[pool]]
+    unwrap(base.model)  # the sweep of another seed has left its slots
     places = make_all(base, folder, tasks, count)
     plan = Plan(
         pool=tuple(folder / task for task in tasks),
