@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlx_rsgwm.cli.console import Console
+from mlx_rsgwm.inference.draft import SAMPLED
 
 if TYPE_CHECKING:
     from mlx_rsgwm.inference.draft import Answer, Draft
@@ -45,7 +46,7 @@ def tell_pair(console: Console, pipeline: DraftVerify, question: str) -> dict[st
             return {**row_of(pipeline, step), **routed, "steps": steps}
         if step.state == "drafted":
             line.end(step)
-            steps.append({"attempt": step.attempt, "text": step.text})
+            steps.append({"attempt": step.attempt, "kind": step.kind, "text": step.text})
         else:
             drafts.append(step)
             steps[-1] |= _tell_verdict(console, pipeline, step)
@@ -78,13 +79,13 @@ class _DraftLine:
 
     def end(self, draft: Draft) -> None:
         """The draft is whole."""
-        self._show(draft.attempt, draft.text.strip())
+        self._show(draft.attempt, draft.text.strip(), draft.kind)
         self._console.line()
 
-    def _show(self, attempt: int, text: str) -> None:
+    def _show(self, attempt: int, text: str, kind: str = SAMPLED) -> None:
         if attempt != self._attempt:
             self._attempt, self._shown = attempt, ""
-            self._console.piece(f"draft {attempt}: ")
+            self._console.piece(f"draft {attempt}: " if kind == SAMPLED else f"draft {attempt} ({kind}): ")
         if text.startswith(self._shown):
             self._console.piece(text[len(self._shown) :].rstrip())
             self._shown = text.rstrip()
@@ -94,7 +95,7 @@ def _tell_verdict(console: Console, pipeline: DraftVerify, draft: Draft) -> dict
     from mlx_rsgwm.inference.pool import winner
 
     config = pipeline.config
-    state = "accepted" if draft.accepted else "replaced" if draft.attempt < config.attempts else "not accepted"
+    state = "accepted" if draft.accepted else "replaced" if draft.attempt < config.most else "not accepted"
     if draft.false_equation is not None:
         console.line(f"  {state}: {draft.false_equation} is false; not verified")
         return {"score": None, "accepted": False, "false_equation": draft.false_equation}
@@ -135,5 +136,6 @@ def row_of(pipeline: DraftVerify, answer: Answer) -> dict[str, Any]:
         "threshold": pipeline.config.threshold,
         "accepted": answer.accepted,
         "attempts": answer.attempts,
+        **({"kind": answer.kind} if pipeline.config.drafts != SAMPLED else {}),
         **({"false_equation": answer.false_equation} if answer.false_equation is not None else {}),
     }

@@ -8,7 +8,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import COUNT, SOURCE
+from mlx_rsgwm.cli.options.kinds import SOURCE
 
 
 @click.command()
@@ -19,7 +19,7 @@ from mlx_rsgwm.cli.options.kinds import COUNT, SOURCE
 @shared.split("test")
 @shared.allow_overlap()
 @shared.slice_order()
-@click.option("--layer", type=COUNT, help="Layer whose output is replaced, from 0.  [default: three quarters up]")
+@shared.layer()
 @shared.temperature()
 @shared.top_p()
 @shared.max_tokens(256)

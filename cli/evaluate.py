@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @shared.items(100)
 @shared.slice_order()
 @shared.sampling_seeds(1)
-@shared.drafts(None, "for pass@k and maj@k", "--attempts")
+@shared.draft_count(None, "for pass@k and maj@k", "--attempts")
 @shared.corpus("to check the questions against; repeatable", multiple=True, name="train_data")
 @shared.allow_overlap()
 @click.option("--refusal", metavar="REGEX", help="Wording of a refusal, instead of the built-in one.")
@@ -51,7 +51,7 @@ def evaluate(
     items: int,
     how: str,
     sampling_seeds: int,
-    drafts: int | None,
+    draft_count: int | None,
     train_data: tuple[Path, ...],
     allow_overlap: bool,
     refusal: str | None,
@@ -92,7 +92,7 @@ def evaluate(
     )
     seeds = tuple(range(console.seed, console.seed + sampling_seeds))
     about = describe_run(
-        pipeline, chosen.questions, batch_rows, seeds=seeds, drafts=drafts, timed=timed, refusal=wording.pattern
+        pipeline, chosen.questions, batch_rows, seeds=seeds, drafts=draft_count, timed=timed, refusal=wording.pattern
     )
     metadata = {
         "drafter": str(loop["drafter"]),
@@ -102,7 +102,8 @@ def evaluate(
     }
     summary = report_run(
         pipeline, chosen.questions, about, chosen.overlap, out, timed=timed, batch_rows=batch_rows, seeds=seeds,
-        drafts=drafts, refusal=wording, seed=console.seed, metadata=metadata, progress=progress, processes=processes,
+        drafts=draft_count, refusal=wording, seed=console.seed, metadata=metadata, progress=progress,
+        processes=processes,
     )  # fmt: skip
     if summary is not None:
         _print_result(console, summary, out)

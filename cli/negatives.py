@@ -28,7 +28,7 @@ from mlx_rsgwm.cli.options.kinds import SHARE
 @shared.true_equations()
 @shared.items(None, "training ones to draft on", "--verify-rows")
 @shared.offset("those that the adapters were trained on")
-@shared.drafts(2, "by each adapter", name="attempts")
+@shared.draft_count(2, "by each adapter", name="attempts")
 @shared.temperature()
 @shared.top_p()
 @shared.max_tokens()

@@ -15,6 +15,7 @@ import click
 from mlx_rsgwm.cli.commands import full_name, members
 from mlx_rsgwm.cli.console import show
 from mlx_rsgwm.cli.options.paths import PATH
+from mlx_rsgwm.inference.draft import DRAFTS
 
 # What was said, and what is said now; the longest match counts.
 COMMANDS_BEFORE = {
@@ -36,7 +37,12 @@ COMMANDS_BEFORE = {
 # By today's name of the command. What ends in "=" takes the value behind it.
 OPTIONS_BEFORE = {
     "data build": {"--data": "--questions"},
-    "data negatives": {"--from": "--adapter", "--attempts": "--drafts", "--data": "--questions"},
+    "data negatives": {
+        "--from": "--adapter",
+        "--attempts": "--draft-count",
+        "--drafts": "--draft-count",
+        "--data": "--questions",
+    },
     "train": {"--data": "--corpus", "--max-tokens": "--max-seq-length"},
     "pool train": {"--data": "--corpus", "--max-tokens": "--max-seq-length"},
     "pool sweep": {"--eval": "--task", "--data": "--questions"},
@@ -45,9 +51,9 @@ OPTIONS_BEFORE = {
     "directions collect": {"--data": "--corpus", "--batch-size": "--batch-rows", "--max-tokens": "--max-seq-length"},
     "merge": {"--tau": "--set tau=", "--signal": "--set signal=", "--space": "--set space="},
     "ask": {"--batch-size": "--batch-rows"},
-    "calibrate": {"--data": "--questions", "--method": "--curve", "--drafts": "--drafts-file"},
+    "calibrate": {"--data": "--questions", "--method": "--curve"},
     "eval": {"--data": "--questions", "--limit": "--items", "--train-data": "--corpus"},
-    "report controls": {"--data": "--questions", "--limit": "--items"},
+    "report controls": {"--data": "--questions", "--limit": "--items", "--drafts": "--draft-count"},
     "report tables": {"--limit": "--items"},
     "lm-eval": {"--limit": "--items"},
     "doctor": {"--check": "--exit-code"},
@@ -55,6 +61,12 @@ OPTIONS_BEFORE = {
     "parity": {"--certificate": "--out"},
     "hub pull": {"--peft": "--keep-peft"},
     "bench latency": {"--rows": "--batch-size", "--pool": "--pool-size"},
+}
+# Names that are another option's today: what is said now, and which values are meant by the former name.
+VALUES_BEFORE: dict[tuple[str, str], tuple[str, Callable[[str], bool]]] = {
+    ("data negatives", "--questions"): ("--items", str.isdigit),
+    ("eval", "--drafts"): ("--draft-count", str.isdigit),
+    ("calibrate", "--drafts"): ("--drafts-file", lambda value: value not in DRAFTS),
 }
 EXPERIMENTS = ("--mode", "--verify-template", "--template-mismatch")  # hidden in ask and chat; eval has them
 
@@ -68,11 +80,12 @@ def with_new_names(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     options = iter(words[:end])
     for word in options:
         name, equals, value = word.partition("=")
-        now = OPTIONS_BEFORE.get(command, {}).get(name)
-        if command == "data negatives" and name == "--questions":  # a number was what is --items today
+        now: str | None = OPTIONS_BEFORE.get(command, {}).get(name)
+        if (command, name) in VALUES_BEFORE:
+            now, is_former = VALUES_BEFORE[command, name]
             value = value or next(options, "")
-            renamed += ["--items" if value.isdigit() else name, value]
-            notes += [_note(name, "--items")] * value.isdigit()
+            renamed += [now if is_former(value) else name, value]
+            notes += [_note(name, now)] * is_former(value)
         elif now is None:
             renamed.append(word)
             if command in ("ask", "chat") and name in EXPERIMENTS:

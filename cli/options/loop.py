@@ -14,6 +14,7 @@ from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import AUTO_SHARE, PATH, SOURCE, OneOf
 from mlx_rsgwm.cli.options.paths import SOURCES, SeveralOption
 from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.inference.draft import DRAFTS
 from mlx_rsgwm.inference.policy import CHECKS, MODES, LoopConfig
 from mlx_rsgwm.inference.pool import RULES
 from mlx_rsgwm.inference.scores import SCORES
@@ -53,6 +54,15 @@ PIPELINE_OPTIONS = (
         help="Pool with a router (rsgwm pool route): the adapter it chooses drafts; the drafter, where none is sure.",
     ),
     shared.attempts(),
+    click.option(
+        "--drafts",
+        type=OneOf(DRAFTS),
+        default=LoopConfig.drafts,
+        show_default=True,
+        help="What drafts: sampling; the first of eight grafted chains; mixed: those eight once every sampled draft is "
+        "rejected.",
+    ),
+    shared.layer(),
     shared.temperature(),
     shared.top_p(),
     shared.max_tokens(),
@@ -179,7 +189,17 @@ def build_pipeline(
     """The pipeline that the options ask for; see :func:`~mlx_rsgwm.inference.open.open_pipeline`."""
     from mlx_rsgwm.inference.open import open_pipeline
 
-    names = ("combine", "attempts", "temperature", "top_p", "max_tokens", "verify_template", "template_mismatch")
+    names = (
+        "combine",
+        "attempts",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "verify_template",
+        "template_mismatch",
+        "drafts",
+        "layer",
+    )
     decisions = {name: options[name] for name in ("mode", "abstain", "check") if name in options}
     return open_pipeline(
         options["drafter"],

@@ -295,10 +295,16 @@ def attempts() -> Any:
     return click.option("--attempts", type=TIMES, default=LoopConfig.attempts, show_default=True, help=text)
 
 
-def drafts(default: int | None, tail: str = "", shown: str = "", name: str = "drafts") -> Any:
-    """``--drafts``: how many are made of every question, accepted or not."""
+def draft_count(default: int | None, tail: str = "", shown: str = "", name: str = "draft_count") -> Any:
+    """``--draft-count``: how many are made of every question, accepted or not."""
     text = f"Drafts recorded of a question{_tail(tail)}{_default(shown)}"
-    return click.option("--drafts", name, type=TIMES, default=default, show_default=default is not None, help=text)
+    return click.option("--draft-count", name, type=TIMES, default=default, show_default=default is not None, help=text)
+
+
+def layer() -> Any:
+    """``--layer`` whose output grafted drafts replace."""
+    text = "Layer whose output grafted drafts replace, from 0.  [default: three quarters up]"
+    return click.option("--layer", type=COUNT, help=text)
 
 
 def temperature() -> Any:

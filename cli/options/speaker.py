@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 # What only a pair takes; from the command line they are refused beside --adapter, for nothing would read them.
-OF_PAIRS = ("combine", "router", "attempts", "score", "threshold", "check", "abstain", "mode", "verify_template")
+OF_PAIRS = (
+    "combine", "router", "attempts", "score", "threshold", "check", "abstain", "mode", "verify_template", "drafts", "layer",
+)  # fmt: skip
 
 
 def speaker_options(command: F) -> F:

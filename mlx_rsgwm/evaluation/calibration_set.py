@@ -23,7 +23,7 @@ from mlx_rsgwm.data.row_hashes import RowRecord
 from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.inference.calibration import Calibration, NothingToTellApart
 from mlx_rsgwm.inference.calibration_fit import Judged, fit
-from mlx_rsgwm.inference.draft import Draft, Signals
+from mlx_rsgwm.inference.draft import SAMPLED, Draft, Signals
 from mlx_rsgwm.inference.identity import pipeline_identity
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import failed_check
@@ -54,6 +54,8 @@ def header_of(pipeline: DraftVerify, questions: Sequence[Question]) -> dict[str,
     """What a file of drafts of these questions begins with; not the rule of a pool, for each adapter is in it."""
     made_for = pipeline_identity(pipeline)
     made_for.pop("combine", None)
+    if made_for["drafts"] == SAMPLED:  # files of earlier versions, which go on, say nothing of it
+        del made_for["drafts"]
     if made_for["draft_template"] == made_for["template"]:  # files of earlier versions, which go on, say it once
         del made_for["draft_template"]
     return {
@@ -121,7 +123,7 @@ def collect(
     progress: Progress = SILENT,
     file: Path | None = None,
 ) -> list[CalibrationItem]:
-    """Draft all attempts of every question and read them, with gold and perturbed answers beside them.
+    """Draft all that the loop may make of every question and read them, with gold and perturbed answers beside them.
 
     With ``file``, what is there is read instead, if it is for the same questions, adapters and settings; else it is
     written.
@@ -135,7 +137,7 @@ def collect(
     if file is not None and (stored := kept_drafts(file, header, len(questions))) is not None:
         return [_combined(item, pipeline.combine) for item in stored]
     texts = [question.question for question in questions]
-    drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
+    drafted = pipeline.draft_many(texts, pipeline.config.most, batch_rows, progress)
     signals = judging.read_all(pipeline, texts, drafted, batch_rows, progress)
     rng = random.Random(f"calibration/{seed}")
     pairs: list[list[Draft]] = []

@@ -48,6 +48,7 @@ def judge(
         status=readings[kind].status,
         readings=readings,
         verified=dict(verified or {}),
+        kind=draft.kind,
     )
 
 
@@ -61,7 +62,7 @@ def label_drafts(
     texts = [question.question for question in questions]
     labels: list[list[Labelled]] = [[] for _ in questions]
     for pipeline in pipelines:
-        drafted = pipeline.draft_many(texts, pipeline.config.attempts, batch_rows, progress)
+        drafted = pipeline.draft_many(texts, pipeline.config.most, batch_rows, progress)
         for question, drafts, labelled in zip(questions, drafted, labels, strict=True):
             labelled += [(draft.text, judge(question, draft, {}).correct) for draft in drafts]
     return labels

@@ -13,6 +13,7 @@ from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.evaluation.answers import STATUSES
+from mlx_rsgwm.inference.draft import SAMPLED
 from mlx_rsgwm.inference.policy import accepts, decide
 
 FORMER_STATUSES = {"refusal": "no_answer", "truncated": "cut_off"}  # in files written before they were renamed
@@ -39,6 +40,7 @@ class DraftRecord:
     how many tokens the verifier read for each; ``readings`` what other extractors found. ``tokens`` counts the draft's
     own tokens, ``latency_ms`` is the time to draft it. Where a pool verifies, ``adapters`` holds for every score what
     each adapter gave, ``won`` which gave most. ``false_equation``: the first that it states, where that was looked for.
+    ``kind``: ``sampled``, or of which graft.
     """
 
     text: str
@@ -54,6 +56,7 @@ class DraftRecord:
     adapters: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     won: Mapping[str, str] = field(default_factory=dict)
     false_equation: str | None = None
+    kind: str = SAMPLED
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", FORMER_STATUSES.get(self.status, self.status))
@@ -114,6 +117,11 @@ class ItemRecord:
         return self.check != "none" and draft.false_equation is not None
 
     @property
+    def sampled(self) -> bool:
+        """Whether all drafts are samples, of one distribution."""
+        return all(draft.kind == SAMPLED for draft in self.drafts)
+
+    @property
     def first(self) -> DraftRecord:
         """The drafter alone: its first draft."""
         return self.drafts[0]
@@ -138,7 +146,7 @@ class ItemRecord:
         return sum(draft.verified.get(self.score_name, 0) for draft in read)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object; :meth:`from_dict` reads it back equal."""
+        """A JSON object; :meth:`from_dict` reads it back equal. Drafts say their kind where not all are sampled."""
         drafts = []
         for draft in self.drafts:
             plain = asdict(replace(draft, scores={}, readings={}, verified={}, adapters={}, won={}))
@@ -149,6 +157,8 @@ class ItemRecord:
                     plain[name] = dict(getattr(draft, name))
             if draft.false_equation is None:
                 del plain["false_equation"]
+            if self.sampled:
+                del plain["kind"]
             drafts.append(
                 {
                     **plain,

@@ -68,7 +68,7 @@ def report_run(
         **metadata,
         "overlap": {**asdict(overlap), "headline": overlap.headline()},
     }
-    attempts, check = pipeline.config.attempts, pipeline.config.check
+    attempts, check = pipeline.config.most, pipeline.config.check
     if out is None:
         return summarise_records(records, attempts, told, seed=seed, check=check)
     return write_report(out, records, attempts, told, seed=seed, check=check)

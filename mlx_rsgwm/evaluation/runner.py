@@ -52,7 +52,7 @@ def evaluate(
         pipeline: drafter and verifier; its sampling seed is used where ``seeds`` is empty.
         timed: how many questions are also run one by one; 0 for no latencies.
         seeds: sampling seeds, each one a pass over all questions.
-        drafts: recorded per question, at least the loop's attempts (None: as many).
+        drafts: recorded per question, at least those that the loop may make (None: as many).
         beside: other verifiers of the same drafts; the score each decides by is recorded as ``name:score``.
         scores: the pipeline's verifier scores to record; the loop's own must be among them, or none at all.
         journal: keeps every finished batch under its run, whose key is ``part`` and the seed, and what it holds already
@@ -69,7 +69,7 @@ def evaluate(
     _check(questions, scores, config.score)
     if processes.size > 1 and journal is None:
         raise RsgwmError("several processes need a folder in which each keeps what it has done")
-    count = max(config.attempts, drafts or 0)
+    count = max(config.most, drafts or 0)
     verifiers = {"": (pipeline, scores)}
     verifiers |= {f"{name}:": (other, (other.config.score,)) for name, other in (beside or {}).items()}
     blocks = _blocks(pipeline, questions, max(1, batch_rows // count))
@@ -162,7 +162,7 @@ def _evaluate_block(
 
 def _record(question: Question, drafts: Sequence[DraftRecord], config: LoopConfig, scored: bool) -> ItemRecord:
     """The record of one item, with the loop's decision; without scores its first draft, not accepted."""
-    used = [draft.scores.get(config.score) for draft in drafts[: config.attempts]]
+    used = [draft.scores.get(config.score) for draft in drafts[: config.most]]
     decision = decide(used, config.threshold) if scored else Decision(chosen=0, attempts=1, accepted=False)
     return ItemRecord(
         id=question.id,

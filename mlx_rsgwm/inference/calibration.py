@@ -16,6 +16,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import make_folder
+from mlx_rsgwm.inference.draft import SAMPLED
 from mlx_rsgwm.inference.policy import accepts
 from mlx_rsgwm.inference.pool import pool_key
 from mlx_rsgwm.inference.risk_control import RiskBound
@@ -55,7 +56,8 @@ class Calibration:
     ``curves`` give the probability of being right for each score. ``auroc`` is per score, on the drafter's own drafts
     (by cross-validation for what is fitted), None where one class is empty; ``perturbed_auroc`` on gold answers against
     perturbed ones, an easier question. ``made_for`` is what the figures depend on: base, template, adapters, sampling,
-    attempts. ``at_chance`` names what ``auto`` did not offer, for it told right from wrong no better than chance.
+    attempts, kind of drafts. ``at_chance`` names what ``auto`` did not offer, for it told right from wrong no better
+    than chance.
     ``row_hashes`` describes the questions (``data.row_hashes``), so that nothing is tested on them.
     ``learned``: of a pool that verifies by the rule of that name, the fit for each score.
     """
@@ -127,9 +129,14 @@ class Calibration:
                 "again with other questions (rsgwm calibrate), or give --score and --threshold"
             )
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """``made_for``, in which earlier versions said nothing of the kind of drafts: there was but one."""
+        return {"drafts": SAMPLED, **self.made_for} if self.made_for else {}
+
     def differences(self, made_for: Mapping[str, Any]) -> list[str]:
         """What is no longer as it was when this was measured, by name."""
-        return [name for name, value in self.made_for.items() if name in made_for and made_for[name] != value]
+        return [name for name, value in self.recorded.items() if name in made_for and made_for[name] != value]
 
 
 def best_threshold(scores: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> float:

@@ -11,6 +11,12 @@ from typing import Literal
 
 State = Literal["drafted", "accepted", "rejected"]
 
+# What drafts: sampling, grafted chains (inference/grafting.py), or those once every sampled draft was rejected.
+DRAFTS = ("sampled", "grafted", "mixed")
+SAMPLED, GREEDY = "sampled", "greedy"
+# The kinds of grafted drafts, in the order in which attempts take them; the greedy one has nothing replaced.
+CHAINS = (GREEDY, "zero", "rand", "runit", "shuf", "bos", "avg", "prev")
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -53,7 +59,7 @@ class Draft:
     score: float | None = None
     accepted: bool | None = None
     false_equation: str | None = None
-    kind: str = "sampled"
+    kind: str = SAMPLED
 
     @property
     def state(self) -> State:
@@ -81,7 +87,7 @@ class Answer:
     """What is returned: the accepted draft, or the best-scored one marked as not accepted; no text if abstaining.
 
     ``false_equation``: what the returned draft states and is not so, where every draft failed the check; its score is
-    then 0, the verifier has seen none.
+    then 0, the verifier has seen none. ``kind``: that of the draft.
     """
 
     text: str | None
@@ -89,6 +95,7 @@ class Answer:
     accepted: bool
     attempts: int
     false_equation: str | None = None
+    kind: str = SAMPLED
 
 
 # A step of the loop. A Draft in state "drafted": the drafter spoke; in another: the verifier; the Answer ends it.

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.nearest import nearest
 from mlx_rsgwm.core.progress import SILENT, Progress
-from mlx_rsgwm.inference.draft import Draft
+from mlx_rsgwm.inference.draft import GREEDY, Draft
 from mlx_rsgwm.inference.generate import PREFILL_STEP, unread, write_drafts
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.hooks import block_names, outputs_changed
@@ -27,7 +27,6 @@ from mlx_rsgwm.models.split import Parts
 if TYPE_CHECKING:
     from mlx_rsgwm.inference.loop import DraftVerify
 
-GREEDY = "greedy"  # nothing is replaced
 DEPTH = 0.75  # of the layers, where no layer is given
 
 

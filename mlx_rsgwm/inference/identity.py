@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mlx_rsgwm.inference.draft import SAMPLED
 from mlx_rsgwm.models.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
 def describe_pipeline(pipeline: DraftVerify, hash_of: Callable[[Adapter], str] = Adapter.files_hash) -> dict[str, Any]:
     """Base, adapters by ``hash_of`` them, both prompts and the loop's settings, as JSON values.
 
-    Not ``check``: a report replays the loop with one on the same drafts.
+    Not ``check``: a report replays the loop with one on the same drafts. Of the kind of drafts nothing where they are
+    sampled, so that runs of earlier versions go on.
     """
     slots = pipeline.slots
     verifiers = {name: hash_of(slots.adapter(name)) for name in pipeline.verifiers}
     several = len(verifiers) > 1
+    without = ("check", "drafts", "layer") if pipeline.config.drafts == SAMPLED else ("check",)
     return {
         "base": slots.base.fingerprint,
         "adapters": {
@@ -29,7 +32,7 @@ def describe_pipeline(pipeline: DraftVerify, hash_of: Callable[[Adapter], str] =
         },
         "template": pipeline.template.describe(),
         "verify_template": pipeline.verify_template.describe(),
-        "loop": {name: value for name, value in asdict(pipeline.config).items() if name != "check"},
+        "loop": {name: value for name, value in asdict(pipeline.config).items() if name not in without},
     }
 
 
@@ -46,6 +49,7 @@ def _drafters(pipeline: DraftVerify, hash_of: Callable[[Adapter], str]) -> str |
 def pipeline_identity(pipeline: DraftVerify) -> dict[str, Any]:
     """What a calibration holds for: base, prompts, adapters by the SHA-256 of their weights, sampling, attempts.
 
+    So do the kind of drafts and where they are not sampled the layer that is grafted.
     ``template`` is the verifier's prompt; ``draft_template``, the drafter's, is missing from calibrations of earlier
     versions, which therefore cannot say whether it is another.
     """
@@ -60,4 +64,6 @@ def pipeline_identity(pipeline: DraftVerify) -> dict[str, Any]:
         "verifier": list(verifier.values()) if isinstance(verifier, dict) else verifier,
         "attempts": described["loop"]["attempts"],
         **{name: sampling[name] for name in ("temperature", "top_p", "max_tokens")},
+        "drafts": pipeline.config.drafts,
+        **({} if pipeline.config.drafts == SAMPLED else {"layer": pipeline.config.layer}),
     }

@@ -25,14 +25,17 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.batched_decode import BatchedDecoder
 from mlx_rsgwm.inference.calibration import Calibration, learned_scorer, stored_calibration
-from mlx_rsgwm.inference.draft import Answer, Draft, Signals, Step
+from mlx_rsgwm.inference.draft import SAMPLED, Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
-from mlx_rsgwm.inference.policy import LoopConfig, accepts, decide, failed_check
+from mlx_rsgwm.inference.grafting import graft_many, grafted_layer
+from mlx_rsgwm.inference.pair import template_mismatches
+from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.pool_reader import in_order, reader_of
 from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, can_batch
-from mlx_rsgwm.inference.scheduler import BatchScheduler
+from mlx_rsgwm.inference.scheduler import BatchScheduler, Prompt
 from mlx_rsgwm.inference.scores import SCORES, Scorer
+from mlx_rsgwm.inference.trial import Reads, Trial, judge
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 
@@ -40,48 +43,6 @@ from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 ALONE_FROM = 0.85
 
 Watch = Callable[[int, Sequence[int]], None]
-Reads = Callable[[Sequence[str], Sequence[Draft]], list[Signals]]
-
-
-class Trial:
-    """A question under way: its drafts in order, of which the last may wait for the verifier."""
-
-    def __init__(self, config: LoopConfig) -> None:
-        self._config = config
-        self.drafts: list[Draft] = []
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the last draft is to be scored."""
-        return bool(self.drafts) and self.drafts[-1].state == "drafted"
-
-    @property
-    def over(self) -> bool:
-        """Whether the last draft was accepted, or no further attempt is left."""
-        return self.drafts[-1].state == "accepted" or len(self.drafts) == self._config.attempts
-
-    def earlier_alike(self) -> Draft | None:
-        """A scored draft of the same content as the last one, whose score holds for that, too."""
-        return next((draft for draft in self.drafts[:-1] if draft.content == self.drafts[-1].content), None)
-
-    def check(self, question: str) -> bool:
-        """Whether the last draft passes what needs no verifier; one that does not is rejected."""
-        failed = failed_check(self.drafts[-1].text, question, self._config.check)
-        if failed is not None:
-            self.drafts[-1] = self.drafts[-1].failed(failed)
-        return failed is None
-
-    def score(self, signals: Signals | None, score: float) -> Draft:
-        """The verifier spoke of the last draft."""
-        self.drafts[-1] = self.drafts[-1].scored(signals, score, accepts(score, self._config.threshold))
-        return self.drafts[-1]
-
-    def answer(self) -> Answer:
-        """What the loop returns of the drafts so far, all scored or rejected by a check."""
-        decision = decide([draft.score for draft in self.drafts], self._config.threshold)
-        chosen = self.drafts[decision.chosen]
-        text = None if self._config.abstain and not decision.accepted else chosen.text
-        return Answer(text, chosen.score or 0.0, decision.accepted, decision.attempts, chosen.false_equation)
 
 
 class DraftVerify:
@@ -117,7 +78,7 @@ class DraftVerify:
         check_rule(combine, len(self.verifiers))
         self.combine = combine
         self.config = config
-        self.warnings = self._template_mismatches()
+        self.warnings = template_mismatches(slots, drafter, self.verifiers, template, self.verify_template)
         if self.warnings and on_mismatch == "refuse":
             raise RsgwmError(f"{self.warnings[0]}; use the template in its manifest, or --template-mismatch warn")
         self.tokenizer = slots.base.tokenizer
@@ -126,6 +87,8 @@ class DraftVerify:
         self.end_ids = frozenset(eos_ids) | template.stop_ids(self.tokenizer)
         if not self.end_ids:
             self.warnings.append("the base's tokenizer has no end-of-text token: every draft runs to --max-tokens")
+        if config.drafts != SAMPLED:
+            grafted_layer(slots.model, config.layer)
         self.batches = can_batch(slots.model)
         caches = len(make_prompt_cache(slots.model)) if self.batches else None
         self._splits: dict[int, LayerSplit | None] = {}
@@ -137,22 +100,6 @@ class DraftVerify:
             self.scorer(config.score)  # combined is refused here, not at the first draft
         # First drafts accepted, of all; one of two to begin with.
         self._accepted_first, self._asked = 1, 2
-
-    def _template_mismatches(self) -> list[str]:
-        """Which adapter was trained with another template than it is used with."""
-        mismatches = []
-        uses: list[tuple[str, str | None, Template]] = [("drafter", self.drafter, self.template)]
-        for verifier in self.verifiers:
-            role = "verifier" if len(self.verifiers) == 1 else f"verifier {verifier}"
-            uses.append((role, verifier, self.verify_template))
-        for role, name, used in uses:
-            trained_with = self.slots.adapter(name).template_hash if name is not None else None
-            if trained_with is not None and trained_with != used.hash:
-                mismatches.append(
-                    f"the {role} was trained with another prompt template than {used.name!r} "
-                    f"({trained_with[:12]} against {used.hash[:12]})"
-                )
-        return mismatches
 
     def with_config(self, config: LoopConfig) -> DraftVerify:
         """The same adapters on the same base with other settings."""
@@ -188,10 +135,20 @@ class DraftVerify:
         yield trial.answer()
 
     def _attempts(
-        self, question: str, prompt: tuple[int, ...], lower_cache: LowerLayerCache | None, watch: Watch | None
+        self, question: str, prompt: Prompt, lower_cache: LowerLayerCache | None, watch: Watch | None
     ) -> Iterator[Draft]:
         """Attempts in order, written no further than they are asked for; ``lower_cache`` sees how they were read."""
-        numbers = range(1, self.config.attempts + 1)
+        if self.config.samples:
+            yield from self._sampled(question, prompt, lower_cache, watch)
+        made = self.config.samples
+        while kinds := self._chains_after(made):
+            yield from self._grafted([question], kinds, made, len(kinds))[0]
+            made += len(kinds)
+
+    def _sampled(
+        self, question: str, prompt: Prompt, lower_cache: LowerLayerCache | None, watch: Watch | None
+    ) -> Iterator[Draft]:
+        numbers = range(1, self.config.samples + 1)
         if not self.batches:
             for attempt in numbers:
                 yield self._draft([DraftRequest(prompt, question, attempt)])[0]
@@ -210,26 +167,24 @@ class DraftVerify:
                         watch(attempt, decoder.written((0, attempt)))
             yield self._with_text(decoder.ended[0, attempt])
 
+    def _chains_after(self, made: int) -> tuple[str, ...]:
+        """The kinds of grafted drafts that a question gets next, side by side, after all the drafts ``made``."""
+        last = made + 1 if self._goes_alone(made + 1) else self.config.most
+        return self.config.kinds(min(last, self.config.most))[made:]
+
+    def _grafted(
+        self, questions: Sequence[str], kinds: Sequence[str], made: int, batch_rows: int, progress: Progress = SILENT
+    ) -> list[list[Draft]]:
+        """Of each question the grafted drafts of ``kinds``, numbered on from the drafts ``made``."""
+        chains = graft_many(self, questions, kinds, self.config.layer, batch_rows, progress)
+        return [[replace(chain, attempt=made + chain.attempt) for chain in row] for row in chains]
+
     def _score(self, trials: Sequence[tuple[str, Trial]], reads: Reads) -> None:
         """Check, then score the last draft of every (question, trial); what an earlier one said is not read again."""
-        if passed := [(question, trial) for question, trial in trials if trial.check(question)]:
-            self._score_passed(passed, reads)
+        judge(trials, reads, self.scorer(self.config.score))
         for drafted in (trial.drafts[-1] for _, trial in trials):
             if drafted.attempt == 1:
                 self._asked, self._accepted_first = self._asked + 1, self._accepted_first + bool(drafted.accepted)
-
-    def _score_passed(self, trials: Sequence[tuple[str, Trial]], reads: Reads) -> None:
-        alike = [trial.earlier_alike() for _, trial in trials]
-        new = [pair for pair, earlier in zip(trials, alike, strict=True) if earlier is None]
-        signals = reads([question for question, _ in new], [trial.drafts[-1] for _, trial in new])
-        values: list[float] = self.scorer(self.config.score).values(signals).tolist()
-        read = iter(zip(signals, values, strict=True))
-        for (_, trial), earlier in zip(trials, alike, strict=True):
-            if earlier is None:
-                trial.score(*next(read))
-            else:
-                assert earlier.score is not None
-                trial.score(earlier.signals, earlier.score)
 
     def _goes_alone(self, attempt: int) -> bool:
         """Whether an attempt is written before the later ones are begun; what first drafts came to so far decides."""
@@ -252,7 +207,8 @@ class DraftVerify:
 
         As the drafts of some questions end, others come in. In mode ``sequential``, and in ``adaptive`` while first
         drafts have mostly been accepted, a question comes in with its first attempt alone; else with all of them. What
-        the attempts at a question have in common is written once either way.
+        the attempts at a question have in common is written once either way. Grafted drafts of several questions are
+        written side by side, once all sampled ones are judged.
         """
         prompts = [self.prompt(question) for question in questions]
         if not self.batches:
@@ -260,27 +216,60 @@ class DraftVerify:
                 for step in self.steps(question):
                     yield index, step
             return
-        scheduler = BatchScheduler(self._decoder(), questions, prompts, batch_rows)
         trials: dict[int, Trial] = {}
+        if self.config.samples:
+            yield from self._sampled_many(questions, prompts, trials, batch_rows)
+        else:
+            trials = {index: Trial(self.config) for index in range(len(questions))}
+        yield from self._grafted_many(questions, prompts, trials, batch_rows)
+
+    def _sampled_many(
+        self, questions: Sequence[str], prompts: Sequence[Prompt], trials: dict[int, Trial], batch_rows: int
+    ) -> Iterator[tuple[int, Step]]:
+        """The steps of the sampled drafts; of ``trials`` those are left that grafted drafts are to go on with."""
+        scheduler = BatchScheduler(self._decoder(), questions, prompts, batch_rows)
         while not scheduler.over:
             writing = self._write(scheduler, self._attempts_after(0))
             yield from self._drafted(scheduler, trials)
             ready = {index: trial for index, trial in trials.items() if trial.waiting}
             if writing and len(ready) < max(1, batch_rows // 4):
                 continue
-            self._score_many([(questions[index], trial) for index, trial in ready.items()], batch_rows, scheduler)
+            asked = [(questions[index], trial) for index, trial in ready.items()]
+            self._score_many(asked, batch_rows, scheduler.prefixes)
             for index, trial in ready.items():
                 yield index, trial.drafts[-1]
                 if trial.over:
-                    yield index, trial.answer()
-                    del trials[index]
+                    yield index, trials.pop(index).answer()
+                if trial.over or trial.sampled_out:
                     scheduler.done(index)
                 elif len(trial.drafts) == scheduler.attempts(index):  # all that were begun
                     scheduler.want(index, self._attempts_after(len(trial.drafts)))
 
     def _attempts_after(self, made: int) -> Sequence[int]:
         """The attempts that a question makes next, side by side, after those that were ``made``."""
-        return range(made + 1, (made + 1 if self._goes_alone(made + 1) else self.config.attempts) + 1)
+        return range(made + 1, (made + 1 if self._goes_alone(made + 1) else self.config.samples) + 1)
+
+    def _grafted_many(
+        self, questions: Sequence[str], prompts: Sequence[Prompt], trials: dict[int, Trial], batch_rows: int
+    ) -> Iterator[tuple[int, Step]]:
+        """The steps of the grafted drafts of all ``trials``, to their ends; those of a block of them side by side."""
+        while trials:
+            made = min(len(trial.drafts) for trial in trials.values())
+            kinds = self._chains_after(made)
+            waiting = [index for index, trial in trials.items() if len(trial.drafts) == made]
+            block = sorted(waiting, key=lambda index: len(prompts[index]))[: max(1, batch_rows // len(kinds))]
+            chains = self._grafted([questions[index] for index in block], kinds, made, batch_rows)
+            drafts = dict(zip(block, chains, strict=True))
+            for number in range(len(kinds)):
+                ready = {index: trials[index] for index in block if index in trials}
+                for index, trial in ready.items():
+                    trial.drafts.append(drafts[index][number])
+                    yield index, trial.drafts[-1]
+                self._score_many([(questions[index], trial) for index, trial in ready.items()], batch_rows, {})
+                for index, trial in ready.items():
+                    yield index, trial.drafts[-1]
+                    if trial.over:
+                        yield index, trials.pop(index).answer()
 
     def _drafted(self, scheduler: BatchScheduler, trials: dict[int, Trial]) -> Iterator[tuple[int, Draft]]:
         """The next draft of every question under way that has one ended and none to be scored."""
@@ -291,8 +280,8 @@ class DraftVerify:
                 trial.drafts.append(self._with_text(ended))
                 yield index, trial.drafts[-1]
 
-    def _score_many(self, trials: Sequence[tuple[str, Trial]], batch_rows: int, scheduler: BatchScheduler) -> None:
-        lower_cache = self._lower_cache(scheduler.prefixes)
+    def _score_many(self, trials: Sequence[tuple[str, Trial]], batch_rows: int, prefixes: CachedPrefixes) -> None:
+        lower_cache = self._lower_cache(prefixes)
         needs = self.scorer(self.config.score).needs
         self._score(
             trials, partial(self.reader.signals_many, needs=needs, batch_rows=batch_rows, lower_cache=lower_cache)
@@ -303,19 +292,28 @@ class DraftVerify:
     ) -> list[list[Draft]]:
         """``attempts`` drafts for every question, about ``batch_rows`` at a time; as some end, others come in.
 
-        Attempt k of a question draws from the same random stream as in :meth:`steps`.
+        Attempt k of a question draws from the same random stream as in :meth:`steps`, or is of the same kind.
+
+        Raises:
+            RsgwmError: so many there are not.
         """
-        drafts: dict[int, list[Draft]] = {}
-        with progress.task("draft", len(questions)) as advance:
-            for index, written in self.drafts_as_they_end(questions, attempts, batch_rows):
-                drafts[index] = written
-                advance(1, "")
+        kinds = self.config.kinds(attempts)
+        samples = kinds.count(SAMPLED)
+        drafts: dict[int, list[Draft]] = {index: [] for index in range(len(questions))}
+        if samples:
+            with progress.task("draft", len(questions)) as advance:
+                for index, written in self.drafts_as_they_end(questions, samples, batch_rows):
+                    drafts[index] = written
+                    advance(1, "")
+        if kinds[samples:]:
+            for index, chains in enumerate(self._grafted(questions, kinds[samples:], samples, batch_rows, progress)):
+                drafts[index] += chains
         return [drafts[index] for index in range(len(questions))]
 
     def drafts_as_they_end(
         self, questions: Sequence[str], attempts: int, batch_rows: int = 32
     ) -> Iterator[tuple[int, list[Draft]]]:
-        """The drafts of :meth:`draft_many`, each question's with its index once all of them have ended."""
+        """``attempts`` sampled drafts, each question's with its index once all of them have ended."""
         numbers = range(1, attempts + 1)
         prompts = [self.prompt(question) for question in questions]
         if not self.batches:
@@ -363,7 +361,7 @@ class DraftVerify:
         """A given answer text in the form of a draft, so that it can be scored."""
         return Draft(0, tuple(self.template.completion(self.tokenizer, answer)[:-1]), True, answer)
 
-    def prompt(self, question: str) -> tuple[int, ...]:
+    def prompt(self, question: str) -> Prompt:
         """The ids that the drafter reads for a question; RsgwmError for one that is empty or too long."""
         if not question.strip():
             raise RsgwmError("the question is empty")

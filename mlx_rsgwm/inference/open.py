@@ -37,6 +37,9 @@ from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.models.fit_check import check_made_for, names_other_base, other_base_note
 from mlx_rsgwm.models.slots import AdapterSlots
 
+# What of a calibration's ``made_for`` an option of the same name sets.
+OPTIONS = {"attempts", "temperature", "top_p", "max_tokens", "drafts", "layer"}
+
 
 def open_pipeline(
     drafter: AdapterSource | None,
@@ -57,6 +60,8 @@ def open_pipeline(
     mode: str = LoopConfig.mode,
     abstain: bool = LoopConfig.abstain,
     check: str = "auto",
+    drafts: str = LoopConfig.drafts,
+    layer: int | None = None,
     combine: str = "max",
     calibration: Calibration | Literal["stored"] | None = "stored",
     calibrate: Callable[[DraftVerify], Calibration] | None = None,
@@ -80,6 +85,9 @@ def open_pipeline(
         temperature, top_p, max_tokens, seed: of the drafts; see :class:`~mlx_rsgwm.inference.sampling.Sampling`.
         check: ``auto`` does not accept a draft that states a false equation where its answer is a number,
             ``arithmetic`` wherever it does, ``none`` leaves it to the verifier.
+        drafts: ``sampled``, ``grafted`` (the first ``attempts`` of eight grafted chains) or ``mixed`` (those once every
+            sampled draft was rejected); ``layer``: the one that is grafted. See
+            :mod:`~mlx_rsgwm.inference.grafting`.
         mode, abstain: see :class:`~mlx_rsgwm.inference.policy.LoopConfig`.
         combine: what several verifiers say together: ``max``, ``mean``, or ``learned`` by the calibration.
         progress: told what is odd about the pair, its calibration and its base.
@@ -106,6 +114,8 @@ def open_pipeline(
         mode,
         abstain,
         check,
+        drafts,
+        layer,
     )
     if calibration == "stored":
         calibration, needed = stored_calibration(verifying, combine), True
@@ -189,12 +199,13 @@ def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
         return []
     doubts = []
     if changed := _changed_since(calibration, pipeline_identity(pipeline)):
-        options = all(isinstance(was, (int, float)) for was, _ in changed.values())  # the rest are hashes
-        named = ", ".join(f"{name} ({was}, now {now})" if options else name for name, (was, now) in changed.items())
-        same = " ".join(f"--{name.replace('_', '-')} {was}" for name, (was, _) in changed.items())
+        options = changed.keys() <= OPTIONS  # the rest are hashes
+        named = ", ".join(_told(name, was, now, options) for name, (was, now) in changed.items())
+        given = {name: was for name, (was, _) in changed.items() if was is not None}
+        same = " ".join(f"--{name.replace('_', '-')} {was}" for name, was in given.items())
         doubts.append(
             f"the verifier was calibrated with another {named}; its threshold and what its scores mean may not hold "
-            f"here; {f'take {same}, or ' if options else ''}calibrate again with: rsgwm calibrate"
+            f"here; {f'take {same}, or ' if options and same else ''}calibrate again with: rsgwm calibrate"
         )
     bound = calibration.risk_bound
     if bound is not None and bound.check != pipeline.config.check:
@@ -207,10 +218,15 @@ def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
     return doubts
 
 
+def _told(name: str, was: object, now: object, values: bool) -> str:
+    told = "kind of drafts" if name == "drafts" else name
+    return f"{told} ({was}, now {now})" if values else told
+
+
 def _changed_since(calibration: Calibration, identity: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """What differs from the pipeline that was calibrated: as it was and as it is, by name."""
     names = calibration.differences(identity)
-    return {name: (calibration.made_for[name], identity[name]) for name in names}
+    return {name: (calibration.recorded[name], identity[name]) for name in names}
 
 
 def _settled(

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.files import sha256_file
 from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapters
 from mlx_rsgwm.models.base_folder import base_difference
+from mlx_rsgwm.models.slots import AdapterSlots
 
 ROLES = {"drafter": "draft", "verifier": "verify"}
 VerifierSource = AdapterSource | Sequence[AdapterSource]
@@ -179,3 +181,21 @@ def _listed(sources: dict[str, str]) -> str:
 def brief(adapter: Adapter) -> str:
     """The base that an adapter was trained on, by the first 12 digits of its fingerprint, for messages."""
     return f"fingerprint {(adapter.base_fingerprint or '')[:12]}"
+
+
+def template_mismatches(
+    slots: AdapterSlots, drafter: str | None, verifiers: Sequence[str], drafts: Template, verifies: Template
+) -> list[str]:
+    """Which adapter in its slot was trained with another template than it drafts or verifies with."""
+    mismatches = []
+    uses: list[tuple[str, str | None, Template]] = [("drafter", drafter, drafts)]
+    for verifier in verifiers:
+        uses.append(("verifier" if len(verifiers) == 1 else f"verifier {verifier}", verifier, verifies))
+    for role, name, used in uses:
+        trained_with = slots.adapter(name).template_hash if name is not None else None
+        if trained_with is not None and trained_with != used.hash:
+            mismatches.append(
+                f"the {role} was trained with another prompt template than {used.name!r} "
+                f"({trained_with[:12]} against {used.hash[:12]})"
+            )
+    return mismatches

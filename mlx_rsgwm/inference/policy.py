@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.data.arithmetic import first_false_equation
+from mlx_rsgwm.inference.draft import CHAINS, DRAFTS, SAMPLED
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.inference.scores import SCORES
 
@@ -28,6 +29,11 @@ MOST_ATTEMPTS = 10_000  # drafts of one question that are kept at once
 class LoopConfig:
     """Settings of the loop. ``attempts`` counts all drafts of a question, the first included.
 
+    ``drafts``: one of ``DRAFTS``. ``grafted``: the attempts are the first of the eight kinds ``CHAINS``, in order, so
+    there are at most eight. ``mixed``: ``attempts`` sampled drafts, and where all of them were rejected the eight
+    grafted ones, so at most ``attempts`` + 8. ``layer``: the one that is grafted, from 0; None takes the one at three
+    quarters.
+
     ``abstain``: when no draft is accepted the answer has no text, instead of the best-scored draft's. ``check``: one of
     ``CHECKS``; a draft that fails is not shown to the verifier, and returned only where every draft fails.
     """
@@ -39,6 +45,8 @@ class LoopConfig:
     mode: str = "adaptive"
     abstain: bool = False
     check: str = "none"
+    drafts: str = SAMPLED
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -52,7 +60,35 @@ class LoopConfig:
             problems.append(f"mode must be one of {', '.join(MODES)}, found {self.mode!r}")
         if self.check not in CHECKS:
             problems.append(f"check must be one of {', '.join(CHECKS)}, found {self.check!r}")
+        if self.drafts not in DRAFTS:
+            problems.append(f"drafts must be one of {', '.join(DRAFTS)}, found {self.drafts!r}")
+        if self.drafts == "grafted" and self.attempts > len(CHAINS):
+            problems.append(f"attempts must be from 1 to {len(CHAINS)} with grafted drafts, found {self.attempts}")
+        if self.layer is not None and (self.drafts == SAMPLED or self.layer < 0):
+            problems.append(f"layer is from 0, and of drafts that are grafted or mixed; found {self.layer}")
         raise_problems("draft–verify loop", problems, RsgwmError)
+
+    @property
+    def samples(self) -> int:
+        """The sampled drafts of a question, at most; they come before the grafted ones."""
+        return 0 if self.drafts == "grafted" else self.attempts
+
+    @property
+    def most(self) -> int:
+        """All drafts of a question, at most."""
+        return self.attempts + len(CHAINS) if self.drafts == "mixed" else self.attempts
+
+    def kinds(self, count: int) -> tuple[str, ...]:
+        """The kinds of the first ``count`` drafts of a question.
+
+        Raises:
+            RsgwmError: so many there are not.
+        """
+        sampled = count if self.drafts == SAMPLED else self.samples
+        kinds = ((SAMPLED,) * sampled + CHAINS)[:count]
+        if len(kinds) < count:
+            raise RsgwmError(f"{count} drafts of a question: there are {len(kinds)} that are {self.drafts}")
+        return kinds
 
 
 @dataclass(frozen=True)

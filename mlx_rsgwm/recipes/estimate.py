@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_rsgwm.core.progress import shown_time
+from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.recipes import own_mistakes
 from mlx_rsgwm.recipes.questions import training_rows
 from mlx_rsgwm.recipes.run import RecipeRun
@@ -51,8 +52,9 @@ def forecast(run: RecipeRun) -> dict[str, float | None]:
         "calibrate": len(lengths) * run.recipe.data.calibration_items,
         "evaluate": len(run.recipe.evaluate.tasks or lengths) * run.recipe.evaluate.items,
     }
+    drafts = run.recipe.loop.config(SCORES[0], 0.5, 0).most
     for name, count in items.items():
-        seconds[name] = FIXED / 2 + count * run.recipe.loop.attempts * _draft_seconds(prompt, answer, speed)
+        seconds[name] = FIXED / 2 + count * drafts * _draft_seconds(prompt, answer, speed)
     timed = run.recipe.evaluate.timed * 2 * (prompt * speed.token + answer * speed.step)
     seconds["evaluate"] += timed
     seconds["export"] = FIXED * (3 if run.recipe.export.parity else 1)

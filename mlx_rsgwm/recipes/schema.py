@@ -172,6 +172,7 @@ class LoopSection:
     ``verifier``: folders of the run, ``verifier`` (the merged one), ``pool/change`` or patterns as ``pool/*``; several
     read each draft together, by the rule ``combine``. ``check``: as in
     :class:`~mlx_rsgwm.inference.policy.LoopConfig`; it adds rows to the report and changes none.
+    ``drafts``, ``layer``: as there; what is calibrated and what is evaluated are drafts of that kind.
     """
 
     attempts: int = 3
@@ -183,6 +184,8 @@ class LoopSection:
     verifier: str | tuple[str, ...] = MERGED
     combine: str = "max"
     check: str = "auto"
+    drafts: str = LoopConfig.drafts
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -194,13 +197,13 @@ class LoopSection:
         self.config(SCORES[0], 0.5 if isinstance(self.threshold, str) else self.threshold, 0)
 
     def describe(self) -> dict[str, Any]:
-        """The settings as a stage's key has them: of verifier and rule nothing where they are the defaults.
+        """The settings as a stage's key has them: of what came later nothing where it is the default.
 
         Nor of the check, which only the report depends on.
         """
         settings = asdict(self)
         del settings["check"]
-        for name in ("verifier", "combine"):
+        for name in ("verifier", "combine", "drafts", "layer"):
             if settings[name] == LoopSection.__dataclass_fields__[name].default:
                 del settings[name]
         return settings
@@ -225,7 +228,15 @@ class LoopSection:
 
     def config(self, score: str, threshold: float, seed: int) -> LoopConfig:
         """The loop with score and threshold settled."""
-        return LoopConfig(self.attempts, threshold, score, self.sampling(seed), check=self.check)
+        return LoopConfig(
+            self.attempts,
+            threshold,
+            score,
+            self.sampling(seed),
+            check=self.check,
+            drafts=self.drafts,
+            layer=self.layer,
+        )
 
     def sampling(self, seed: int) -> Sampling:
         """How drafts are drawn."""

@@ -55,7 +55,7 @@ def evaluate(run, tiny_base, out, *more):
 
 
 def test_eval_records_seeds_drafts_and_contamination(run, tiny_base, tmp_path, monkeypatch):
-    more = ("--sampling-seeds", 2, "--drafts", 3, "--slice", "seeded", "--corpus", run / "data" / "change",
+    more = ("--sampling-seeds", 2, "--draft-count", 3, "--slice", "seeded", "--corpus", run / "data" / "change",
             "--score", "yesno")  # fmt: skip
     found = result(evaluate(run, tiny_base, tmp_path / "a", *more))
     assert found["seeds"]["seeds"] == [42, 43]
@@ -94,7 +94,7 @@ def test_controls(run, tiny_base, tmp_path, monkeypatch):
         shutil.copytree(run / name, run / "paper" / name)
     arguments = (
         "report", "controls", run, "--base", tiny_base, "--items", 4, "--calibration-items", 2, "--sampling-seeds", 2,
-        "--attempts", 2, "--drafts", 3, "--max-tokens", 6, "--out", tmp_path / "c", "--json",
+        "--attempts", 2, "--draft-count", 3, "--max-tokens", 6, "--out", tmp_path / "c", "--json",
     )  # fmt: skip
     shown = invoke(*arguments)
     found = result(shown)

@@ -117,11 +117,22 @@ def test_values_after_two_dashes_are_nobodys_options():
     assert with_new_names(["merge", "a", "--", "--tau"]) == (["merge", "a", "--", "--tau"], [])
 
 
-@pytest.mark.parametrize(("value", "flag"), [("100", "--items"), ("sets", "--questions")])
-def test_questions_of_negatives_was_a_number(value, flag):
-    arguments, notes = with_new_names(["data", "negatives", "--questions", value])
-    assert arguments == ["data", "negatives", flag, value]
-    assert len(notes) == (flag == "--items")
+@pytest.mark.parametrize(
+    ("command", "before", "value", "flag"),
+    [
+        ("data negatives", "--questions", "100", "--items"),
+        ("data negatives", "--questions", "sets", "--questions"),
+        ("eval", "--drafts", "6", "--draft-count"),
+        ("eval", "--drafts", "mixed", "--drafts"),
+        ("calibrate", "--drafts", "held.jsonl", "--drafts-file"),
+        ("calibrate", "--drafts", "grafted", "--drafts"),
+    ],
+)
+def test_what_a_name_meant_before_is_told_by_its_value(command, before, value, flag):
+    for words in ([before, value], [f"{before}={value}"]):
+        arguments, notes = with_new_names([*command.split(), *words])
+        assert arguments == [*command.split(), flag, value]
+        assert len(notes) == (flag != before)
 
 
 def test_experiments_are_out_of_ask():

@@ -190,7 +190,7 @@ KINDS = {
     ),
     "report controls": Kind(
         lambda work, base, place: ["report", "controls", work / "run", "--base", base, "--items", 2,
-                                   "--calibration-items", 2, "--sampling-seeds", 1, "--attempts", 2, "--drafts", 2,
+                                   "--calibration-items", 2, "--sampling-seeds", 1, "--attempts", 2, "--draft-count", 2,
                                    "--max-tokens", 4, "--out", place / "out"],
         ("out/controls.md", "out/joint/adapters.safetensors"),
         needs=("run",),

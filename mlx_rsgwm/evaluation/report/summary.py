@@ -89,7 +89,10 @@ def summarise_records(
             ),
         },
         "calculator_passed": calculator_slice(rows, k, seed).to_dict(),
-        "pass_at_k": {str(n): json_value(metrics.pass_at_k(rows, n, seed)) for n in range(1, recorded + 1)},
+        # An estimate from draws of one distribution, which grafted drafts are not.
+        "pass_at_k": {str(n): json_value(metrics.pass_at_k(rows, n, seed)) for n in range(1, recorded + 1)}
+        if all(record.sampled for record in rows)
+        else {},
         "majority_at_k": {str(n): json_value(metrics.majority_of_k(rows, n)) for n in range(1, recorded + 1)},
         "attempts": {str(count): items for count, items in sorted(Counter(r.attempts for r in rows).items())},
         "latency_ms": {
