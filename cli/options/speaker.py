@@ -22,7 +22,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # What only a pair takes; from the command line they are refused beside --adapter, for nothing would read them.
 OF_PAIRS = (
-    "combine", "router", "attempts", "score", "threshold", "check", "abstain", "mode", "verify_template", "drafts", "layer",
+    "combine", "router", "attempts", "score", "threshold", "check", "abstain", "mode", "verify_template", "drafts",
+    "layer",
 )  # fmt: skip
 
 
