@@ -21,7 +21,7 @@ def invoke(make_adapter, tiny_base, tmp_path):
     own = ["--base", tiny_base, "--drafter", pair[0], "--verifier", pair[1], "--max-tokens", 4, "--attempts", 2]
 
     def run(*words, code=0):
-        made = CliRunner().invoke(rsgwm, [str(word) for word in (*words, *own)])
+        made = CliRunner().invoke(rsgwm, [str(word) for word in (words[0], *own, *words[1:])])
         assert made.exit_code == code, made.output
         return made
 
@@ -80,11 +80,9 @@ def test_eval_keeps_the_kind_of_every_draft(invoke, tmp_path):
 )
 def test_what_is_refused_is_one_line(invoke, tmp_path, words, message):
     for command in (["ask", QUESTION], ["eval", "--task", "change", "--items", 2, "--out", tmp_path / "out"]):
-        own = [] if "--attempts" in words else words
-        made = invoke(*command, *own, code=2) if own else CliRunner().invoke(rsgwm, [*map(str, command + words)])
-        assert made.exit_code == 2
-        assert message in made.stderr or not own
-        assert len(made.stderr.splitlines()) == 1
+        refused = [line for line in invoke(*command, *words, code=2).stderr.splitlines() if "rsgwm: error" in line]
+        assert len(refused) == 1
+        assert message in refused[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -104,7 +102,6 @@ def test_a_calibration_says_on_which_kind_it_was_fitted(invoke, tmp_path, monkey
     files.write_json(path, calibration)  # as earlier versions wrote it
     assert "calibrated with another" not in invoke("ask", QUESTION).stderr
     assert "kind of drafts (sampled, now grafted)" in invoke("ask", QUESTION, "--drafts", "grafted").stderr
-    assert "drafts of something else" in invoke(*held, "--drafts", "mixed", code=2).stderr or True
     made = result(invoke(*held[:-1], tmp_path / "held-mixed", "--drafts", "mixed", "--json"))
     assert (made["drafts"], made["made_for"]["drafts"]) == (120, "mixed")
     assert "calibrated with another" not in invoke("ask", QUESTION, "--drafts", "mixed").stderr
