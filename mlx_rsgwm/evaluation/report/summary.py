@@ -89,10 +89,7 @@ def summarise_records(
             ),
         },
         "calculator_passed": calculator_slice(rows, k, seed).to_dict(),
-        # An estimate from draws of one distribution, which grafted drafts are not.
-        "pass_at_k": {str(n): json_value(metrics.pass_at_k(rows, n, seed)) for n in range(1, recorded + 1)}
-        if all(record.sampled for record in rows)
-        else {},
+        "pass_at_k": _pass_at_k(rows, recorded, seed),
         "majority_at_k": {str(n): json_value(metrics.majority_of_k(rows, n)) for n in range(1, recorded + 1)},
         "attempts": {str(count): items for count, items in sorted(Counter(r.attempts for r in rows).items())},
         "latency_ms": {
@@ -107,6 +104,13 @@ def summarise_records(
         "metadata": dict(metadata or {}),
         **(_calculated(seeds, k, seed, check) if checks else {}),
     }
+
+
+def _pass_at_k(rows: Sequence[ItemRecord], most: int, seed: int) -> dict[str, Any]:
+    """By k; empty with grafted drafts, for the estimate is of draws from one distribution."""
+    if not all(record.sampled for record in rows):
+        return {}
+    return {str(n): json_value(metrics.pass_at_k(rows, n, seed)) for n in range(1, most + 1)}
 
 
 def _calculated(seeds: Mapping[int, Sequence[ItemRecord]], k: int, seed: int, check: str) -> dict[str, Any]:
