@@ -13,8 +13,8 @@ ROOT = str(Path(mlx_rsgwm.__file__).parent)
 READING = "evaluation/answers.py"
 QUESTIONS = generate("change", 3, 1, "test")
 WALKS = {
-    "answer_many": (lambda loop: loop.answer_many([question.question for question in QUESTIONS], 4), 10, 22),
-    "evaluate": (lambda loop: evaluate(loop, QUESTIONS, 1, 4), 16, 45),
+    "answer_many": (lambda loop: loop.answer_many([question.question for question in QUESTIONS], 4), 10, 30),
+    "evaluate": (lambda loop: evaluate(loop, QUESTIONS, 1, 4), 16, 52),
 }
 
 
