@@ -64,14 +64,14 @@ def tails(
     from mlx_rsgwm.evaluation.tails.report import SIZE, draw_tails, power_text, verdict_text
     from mlx_rsgwm.evaluation.tails.scores import read_scores, same_items
 
+    if again is not None and second is None:
+        raise RsgwmError("--second repeats a comparison; give two files of scores before it")
     if first is None:
         console.line(power_text(quantile))
         console.result({"needed": needed(effect), "effect": effect, "quantile": quantile})
         return
     if picture is not None:
         picture_format(picture)
-    if again is not None and second is None:
-        raise RsgwmError("--second repeats a comparison; give two files of scores before it")
     read = [read_scores(path, column, id_column) for path in (first, second, *(again or ())) if path is not None]
     paired = not any(path.is_dir() for path in (first, second) if path is not None)
     if paired:

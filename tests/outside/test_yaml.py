@@ -21,7 +21,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from tests.outside.odd_yaml import ODD_YAML, odd_files
 from tests.outside.yaml_documents import KINDS, MODULE, text_with
 
-READ, RUN, MANY = 120, 5, 300  # of each kind: files read and commands in the sample, and commands of all
+READ, RUN, MANY = 160, 5, 300  # of each kind: files read and commands in the sample, and commands of all
 LARGEST = 2**32  # of whole numbers: seeds are the largest there are
 SECONDS = 2.0  # of processor time
 MOST_OF_A_LINE = 2000

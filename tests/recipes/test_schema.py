@@ -127,6 +127,12 @@ def test_which_folders_of_a_run_verify():
     with pytest.raises(RsgwmError, match="combine must be one of max, mean, learned, found 'sum'"):
         LoopSection(verifier="pool", combine="sum").verifiers_of(pool)
     # The keys of runs that name no verifier are what they were before one could.
-    assert LoopSection().describe().keys() == asdict(LoopSection()).keys() - {"verifier", "combine", "check"}
-    named = LoopSection(verifier="pool/*", combine="mean", check="none")
+    assert LoopSection().describe().keys() == asdict(LoopSection()).keys() - {
+        "verifier",
+        "combine",
+        "check",
+        "drafts",
+        "layer",
+    }
+    named = LoopSection(verifier="pool/*", combine="mean", check="none", drafts="mixed", layer=1)
     assert {**named.describe(), "check": "none"} == asdict(named)
