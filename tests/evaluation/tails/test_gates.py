@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.evaluation.tails.gates import Settings, judge_tail, judge_tails
+from mlx_rsgwm.evaluation.tails.gates import FEWEST, Settings, judge_tail, judge_tails
 from mlx_rsgwm.evaluation.tails.pareto import draw, needed
 from mlx_rsgwm.evaluation.tails.resampling import resampled_tails, tails_of
 
@@ -134,7 +134,7 @@ def test_depth_is_what_shift_and_scale_leave(random):
 
 @pytest.mark.slow
 def test_equal_arms_pass_as_different_in_at_most_a_twentieth(random):
-    items = round(needed(0.3) / 0.05) + 20
+    items = round(max(needed(0.3), FEWEST) / 0.05) + 20
     settings = Settings(effect=0.3, resamples=199)
     passed = sum(
         judge_tails(NAMES, draw(0.1, 1.0, (2, items), random), settings, draw(0.1, 1.0, (2, items), random)).verdict
