@@ -26,7 +26,7 @@ def describe_pipeline(pipeline: DraftVerify, hash_of: Callable[[Adapter], str] =
     return {
         "base": slots.base.fingerprint,
         "adapters": {
-            "drafter": _drafters(pipeline, hash_of),
+            "drafter": pipeline.drafter_hashes(hash_of),
             "verifier": verifiers if several else next(iter(verifiers.values()), None),
             **({"combine": pipeline.combine} if several else {}),
         },
@@ -34,16 +34,6 @@ def describe_pipeline(pipeline: DraftVerify, hash_of: Callable[[Adapter], str] =
         "verify_template": pipeline.verify_template.describe(),
         "loop": {name: value for name, value in asdict(pipeline.config).items() if name not in without},
     }
-
-
-def _drafters(pipeline: DraftVerify, hash_of: Callable[[Adapter], str]) -> str | dict[str, str] | None:
-    """The hash of what drafts; with a router the hashes of all that may, and how it chooses."""
-    slots, drafter = pipeline.slots, pipeline.drafter
-    router = getattr(pipeline, "router", None)
-    if router is None:
-        return hash_of(slots.adapter(drafter)) if drafter else None
-    names = (*router.names, *([pipeline.drafter] if pipeline.drafter not in router.names else ()))
-    return {**{name: hash_of(slots.adapter(name)) for name in names}, "router": router.digest()}
 
 
 def pipeline_identity(pipeline: DraftVerify) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, ca
 from mlx_rsgwm.inference.scheduler import BatchScheduler, Prompt
 from mlx_rsgwm.inference.scores import SCORES, Scorer
 from mlx_rsgwm.inference.trial import Reads, Trial, judge
+from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 
@@ -106,6 +107,10 @@ class DraftVerify:
         other = copy(self)
         other.config = config
         return other
+
+    def drafter_hashes(self, hash_of: Callable[[Adapter], str]) -> str | dict[str, str] | None:
+        """What drafts, by its hash; None for the bare base."""
+        return hash_of(self.slots.adapter(self.drafter)) if self.drafter else None
 
     def answer(self, question: str) -> Answer:
         """The last step of :meth:`steps`."""

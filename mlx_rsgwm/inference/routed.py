@@ -101,6 +101,10 @@ class RoutedDraftVerify(DraftVerify):
         other._by_drafter = {name: each.with_config(config) for name, each in self._by_drafter.items()}
         return other
 
+    def drafter_hashes(self, hash_of: Callable[[Adapter], str]) -> dict[str, str]:
+        """All that may draft by their hashes, and how one of them is chosen."""
+        return {name: hash_of(self.slots.adapter(name)) for name in self._by_drafter} | {"router": self.router.digest()}
+
     def routes(self, questions: Sequence[str]) -> list[Route]:
         """The router's choice for each question; one that was asked before is not read again."""
         new = [text for text in dict.fromkeys(questions) if text not in self._known]
