@@ -95,14 +95,12 @@ def train_pool(
     given = {"mode": round_mode, "method": round_method, "alpha": round_alpha, "parameters": round_settings}
     config = train_config(console, {}, {**settings, **_rounds(rounds, given)})
     saving = saving_options(out, {}, running)
-    _refuse_probing(probed, predictors, stop_after_probe, rounds)
+    _refuse_probing(probed, predictors, stop_after_probe, rounds, len(folders) + len(tasks))
     processes = launched_processes()
     corpora = {folder.stem: folder for folder in folders}
     names = [path.stem for path in (*folders, *map(Path, tasks))]
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise RsgwmError(f"two --corpus or --task are called {double[0]}; adapters are named after them")
-    if probed is not None and len(names) < 2:
-        raise RsgwmError("--probe takes a pool of two or more adapters")
     if processes.writes:
         _build(console, tasks, out, draft_rows, verify_rows, folder, template_name)
     processes.wait()
@@ -111,24 +109,25 @@ def train_pool(
     members = [pool.Member(name, *load_data(folder, None, mask_prompt)) for name, folder in named]
     progress = console.progress if processes.writes else SILENT
     base = load_base(base_name or DEFAULT_BASE, progress=progress)
-    running_options = (saving, memory_options(running), progress, processes)
-    told: dict[str, Any]
-    decided: dict[str, Any] = {}
+    memory = memory_options(running)
+    told: dict[str, Any] = {}
     if probed is not None:
-        saving = replace(saving, snapshots=tuple(sorted({*saving.snapshots, probed})), pause=probed)
-        pool.train_pool(base, members, config, saving, *running_options[1:])
+        young = replace(saving, snapshots=tuple(sorted({*saving.snapshots, probed})), pause=probed)
+        pool.train_pool(base, members, config, young, memory, progress, processes)
+        saving = replace(young, pause=None, resume="continue")
         processes.wait()
-        decided = _decide(console, [out / name for name in corpora], probed, predictors) if processes.writes else {}
-        saving = replace(saving, pause=None, resume="continue")
-        running_options = (saving, *running_options[1:])
-        if stop_after_probe:
-            console.result({"out": str(out), **decided})
-            return
+        if processes.writes:
+            told = _decide(console, [out / name for name in corpora], probed, predictors)
+    if stop_after_probe:
+        if processes.writes:
+            console.result({"out": str(out), **told})
+        return
     if config.rounds:
-        records = alternate.train_rounds(base, list(corpora), members, config, *running_options)
-        told = {"rounds": records}
+        told["rounds"] = alternate.train_rounds(
+            base, list(corpora), members, config, saving, memory, progress, processes
+        )
     else:
-        told = {"trained": pool.train_pool(base, members, config, *running_options)}
+        told["trained"] = pool.train_pool(base, members, config, saving, memory, progress, processes)
     processes.wait()
     if not processes.writes:
         return
@@ -136,14 +135,16 @@ def train_pool(
         console.line(alternate.render_rounds(told["rounds"]))
     rows = pool.pool_summary(out, list(corpora))
     console.line(pool.render_pool(rows))
-    console.result({"out": str(out), **told, **decided, "adapters": rows})
+    console.result({"out": str(out), **told, "adapters": rows})
 
 
-def _refuse_probing(probed: float | None, predictors: Path | None, stop: bool, rounds: int) -> None:
+def _refuse_probing(probed: float | None, predictors: Path | None, stop: bool, rounds: int, adapters: int) -> None:
     if probed is None and (predictors is not None or stop):
         raise RsgwmError("--predictors and --stop-after-probe are for --probe; give the share of training to probe at")
     if probed is not None and rounds:
         raise RsgwmError("--probe looks at adapters that are trained apart; leave it out, or leave out --rounds")
+    if probed is not None and adapters < 2:
+        raise RsgwmError("--probe takes a pool of two or more adapters")
 
 
 def _decide(console: Console, folders: Sequence[Path], share: float, predictors: Path | None) -> dict[str, Any]:

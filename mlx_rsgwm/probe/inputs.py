@@ -43,9 +43,7 @@ def probed_adapters(
     if not common:
         told = ", ".join(f"{adapter.where} at {max(_shares(adapter)):.3g}" for adapter in adapters[:4])
         raise RsgwmError(f"adapters at different fractions of training cannot be compared: {told}")
-    unmoved = [adapter.where for adapter in adapters if adapter.changes_nothing()]
-    raise_problems("no optimiser step was taken, every update is zero", unmoved)
-    return adapters, at if at is not None and at in common else max(common)
+    return _moved(adapters), at if at is not None and at in common else max(common)
 
 
 def young_adapters(folders: Sequence[Path], at: float) -> list[Adapter]:
@@ -54,17 +52,7 @@ def young_adapters(folders: Sequence[Path], at: float) -> list[Adapter]:
     Raises:
         RsgwmError: one without such a snapshot, or that changes nothing.
     """
-    taken = []
-    for folder in folders:
-        snapshots = snapshot_folders(folder)
-        if at not in snapshots:
-            raise RsgwmError(f"{folder} has no snapshot at {at:g}")
-        snapshot = load_adapter(snapshots[at], lazy=True)
-        snapshot.manifest["task"] = folder.name
-        snapshot.label = folder.name
-        taken.append(snapshot)
-    raise_problems("no optimiser step was taken, every update is zero", [a.where for a in taken if a.changes_nothing()])
-    return taken
+    return _moved(_taken([(folder, folder.name, folder.name) for folder in folders], at))
 
 
 def task_of(adapter: Adapter) -> str:
@@ -89,16 +77,28 @@ def _shares(adapter: Adapter) -> set[float]:
 
 
 def _snapshots(adapters: Sequence[Adapter], at: float) -> list[Adapter]:
+    # Called as the finished ones, so that a table of young adapters and outcomes of finished ones agree.
+    return _taken([(adapter.path, adapter.where, task_of(adapter)) for adapter in adapters], at)
+
+
+def _taken(runs: Sequence[tuple[Path | None, str, str]], at: float) -> list[Adapter]:
+    """The snapshots at ``at`` of runs, each by its folder, what it is called, and its task."""
     taken, problems = [], []
-    for adapter in adapters:
-        folders = snapshot_folders(adapter.path) if adapter.path else {}
+    for path, label, task in runs:
+        folders = snapshot_folders(path) if path else {}
         if at in folders:
             snapshot = load_adapter(folders[at], lazy=True)
-            snapshot.manifest.setdefault("task", task_of(adapter))
-            snapshot.label = adapter.where  # so that a table of young adapters and outcomes of finished ones agree
+            snapshot.manifest.setdefault("task", task)
+            snapshot.label = label
             taken.append(snapshot)
         else:
             there = ", ".join(f"{share:g}" for share in sorted(folders)) or "none"
-            problems.append(f"{adapter.where} has no snapshot at {at:g} (there are: {there})")
+            problems.append(f"{label} has no snapshot at {at:g} (there are: {there})")
     raise_problems("snapshots are kept by training (--snapshots)", problems)
     return taken
+
+
+def _moved(adapters: list[Adapter]) -> list[Adapter]:
+    unmoved = [adapter.where for adapter in adapters if adapter.changes_nothing()]
+    raise_problems("no optimiser step was taken, every update is zero", unmoved)
+    return adapters

@@ -4,7 +4,6 @@ import itertools
 import statistics
 from dataclasses import replace
 
-import mlx.nn as nn
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
@@ -17,20 +16,9 @@ from mlx_rsgwm.inference.identity import describe_pipeline
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import MODES, LoopConfig, decide
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.models.slots import AdapterSlots
 from tests.inference.test_modes import QUESTIONS, ended_early
 
 SAMPLING = Sampling(max_tokens=6, seed=3)
-
-
-@pytest.fixture
-def slots(request, base, make_adapter):
-    if getattr(request, "param", None):
-        nn.quantize(base.model, group_size=32, bits=request.param)
-    slots = AdapterSlots(base)
-    slots.load("drafter", make_adapter(1))
-    slots.load("verifier", make_adapter(2))
-    return slots
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import statistics
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
@@ -21,16 +20,6 @@ from mlx_rsgwm.models.slots import AdapterSlots
 
 QUESTIONS = [f"Ada has {n} pens and gets {n * 7 % 13} more{' today' * (n % 3)}. How many?" for n in range(50)]
 SAMPLING = Sampling(max_tokens=8, seed=3)
-
-
-@pytest.fixture
-def slots(request, base, make_adapter):
-    if getattr(request, "param", None):
-        nn.quantize(base.model, group_size=32, bits=request.param)
-    slots = AdapterSlots(base)
-    slots.load("drafter", make_adapter(1))
-    slots.load("verifier", make_adapter(2))
-    return slots
 
 
 @pytest.fixture
