@@ -13,7 +13,7 @@ from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.evaluation import judging
 from mlx_rsgwm.evaluation.records import DraftRecord
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.recipes import own_mistakes
+from mlx_rsgwm.recipes import estimate, own_mistakes
 from mlx_rsgwm.recipes.own import TEXT
 from mlx_rsgwm.recipes.run import load_recipe, run_recipe
 
@@ -157,7 +157,8 @@ def test_the_pool_verifies_and_the_merged_verifier_is_trained(recipe, tmp_path):
     assert all(not draft.get("adapters") for item in drafts for draft in item["drafts"])
 
 
-def test_it_is_forecast(recipe, tmp_path):
+def test_it_is_forecast(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "_measure", lambda *_: estimate.Speed(1e-3, 1e-2, 4))  # whatever else runs here
     recipe()
     arguments = [str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--dry-run", "--json"]
     ahead = CliRunner().invoke(run, arguments, catch_exceptions=False)
