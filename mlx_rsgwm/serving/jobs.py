@@ -1,0 +1,40 @@
+"""A request on its way through the engine: which rows it wants written, and what becomes of their tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from mlx_rsgwm.serving.events import Event, Failed
+from mlx_rsgwm.serving.library import Library, ServedModel
+from mlx_rsgwm.serving.row_sampling import Pick
+from mlx_rsgwm.serving.rows import Row
+
+
+class Job(ABC):
+    """A request. Its methods run in the engine's thread; ``cancelled`` may be set by any.
+
+    ``tell`` takes events, in any thread, and must not wait. ``over``: no row of it is wanted any more.
+    """
+
+    def __init__(self, model: ServedModel, tell: Callable[[Event], None]) -> None:
+        self.model, self.tell = model, tell
+        self.cancelled = self.over = False
+
+    @abstractmethod
+    def begin(self, library: Library) -> list[Row]:
+        """The first rows to write, each with this job as its owner."""
+
+    @abstractmethod
+    def wrote(self, row: Row, pick: Pick) -> bool:
+        """The last token of a row, which does not end it; False where the job wants no more of it."""
+
+    @abstractmethod
+    def ended(self, row: Row, finished: bool) -> list[Row]:
+        """A row ended, by itself (``finished``) or at its limit; returns further rows to write."""
+
+    def fail(self, error: Exception) -> None:
+        """The request cannot be answered."""
+        if not self.over:
+            self.over = True
+            self.tell(Failed(error))

@@ -1,0 +1,174 @@
+"""The models that are served: a base, adapters on it, pairs; put in and taken out while others answer.
+
+Slots are named by what their adapters hold, so that a name can be given to another adapter while rows of the former
+are still written; what no model and no request uses is let go. Everything here happens in the engine's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.speaker import spoken_template
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.slots import AdapterSlots
+from mlx_rsgwm.serving.errors import ModelNotFound, RequestError
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A name that requests may give. ``slot``: of what answers alone, None for the bare base; ``pipeline``: of a pair.
+
+    ``slots``: all that it uses. ``users``: requests under way; ``removed``: it is named no more.
+    """
+
+    name: str
+    kind: str
+    template: Template
+    end_ids: frozenset[int]
+    slot: str | None = None
+    slots: tuple[str, ...] = ()
+    pipeline: DraftVerify | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    created: int = field(default_factory=lambda: int(time.time()))
+    users: int = 0
+    removed: bool = False
+
+
+class Library:
+    """Models by name on one resident base; ``most`` adapters beside it."""
+
+    def __init__(self, base: Base, most: int = 64) -> None:
+        self.base, self.most = base, most
+        self.slots = AdapterSlots(base)
+        self.tokenizer = base.tokenizer
+        self._models: dict[str, ServedModel] = {}
+        self._removed: list[ServedModel] = []
+        template = spoken_template(None, self.tokenizer, None, "")
+        self.bare = ServedModel(base.name, "base", template, self.end_ids(template))
+        self._models[base.name] = self.bare
+
+    def end_ids(self, template: Template) -> frozenset[int]:
+        """The tokens that end a text written with a template."""
+        ids = {*self.tokenizer.eos_token_ids, self.tokenizer.eos_token_id} - {None}
+        return frozenset(ids) | template.stop_ids(self.tokenizer)
+
+    def models(self) -> list[ServedModel]:
+        """All that are served, the base first."""
+        return list(self._models.values())
+
+    def find(self, name: str) -> ServedModel:
+        """The model of exactly that name; ``base:adapter`` is the adapter.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        alone = name.removeprefix(f"{self.base.name}:")
+        model = self._models.get(name) or self._models.get(alone)
+        if model is None:
+            raise ModelNotFound(name, ", ".join(list(self._models)[:20]))
+        return model
+
+    def add_adapter(self, name: str, adapter: Adapter, digest: str) -> ServedModel:
+        """Serve an adapter, whose content hash is ``digest``, under a name; what had the name before answers its
+        requests to their ends.
+
+        Raises:
+            AdapterError: it does not fit the base.
+            RequestError: a name that cannot be given, or more adapters than may be.
+        """
+        self.check_name(name)
+        template = spoken_template(adapter, self.tokenizer, None, "")
+        end_ids = self.end_ids(template)
+        self.hold({digest: adapter})
+        details = {
+            "rank": adapter.spec.rank,
+            "scale": adapter.spec.scale,
+            "bytes": sum(value.nbytes for value in adapter.weights.values()),
+            "sha256": digest,
+            "root": adapter.where,
+        }
+        return self.put(ServedModel(name, "adapter", template, end_ids, digest, (digest,), details=details))
+
+    def put(self, model: ServedModel) -> ServedModel:
+        """Serve a model whose slots are filled, in the place of one that has its name."""
+        former = self._models.get(model.name)
+        self._models[model.name] = model
+        if former is not None:
+            self._retire(former)
+        return model
+
+    def check_name(self, name: str) -> None:
+        """Refuse the base's name, one that says nothing, and one model more than may be.
+
+        Raises:
+            RequestError: it cannot be given.
+        """
+        if name == self.base.name:
+            raise RequestError(f"{name!r} is the base; give the adapter another name", code="name_taken")
+        if not name.strip() or len(name) > 200 or not name.isprintable():
+            raise RequestError("a model's name has 1 to 200 printable characters", code="invalid_name")
+        if name not in self._models and len(self._models) > self.most:
+            raise RequestError(f"{self.most} models are served already; unload one first", code="too_many_adapters")
+
+    def hold(self, adapters: Mapping[str, Adapter]) -> None:
+        """Load adapters, by their content hashes, where no model has them yet.
+
+        Raises:
+            AdapterError: one does not fit; nothing is held then that was not before.
+        """
+        try:
+            for slot, adapter in adapters.items():
+                if slot not in self.slots.names():
+                    self.slots.load(slot, adapter)
+        except RsgwmError:
+            self.tidy()
+            raise
+
+    def remove(self, name: str) -> ServedModel:
+        """Serve a model no more; requests under way are answered to their ends.
+
+        Raises:
+            ModelNotFound: there is none.
+            RequestError: it is the base.
+        """
+        model = self.find(name)
+        if model is self.bare:
+            raise RequestError("the base cannot be unloaded", code="base_model")
+        del self._models[model.name]
+        self._retire(model)
+        return model
+
+    def begin(self, model: ServedModel) -> None:
+        """A request under way uses a model.
+
+        Raises:
+            ModelNotFound: it was removed since.
+        """
+        if model.removed:
+            raise ModelNotFound(model.name)
+        model.users += 1
+
+    def end(self, model: ServedModel) -> None:
+        """The request is over."""
+        model.users -= 1
+        if model.removed:
+            self.tidy()
+
+    def _retire(self, model: ServedModel) -> None:
+        model.removed = True
+        self._removed.append(model)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Let go of slots that no model and no request uses."""
+        self._removed = [model for model in self._removed if model.users]
+        used = {slot for model in (*self._models.values(), *self._removed) for slot in model.slots}
+        for slot in [slot for slot in self.slots.names() if slot not in used]:
+            self.slots.unload(slot)

@@ -1,0 +1,220 @@
+"""Rows of several adapters written side by side on one base: read prompts, draw tokens, read them, let rows go.
+
+A row is one text under way. The decoder knows adapters by their slots and nothing of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+
+from mlx_rsgwm.inference.prefix_cache import GROWTH, can_batch, concat, select_rows
+from mlx_rsgwm.models.slots import AdapterSlots
+from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.serving.row_sampling import Pick, RowSampling, pick
+
+
+@dataclass(eq=False)
+class Row:
+    """A text under way: its prompt, the slot of its adapter (None: the bare base), how and how far it is written.
+
+    ``uniforms``: its random stream, a number for each of the tokens that it may have. ``owner``: whose it is, for the
+    engine.
+    """
+
+    prompt: tuple[int, ...]
+    slot: str | None
+    sampling: RowSampling
+    uniforms: np.ndarray
+    end_ids: frozenset[int]
+    owner: Any = None
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All its tokens, the prompt's first."""
+        return (*self.prompt, *self.tokens)
+
+    @property
+    def longest(self) -> int:
+        """Positions that it takes up at most."""
+        return len(self.prompt) + len(self.uniforms)
+
+
+@dataclass
+class _Batch:
+    """Rows whose tokens are all read, and the logits (rows, vocabulary) of what follows; rows of one adapter stand
+    side by side, for each run of them is a product of its own."""
+
+    rows: list[Row]
+    caches: list[Any]
+    logits: mx.array
+
+
+class Reading:
+    """Texts on their way into the caches, a piece at a time; rows with equal texts are read once."""
+
+    def __init__(self, decoder: RowDecoder, rows: Sequence[Row]) -> None:
+        self.rows = sorted(rows, key=lambda row: row.slot or "")
+        self._decoder = decoder
+        texts = list(dict.fromkeys((row.slot, row.ids) for row in self.rows))
+        self._place = {text: place for place, text in enumerate(texts)}
+        self._slots = [slot for slot, _ in texts]
+        longest = max(len(ids) for _, ids in texts)
+        padding = [longest - len(ids) for _, ids in texts]
+        self._ids = np.array([[0] * pad + list(ids) for pad, (_, ids) in zip(padding, texts, strict=True)])
+        self._caches = decoder.fresh(padding)
+        self._read = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Texts, and their tokens that are still to be read."""
+        return self._ids.shape[0], self._ids.shape[1] - self._read
+
+    def read_on(self, tokens: int) -> bool:
+        """Read as many positions of every text; True once all are read, and the rows stand among the decoder's."""
+        decoder = self._decoder
+        piece = mx.array(self._ids[:, self._read : self._read + tokens])
+        with decoder.slots.using_rows(self._slots):
+            states = decoder.hidden(piece, cache=self._caches)
+            self._read += piece.shape[1]
+            over = self._read == self._ids.shape[1]
+            logits = decoder.head(states[:, -1:])[:, 0] if over else states[:, -1]
+            mx.eval(logits, [cache.state for cache in self._caches])
+        if over:
+            self._end(logits)
+        return over
+
+    def _end(self, logits: mx.array) -> None:
+        places = [self._place[row.slot, row.ids] for row in self.rows]
+        if places != list(range(len(self._slots))):
+            chosen = mx.array(places)
+            logits = logits[chosen]
+            self._caches = [select_rows(cache, chosen) for cache in self._caches]
+        self._decoder.take_in(self.rows, self._caches, logits)
+
+
+class RowDecoder:
+    """All rows under way on the base of ``slots``.
+
+    Where the model keeps other than plain key–value caches rows cannot share a batch: each is a batch of its own.
+    """
+
+    def __init__(self, slots: AdapterSlots) -> None:
+        self.slots = slots
+        self.hidden, self.head = split_head(slots.model)
+        self.together = can_batch(slots.model)
+        self._batches: list[_Batch] = []
+        self.bytes_a_token = self._measure()
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows under way whose texts are read."""
+        return [row for batch in self._batches for row in batch.rows]
+
+    def fresh(self, padding: Sequence[int]) -> list[Any]:
+        """Empty caches for as many texts, padded on the left."""
+        caches: list[Any] = make_prompt_cache(self.slots.model)
+        if not self.together:
+            return caches
+        batched: list[Any] = [BatchKVCache(list(padding)) for _ in caches]
+        for cache in batched:
+            cache.step = GROWTH
+        return batched
+
+    def read(self, rows: Sequence[Row]) -> list[Reading]:
+        """What reads the texts of new rows; one for all of them where the model allows it."""
+        return [Reading(self, rows)] if self.together else [Reading(self, [row]) for row in rows]
+
+    def take_in(self, rows: Sequence[Row], caches: list[Any], logits: mx.array) -> None:
+        """Rows that ``caches`` have read, with the logits (rows, vocabulary) of what follows."""
+        batch = _Batch(list(rows), caches, logits)
+        if self.together and self._batches:
+            other = self._batches.pop()
+            caches = [concat(first, second) for first, second in zip(other.caches, caches, strict=True)]
+            batch = _Batch([*other.rows, *rows], caches, mx.concatenate([other.logits, logits]))
+            order = sorted(range(len(batch.rows)), key=lambda place: batch.rows[place].slot or "")
+            if order != list(range(len(order))):
+                batch = self._select(batch, order)
+        self._batches.append(batch)
+
+    def drop(self, rows: Collection[Row]) -> None:
+        """Let rows go, and what is kept of them."""
+        batches = []
+        for batch in self._batches:
+            places = [place for place, row in enumerate(batch.rows) if row not in rows]
+            if len(places) == len(batch.rows):
+                batches.append(batch)
+            elif places:
+                batches.append(self._select(batch, places))
+        self._batches = batches
+
+    def draw(self) -> list[tuple[Row, Pick | Exception]]:
+        """The next token of every row, which is not yet read and not yet among its ``tokens``; or why there is none."""
+        drawn: list[tuple[Row, Pick | Exception]] = []
+        for batch in self._batches:
+            try:
+                drawn += zip(batch.rows, _picks(batch.rows, batch.logits), strict=True)
+            except Exception:
+                # Whatever it was, each row by itself shows whose it is.
+                drawn += [(row, _pick_alone(row, batch.logits[at : at + 1])) for at, row in enumerate(batch.rows)]
+        return drawn
+
+    def read_last(self) -> None:
+        """Read the last token of every row."""
+        for batch in self._batches:
+            ids = mx.array([[row.tokens[-1]] for row in batch.rows])
+            with self.slots.using_rows([row.slot for row in batch.rows]):
+                states = self.hidden(ids, cache=batch.caches)
+                batch.logits = self.head(states[:, -1:])[:, 0]
+                mx.async_eval(batch.logits)
+
+    def forget(self) -> list[Row]:
+        """Let all rows go after a failure, whatever state their caches are in; returns them, to be read anew."""
+        rows = self.rows
+        self._batches = []
+        return rows
+
+    def _select(self, batch: _Batch, places: Sequence[int]) -> _Batch:
+        """Some rows of a batch in a new order, without padding that none of them needs."""
+        rows = [batch.rows[place] for place in places]
+        chosen = mx.array(list(places))
+        length = batch.caches[0]._idx
+        padding: Any = batch.caches[0].left_padding[chosen].min().item()
+        caches = [select_rows(cache, chosen, length, start=padding) for cache in batch.caches]
+        return _Batch(rows, caches, batch.logits[chosen])
+
+    def _measure(self) -> int:
+        """Bytes that a token takes in the caches; also warms the model up."""
+        caches = self.fresh([0])
+        states = self.hidden(mx.zeros((1, GROWTH), dtype=mx.int32), cache=caches)
+        mx.eval(self.head(states[:, -1:]))
+        return max(1, sum(_bytes_a_position(cache) for cache in caches))
+
+
+def _bytes_a_position(cache: Any) -> int:
+    """Bytes of a layer's cache for a token; of caches that do not grow by token, all that they take, in 256 parts."""
+    keys = getattr(cache, "keys", None)
+    return int(cache.nbytes) // (keys.shape[2] if isinstance(keys, mx.array) and keys.ndim == 4 else 256)
+
+
+def _picks(rows: Sequence[Row], logits: mx.array) -> list[Pick]:
+    return pick(
+        logits,
+        [row.sampling for row in rows],
+        [float(row.uniforms[len(row.tokens)]) for row in rows],
+        [row.prompt for row in rows],
+        [row.tokens for row in rows],
+    )
+
+
+def _pick_alone(row: Row, logits: mx.array) -> Pick | Exception:
+    try:
+        return _picks([row], logits)[0]
+    except Exception as error:
+        return error

@@ -1,0 +1,97 @@
+"""An engine on the tiny base, with adapters in its library, and requests that keep what they are told."""
+
+import queue
+import threading
+
+import mlx.core as mx
+import pytest
+
+from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.serving.admission import Limits
+from mlx_rsgwm.serving.completion import Completion, Writing
+from mlx_rsgwm.serving.engine import Engine
+from mlx_rsgwm.serving.events import Ended, Failed, Finished, Piece
+from mlx_rsgwm.serving.library import Library
+from mlx_rsgwm.serving.row_sampling import RowSampling
+
+SECONDS = 60
+GREEDY = RowSampling(temperature=0)
+
+
+class Told:
+    """The events of a request, taken in any thread and waited for in the test's."""
+
+    def __init__(self):
+        self.queue, self.events, self.first = queue.Queue(), [], threading.Event()
+
+    def __call__(self, event):
+        self.queue.put(event)
+        if isinstance(event, Piece):
+            self.first.set()
+
+    def wait(self):
+        """All events; the last is Finished or Failed."""
+        while not self.events or not isinstance(self.events[-1], (Finished, Failed)):
+            self.events.append(self.queue.get(timeout=SECONDS))
+        return self.events
+
+    def texts(self):
+        """The text of every choice, in order; an error is raised."""
+        events = self.wait()
+        if isinstance(events[-1], Failed):
+            raise events[-1].error
+        ends = {event.index: "" for event in events if isinstance(event, Ended)}
+        for event in events:
+            if isinstance(event, Piece):
+                ends[event.index] += event.text
+        return [ends[index] for index in sorted(ends)]
+
+
+def encoded(text):
+    """What makes a prompt of a text."""
+    return lambda library, _: tuple(library.tokenizer.encode(text))
+
+
+def evaluated(adapter):
+    """The adapter, whose arrays can go into another thread."""
+    mx.eval(adapter.weights)
+    return adapter
+
+
+@pytest.fixture
+def make_engine(tiny_base, make_adapter):
+    """Maker of engines with some random adapters, by name and seed; all are stopped at the end."""
+    engines = []
+
+    def make(adapters=None, **limits):
+        loaded = {name: evaluated(make_adapter(seed)) for name, seed in (adapters or {}).items()}
+
+        def open_library():
+            library = Library(load_base(str(tiny_base), dtype="float32"))
+            for name, adapter in loaded.items():
+                library.add_adapter(name, adapter, adapter.content_hash())
+            return library
+
+        engine = Engine(open_library, Limits(**limits))
+        engines.append(engine)
+        engine.start().result(SECONDS)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.stop()
+
+
+@pytest.fixture
+def ask():
+    """Hands a prompt in: ``ask(engine, name, text, **writing)`` returns the job and what it is told."""
+
+    def submit(engine, name, text, prompt=None, **writing):
+        told = Told()
+        writing = {"sampling": GREEDY, "max_tokens": 24, "trim": False, "stream": text, **writing}
+        model = engine.call(lambda library: library.find(name)).result(SECONDS)
+        job = Completion(model, prompt or encoded(text), Writing(**writing), told)
+        engine.submit(job)
+        return job, told
+
+    return submit
