@@ -122,6 +122,24 @@ class Percentages(click.ParamType):
         return tuple(sorted({round(float(part) / 100, 9) for part in parts}))
 
 
+class StoredFormat(click.ParamType):
+    """``BITS[,group,mode]`` as a :class:`~mlx_rsgwm.models.quantisation.QuantFormat`."""
+
+    name = "BITS[,GROUP,MODE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from mlx_rsgwm.core.errors import RsgwmError
+        from mlx_rsgwm.models.quantisation import QuantFormat
+
+        if isinstance(value, QuantFormat):
+            return value
+        try:
+            return QuantFormat.parse(str(value))
+        except RsgwmError as error:
+            self.fail(str(error).removeprefix("quantisation: "), param, ctx)
+
+
 AUTO_SHARE = AutoShare()
 PERCENTAGES = Percentages()
 PAIR = NamedValue()
+FORMAT = StoredFormat()

@@ -12,7 +12,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import COUNT, INSIDE, PERCENTAGES, POSITIVE, Number, OneOf, Whole
+from mlx_rsgwm.cli.options.kinds import COUNT, FORMAT, INSIDE, PERCENTAGES, POSITIVE, Number, OneOf, Whole
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.training.config import FINE_TUNE_TYPES, LONG_ROWS, OPTIMIZERS, SCHEDULES, SELECTIONS, TrainConfig
 from mlx_rsgwm.training.reporting import SERVICES
@@ -68,6 +68,11 @@ SETTINGS = (
     *(_option(*row) for row in FIELDS),
     click.option(
         "--key", "keys", multiple=True, help="Module to adapt (self_attn.q_proj, …), or all-linear; repeatable."
+    ),
+    click.option(
+        "--qat",
+        type=FORMAT,
+        help="Train through the rounding to this format, on a dense base: 4, or 3,32, or 4,mxfp4, or 3,symmetric.",
     ),
     click.option("--recompute/--no-recompute", default=None, help="Less memory, more time: gradient checkpointing."),
 )

@@ -13,6 +13,7 @@ from mlx_rsgwm.core.config import build
 from mlx_rsgwm.core.errors import raise_problems
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.models.adapter import LoraSpec
+from mlx_rsgwm.models.quantisation import QuantFormat
 from mlx_rsgwm.training.rounds import ACCUMULATE, FREEZE_A, Rounds
 from mlx_rsgwm.training.schedule import RateSchedule
 
@@ -42,7 +43,8 @@ class TrainConfig:
     checkpointing). ``lr_schedule``, one of mlx-lm's, decides the rates instead of ``schedule`` and ``warmup``. ``eps``
     and ``bias_correction`` are Adam's. ``directions`` is k of the sketches that are kept of the modules' inputs
     (:mod:`~mlx_rsgwm.training.directions`; 0 for none), of every nth token, n = ``directions_every``.
-    ``rounds`` shares the steps out among rounds, between which a pool is merged.
+    ``rounds`` shares the steps out among rounds, between which a pool is merged. ``qat`` trains through the rounding to
+    a format: every layer computes with the weight it would have there, base and update together.
     """
 
     rank: int = 16
@@ -77,6 +79,7 @@ class TrainConfig:
     directions: int = 64
     directions_every: int = 4
     rounds: Rounds | None = None
+    qat: QuantFormat | None = None
 
     def __post_init__(self) -> None:
         checks = {
@@ -121,6 +124,8 @@ class TrainConfig:
             problems.append(f"rounds are for lora adapters, found fine_tune_type {self.fine_tune_type}")
         if self.freezes_a and (self.weight_decay or not self.eps):
             problems.append("rounds of mode freeze_a need weight_decay 0 and eps above 0, or lora_a would change")
+        if self.qat and (self.fine_tune_type != "lora" or self.grows):
+            problems.append("qat is for lora adapters whose rank stays: no dora, no rounds of mode accumulate")
         raise_problems("training config", problems)
 
     @property
@@ -150,7 +155,7 @@ class TrainConfig:
     def describe(self) -> dict[str, Any]:
         """JSON object of all settings; those that came later are in it where they are not at their defaults."""
         values = {**asdict(self), "keys": list(self.keys)}
-        for name in ("eps", "bias_correction", "lr_schedule", "directions", "directions_every", "rounds"):
+        for name in ("eps", "bias_correction", "lr_schedule", "directions", "directions_every", "rounds", "qat"):
             if values[name] == getattr(TrainConfig, name):
                 del values[name]
         if self.lr_schedule:

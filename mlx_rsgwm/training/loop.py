@@ -31,6 +31,7 @@ from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of, record_of_base
 from mlx_rsgwm.data.template import Template, Tokenizer
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.rounded_weights import check_rounding, rounded_bytes, rounded_weights
 from mlx_rsgwm.training.checkpoints import Saving, clear_run, prune, read_checkpoint
 from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
 from mlx_rsgwm.training.layers import expert_keys, linear_keys, lora_layers, updates_beneath
@@ -85,8 +86,8 @@ def train(
     the base has on all the while, and that does not change.
 
     Raises:
-        RsgwmError: rows that do not fit, keys that match nothing, a rank above a layer's dimensions, too little memory,
-            a run that cannot be resumed, a loss that is not finite (names step and rows).
+        RsgwmError: rows that do not fit, keys that match nothing, a rank above a layer's dimensions, weights that cannot
+            be rounded, too little memory, a run that cannot be resumed, a loss that is not finite (names step and rows).
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
     message = partial(_message, progress, label)
@@ -106,6 +107,7 @@ def train(
         for note in warm_start.put_into(model, config.scale) if warm_start else ():
             message(note)
         stack.enter_context(updates_beneath(model, beneath))
+        stack.enter_context(rounded_weights(model, config.qat))
         run = TrainingRun(model, data.train.rows, plan, data.held_out.rows, config, label, processes)
         need = _estimate(base, data.train.rows, config, processes, run.directions.nbytes)
         progress.detail(f"{label}: {check_estimate(need, memory.enforce)}")
@@ -275,12 +277,13 @@ def check_layers(model: Any, config: TrainConfig) -> None:
     """Find out before any data is read whether ``config`` names layers that the model has, and a rank that they take.
 
     Raises:
-        RsgwmError: keys that match nothing, a rank above a layer's dimensions.
+        RsgwmError: keys that match nothing, a rank above a layer's dimensions, weights that cannot be rounded.
     """
     if config.keys == ALL_LINEAR:
         config = replace(config, keys=linear_keys(model))
     with lora_layers(model, config.spec(), config.init_seed):
-        pass
+        if config.qat:
+            check_rounding(model, config.qat)
 
 
 def _identity(
@@ -331,6 +334,7 @@ def _estimate(
         config.accumulate,
         config.recompute,
         directions,
+        rounded_bytes(base.model, config.qat) if config.qat else 0,
     )
 
 

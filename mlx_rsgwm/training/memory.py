@@ -78,13 +78,14 @@ def estimate(
     accumulate: int,
     recompute: bool,
     directions: int = 0,
+    rounded: int = 0,
 ) -> MemoryEstimate:
     """Estimate from the model's ``config``, ``rows`` × ``length`` tokens a batch and ``trained`` positions in it.
 
     A block keeps for its backward pass about 12 arrays of the hidden size, 5 of the MLP's, and twice the attention
     scores where attention is not fused (the CPU); with ``recompute`` its input alone, and one block at a time the rest.
     Logits exist four times at their positions: product, float32, exponentials, gradient. ``directions``: bytes of the
-    sums over inputs, which exist twice while a step's are added to them.
+    sums over inputs, which exist twice while a step's are added to them. ``rounded``: of weights kept beside their own.
     """
     text = {**config, **(config.get("text_config") or {})}
     size, trained_bytes = _nbytes(model.parameters()), _nbytes(model.trainable_parameters())
@@ -96,7 +97,7 @@ def estimate(
     block = item * (rows * length * (12 * hidden + 5 * mlp) + scores)
     activations = len(model.layers) * item * rows * length * hidden + block if recompute else len(model.layers) * block
     return MemoryEstimate(
-        weights=size - trained_bytes,
+        weights=size - trained_bytes + rounded,
         adapter=trained_bytes * (2 if accumulate == 1 else 3),  # and its gradient, and the sum of gradients
         moments=MOMENTS * trained_bytes,
         activations=activations,

@@ -18,6 +18,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.quantisation import QuantFormat
 from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, claim_adapter_folder, clear_run, read_checkpoint
 from mlx_rsgwm.training.loop import finish, train
 
@@ -78,10 +79,11 @@ SETTINGS = [
         "optimizer": "adamw", "weight_decay": 0.1, "clip": 0.5, "accumulate": 2, "batch_size": 2, "epochs": 2,
         "validate_every": 3, "select": "best", "schedule": "cosine", "recompute": True, "dropout": 0.1,
     },
+    {"qat": QuantFormat(3, 32), "dropout": 0.1, "epochs": 2, "recompute": True},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", SETTINGS, ids=["lora", "dora", "everything"])
+@pytest.mark.parametrize("changes", SETTINGS, ids=["lora", "dora", "everything", "qat"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_is_bit_equal(base, corpus, config, tmp_path, changes, number):
     settings = config(learning_rate=1e-2, **changes)

@@ -1,0 +1,144 @@
+"""A model that computes with weights of few bits, in floats: what it will be once it is stored so.
+
+Which layers have such weights is what mlx_lm.convert would quantise: linear ones and embeddings, also of experts, whose
+rows can be cut into groups. A layer with an adapter computes with the rounded sum W + ΔW. Gradients pass the rounding
+as if it were not there (straight-through: Bengio, Léonard, Courville, 2013, arXiv 1308.3432).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.models.hooks import Call, calls_wrapped
+from mlx_rsgwm.models.quantisation import QuantFormat
+
+INNER = ".linear"  # where mlx-lm's LoRA layer holds the base's
+
+
+def rounded_formats(model: Any, quant: QuantFormat) -> dict[str, QuantFormat]:
+    """The layers of a dense model that are stored in few bits, each with its format, by the base's names.
+
+    An architecture may exempt layers or give them a format of their own (``quant_predicate`` of mlx-lm's models).
+    """
+    predicate = getattr(model, "quant_predicate", None)
+    formats = {}
+    for path, module in model.named_modules():
+        name = path.removesuffix(INNER) if "lora_a" in module_at(model, path.removesuffix(INNER)) else path
+        if not hasattr(module, "to_quantized") or not quant.fits(module.weight.shape[-1]):
+            continue
+        chosen = predicate(name, module) if predicate else True
+        if isinstance(chosen, dict):
+            formats[name] = QuantFormat(chosen["bits"], chosen["group_size"], chosen.get("mode", "affine"))
+        elif chosen:
+            formats[name] = quant
+    return formats
+
+
+def module_at(model: nn.Module, path: str) -> Any:
+    """The module of a dotted ``path``; the model itself of an empty one."""
+    module: Any = model
+    for part in filter(None, path.split(".")):
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module
+
+
+def check_rounding(model: Any, quant: QuantFormat) -> None:
+    """Raise where the weights of ``model``, with its adapted layers in it, cannot be rounded to ``quant``.
+
+    Raises:
+        RsgwmError: it is quantised already; rows of an adapted layer cannot be cut into groups; an adapted layer is not
+            a linear one of mlx-lm's LoRA.
+    """
+    packed = [module for _, module in model.named_modules() if hasattr(module, "scales") and hasattr(module, "bits")]
+    if packed:
+        raise RsgwmError(
+            f"the base is quantised already ({packed[0].bits} bits), and rounding to {quant} starts from a dense one: "
+            "take the model that it was made from, or mlx_lm.convert --hf-path BASE --mlx-path DENSE --dequantize"
+        )
+    layers = {name: layer for name, layer in model.named_modules() if "lora_a" in layer}
+    other = [name for name, layer in layers.items() if not isinstance(layer, LoRALinear)]
+    if other:
+        raise RsgwmError(
+            f"rounding to {quant} is for linear layers with LoRA; {other[0]} is a {type(layers[other[0]]).__name__}"
+        )
+    uneven = {
+        name: columns for name, layer in layers.items() if not quant.fits(columns := layer.linear.weight.shape[-1])
+    }
+    if uneven:
+        name, columns = next(iter(uneven.items()))
+        more = f", and of {len(uneven) - 1} more layers" if len(uneven) > 1 else ""
+        raise RsgwmError(
+            f"{quant}: the group does not divide the {columns} columns of {name}{more}; take a smaller one"
+        )
+
+
+def rounded_bytes(model: Any, quant: QuantFormat) -> int:
+    """Memory that the rounded weights of a dense ``model`` take beside its own, in bytes."""
+    layers = (module_at(model, name) for name in rounded_formats(model, quant))
+    return sum((layer.linear if "lora_a" in layer else layer).weight.nbytes for layer in layers)
+
+
+@contextmanager
+def rounded_weights(model: Any, quant: QuantFormat | None) -> Iterator[None]:
+    """Layers compute with rounded weights inside: with the adapter's update where they have one (mlx-lm's LoRA).
+
+    Weights without an update are rounded once and come back at the end; without a format nothing happens.
+
+    Raises:
+        RsgwmError: see :func:`check_rounding`.
+    """
+    if quant is None:
+        yield
+        return
+    check_rounding(model, quant)
+    formats = rounded_formats(model, quant)
+    layers = {name: module_at(model, name) for name in formats}
+    adapted = {name for name, layer in layers.items() if "lora_a" in layer}
+    plain = {name: layer for name, layer in layers.items() if name not in adapted}
+    former = {name: layer.weight for name, layer in plain.items()}
+    try:
+        for name, layer in plain.items():
+            dtype = layer.weight.dtype
+            layer.weight = formats[name].round_trip(layer.weight, dtype).astype(dtype)
+        mx.eval([layer.weight for layer in plain.values()])
+        with calls_wrapped(model, adapted, lambda name, _: rounded_call(formats[name])):
+            yield
+    finally:
+        for name, layer in plain.items():
+            layer.weight = former[name]
+
+
+def rounded_call(quant: QuantFormat) -> Call:
+    """The call of a LoRA layer that computes with its rounded weight; see :func:`rounded_output`."""
+
+    def call(layer: Any, x: mx.array) -> mx.array:
+        return rounded_output(layer, x, quant)
+
+    return call
+
+
+def rounded_output(layer: Any, x: mx.array, quant: QuantFormat) -> mx.array:
+    """x Q(W + ΔW)ᵀ of a LoRA layer of mlx-lm, with the gradients that x (W + ΔW)ᵀ has in its factors.
+
+    The rounded weight is a constant to the gradient. The update is added and taken away again, of which only the first
+    has gradients: so they cost what LoRA's do, and no (out, in) gradient of the weight is formed. Dropout leaves inputs
+    out of the first alone: in training its noise is added to the rounded layer's output.
+    """
+    linear = layer.linear
+    a, b = layer.lora_a, layer.lora_b
+    dtype = linear.weight.dtype
+    fused = linear.weight.astype(mx.float32) + layer.scale * (b.T @ a.T).astype(mx.float32)
+    y = x @ mx.stop_gradient(quant.round_trip(fused, dtype)).astype(dtype).T
+    if "bias" in linear:
+        y = y + linear.bias
+    if not layer.training:
+        return y
+    update = (layer.dropout(x) @ a) @ b - (x @ mx.stop_gradient(a)) @ mx.stop_gradient(b)
+    return y + (layer.scale * update).astype(y.dtype)
