@@ -68,9 +68,8 @@ def check_rounding(model: Any, quant: QuantFormat) -> None:
         raise RsgwmError(
             f"rounding to {quant} is for linear layers with LoRA; {other[0]} is a {type(layers[other[0]]).__name__}"
         )
-    uneven = {
-        name: columns for name, layer in layers.items() if not quant.fits(columns := layer.linear.weight.shape[-1])
-    }
+    widths = {name: layer.linear.weight.shape[-1] for name, layer in layers.items()}
+    uneven = {name: columns for name, columns in widths.items() if not quant.fits(columns)}
     if uneven:
         name, columns = next(iter(uneven.items()))
         more = f", and of {len(uneven) - 1} more layers" if len(uneven) > 1 else ""

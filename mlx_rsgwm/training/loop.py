@@ -86,8 +86,9 @@ def train(
     the base has on all the while, and that does not change.
 
     Raises:
-        RsgwmError: rows that do not fit, keys that match nothing, a rank above a layer's dimensions, weights that cannot
-            be rounded, too little memory, a run that cannot be resumed, a loss that is not finite (names step and rows).
+        RsgwmError: rows that do not fit, keys that match nothing, a rank above a layer's dimensions, weights that
+            cannot be rounded, too little memory, a run that cannot be resumed, a loss that is not finite (names step
+            and rows).
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
     """
     message = partial(_message, progress, label)

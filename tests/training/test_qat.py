@@ -31,7 +31,7 @@ def rounded_loss(base, adapter, corpus, quant):
 
 
 def test_held_out_losses_are_those_of_the_rounded_model(base, corpus, config):
-    before = {name: value for name, value in tree_flatten(base.model.parameters())}
+    before = dict(tree_flatten(base.model.parameters()))
     settings = config(qat=THREE, learning_rate=1e-2, epochs=3)
     adapter = train(base, corpus, settings, corpus)
     assert all(value is before[name] for name, value in tree_flatten(base.model.parameters()))
