@@ -28,7 +28,11 @@ ORDER = (
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}
 # (file, module) that may break the order. To stay empty.
 EXCEPTIONS: frozenset[tuple[str, str]] = frozenset()
-ONLY_IN = {"click": ("cli/", "bench/", "tests/"), "torch": ("converters/parity/", "bench/", "tests/")}
+ONLY_IN = {
+    "click": ("cli/", "bench/", "tests/"),
+    "torch": ("converters/parity/", "bench/", "tests/"),
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), ("mlx_rsgwm/serving/", "tests/")),
+}
 GRAB_BAGS = {"utils", "util", "common", "helpers", "misc"}
 MOST_FOLDERS = 16
 # Slow to import, and needed by some commands only: never at the top of a file, so that whoever uses one pays for it.
@@ -36,6 +40,7 @@ LATE = [
     *("torch", "transformers", "datasets", "matplotlib", "sklearn", "scipy", "peft", "math_verify", "sympy", "rich"),
     *("lm_eval", "gguf", "huggingface_hub", "prompt_toolkit"),
 ]
+SERVING = ("starlette", "uvicorn", "prometheus_client")  # an extra: `serving` and nothing else needs them
 
 
 def sources() -> dict[str, str]:
@@ -200,15 +205,15 @@ def test_help_of_every_command_loads_nothing_heavy():
         "for name in COMMANDS:\n    try:\n        rsgwm.main([*name.split(), '--help'])\n"
         "    except SystemExit as stop:\n        assert stop.code == 0, name"
     )
-    assert modules_after(statement).isdisjoint([*LATE, "mlx_lm"])
+    assert modules_after(statement).isdisjoint([*LATE, *SERVING, "mlx_lm"])
 
 
 def test_importing_the_package_loads_nothing_heavy():
     loaded = modules_after("import mlx_rsgwm")
     assert "mlx_rsgwm" in loaded
-    assert loaded.isdisjoint(LATE)
+    assert loaded.isdisjoint([*LATE, *SERVING])
 
 
 def test_help_loads_neither_mlx_nor_anything_heavy():
     statement = "from mlx_rsgwm.cli.main import rsgwm\ntry:\n    rsgwm.main(['--help'])\nexcept SystemExit:\n    pass"
-    assert modules_after(statement).isdisjoint([*LATE, "mlx", "numpy", "rich"])
+    assert modules_after(statement).isdisjoint([*LATE, *SERVING, "mlx", "numpy", "rich"])

@@ -6,18 +6,22 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from mlx_rsgwm.core.machine import free_memory
 from mlx_rsgwm.serving.jobs import Job
 from mlx_rsgwm.serving.library import ServedModel
 from mlx_rsgwm.serving.rows import Row
 
+USUAL_BYTES = 4 << 30  # where the system does not say what is free
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine takes on: rows that are written at a time, requests that wait, bytes of key–value caches."""
+    """What the engine takes on: rows that are written at a time, requests that wait, bytes of key–value caches
+    (None: half of the memory that is free once the base is there)."""
 
     rows: int = 32
     queue: int = 64
-    cache_bytes: int = 1 << 30
+    cache_bytes: int | None = None
 
 
 class Waiting:
@@ -25,6 +29,7 @@ class Waiting:
 
     def __init__(self, limits: Limits, bytes_a_token: int) -> None:
         self._limits, self._bytes = limits, bytes_a_token
+        self._most = limits.cache_bytes or (free_memory() or USUAL_BYTES) // 2
         self._lines: dict[ServedModel, deque[tuple[Job, list[Row]]]] = {}
 
     def __bool__(self) -> bool:
@@ -50,7 +55,7 @@ class Waiting:
         while line := next((line for line in self._lines.values() if line), None):
             job, rows = line[0]
             more = self._bytes * sum(row.longest for row in rows)
-            fits = count + len(rows) <= self._limits.rows and taken + more <= self._limits.cache_bytes
+            fits = count + len(rows) <= self._limits.rows and taken + more <= self._most
             if not fits and (entering or under_way):
                 break
             entering.append(line.popleft())

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_rsgwm.inference.sampling import uniforms
-from mlx_rsgwm.serving.errors import ContextTooLong
+from mlx_rsgwm.serving.errors import ContextTooLong, RequestError
 from mlx_rsgwm.serving.events import Begun, Ended, Event, Finished, Piece, TokenLogprob
 from mlx_rsgwm.serving.jobs import Job
 from mlx_rsgwm.serving.library import Library, ServedModel
 from mlx_rsgwm.serving.row_sampling import Pick, RowSampling
 from mlx_rsgwm.serving.rows import Row
-from mlx_rsgwm.serving.text import TextStream
+from mlx_rsgwm.serving.text import HALF, TextStream
 
 Prompt = Callable[[Library, ServedModel], tuple[int, ...]]
 
@@ -59,6 +59,9 @@ class Completion(Job):
     def begin(self, library: Library) -> list[Row]:
         """The rows to write."""
         model, writing = self.model, self._writing
+        if beyond := [token for token in writing.sampling.logit_bias if token >= library.vocabulary]:
+            message = f"logit_bias has token {beyond[0]}; the model has {library.vocabulary}"
+            raise RequestError(message, code="invalid_value", param="logit_bias")
         prompt = self._prompt(library, model)
         count = room_for(library, prompt, writing.max_tokens, writing.usual)
         rows = [
@@ -111,4 +114,4 @@ class Completion(Job):
 
     def _named(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
         text = self._tokenizer.decode([token])
-        return TokenLogprob(text, tuple(text.encode()), logprob, top)
+        return TokenLogprob(text, None if HALF in text else tuple(text.encode()), logprob, top)

@@ -115,6 +115,11 @@ class Engine:
             self._thread.join(drain + STANDSTILL)
 
     @property
+    def library(self) -> Library:
+        """What is served, once the engine is ready."""
+        return self._library
+
+    @property
     def ready(self) -> bool:
         """Whether requests are answered."""
         return self._started.done() and self._started.exception() is None and self._stop_at is None

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token as text and bytes, its log-probability in nats, and the likeliest tokens at its place with theirs."""
+    """A token as text and bytes (None: of a part of a character), its log-probability in nats, and the likeliest
+    tokens at its place with theirs."""
 
     text: str
-    raw: tuple[int, ...]
+    raw: tuple[int, ...] | None
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
 

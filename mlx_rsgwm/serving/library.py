@@ -1,7 +1,8 @@
 """The models that are served: a base, adapters on it, pairs; put in and taken out while others answer.
 
 Slots are named by what their adapters hold, so that a name can be given to another adapter while rows of the former
-are still written; what no model and no request uses is let go. Everything here happens in the engine's thread.
+are still written; what no model and no request uses is let go. What changes it happens in the engine's
+thread; any may look models up.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mlx_rsgwm.inference.speaker import spoken_template
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
+from mlx_rsgwm.models.tokenizer import embedding_rows
 from mlx_rsgwm.serving.errors import ModelNotFound, RequestError
 
 
@@ -47,12 +49,13 @@ class Library:
     def __init__(self, base: Base, most: int = 64) -> None:
         self.base, self.most = base, most
         self.slots = AdapterSlots(base)
+        self.base_bytes: int = self.slots.memory()["base"]
+        self.vocabulary = embedding_rows(base.model) or len(base.tokenizer.get_vocab())
         self.tokenizer = base.tokenizer
-        self._models: dict[str, ServedModel] = {}
         self._removed: list[ServedModel] = []
         template = spoken_template(None, self.tokenizer, None, "")
         self.bare = ServedModel(base.name, "base", template, self.end_ids(template))
-        self._models[base.name] = self.bare
+        self._models = {base.name: self.bare}  # replaced, never changed: any thread may read it
 
     def end_ids(self, template: Template) -> frozenset[int]:
         """The tokens that end a text written with a template."""
@@ -69,10 +72,10 @@ class Library:
         Raises:
             ModelNotFound: there is none.
         """
-        alone = name.removeprefix(f"{self.base.name}:")
-        model = self._models.get(name) or self._models.get(alone)
+        models = self._models
+        model = models.get(name) or models.get(name.removeprefix(f"{self.base.name}:"))
         if model is None:
-            raise ModelNotFound(name, ", ".join(list(self._models)[:20]))
+            raise ModelNotFound(name, ", ".join(list(models)[:20]))
         return model
 
     def add_adapter(self, name: str, adapter: Adapter, digest: str) -> ServedModel:
@@ -99,7 +102,7 @@ class Library:
     def put(self, model: ServedModel) -> ServedModel:
         """Serve a model whose slots are filled, in the place of one that has its name."""
         former = self._models.get(model.name)
-        self._models[model.name] = model
+        self._models = {**self._models, model.name: model}
         if former is not None:
             self._retire(former)
         return model
@@ -141,7 +144,7 @@ class Library:
         model = self.find(name)
         if model is self.bare:
             raise RequestError("the base cannot be unloaded", code="base_model")
-        del self._models[model.name]
+        self._models = {name: other for name, other in self._models.items() if other is not model}
         self._retire(model)
         return model
 

@@ -220,6 +220,7 @@ NOT_HERE = {
     "probe report": "a page, one file at its end, through the same function as `compare`",
     "audit": "a plan or a page, one file at its end, through the same function as `compare`",
     "chat": "writes nothing",
+    "serve": "writes nothing",
     "tails": "a picture at its end, through the same function as `compare`",
     "lm-eval": "one file at its end, through the same function as `compare`",
     "convert check": "writes nothing",

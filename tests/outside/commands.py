@@ -62,6 +62,7 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "merge": {"adapters": ("pool/change", "pool/groups"), "--role": "draft", "--out": "new/out"},
     "ask": {"question": "What is 1 + 1?", **PAIR},
     "chat": PAIR,
+    "serve": {"--base": "base", "--port": "0"},
     "calibrate": {**ANSWERING, "--task": "change", "--items": "2"},
     "eval": {**PAIR, "--task": "mine.jsonl", "--items": "1", "--timed": "0", "--out": "new/out"},
     "blindspot": {"adapter": "draft", "--task": "mine.jsonl", "--items": "1", "--max-tokens": "4", "--out": "new/out"},

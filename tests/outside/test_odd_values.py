@@ -20,8 +20,9 @@ from tests.outside.odd_values import ODD
 SAMPLE = 80
 # Long work that was asked for: it is stopped, and says so.
 LONG = {(command, key) for command in ("train", "pool train") for key in ("--steps", "--epochs", "--rank")}
+ENDLESS = {"serve"}  # until it is told to stop: tests/serving
 # Their imports alone take longer than all others together; the last one writes where it stands.
-SLOW = {"lm-eval", "report tables", "report controls", "demo", "parity", "bench latency"}
+SLOW = {*ENDLESS, "lm-eval", "report tables", "report controls", "demo", "parity", "bench latency"}
 WRITES = {"directions collect"}
 KEEPS = {("calibrate", "--drafts-file")}  # the drafts, so that nothing is drafted twice
 
@@ -86,7 +87,7 @@ def test_a_sample_of_odd_values(outcomes, problems):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [name for name in SOUND if name != "lm-eval"])
+@pytest.mark.parametrize("command", [name for name in SOUND if name not in ("lm-eval", *ENDLESS)])
 def test_all_odd_values(command, outcomes, problems):
     wrong, codes = failures(cases([command]), outcomes, problems)
     print(command, dict(codes))

@@ -1,0 +1,116 @@
+"""``rsgwm serve``: many adapters and verified answers on one base, behind OpenAI's API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_rsgwm.cli.console import Console, common_options
+from mlx_rsgwm.cli.options import shared
+from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE, Number, Whole
+from mlx_rsgwm.cli.options.paths import SOURCES
+
+if TYPE_CHECKING:
+    from mlx_rsgwm.serving.library import Library
+    from mlx_rsgwm.serving.settings import ServerSettings
+
+PORTS = Whole(0, 65535)
+SECONDS = Number(0, 86_400)
+
+
+@click.command()
+@shared.base()
+@click.option(
+    "--adapter",
+    "adapters",
+    type=SOURCE,
+    multiple=True,
+    help=f"Adapter: {SOURCES}; as NAME=SOURCE it is served under that name, else under its folder's. Repeatable.",
+)
+@click.option("--adapter-dir", type=PATH, help="Folder below which adapters may be loaded while the server runs.")
+@click.option("--max-adapters", type=POSITIVE, default=64, show_default=True, help="Models beside the base, at most.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen at.")
+@click.option("--port", type=PORTS, default=8080, show_default=True, help="Port to listen at; 0 takes a free one.")
+@click.option("--api-key-file", type=PATH, help="File of keys, one a line, of which a request must send one.")
+@click.option("--admin-key-file", type=PATH, help="Likewise, for loading and unloading adapters.")
+@click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Origin of a page that may ask from a browser.")
+@click.option("--allowed-host", multiple=True, metavar="NAME", help="Another name that clients call the server by.")
+@shared.batch_rows()
+@click.option("--queue", type=POSITIVE, default=64, show_default=True, help="Requests that may wait, at most.")
+@click.option(
+    "--memory-limit",
+    type=Number(0.01, 10_000),
+    metavar="GB",
+    help="Memory for the caches of texts under way.  [default: half of what is free]",
+)
+@shared.max_tokens(512)
+@click.option("--timeout", type=SECONDS, default=600, show_default=True, help="Longest time of an answer in seconds.")
+@click.option(
+    "--drain", type=SECONDS, default=30, show_default=True, help="Seconds that answers have to end once it is stopped."
+)
+@common_options
+def serve(console: Console, base_name: str | None, adapters: tuple[Any, ...], **options: Any) -> None:
+    """Serve a base, adapters on it and verified answers to every client of OpenAI's API.
+
+    The base is in memory once. Each adapter is a model by its name; requests for several are written in one batch.
+
+    \b
+    Examples:
+      rsgwm serve --base smollm2-135m
+      rsgwm serve --adapter sums=pool/change --adapter compare=pool/compare
+      rsgwm serve --adapter-dir adapters --port 8081
+    """
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.serving.admission import Limits
+
+    try:
+        from mlx_rsgwm.serving.opening import Served, run
+    except ModuleNotFoundError as error:
+        raise RsgwmError(f"{error.name} is not installed; pip install 'mlx-rsgwm[serve]'") from None
+    settings = _settings(options)
+    memory = options["memory_limit"]
+    limits = Limits(options["batch_rows"], options["queue"], None if memory is None else int(memory * 1e9))
+
+    def begun(address: str, library: Library) -> None:
+        names = [model.name for model in library.models()]
+        console.line(f"serving {', '.join(names)}\n{address}/v1 (Ctrl-C ends)")
+
+    run(Served(base_name, _named(adapters), options["max_adapters"]), limits, settings, begun, console.progress)
+    console.line("stopped")
+    console.result({"stopped": True})
+
+
+def _settings(options: dict[str, Any]) -> ServerSettings:
+    from mlx_rsgwm.serving.settings import ServerSettings, read_keys
+
+    names = ("host", "port", "adapter_dir", "max_tokens", "timeout", "drain")
+    return ServerSettings(
+        api_keys=read_keys(options["api_key_file"]),
+        admin_keys=read_keys(options["admin_key_file"]),
+        cors_origins=options["cors_origin"],
+        allowed_hosts=options["allowed_host"],
+        **{name: options[name] for name in names},
+    )
+
+
+def _named(sources: tuple[Path | str, ...]) -> dict[str, Path | str]:
+    """Adapters by the names that they are served under.
+
+    Raises:
+        RsgwmError: two of one name.
+    """
+    from mlx_rsgwm.core.errors import RsgwmError
+
+    named: dict[str, Path | str] = {}
+    for source in sources:
+        name, equals, rest = str(source).partition("=")
+        if equals and "/" not in name and not name.startswith("hf:"):
+            source = SOURCE.convert(rest, None, None)
+        else:
+            name = str(source).rstrip("/").rpartition("/")[2].partition("@")[0]
+        if name in named:
+            raise RsgwmError(f"two adapters are named {name}; write --adapter NAME={source}")
+        named[name] = source
+    return named

@@ -1,0 +1,98 @@
+"""From names on the command line to a library and a server that runs until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+import uvicorn
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.core.signals import handled
+from mlx_rsgwm.inference.open import load_base_for
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
+from mlx_rsgwm.serving.admission import Limits
+from mlx_rsgwm.serving.app import make_app
+from mlx_rsgwm.serving.engine import Engine
+from mlx_rsgwm.serving.library import Library
+from mlx_rsgwm.serving.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is to be served: a base (None: the one that the adapters record), and adapters by the names of models."""
+
+    base: str | None = None
+    adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
+    most_adapters: int = 64
+
+
+def open_library(served: Served, progress: Progress = SILENT) -> Library:
+    """Load everything; in the thread that will use it.
+
+    Raises:
+        RsgwmError: an adapter that cannot be read or is of another base, no base, more adapters than may be.
+    """
+    adapters = {name: load_adapter(source, served.base, progress=progress) for name, source in served.adapters.items()}
+    library = Library(load_base_for([*adapters.values()], served.base, progress), served.most_adapters)
+    for name, adapter in adapters.items():
+        library.add_adapter(name, adapter, adapter.content_hash())
+    return library
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which leaves signals to :func:`run`: told to stop, a server ends well, and so does its process."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Capture none."""
+        yield
+
+
+def run(
+    served: Served,
+    limits: Limits,
+    settings: ServerSettings,
+    begun: Callable[[str, Library], None],
+    progress: Progress = SILENT,
+) -> None:
+    """Serve until SIGINT or SIGTERM; then requests under way have ``settings.drain`` seconds to end.
+
+    ``begun`` is told the server's address and what is served once requests are answered.
+
+    Raises:
+        RsgwmError: the address is taken, or what :func:`open_library` raises.
+    """
+    engine = Engine(lambda: open_library(served, progress), limits)
+    config = uvicorn.Config(
+        make_app(engine, settings),
+        settings.host,
+        settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+    )
+    try:
+        listener = config.bind_socket()
+    except SystemExit:
+        raise RsgwmError(f"{settings.host}:{settings.port} cannot be taken; another program has it (--port)") from None
+    server = _Server(config)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.handle_exit(number, frame)
+
+    try:
+        library = engine.start().result()
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        begun(f"http://{host}:{listener.getsockname()[1]}", library)
+        with handled((signal.SIGINT, signal.SIGTERM), stop):
+            server.run(sockets=[listener])
+    finally:
+        listener.close()
+        engine.stop()

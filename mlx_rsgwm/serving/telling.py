@@ -1,0 +1,80 @@
+"""Events of a request told as OpenAI's API tells them: one answer at the end, or a stream of its parts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.serving.answers import DONE, Head, Json, Usage, server_sent
+from mlx_rsgwm.serving.delivery import Delivery
+from mlx_rsgwm.serving.events import Ended, Piece, TokenLogprob
+from mlx_rsgwm.serving.guard import describe
+from mlx_rsgwm.serving.schema import Asked
+
+log = logging.getLogger(__name__)
+Timed = Callable[[str], None]
+
+
+@dataclass
+class _Choice:
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: str | None = None
+
+
+async def whole_of(delivery: Delivery, head: Head, asked: Asked, count: int, timed: Timed) -> Json:
+    """The answer with all its choices."""
+    choices = [_Choice() for _ in range(count)]
+    usage = Usage(delivery.prompt_tokens, cached=delivery.cached_tokens)
+    first = True
+    async for event in delivery.events():
+        if isinstance(event, Piece):
+            if first:
+                timed("first")
+            first = False
+            choices[event.index].text += event.text
+            choices[event.index].logprobs += event.logprobs
+        elif isinstance(event, Ended):
+            choices[event.index].reason = event.reason
+            usage.written += event.tokens
+    timed("answer")
+    listed = [
+        head.shape.choice(index, choice.text, None if asked.logprobs is None else choice.logprobs, choice.reason)
+        for index, choice in enumerate(choices)
+    ]
+    return head.answer(listed, usage)
+
+
+async def stream_of(delivery: Delivery, head: Head, asked: Asked, count: int, timed: Timed) -> AsyncIterator[bytes]:
+    """The answer's parts as events of a stream; what goes wrong on the way is told in it."""
+    shape = head.shape
+    usage = Usage(delivery.prompt_tokens, cached=delivery.cached_tokens)
+    empty = {"usage": None} if asked.include_usage else {}
+    first = True
+    try:
+        for index in range(count if shape.begins else 0):
+            begun = shape.delta(index, "", None, None)
+            begun["delta"]["role"] = "assistant"
+            yield head.chunk([begun], **empty)
+        async for event in delivery.events():
+            if isinstance(event, Piece):
+                if first:
+                    timed("first")
+                first = False
+                logprobs = None if asked.logprobs is None else event.logprobs
+                yield head.chunk([shape.delta(event.index, event.text, logprobs, None)], **empty)
+            elif isinstance(event, Ended):
+                usage.written += event.tokens
+                yield head.chunk([shape.delta(event.index, None, None, event.reason)], **empty)
+        if asked.include_usage:
+            yield head.chunk([], usage=usage.describe())
+        timed("answer")
+        yield DONE
+    except Exception as error:  # the status is sent already
+        if not isinstance(error, RsgwmError):
+            log.exception("a stream failed")
+        yield server_sent(describe(error))
+    finally:
+        delivery.cancel()
