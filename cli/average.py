@@ -35,7 +35,7 @@ from mlx_rsgwm.training.average_weights import METRICS, SPACES, AverageOptions
     help="Mean of the factors, or of their products at the run's rank.",
 )
 @click.option("--log", type=PATH, help="What mlx_lm.lora printed, for its losses.")
-@click.option("--choose", "rows", type=PATH, help="Held-out rows that choose --last, --penalty and --power.")
+@shared.choose("--last, --penalty and --power")
 @shared.base()
 @shared.out("an adapter folder", required=True)
 @common_options

@@ -36,8 +36,9 @@ def show_help(ctx: click.Context, names: tuple[str, ...], markdown: bool) -> Non
     click.echo(context.get_help())
 
 
-# Options that mean something else in one group: `rsgwm merge --at PATTERN`, and a time in `rsgwm probe`.
-OF_A_GROUP = frozenset({("probe", "--at")})
+# Options that mean something else in one group: `rsgwm merge --at PATTERN`, and a time in `rsgwm probe`; `rsgwm train
+# --qat FORMAT`, and the adapter that was trained so in `rsgwm quantvec`.
+OF_A_GROUP = frozenset({("probe", "--at"), ("quantvec", "--qat")})
 
 
 def option_table() -> OptionTable:

@@ -287,6 +287,23 @@ def adapter(tail: str, required: bool = False, name: str = "adapters") -> Any:
     return click.option("--adapter", name, type=SOURCE, multiple=True, required=required, help=text)
 
 
+def choose(what: str) -> Any:
+    """``--choose``: settle something on rows instead of by hand."""
+    return click.option("--choose", "rows", type=PATH, help=f"Held-out rows that choose: {what}.")
+
+
+def vector(required: bool = False) -> Any:
+    """``--vector``: what makes an adapter survive few bits."""
+    text = f"Quantization vector of `rsgwm quantvec extract`: {SOURCES}."
+    return click.option("--vector", type=SOURCE, required=required, help=text)
+
+
+def vector_weight() -> Any:
+    """``--lambda``: how much of it."""
+    text = "How often the quantization vector is added.  [default: 1]"
+    return click.option("--lambda", "weight", type=ANY_NUMBER, help=text)
+
+
 def attempts() -> Any:
     """``--attempts`` of the loop."""
     from mlx_rsgwm.inference.policy import LoopConfig

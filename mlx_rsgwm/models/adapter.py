@@ -131,7 +131,7 @@ class Adapter:
         recorded = self.base_fingerprint
         template = self.manifest.get("template")
         # Of other kinds nobody knows what they were trained with.
-        written_here = self.manifest.get("kind") in ("trained", "checkpoint", "merged", "averaged")
+        written_here = self.manifest.get("kind") in ("trained", "checkpoint", "merged", "averaged", "patched")
         chat = not weights_only and (template.get("chat") is not False if isinstance(template, dict) else written_here)
         difference = "" if recorded is None else base_difference(recorded, fingerprint, chat)
         if not difference or recorded is None:

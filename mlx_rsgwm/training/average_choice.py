@@ -130,18 +130,23 @@ def _chosen(tried: Sequence[AverageOptions], nats: np.ndarray, counts: np.ndarra
     total = counts.sum()
     of_settings = nats[2:]
     best = int(of_settings.sum(axis=1).argmin())
-    parts = np.array_split(np.random.default_rng(seed).permutation(len(counts)), PARTS)
-    nested = 0.0
-    for part in parts:
-        others = np.setdiff1d(np.arange(len(counts)), part)
-        nested += of_settings[of_settings[:, others].sum(axis=1).argmin(), part].sum()
     losses = nats.sum(axis=1) / total
     return Choice(
         tried[best],
         float(losses[2 + best]),
-        float(nested / total),
+        float(nested_nats(of_settings, seed) / total),
         float(losses[1]),
         float(losses[0]),
         len(tried),
         len(counts),
     )
+
+
+def nested_nats(nats: np.ndarray, seed: int) -> float:
+    """Nats of rows under settings that other rows chose, of ``nats`` (settings, rows); ``seed`` deals five parts."""
+    rows = np.arange(nats.shape[1])
+    nested = 0.0
+    for part in np.array_split(np.random.default_rng(seed).permutation(len(rows)), PARTS):
+        others = np.setdiff1d(rows, part)
+        nested += float(nats[nats[:, others].sum(axis=1).argmin(), part].sum())
+    return nested

@@ -107,6 +107,18 @@ KINDS = {
                                    "--out", place / "out"],
         ("out/adapters.safetensors", "out/adapter_config.json"),
     ),
+    "quantvec extract": Kind(
+        lambda work, base, place: ["quantvec", "extract", "--qat", work / "through", "--plain", work / "pool/change",
+                                   "--out", place / "out"],
+        ("out/adapters.safetensors", "out/adapter_config.json"),
+        needs=("through",),
+    ),
+    "quantvec apply": Kind(
+        lambda work, base, place: ["quantvec", "apply", work / "pool/groups", "--vector", work / "vector",
+                                   "--out", place / "out"],
+        ("out/adapters.safetensors", "out/adapter_config.json"),
+        needs=("through", "vector"),
+    ),
     "eval": Kind(
         lambda work, base, place: ["eval", "--base", base, *judged(work), "--task", work / "mine.jsonl", "--timed", 0,
                                    "--out", place / "out"],

@@ -40,6 +40,16 @@ def checkpointed(work: Path, base: Path, out: Path) -> None:
     done("train", "--base", base, "--corpus", work / "corpus/change", "--out", out, *SMALL)
 
 
+def through_rounding(work: Path, base: Path, out: Path) -> None:
+    """An adapter that was trained through rounding."""
+    done("train", "--base", base, "--corpus", work / "corpus/change", "--out", out, "--qat", "4,32", *SMALL)
+
+
+def vector(work: Path, base: Path, out: Path) -> None:
+    """A quantization vector."""
+    done("quantvec", "extract", "--qat", work / "through", "--plain", work / "pool/change", "--out", out)
+
+
 def questions(more: int) -> Callable[[Path, Path, Path], None]:
     """Enough of them that a share is there for every purpose."""
 
@@ -72,6 +82,8 @@ MAKERS = {
     "evaluated-hot": evaluated(0.9),
     "run": finished_run,
     "checkpointed": checkpointed,
+    "through": through_rounding,
+    "vector": vector,
     "questions.jsonl": questions(1),
     "others.jsonl": questions(2),
     "held.jsonl": labelled,

@@ -60,6 +60,8 @@ SOUND: dict[str, dict[str, str | tuple[str, ...]]] = {
     "probe report": {"predictors": "predictors"},
     "probe decide": {"adapters": ("pool/change", "pool/groups")},
     "merge": {"adapters": ("pool/change", "pool/groups"), "--role": "draft", "--out": "new/out"},
+    "quantvec extract": {"--qat": "through", "--plain": "pool/change", "--out": "new/out"},
+    "quantvec apply": {"receiver": "pool/groups", "--vector": "vector", "--out": "new/out"},
     "ask": {"question": "What is 1 + 1?", **PAIR},
     "chat": PAIR,
     "serve": {"--base": "base", "--port": "0"},
@@ -132,6 +134,8 @@ def make_work(folder: Path, base: Path) -> None:
     run("pool", "train", "--base", "base", "--task", "change", "--task", "groups", *rows_of, "--out", "pool", *small)
     steps = ("--steps", "2", "--save-every", "1")
     run("train", "--base", "base", "--corpus", "corpus", "--out", "checkpointed", *small, *steps)
+    run("train", "--base", "base", "--corpus", "corpus", "--out", "through", "--qat", "4,32", *small)
+    run("quantvec", "extract", "--qat", "through", "--plain", "pool/change", "--out", "vector")
     run("audit", "pool/change", "pool/groups", "--plan", "plan.yaml")
     shutil.copytree(folder / "pool/change", folder / "bare")
     manifest = json.loads((folder / "bare/manifest.json").read_text())
