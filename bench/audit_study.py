@@ -42,7 +42,7 @@ from mlx_rsgwm.audit.plan import plan_of
 from mlx_rsgwm.audit.pool_audit import audit
 from mlx_rsgwm.audit.verdicts import IMBALANCED
 from mlx_rsgwm.bench.audit_retention import study
-from mlx_rsgwm.bench.merge_study import POOLS
+from mlx_rsgwm.bench.merge_study import POOLS, TWO_POOLS
 from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.core.tables import Rows, text_page
 from mlx_rsgwm.core.versions import versions
@@ -193,13 +193,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="what bench/merge_study.py trained")
     parser.add_argument("--rows", type=int, default=32, help="test questions of each adapter")
-    parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: both")
+    parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: balanced, strain")
     parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
     parser.add_argument("--tables", type=Path, help="write the tables here, too (.md, .tex, .csv)")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     options = parser.parse_args()
     if options.folder is not None:
-        pools, seeds = options.pool or list(POOLS), options.seed or [0, 1, 2]
+        pools, seeds = options.pool or list(TWO_POOLS), options.seed or [0, 1, 2]
         result = study(options.folder, options.rows, pools, seeds, options.tables)
     else:
         result = structural()

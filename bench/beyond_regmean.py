@@ -29,7 +29,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.bench.merge_study import BASE, JUDGED_ITEMS, MAX_TOKENS, POOLS
+from mlx_rsgwm.bench.merge_study import BASE, JUDGED_ITEMS, MAX_TOKENS, POOLS, TWO_POOLS
 from mlx_rsgwm.bench.output_errors import DraftRows, draft_rows, matrices, with_whole
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.folders import make_folder
@@ -262,14 +262,14 @@ def main() -> None:
     """Parse, make, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where bench/merge_study.py has trained")
-    parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: both")
+    parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: balanced, strain")
     parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
     parser.add_argument("--count", type=int, default=48, help="draft rows of each task")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     options = parser.parse_args()
     base = load_base(BASE, dtype="float32")
     summaries: dict[str, Any] = {}
-    for pool in options.pool or list(POOLS):
+    for pool in options.pool or list(TWO_POOLS):
         runs = [
             sweep(base, pool, options.folder / pool / f"seed-{seed}", seed, options.count)
             for seed in options.seed or [0, 1, 2]

@@ -1,16 +1,18 @@
-"""Two trained pools, three seeds each: what merge methods do when nothing strains them, and when something does.
+"""Trained pools, several seeds each: what merge methods do when nothing strains them, and when something does.
 
     python bench/merge_study.py FOLDER [--pool balanced] [--seed 0] [--stage train] [--results FILE]
 
 Pool ``balanced``: the demo's four families, trained alike. Pool ``strain``: families that differ in their answers (a
 number after an equation, yes or no, a letter) and, by learning rate and length, at least fivefold in the norm of their
-updates. For every pool and seed one adapter a family from one initialisation, and one ``joint`` adapter on all the
-pool's rows. Data, training order and initialisation follow the seed. Training records the second moments of the layers'
-inputs whole; from them come the sketches of k columns that it would have kept (``k-32`` … beside the pool: a smaller
-sketch is the first columns of a larger one). Then one merge sweep for each, and one table over the seeds of a pool and
-a k. Whatever is finished in FOLDER is not made again.
+updates. ``independent``: the balanced one, every adapter from an initialisation of its own; ``ranks``: with ranks 4 to
+32. ``outside``: five public data sets, read from ``--data``, whose merges are judged by the loss of the golden answers
+(SmolLM2-135M writes next to none of them). For every pool and seed one adapter a task, but for ``independent`` from one
+initialisation, and one ``joint`` adapter on all the pool's rows. Data, training order and initialisation follow the
+seed. Training records the second moments of the layers' inputs whole; from them come the sketches of k columns that it
+would have kept (``k-32`` … beside the pool: a smaller sketch is the first columns of a larger one). Then one merge
+sweep for each, and one table over the seeds of a pool and a k. Whatever is finished in FOLDER is not made again.
 
-The last line is JSON: for every pool the best merge, and every reading of RS-GWM beside it.
+The last line is JSON: for every pool the best merge, by accuracy and by loss, and every reading of RS-GWM beside it.
 """
 
 from __future__ import annotations
@@ -25,12 +27,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_rsgwm.bench.public_tasks import public_questions
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import LineProgress
+from mlx_rsgwm.core.tables import show, text_page
 from mlx_rsgwm.data.corpus import CorpusRow, make_rows, save_corpus
-from mlx_rsgwm.data.questions import Question, load_jsonl
+from mlx_rsgwm.data.public_sets import SOURCES
+from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.synthetic import generate, split_of
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.data.word_problems import NAMES, THINGS
@@ -60,7 +65,13 @@ METHODS = (
 SKETCHED = ("regmean:truncate=metric/plain,balance=relative/equal",)  # merges of every k
 RANKS = (32, 64, 128)
 WHOLE = 1 << 20  # more columns than any layer of these bases has inputs
-COMMON: Mapping[str, Any] = {"epochs": 1, "learning_rate": 1e-3, "num_layers": 16, "directions": WHOLE}
+COMMON: Mapping[str, Any] = {
+    "epochs": 1,
+    "learning_rate": 1e-3,
+    "num_layers": 16,
+    "directions": WHOLE,
+    "max_tokens": 320,  # of a row; longer ones, which only public data sets have, are dropped
+}
 
 
 def has(rng: random.Random) -> tuple[str, str]:
@@ -84,14 +95,24 @@ GENERATED: Mapping[str, Callable[[random.Random], tuple[str, str]]] = {"has": ha
 
 @dataclass(frozen=True)
 class Family:
-    """A task and what its adapter's training sets apart from ``COMMON``."""
+    """A task and what its adapter's training sets apart from ``COMMON``; ``initialisation`` numbers first weights."""
 
     task: str
     training: Mapping[str, Any] = field(default_factory=dict)
+    initialisation: int = 0
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What its adapter is trained with; pools of one seed start alike where ``initialisation`` is the same."""
+        return {"init_seed": seed + 1000 * self.initialisation, **self.training}
 
 
+ALIKE = ("change", "groups", "compare", "prices")
+RANK_OF = dict(zip(ALIKE, (4, 8, 16, 32), strict=True))
 POOLS: Mapping[str, tuple[Family, ...]] = {
-    "balanced": tuple(Family(task) for task in ("change", "groups", "compare", "prices")),
+    "balanced": tuple(Family(task) for task in ALIKE),
+    "independent": tuple(Family(task, initialisation=place) for place, task in enumerate(ALIKE)),
+    "ranks": tuple(Family(task, {"rank": rank, "alpha": 2.0 * rank}) for task, rank in RANK_OF.items()),
+    "outside": tuple(Family(task) for task in ("gsm8k", "math", "commonsense_qa", "strategyqa", "svamp")),
     "strain": (
         Family("change"),
         Family("groups"),
@@ -99,10 +120,13 @@ POOLS: Mapping[str, tuple[Family, ...]] = {
         Family("where", {"learning_rate": 3e-3, "epochs": 4}),
     ),
 }
+TWO_POOLS = ("balanced", "strain")  # what studies take that are not told which
 
 
-def questions(task: str, split: str, count: int, seed: int) -> list[Question]:
-    """``count`` questions of a family; train and test never meet."""
+def questions(task: str, split: str, count: int, seed: int, data: Path | None = None) -> list[Question]:
+    """``count`` questions of a family, or of a public data set in ``data``; train and test never meet."""
+    if task in SOURCES:
+        return public_questions(task, split, count, seed, data)
     if task not in GENERATED:
         return generate(task, count, seed, split)
     rng = random.Random(f"{task}/{seed}")
@@ -114,16 +138,17 @@ def questions(task: str, split: str, count: int, seed: int) -> list[Question]:
     return [Question(f"{task}-{split}-{seed}-{n}", task, t, "", gold) for n, (t, gold) in enumerate(golds.items())]
 
 
-def training_rows(task: str, seed: int) -> list[CorpusRow]:
-    """The rows of one family's adapter."""
-    return make_rows(questions(task, "train", DRAFT_ROWS, seed), DRAFT_ROWS, VERIFY_ROWS, seed)
+def training_rows(task: str, seed: int, data: Path | None = None) -> list[CorpusRow]:
+    """The rows of one task's adapter."""
+    chosen = questions(task, "train", DRAFT_ROWS, seed, data)
+    return make_rows(chosen, DRAFT_ROWS, VERIFY_ROWS, seed, at_most=task in SOURCES)
 
 
 def train_one(base: Base, rows: list[CorpusRow], settings: Mapping[str, Any], out: Path, seed: int) -> None:
     """Build the corpus beside the adapter and train it, unless that was done."""
     provenance = {"seed": seed, "tasks": sorted({row.task for row in rows}), "split": "train"}
     corpus = save_corpus(out.parent / "data" / out.name, rows, find_template("plain"), provenance)
-    config = TrainConfig(**{**COMMON, **settings, "seed": seed, "init_seed": seed})
+    config = TrainConfig(**{**COMMON, **settings, "seed": seed})
     if is_complete(out):
         manifest = files.read_json_object(out / MANIFEST_FILE)
         if manifest["config"] != config.describe() or manifest["data"]["hash"] != corpus.hash:
@@ -136,15 +161,16 @@ def train_one(base: Base, rows: list[CorpusRow], settings: Mapping[str, Any], ou
     print(f"{out}: {len(corpus.rows)} rows, {adapter.manifest['seconds']:.0f} s", flush=True)
 
 
-def train_pool(base: Base, pool: str, seed: int, folder: Path) -> None:
-    """The pool's adapters, the joint one, and the held-out questions as JSON lines."""
+def train_pool(base: Base, pool: str, seed: int, folder: Path, data: Path | None = None) -> None:
+    """The pool's adapters, the joint one, and of families the held-out questions as JSON lines."""
     everything: list[CorpusRow] = []
     for family in POOLS[pool]:
-        rows = training_rows(family.task, seed)
+        rows = training_rows(family.task, seed, data)
         everything += rows
-        train_one(base, rows, family.training, folder / family.task, seed)
-        save_questions(folder / "test", family.task, TEST_ITEMS, seed)
-    train_one(base, everything, {}, folder / "joint", seed)
+        train_one(base, rows, family.settings(seed), folder / family.task, seed)
+        if family.task not in SOURCES:
+            save_questions(folder / "test", family.task, TEST_ITEMS, seed)
+    train_one(base, everything, {"init_seed": seed}, folder / "joint", seed)
 
 
 def save_questions(folder: Path, task: str, count: int, seed: int) -> Path:
@@ -174,21 +200,37 @@ def sketch(folder: Path, out: Path, rank: int) -> None:
     replace(adapter, directions=arrays, directions_metadata=metadata, path=None).save(out)
 
 
-def sweep(base: Base, pool: str, seed: int, folder: Path, methods: Sequence[str], rank: int | None = None) -> Measured:
-    """Every merge of one trained pool on its held-out questions; second moments are whole, or sketches of ``rank``."""
-    tasks = [family.task for family in POOLS[pool]]
+@dataclass(frozen=True)
+class Trained:
+    """One trained pool: its name, seed and folder, and where public data sets are read from."""
+
+    pool: str
+    seed: int
+    folder: Path
+    data: Path | None = None
+
+    def test(self) -> tuple[Question, ...]:
+        """The held-out questions of its tasks."""
+        tasks = (family.task for family in POOLS[self.pool])
+        return tuple(q for task in tasks for q in questions(task, "test", TEST_ITEMS, self.seed, self.data))
+
+
+def sweep(base: Base, trained: Trained, methods: Sequence[str], rank: int | None = None) -> Measured:
+    """Every merge of a trained pool on its held-out questions; second moments are whole, or sketches of ``rank``."""
+    folder = trained.folder
+    tasks = [family.task for family in POOLS[trained.pool]]
     place = folder if rank is None else folder / f"k-{rank}"
     for task in tasks if rank is not None else ():
         sketch(folder / task, place / task, rank or 0)
     plan = Plan(
         pool=tuple(place / task for task in tasks),
         variants=tuple(parse_variants(methods)),
-        questions=tuple(q for task in tasks for q in load_jsonl(folder / "test" / f"{task}.jsonl")),
+        questions=trained.test(),
         template=find_template("plain"),
         extras={} if rank is not None else {"joint": folder / "joint"},
         judged=JUDGED_ITEMS,
         max_tokens=MAX_TOKENS,
-        seed=seed,
+        seed=trained.seed,
     )
     # One folder for every k: what does not look at directions is measured once.
     return Sweep(base, plan, folder / "sweep", LineProgress()).execute()
@@ -199,7 +241,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="what is trained and measured is kept here")
     parser.add_argument("--base", default=BASE)
-    parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: both")
+    parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: balanced, strain")
+    parser.add_argument("--data", type=Path, help="folder of public data sets, for the pool outside; default: the Hub")
     parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
     parser.add_argument(
         "--methods", action="append", help="as of rsgwm pool sweep, by whole matrices; default: those of the lab notes"
@@ -210,11 +253,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--plots", type=Path, help="folder for merge-study-<pool>.png")
     options = parser.parse_args()
-    pools, seeds = options.pool or list(POOLS), options.seed or [0, 1, 2]
+    pools, seeds = options.pool or list(TWO_POOLS), options.seed or [0, 1, 2]
     base = load_base(options.base, dtype="float32")
-    for pool in pools:
-        for seed in seeds:
-            train_pool(base, pool, seed, options.folder / pool / f"seed-{seed}")
+    trained = {
+        pool: [Trained(pool, seed, options.folder / pool / f"seed-{seed}", options.data) for seed in seeds]
+        for pool in pools
+    }
+    for each in (one_seed for of_pool in trained.values() for one_seed in of_pool):
+        train_pool(base, each.pool, each.seed, each.folder, each.data)
     if options.stage == "train":
         return
     summaries: dict[str, Any] = {}
@@ -223,16 +269,33 @@ def main() -> None:
             by_whole = options.methods or METHODS
             sketched = options.sketched or SKETCHED
             name, methods = (pool, by_whole) if rank is None else (f"{pool} k={rank}", sketched)
-            runs = [sweep(base, pool, seed, options.folder / pool / f"seed-{seed}", methods, rank) for seed in seeds]
+            runs = [sweep(base, each, methods, rank) for each in trained[pool]]
             out = options.folder / pool / (f"k-{rank}" if rank else "")
             make_folder(out)
             summaries[name] = write_sweep(out, runs)
-            print(f"\n{name}\n\n{render_table(summaries[name])}\n", flush=True)
+            print(f"\n{name}\n\n{render_table(summaries[name])}\n\n{by_loss(summaries[name])}\n", flush=True)
             if options.plots and rank is None:
                 plot_sweep(summaries[name], options.plots / f"merge-study-{pool}.png", f"Pool {pool}")
     if options.results:
         files.write_json(options.results, summaries)
     print(json.dumps({pool: brief(summary) for pool, summary in summaries.items()}))
+
+
+def by_loss(summary: Mapping[str, Any]) -> str:
+    """Every candidate by its loss of the golden answers: mean over tasks, what it is above the best merge, per task."""
+    tasks, best = list(summary["tasks"]), summary["best"]["nll"]
+    lines = [["", "draft NLL", f"above {best}", *tasks]]
+    for row in sorted(summary["rows"], key=lambda row: row["nll"]["value"]):
+        above = row["against_best"]["nll"]
+        lines.append(
+            [
+                row["name"] if row["kind"] == "merge" else f"({row['name']})",
+                show(row["nll"]),
+                f"{above['difference']:+.3f} [{above['low']:+.3f}, {above['high']:+.3f}]",
+                *(f"{row['nll_by_task'][task]:.3f}" for task in tasks),
+            ]
+        )
+    return text_page([("By loss", lines)], [])
 
 
 def brief(summary: Mapping[str, Any]) -> dict[str, Any]:

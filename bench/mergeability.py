@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.audit.eligibility import rows_of_each
+from mlx_rsgwm.bench.public_tasks import public_questions
 from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.core.progress import LineProgress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.corpus import Corpus, make_rows, save_corpus
-from mlx_rsgwm.data.select import select_questions
-from mlx_rsgwm.data.synthetic import FAMILIES
+from mlx_rsgwm.data.synthetic import FAMILIES, generate
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapters
@@ -88,8 +88,11 @@ class Study:
 
     def questions(self, task: str, purpose: str, count: int, seed: int) -> Corpus:
         """Rows of a task, whose file may hold fewer."""
-        chosen = select_questions(task, purpose, count, seed, None if task in FAMILIES else self.data)
-        return Corpus(tuple(make_rows(chosen.questions, count, 0, seed, at_most=True)), find_template("plain"), {})
+        if task in FAMILIES:
+            chosen = generate(task, count, seed, purpose)
+        else:
+            chosen = public_questions(task, purpose, count, seed, self.data)
+        return Corpus(tuple(make_rows(chosen, count, 0, seed, at_most=True)), find_template("plain"), {})
 
 
 def train_pools(study: Study, base: Base) -> None:

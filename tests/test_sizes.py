@@ -21,6 +21,7 @@ FILLERS = {"one", "found", "kept", "theirs", "whole", "ours", "own"}
 SHORT = {
     "mlx_rsgwm/__main__.py": "python -m mlx_rsgwm",
     "bench/results.py": "the one ending of all benchmarks",
+    "bench/public_tasks.py": "two studies train on public data sets",
     "bench/shapes.py": "data: a model's shapes, for all benchmarks",
     "bench/architecture_configs.py": "the one table that joins two files of data",
     "cli/plot.py": "a thin command",
