@@ -23,8 +23,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,19 +245,24 @@ def padding_shares(rows: Sequence[TokenRow]) -> dict[str, float]:
     return {"ours": round(padded / (padded + real), 4), "mlx_lm": round(1 - used / cells, 4)}
 
 
-def measure(sides: Mapping[str, SideProcess], trials: int) -> dict[str, list[float]]:
-    """Seconds of every side in every trial, taken in turns.
+def measure(
+    sides: Mapping[str, SideProcess], parts: Mapping[str, Callable[[], float]], trials: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of every side in every trial, taken in turns, and of what is measured in parts of a step.
 
     The first call of a side also allocates; a trial lasts a minute, so with three or more the median is past it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    in_parts: dict[str, list[float]] = {name: [] for name in parts}
     for trial in range(trials):
         for name, side in sides.items():
             started = time.perf_counter()
             side.call("trial")
             seconds[name].append(time.perf_counter() - started)
             print(f"trial {trial + 1}, {name}: {seconds[name][-1]:.1f} s", flush=True)
-    return seconds
+        for name, part in parts.items():
+            in_parts[name].append(part())
+    return seconds, in_parts
 
 
 def main() -> None:
@@ -285,10 +291,20 @@ def main() -> None:
                 sides[name] = start(name, MlxLmSide, path, rows, folder, quickened)
             if not options.no_torch:
                 sides["torch"] = start("torch", TorchSide, path, rows, without_mlx=True)
-            seconds = measure(sides, options.trials)
+            parts = {
+                "importance": partial(importance_seconds, options.base),
+                "directions": partial(directions_seconds, options.base, rows),
+            }
+            seconds, in_parts = measure(sides, parts, options.trials)
             facts = {name: side.facts for name, side in sides.items()}
     trained = sum(len(row.tokens) - row.prompt_length for row in rows)
-    step = statistics.median(seconds["ours"]) / (len(rows) / BATCH_SIZE)
+    steps = len(rows) / BATCH_SIZE
+    overheads = {
+        name: statistics.median(
+            part / (whole_run / steps) for part, whole_run in zip(times, seconds["ours"], strict=True)
+        )
+        for name, times in in_parts.items()
+    }
     ratios = {
         name: statistics.median(other / mine for other, mine in zip(times, seconds["ours"], strict=True))
         for name, times in seconds.items()
@@ -297,8 +313,7 @@ def main() -> None:
         "ratio_vs_mlx_lm": round(ratios["mlx_lm"], 3),
         "ratio_vs_mlx_lm_quickened": round(ratios["mlx_lm_quickened"], 3),
         "ratio_vs_torch": round(ratios["torch"], 3) if "torch" in ratios else None,
-        "importance_overhead": round(importance_seconds(options.base) / step, 5),
-        "directions_overhead": round(directions_seconds(options.base, rows) / step, 5),
+        **{f"{name}_overhead": round(overhead, 5) for name, overhead in overheads.items()},
         "padding_share": padding_shares(rows),
         "completion_tokens": trained,
         "completion_tokens_per_second": {n: round(trained / statistics.median(t), 1) for n, t in seconds.items()},
