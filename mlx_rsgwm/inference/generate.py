@@ -8,10 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.sampling import Sampling, choose, choose_exact, uniforms
+from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.split import Parts
 
 PREFILL_STEP = 2048
@@ -35,8 +36,7 @@ def draft(
     Requests that share a prompt are prefilled once. Rows leave the batch when they end. Prompts are left-padded, which
     changes nothing but float round-off (masked keys get weight zero).
     """
-    if not all(type(cache) is KVCache for cache in make_prompt_cache(model)):
-        # Sliding-window and recurrent caches: one row at a time, through the model's own cache.
+    if not can_batch(model):  # one row at a time, through the model's own cache
         return [_decode(model, parts, end_ids, [request], sampling, batched=False)[0] for request in requests]
     return _decode(model, parts, end_ids, requests, sampling, batched=True)
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.nearest import nearest
@@ -22,6 +21,7 @@ from mlx_rsgwm.inference.draft import GREEDY, Draft
 from mlx_rsgwm.inference.generate import PREFILL_STEP, unread, write_drafts
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.hooks import block_names, outputs_changed
+from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.split import Parts
 
 if TYPE_CHECKING:
@@ -120,9 +120,9 @@ def grafted_drafts(
     check_kinds(kinds)
     place = grafted_layer(model, layer)
     sampling = Sampling(0.0, 1.0, max_tokens, seed)
-    if all(type(cache) is KVCache for cache in make_prompt_cache(model)):
+    if can_batch(model):
         rows = _written(model, parts, end_ids, [list(prompt) for prompt in prompts], kinds, place, sampling, True)
-    else:  # sliding-window and recurrent caches: a row at a time, through the model's own
+    else:  # a row at a time, through the model's own cache
         rows = [
             row
             for prompt in prompts

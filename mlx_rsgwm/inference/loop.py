@@ -32,11 +32,12 @@ from mlx_rsgwm.inference.pair import template_mismatches
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.pool_reader import in_order, reader_of
-from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache, can_batch
+from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache
 from mlx_rsgwm.inference.scheduler import BatchScheduler, Prompt
 from mlx_rsgwm.inference.scores import SCORES, Scorer
 from mlx_rsgwm.inference.trial import Reads, Trial, judge
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from mlx_rsgwm.inference.generate import PREFILL_STEP
 from mlx_rsgwm.models.split import Hidden, LayerSplit
@@ -44,11 +44,6 @@ class CachedPrefix:
     caches: Sequence[BatchKVCache]
     place: int
     end: int
-
-
-def can_batch(model: Any) -> bool:
-    """True when the model keeps plain key–value caches, whose rows can be taken and repeated."""
-    return all(type(cache) is KVCache for cache in make_prompt_cache(model))
 
 
 def prefill(model: Any, hidden: Hidden, prompts: Sequence[Sequence[int]], split: LayerSplit | None = None) -> Prefilled:

@@ -143,10 +143,10 @@ def load_base(name: str | Path, dtype: str = "auto", progress: Progress = SILENT
     try:
         model.set_dtype(chosen)
         mx.eval(model.parameters())
+        model.eval()
+        model.freeze()
     except Exception as error:  # MLX reads the arrays now
         raise RsgwmError(f"{path} cannot be loaded by mlx-lm: {first_line(error)}") from error
-    model.eval()
-    model.freeze()
     quicken(model)
     return Base(name, path, fingerprint, config, model, tokenizer)
 

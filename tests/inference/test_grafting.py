@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_rsgwm.bench.architectures import save_model
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.grafting import GREEDY, KINDS, SIX, fixed_vectors, grafted_drafts, grafted_layer, layer_at
@@ -69,8 +70,8 @@ def slow(kind, prompt, run):
     return tuple(written), False
 
 
-def in_mlx(model):
-    place = block_names(model)[LAYER]
+def in_mlx(model, layer=LAYER):
+    place = block_names(model)[layer]
 
     def run(ids, replace):
         def change(_, x, y):
@@ -78,6 +79,24 @@ def in_mlx(model):
 
         with outputs_changed(model, [place], change):
             return np.array(model(mx.array([ids]))[0, -1])
+
+    return run
+
+
+def in_torch(theirs, layer):
+    import torch
+
+    def run(ids, replace):
+        def hook(module, given, output):
+            states = output[0] if isinstance(output, tuple) else output
+            changed = torch.tensor(replace(states[0].numpy(), given[0][0].numpy()))[None]
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = theirs.model.layers[layer].register_forward_hook(hook)
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids]), use_cache=False).logits[0, -1].numpy()
+        handle.remove()
+        return logits
 
     return run
 
@@ -113,20 +132,28 @@ def test_transformers_with_a_forward_hook_writes_the_same(model, kind, one_torch
 
     theirs = AutoModelForCausalLM.from_pretrained(str(model[1]), dtype=torch.float32).eval()
 
-    def run(ids, replace):
-        def hook(module, given, output):
-            states = output[0] if isinstance(output, tuple) else output
-            changed = torch.tensor(replace(states[0].numpy(), given[0][0].numpy()))[None]
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        handle = theirs.model.layers[LAYER].register_forward_hook(hook)
-        with torch.no_grad():
-            logits = theirs(torch.tensor([ids]), use_cache=False).logits[0, -1].numpy()
-        handle.remove()
-        return logits
-
     for prompt, chains in zip(PROMPTS[:2], drafts(model[0], PROMPTS[:2], (kind,)), strict=True):
-        assert (chains[0].tokens, chains[0].finished) == slow(kind, prompt, run)
+        assert (chains[0].tokens, chains[0].finished) == slow(kind, prompt, in_torch(theirs, LAYER))
+
+
+# Blocks that take more than states, caches that cannot be batched (sliding windows, states of recurrences).
+ARCHITECTURES = ("qwen2", "qwen3", "gemma2", "gemma3_text", "lfm2", "falcon_h1")
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_are_grafted_as_transformers_does(name, tmp_path, one_torch_thread):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    save_model(name, tmp_path)
+    base = load_base(str(tmp_path), dtype="float32").model
+    theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
+    together = drafts(base, PROMPTS[:2], layer=0)
+    for place, kind in enumerate(ALL):
+        for prompt, chains in zip(PROMPTS[:2], together, strict=True):
+            chain = (chains[place].tokens, chains[place].finished)
+            assert chain == slow(kind, prompt, in_mlx(base, 0)), kind
+            assert chain == slow(kind, prompt, in_torch(theirs, 0)), kind
 
 
 def test_a_prompt_of_one_token_has_no_other(model):
