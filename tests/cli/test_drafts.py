@@ -102,6 +102,11 @@ def test_a_calibration_says_on_which_kind_it_was_fitted(invoke, tmp_path, monkey
     files.write_json(path, calibration)  # as earlier versions wrote it
     assert "calibrated with another" not in invoke("ask", QUESTION).stderr
     assert "kind of drafts (sampled, now grafted)" in invoke("ask", QUESTION, "--drafts", "grafted").stderr
+    before = files.sha256_file(tmp_path / "held")
+    other = [line for line in invoke(*held, "--drafts", "mixed", code=2).stderr.splitlines() if "error" in line]
+    assert len(other) == 1
+    assert "held was made with other settings" in other[0]
+    assert files.sha256_file(tmp_path / "held") == before
     made = result(invoke(*held[:-1], tmp_path / "held-mixed", "--drafts", "mixed", "--json"))
     assert (made["drafts"], made["made_for"]["drafts"]) == (120, "mixed")
     assert "calibrated with another" not in invoke("ask", QUESTION, "--drafts", "mixed").stderr

@@ -37,6 +37,22 @@ def test_a_fit_is_scipys_or_likelier(random, shape, scale):
         assert fits.shapes[index] == pytest.approx(theirs, abs=2e-3)
 
 
+@pytest.mark.parametrize("shape", [-0.2, 0.1, 0.4])
+def test_a_fit_above_a_threshold_is_pyextremes(random, shape):
+    import pandas
+    from pyextremes import EVA
+
+    scores = np.concatenate([random.uniform(-5, 1, 1600), 1 + draw(shape, 0.7, (400,), random)])
+    random.shuffle(scores)
+    analysis = EVA(pandas.Series(scores, index=pandas.date_range("2000-01-01", periods=len(scores), freq="h")))
+    analysis.get_extremes("POT", threshold=1.0, r="1min")  # an hour apart, none is taken for its neighbour's echo
+    analysis.fit_model("MLE", distribution="genpareto")
+    peer = analysis.model.fit_parameters
+    fits = fit((scores[scores > 1.0] - 1.0)[None])
+    assert fits.shapes[0] == pytest.approx(peer["c"], abs=2e-3)
+    assert fits.scales[0] == pytest.approx(peer["scale"], rel=2e-3)
+
+
 def test_fits_do_not_depend_on_their_company_nor_on_scale(random):
     excesses = draw(0.2, 1.0, (4, 300), random)
     together = fit(excesses)
