@@ -29,7 +29,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.bench.merge_study import BASE, JUDGED_ITEMS, MAX_TOKENS, POOLS, TWO_POOLS
+from mlx_rsgwm.bench.merge_study import BASE, JUDGED_ITEMS, MAX_TOKENS, POOLS, TWO_POOLS, by_loss
 from mlx_rsgwm.bench.output_errors import DraftRows, draft_rows, matrices, with_whole
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.folders import make_folder
@@ -55,6 +55,7 @@ from mlx_rsgwm.training.losses import batch_nats
 
 RIDGE = float(PARAMETERS["ridge"].default)
 STEPS = 20  # of conjugate gradients, from the solution for H_t = 1
+MERGES = ("by_rows", "recollected", "compensated", "curvature")
 DRAFTER = MergeOptions("regmean", role="draft")
 Matrix = np.ndarray
 
@@ -214,11 +215,9 @@ def _made_good(base: Base, pool: Sequence[Adapter], sums: Any, name: str, rank: 
     return cut(np.linalg.solve(metric, right), metric, None, rank)
 
 
-def make_all(base: Base, folder: Path, tasks: Sequence[str], count: int) -> dict[str, Path]:
-    """The four merges of a trained pool, in folders; what is there is not made again."""
-    places = {
-        name: folder / f"beyond-{count}" / name for name in ("by_rows", "recollected", "compensated", "curvature")
-    }
+def make_all(base: Base, folder: Path, tasks: Sequence[str], count: int, wanted: Sequence[str]) -> dict[str, Path]:
+    """The ``wanted`` merges of a trained pool, in folders; what is there is not made again."""
+    places = {name: folder / f"beyond-{count}" / name for name in wanted}
     if all(is_complete(place) for place in places.values()):
         return places
     pool = [Adapter.load(folder / task) for task in tasks]
@@ -232,19 +231,19 @@ def make_all(base: Base, folder: Path, tasks: Sequence[str], count: int) -> dict
         "compensated": lambda: compensated(base, pool, rows, plain),
         "curvature": lambda: by_curvature(base, counted, rows, plain),
     }
-    for name, maker in makers.items():
-        if not is_complete(places[name]):
-            make_folder(places[name].parent)
-            maker().save(places[name])
-            print(f"{places[name]}: made", flush=True)
+    for name, place in places.items():
+        if not is_complete(place):
+            make_folder(place.parent)
+            makers[name]().save(place)
+            print(f"{place}: made", flush=True)
     return places
 
 
-def sweep(base: Base, pool: str, folder: Path, seed: int, count: int) -> Measured:
-    """The four beside the pool's recorded regmean and its mean, on the study's questions."""
+def sweep(base: Base, pool: str, folder: Path, seed: int, count: int, wanted: Sequence[str]) -> Measured:
+    """The ``wanted`` merges beside the pool's recorded regmean and its mean, on the study's questions."""
     tasks = [family.task for family in POOLS[pool]]
     unwrap(base.model)  # the sweep of another seed has left its slots
-    places = make_all(base, folder, tasks, count)
+    places = make_all(base, folder, tasks, count, wanted)
     plan = Plan(
         pool=tuple(folder / task for task in tasks),
         variants=tuple(parse_variants(("linear,regmean",))),
@@ -265,19 +264,20 @@ def main() -> None:
     parser.add_argument("--pool", action="append", choices=list(POOLS), help="repeat; default: balanced, strain")
     parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1, 2")
     parser.add_argument("--count", type=int, default=48, help="draft rows of each task")
+    parser.add_argument("--merge", action="append", choices=MERGES, help="repeat; default: all four")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     options = parser.parse_args()
     base = load_base(BASE, dtype="float32")
     summaries: dict[str, Any] = {}
     for pool in options.pool or list(TWO_POOLS):
         runs = [
-            sweep(base, pool, options.folder / pool / f"seed-{seed}", seed, options.count)
+            sweep(base, pool, options.folder / pool / f"seed-{seed}", seed, options.count, options.merge or MERGES)
             for seed in options.seed or [0, 1, 2]
         ]
         out = options.folder / pool / f"beyond-{options.count}"
         make_folder(out)
         summaries[pool] = write_sweep(out, runs)
-        print(f"\n{pool}\n\n{render_table(summaries[pool])}\n", flush=True)
+        print(f"\n{pool}\n\n{render_table(summaries[pool])}\n\n{by_loss(summaries[pool])}\n", flush=True)
     if options.results:
         files.write_json(options.results, summaries)
     print(json.dumps({pool: summary["best"] for pool, summary in summaries.items()}))
