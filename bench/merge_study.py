@@ -182,22 +182,35 @@ def save_questions(folder: Path, task: str, count: int, seed: int) -> Path:
     return folder / f"{task}.jsonl"
 
 
-def sketch(folder: Path, out: Path, rank: int) -> None:
-    """The adapter of ``folder`` with sketches of ``rank`` columns in place of whole matrices."""
+def sketch(folder: Path, out: Path, rank: int, leading: bool = False) -> None:
+    """The adapter of ``folder`` with sketches of ``rank`` columns in place of whole matrices.
+
+    ``leading``: with the ``rank`` leading eigenvectors of each and the diagonal of the rest, written as whole matrices:
+    the best that a sketch of so many columns could say.
+    """
     if is_complete(out):
         return
     adapter = Adapter.load(folder)
     seed, arrays = int(adapter.directions_metadata["seed"]), {}
     for name, array in adapter.directions.items():
         stem, _, leaf = name.rpartition(".")
-        if leaf == "gram" and rank < array.shape[0]:
+        if leaf == "gram" and rank < array.shape[0] and leading:
+            arrays[name] = led(array, rank)
+        elif leaf == "gram" and rank < array.shape[0]:
             arrays[f"{stem}.sketch"] = array @ test_matrix(array.shape[0], rank, seed)
             arrays[f"{stem}.diagonal"] = mx.diagonal(array)
         else:
             arrays[name] = array
     mx.eval(arrays)
-    metadata = {**adapter.directions_metadata, "k": str(rank)}
+    metadata = adapter.directions_metadata if leading else {**adapter.directions_metadata, "k": str(rank)}
     replace(adapter, directions=arrays, directions_metadata=metadata, path=None).save(out)
+
+
+def led(gram: mx.array, rank: int) -> mx.array:
+    """``rank`` leading eigenvectors of a second moment (in, in), and the diagonal of what they leave, as a matrix."""
+    sizes, vectors = mx.linalg.eigh(gram, stream=mx.cpu)
+    best = (vectors[:, -rank:] * sizes[-rank:]) @ vectors[:, -rank:].T
+    return best + mx.diag(mx.diagonal(gram - best))
 
 
 @dataclass(frozen=True)
@@ -215,13 +228,15 @@ class Trained:
         return tuple(q for task in tasks for q in questions(task, "test", TEST_ITEMS, self.seed, self.data))
 
 
-def sweep(base: Base, trained: Trained, methods: Sequence[str], rank: int | None = None) -> Measured:
-    """Every merge of a trained pool on its held-out questions; second moments are whole, or sketches of ``rank``."""
+def sweep(
+    base: Base, trained: Trained, methods: Sequence[str], rank: int | None = None, leading: bool = False
+) -> Measured:
+    """Every merge of a trained pool on its held-out questions, with whole second moments or those of :func:`sketch`."""
     folder = trained.folder
     tasks = [family.task for family in POOLS[trained.pool]]
-    place = folder if rank is None else folder / f"k-{rank}"
+    place = folder if rank is None else folder / (f"leading-{rank}" if leading else f"k-{rank}")
     for task in tasks if rank is not None else ():
-        sketch(folder / task, place / task, rank or 0)
+        sketch(folder / task, place / task, rank or 0, leading)
     plan = Plan(
         pool=tuple(place / task for task in tasks),
         variants=tuple(parse_variants(methods)),
@@ -249,6 +264,9 @@ def main() -> None:
     )
     parser.add_argument("--sketched", action="append", help="merges by sketches; default: the four of regmean")
     parser.add_argument("--rank", nargs="*", type=int, help="k of sketches; default: 32, 64, 128")
+    parser.add_argument(
+        "--leading", nargs="*", type=int, default=[], help="merges by so many leading eigenvectors, too"
+    )
     parser.add_argument("--stage", choices=("train", "sweep"), help="stop after this one")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--plots", type=Path, help="folder for merge-study-<pool>.png")
@@ -265,12 +283,14 @@ def main() -> None:
         return
     summaries: dict[str, Any] = {}
     for pool in pools:
-        for rank in (None, *(RANKS if options.rank is None else options.rank)):
+        ranks = [(rank, False) for rank in (None, *(RANKS if options.rank is None else options.rank))]
+        for rank, leading in (*ranks, *((rank, True) for rank in options.leading)):
             by_whole = options.methods or METHODS
             sketched = options.sketched or SKETCHED
-            name, methods = (pool, by_whole) if rank is None else (f"{pool} k={rank}", sketched)
-            runs = [sweep(base, each, methods, rank) for each in trained[pool]]
-            out = options.folder / pool / (f"k-{rank}" if rank else "")
+            kind = "leading" if leading else "k"
+            name, methods = (pool, by_whole) if rank is None else (f"{pool} {kind}={rank}", sketched)
+            runs = [sweep(base, each, methods, rank, leading) for each in trained[pool]]
+            out = options.folder / pool / (f"{kind}-{rank}" if rank else "")
             make_folder(out)
             summaries[name] = write_sweep(out, runs)
             print(f"\n{name}\n\n{render_table(summaries[name])}\n\n{by_loss(summaries[name])}\n", flush=True)
