@@ -1,7 +1,7 @@
 """What grafted drafts add to draft–verify where samples were rejected, at equal drafted tokens: replays of two runs.
 
-    rsgwm eval --drafter D --verifier V --task … --seeds 3 --draft-count 11 --out sampled
-    rsgwm eval --drafter D --verifier V --task … --seeds 3 --drafts mixed --out mixed
+    rsgwm eval --drafter D --verifier V --task … --draft-count 11 --out sampled
+    rsgwm eval --drafter D --verifier V --task … --drafts mixed --out mixed
     python bench/mixed_drafts.py sampled/items.jsonl mixed/items.jsonl
 
 Both begin with the same sampled drafts. Mixed goes on with the eight chains where ``--attempts`` of these were
