@@ -265,6 +265,12 @@ def measure(
     return seconds, in_parts
 
 
+def overheads_of(parts: Mapping[str, Sequence[float]], runs: Sequence[float], steps: float) -> dict[str, float]:
+    """Medians over trials of the share of a step that each part takes; ``runs`` are the seconds of ``steps`` steps."""
+    shares = {name: [part * steps / run for part, run in zip(t, runs, strict=True)] for name, t in parts.items()}
+    return {f"{name}_overhead": round(statistics.median(values), 5) for name, values in shares.items()}
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -298,13 +304,7 @@ def main() -> None:
             seconds, in_parts = measure(sides, parts, options.trials)
             facts = {name: side.facts for name, side in sides.items()}
     trained = sum(len(row.tokens) - row.prompt_length for row in rows)
-    steps = len(rows) / BATCH_SIZE
-    overheads = {
-        name: statistics.median(
-            part / (whole_run / steps) for part, whole_run in zip(times, seconds["ours"], strict=True)
-        )
-        for name, times in in_parts.items()
-    }
+    overheads = overheads_of(in_parts, seconds["ours"], len(rows) / BATCH_SIZE)
     ratios = {
         name: statistics.median(other / mine for other, mine in zip(times, seconds["ours"], strict=True))
         for name, times in seconds.items()
@@ -313,7 +313,7 @@ def main() -> None:
         "ratio_vs_mlx_lm": round(ratios["mlx_lm"], 3),
         "ratio_vs_mlx_lm_quickened": round(ratios["mlx_lm_quickened"], 3),
         "ratio_vs_torch": round(ratios["torch"], 3) if "torch" in ratios else None,
-        **{f"{name}_overhead": round(overhead, 5) for name, overhead in overheads.items()},
+        **overheads,
         "padding_share": padding_shares(rows),
         "completion_tokens": trained,
         "completion_tokens_per_second": {n: round(trained / statistics.median(t), 1) for n, t in seconds.items()},
