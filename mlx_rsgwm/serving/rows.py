@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
-from mlx_rsgwm.inference.prefix_cache import GROWTH, can_batch, concat, select_rows
+from mlx_rsgwm.inference.prefix_cache import GROWTH, concat, select_rows
+from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.serving.row_sampling import Pick, RowSampling, pick
