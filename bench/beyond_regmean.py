@@ -29,7 +29,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_rsgwm.bench.merge_study import BASE, JUDGED_ITEMS, MAX_TOKENS, POOLS, TWO_POOLS, by_loss
+from mlx_rsgwm.bench.merge_study import BASE, JUDGED_ITEMS, MAX_TOKENS, POOLS, TWO_POOLS
 from mlx_rsgwm.bench.output_errors import DraftRows, draft_rows, matrices, with_whole
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.folders import make_folder
@@ -37,6 +37,7 @@ from mlx_rsgwm.core.progress import LineProgress
 from mlx_rsgwm.data.batching import make_batch
 from mlx_rsgwm.data.questions import load_jsonl
 from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.evaluation.stats.stratified import Estimate, item_counts, item_ratio, stratified_mean
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.pool_metric import PARAMETERS
@@ -49,6 +50,7 @@ from mlx_rsgwm.models.slots import unwrap
 from mlx_rsgwm.models.split import split_blocks, split_head
 from mlx_rsgwm.studies.merge_sweep import Measured, Plan, Sweep
 from mlx_rsgwm.studies.sweep_report import render_table, write_sweep
+from mlx_rsgwm.studies.sweep_summary import RESAMPLES
 from mlx_rsgwm.studies.sweep_variants import parse_variants
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.losses import batch_nats
@@ -257,6 +259,31 @@ def sweep(base: Base, pool: str, folder: Path, seed: int, count: int, wanted: Se
     return Sweep(base, plan, folder / f"beyond-{count}" / "sweep", LineProgress()).execute()
 
 
+def losses(runs: Sequence[Measured], names: Sequence[str], seed: int = 0) -> dict[str, Estimate]:
+    """Nats a golden token of each candidate: the mean over tasks and sweeps, on the same resamples of their items."""
+    rng = np.random.default_rng(seed)
+    strata: dict[str, list[Estimate]] = {name: [] for name in names}
+    for run in runs:
+        outcomes = {outcome.name: np.array(outcome.gold) for outcome in run.outcomes if outcome.name in strata}
+        for task in dict.fromkeys(question.task for question in run.questions):
+            items = [place for place, question in enumerate(run.questions) if question.task == task]
+            counts = item_counts(rng, len(items), RESAMPLES)
+            for name in names:
+                strata[name].append(item_ratio(*outcomes[name][items].T, counts))
+    return {name: stratified_mean(each) for name, each in strata.items()}
+
+
+def in_pairs(runs: Sequence[Measured], names: Sequence[str]) -> str:
+    """Losses of the candidates ``names`` and, of every pair, the difference with its interval, as lines."""
+    estimates = losses(runs, names)
+    lines = []
+    for place, name in enumerate(names):
+        for other in names[place + 1 :]:
+            gap = estimates[name].minus(estimates[other])
+            lines.append(f"{name} minus {other}: {gap['difference']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parse, make, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -277,7 +304,8 @@ def main() -> None:
         out = options.folder / pool / f"beyond-{options.count}"
         make_folder(out)
         summaries[pool] = write_sweep(out, runs)
-        print(f"\n{pool}\n\n{render_table(summaries[pool])}\n\n{by_loss(summaries[pool])}\n", flush=True)
+        print(f"\n{pool}\n\n{render_table(summaries[pool])}\n", flush=True)
+        print(f"Loss in pairs\n\n{in_pairs(runs, ('regmean', *(options.merge or MERGES)))}\n", flush=True)
     if options.results:
         files.write_json(options.results, summaries)
     print(json.dumps({pool: summary["best"] for pool, summary in summaries.items()}))

@@ -6,10 +6,20 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_rsgwm.bench.beyond_regmean import by_curvature, compensated, conjugate_gradients, cut, output_moments, update
+from mlx_rsgwm.bench.beyond_regmean import (
+    by_curvature,
+    compensated,
+    conjugate_gradients,
+    cut,
+    in_pairs,
+    losses,
+    output_moments,
+    update,
+)
 from mlx_rsgwm.bench.output_errors import draft_rows, with_whole
 from mlx_rsgwm.data.batching import make_batch
 from mlx_rsgwm.data.corpus import make_rows, save_corpus
+from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.merging.merge import merge
@@ -17,6 +27,7 @@ from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.fit_check import fitting_modules
 from mlx_rsgwm.models.hooks import outputs_changed
 from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.studies.merge_sweep import Measured, Outcome
 from mlx_rsgwm.training.layers import adapted
 from mlx_rsgwm.training.losses import batch_nats
 
@@ -115,3 +126,19 @@ def test_a_target_of_its_own_run_is_another_where_layers_below_were_merged(base,
         for n in (0, 1)
     )
     assert max(below) < 1e-3 < min(above)
+
+
+def test_losses_in_pairs():
+    questions = tuple(Question(f"q{n}", ("a", "b")[n % 2], "", "", "1") for n in range(40))
+    nats = np.random.default_rng(1).uniform(1, 2, 40)
+    outcomes = [
+        Outcome(name, "merge", gold=tuple((value * factor, 4) for value in nats))
+        for name, factor in (("x", 1), ("y", 2))
+    ]
+    runs = [Measured(questions, (), tuple(outcomes))] * 2
+    estimates = losses(runs, ("x", "y"))
+    assert estimates["x"].value == pytest.approx(np.mean([nats[0::2].sum() / 80, nats[1::2].sum() / 80]))
+    gap = estimates["y"].minus(estimates["x"])
+    assert gap["difference"] == pytest.approx(estimates["x"].value)  # twice as much
+    np.testing.assert_allclose([gap["low"], gap["high"]], estimates["x"].interval())
+    assert in_pairs(runs, ("x", "y")).startswith(f"x minus y: {-estimates['x'].value:+.4f} [-0.")
