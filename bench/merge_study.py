@@ -161,16 +161,18 @@ def train_one(base: Base, rows: list[CorpusRow], settings: Mapping[str, Any], ou
     print(f"{out}: {len(corpus.rows)} rows, {adapter.manifest['seconds']:.0f} s", flush=True)
 
 
-def train_pool(base: Base, pool: str, seed: int, folder: Path, data: Path | None = None) -> None:
+def train_pool(base: Base, trained: Trained) -> None:
     """The pool's adapters, the joint one, and of families the held-out questions as JSON lines."""
     everything: list[CorpusRow] = []
-    for family in POOLS[pool]:
-        rows = training_rows(family.task, seed, data)
+    seed, folder = trained.seed, trained.folder
+    for family in POOLS[trained.pool]:
+        rows = training_rows(family.task, seed, trained.data)
         everything += rows
         train_one(base, rows, family.settings(seed), folder / family.task, seed)
         if family.task not in SOURCES:
             save_questions(folder / "test", family.task, TEST_ITEMS, seed)
-    train_one(base, everything, {"init_seed": seed}, folder / "joint", seed)
+    if trained.joint:
+        train_one(base, everything, {"init_seed": seed}, folder / "joint", seed)
 
 
 def save_questions(folder: Path, task: str, count: int, seed: int) -> Path:
@@ -215,12 +217,15 @@ def led(gram: mx.array, rank: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained pool: its name, seed and folder, and where public data sets are read from."""
+    """One trained pool: its name, seed and folder, where public data sets are read from, and whether one adapter was
+    trained on all of its rows.
+    """
 
     pool: str
     seed: int
     folder: Path
     data: Path | None = None
+    joint: bool = True
 
     def test(self) -> tuple[Question, ...]:
         """The held-out questions of its tasks."""
@@ -242,7 +247,7 @@ def sweep(
         variants=tuple(parse_variants(methods)),
         questions=trained.test(),
         template=find_template("plain"),
-        extras={} if rank is not None else {"joint": folder / "joint"},
+        extras={} if rank is not None or not trained.joint else {"joint": folder / "joint"},
         judged=JUDGED_ITEMS,
         max_tokens=MAX_TOKENS,
         seed=trained.seed,
@@ -267,6 +272,7 @@ def main() -> None:
     parser.add_argument(
         "--leading", nargs="*", type=int, default=[], help="merges by so many leading eigenvectors, too"
     )
+    parser.add_argument("--no-joint", action="store_true", help="no adapter of all the pool's rows beside it")
     parser.add_argument("--stage", choices=("train", "sweep"), help="stop after this one")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--plots", type=Path, help="folder for merge-study-<pool>.png")
@@ -274,11 +280,14 @@ def main() -> None:
     pools, seeds = options.pool or list(TWO_POOLS), options.seed or [0, 1, 2]
     base = load_base(options.base, dtype="float32")
     trained = {
-        pool: [Trained(pool, seed, options.folder / pool / f"seed-{seed}", options.data) for seed in seeds]
+        pool: [
+            Trained(pool, seed, options.folder / pool / f"seed-{seed}", options.data, not options.no_joint)
+            for seed in seeds
+        ]
         for pool in pools
     }
     for each in (one_seed for of_pool in trained.values() for one_seed in of_pool):
-        train_pool(base, each.pool, each.seed, each.folder, each.data)
+        train_pool(base, each)
     if options.stage == "train":
         return
     summaries: dict[str, Any] = {}
