@@ -269,7 +269,8 @@ def losses(runs: Sequence[Measured], names: Sequence[str], seed: int = 0) -> dic
             items = [place for place, question in enumerate(run.questions) if question.task == task]
             counts = item_counts(rng, len(items), RESAMPLES)
             for name in names:
-                strata[name].append(item_ratio(*outcomes[name][items].T, counts))
+                nats, tokens = outcomes[name][items].T
+                strata[name].append(item_ratio(nats, tokens, counts))
     return {name: stratified_mean(each) for name, each in strata.items()}
 
 

@@ -40,8 +40,7 @@ def _reads_alike(model: Any) -> bool:
         together = _read(hidden, [BatchKVCache(padding) for _ in make_prompt_cache(model)], ids)
         alone = mx.concatenate([_read(hidden, make_prompt_cache(model), mx.array([row])) for row in rows])
         apart = mx.square(together - alone).sum(axis=(1, 2)) / mx.square(alone).sum(axis=(1, 2))
-        apart = mx.where(mx.isfinite(apart), apart, mx.array(float("inf")))
-        return bool(mx.min(apart[1:]).item() <= TOLERANCE**2)
+        return bool(mx.any(apart[1:] <= TOLERANCE**2).item())  # of what is no number, nothing is true
     except Exception:  # whatever a model raises over such a batch
         return False
 
