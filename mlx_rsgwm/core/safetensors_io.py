@@ -72,10 +72,14 @@ def _unsound(path: Path, error: Exception) -> RsgwmError:
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays atomically as safetensors, with string metadata (``format: mlx`` is always there)."""
+    """Write arrays atomically as safetensors, with string metadata (``format: mlx`` is always there).
+
+    The same arrays make the same bytes, in whatever order they come: MLX lays them out as a hash table gives them back.
+    """
+    in_order, text = dict(sorted(arrays.items())), {"format": "mlx", **(metadata or {})}
     with files.new_file(path) as temporary:
         try:
-            mx.save_safetensors(name_for_mlx(temporary), dict(arrays), {"format": "mlx", **(metadata or {})})
+            mx.save_safetensors(name_for_mlx(temporary), in_order, text)
         except RuntimeError as error:
             raise RsgwmError(f"cannot write {path}: {error}") from error
         read_header(temporary)  # which a file that a full disk has cut does not survive
