@@ -9,13 +9,14 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PATH, POSITIVE, SOURCE, Number, Whole
+from mlx_rsgwm.cli.options.kinds import PAIR, PATH, POSITIVE, SOURCE, Number, OneOf, Whole
 from mlx_rsgwm.cli.options.paths import SOURCES
 
 if TYPE_CHECKING:
     from mlx_rsgwm.serving.library import Library
     from mlx_rsgwm.serving.settings import ServerSettings
 
+DEMO = Path("runs/demo")
 PORTS = Whole(0, 65535)
 SECONDS = Number(0, 86_400)
 
@@ -28,6 +29,20 @@ SECONDS = Number(0, 86_400)
     type=SOURCE,
     multiple=True,
     help=f"Adapter: {SOURCES}; as NAME=SOURCE it is served under that name, else under its folder's. Repeatable.",
+)
+@click.option(
+    "--verified",
+    type=PAIR,
+    multiple=True,
+    help="Pair that answers together, as NAME=DRAFTER+VERIFIER: drafts are verified, and answers say how far they can "
+    "be trusted. Several verifiers, as +VERIFIER+VERIFIER or a folder of them, read together. Repeatable.",
+)
+@click.option(
+    "--conversations",
+    type=OneOf(["last", "refuse"]),
+    default="last",
+    show_default=True,
+    help="What a pair, trained on single questions, does with earlier turns: read the last, or refuse them all.",
 )
 @click.option("--adapter-dir", type=PATH, help="Folder below which adapters may be loaded while the server runs.")
 @click.option("--max-adapters", type=POSITIVE, default=64, show_default=True, help="Models beside the base, at most.")
@@ -51,15 +66,20 @@ SECONDS = Number(0, 86_400)
     "--drain", type=SECONDS, default=30, show_default=True, help="Seconds that answers have to end once it is stopped."
 )
 @common_options
-def serve(console: Console, base_name: str | None, adapters: tuple[Any, ...], **options: Any) -> None:
+def serve(
+    console: Console, base_name: str | None, adapters: tuple[Any, ...], verified: tuple[str, ...], **options: Any
+) -> None:
     """Serve a base, adapters on it and verified answers to every client of OpenAI's API.
 
-    The base is in memory once. Each adapter is a model by its name; requests for several are written in one batch.
+    The base is in memory once. Each adapter is a model by its name; requests for several are written in one batch. With
+    nothing named the pair of `rsgwm demo` is served, or a small base where there is none.
 
     \b
     Examples:
+      rsgwm serve
       rsgwm serve --base smollm2-135m
       rsgwm serve --adapter sums=pool/change --adapter compare=pool/compare
+      rsgwm serve --verified checked=drafter+verifier
       rsgwm serve --adapter-dir adapters --port 8081
     """
     from mlx_rsgwm.core.errors import RsgwmError
@@ -77,7 +97,11 @@ def serve(console: Console, base_name: str | None, adapters: tuple[Any, ...], **
         names = [model.name for model in library.models()]
         console.line(f"serving {', '.join(names)}\n{address}/v1 (Ctrl-C ends)")
 
-    run(Served(base_name, _named(adapters), options["max_adapters"]), limits, settings, begun, console.progress)
+    pairs = _pairs(verified)
+    if not adapters and not pairs and base_name is None and (DEMO / "drafter").is_dir():
+        pairs = {"demo": (DEMO / "drafter", [DEMO / "verifier"])}
+    served = Served(base_name, _named(adapters), pairs, options["max_adapters"])
+    run(served, limits, settings, begun, console.progress)
     console.line("stopped")
     console.result({"stopped": True})
 
@@ -91,6 +115,7 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
         admin_keys=read_keys(options["admin_key_file"]),
         cors_origins=options["cors_origin"],
         allowed_hosts=options["allowed_host"],
+        history=options["conversations"],
         **{name: options[name] for name in names},
     )
 
@@ -114,3 +139,23 @@ def _named(sources: tuple[Path | str, ...]) -> dict[str, Path | str]:
             raise RsgwmError(f"two adapters are named {name}; write --adapter NAME={source}")
         named[name] = source
     return named
+
+
+def _pairs(given: tuple[str, ...]) -> dict[str, tuple[Path | str, list[Path | str]]]:
+    """Drafter and verifiers by the names that they are served under.
+
+    Raises:
+        RsgwmError: two of one name, or a drafter without a verifier.
+    """
+    from mlx_rsgwm.core.errors import RsgwmError
+
+    pairs: dict[str, tuple[Path | str, list[Path | str]]] = {}
+    for text in given:
+        name, _, sources = text.partition("=")
+        drafter, *verifiers = sources.split("+")
+        if not drafter or not verifiers or not all(verifiers):
+            raise RsgwmError(f"--verified {text} wants NAME=DRAFTER+VERIFIER")
+        if name in pairs:
+            raise RsgwmError(f"two pairs are named {name}; give them different names")
+        pairs[name] = SOURCE.convert(drafter, None, None), [SOURCE.convert(each, None, None) for each in verifiers]
+    return pairs

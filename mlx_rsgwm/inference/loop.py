@@ -100,8 +100,8 @@ class DraftVerify:
         self.calibration = calibration
         if combine != "learned" or calibration is not None:
             self.scorer(config.score)  # combined is refused here, not at the first draft
-        # First drafts accepted, of all; one of two to begin with.
-        self._accepted_first, self._asked = 1, 2
+        # First drafts accepted, of all; one of two to begin with. What with_config returns counts on.
+        self._firsts = [1, 2]
 
     def with_config(self, config: LoopConfig) -> DraftVerify:
         """The same adapters on the same base with other settings."""
@@ -134,7 +134,7 @@ class DraftVerify:
         for drafted in self._attempts(question, prompt, lower_cache, watch):
             trial.drafts.append(drafted)
             yield drafted
-            self._score([(question, trial)], reads)
+            self.score_last([(question, trial)], reads)
             yield trial.drafts[-1]
             if trial.over:
                 break
@@ -185,18 +185,18 @@ class DraftVerify:
         chains = graft_many(self, questions, kinds, self.config.layer, batch_rows, progress)
         return [[replace(chain, attempt=made + chain.attempt) for chain in row] for row in chains]
 
-    def _score(self, trials: Sequence[tuple[str, Trial]], reads: Reads) -> None:
+    def score_last(self, trials: Sequence[tuple[str, Trial]], reads: Reads) -> None:
         """Check, then score the last draft of every (question, trial); what an earlier one said is not read again."""
         judge(trials, reads, self.scorer(self.config.score))
         for drafted in (trial.drafts[-1] for _, trial in trials):
             if drafted.attempt == 1:
-                self._asked, self._accepted_first = self._asked + 1, self._accepted_first + bool(drafted.accepted)
+                self._firsts[:] = self._firsts[0] + bool(drafted.accepted), self._firsts[1] + 1
 
     def _goes_alone(self, attempt: int) -> bool:
         """Whether an attempt is written before the later ones are begun; what first drafts came to so far decides."""
         if self.config.mode != "adaptive" or attempt > 1:
             return self.config.mode == "sequential"
-        return self._accepted_first >= ALONE_FROM * self._asked
+        return self._firsts[0] >= ALONE_FROM * self._firsts[1]
 
     def answer_many(self, questions: Sequence[str], batch_rows: int = 32, progress: Progress = SILENT) -> list[Answer]:
         """What :meth:`answer` says to each question, about ``batch_rows`` drafts or verdicts at a time."""
@@ -235,7 +235,7 @@ class DraftVerify:
         """The steps of the sampled drafts; of ``trials`` those are left that grafted drafts are to go on with."""
         scheduler = BatchScheduler(self._decoder(), questions, prompts, batch_rows)
         while not scheduler.over:
-            writing = self._write(scheduler, self._attempts_after(0))
+            writing = self._write(scheduler, self.attempts_after(0))
             yield from self._drafted(scheduler, trials)
             ready = {index: trial for index, trial in trials.items() if trial.waiting}
             if writing and len(ready) < max(1, batch_rows // 4):
@@ -249,9 +249,9 @@ class DraftVerify:
                 if trial.over or trial.sampled_out:
                     scheduler.done(index)
                 elif len(trial.drafts) == scheduler.attempts(index):  # all that were begun
-                    scheduler.want(index, self._attempts_after(len(trial.drafts)))
+                    scheduler.want(index, self.attempts_after(len(trial.drafts)))
 
-    def _attempts_after(self, made: int) -> Sequence[int]:
+    def attempts_after(self, made: int) -> Sequence[int]:
         """The attempts that a question makes next, side by side, after those that were ``made``."""
         return range(made + 1, (made + 1 if self._goes_alone(made + 1) else self.config.samples) + 1)
 
@@ -289,7 +289,7 @@ class DraftVerify:
     def _score_many(self, trials: Sequence[tuple[str, Trial]], batch_rows: int, prefixes: CachedPrefixes) -> None:
         lower_cache = self._lower_cache(prefixes)
         needs = self.scorer(self.config.score).needs
-        self._score(
+        self.score_last(
             trials, partial(self.reader.signals_many, needs=needs, batch_rows=batch_rows, lower_cache=lower_cache)
         )
 

@@ -44,7 +44,7 @@ OPTIONS = {"attempts", "temperature", "top_p", "max_tokens", "drafts", "layer"}
 def open_pipeline(
     drafter: AdapterSource | None,
     verifier: VerifierSource | None = None,
-    base: str | Path | Base | None = None,
+    base: str | Path | Base | AdapterSlots | None = None,
     *,
     router: str | Path | None = None,
     template: str | Template | None = None,
@@ -74,7 +74,8 @@ def open_pipeline(
             base judges. Several verifiers, or a folder of them, read each draft together.
         router: a pool's folder with a router in it (:func:`~mlx_rsgwm.inference.routing.fit_router`): its adapters
             draft, each on the questions that are its own, and ``drafter`` where none is sure; that may then be None.
-        base: Hub id, folder, ``.gguf`` file, alias, or a loaded base; None: the one that the adapters record.
+        base: Hub id, folder, ``.gguf`` file, alias, or a loaded base; None: the one that the adapters record. With the
+            slots of a base the pair comes to lie beside the adapters there, each by its content hash.
         template: the prompt template (``plain``, ``chat``, or one of your own); None: the one that the drafter was
             trained with. ``verify_template``: other words for the verifier's question.
         template_mismatch: where an adapter was trained with another template, ``refuse`` or ``warn``.
@@ -101,6 +102,8 @@ def open_pipeline(
         pipeline = rs.open_pipeline("runs/demo/drafter", "runs/demo/verifier")
         print(pipeline.answer("Ada has 12 pens and gets 7 more. How many pens does Ada have now?").text)
     """
+    shared = base if isinstance(base, AdapterSlots) else None
+    base = base.base if isinstance(base, AdapterSlots) else base
     named = base.name if isinstance(base, Base) else base
     routed = None if router is None else load_routed(router, named, progress)
     drafting, verifying = _load_pair(_first_drafter(drafter, routed), verifier, named, progress)
@@ -130,8 +133,8 @@ def open_pipeline(
     judges = roles_of(verifying)
     options = (config, asked_in, template_mismatch, calibration, combine)
     if routed is None:
-        slots = slots_of(base, {"drafter": drafting, **judges})
-        pipeline = DraftVerify(slots, spoken, "drafter", [*judges], *options)
+        slots, place = _placed(shared or base, {"drafter": drafting, **judges})
+        pipeline = DraftVerify(slots, spoken, place["drafter"], [place[name] for name in judges], *options)
     else:
         slots = slots_of(base, {"drafter": drafting, **routed.beside(judges)})
         merged = None if drafter is None else "drafter"
@@ -142,6 +145,18 @@ def open_pipeline(
     if needed:
         pipeline.scorer(pipeline.config.score)  # a learned rule that was never fitted is refused before any draft
     return pipeline
+
+
+def _placed(base: Base | AdapterSlots, adapters: Mapping[str, Adapter]) -> tuple[AdapterSlots, dict[str, str]]:
+    """Slots with the adapters, and the slot of each: its own name on a base that has no slots yet, its content hash
+    among others."""
+    if isinstance(base, Base):
+        return slots_of(base, adapters), {name: name for name in adapters}
+    place = {name: adapter.content_hash() for name, adapter in adapters.items()}
+    for name, adapter in adapters.items():
+        if place[name] not in base.names():
+            base.load(place[name], adapter)
+    return base, place
 
 
 def _first_drafter(drafter: AdapterSource | None, routed: RoutedPool | None) -> AdapterSource:

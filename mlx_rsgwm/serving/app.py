@@ -18,14 +18,13 @@ from starlette.routing import Route
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.serving.endpoints import Server
 from mlx_rsgwm.serving.engine import Engine
-from mlx_rsgwm.serving.errors import RequestError
+from mlx_rsgwm.serving.errors import GONE, RequestError
 from mlx_rsgwm.serving.guard import Guard, refusal
 from mlx_rsgwm.serving.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-GONE = 499  # nginx's: the client left before it was answered
 
 
 def make_app(engine: Engine, settings: ServerSettings) -> Starlette:
@@ -59,6 +58,7 @@ def _routes(server: Server) -> list[Route]:
         for path, endpoint, methods in (
             ("/v1/chat/completions", server.chat, ["POST"]),
             ("/v1/completions", server.complete, ["POST"]),
+            ("/v1/verifications", server.verifications, ["POST"]),
             ("/v1/models", server.models, ["GET"]),
             ("/v1/models/{name:path}", server.model, ["GET", "DELETE"]),
             ("/v1/load_lora_adapter", server.load_adapter, ["POST"]),

@@ -24,6 +24,7 @@ from mlx_rsgwm.serving.schema import Asked, Body, chat_request, completion_reque
 from mlx_rsgwm.serving.settings import ServerSettings
 from mlx_rsgwm.serving.shelf import Shelf
 from mlx_rsgwm.serving.telling import stream_of, whole_of
+from mlx_rsgwm.serving.verified_endpoints import answer_verified, verify_answers
 
 
 class Server:
@@ -50,25 +51,32 @@ class Server:
         asked = chat_request(await read_body(request.receive))
         conversation = asked.conversation
         assert conversation is not None
-        model = self._model(asked)
+        model = self.library.find(asked.model)
+        if model.pipeline is not None:
+            return await answer_verified(self, request, asked, model)
+        if asked.verify is not None:
+            raise RequestError(f"{asked.model!r} has no verifier", code="unsupported_parameter", param="verify")
         writing = self._writing(asked, conversation.question, trim=True)
-        head = Head(CHAT, asked.model, self._fingerprint())
+        head = Head(CHAT, asked.model, self.fingerprint)
         return await self._answer(request, asked, head, [self._maker(model, conversation.prompt, writing)])
 
     async def complete(self, request: Request) -> Response:
         """``POST /v1/completions``."""
         asked = completion_request(await read_body(request.receive))
-        model = self._model(asked)
+        model = self.library.find(asked.model)
+        if model.pipeline is not None:
+            raise RequestError(
+                f"{asked.model!r} answers questions; ask it by /v1/chat/completions", code="chat_only", param="model"
+            )
         makers = []
         for prompt in asked.prompts:
             stream = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
             makers.append(self._maker(model, encoded(prompt), self._writing(asked, stream, trim=False)))
-        return await self._answer(request, asked, Head(TEXT, asked.model, self._fingerprint()), makers)
+        return await self._answer(request, asked, Head(TEXT, asked.model, self.fingerprint), makers)
 
-    def _model(self, asked: Asked) -> ServedModel:
-        return self.library.find(asked.model)
-
-    def _fingerprint(self) -> str:
+    @property
+    def fingerprint(self) -> str:
+        """Of the base, as OpenAI's ``system_fingerprint``."""
         return f"rsgwm_{self.library.base.fingerprint[:12]}"
 
     def _writing(self, asked: Asked, stream: str, trim: bool) -> Writing:
@@ -90,17 +98,21 @@ class Server:
         try:
             await unless_gone(request.receive, asyncio.ensure_future(delivery.begin()))
             if asked.stream:
-                parts = stream_of(delivery, head, asked, choices, self._timed(started))
+                parts = stream_of(delivery, head, asked, choices, self.timed(started))
                 return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-            work = asyncio.ensure_future(whole_of(delivery, head, asked, choices, self._timed(started)))
+            work = asyncio.ensure_future(whole_of(delivery, head, asked, choices, self.timed(started)))
             return JSONResponse(await unless_gone(request.receive, work))
         except BaseException:
             delivery.cancel()
             raise
 
-    def _timed(self, started: float) -> Callable[[str], None]:
+    def timed(self, started: float) -> Callable[[str], None]:
         """What notes the time of the ``first`` text and of the whole ``answer``."""
         return lambda what: getattr(self.metrics, what).observe(time.monotonic() - started)
+
+    async def verifications(self, request: Request) -> Response:
+        """``POST /v1/verifications``."""
+        return await verify_answers(self, request)
 
     async def models(self, request: Request) -> Response:
         """``GET /v1/models``."""

@@ -15,11 +15,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+from mlx_rsgwm.inference.trial import Trial
 from mlx_rsgwm.serving.admission import Limits, Waiting
-from mlx_rsgwm.serving.errors import ServerBusy, ServerStopping
+from mlx_rsgwm.serving.errors import RequestCancelled, ServerBusy, ServerStopping
 from mlx_rsgwm.serving.jobs import Job
 from mlx_rsgwm.serving.library import Library
 from mlx_rsgwm.serving.row_sampling import Pick
@@ -43,6 +45,7 @@ class Counts:
     cancelled: int = 0
     prompt_tokens: int = 0
     written_tokens: int = 0
+    verified_drafts: int = 0
     steps: int = 0
 
 
@@ -62,6 +65,8 @@ class Engine:
         self._jobs: dict[Job, int] = {}  # under way, and how often their rows were read anew
         self._readings: deque[Reading] = deque()
         self._positions = 512.0  # read in a second, as measured so far
+        self._drafts = 20.0  # verified in a second
+        self._verified_last = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # What any thread may call.
@@ -179,10 +184,16 @@ class Engine:
     def _tick(self) -> None:
         for job in [job for job in self._jobs if job.cancelled]:
             self.counts.cancelled += 1
+            job.fail(RequestCancelled())
             self._end(job)
         self._admit()
-        if self._readings:
+        verdicts = self._verdicts()
+        if self._readings and (self._verified_last or not verdicts):
+            self._verified_last = False
             self._read_piece()
+        elif verdicts:
+            self._verified_last = True
+            self._verify(verdicts)
         self._write()
 
     def _take(self, job: Job) -> None:
@@ -191,6 +202,7 @@ class Engine:
         if job.cancelled:
             self.counts.cancelled += 1
             self._leave_queue(job)
+            job.fail(RequestCancelled())
             return
         try:
             self._library.begin(job.model)
@@ -210,7 +222,10 @@ class Engine:
             return
         if job.over:
             self._end(job)
-        elif wanted:
+            return
+        if job.verdicts:
+            self._leave_queue(job)
+        if wanted:
             with self._lock:
                 came_in = job not in self._queued
             self._waiting.add(job, wanted, first=came_in)
@@ -243,6 +258,51 @@ class Engine:
             self._decoder.drop([row for row in reading.rows if row.owner.over])
         else:
             self._readings.appendleft(reading)
+
+    def _verdicts(self) -> list[tuple[Job, tuple[str, Trial]]]:
+        """Drafts that one pass of a verifier can read: of the model that waits longest, scored alike."""
+        waiting = [job for job in self._jobs if job.verdicts]
+        alike = [job for job in waiting if _scored_alike(job, waiting[0])]
+        verdicts = [(job, verdict) for job in alike for verdict in job.verdicts]
+        return verdicts[: max(1, int(self._drafts * PIECE_SECONDS))]
+
+    def _verify(self, verdicts: Sequence[tuple[Job, tuple[str, Trial]]]) -> None:
+        started = time.monotonic()
+        jobs = list(dict.fromkeys(job for job, _ in verdicts))
+        try:
+            self._score(jobs[0], [verdict for _, verdict in verdicts])
+            failed: dict[Job, Exception] = {}
+        except Exception as error:
+            failed = {jobs[0]: error} if len(jobs) == 1 else self._score_alone(jobs, verdicts)
+        speed = len(verdicts) / max(time.monotonic() - started, 1e-6)
+        self._drafts = 0.7 * self._drafts + 0.3 * speed
+        self.counts.verified_drafts += len(verdicts)
+        for job in jobs:
+            if job in failed:
+                self._fail(job, failed[job])
+            else:
+                self._ask(job, job.judged)
+                if job in self._jobs:
+                    self._jobs[job] = self._jobs.pop(job)  # others' turn comes first
+
+    def _score(self, job: Job, trials: Sequence[tuple[str, Trial]]) -> None:
+        """Have the verifier of a job score the last drafts of trials, its own or others that are scored alike."""
+        pipeline = job.pipeline
+        assert pipeline is not None
+        needs = pipeline.scorer(pipeline.config.score).needs
+        pipeline.score_last(trials, partial(pipeline.reader.signals, needs=needs))
+
+    def _score_alone(
+        self, jobs: Sequence[Job], verdicts: Sequence[tuple[Job, tuple[str, Trial]]]
+    ) -> dict[Job, Exception]:
+        """After a failed pass: the drafts of each request by themselves; why those fail that do."""
+        failed: dict[Job, Exception] = {}
+        for job in jobs:
+            try:
+                self._score(job, [verdict for owner, verdict in verdicts if owner is job and verdict[1].waiting])
+            except Exception as error:
+                failed[job] = error
+        return failed
 
     def _write(self) -> None:
         """A token more for every row."""
@@ -314,3 +374,11 @@ class Engine:
     def _leave_queue(self, job: Job) -> None:
         with self._lock:
             self._queued.discard(job)
+
+
+def _scored_alike(job: Job, other: Job) -> bool:
+    """Whether one pass can score drafts of both; each has its threshold and checks for itself."""
+    first, second = job.pipeline, other.pipeline
+    assert first is not None
+    assert second is not None
+    return job.model is other.model and first.config.score == second.config.score

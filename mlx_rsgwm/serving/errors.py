@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mlx_rsgwm.core.errors import RsgwmError
 
+GONE = 499  # nginx's: the client left before it was answered
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -42,6 +43,13 @@ class ServerStopping(RequestError):
 
     def __init__(self) -> None:
         super().__init__("the server is stopping", 503, "stopping", retry_after=5)
+
+
+class RequestCancelled(RequestError):
+    """Whoever asked wants no answer any more."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was cancelled", GONE, "cancelled")
 
 
 class ModelNotFound(RequestError):

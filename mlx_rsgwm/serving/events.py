@@ -1,8 +1,13 @@
-"""What the engine tells of a request, in this order: begun, pieces, ends of choices, finished; or that it failed."""
+"""What the engine tells of a request, in this order: begun, pieces and ends of choices, finished; or that it failed.
+
+Of a verified one: begun, drafts and verdicts, what came of them, finished.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from mlx_rsgwm.inference.draft import Draft
 
 
 @dataclass(frozen=True)
@@ -54,4 +59,39 @@ class Failed:
     error: Exception
 
 
-Event = Begun | Piece | Ended | Finished | Failed
+@dataclass(frozen=True)
+class Drafting:
+    """How far an attempt at a question is written."""
+
+    attempt: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the verifier said of an attempt; no score where it states a ``false_equation`` and was not shown to it."""
+
+    attempt: int
+    score: float | None
+    accepted: bool
+    false_equation: str | None = None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """All judged drafts; ``text``: the answer, None where there is none; ``chosen``: the place of its draft.
+
+    ``probabilities``: of being right, for each draft, None where no calibration says it. ``tokens``: of all drafts,
+    those included that nobody waited for.
+    """
+
+    drafts: tuple[Draft, ...]
+    text: str | None
+    chosen: int
+    threshold: float
+    score_name: str
+    probabilities: tuple[float | None, ...]
+    tokens: int
+
+
+Event = Begun | Piece | Ended | Drafting | Judged | Verified | Finished | Failed

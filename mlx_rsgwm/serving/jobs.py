@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.trial import Trial
 from mlx_rsgwm.serving.events import Event, Failed
 from mlx_rsgwm.serving.library import Library, ServedModel
 from mlx_rsgwm.serving.row_sampling import Pick
@@ -32,6 +34,17 @@ class Job(ABC):
     @abstractmethod
     def ended(self, row: Row, finished: bool) -> list[Row]:
         """A row ended, by itself (``finished``) or at its limit; returns further rows to write."""
+
+    pipeline: DraftVerify | None = None  # of those whose drafts are verified, once begun
+
+    @property
+    def verdicts(self) -> Sequence[tuple[str, Trial]]:
+        """Questions with drafts that wait for the verifier; the engine scores their last drafts."""
+        return ()
+
+    def judged(self) -> list[Row]:
+        """Some of them were scored; returns further rows to write."""
+        return []
 
     def fail(self, error: Exception) -> None:
         """The request cannot be answered."""

@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.loop import DraftVerify
+from mlx_rsgwm.inference.open import open_pipeline
+from mlx_rsgwm.inference.pair import VerifierSource
 from mlx_rsgwm.inference.speaker import spoken_template
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.adapter_sources import AdapterSource
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.tokenizer import embedding_rows
@@ -27,7 +31,8 @@ from mlx_rsgwm.serving.errors import ModelNotFound, RequestError
 class ServedModel:
     """A name that requests may give. ``slot``: of what answers alone, None for the bare base; ``pipeline``: of a pair.
 
-    ``slots``: all that it uses. ``users``: requests under way; ``removed``: it is named no more.
+    ``slots``: all that it uses. ``warnings``: what is odd about it. ``users``: requests under way; ``removed``: it is
+    named no more.
     """
 
     name: str
@@ -38,9 +43,27 @@ class ServedModel:
     slots: tuple[str, ...] = ()
     pipeline: DraftVerify | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
     removed: bool = False
+
+
+class Noted(Progress):
+    """Keeps warnings, for who asks later, and hands everything on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.warnings: list[str] = []
+
+    def message(self, text: str) -> None:
+        """Hand it on."""
+        self._progress.message(text)
+
+    def warning(self, text: str) -> None:
+        """Keep it without its first word, and hand it on."""
+        self.warnings.append(text.removeprefix("warning: "))
+        self._progress.warning(text)
 
 
 class Library:
@@ -95,9 +118,34 @@ class Library:
             "scale": adapter.spec.scale,
             "bytes": sum(value.nbytes for value in adapter.weights.values()),
             "sha256": digest,
-            "root": adapter.where,
+            "root": adapter.name or name,
         }
         return self.put(ServedModel(name, "adapter", template, end_ids, digest, (digest,), details=details))
+
+    def add_pair(
+        self, name: str, drafter: AdapterSource, verifier: VerifierSource, progress: Progress = SILENT
+    ) -> ServedModel:
+        """Serve a drafter and a verifier under a name, with the settings that ``rsgwm ask`` has by default.
+
+        Raises:
+            RsgwmError: no pair, or of another base; whatever reading raises.
+        """
+        self.check_name(name)
+        noted = Noted(progress)
+        pipeline = open_pipeline(drafter, verifier, self.slots, progress=noted)
+        slots = tuple(slot for slot in (pipeline.drafter, *pipeline.verifiers) if slot is not None)
+        who = [{"name": self.slots.adapter(slot).name, "sha256": slot} for slot in slots]
+        details = {
+            "drafter": who[0],
+            "verifier": who[1:],
+            "calibrated": pipeline.calibration is not None,
+            "threshold": pipeline.config.threshold,
+            "score": pipeline.config.score,
+            "bytes": sum(self.slots.nbytes()[slot] for slot in set(slots)),
+        }
+        model = ServedModel(name, "verified", pipeline.template, pipeline.end_ids, slots[0], slots, pipeline, details)
+        model.warnings = tuple(noted.warnings)
+        return self.put(model)
 
     def put(self, model: ServedModel) -> ServedModel:
         """Serve a model whose slots are filled, in the place of one that has its name."""

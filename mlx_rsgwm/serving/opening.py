@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -14,6 +14,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.signals import handled
 from mlx_rsgwm.inference.open import load_base_for
+from mlx_rsgwm.inference.pair import load_verifier
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.serving.admission import Limits
 from mlx_rsgwm.serving.app import make_app
@@ -24,10 +25,12 @@ from mlx_rsgwm.serving.settings import ServerSettings
 
 @dataclass(frozen=True)
 class Served:
-    """What is to be served: a base (None: the one that the adapters record), and adapters by the names of models."""
+    """What is to be served: a base (None: the one that the adapters record), adapters by the names of models, and
+    pairs of a drafter and its verifiers."""
 
     base: str | None = None
     adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[AdapterSource, Sequence[AdapterSource]]] = field(default_factory=dict)
     most_adapters: int = 64
 
 
@@ -38,9 +41,16 @@ def open_library(served: Served, progress: Progress = SILENT) -> Library:
         RsgwmError: an adapter that cannot be read or is of another base, no base, more adapters than may be.
     """
     adapters = {name: load_adapter(source, served.base, progress=progress) for name, source in served.adapters.items()}
-    library = Library(load_base_for([*adapters.values()], served.base, progress), served.most_adapters)
+    pairs = {
+        name: (load_adapter(drafter, served.base, progress=progress), load_verifier(verifier, served.base, progress))
+        for name, (drafter, verifier) in served.pairs.items()
+    }
+    everything = [*adapters.values(), *(each for drafter, verifier in pairs.values() for each in (drafter, *verifier))]
+    library = Library(load_base_for(everything, served.base, progress), served.most_adapters)
     for name, adapter in adapters.items():
         library.add_adapter(name, adapter, adapter.content_hash())
+    for name, (drafter, verifier) in pairs.items():
+        library.add_pair(name, drafter, verifier, progress)
     return library
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.inference.policy import MODES
 from mlx_rsgwm.inference.sampling import Sampling
+from mlx_rsgwm.inference.scores import SCORES
 from mlx_rsgwm.serving.conversation import Conversation, conversation_of
 from mlx_rsgwm.serving.errors import RequestError
 from mlx_rsgwm.serving.row_sampling import MOST_TOP_LOGPROBS, RowSampling
@@ -18,6 +20,8 @@ Check = Callable[[Any], Any]  # the value as it is used; ValueError says what it
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 MOST_STOPS = 16
 MOST_CHOICES = 64
+MOST_ATTEMPTS = 32  # of a verified answer
+MOST_ANSWERS = 64  # of a question that are verified at once
 LARGEST_SEED = 2**64 - 1
 
 
@@ -50,11 +54,17 @@ class Asked:
 
 
 class Body:
-    """The parameters of a request; each that is understood is taken, and what is left over is refused."""
+    """The parameters of a request; each that is understood is taken, and what is left over is refused.
 
-    def __init__(self, values: Any) -> None:
+    ``inside``: of the parameters of one parameter, its name.
+    """
+
+    def __init__(self, values: Any, inside: str = "") -> None:
         if not isinstance(values, dict):
-            raise RequestError("the body must be a JSON object")
+            raise RequestError(
+                f"{inside or 'the body'} must be a JSON object", code="invalid_value", param=inside or None
+            )
+        self._inside = f"{inside}." if inside else ""
         self._values = {name: value for name, value in values.items() if value is not None}
 
     def take(self, name: str, check: Check, default: Any = None) -> Any:
@@ -69,7 +79,8 @@ class Body:
         try:
             return check(value)
         except ValueError as error:
-            raise RequestError(f"{name} {error}", code="invalid_value", param=name) from None
+            full = self._inside + name
+            raise RequestError(f"{full} {error}", code="invalid_value", param=full) from None
 
     def require(self, name: str, check: Check) -> Any:
         """As :meth:`take`, of a parameter that must be there."""
@@ -85,7 +96,8 @@ class Body:
         """
         left = [name for name in self._values if name not in ignored]
         if left:
-            raise RequestError(f"{left[0]} is not supported here", code="unsupported_parameter", param=left[0])
+            full = self._inside + left[0]
+            raise RequestError(f"{full} is not supported here", code="unsupported_parameter", param=full)
 
 
 def text(value: Any) -> str:
@@ -225,6 +237,23 @@ def _common(body: Body) -> dict[str, Any]:
     }
 
 
+def verify_settings(value: Any) -> dict[str, Any]:
+    """Settings of a verified answer: those of the loop, what is told of drafts, the false-accept rate to keep."""
+    body = Body(value, "verify")
+    checks: dict[str, Check] = {
+        "attempts": integer(1, MOST_ATTEMPTS),
+        "threshold": number(0, 1),
+        "target_far": number(0, 1),
+        "score": exactly(*SCORES),
+        "mode": exactly(*MODES),
+        "abstain": flag,
+        "drafts": exactly("none", "summary", "full"),
+    }
+    settings = {name: value for name, check in checks.items() if (value := body.take(name, check)) is not None}
+    body.end()
+    return settings
+
+
 def chat_request(values: Any) -> Asked:
     """The request of ``POST /v1/chat/completions``.
 
@@ -240,7 +269,7 @@ def chat_request(values: Any) -> Asked:
     most = body.take("max_tokens", integer(1, 1 << 31))
     most = body.take("max_completion_tokens", integer(1, 1 << 31), most)
     body.take("response_format", plain_format)
-    verify = body.take("verify", lambda value: dict(Body(value)._values))
+    verify = body.take("verify", verify_settings)
     conversation = body.require("messages", conversation_of)
     body.end(IGNORED)
     return Asked(
@@ -259,3 +288,19 @@ def completion_request(values: Any) -> Asked:
     body.take("best_of", exactly(1, common["n"]))
     body.end(IGNORED)
     return Asked(**common, max_tokens=most, logprobs=logprobs, prompts=texts)
+
+
+def verification_request(values: Any) -> tuple[str, str, tuple[str, ...], dict[str, Any], float | None]:
+    """The request of ``POST /v1/verifications``: model, question, answers, settings of the loop, false-accept rate."""
+    body = Body(values)
+    model, question = body.require("model", text), body.require("question", text)
+    answers = body.require("answers", several(text))
+    if not 1 <= len(answers) <= MOST_ANSWERS:
+        raise RequestError(f"answers must be 1 to {MOST_ANSWERS} texts", code="invalid_value", param="answers")
+    if not question.strip():
+        raise RequestError("question is empty", code="invalid_value", param="question")
+    checks: dict[str, Check] = {"threshold": number(0, 1), "score": exactly(*SCORES)}
+    changes = {name: value for name, check in checks.items() if (value := body.take(name, check)) is not None}
+    target = body.take("target_far", number(0, 1))
+    body.end(IGNORED)
+    return model, question.strip(), tuple(answers), changes, target

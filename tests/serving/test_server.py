@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -42,6 +43,7 @@ def serving(*arguments):
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, tiny_base):
     """Folders of two adapters on the tiny base."""
+    from mlx_rsgwm.data.template import TEMPLATES
     from mlx_rsgwm.models.adapter import Adapter, LoraSpec
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.training.layers import initial_factors
@@ -56,6 +58,8 @@ def adapters(tmp_path_factory, tiny_base):
         spec = LoraSpec(4, 8.0, 0.0, ("self_attn.q_proj",), 2)
         manifest = {"kind": "trained", "base": base.describe()}
         Adapter(spec, weights, manifest=manifest).save(folder / name)
+    manifest["template"] = TEMPLATES["plain"].describe()
+    Adapter(spec, weights, manifest=manifest).save(folder / "judged")
     return folder
 
 
@@ -219,3 +223,24 @@ def test_without_the_extra_it_says_what_to_install(tiny_base, monkeypatch):
     result = CliRunner().invoke(rsgwm, ["serve", "--base", str(tiny_base)])
     assert result.exit_code == 2
     assert "uvicorn is not installed; pip install 'mlx-rsgwm[serve]'" in result.output
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
+EXAMPLES = re.findall(r"<!-- run against a server -->\n\n```(\w+)\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
+
+
+def test_the_examples_of_the_documentation_run(adapters, tiny_base):
+    """As they stand, but for the port."""
+    names = ("--base", tiny_base, "--adapter", f"sums={adapters / 'sums'}", "--adapter-dir", adapters)
+    pair = ("--verified", f"checked={adapters / 'judged'}+{adapters / 'judged'}")
+    assert [kind for kind, _ in EXAMPLES] == ["bash", "python", "bash", "bash"]
+    with serving(*names, *pair) as (_, address):
+        for kind, text in EXAMPLES:
+            command = [sys.executable, "-c"] if kind == "python" else ["bash", "-ec"]
+            lines = text.replace("http://127.0.0.1:8080", address).replace("curl ", "curl --fail-with-body -sS ")
+            done = subprocess.run([*command, lines], capture_output=True, text=True, timeout=SECONDS)
+            assert done.returncode == 0, (text, done.stdout, done.stderr)
+            assert done.stdout.strip()
+            if kind == "python":
+                assert "'checked'" in done.stdout
+                assert re.search(r"^(True|False)$", done.stdout, re.M)
