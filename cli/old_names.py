@@ -127,8 +127,11 @@ class _Hidden(click.Argument):
         return []
 
 
-def also_positional(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let the required option ``name`` (``out``) be given as the last argument, too, as it was until 0.1."""
+def also_positional(name: str, unless: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let the required option ``name`` (``out``) be given as the last argument, too, as it was until 0.1.
+
+    It is not required where the option ``unless`` is given.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
@@ -138,7 +141,7 @@ def also_positional(name: str) -> Callable[[Callable[..., None]], Callable[..., 
                 show(_note(f"{name.upper()}` as an argument, `{old_place}", f"--{name} {old_place}"), err=True)
             elif old_place is not None:
                 raise click.UsageError(f"got {old_place} beside --{name} {options[name]}")
-            elif options[name] is None:
+            elif options[name] is None and not options.get(unless):
                 raise click.UsageError(f"missing option --{name}")
             function(*arguments, **options)
 

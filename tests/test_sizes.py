@@ -39,6 +39,7 @@ STAY = {
     ("mlx_rsgwm/models/adapter.py", "kept"): "a field of the library's Adapter",
     ("converters/peft/read.py", "kept"): "that field, assigned",
     ("converters/peft/uniform.py", "kept"): "a key of the layout file on disk",
+    ("mlx_rsgwm/studies/rounding_remedies.py", "kept"): "a key of the result",
     ("mlx_rsgwm/studies/lm_eval.py", "ours"): "a key of the results on disk",
     ("mlx_rsgwm/studies/lm_eval.py", "theirs"): "a key of the results on disk",
 }

@@ -9,6 +9,7 @@ with those of base and adapter.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.checkpoint_form import checkpoint_arrays
+from mlx_rsgwm.converters.fuse.error_feedback import Packed, round_by_feedback
 from mlx_rsgwm.converters.fuse.layers import (
     FORMATS,
     StoredForm,
+    Target,
     dora_gains,
     fuse_layers,
     fused_weight,
+    kind_of,
     plain_layer,
     quantise,
     stored_as,
@@ -44,11 +48,13 @@ from mlx_rsgwm.core.folders import new_folder, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.row_hashes import FUSED_FILE, KEY, RowRecord, record_of, record_of_base
+from mlx_rsgwm.linalg.gram import Gram
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.fit_check import base_of, dora_changes_nothing
+from mlx_rsgwm.models.quantisation import QuantFormat
 from mlx_rsgwm.models.token_layers import has_head
 
 MIN_SHARE = 0.9
@@ -73,9 +79,10 @@ def fuse(
     base_name: str | None,
     out: Path,
     *,
-    target: str = "keep",
+    target: Target = "keep",
     min_share: float = MIN_SHARE,
     force: bool = False,
+    grams: Mapping[str, Gram] | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Write the model that a base is with an adapter to the new folder ``out``.
@@ -84,9 +91,11 @@ def fuse(
         source: as for ``load_adapter``: LoRA or DoRA on any layers, and replaced parameters.
         base_name: as for ``load_base``; None: the one that the adapter records.
         out: a folder that does not exist yet, or an empty one.
-        target: one of :data:`FORMATS`.
+        target: one of :data:`FORMATS`, or a format of few bits.
         min_share: the share of the adapter's update, and of its effect on logits, that must survive.
         force: write it whatever survives.
+        grams: second moments of the adapted layers' inputs by module; with them, which takes a format of few bits,
+            these layers are rounded by error feedback.
 
     Returns:
         JSON: ``form``, whose names and layout the arrays have (``transformers`` or ``mlx-lm``), with ``form_reason``
@@ -97,7 +106,7 @@ def fuse(
         CheckFailed: less than ``min_share`` survives; nothing is written then, or kept.
         RsgwmError: the adapter does not fit the base, ``out`` is not empty, no room.
     """
-    if target not in FORMATS:
+    if isinstance(target, str) and target not in FORMATS:
         raise RsgwmError(f"fuse: format {target!r} is unknown; there are {', '.join(FORMATS)}")
     if not 0 <= min_share <= 1:
         raise RsgwmError(f"fuse: the share must be in [0, 1], found {min_share}")
@@ -110,7 +119,7 @@ def fuse(
         if adapts_head(adapter) and not has_head(dict(open_model(path)[0].named_modules())):
             path = stack.enter_context(untied_base(path))
             loaded_name = str(path)
-        return _fuse(adapter, path, loaded_name, name, out, target, min_share, force, progress, record)
+        return _fuse(adapter, path, loaded_name, name, out, target, min_share, force, grams or {}, progress, record)
 
 
 def _fuse(
@@ -119,9 +128,10 @@ def _fuse(
     loaded_name: str,
     base_name: str,
     out: Path,
-    target: str,
+    target: Target,
     min_share: float,
     force: bool,
+    grams: Mapping[str, Gram],
     progress: Progress,
     record: RowRecord,
 ) -> dict[str, Any]:
@@ -131,10 +141,12 @@ def _fuse(
     layers = _adapted_layers(model, adapter)
     if dora_changes_nothing(adapter, dora_gains(layers.values())):
         raise AdapterError(f"{adapter.where} changes nothing: every lora_b is zero, and its magnitudes are the base's")
-    survivals = []
+    survivals, rounded = [], {}
     with progress.task("measuring", len(layers)) as advance:
         for name in sorted(layers, key=model_order):
-            survivals.append(_survival(name, layers[name], stored_as(layers[name], target)))
+            if name in grams:
+                rounded[name] = _by_feedback(layers[name], grams[name], target)
+            survivals.append(_survival(name, layers[name], stored_as(layers[name], target), rounded.get(name)))
             advance(1, name)
     total = _total(survivals)
     if total.share < min_share and not force:
@@ -143,7 +155,7 @@ def _fuse(
             f"(least in {_worst(survivals)[0].module}, {_worst(survivals)[0].share:.0%}); "
             "choose another --format (float16), or --force"
         )
-    fused, config, form = _fused_model(path, model, config, layers, adapter, target)
+    fused, config, form = _fused_model(path, model, config, layers, adapter, target, rounded)
     del model, layers
     size = sum(value.nbytes for value in _arrays_of(fused))
     require_space(out, size + 2**24)
@@ -155,7 +167,7 @@ def _fuse(
             "out": str(out),
             "base": base_name,
             "adapter": adapter.where,
-            "format": target,
+            "format": str(target),
             **form,
             "modules": sum(survival.norm > 0 for survival in survivals),
             "replaced": replaced,
@@ -163,6 +175,7 @@ def _fuse(
             "error": total.error,
             "worst": [vars(survival) for survival in _worst(survivals)],
             "min_share": min_share,
+            "by_feedback": len(rounded),
             **_compare_logits(adapter, loaded_name, work, target, progress),
             "versions": versions(),
         }
@@ -225,10 +238,18 @@ def _adapted_layers(model: Any, adapter: Adapter) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if name not in without}
 
 
-def _survival(name: str, layer: Any, stored: StoredForm) -> Survival:
+def _by_feedback(layer: Any, gram: Gram, target: Target) -> Packed:
+    """The fused weight of an adapted layer in a format of few bits, rounded by error feedback."""
+    stored = stored_as(layer, target)
+    if stored.quant is None or not isinstance(target, QuantFormat):
+        raise RsgwmError(f"fuse: error feedback is for formats of few bits, found {target}")
+    return round_by_feedback(fused_weight(layer)[1], gram.dense(), stored.quant, stored.dtype)
+
+
+def _survival(name: str, layer: Any, stored: StoredForm, rounded: Packed | None = None) -> Survival:
     weight, fused = fused_weight(layer)
     update = fused - weight
-    survived = stored.round_trip(fused) - stored.round_trip(weight)
+    survived = (rounded.dense() if rounded else stored.round_trip(fused)) - stored.round_trip(weight)
     square = mx.sum(update * update)
     along = mx.sum(survived * update)
     beside = mx.sum(mx.square(survived - update))
@@ -261,19 +282,25 @@ def _worst(survivals: list[Survival]) -> list[Survival]:
 
 
 def _fused_model(
-    path: Path, model: Any, config: dict[str, Any], layers: dict[str, Any], adapter: Adapter, target: str
+    path: Path,
+    model: Any,
+    config: dict[str, Any],
+    layers: dict[str, Any],
+    adapter: Adapter,
+    target: Target,
+    rounded: Mapping[str, Packed],
 ) -> tuple[Any, dict[str, Any], dict[str, str]]:
     """The fused model, its config, and in which form it is, with the reason why not in transformers'.
 
     In transformers' form it is a table of the checkpoint's arrays; in mlx-lm's, ``model`` with plain layers.
     """
-    kind = FORMATS[target]
+    kind = kind_of(target)
     packed = bool(config.get("quantization") or config.get("quantization_config"))
-    if isinstance(kind, int) or (kind is None and packed):
-        return model, fuse_layers(model, config, layers, target), {"form": "mlx-lm"}
+    if isinstance(kind, QuantFormat) or (kind is None and packed):
+        return model, fuse_layers(model, config, layers, target, rounded), {"form": "mlx-lm"}
     base = read_base_layers(str(path), path)
     changed = {**adapter.full, **{f"{name}.weight": fused_weight(layer)[1] for name, layer in layers.items()}}
-    config = fuse_layers(model, config, layers, target)
+    config = fuse_layers(model, config, layers, target, {})
     try:
         arrays = checkpoint_arrays(base, model, changed, adapter, DTYPES[kind] if kind else None)
     except RsgwmError as error:
@@ -289,7 +316,9 @@ def _arrays_of(fused: Any) -> list[mx.array]:
 # --- the written model ------------------------------------------------------------------------------------------
 
 
-def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, progress: Progress) -> dict[str, float]:
+def _compare_logits(
+    adapter: Adapter, base_name: str, out: Path, target: Target, progress: Progress
+) -> dict[str, float]:
     """How much of the adapter's effect on float32 logits the written model has, and how far it is from it."""
     with progress.task("comparing logits", 3) as advance:
         base = load_base(base_name, "float32", progress)
@@ -297,7 +326,7 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
         if rows := rows_of(adapter.manifest):  # of a smaller vocabulary only what both have is compared
             ids = [[token for token in text if token < rows] for text in ids]
         bare = _logits(base, ids)
-        bits = FORMATS[target]
+        quant = kind_of(target)
         packed = bare
         make_room(base.model, base.config, adapter)
         if adapter.full:
@@ -307,10 +336,10 @@ def _compare_logits(adapter: Adapter, base_name: str, out: Path, target: str, pr
         adapted = _logits(base, ids)
         del base
         advance(1, "base and adapter")
-        if isinstance(bits, int):
+        if isinstance(quant, QuantFormat):
             again = load_base(base_name, "float32", progress)
             if not again.config.get("quantization"):
-                quantise(again.model, dict(again.config), bits)
+                quantise(again.model, dict(again.config), quant)
                 packed = _logits(again, ids)
             del again
         advance(1, "the base in the target format")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +13,25 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_rsgwm.converters.dense_weights import dequantised, usual_dtype, with_dtype
+from mlx_rsgwm.converters.fuse.error_feedback import Packed
 from mlx_rsgwm.core.dtypes import DTYPES
+from mlx_rsgwm.models.hooks import module_at
+from mlx_rsgwm.models.quantisation import QuantFormat
 
-GROUP_SIZE = 64
-# What a fused model's weights are: as the base has them, a float type, or mlx-lm's affine quantisation.
-FORMATS: dict[str, int | str | None] = {
+# What a fused model's weights are: as the base has them, a float type, or quantised.
+FORMATS: dict[str, QuantFormat | str | None] = {
     "keep": None,
     **{name: name for name in DTYPES},
-    "8bit": 8,
-    "4bit": 4,
-    "3bit": 3,
+    "8bit": QuantFormat(8),
+    "4bit": QuantFormat(4),
+    "3bit": QuantFormat(3),
 }
+Target = str | QuantFormat  # a name of FORMATS, or what it may stand for
+
+
+def kind_of(target: Target) -> QuantFormat | str | None:
+    """What a target asks for; None: as the base has it."""
+    return FORMATS[target] if isinstance(target, str) else target
 
 
 @dataclass(frozen=True)
@@ -31,20 +39,13 @@ class StoredForm:
     """How one weight is stored: in ``dtype``, or packed with scales of that dtype."""
 
     dtype: mx.Dtype
-    bits: int | None = None
-    group_size: int = GROUP_SIZE
-    mode: str = "affine"
+    quant: QuantFormat | None = None
 
     def round_trip(self, weight: mx.array) -> mx.array:
         """The float32 values that a float32 ``weight`` becomes."""
-        if self.bits is None:
+        if self.quant is None:
             return weight.astype(self.dtype).astype(mx.float32)
-        packed, scales, *rest = mx.quantize(weight, self.group_size, self.bits, mode=self.mode)
-        biases = None
-        if rest:
-            scales, biases = (part.astype(self.dtype).astype(mx.float32) for part in (scales, rest[0]))
-        dense = mx.dequantize(packed, scales, biases, group_size=self.group_size, bits=self.bits, mode=self.mode)
-        return dense.astype(mx.float32)
+        return self.quant.round_trip(weight, self.dtype)
 
 
 def plain_layer(layer: Any) -> Any:
@@ -73,9 +74,9 @@ def dora_gains(layers: Iterable[Any]) -> Iterator[mx.array]:
             yield layer.m.astype(mx.float32) / mx.linalg.norm(weight, axis=1)
 
 
-def stored_as(layer: Any, target: str) -> StoredForm:
+def stored_as(layer: Any, target: Target) -> StoredForm:
     """How an adapted layer's weight is to be stored."""
-    plain, kind = plain_layer(layer), FORMATS[target]
+    plain, kind = plain_layer(layer), kind_of(target)
     packed = hasattr(plain, "scales")
     # Scales of the newer modes are bytes; such a layer's floats are the model's others, which its bias shows or not.
     dtype = plain.scales.dtype if packed else plain.weight.dtype
@@ -83,16 +84,21 @@ def stored_as(layer: Any, target: str) -> StoredForm:
     if isinstance(kind, str):
         return StoredForm(DTYPES[kind])
     if kind is None:
-        return StoredForm(dtype, plain.bits, plain.group_size, plain.mode) if packed else StoredForm(dtype)
+        return StoredForm(dtype, QuantFormat(plain.bits, plain.group_size, plain.mode) if packed else None)
     columns = plain.scales.shape[-1] * plain.group_size if packed else plain.weight.shape[-1]
-    return StoredForm(dtype, kind) if columns % GROUP_SIZE == 0 else StoredForm(dtype)
+    return StoredForm(dtype, kind if kind.fits(columns) else None)
 
 
-def fuse_layers(model: Any, config: dict[str, Any], layers: dict[str, Any], target: str) -> dict[str, Any]:
-    """Put plain layers with the fused weights into ``model``, in the target format; returns its config."""
+def fuse_layers(
+    model: Any, config: dict[str, Any], layers: dict[str, Any], target: Target, rounded: Mapping[str, Packed]
+) -> dict[str, Any]:
+    """Put plain layers with the fused weights into ``model``, in the target format; returns its config.
+
+    ``rounded``: what some of them are in that format, where they are not simply rounded.
+    """
     from mlx_lm.utils import dequantize_model
 
-    kind = FORMATS[target]
+    kind = kind_of(target)
     replaced = []
     for name, layer in layers.items():
         _, weight = fused_weight(layer)
@@ -108,16 +114,19 @@ def fuse_layers(model: Any, config: dict[str, Any], layers: dict[str, Any], targ
         model.set_dtype(DTYPES[kind])
         return with_dtype(config, kind)
     config = quantise(model, config, kind)
+    for name, packed in rounded.items():
+        layer = module_at(model, name)
+        layer.weight, layer.scales, layer.biases = packed.weight(), packed.scales, packed.biases
     model.set_dtype(dtype)
     return config
 
 
-def quantise(model: Any, config: dict[str, Any], bits: int) -> dict[str, Any]:
+def quantise(model: Any, config: dict[str, Any], quant: QuantFormat) -> dict[str, Any]:
     """Quantise every layer of ``model`` that can be, as mlx_lm.convert does; returns its config."""
     from mlx_lm.utils import quantize_model
 
     with redirect_stdout(io.StringIO()):  # it prints a line of its own
-        _, quantised = quantize_model(model, config, GROUP_SIZE, bits)
+        _, quantised = quantize_model(model, config, quant.group_size, quant.bits, quant.mode)
     return dict(quantised)
 
 
@@ -138,10 +147,11 @@ def _layer_like(plain: Any, weight: mx.array, stored: StoredForm | None) -> Any:
         made.bias = plain.bias
     if stored is None:
         return made
-    if stored.bits is None:
+    if stored.quant is None:
         made.weight = weight.astype(stored.dtype)
         return made
-    packed = made.to_quantized(group_size=stored.group_size, bits=stored.bits, mode=stored.mode)
+    quant = stored.quant
+    packed = made.to_quantized(group_size=quant.group_size, bits=quant.bits, mode=quant.mode)
     if packed.biases is not None:
         packed.scales, packed.biases = packed.scales.astype(stored.dtype), packed.biases.astype(stored.dtype)
     return packed

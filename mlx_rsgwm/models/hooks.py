@@ -96,6 +96,14 @@ def block_names(model: Any) -> list[str]:
     return [names[place] for place in sorted(names)]
 
 
+def module_at(model: nn.Module, path: str) -> Any:
+    """The module of a dotted ``path``; the model itself of an empty one."""
+    module: Any = model
+    for part in filter(None, path.split(".")):
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module
+
+
 def _first(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
     return arguments[0] if arguments else next(iter(options.values()))
 

@@ -7,16 +7,17 @@ as if it were not there (straight-through: Bengio, Léonard, Courville, 2013, ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.models.hooks import Call, calls_wrapped
+from mlx_rsgwm.models.hooks import Call, calls_wrapped, module_at
 from mlx_rsgwm.models.quantisation import QuantFormat
 
 INNER = ".linear"  # where mlx-lm's LoRA layer holds the base's
@@ -39,14 +40,6 @@ def rounded_formats(model: Any, quant: QuantFormat) -> dict[str, QuantFormat]:
         elif chosen:
             formats[name] = quant
     return formats
-
-
-def module_at(model: nn.Module, path: str) -> Any:
-    """The module of a dotted ``path``; the model itself of an empty one."""
-    module: Any = model
-    for part in filter(None, path.split(".")):
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    return module
 
 
 def check_rounding(model: Any, quant: QuantFormat) -> None:
@@ -84,6 +77,35 @@ def rounded_bytes(model: Any, quant: QuantFormat) -> int:
     return sum((layer.linear if "lora_a" in layer else layer).weight.nbytes for layer in layers)
 
 
+def stored_bytes(model: nn.Module, formats: Mapping[str, QuantFormat]) -> int:
+    """What the arrays of a dense ``model`` take once the layers of ``formats`` are stored in them, in bytes.
+
+    An affine group has a scale and an offset in the layer's float type, one of the other modes a scale of a byte.
+    """
+    flat: Any = tree_flatten(model.parameters())
+    total = sum(value.nbytes for _, value in flat)
+    for name, quant in formats.items():
+        weight = module_at(model, name).weight
+        group = 2 * weight.itemsize if quant.mode == "affine" else 1
+        total += weight.size * quant.bits // 8 + weight.size // quant.group_size * group - weight.nbytes
+    return int(total)
+
+
+@contextmanager
+def weights_replaced(model: Any, weights: Mapping[str, mx.array]) -> Iterator[None]:
+    """Layers of the full names in ``weights`` compute with these instead, in their own type, inside."""
+    layers = {name: module_at(model, name) for name in weights}
+    former = {name: layer.weight for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.weight = weights[name].astype(former[name].dtype)
+        mx.eval([layer.weight for layer in layers.values()])
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight = former[name]
+
+
 @contextmanager
 def rounded_weights(model: Any, quant: QuantFormat | None) -> Iterator[None]:
     """Layers compute with rounded weights inside: with the adapter's update where they have one (mlx-lm's LoRA).
@@ -98,20 +120,11 @@ def rounded_weights(model: Any, quant: QuantFormat | None) -> Iterator[None]:
         return
     check_rounding(model, quant)
     formats = rounded_formats(model, quant)
-    layers = {name: module_at(model, name) for name in formats}
-    adapted = {name for name, layer in layers.items() if "lora_a" in layer}
-    plain = {name: layer for name, layer in layers.items() if name not in adapted}
-    former = {name: layer.weight for name, layer in plain.items()}
-    try:
-        for name, layer in plain.items():
-            dtype = layer.weight.dtype
-            layer.weight = formats[name].round_trip(layer.weight, dtype).astype(dtype)
-        mx.eval([layer.weight for layer in plain.values()])
-        with calls_wrapped(model, adapted, lambda name, _: rounded_call(formats[name])):
-            yield
-    finally:
-        for name, layer in plain.items():
-            layer.weight = former[name]
+    adapted = [name for name in formats if "lora_a" in module_at(model, name)]
+    plain = {name: module_at(model, name).weight for name in formats if name not in adapted}
+    once = {name: formats[name].round_trip(weight, weight.dtype) for name, weight in plain.items()}
+    with weights_replaced(model, once), calls_wrapped(model, adapted, lambda name, _: rounded_call(formats[name])):
+        yield
 
 
 def rounded_call(quant: QuantFormat) -> Call:
