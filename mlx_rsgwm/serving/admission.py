@@ -23,13 +23,20 @@ class Limits:
     queue: int = 64
     cache_bytes: int | None = None
 
+    def memory(self) -> int:
+        """Bytes of all caches, of rows under way and of texts that stay known."""
+        return self.cache_bytes or (free_memory() or USUAL_BYTES) // 2
+
 
 class Waiting:
-    """Rows that are to be written and have not come in; those of one request come in together."""
+    """Rows that are to be written and have not come in; those of one request come in together.
 
-    def __init__(self, limits: Limits, bytes_a_token: int) -> None:
+    ``most``: bytes that the caches of all rows under way may take.
+    """
+
+    def __init__(self, limits: Limits, bytes_a_token: int, most: int) -> None:
         self._limits, self._bytes = limits, bytes_a_token
-        self._most = limits.cache_bytes or (free_memory() or USUAL_BYTES) // 2
+        self._most = most
         self._lines: dict[ServedModel, deque[tuple[Job, list[Row]]]] = {}
 
     def __bool__(self) -> bool:

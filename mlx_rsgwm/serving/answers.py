@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_rsgwm.serving.events import TokenLogprob
+from mlx_rsgwm.serving.events import Ended, TokenLogprob
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -36,6 +36,11 @@ class Usage:
     written: int = 0
     cached: int = 0
     rejected: int = 0
+
+    def count(self, ended: Ended, n: int) -> None:
+        """Count a choice; of ``n`` to one prompt the first says how much of that was read before."""
+        self.written += ended.tokens
+        self.cached += ended.cached if ended.index % n == 0 else 0
 
     def describe(self) -> Json:
         """As OpenAI tells it."""

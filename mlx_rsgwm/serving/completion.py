@@ -96,7 +96,7 @@ class Completion(Job):
         if not text.stopped:
             self._piece(row, text.end(), last=True)
         reason = "stop" if finished or text.stopped else "length"
-        self.tell(Ended(self._places[row], reason, len(row.tokens)))
+        self.tell(Ended(self._places[row], reason, len(row.tokens), min(row.cached, len(row.prompt))))
         if not self._texts:
             self.over = True
             self.tell(Finished())

@@ -33,7 +33,7 @@ class Delivery:
         self._early: list[Event] = []
         self._jobs: list[Job] = []
         self._left = len(makers)
-        self.prompt_tokens = self.cached_tokens = 0
+        self.prompt_tokens = 0
         try:
             for place, make in enumerate(makers):
                 job = make(partial(self._tell, place * width))
@@ -68,7 +68,6 @@ class Delivery:
             if isinstance(event, Begun):
                 begun += 1
                 self.prompt_tokens += event.prompt_tokens
-                self.cached_tokens += event.cached
             else:
                 self._early.append(event)
 

@@ -30,6 +30,7 @@ from mlx_rsgwm.serving.rows import Reading, Row, RowDecoder
 T = TypeVar("T")
 PIECE_SECONDS = 0.2  # of a prompt's reading, so that rows under way never wait longer for their next token
 FEWEST_POSITIONS = 16
+PREFIX_SHARE = 0.25  # of the caches' memory, for texts that nobody writes any more
 MOST_RETRIES = 3  # of a request whose rows were read anew since a step with others failed
 STANDSTILL = 30.0  # seconds without a tick after which an engine with work is not healthy
 
@@ -150,8 +151,10 @@ class Engine:
     def _run(self) -> None:
         try:
             self._library = self._open()
-            self._decoder = RowDecoder(self._library.slots)
-            self._waiting = Waiting(self.limits, self._decoder.bytes_a_token)
+            memory = self.limits.memory()
+            prefixes = int(memory * PREFIX_SHARE)
+            self._decoder = RowDecoder(self._library.slots, prefixes)
+            self._waiting = Waiting(self.limits, self._decoder.bytes_a_token, memory - prefixes)
         except BaseException as error:  # it is told where the engine was started
             self._started.set_exception(error)
             return
@@ -305,7 +308,8 @@ class Engine:
         return failed
 
     def _write(self) -> None:
-        """A token more for every row."""
+        """A token more for every row that is wanted."""
+        self._decoder.drop([row for row in self._decoder.rows if row.owner.over])
         drawn = self._decoder.draw()
         gone = [row for row, token in drawn if not self._hand_over(row, token)]
         self._decoder.drop([row for row in self._decoder.rows if row in gone or row.owner.over])
@@ -363,12 +367,11 @@ class Engine:
             self._fail(job, error)
 
     def _end(self, job: Job) -> None:
-        """Let go of all that a request has."""
+        """Let go of all that a request has; its rows go with the next token."""
         job.over = True
         self._leave_queue(job)
         if self._jobs.pop(job, None) is not None:
             self._waiting.leave(job)
-            self._decoder.drop([row for row in self._decoder.rows if row.owner is job])
             self._library.end(job.model)
 
     def _leave_queue(self, job: Job) -> None:

@@ -23,10 +23,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Begun:
-    """The request was taken in; its prompt has so many tokens, of which ``cached`` were read before."""
+    """The request was taken in; its prompt has so many tokens."""
 
     prompt_tokens: int
-    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ended:
-    """A choice is whole: ``stop`` where it ended by itself or at a stop text, ``length`` where it was cut."""
+    """A choice is whole: ``stop`` where it ended by itself or at a stop text, ``length`` where it was cut.
+
+    ``cached``: tokens of its prompt that were read before.
+    """
 
     index: int
     reason: str
     tokens: int
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Verified:
     """All judged drafts; ``text``: the answer, None where there is none; ``chosen``: the place of its draft.
 
     ``probabilities``: of being right, for each draft, None where no calibration says it. ``tokens``: of all drafts,
-    those included that nobody waited for.
+    those included that nobody waited for. ``cached``: tokens of the prompt that were read before.
     """
 
     drafts: tuple[Draft, ...]
@@ -92,6 +95,7 @@ class Verified:
     score_name: str
     probabilities: tuple[float | None, ...]
     tokens: int
+    cached: int = 0
 
 
 Event = Begun | Piece | Ended | Drafting | Judged | Verified | Finished | Failed

@@ -17,6 +17,7 @@ from mlx_rsgwm.inference.prefix_cache import GROWTH, concat, select_rows
 from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.serving.prefixes import PrefixStore
 from mlx_rsgwm.serving.row_sampling import Pick, RowSampling, pick
 
 
@@ -25,7 +26,7 @@ class Row:
     """A text under way: its prompt, the slot of its adapter (None: the bare base), how and how far it is written.
 
     ``uniforms``: its random stream, a number for each of the tokens that it may have. ``owner``: whose it is, for the
-    engine.
+    engine. ``cached``: how many of its first tokens were not read for it, being known.
     """
 
     prompt: tuple[int, ...]
@@ -35,6 +36,7 @@ class Row:
     end_ids: frozenset[int]
     owner: Any = None
     tokens: list[int] = field(default_factory=list)
+    cached: int = 0
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -58,9 +60,12 @@ class _Batch:
 
 
 class Reading:
-    """Texts on their way into the caches, a piece at a time; rows with equal texts are read once."""
+    """Texts on their way into the caches, a piece at a time; rows with equal texts are read once.
 
-    def __init__(self, decoder: RowDecoder, rows: Sequence[Row]) -> None:
+    With ``known``, for rows of one text: how many of its tokens are read already, and the caches that hold them.
+    """
+
+    def __init__(self, decoder: RowDecoder, rows: Sequence[Row], known: tuple[int, list[Any]] | None = None) -> None:
         self.rows = sorted(rows, key=lambda row: row.slot or "")
         self._decoder = decoder
         texts = list(dict.fromkeys((row.slot, row.ids) for row in self.rows))
@@ -69,8 +74,9 @@ class Reading:
         longest = max(len(ids) for _, ids in texts)
         padding = [longest - len(ids) for _, ids in texts]
         self._ids = np.array([[0] * pad + list(ids) for pad, (_, ids) in zip(padding, texts, strict=True)])
-        self._caches = decoder.fresh(padding)
-        self._read = 0
+        self._read, self._caches = known or (0, decoder.fresh(padding))
+        for row in self.rows:
+            row.cached = self._read
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,13 +107,14 @@ class Reading:
 
 
 class RowDecoder:
-    """All rows under way on the base of ``slots``.
+    """All rows under way on the base of ``slots``; ``prefixes``: bytes of texts that are kept once they are written.
 
     Where the model keeps other than plain key–value caches rows cannot share a batch: each is a batch of its own.
     """
 
-    def __init__(self, slots: AdapterSlots) -> None:
+    def __init__(self, slots: AdapterSlots, prefixes: int = 0) -> None:
         self.slots = slots
+        self.prefixes = PrefixStore(prefixes)
         self.hidden, self.head = split_head(slots.model)
         self.together = can_batch(slots.model)
         self._batches: list[_Batch] = []
@@ -129,8 +136,16 @@ class RowDecoder:
         return batched
 
     def read(self, rows: Sequence[Row]) -> list[Reading]:
-        """What reads the texts of new rows; one for all of them where the model allows it."""
-        return [Reading(self, rows)] if self.together else [Reading(self, [row]) for row in rows]
+        """What reads the texts of new rows; one for all of them that have nothing known, where the model allows it."""
+        if not self.together:
+            return [Reading(self, [row]) for row in rows]
+        texts: dict[tuple[str | None, tuple[int, ...]], list[Row]] = {}
+        for row in rows:
+            texts.setdefault((row.slot, row.ids), []).append(row)
+        known = {text: self.prefixes.longest(*text) for text in texts}
+        new = [row for text, alike in texts.items() if known[text] is None for row in alike]
+        readings = [Reading(self, alike, known[text]) for text, alike in texts.items() if known[text] is not None]
+        return readings + ([Reading(self, new)] if new else [])
 
     def take_in(self, rows: Sequence[Row], caches: list[Any], logits: mx.array) -> None:
         """Rows that ``caches`` have read, with the logits (rows, vocabulary) of what follows."""
@@ -145,9 +160,10 @@ class RowDecoder:
         self._batches.append(batch)
 
     def drop(self, rows: Collection[Row]) -> None:
-        """Let rows go, and what is kept of them."""
+        """Let rows go; for a while their texts stay known."""
         batches = []
         for batch in self._batches:
+            self._remember(batch, [place for place, row in enumerate(batch.rows) if row in rows])
             places = [place for place, row in enumerate(batch.rows) if row not in rows]
             if len(places) == len(batch.rows):
                 batches.append(batch)
@@ -180,6 +196,16 @@ class RowDecoder:
         rows = self.rows
         self._batches = []
         return rows
+
+    def _remember(self, batch: _Batch, places: Sequence[int]) -> None:
+        """Keep what is read of rows that leave a batch."""
+        if not places or not self.together:
+            return
+        padding: Any = batch.caches[0].left_padding.tolist()
+        for place in places:
+            row = batch.rows[place]
+            read = batch.caches[0]._idx - padding[place]
+            self.prefixes.keep(row.slot, row.ids[:read], batch.caches, place)
 
     def _select(self, batch: _Batch, places: Sequence[int]) -> _Batch:
         """Some rows of a batch in a new order, without padding that none of them needs."""

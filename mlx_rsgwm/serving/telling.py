@@ -27,7 +27,7 @@ class _Choice:
 async def whole_of(delivery: Delivery, head: Head, asked: Asked, count: int, timed: Timed) -> Json:
     """The answer with all its choices."""
     choices = [_Choice() for _ in range(count)]
-    usage = Usage(delivery.prompt_tokens, cached=delivery.cached_tokens)
+    usage = Usage(delivery.prompt_tokens)
     first = True
     async for event in delivery.events():
         if isinstance(event, Piece):
@@ -38,7 +38,7 @@ async def whole_of(delivery: Delivery, head: Head, asked: Asked, count: int, tim
             choices[event.index].logprobs += event.logprobs
         elif isinstance(event, Ended):
             choices[event.index].reason = event.reason
-            usage.written += event.tokens
+            usage.count(event, asked.n)
     timed("answer")
     listed = [
         head.shape.choice(index, choice.text, None if asked.logprobs is None else choice.logprobs, choice.reason)
@@ -50,7 +50,7 @@ async def whole_of(delivery: Delivery, head: Head, asked: Asked, count: int, tim
 async def stream_of(delivery: Delivery, head: Head, asked: Asked, count: int, timed: Timed) -> AsyncIterator[bytes]:
     """The answer's parts as events of a stream; what goes wrong on the way is told in it."""
     shape = head.shape
-    usage = Usage(delivery.prompt_tokens, cached=delivery.cached_tokens)
+    usage = Usage(delivery.prompt_tokens)
     empty = {"usage": None} if asked.include_usage else {}
     first = True
     try:
@@ -66,7 +66,7 @@ async def stream_of(delivery: Delivery, head: Head, asked: Asked, count: int, ti
                 logprobs = None if asked.logprobs is None else event.logprobs
                 yield head.chunk([shape.delta(event.index, event.text, logprobs, None)], **empty)
             elif isinstance(event, Ended):
-                usage.written += event.tokens
+                usage.count(event, asked.n)
                 yield head.chunk([shape.delta(event.index, None, None, event.reason)], **empty)
         if asked.include_usage:
             yield head.chunk([], usage=usage.describe())

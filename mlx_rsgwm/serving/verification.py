@@ -68,10 +68,10 @@ def headers_of(verification: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def usage_of(verified: Verified, prompt: int, cached: int) -> Usage:
+def usage_of(verified: Verified, prompt: int) -> Usage:
     """Tokens of all drafts; those that are not the answer were rejected."""
     answer = 0 if verified.text is None else len(verified.drafts[verified.chosen].tokens)
-    return Usage(prompt, verified.tokens, cached, verified.tokens - answer)
+    return Usage(prompt, verified.tokens, verified.cached, verified.tokens - answer)
 
 
 def refusal_text(verified: Verified) -> str:
@@ -129,7 +129,7 @@ async def stream_verified(
                 end = chat_delta(0, None, None, reason_of(event))
                 yield head.chunk([end], **empty, verification=verification(event))
                 if include_usage:
-                    usage = usage_of(event, delivery.prompt_tokens, delivery.cached_tokens)
+                    usage = usage_of(event, delivery.prompt_tokens)
                     yield head.chunk([], usage=usage.describe())
         timed("answer")
         yield DONE

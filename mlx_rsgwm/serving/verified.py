@@ -83,7 +83,7 @@ class VerifiedAnswer(Job):
         self._question, self._verifying = question, verifying
         self._rows: dict[Row, int] = {}  # being written, and the numbers of their attempts
         self._written: dict[int, Draft] = {}  # and not judged yet
-        self._tokens = 0
+        self._tokens = self._cached = 0
 
     def begin(self, library: Library) -> list[Row]:
         """The first attempts."""
@@ -116,6 +116,7 @@ class VerifiedAnswer(Job):
     def ended(self, row: Row, finished: bool) -> list[Row]:
         """Keep the draft until it is its turn to be judged."""
         number = self._rows.pop(row)
+        self._cached = row.cached if number == 1 else self._cached
         draft = Draft(number, tuple(row.tokens), finished, self._pair.tokenizer.decode(row.tokens))
         self._written[number] = draft
         self.tell(Drafting(number, draft.text))
@@ -143,19 +144,21 @@ class VerifiedAnswer(Job):
         self.over = True
         drafts, threshold = self._trial.drafts, self._pair.config.threshold
         chosen = decide([draft.score for draft in drafts], threshold).chosen
-        self.tell(_verified(self._pair, drafts, self._trial.answer().text, chosen, self._tokens))
+        self.tell(_verified(self._pair, drafts, self._trial.answer().text, chosen, self._tokens, self._cached))
         self.tell(Finished())
         return []
 
 
-def _verified(pipeline: DraftVerify, drafts: Sequence[Draft], text: str | None, chosen: int, tokens: int) -> Verified:
+def _verified(
+    pipeline: DraftVerify, drafts: Sequence[Draft], text: str | None, chosen: int, tokens: int = 0, cached: int = 0
+) -> Verified:
     """What is told of judged drafts."""
     config, calibration = pipeline.config, pipeline.calibration
     likely = tuple(
         None if calibration is None or draft.score is None else calibration.probability(config.score, draft.score)
         for draft in drafts
     )
-    return Verified(tuple(drafts), text, chosen, config.threshold, config.score, likely, tokens)
+    return Verified(tuple(drafts), text, chosen, config.threshold, config.score, likely, tokens, cached)
 
 
 class Verification(Job):
@@ -202,6 +205,6 @@ class Verification(Job):
         if not any(trial.waiting for trial in self._trials):
             self.over = True
             drafts = tuple(trial.drafts[-1] for trial in self._trials)
-            self.tell(_verified(self._pair, drafts, None, 0, 0))
+            self.tell(_verified(self._pair, drafts, None, 0))
             self.tell(Finished())
         return []

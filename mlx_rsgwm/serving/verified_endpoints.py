@@ -131,7 +131,7 @@ async def answer_verified(server: Server, request: Request, asked: Asked, model:
         raise
     timed("answer")
     told = verification(verified)
-    usage = usage_of(verified, delivery.prompt_tokens, delivery.cached_tokens)
+    usage = usage_of(verified, delivery.prompt_tokens)
     return JSONResponse(head.answer([choice_of(verified)], usage, verification=told), headers=headers_of(told))
 
 

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 
 import mlx.core as mx
 import pytest
@@ -45,6 +46,14 @@ class Told:
             if isinstance(event, Piece):
                 ends[event.index] += event.text
         return [ends[index] for index in sorted(ends)]
+
+
+def until_idle(engine, also=lambda: True):
+    """Wait until no row and no request is left."""
+    until = time.monotonic() + SECONDS
+    while not (also() and engine.load() == {"waiting": 0, "running": 0, "rows": 0}):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def encoded(text):

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 
 import pytest
 from starlette.testclient import TestClient
@@ -10,6 +9,7 @@ from starlette.testclient import TestClient
 from mlx_rsgwm.serving.app import make_app
 from mlx_rsgwm.serving.guard import Guard
 from mlx_rsgwm.serving.settings import ServerSettings
+from tests.serving.conftest import until_idle
 
 ADAPTERS = {"a": 1, "b": 2}
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -350,13 +350,6 @@ def test_a_full_queue_and_a_long_answer_are_told(start):
     refused(response, 429, "queue_full")
     assert response.headers["retry-after"] == "1"
     until_idle(engine)
-
-
-def until_idle(engine):
-    until = time.monotonic() + 60
-    while engine.load() != {"waiting": 0, "running": 0, "rows": 0}:
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_what_fails_in_the_engine_is_told_without_saying_how(start, monkeypatch):

@@ -1,7 +1,6 @@
 """Rows of many adapters side by side say what each says alone, come and go, and fail by themselves."""
 
 import threading
-import time
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +14,7 @@ from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.serving.errors import ContextTooLong, ModelNotFound, ServerBusy, ServerStopping
 from mlx_rsgwm.serving.events import Begun, Ended, Failed
 from mlx_rsgwm.serving.row_sampling import RowSampling
-from tests.serving.conftest import evaluated
+from tests.serving.conftest import evaluated, until_idle
 
 ADAPTERS = {"a": 1, "b": 2, "c": 3, "d": 4}
 PROMPTS = ["What is 2 + 2?", "Name a number.", "A much longer question, with several more words in it, is here?"]
@@ -58,7 +57,7 @@ def test_rows_of_many_adapters_say_what_each_says_alone(make_engine, ask, alone)
     told = {(name, text): ask(engine, name or bare, text)[1] for text in PROMPTS for name in (*ADAPTERS, None)}
     assert {key: events.texts()[0] for key, events in told.items()} == alone
     assert engine.counts.steps < 24 * len(alone) + 24 * 3  # they were written side by side
-    assert engine.load() == {"waiting": 0, "running": 0, "rows": 0}
+    until_idle(engine)
 
 
 def test_nothing_changes_under_concurrent_requests_replacement_and_unload(make_engine, make_adapter, ask, alone):
@@ -119,10 +118,7 @@ def test_a_cancelled_request_frees_its_rows(make_engine, ask):
         engine.cancel(job)
     assert ask(engine, "c", "Name a number.", max_tokens=3)[1].texts()
     engine.cancel(jobs[0][0])
-    until = time.monotonic() + SECONDS
-    while engine.load()["running"] and time.monotonic() < until:
-        time.sleep(0.01)
-    assert engine.load() == {"waiting": 0, "running": 0, "rows": 0}
+    until_idle(engine)
     assert engine.counts.cancelled == 5
 
 

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 
 import pytest
 from starlette.testclient import TestClient
@@ -16,6 +15,7 @@ from mlx_rsgwm.serving.app import make_app
 from mlx_rsgwm.serving.engine import Engine
 from mlx_rsgwm.serving.library import Library
 from mlx_rsgwm.serving.settings import ServerSettings
+from tests.serving.conftest import until_idle
 from tests.serving.test_app import refused
 
 SECONDS = 60
@@ -129,7 +129,7 @@ def test_answers_among_others_are_the_same(start, pair):
     for thread in threads:
         thread.join(SECONDS)
     assert failures == []
-    assert engine.load() == {"waiting": 0, "running": 0, "rows": 0}
+    until_idle(engine)
 
 
 def test_a_pool_verifies_as_it_does_for_ask(client, pair):
@@ -275,13 +275,6 @@ def test_a_client_that_leaves_while_it_is_verified_frees_everything(start, pair,
         until_idle(engine, lambda: engine.counts.cancelled == 1)
         leaver.join(SECONDS)
     check_same(ask(client, QUESTIONS[0], verify=FULL).json(), asked(pair, QUESTIONS[0]))
-
-
-def until_idle(engine, also):
-    until = time.monotonic() + SECONDS
-    while not (also() and engine.load() == {"waiting": 0, "running": 0, "rows": 0}):
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_a_verdict_that_raises_fails_its_own_request(start, pair, monkeypatch):
