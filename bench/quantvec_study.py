@@ -8,6 +8,7 @@ the task's vector. Every receiver's plain adapter is then rounded with the base,
 λ = 1 (``vector``); and with what should not help: a random update of the vector's rank and of its norm in every layer
 (``random``), the vector's opposite (``minus``), the vector with its blocks in another order (``shuffled``). Recovery is
 the loss that is won over ``plain`` as a share of what the ceiling wins. ``--answered`` counts greedy answers, too.
+Intervals resample rows; how much donors, receivers and seeds differ, the recovery of every pair shows.
 
 Whatever is finished in FOLDER is not made again; more seeds, formats and tasks may be added. The last line is JSON: for
 every format each variant's loss and gain with 95 % intervals, its recovery, and the recovery of every donor on every
@@ -255,16 +256,16 @@ def interval(part: np.ndarray, total: np.ndarray) -> dict[str, float] | None:
     return {"value": float(part.sum() / total.sum()), "low": low, "high": high}
 
 
-def pair(rows: Mapping[Any, Any], quant: str, seeds: Sequence[int], donor: str, task: str) -> list[float | None]:
-    """By seed, the recovery of one donor's vector on one receiver; None where the ceiling wins nothing."""
-    recoveries: list[float | None] = []
-    for seed in seeds:
-        plain, ceiling, patched = (
-            sum(rows[seed, quant, task, variant, source]["nats"])
-            for variant, source in ((PLAIN, ""), (CEILING, task), (VECTOR, donor))
-        )
-        recoveries.append((plain - patched) / (plain - ceiling) if plain > ceiling else None)
-    return recoveries
+def pair(rows: Mapping[Any, Any], quant: str, seeds: Sequence[int], donor: str, task: str) -> dict[str, Any]:
+    """The recovery of one donor's vector on one receiver, rows resampled and seeds averaged, and that of every seed;
+    None where the ceiling wins nothing."""
+    plain, ceiling, patched = (
+        np.array([rows[seed, quant, task, variant, source]["nats"] for seed in seeds])
+        for variant, source in ((PLAIN, ""), (CEILING, task), (VECTOR, donor))
+    )
+    gained, possible = plain - patched, plain - ceiling
+    by_seed = [float(g.sum() / p.sum()) if p.sum() > 0 else None for g, p in zip(gained, possible, strict=True)]
+    return {"recovery": interval(gained.mean(axis=0), possible.mean(axis=0)), "by_seed": by_seed}
 
 
 def accuracy(

@@ -89,9 +89,11 @@ def apply(
         _tell_unrecorded(console, adapter, quantvec)
         patched.save(out)
     told = patched.manifest["quantization_vector"]
-    origin = f"λ {'zero-shot' if told['zero_shot'] else 'chosen on its rows, not zero-shot'}"
+    origin = "zero-shot" if told["zero_shot"] else "λ chosen on its rows, not zero-shot"
+    if told["of_itself"]:
+        origin = "its own vector, which is the ceiling and no transfer"
     console.line(
-        f"{out}: {adapter.where} + {chosen:g} · {quantvec.where}, for {_shown(told['quantization'])}; λ {origin}"
+        f"{out}: {adapter.where} + {chosen:g} · {quantvec.where}, for {_shown(told['quantization'])}; {origin}"
     )
     if choice is not None:
         console.line(

@@ -44,6 +44,7 @@ def train(
     \b
     Examples:
       rsgwm train --corpus corpus/change --out pool/change --epochs 1
+      rsgwm train --corpus corpus/change --out pool/change-4bit --qat 4
       rsgwm train --config lora_config.yaml
       mlx.launch -n 2 -- rsgwm train --corpus corpus/change --out pool/change
     """

@@ -144,7 +144,7 @@ def _fuse(
     survivals, rounded = [], {}
     with progress.task("measuring", len(layers)) as advance:
         for name in sorted(layers, key=model_order):
-            if name in grams:
+            if name in grams and not hasattr(layers[name], "embedding"):  # whose inputs are no columns of its weight
                 rounded[name] = _by_feedback(layers[name], grams[name], target)
             survivals.append(_survival(name, layers[name], stored_as(layers[name], target), rounded.get(name)))
             advance(1, name)

@@ -56,7 +56,14 @@ def extract(through: Adapter, plain: Adapter) -> Adapter:
 def patch(receiver: Adapter, vector: Adapter, weight: float = 1.0, choice: Mapping[str, Any] | None = None) -> Adapter:
     """``receiver`` with ``weight`` (λ) times the quantization ``vector`` on it, exactly, of rank r + r'.
 
-    ``choice``: how λ was chosen on rows of the receiver; None for a λ that was given.
+    Its manifest says whether that is zero-shot: λ was given, and the vector is not one of the receiver itself, which at
+    λ = 1 gives back the adapter trained through rounding.
+
+    Args:
+        receiver: trained without rounding.
+        vector: of :func:`extract`, on the same base.
+        weight: λ.
+        choice: how λ was chosen on rows of the receiver; None for a λ that was given.
 
     Raises:
         RsgwmError: ``vector`` is none, or of another base; one of the two is not LoRA on linear layers.
@@ -64,6 +71,9 @@ def patch(receiver: Adapter, vector: Adapter, weight: float = 1.0, choice: Mappi
     quant = vector_format(vector)
     _require_same_base(receiver, vector)
     result = stacked([(receiver, 1.0), (vector, weight)])
+    sources = vector.manifest.get("sources")
+    donor = sources.get("plain") if isinstance(sources, Mapping) else None
+    of_itself = isinstance(donor, Mapping) and donor.get("sha256") == receiver.content_hash()
     about = {name: receiver.manifest.get(name) for name in ("template", "task", "data", "seed")}
     result.manifest = {
         "kind": PATCHED,
@@ -74,7 +84,8 @@ def patch(receiver: Adapter, vector: Adapter, weight: float = 1.0, choice: Mappi
             **_named(vector),
             "quantization": described(quant),
             "lambda": weight,
-            "zero_shot": choice is None,
+            "zero_shot": choice is None and not of_itself,
+            "of_itself": of_itself,
             **({"choice": dict(choice)} if choice else {}),
         },
         KEY: (record_of(receiver.manifest, receiver.name) | record_of(vector.manifest, vector.name)).describe(),

@@ -78,6 +78,8 @@ def test_a_patched_adapter_is_the_exact_sum(twins, make_adapter, weight):
 def test_the_donor_patched_with_its_own_vector_is_the_adapter_trained_through_rounding(twins):
     through, plain = twins
     ceiling = patch(plain, extract(through, plain))
+    told = ceiling.manifest["quantization_vector"]
+    assert (told["of_itself"], told["zero_shot"]) == (True, False)
     for module in ceiling.modules():
         np.testing.assert_allclose(update(ceiling, module), update(through, module), rtol=1e-5, atol=1e-6)
 
@@ -160,6 +162,8 @@ def test_the_commands(work):
     zero_shot = result(invoke(*apply, "--out", work / "patched"))
     assert (zero_shot["lambda"], zero_shot["zero_shot"]) == (1.0, True)
     assert Adapter.load(work / "patched").spec.rank == 6
+    itself = invoke("quantvec", "apply", work / "change", "--vector", work / "vector", "--out", work / "itself")
+    assert "its own vector, which is the ceiling and no transfer" in itself.stdout
     half = invoke(*apply, "--lambda", "0.5", "--out", work / "half")
     assert result(half)["lambda"] == 0.5
     chosen = invoke(*apply, "--choose", work / "corpus/groups", "--out", work / "chosen")

@@ -15,8 +15,10 @@ from mlx_rsgwm.cli.fuse import FORMATS as CLI_FORMATS
 from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.converters.fuse.fuse import FORMATS, StoredForm, fuse
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
+from mlx_rsgwm.linalg.gram import WholeGram
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.models.quantisation import QuantFormat
 
 IDS = [3, 9, 40, 41, 7, 99, 200, 12]
 ALL = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
@@ -262,6 +264,14 @@ def test_a_dense_base_is_quantised_whole(bases, tmp_path, target, bits, capsys):
     assert model.layers[0].self_attn.o_proj.bits == model.layers[0].mlp.up_proj.bits == bits
     assert dict(mx.load(str(tmp_path / "out" / "model.safetensors")))["model.norm.weight"].dtype == mx.bfloat16
     assert result["error"] < {8: 0.05, 4: 0.5, 3: 1.0}[bits]
+
+
+def test_error_feedback_is_for_linear_layers(bases, tmp_path):
+    adapter = make(tmp_path / "adapter", size=0.3, extra={"model.embed_tokens": (320, 64)})
+    grams = {name: WholeGram(np.eye(a.shape[0])) for name, a, _ in Adapter.load(adapter).factors()}
+    result = fuse(adapter, str(bases / "float32"), tmp_path / "out", target=QuantFormat(4), grams=grams, force=True)
+    assert (result["modules"], result["by_feedback"]) == (9, 8)
+    assert load_base(str(tmp_path / "out")).model.model.embed_tokens.bits == 4
 
 
 def test_more_bits_keep_more(bases, tmp_path):
