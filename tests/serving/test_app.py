@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from urllib.parse import unquote
 
 import pytest
 from starlette.testclient import TestClient
@@ -310,6 +311,30 @@ def test_only_the_path_as_it_was_sent_opens_a_door(raw):
     assert sent[0]["status"] == 401
     asyncio.run(guard({**scope, "raw_path": b"/health"}, None, send))
     assert sent[-1] == "let through"
+
+
+@pytest.mark.parametrize(
+    "raw", [b"/v1/load_lora_adapter", b"/v1/load%5Flora_adapter", b"/%76%31/unload_lora%5fadapter"]
+)
+@pytest.mark.parametrize("keys", [(), ("reader-key",)])
+def test_an_encoded_path_loads_no_adapter_without_the_admins_key(raw, keys):
+    sent = []
+
+    async def behind(scope, receive, send):
+        sent.append("let through")
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(behind, ServerSettings(api_keys=keys, admin_keys=("admin-key",)))
+    for key, outcome in ((b"reader-key", 401), (b"admin-key", "let through")):
+        sent.clear()
+        headers = [
+            (b"host", b"localhost"), (b"content-type", b"application/json"), (b"authorization", b"Bearer " + key)
+        ]  # fmt: skip
+        scope = {"type": "http", "method": "POST", "path": unquote(raw.decode()), "raw_path": raw, "headers": headers}
+        asyncio.run(guard(scope, None, send))
+        assert (sent[0] if outcome == "let through" else sent[0]["status"]) == outcome
 
 
 def test_pages_of_other_servers_ask_where_they_may(start):
