@@ -23,7 +23,7 @@ HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]/\s]+)(?::\d+)?")
 
 
 class Guard:
-    """Refuses requests before any endpoint sees them. Only a path that was sent as it stands here opens without a key."""
+    """Refuses requests before any endpoint sees them. Only paths sent letter by letter open without a key."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app, self._settings = app, settings
