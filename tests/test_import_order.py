@@ -31,7 +31,7 @@ EXCEPTIONS: frozenset[tuple[str, str]] = frozenset()
 ONLY_IN = {
     "click": ("cli/", "bench/", "tests/"),
     "torch": ("converters/parity/", "bench/", "tests/"),
-    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), ("mlx_rsgwm/serving/", "tests/")),
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "llguidance"), ("mlx_rsgwm/serving/", "tests/")),
 }
 GRAB_BAGS = {"utils", "util", "common", "helpers", "misc"}
 MOST_FOLDERS = 16
@@ -40,7 +40,7 @@ LATE = [
     *("torch", "transformers", "datasets", "matplotlib", "sklearn", "scipy", "peft", "math_verify", "sympy", "rich"),
     *("lm_eval", "gguf", "huggingface_hub", "prompt_toolkit"),
 ]
-SERVING = ("starlette", "uvicorn", "prometheus_client")  # an extra: `serving` and nothing else needs them
+SERVING = ("starlette", "uvicorn", "prometheus_client", "llguidance")  # an extra: `serving` and nothing else needs them
 
 
 def sources() -> dict[str, str]:

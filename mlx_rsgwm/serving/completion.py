@@ -21,7 +21,8 @@ Prompt = Callable[[Library, ServedModel], tuple[int, ...]]
 @dataclass(frozen=True)
 class Writing:
     """How choices are written. ``stream``: what names their random streams, beside the seed; for ``rsgwm ask`` that is
-    the question. ``max_tokens`` None: as many as ``usual``, or as the context has room for."""
+    the question. ``max_tokens`` None: as many as ``usual``, or as the context has room for.
+    ``schema``: of JSON, which the text is to be a value of."""
 
     n: int = 1
     seed: int = 0
@@ -30,6 +31,7 @@ class Writing:
     usual: int = 512
     stop: tuple[str, ...] = ()
     trim: bool = True
+    schema: str | None = None
     sampling: RowSampling = field(default_factory=RowSampling)
 
 
@@ -55,6 +57,7 @@ class Completion(Job):
         self._texts: dict[Row, TextStream] = {}
         self._places: dict[Row, int] = {}
         self._told: dict[Row, list[TokenLogprob]] = {}
+        self._complete: set[Row] = set()  # rows after whose text their grammar has nothing
 
     def begin(self, library: Library) -> list[Row]:
         """The rows to write."""
@@ -77,6 +80,7 @@ class Completion(Job):
         ]
         self._tokenizer: Any = library.tokenizer
         for place, row in enumerate(rows):
+            row.grammar = None if writing.schema is None else library.grammars.of(writing.schema, model.end_ids)
             self._places[row], self._told[row] = place, []
             self._texts[row] = TextStream(self._tokenizer.decode, writing.stop, writing.trim)
         self.tell(Begun(len(prompt)))
@@ -88,14 +92,16 @@ class Completion(Job):
             self._told[row].append(self._logprob(pick))
         text = self._texts[row]
         self._piece(row, text.add(pick.token))
-        return not text.stopped
+        if row.grammar is not None and not row.grammar.take(pick.token):
+            self._complete.add(row)
+        return not text.stopped and row not in self._complete
 
     def ended(self, row: Row, finished: bool) -> list[Row]:
         """Tell the row's end; ``finished``: by itself, not by its limit."""
         text = self._texts.pop(row)
         if not text.stopped:
             self._piece(row, text.end(), last=True)
-        reason = "stop" if finished or text.stopped else "length"
+        reason = "stop" if finished or text.stopped or row in self._complete else "length"
         self.tell(Ended(self._places[row], reason, len(row.tokens), min(row.cached, len(row.prompt))))
         if not self._texts:
             self.over = True

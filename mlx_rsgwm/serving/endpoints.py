@@ -83,9 +83,8 @@ class Server:
         if asked.n > self.engine.limits.rows:
             raise RequestError(f"n is at most {self.engine.limits.rows} here", code="invalid_value", param="n")
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
-        return Writing(
-            asked.n, seed, stream, asked.max_tokens, self.settings.max_tokens, asked.stop, trim, asked.sampling
-        )
+        limits = (asked.max_tokens, self.settings.max_tokens)
+        return Writing(asked.n, seed, stream, *limits, asked.stop, trim, asked.schema, asked.sampling)
 
     @staticmethod
     def _maker(model: ServedModel, prompt: Any, writing: Writing) -> Maker:

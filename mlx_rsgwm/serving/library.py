@@ -25,6 +25,7 @@ from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.tokenizer import embedding_rows
 from mlx_rsgwm.serving.errors import ModelNotFound, RequestError
+from mlx_rsgwm.serving.grammar import Grammars
 
 
 @dataclass(eq=False)
@@ -75,6 +76,7 @@ class Library:
         self.base_bytes: int = self.slots.memory()["base"]
         self.vocabulary = embedding_rows(base.model) or len(base.tokenizer.get_vocab())
         self.tokenizer = base.tokenizer
+        self.grammars = Grammars(base.tokenizer, self.vocabulary)
         self._removed: list[ServedModel] = []
         template = spoken_template(None, self.tokenizer, None, "")
         self.bare = ServedModel(base.name, "base", template, self.end_ids(template))

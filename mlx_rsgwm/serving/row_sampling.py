@@ -85,6 +85,7 @@ def pick(
     uniforms: Sequence[float],
     read: Sequence[Sequence[int]],
     written: Sequence[Sequence[int]],
+    allowed: Sequence[np.ndarray | None],
 ) -> list[Pick]:
     """One token for each row of logits (rows, vocabulary).
 
@@ -92,8 +93,9 @@ def pick(
         settings: of each row.
         uniforms: one number in [0, 1) for each row.
         read, written: the prompt of each row, and its tokens so far.
+        allowed: which tokens each may write, (vocabulary,) bool; None: all.
     """
-    moved = _moved(logits, settings, read, written)
+    moved = _moved(logits, settings, read, written, allowed)
     groups: dict[tuple[float, float], list[int]] = {}
     for place, setting in enumerate(settings):
         groups.setdefault((setting.temperature, setting.top_p), []).append(place)
@@ -116,19 +118,28 @@ def _moved(
     settings: Sequence[RowSampling],
     read: Sequence[Sequence[int]],
     written: Sequence[Sequence[int]],
+    allowed: Sequence[np.ndarray | None],
 ) -> mx.array:
     """Logits (rows, vocabulary) after penalties and biases, −∞ where a token cannot be drawn."""
-    if all(setting.plain for setting in settings):
+    as_it_is = [setting.plain and mask is None for setting, mask in zip(settings, allowed, strict=True)]
+    if all(as_it_is):
         return logits
     rows = [
-        logits[place] if setting.plain else _of_row(logits[place], setting, read[place], written[place])
+        logits[place]
+        if as_it_is[place]
+        else _of_row(logits[place], setting, read[place], written[place], allowed[place])
         for place, setting in enumerate(settings)
     ]
     return mx.stack([row.astype(mx.float32) for row in rows])
 
 
-def _of_row(row: mx.array, setting: RowSampling, read: Sequence[int], written: Sequence[int]) -> mx.array:
+def _of_row(
+    row: mx.array, setting: RowSampling, read: Sequence[int], written: Sequence[int], allowed: np.ndarray | None
+) -> mx.array:
     values = np.array(row.astype(mx.float32))
+    if allowed is not None:
+        values[: len(allowed)][~allowed] = -np.inf
+        values[len(allowed) :] = -np.inf
     if setting.repetition_penalty != 1:
         seen = np.array(sorted({*read, *written}), dtype=np.int64)
         penalty = setting.repetition_penalty

@@ -17,6 +17,7 @@ from mlx_rsgwm.inference.prefix_cache import GROWTH, concat, select_rows
 from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.serving.grammar import Grammar
 from mlx_rsgwm.serving.prefixes import PrefixStore
 from mlx_rsgwm.serving.row_sampling import Pick, RowSampling, pick
 
@@ -26,7 +27,7 @@ class Row:
     """A text under way: its prompt, the slot of its adapter (None: the bare base), how and how far it is written.
 
     ``uniforms``: its random stream, a number for each of the tokens that it may have. ``owner``: whose it is, for the
-    engine. ``cached``: how many of its first tokens were not read for it, being known.
+    engine. ``cached``: how many of its first tokens were not read for it, being known. ``grammar``: what it may write.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +38,7 @@ class Row:
     owner: Any = None
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
+    grammar: Grammar | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -237,6 +239,7 @@ def _picks(rows: Sequence[Row], logits: mx.array) -> list[Pick]:
         [float(row.uniforms[len(row.tokens)]) for row in rows],
         [row.prompt for row in rows],
         [row.tokens for row in rows],
+        [None if row.grammar is None else row.grammar.allowed() for row in rows],
     )
 
 

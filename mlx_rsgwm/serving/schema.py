@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ class Asked:
 
     ``logprobs``: how many alternatives are told of each token, None: nothing. ``prompts``: of ``/v1/completions``,
     texts or ids; ``conversation``: of ``/v1/chat/completions``. ``verify``: settings of a verified answer.
+    ``schema``: of JSON, which the answer is held to.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Asked:
     conversation: Conversation | None = None
     prompts: tuple[str | tuple[int, ...], ...] = ()
     verify: Mapping[str, Any] | None = None
+    schema: str | None = None
 
     @property
     def sampling(self) -> RowSampling:
@@ -183,11 +186,23 @@ def stream_options(value: Any) -> bool:
     return flag(value.get("include_usage", False))
 
 
-def plain_format(value: Any) -> str:
-    """A response format; text is the one that there is."""
-    if not isinstance(value, dict) or value.get("type") != "text" or len(value) != 1:
-        raise ValueError('must be {"type": "text"}; others are not supported here')
-    return "text"
+def schema_of(value: Any) -> str | None:
+    """The JSON schema, as a text, that a response format holds an answer to; None: a text is free."""
+    if not isinstance(value, dict) or value.get("type") not in ("text", "json_object", "json_schema"):
+        raise ValueError("must have the type text, json_object or json_schema")
+    if value["type"] != "json_schema":
+        if len(value) != 1:
+            raise ValueError(f"of the type {value['type']} has nothing else")
+        return None if value["type"] == "text" else '{"type": "object"}'
+    body = Body(value.get("json_schema"), "response_format.json_schema")
+    body.take("name", text)
+    body.take("description", text)
+    body.take("strict", flag)  # an answer is held to the schema either way
+    schema = body.require("schema", lambda schema: schema)
+    body.end()
+    if not isinstance(schema, dict):
+        raise ValueError("must have a JSON object as json_schema.schema")
+    return json.dumps(schema)
 
 
 def prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -268,12 +283,17 @@ def chat_request(values: Any) -> Asked:
         raise RequestError("top_logprobs needs logprobs", code="invalid_value", param="top_logprobs")
     most = body.take("max_tokens", integer(1, 1 << 31))
     most = body.take("max_completion_tokens", integer(1, 1 << 31), most)
-    body.take("response_format", plain_format)
+    schema = body.take("response_format", schema_of)
     verify = body.take("verify", verify_settings)
     conversation = body.require("messages", conversation_of)
     body.end(IGNORED)
     return Asked(
-        **common, max_tokens=most, logprobs=(top or 0) if wanted else None, conversation=conversation, verify=verify
+        **common,
+        max_tokens=most,
+        logprobs=(top or 0) if wanted else None,
+        conversation=conversation,
+        verify=verify,
+        schema=schema,
     )
 
 

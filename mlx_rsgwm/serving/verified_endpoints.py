@@ -49,7 +49,12 @@ def require_pair(model: ServedModel, asked: Asked) -> None:
     Raises:
         RequestError: a parameter of texts that are written freely.
     """
-    written = {"n": asked.n != 1, "stop": bool(asked.stop), "logprobs": asked.logprobs is not None}
+    written = {
+        "response_format": asked.schema is not None,
+        "n": asked.n != 1,
+        "stop": bool(asked.stop),
+        "logprobs": asked.logprobs is not None,
+    }
     named = [name for name in asked.given if name not in OF_SAMPLING] + [name for name, used in written.items() if used]
     if named:
         message = f"{named[0]} is not supported by {model.name!r}, whose answers are verified"

@@ -6,17 +6,21 @@ import time
 
 import mlx.core as mx
 import pytest
+from starlette.testclient import TestClient
 
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.serving.admission import Limits
+from mlx_rsgwm.serving.app import make_app
 from mlx_rsgwm.serving.completion import Completion, Writing
 from mlx_rsgwm.serving.engine import Engine
 from mlx_rsgwm.serving.events import Ended, Failed, Finished, Piece
 from mlx_rsgwm.serving.library import Library
 from mlx_rsgwm.serving.row_sampling import RowSampling
+from mlx_rsgwm.serving.settings import ServerSettings
 
 SECONDS = 60
 GREEDY = RowSampling(temperature=0)
+MODELS = {"a": 1, "b": 2}
 
 
 class Told:
@@ -104,3 +108,24 @@ def ask():
         return job, told
 
     return submit
+
+
+@pytest.fixture
+def start(make_engine):
+    """Starts an application over an engine: ``start(adapters, limits, **settings)`` returns a client and the engine."""
+    clients = []
+
+    def make(adapters=MODELS, limits=None, **settings):
+        engine = make_engine(adapters, **(limits or {}))
+        client = TestClient(make_app(engine, ServerSettings(**settings)), base_url="http://127.0.0.1:8080")
+        clients.append(client.__enter__())
+        return client, engine
+
+    yield make
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(start):
+    return start()[0]

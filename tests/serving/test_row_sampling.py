@@ -68,10 +68,10 @@ def test_every_row_is_drawn_by_its_settings_alone_and_among_others():
         logits = (rng.standard_normal((len(SETTINGS), 40)) * 2).astype(np.float32)
         uniforms = rng.random(len(SETTINGS), dtype=np.float32).tolist()
         context = [READ] * len(SETTINGS), [WRITTEN] * len(SETTINGS)
-        together = [item.token for item in pick(mx.array(logits), SETTINGS, uniforms, *context)]
+        together = [item.token for item in pick(mx.array(logits), SETTINGS, uniforms, *context, [None] * len(SETTINGS))]
         for place, setting in enumerate(SETTINGS):
             row = mx.array(logits[place : place + 1])
-            (item,) = pick(row, [setting], [uniforms[place]], [READ], [WRITTEN])
+            (item,) = pick(row, [setting], [uniforms[place]], [READ], [WRITTEN], [None])
             assert item.token == together[place]
             wrong += item.token != expected(logits[place], setting, uniforms[place])
     assert wrong <= 1  # a float32 sum may step over a boundary
@@ -85,14 +85,14 @@ def test_greedy_rows_keep_penalties_and_biases():
         RowSampling(temperature=0, presence_penalty=2.0, frequency_penalty=1.0),
         RowSampling(temperature=0, logit_bias={1: -100.0}, top_k=1),
     ]
-    picks = pick(logits, settings, [0.5] * 4, [[0]] * 4, [[1, 1]] * 4)
+    picks = pick(logits, settings, [0.5] * 4, [[0]] * 4, [[1, 1]] * 4, [None] * 4)
     assert [item.token for item in picks] == [1, 2, 2, 2]
 
 
 def test_log_probabilities_are_the_models_own():
     logits = np.random.default_rng(1).standard_normal((2, 30)).astype(np.float32)
     settings = [RowSampling(temperature=0.5, logit_bias={4: 100.0}, logprobs=3), RowSampling(logprobs=None)]
-    asked, silent = pick(mx.array(logits), settings, [0.3, 0.3], [[], []], [[], []])
+    asked, silent = pick(mx.array(logits), settings, [0.3, 0.3], [[], []], [[], []], [None, None])
     wide = logits[0].astype(np.float64)
     reference = wide - np.log(np.exp(wide).sum())
     assert asked.token == 4
@@ -100,6 +100,17 @@ def test_log_probabilities_are_the_models_own():
     assert [token for token, _ in asked.top] == np.argsort(-reference)[:3].tolist()
     assert [value for _, value in asked.top] == pytest.approx(np.sort(reference)[::-1][:3].tolist())
     assert (silent.logprob, silent.top) == (None, ())
+
+
+def test_what_is_not_allowed_is_not_drawn():
+    logits = mx.array([[0.0, 3.0, 1.0, 2.0]] * 3)
+    masks = [np.array([True, False, True]), None, np.array([True, False, False, True])]  # one says nothing of the last
+    settings = [RowSampling(temperature=0), RowSampling(temperature=0), RowSampling(temperature=0, top_k=1)]
+    picks = pick(logits, settings, [0.5] * 3, [[]] * 3, [[]] * 3, masks)
+    assert [item.token for item in picks] == [2, 1, 3]
+    hot = RowSampling(temperature=2.0)
+    draws = {pick(logits[:1], [hot], [u / 40], [[]], [[]], masks[:1])[0].token for u in range(40)}
+    assert draws == {0, 2}
 
 
 @pytest.mark.parametrize(

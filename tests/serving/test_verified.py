@@ -222,6 +222,7 @@ def test_verdicts_on_given_answers(client, pair):
         ({"n": 2}, "unsupported_parameter", "n"),
         ({"stop": "x"}, "unsupported_parameter", "stop"),
         ({"logprobs": True}, "unsupported_parameter", "logprobs"),
+        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"top_k": 3}, "unsupported_parameter", "top_k"),
         ({"verify": {"depth": 3}}, "unsupported_parameter", "verify.depth"),
         ({"verify": {"attempts": 0}}, "invalid_value", "verify.attempts"),
