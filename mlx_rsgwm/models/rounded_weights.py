@@ -18,7 +18,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.hooks import Call, calls_wrapped, module_at
-from mlx_rsgwm.models.quantisation import QuantFormat
+from mlx_rsgwm.models.quantisation import SYMMETRIC, QuantFormat
 
 INNER = ".linear"  # where mlx-lm's LoRA layer holds the base's
 
@@ -80,14 +80,16 @@ def rounded_bytes(model: Any, quant: QuantFormat) -> int:
 def stored_bytes(model: nn.Module, formats: Mapping[str, QuantFormat]) -> int:
     """What the arrays of a dense ``model`` take once the layers of ``formats`` are stored in them, in bytes.
 
-    An affine group has a scale and an offset in the layer's float type, one of the other modes a scale of a byte.
+    An affine group has a scale and an offset in the layer's float type, a symmetric row a scale in it, and a group of
+    the other modes a scale of a byte.
     """
     flat: Any = tree_flatten(model.parameters())
     total = sum(value.nbytes for _, value in flat)
     for name, quant in formats.items():
         weight = module_at(model, name).weight
-        group = 2 * weight.itemsize if quant.mode == "affine" else 1
-        total += weight.size * quant.bits // 8 + weight.size // quant.group_size * group - weight.nbytes
+        scale = {"affine": 2 * weight.itemsize, SYMMETRIC: weight.itemsize}.get(quant.mode, 1)
+        groups = weight.size // (quant.group_size or weight.shape[-1])
+        total += weight.size * quant.bits // 8 + groups * scale - weight.nbytes
     return int(total)
 
 

@@ -21,7 +21,7 @@ from mlx_rsgwm.merging.quantisation_vector import extract, patch
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.quantisation import QuantFormat
-from mlx_rsgwm.studies.rounding_remedies import REMEDIES, Remedy, compare_remedies, recommend
+from mlx_rsgwm.studies.rounding_remedies import REMEDIES, Remedy, RoundedBase, compare_remedies, recommend
 from mlx_rsgwm.training.losses import row_nats
 
 THREE = QuantFormat(3, 32)
@@ -119,6 +119,23 @@ def adapted_nll(model, adapter, rows, folder):
     load_adapters(model, str(adapter.save(folder / "adapter")))
     model.eval()
     return nll(model, rows)
+
+
+@pytest.mark.parametrize("quant", [QuantFormat(4, 32), QuantFormat(4, 32, "mxfp4"), QuantFormat(3, mode="symmetric")])
+def test_a_rounded_base_by_itself(tiny_base, base, adapter, quant):
+    rounded = RoundedBase(base, quant)
+    module = adapter.modules()[0]
+    a, b = (adapter.weights[f"{module}.{leaf}"] for leaf in ("lora_a", "lora_b"))
+    weight = dict(base.model.named_modules())[module].weight
+    expected = quant.round_trip(weight + adapter.spec.scale * (b.T @ a.T))
+    assert mx.array_equal(rounded.sums(adapter)[module], expected).item()
+    with rounded.using({}):
+        assert mx.array_equal(dict(base.model.named_modules())[module].weight, quant.round_trip(weight)).item()
+    entries = {name: layer for name, layer in base.model.named_modules() if hasattr(layer, "to_quantized")}
+    rows, size = (sum(f(layer.weight) for layer in entries.values()) for f in (lambda w: w.shape[0], lambda w: w.size))
+    norms = 5 * 32 * 4  # RMS norms stay floats
+    scales = {"affine": size // 32 * 8, "mxfp4": size // 32, "symmetric": rows * 4}[quant.mode]
+    assert rounded.bytes == size * quant.bits // 8 + scales + norms
 
 
 def test_ways_without_what_they_need_are_named(base, rows, adapter, grams):
