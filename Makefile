@@ -33,7 +33,7 @@ RUN = $(if $(OPENBLAS),$(if $(CORETYPE),OPENBLAS_CORETYPE="$(CORETYPE)") \
 # Two test files at a time, each with one thread: the matrices of tests are too small for two.
 RUN_TESTS = $(RUN) OPENBLAS_NUM_THREADS=1 BLIS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
-SOURCES := $(shell find mlx_rsgwm converters cli bench -name "*.py" -o -name "*.yaml" -o -name py.typed)
+SOURCES := $(shell find mlx_rsgwm converters cli bench -name "*.py" -o -name "*.yaml" -o -name "*.html" -o -name py.typed)
 
 .PHONY: demo test slow faults coverage lint format wheel-check openblas clean help
 .DEFAULT_GOAL := help

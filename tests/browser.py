@@ -63,12 +63,13 @@ class Browser:
 
 
 def opened(browser, page, drawn="!!document.querySelector('svg')"):
-    """The session of a page that has been drawn, when the JavaScript ``drawn`` holds, and what evaluates it there."""
+    """The session of a page, a file or an address, that has been drawn, when the JavaScript ``drawn`` holds, and what
+    evaluates it there."""
     target = browser.call("Target.createTarget", url="about:blank")["targetId"]
     session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
     for domain in ("Page", "Runtime", "Log", "Network"):
         browser.call(f"{domain}.enable", session)
-    browser.call("Page.navigate", session, url=page.as_uri())
+    browser.call("Page.navigate", session, url=page if isinstance(page, str) else page.as_uri())
 
     def evaluate(expression):
         found = browser.call("Runtime.evaluate", session, expression=expression, returnByValue=True)

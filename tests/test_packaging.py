@@ -58,7 +58,9 @@ def test_every_data_file_is_shipped():
     """Whatever lies in the package beside Python files is named under package-data."""
     extra = {file for file in (ROOT / "mlx_rsgwm").rglob("*") if file.is_file() and file.suffix not in {".py", ".pyc"}}
     recipes = set((ROOT / "mlx_rsgwm" / "recipes").glob("*.yaml"))
-    assert extra - recipes <= {ROOT / "mlx_rsgwm" / "py.typed"}
+    page = ROOT / "mlx_rsgwm" / "serving" / "page.html"
+    assert extra - recipes <= {ROOT / "mlx_rsgwm" / "py.typed", page}
+    assert '"mlx_rsgwm.serving" = ["page.html"]' in PYPROJECT
     assert '"mlx_rsgwm.recipes" = ["*.yaml"]' in PYPROJECT
     assert 'mlx_rsgwm = ["py.typed"]' in PYPROJECT
 

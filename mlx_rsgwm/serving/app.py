@@ -65,6 +65,7 @@ def _routes(server: Server) -> list[Route]:
             ("/v1/unload_lora_adapter", server.unload_adapter, ["POST"]),
             ("/tokenize", server.tokenize, ["POST"]),
             ("/detokenize", server.detokenize, ["POST"]),
+            ("/", server.page, ["GET"]),
             ("/health", server.health, ["GET"]),
             ("/ready", server.ready, ["GET"]),
             ("/metrics", server.prometheus, ["GET"]),

@@ -6,11 +6,13 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
+from mlx_rsgwm.core import files
 from mlx_rsgwm.serving.answers import CHAT, TEXT, Head
 from mlx_rsgwm.serving.completion import Completion, Writing
 from mlx_rsgwm.serving.conversation import conversation_of
@@ -25,6 +27,13 @@ from mlx_rsgwm.serving.settings import ServerSettings
 from mlx_rsgwm.serving.shelf import Shelf
 from mlx_rsgwm.serving.telling import stream_of, whole_of
 from mlx_rsgwm.serving.verified_endpoints import answer_verified, verify_answers
+
+PAGE = Path(__file__).with_name("page.html")
+# What it may do: run its own script and ask this server; load nothing, be framed by nobody.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class Server:
@@ -197,6 +206,10 @@ class Server:
         """``GET /ready``: 503 while the base is loaded, and once the server stops."""
         ready = self.engine.ready
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def page(self, request: Request) -> Response:
+        """``GET /``: a page to ask from, which needs nothing but this server."""
+        return HTMLResponse(files.read_text(PAGE), headers={"Content-Security-Policy": POLICY})
 
     async def prometheus(self, request: Request) -> Response:
         """``GET /metrics``."""

@@ -1,6 +1,7 @@
 """`rsgwm serve` as a program: OpenAI's own client against it, clients that leave, signals, and what it refuses."""
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
+from tests.browser import SCREENS, keep_screenshot, opened, show
 
 SECONDS = 60
 MAIN = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
@@ -244,3 +246,35 @@ def test_the_examples_of_the_documentation_run(adapters, tiny_base):
             if kind == "python":
                 assert "'checked'" in done.stdout
                 assert re.search(r"^(True|False)$", done.stdout, re.M)
+
+
+DRAFTS = "[...document.querySelectorAll('#drafts article .verdict')].map(verdict => verdict.textContent)"
+FITS = "document.documentElement.scrollWidth <= window.innerWidth"
+
+
+def test_the_page_asks_and_shows_drafts_and_verdicts(browser, adapters, tiny_base):
+    pair = ("--verified", f"checked={adapters / 'judged'}+{adapters / 'judged'}")
+    with serving("--base", tiny_base, "--adapter", adapters / "sums", *pair) as (_, address):
+        assert "default-src 'none'" in httpx.get(f"{address}/").headers["content-security-policy"]
+        session, evaluate = opened(browser, f"{address}/", "document.querySelectorAll('#model option').length === 3")
+        assert evaluate("document.querySelector('#model').value") == "checked"
+        evaluate("document.querySelector('#threshold').value = 1; document.querySelector('#go').click()")
+        wait_until(lambda: evaluate("!!document.querySelector('#answer article')"))
+        verdicts = evaluate(DRAFTS)
+        assert len(verdicts) == 3
+        assert all(re.fullmatch(r"not accepted · 0\.\d{3}", verdict) for verdict in verdicts)
+        assert "not accepted after 3" in evaluate("document.querySelector('#answer').textContent")
+        for width, scheme in SCREENS:
+            show(browser, session, width, scheme)
+            assert evaluate(FITS), (width, scheme)
+            if keep := os.environ.get("RSGWM_SCREENSHOTS"):
+                keep_screenshot(browser, session, Path(keep) / f"serving-{width}-{scheme}.png")
+        evaluate("document.querySelector('#model').value = 'sums'; document.querySelector('#go').click()")
+        wait_until(lambda: evaluate("document.querySelectorAll('#drafts article').length === 1"))
+        wait_until(lambda: evaluate("document.querySelector('#stop').disabled"))
+        evaluate("document.querySelector('#question').value = 'x'.repeat(600); document.querySelector('#go').click()")
+        wait_until(lambda: "beyond the context" in evaluate("document.querySelector('#answer').textContent"))
+        asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+        errors = [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"]
+    assert all(url.startswith(address) for url in asked)
+    assert not errors
