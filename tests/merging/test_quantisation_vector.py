@@ -134,9 +134,11 @@ def test_the_chosen_weight_is_the_best_of_those_tried(base, twins, make_adapter,
         choose_weight(base, receiver, vector, token_rows[:4])
 
 
-@pytest.fixture
-def work(tiny_base, tmp_path):
-    """Corpora of two tasks; of the first an adapter trained through rounding and one without, of the second one."""
+@pytest.fixture(scope="module")
+def work(tiny_base, tmp_path_factory):
+    """Corpora of two tasks; of the first an adapter trained through rounding, one without and their vector, of the
+    second an adapter. Beside the vector there are some that are none."""
+    tmp_path = tmp_path_factory.mktemp("work")
     small = ("--rank", 2, "--steps", 2, "--batch-size", 4, "--base", tiny_base)
     for task in ("change", "groups"):
         rows = make_rows(generate(task, 8, 1, "train"), 8, 0, 1)
@@ -145,7 +147,24 @@ def work(tiny_base, tmp_path):
         assert told.exit_code == 0, told.output
     through = ("--corpus", tmp_path / "corpus/change", "--out", tmp_path / "through", "--qat", "2,32")
     assert invoke("train", *through, *small).exit_code == 0
+    twins = ("--qat", tmp_path / "through", "--plain", tmp_path / "change")
+    assert invoke("quantvec", "extract", *twins, "--out", tmp_path / "vector").exit_code == 0
+    for name, changes in (
+        ("other", {"base": {"name": "elsewhere", "fingerprint": "0" * 64}}),
+        ("seven", {"quantization": {"bits": 7, "group_size": 32, "mode": "affine"}}),
+        ("wide", {"quantization": {"bits": 4, "group_size": 64, "mode": "affine"}}),
+    ):
+        changed(tmp_path, "vector", name, changes)
     return tmp_path
+
+
+def changed(folder, name, copy, changes):
+    """A copy of an adapter with other entries in its manifest, or without those that are None."""
+    shutil.copytree(folder / name, folder / copy)
+    manifest = {**json.loads((folder / copy / "manifest.json").read_text()), **changes}
+    entries = {key: value for key, value in manifest.items() if value is not None}
+    (folder / copy / "manifest.json").write_text(json.dumps(entries))
+    return folder / copy
 
 
 def result(told):
@@ -155,10 +174,10 @@ def result(told):
 
 def test_the_commands(work):
     twins = ("--qat", work / "through", "--plain", work / "change")
-    made = invoke("quantvec", "extract", *twins, "--out", work / "vector", "--json")
+    made = invoke("quantvec", "extract", *twins, "--out", work / "made", "--json")
     assert result(made)["trained_differently"] == []
     assert (result(made)["rank"], result(made)["quantization"]["bits"]) == (4, 2)
-    apply = ("quantvec", "apply", work / "groups", "--vector", work / "vector", "--json")
+    apply = ("quantvec", "apply", work / "groups", "--vector", work / "made", "--json")
     zero_shot = result(invoke(*apply, "--out", work / "patched"))
     assert (zero_shot["lambda"], zero_shot["zero_shot"]) == (1.0, True)
     assert Adapter.load(work / "patched").spec.rank == 6
@@ -191,15 +210,6 @@ def test_the_commands(work):
 )
 def test_bad_input_is_one_line_and_writes_nothing(work, monkeypatch, arguments, reason):
     monkeypatch.chdir(work)
-    assert invoke("quantvec", "extract", "--qat", "through", "--plain", "change", "--out", "vector").exit_code == 0
-    for name, changes in (
-        ("other", {"base": {"name": "elsewhere", "fingerprint": "0" * 64}}),
-        ("seven", {"quantization": {"bits": 7, "group_size": 32, "mode": "affine"}}),
-        ("wide", {"quantization": {"bits": 4, "group_size": 64, "mode": "affine"}}),
-    ):
-        shutil.copytree("vector", name)
-        manifest = json.loads((work / name / "manifest.json").read_text())
-        (work / name / "manifest.json").write_text(json.dumps({**manifest, **changes}))
     told = invoke("quantvec", *arguments, "--out", "new", "--quiet")
     assert told.exit_code == 2, told.output
     assert reason in told.stderr
@@ -211,15 +221,9 @@ def test_a_quantised_base_cannot_choose(work, tiny_base, tmp_path):
     from tests.training.test_variants import quantised
 
     packed = quantised(tiny_base, tmp_path / "packed", 4)
-    vector = invoke("quantvec", "extract", "--qat", work / "through", "--plain", work / "change", "--out", work / "v")
-    assert vector.exit_code == 0
-    for name in ("groups", "v"):
-        path = work / name / "manifest.json"
-        manifest = json.loads(path.read_text())
-        del manifest["base"]
-        path.write_text(json.dumps(manifest))
-    told = invoke("quantvec", "apply", work / "groups", "--vector", work / "v", "--base", packed, "--choose",
-                  work / "corpus/groups", "--out", work / "new", "--quiet")  # fmt: skip
+    groups, vector = (changed(work, name, f"{name}-of-any-base", {"base": None}) for name in ("groups", "vector"))
+    told = invoke("quantvec", "apply", groups, "--vector", vector, "--base", packed, "--choose", work / "corpus/groups",
+                  "--out", work / "new", "--quiet")  # fmt: skip
     assert told.exit_code == 2
     assert "quantised already (4 bits)" in told.stderr.splitlines()[-1]
     assert "--dequantize" in told.stderr

@@ -197,9 +197,12 @@ def test_error_feedback_is_written_as_it_was_measured(tiny_base, adapter, grams,
 # --- the command ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def work(tiny_base, tmp_path, corpus):
+@pytest.fixture(scope="module")
+def work(tiny_base, tmp_path_factory):
     """Three adapters of one task: plain, through rounding, and without directions; the vector of the first two."""
+    tmp_path = tmp_path_factory.mktemp("work")
+    rows = make_rows(generate("change", 12, 1, "train"), 12, 0, 1)
+    save_corpus(tmp_path / "corpus", rows, TEMPLATES["plain"], {"seed": 1})
     small = ("--rank", 2, "--steps", 3, "--batch-size", 4, "--base", tiny_base, "--corpus", tmp_path / "corpus")
     invoke("train", *small, "--out", tmp_path / "plain")
     invoke("train", *small, "--out", tmp_path / "bare", "--directions", 0)
@@ -208,6 +211,9 @@ def work(tiny_base, tmp_path, corpus):
            tmp_path / "vector")  # fmt: skip
     invoke("train", *small, "--out", tmp_path / "row", "--qat", "3,symmetric")
     invoke("quantvec", "extract", "--qat", tmp_path / "row", "--plain", tmp_path / "plain", "--out", tmp_path / "rows")
+    elsewhere = Adapter.load(tmp_path / "vector")
+    elsewhere.manifest["base"] = {"name": "other", "fingerprint": "0" * 64}
+    elsewhere.save(tmp_path / "elsewhere")
     return tmp_path
 
 
@@ -271,10 +277,6 @@ def test_the_command_fuses_with_a_vector_and_by_feedback(work):
 )
 def test_bad_input_is_one_line_and_writes_nothing(work, monkeypatch, arguments, reason):
     monkeypatch.chdir(work)
-    Adapter.load("vector").save("elsewhere")
-    manifest = json.loads((work / "elsewhere/manifest.json").read_text())
-    manifest["base"] = {"name": "other", "fingerprint": "0" * 64}
-    (work / "elsewhere/manifest.json").write_text(json.dumps(manifest))
     told = invoke("fuse", "plain", *arguments, "--out", "new", "--quiet", code=2)
     assert reason in told.stderr
     assert len(told.stderr.splitlines()) == 1
