@@ -81,10 +81,8 @@ class Server:
 
     def ask(self, path: str, body: Body) -> Told:
         """One request; the times are this client's."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START)
         started = time.perf_counter()
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
+        response = self._sent(path, json.dumps(body))
         if response.status != 200:
             raise SystemExit(f"{path} of port {self.port}: {response.status} {response.read()[:500]!r}")
         if not body.get("stream"):
@@ -100,6 +98,17 @@ class Server:
                 first = time.perf_counter() - started
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
         return first or 0.0, time.perf_counter() - started, tokens
+
+    def _sent(self, path: str, body: str) -> http.client.HTTPResponse:
+        """The response to a request; Python's own server, mlx-lm's, lets five connections wait and resets others."""
+        for _ in range(100):
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START)
+            try:
+                connection.request("POST", path, body, {"Content-Type": "application/json"})
+                return connection.getresponse()
+            except ConnectionError:
+                time.sleep(0.02)
+        raise SystemExit(f"port {self.port} takes no connection")
 
     def load(self, path: str, bodies: Sequence[Body], clients: int) -> tuple[list[Told], float]:
         """All requests by so many clients at a time, and the seconds that took."""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,10 @@ ENDLESS = {"prompt": "go on", "max_tokens": 490, "logit_bias": {"0": -100}, "str
 
 
 @contextlib.contextmanager
-def serving(*arguments):
+def serving(*arguments, cwd=None):
     """The program on a free port: the process and its address."""
     command = [*MAIN, "serve", "--port", "0", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
     try:
         lines = []
         for line in process.stdout:
@@ -118,6 +119,17 @@ def test_openais_client_lists_chats_completes_and_streams(client, tiny_base):
     text = client.completions.create(model="w", prompt="Name a number.", max_tokens=5, temperature=0).choices[0].text
     parts = client.completions.create(model="w", prompt="Name a number.", max_tokens=5, temperature=0, stream=True)
     assert "".join(part.choices[0].text for part in parts) == text
+
+
+def test_with_nothing_named_the_demos_pair_is_served(adapters, tiny_base, tmp_path):
+    for role in ("drafter", "verifier"):
+        shutil.copytree(adapters / "judged", tmp_path / "runs" / "demo" / role)
+    with serving(cwd=tmp_path) as (_, address):
+        models = httpx.get(f"{address}/v1/models").json()["data"]
+        assert [(model["id"], model["x_rsgwm"]["kind"]) for model in models] == [
+            (str(tiny_base), "base"),
+            ("demo", "verified"),
+        ]
 
 
 def test_openais_client_understands_refusals(client):
