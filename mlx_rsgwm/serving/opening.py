@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -55,7 +56,19 @@ def open_library(served: Served, progress: Progress = SILENT) -> Library:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which leaves signals to :func:`run`: told to stop, a server ends well, and so does its process."""
+    """uvicorn's, which leaves signals to :func:`run`: told to stop, a server ends well, and so does its process.
+
+    ``listening`` is called once clients can connect.
+    """
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Begin to listen, and say so."""
+        await super().startup(sockets)
+        self._listening()
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -92,15 +105,15 @@ def run(
         listener = config.bind_socket()
     except SystemExit:
         raise RsgwmError(f"{settings.host}:{settings.port} cannot be taken; another program has it (--port)") from None
-    server = _Server(config)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
 
     def stop(number: int, frame: FrameType | None) -> None:
         server.handle_exit(number, frame)
 
     try:
         library = engine.start().result()
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        begun(f"http://{host}:{listener.getsockname()[1]}", library)
+        server = _Server(config, lambda: begun(address, library))
         with handled((signal.SIGINT, signal.SIGTERM), stop):
             server.run(sockets=[listener])
     finally:
