@@ -170,7 +170,7 @@ def train_pool(base: Base, trained: Trained) -> None:
         everything += rows
         train_one(base, rows, family.settings(seed), folder / family.task, seed)
         if family.task not in SOURCES:
-            save_questions(folder / "test", family.task, TEST_ITEMS, seed)
+            save_questions(folder / "test", family.task, trained.items, seed)
     if trained.joint:
         train_one(base, everything, {"init_seed": seed}, folder / "joint", seed)
 
@@ -217,8 +217,8 @@ def led(gram: mx.array, rank: int) -> mx.array:
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained pool: its name, seed and folder, where public data sets are read from, and whether one adapter was
-    trained on all of its rows.
+    """One trained pool: its name, seed and folder, where public data sets are read from, whether one adapter was
+    trained on all of its rows, and how many questions of each task it is tested with.
     """
 
     pool: str
@@ -226,11 +226,12 @@ class Trained:
     folder: Path
     data: Path | None = None
     joint: bool = True
+    items: int = TEST_ITEMS
 
     def test(self) -> tuple[Question, ...]:
         """The held-out questions of its tasks."""
         tasks = (family.task for family in POOLS[self.pool])
-        return tuple(q for task in tasks for q in questions(task, "test", TEST_ITEMS, self.seed, self.data))
+        return tuple(q for task in tasks for q in questions(task, "test", self.items, self.seed, self.data))
 
 
 def sweep(
@@ -273,6 +274,7 @@ def main() -> None:
         "--leading", nargs="*", type=int, default=[], help="merges by so many leading eigenvectors, too"
     )
     parser.add_argument("--no-joint", action="store_true", help="no adapter of all the pool's rows beside it")
+    parser.add_argument("--items", type=int, default=TEST_ITEMS, help="held-out questions of each task")
     parser.add_argument("--stage", choices=("train", "sweep"), help="stop after this one")
     parser.add_argument("--results", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--plots", type=Path, help="folder for merge-study-<pool>.png")
@@ -281,7 +283,9 @@ def main() -> None:
     base = load_base(options.base, dtype="float32")
     trained = {
         pool: [
-            Trained(pool, seed, options.folder / pool / f"seed-{seed}", options.data, not options.no_joint)
+            Trained(
+                pool, seed, options.folder / pool / f"seed-{seed}", options.data, not options.no_joint, options.items
+            )
             for seed in seeds
         ]
         for pool in pools
