@@ -120,6 +120,7 @@ POOLS: Mapping[str, tuple[Family, ...]] = {
         Family("where", {"learning_rate": 3e-3, "epochs": 4}),
     ),
 }
+BY_LOSS = ("outside",)  # pools whose drafts are not looked at: they are never right
 TWO_POOLS = ("balanced", "strain")  # what studies take that are not told which
 
 
@@ -249,8 +250,8 @@ def sweep(
         questions=trained.test(),
         template=find_template("plain"),
         extras={} if rank is not None or not trained.joint else {"joint": folder / "joint"},
-        judged=JUDGED_ITEMS,
-        max_tokens=MAX_TOKENS,
+        judged=1 if trained.pool in BY_LOSS else JUDGED_ITEMS,
+        max_tokens=1 if trained.pool in BY_LOSS else MAX_TOKENS,
         seed=trained.seed,
     )
     # One folder for every k: what does not look at directions is measured once.

@@ -80,14 +80,22 @@ def fuse(
       rsgwm fuse pool/groups --bits 3 --compare --data groups
     """
     from mlx_rsgwm.converters.fuse.fuse import fuse as fuse_adapter
+    from mlx_rsgwm.merging.quantisation_vector import check_no_vector
     from mlx_rsgwm.models.adapter_sources import load_adapter
 
+    if feedback and quant is None and vector is None:
+        raise RsgwmError("--feedback rounds to few bits; say to how many with --bits")
     loaded = load_adapter(adapter, base_name, progress=console.progress)
+    check_no_vector(loaded)
     quantvec = load_adapter(vector, base_name, progress=console.progress) if vector is not None else None
     asked = _target(console, target, quant, quantvec, weight)
     if compare:
-        if out is not None or feedback or isinstance(asked, str):
-            raise RsgwmError("--compare takes --bits, tries error feedback by itself, and writes nothing: no --out")
+        if isinstance(asked, str):
+            raise RsgwmError("--compare is of the ways to few bits; say to how many with --bits")
+        if out is not None or feedback:
+            raise RsgwmError(
+                "--compare tries error feedback by itself and writes nothing; leave out --feedback and --out"
+            )
         _compare(console, loaded, base_name, asked, quantvec, weight, data, data_rows)
         return
     if data or out is None:

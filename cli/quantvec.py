@@ -73,8 +73,9 @@ def apply(
       rsgwm quantvec apply pool/groups --vector vectors/change-4bit --choose corpus/held --out patched
     """
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.merging.quantisation_vector import patch, vector_format
+    from mlx_rsgwm.merging.quantisation_vector import check_plain, patch, require_base, vector_format
     from mlx_rsgwm.models.adapter_sources import load_adapter
+    from mlx_rsgwm.models.base import resolve_base
     from mlx_rsgwm.training.checkpoints import claim_adapter_folder
 
     if weight is not None and rows is not None:
@@ -82,6 +83,9 @@ def apply(
     adapter = load_adapter(receiver, base_name, progress=console.progress)
     quantvec = load_adapter(vector, base_name, progress=console.progress)
     vector_format(quantvec)
+    check_plain(adapter)
+    if base_name is not None:
+        require_base(resolve_base(base_name, console.progress), [adapter, quantvec])
     with claim_adapter_folder(out):
         choice = None if rows is None else _choose(console, adapter, quantvec, rows, base_name)
         chosen = choice.weight if choice is not None else 1.0 if weight is None else weight

@@ -67,6 +67,8 @@ def tails(
     if again is not None and second is None:
         raise RsgwmError("--second repeats a comparison; give two files of scores before it")
     if first is None:
+        if picture is not None or as_logits:
+            raise RsgwmError(f"{'--plot' if picture is not None else '--logit'} is of scores; name a file of them")
         console.line(power_text(quantile))
         console.result({"needed": needed(effect), "effect": effect, "quantile": quantile})
         return

@@ -301,7 +301,7 @@ def vector(required: bool = False) -> Any:
 def vector_weight() -> Any:
     """``--lambda``: how much of it."""
     text = "How often the quantization vector is added.  [default: 1]"
-    return click.option("--lambda", "weight", type=ANY_NUMBER, help=text)
+    return click.option("--lambda", "weight", type=Number(-100, 100), help=text)
 
 
 def attempts() -> Any:

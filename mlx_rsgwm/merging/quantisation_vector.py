@@ -7,6 +7,7 @@ a receiver that never saw rounding, ΔW + λ V is to survive it better; λ = 1 i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.inference.pair import other_base
 from mlx_rsgwm.linalg.lowrank import Factors, stack
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base_folder import fingerprint_of
 from mlx_rsgwm.models.quantisation import QuantFormat
 from mlx_rsgwm.models.spec import LoraSpec
 
@@ -37,8 +39,7 @@ def extract(through: Adapter, plain: Adapter) -> Adapter:
     quant = trained_format(through)
     if quant is None:
         raise RsgwmError(f"{through.where} was not trained through rounding; train it with rsgwm train --qat")
-    if (other := trained_format(plain)) is not None:
-        raise RsgwmError(f"{plain.where} was trained through rounding to {other}; give one that was trained without")
+    check_plain(plain)
     _require_same_base(through, plain)
     vector = stacked([(through, 1.0), (plain, -1.0)])
     vector.manifest = {
@@ -66,9 +67,11 @@ def patch(receiver: Adapter, vector: Adapter, weight: float = 1.0, choice: Mappi
         choice: how λ was chosen on rows of the receiver; None for a λ that was given.
 
     Raises:
-        RsgwmError: ``vector`` is none, or of another base; one of the two is not LoRA on linear layers.
+        RsgwmError: ``vector`` is none, or of another base; one of the two is not LoRA on linear layers; the receiver
+            was trained through rounding, is a vector, or has one already.
     """
     quant = vector_format(vector)
+    check_plain(receiver)
     _require_same_base(receiver, vector)
     result = stacked([(receiver, 1.0), (vector, weight)])
     sources = vector.manifest.get("sources")
@@ -129,6 +132,23 @@ def trained_format(adapter: Adapter) -> QuantFormat | None:
     return _format(qat, adapter.where) if qat else None
 
 
+def check_plain(adapter: Adapter) -> None:
+    """Raise where an adapter cannot be one that was trained without rounding, by what its manifest tells."""
+    if (quant := trained_format(adapter)) is not None:
+        raise RsgwmError(f"{adapter.where} was trained through rounding to {quant}; give one that was trained without")
+    check_no_vector(adapter)
+    if VECTOR in adapter.manifest:
+        raise RsgwmError(f"{adapter.where} has a quantization vector on it already; give the adapter from before that")
+
+
+def check_no_vector(adapter: Adapter) -> None:
+    """Raise where an adapter is a quantization vector, which is a difference and no adapter to use."""
+    if adapter.manifest.get("kind") == VECTOR:
+        raise RsgwmError(
+            f"{adapter.where} is a quantization vector: put it on an adapter by rsgwm quantvec apply, or --vector"
+        )
+
+
 def vector_format(vector: Adapter) -> QuantFormat:
     """The format that a quantization vector is for.
 
@@ -167,6 +187,14 @@ def _require_same_base(first: Adapter, second: Adapter) -> None:
             f"{first.where} was made for {first.base_name or 'a base'} and {second.where} for "
             f"{second.base_name or 'a base'}, which have other {difference}"
         )
+
+
+def require_base(path: Path, adapters: Sequence[Adapter]) -> None:
+    """Raise where an adapter says that it was made for another base than that in the folder or file ``path``."""
+    fingerprint = fingerprint_of(path)
+    for adapter in adapters:
+        if adapter.base_fingerprint not in (None, fingerprint):
+            raise RsgwmError(f"{adapter.where} was made for {adapter.base_name or 'another base'}, not for {path}")
 
 
 def _named(adapter: Adapter) -> dict[str, Any]:

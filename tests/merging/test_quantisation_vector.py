@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -149,6 +150,14 @@ def work(tiny_base, tmp_path_factory):
     assert invoke("train", *through, *small).exit_code == 0
     twins = ("--qat", tmp_path / "through", "--plain", tmp_path / "change")
     assert invoke("quantvec", "extract", *twins, "--out", tmp_path / "vector").exit_code == 0
+    patched = ("quantvec", "apply", tmp_path / "groups", "--vector", tmp_path / "vector")
+    assert invoke(*patched, "--out", tmp_path / "with-vector").exit_code == 0
+    shutil.copytree(tiny_base, tmp_path / "another")
+    arrays = mx.load(str(tmp_path / "another/model.safetensors"))
+    first = min(arrays)
+    mx.save_safetensors(
+        str(tmp_path / "another/model.safetensors"), {**arrays, first: arrays[first] + 1}, {"format": "pt"}
+    )
     for name, changes in (
         ("other", {"base": {"name": "elsewhere", "fingerprint": "0" * 64}}),
         ("seven", {"quantization": {"bits": 7, "group_size": 32, "mode": "affine"}}),
@@ -205,6 +214,13 @@ def test_the_commands(work):
         (("apply", "groups", "--vector", "vector", "--lambda", "1", "--choose", "corpus/groups"), "leave out --lambda"),
         (("apply", "groups", "--vector", "other"), "which have other weights"),
         (("apply", "groups", "--vector", "seven"), "MLX has no 7 bits"),
+        (("apply", "groups", "--vector", "vector", "--lambda", "1e38"), "is not in the range"),
+        (("apply", "through", "--vector", "vector"), "was trained through rounding to 2 bits"),
+        (("apply", "vector", "--vector", "vector"), "is a quantization vector"),
+        (("apply", "with-vector", "--vector", "vector"), "has a quantization vector on it already"),
+        (("apply", "groups", "--vector", "vector", "--base", "another"), "groups was made for"),
+        (("extract", "--qat", "through", "--plain", "vector"), "is a quantization vector"),
+        (("extract", "--qat", "through", "--plain", "with-vector"), "has a quantization vector on it already"),
         (("apply", "groups", "--vector", "wide", "--choose", "corpus/groups"), "does not divide the 32 columns"),
     ],
 )

@@ -56,6 +56,11 @@ def read_scores(path: Path, column: str = "score", id_column: str = "id") -> Ite
     if path.is_dir():
         return wrongly_accepted(read_report(path)[1], str(path))
     file = _rows(path)
+    columns = [name for _, row in file.rows[:1] if isinstance(row, dict) for name in row]
+    if columns and not any(isinstance(row, dict) and column in row for _, row in file.rows):
+        near = nearest(column, columns)
+        hint = f"did you mean --column {near}?" if near else f"--column is one of {', '.join(columns)}"
+        raise RsgwmError(f"{path} has no column {column!r}; {hint}")
     problems, ids, scores = [], [], []
     for place, (number, row) in enumerate(file.rows, 1):
         try:
