@@ -74,7 +74,7 @@ def test_no_two_names_for_one_thing(options):
 
 def test_numbers_have_ranges(options):
     """What may be any number at all is listed here."""
-    anything = {"--weight", "--scale", "--lambda"}
+    anything = {"--weight", "--scale"}
     free = {
         flag for flag, users in options.items() for option in users.values() if getattr(option.type, "min", 0) is None
     }

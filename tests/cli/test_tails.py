@@ -65,6 +65,8 @@ def test_one_file_of_chances_is_warned_of(tmp_path):
         (["{a}", "--second", "{b}", "{c}"], "give two files"),
         (["{a}", "--plot", "tails.pdf"], ".png or .svg"),
         (["{a}", "--column", "scores"], "did you mean --column score"),
+        (["{a}", "--column", "zzz"], "has no column 'zzz'; --column is one of"),
+        (["--plot", "tails.png"], "--plot is of scores; name a file of them"),
     ],
 )
 def test_bad_input_is_one_line(files, tmp_path, arguments, words):

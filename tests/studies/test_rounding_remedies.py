@@ -271,7 +271,7 @@ def test_the_command_fuses_with_a_vector_and_by_feedback(work):
         (("--vector", "rows"), "MLX stores no 3 bits (symmetric)"),
         (("--lambda", "2"), "--lambda is for --vector"),
         (("--data", "groups"), "--data is for --compare"),
-        (("--feedback", "--format", "float16"), "is for formats of few bits"),
+        (("--feedback", "--format", "float16"), "say to how many with --bits"),
         (("--vector", "elsewhere"), "which have other weights"),
     ],
 )
@@ -286,9 +286,9 @@ def test_bad_input_is_one_line_and_writes_nothing(work, monkeypatch, arguments, 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("plain", "--data", "groups"), "--compare takes --bits"),
+        (("plain", "--data", "groups"), "say to how many with --bits"),
         (("plain", "--bits", "3,32"), "--compare needs --data"),
-        (("plain", "--bits", "3,32", "--data", "groups", "--out", "new"), "no --out"),
+        (("plain", "--bits", "3,32", "--data", "groups", "--out", "new"), "leave out --feedback and --out"),
         (("plain", "--bits", "3,64", "--data", "groups"), "does not divide the 32 columns"),
         (("plain", "--bits", "3,32", "--data", "corpus"), "were left out, since it was trained on them"),
     ],
@@ -298,6 +298,13 @@ def test_what_the_command_cannot_compare(work, monkeypatch, arguments, reason):
     told = invoke("fuse", *arguments, "--compare", "--quiet", code=2)
     assert reason in told.stderr
     assert len(told.stderr.splitlines()) == 1
+    assert not (work / "new").exists()
+
+
+def test_a_vector_is_no_adapter_to_fuse(work, monkeypatch):
+    monkeypatch.chdir(work)
+    told = invoke("fuse", "vector", "--bits", "3,32", "--out", "new", "--quiet", code=2)
+    assert "vector is a quantization vector: put it on an adapter" in told.stderr
     assert not (work / "new").exists()
 
 
