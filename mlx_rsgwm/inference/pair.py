@@ -39,9 +39,11 @@ def load_verifier(
     loaded = load_adapters(sources, base, progress=progress)
     if len(loaded) < 2:
         return tuple(loaded)
-    adapters: dict[tuple[str, str], Adapter] = {}
+    adapters: dict[tuple[str | None, ...], Adapter] = {}
     for adapter in loaded:
-        content = (adapter.weights_hash(), str(adapter.spec.scale))
+        # One that says it is for another base or role is looked at by itself, and refused.
+        says = str((adapter.manifest.get("merge") or {}).get("role"))
+        content = (adapter.weights_hash(), str(adapter.spec.scale), adapter.base_fingerprint, says)
         if content in adapters:
             same = adapters[content].where
             progress.warning(f"warning: {adapter.where} and {same} are the same adapter, which verifies once")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_rsgwm.serving.events import Ended, TokenLogprob
+from mlx_rsgwm.serving.events import Ended, TokenLogprob, time_of_day
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -61,7 +60,7 @@ class Head:
     model: str
     fingerprint: str
     name: str = field(default_factory=lambda: secrets.token_hex(12))
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = field(default_factory=time_of_day)
 
     def fields(self, name: str) -> Json:
         """Of the object ``name``."""

@@ -5,9 +5,15 @@ Of a verified one: begun, drafts and verdicts, what came of them, finished.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from mlx_rsgwm.inference.draft import Draft
+
+
+def time_of_day() -> int:
+    """Seconds since 1970, which OpenAI's objects carry as ``created``; nothing is measured by it."""
+    return int(time.time())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ thread; any may look models up.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +24,7 @@ from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.tokenizer import embedding_rows
 from mlx_rsgwm.serving.errors import ModelNotFound, RequestError
+from mlx_rsgwm.serving.events import time_of_day
 from mlx_rsgwm.serving.grammar import Grammars
 
 
@@ -45,7 +45,7 @@ class ServedModel:
     pipeline: DraftVerify | None = None
     details: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = field(default_factory=time_of_day)
     users: int = 0
     removed: bool = False
 

@@ -294,9 +294,8 @@ def test_no_measurement_follows_the_clock_on_the_wall():
     root = Path(__file__).parents[2]
     sources = [file for top in ("mlx_rsgwm", "converters", "cli", "bench") for file in (root / top).rglob("*.py")]
     assert len(sources) > 100
-    assert [
-        str(file) for file in sources if re.search(r"time\.time\(|datetime\.|time\.localtime", file.read_text())
-    ] == []
+    follow = [file for file in sources if re.search(r"time\.time\(|datetime\.|time\.localtime", file.read_text())]
+    assert [str(file.relative_to(root)) for file in follow] == ["mlx_rsgwm/serving/events.py"]  # as OpenAI's API tells
 
 
 def start(command):
