@@ -42,8 +42,7 @@ def load_verifier(
     adapters: dict[tuple[str | None, ...], Adapter] = {}
     for adapter in loaded:
         # One that says it is for another base or role is looked at by itself, and refused.
-        says = str((adapter.manifest.get("merge") or {}).get("role"))
-        content = (adapter.weights_hash(), str(adapter.spec.scale), adapter.base_fingerprint, says)
+        content = (adapter.weights_hash(), str(adapter.spec.scale), adapter.base_fingerprint, merge_role(adapter))
         if content in adapters:
             same = adapters[content].where
             progress.warning(f"warning: {adapter.where} and {same} are the same adapter, which verifies once")
