@@ -22,6 +22,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,7 @@ def main() -> None:
         ]
         for pool in pools
     }
-    for each in (one_seed for of_pool in trained.values() for one_seed in of_pool):
+    for each in chain.from_iterable(trained.values()):
         train_pool(base, each)
     if options.stage == "train":
         return

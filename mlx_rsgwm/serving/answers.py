@@ -113,6 +113,13 @@ def chat_delta(index: int, text: str | None, logprobs: Sequence[TokenLogprob] | 
     return {"index": index, "delta": delta, "logprobs": _chat_logprobs(logprobs), "finish_reason": reason}
 
 
+def begun(delta: Callable[[int, str | None, None, None], Json], index: int) -> Json:
+    """The part that begins a choice: who speaks."""
+    part = delta(index, "", None, None)
+    part["delta"]["role"] = "assistant"
+    return part
+
+
 def text_choice(index: int, text: str | None, logprobs: Sequence[TokenLogprob] | None, reason: str | None) -> Json:
     """A choice of ``text_completion``."""
     told: Json | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,14 +34,11 @@ class Delivery:
         self._jobs: list[Job] = []
         self._left = len(makers)
         self.prompt_tokens = 0
-        try:
+        with self.cancelled_on_failure():
             for place, make in enumerate(makers):
                 job = make(partial(self._tell, place * width))
                 self._jobs.append(job)
                 engine.submit(job)
-        except Exception:
-            self.cancel()
-            raise
 
     def _tell(self, first: int, event: Event) -> None:
         """In the engine's thread."""
@@ -92,6 +89,15 @@ class Delivery:
         if isinstance(event, Failed):
             raise event.error
         return event
+
+    @contextlib.contextmanager
+    def cancelled_on_failure(self) -> Iterator[None]:
+        """Nothing more is wanted where the block fails, or is cancelled itself."""
+        try:
+            yield
+        except BaseException:
+            self.cancel()
+            raise
 
     def cancel(self) -> None:
         """Nothing more is wanted; jobs that are over do not mind."""

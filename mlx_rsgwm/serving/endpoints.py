@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from mlx_rsgwm.core import files
 from mlx_rsgwm.serving.answers import CHAT, TEXT, Head
@@ -25,7 +25,7 @@ from mlx_rsgwm.serving.metrics import Metrics
 from mlx_rsgwm.serving.schema import Asked, Body, chat_request, completion_request, flag, integer, several, text
 from mlx_rsgwm.serving.settings import ServerSettings
 from mlx_rsgwm.serving.shelf import Shelf
-from mlx_rsgwm.serving.telling import stream_of, whole_of
+from mlx_rsgwm.serving.telling import parts_of, streamed, whole_of
 from mlx_rsgwm.serving.verified_endpoints import answer_verified, verify_answers
 
 PAGE = Path(__file__).with_name("page.html")
@@ -103,16 +103,13 @@ class Server:
         started = time.monotonic()
         delivery = Delivery(self.engine, makers, asked.n, self.settings.timeout)
         choices = asked.n * len(makers)
-        try:
+        timed = self.timed(started)
+        with delivery.cancelled_on_failure():
             await unless_gone(request.receive, asyncio.ensure_future(delivery.begin()))
             if asked.stream:
-                parts = stream_of(delivery, head, asked, choices, self.timed(started))
-                return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-            work = asyncio.ensure_future(whole_of(delivery, head, asked, choices, self.timed(started)))
+                return streamed(delivery, parts_of(delivery, head, asked, choices, timed), timed)
+            work = asyncio.ensure_future(whole_of(delivery, head, asked, choices, timed))
             return JSONResponse(await unless_gone(request.receive, work))
-        except BaseException:
-            delivery.cancel()
-            raise
 
     def timed(self, started: float) -> Callable[[str], None]:
         """What notes the time of the ``first`` text and of the whole ``answer``."""

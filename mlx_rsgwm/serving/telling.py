@@ -6,8 +6,10 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from starlette.responses import StreamingResponse
+
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.serving.answers import DONE, Head, Json, Usage, server_sent
+from mlx_rsgwm.serving.answers import DONE, Head, Json, Usage, begun, server_sent
 from mlx_rsgwm.serving.delivery import Delivery
 from mlx_rsgwm.serving.events import Ended, Piece, TokenLogprob
 from mlx_rsgwm.serving.guard import describe
@@ -47,29 +49,39 @@ async def whole_of(delivery: Delivery, head: Head, asked: Asked, count: int, tim
     return head.answer(listed, usage)
 
 
-async def stream_of(delivery: Delivery, head: Head, asked: Asked, count: int, timed: Timed) -> AsyncIterator[bytes]:
-    """The answer's parts as events of a stream; what goes wrong on the way is told in it."""
+async def parts_of(delivery: Delivery, head: Head, asked: Asked, count: int, timed: Timed) -> AsyncIterator[bytes]:
+    """The answer's parts as events of a stream."""
     shape = head.shape
     usage = Usage(delivery.prompt_tokens)
     empty = {"usage": None} if asked.include_usage else {}
     first = True
+    for index in range(count if shape.begins else 0):
+        yield head.chunk([begun(shape.delta, index)], **empty)
+    async for event in delivery.events():
+        if isinstance(event, Piece):
+            if first:
+                timed("first")
+            first = False
+            logprobs = None if asked.logprobs is None else event.logprobs
+            yield head.chunk([shape.delta(event.index, event.text, logprobs, None)], **empty)
+        elif isinstance(event, Ended):
+            usage.count(event, asked.n)
+            yield head.chunk([shape.delta(event.index, None, None, event.reason)], **empty)
+    if asked.include_usage:
+        yield head.chunk([], usage=usage.describe())
+
+
+def streamed(delivery: Delivery, parts: AsyncIterator[bytes], timed: Timed) -> StreamingResponse:
+    """The response that sends ``parts`` as they come."""
+    sent = _to_the_end(delivery, parts, timed)
+    return StreamingResponse(sent, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def _to_the_end(delivery: Delivery, parts: AsyncIterator[bytes], timed: Timed) -> AsyncIterator[bytes]:
+    """``parts`` and the end of the stream; what goes wrong on the way is told in it."""
     try:
-        for index in range(count if shape.begins else 0):
-            begun = shape.delta(index, "", None, None)
-            begun["delta"]["role"] = "assistant"
-            yield head.chunk([begun], **empty)
-        async for event in delivery.events():
-            if isinstance(event, Piece):
-                if first:
-                    timed("first")
-                first = False
-                logprobs = None if asked.logprobs is None else event.logprobs
-                yield head.chunk([shape.delta(event.index, event.text, logprobs, None)], **empty)
-            elif isinstance(event, Ended):
-                usage.count(event, asked.n)
-                yield head.chunk([shape.delta(event.index, None, None, event.reason)], **empty)
-        if asked.include_usage:
-            yield head.chunk([], usage=usage.describe())
+        async for part in parts:
+            yield part
         timed("answer")
         yield DONE
     except Exception as error:  # the status is sent already

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.inference.draft import Draft
-from mlx_rsgwm.serving.answers import DONE, Head, Json, Usage, chat_choice, chat_delta, server_sent
+from mlx_rsgwm.serving.answers import Head, Json, Usage, begun, chat_choice, chat_delta
 from mlx_rsgwm.serving.delivery import Delivery
 from mlx_rsgwm.serving.events import Drafting, Judged, Verified
-from mlx_rsgwm.serving.guard import describe
 from mlx_rsgwm.serving.library import ServedModel
+from mlx_rsgwm.serving.telling import Timed
 
-log = logging.getLogger(__name__)
 SHOWN = ("none", "summary", "full")  # what is told of the drafts
 
 
@@ -103,42 +100,27 @@ async def last_of(delivery: Delivery) -> Verified:
     return last
 
 
-async def stream_verified(
-    delivery: Delivery,
-    head: Head,
-    verification: Callable[[Verified], Json],
-    include_usage: bool,
-    timed: Callable[[str], None],
+async def verified_parts(
+    delivery: Delivery, head: Head, verification: Callable[[Verified], Json], include_usage: bool, timed: Timed
 ) -> AsyncIterator[bytes]:
     """Comments while drafts are written and judged, then the answer, and ``verification`` where it ends."""
     empty = {"usage": None} if include_usage else {}
-    begun = chat_delta(0, "", None, None)
-    begun["delta"]["role"] = "assistant"
-    try:
-        yield head.chunk([begun], **empty)
-        async for event in delivery.events():
-            if isinstance(event, (Drafting, Judged)):
-                yield comment(event)
-            elif isinstance(event, Verified):
-                timed("first")
-                text = None if event.text is None else event.text.strip()
-                delta = chat_delta(0, text, None, None)
-                if text is None:
-                    delta["delta"]["refusal"] = refusal_text(event)
-                yield head.chunk([delta], **empty)
-                end = chat_delta(0, None, None, reason_of(event))
-                yield head.chunk([end], **empty, verification=verification(event))
-                if include_usage:
-                    usage = usage_of(event, delivery.prompt_tokens)
-                    yield head.chunk([], usage=usage.describe())
-        timed("answer")
-        yield DONE
-    except Exception as error:  # the status is sent already
-        if not isinstance(error, RsgwmError):
-            log.exception("a stream failed")
-        yield server_sent(describe(error))
-    finally:
-        delivery.cancel()
+    yield head.chunk([begun(chat_delta, 0)], **empty)
+    async for event in delivery.events():
+        if isinstance(event, (Drafting, Judged)):
+            yield comment(event)
+        elif isinstance(event, Verified):
+            timed("first")
+            text = None if event.text is None else event.text.strip()
+            delta = chat_delta(0, text, None, None)
+            if text is None:
+                delta["delta"]["refusal"] = refusal_text(event)
+            yield head.chunk([delta], **empty)
+            end = chat_delta(0, None, None, reason_of(event))
+            yield head.chunk([end], **empty, verification=verification(event))
+            if include_usage:
+                usage = usage_of(event, delivery.prompt_tokens)
+                yield head.chunk([], usage=usage.describe())
 
 
 def comment(event: Drafting | Judged) -> bytes:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from mlx_rsgwm.serving.answers import CHAT, Head
 from mlx_rsgwm.serving.conversation import Conversation
@@ -20,14 +20,15 @@ from mlx_rsgwm.serving.events import Verified
 from mlx_rsgwm.serving.guard import read_body
 from mlx_rsgwm.serving.library import ServedModel
 from mlx_rsgwm.serving.schema import Asked, verification_request
+from mlx_rsgwm.serving.telling import streamed
 from mlx_rsgwm.serving.verification import (
     choice_of,
     headers_of,
     last_of,
-    stream_verified,
     usage_of,
     verdicts_of,
     verification_of,
+    verified_parts,
 )
 from mlx_rsgwm.serving.verified import Verification, VerifiedAnswer, Verifying
 
@@ -125,15 +126,11 @@ async def answer_verified(server: Server, request: Request, asked: Asked, model:
     delivery = Delivery(
         server.engine, [lambda tell: VerifiedAnswer(model, question, verifying, tell)], 1, server.settings.timeout
     )
-    try:
+    with delivery.cancelled_on_failure():
         await unless_gone(request.receive, asyncio.ensure_future(delivery.begin()))
         if asked.stream:
-            parts = stream_verified(delivery, head, verification, asked.include_usage, timed)
-            return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return streamed(delivery, verified_parts(delivery, head, verification, asked.include_usage, timed), timed)
         verified: Verified = await unless_gone(request.receive, asyncio.ensure_future(last_of(delivery)))
-    except BaseException:
-        delivery.cancel()
-        raise
     timed("answer")
     told = verification(verified)
     usage = usage_of(verified, delivery.prompt_tokens)
@@ -153,10 +150,7 @@ async def verify_answers(server: Server, request: Request) -> Response:
         1,
         server.settings.timeout,
     )
-    try:
+    with delivery.cancelled_on_failure():
         await unless_gone(request.receive, asyncio.ensure_future(delivery.begin()))
         verified = await unless_gone(request.receive, asyncio.ensure_future(last_of(delivery)))
-    except BaseException:
-        delivery.cancel()
-        raise
     return JSONResponse(verdicts_of(verified, model, doubts_of(model, changes)))

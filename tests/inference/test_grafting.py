@@ -83,7 +83,7 @@ def in_mlx(model, layer=LAYER):
     return run
 
 
-def in_torch(theirs, layer):
+def in_torch(torch_model, layer):
     import torch
 
     def run(ids, replace):
@@ -92,9 +92,9 @@ def in_torch(theirs, layer):
             changed = torch.tensor(replace(states[0].numpy(), given[0][0].numpy()))[None]
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        handle = theirs.model.layers[layer].register_forward_hook(hook)
+        handle = torch_model.model.layers[layer].register_forward_hook(hook)
         with torch.no_grad():
-            logits = theirs(torch.tensor([ids]), use_cache=False).logits[0, -1].numpy()
+            logits = torch_model(torch.tensor([ids]), use_cache=False).logits[0, -1].numpy()
         handle.remove()
         return logits
 
@@ -130,10 +130,10 @@ def test_transformers_with_a_forward_hook_writes_the_same(model, kind, one_torch
     import torch
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(str(model[1]), dtype=torch.float32).eval()
+    torch_model = AutoModelForCausalLM.from_pretrained(str(model[1]), dtype=torch.float32).eval()
 
     for prompt, chains in zip(PROMPTS[:2], drafts(model[0], PROMPTS[:2], (kind,)), strict=True):
-        assert (chains[0].tokens, chains[0].finished) == slow(kind, prompt, in_torch(theirs, LAYER))
+        assert (chains[0].tokens, chains[0].finished) == slow(kind, prompt, in_torch(torch_model, LAYER))
 
 
 # Blocks that take more than states, caches that cannot be batched (sliding windows, states of recurrences).
@@ -147,13 +147,13 @@ def test_other_architectures_are_grafted_as_transformers_does(name, tmp_path, on
 
     save_model(name, tmp_path)
     base = load_base(str(tmp_path), dtype="float32").model
-    theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
+    torch_model = AutoModelForCausalLM.from_pretrained(str(tmp_path), dtype=torch.float32).eval()
     together = drafts(base, PROMPTS[:2], layer=0)
     for place, kind in enumerate(ALL):
         for prompt, chains in zip(PROMPTS[:2], together, strict=True):
             chain = (chains[place].tokens, chains[place].finished)
             assert chain == slow(kind, prompt, in_mlx(base, 0)), kind
-            assert chain == slow(kind, prompt, in_torch(theirs, 0)), kind
+            assert chain == slow(kind, prompt, in_torch(torch_model, 0)), kind
 
 
 def test_a_prompt_of_one_token_has_no_other(model):

@@ -16,7 +16,7 @@ from mlx_rsgwm.models.rounded_weights import rounded_bytes, rounded_formats, rou
 from mlx_rsgwm.training.layers import lora_layers, trainable
 
 FORMATS = [QuantFormat(4, 32), QuantFormat(2, 32), QuantFormat(3, mode="symmetric"), QuantFormat(4, mode="mxfp4")]
-SPEC = LoraSpec(4, 2.0, 0.0, ("self_attn.q_proj", "self_attn.v_proj"), -1)
+LORA = LoraSpec(4, 2.0, 0.0, ("self_attn.q_proj", "self_attn.v_proj"), -1)
 IDS = mx.array([[3, 9, 40, 41, 7, 99, 200, 12]])
 
 
@@ -74,7 +74,7 @@ def test_it_computes_what_the_quantised_model_does(base, quant):
         rounded = np.array(base.model(IDS))
     dense = np.array(base.model(IDS))
     assert all(value is before[name] for name, value in tree_flatten(base.model.parameters()))
-    with lora_layers(base.model, SPEC, 0), rounded_weights(base.model, quant):
+    with lora_layers(base.model, LORA, 0), rounded_weights(base.model, quant):
         base.model.eval()
         np.testing.assert_array_equal(np.array(base.model(IDS)), rounded)  # lora_b is zero
     nn.quantize(base.model, quant.group_size, quant.bits, mode=quant.mode)
@@ -86,7 +86,7 @@ def test_all_comes_back_after_an_error(base):
     former = dict(tree_flatten(base.model.parameters()))
     kinds = [type(module) for module in base.model.modules()]
     rounded = rounded_weights(base.model, QuantFormat(2, 32))
-    with pytest.raises(ZeroDivisionError), lora_layers(base.model, SPEC, 0), rounded:
+    with pytest.raises(ZeroDivisionError), lora_layers(base.model, LORA, 0), rounded:
         raise ZeroDivisionError
     assert kinds == [type(module) for module in base.model.modules()]
     assert all(value is former[name] for name, value in tree_flatten(base.model.parameters()))
@@ -102,7 +102,7 @@ def test_what_is_rounded_is_what_mlx_lm_quantises(base, monkeypatch):
     assert set(rounded_formats(base.model, quant)) == {f"model.layers.{n}.mlp.down_proj" for n in (0, 1)}
     assert rounded_bytes(base.model, quant) == 2 * 64 * 32 * 4
     every = rounded_formats(base.model, QuantFormat(4, 32))
-    with lora_layers(base.model, SPEC, 0):
+    with lora_layers(base.model, LORA, 0):
         assert set(rounded_formats(base.model, QuantFormat(4, 32))) == set(every)
 
     def predicate(path, module):
@@ -123,7 +123,7 @@ def test_what_is_rounded_is_what_mlx_lm_quantises(base, monkeypatch):
     ],
 )
 def test_layers_that_cannot_be_rounded(base, changes, quant, reason):
-    layers = lora_layers(base.model, replace(SPEC, **changes), 0)
+    layers = lora_layers(base.model, replace(LORA, **changes), 0)
     with layers, pytest.raises(RsgwmError, match=reason), rounded_weights(base.model, quant):
         pass
 
@@ -136,7 +136,7 @@ def test_a_quantised_base(base):
 
 
 def test_gradients_of_a_model_do_not_reach_what_is_rounded_once(base):
-    with lora_layers(base.model, SPEC, 0), rounded_weights(base.model, QuantFormat(4, 32)):
+    with lora_layers(base.model, LORA, 0), rounded_weights(base.model, QuantFormat(4, 32)):
         base.model.train()
         _, gradients = nn.value_and_grad(base.model, lambda model: model(IDS).square().mean())(base.model)
         names = {name for name, _ in tree_flatten(gradients)}
