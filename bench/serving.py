@@ -9,8 +9,8 @@ is biased away) after prompts of about 60, all different. For every number of cl
 ``--trials`` times after one round that warms up.
 
 - ``throughput_ratio``: tokens a second, this project's over mlx-lm's, by number of clients; medians of the trials.
-- ``ttft_p95_ratio``: the 95th percentile of the time to the first text at the largest number of clients, ours over
-  mlx-lm's.
+- ``ttft_p95_ratio``: the 95th percentile of the time to the first text at the largest number of clients, this
+  project's over mlx-lm's.
 - ``mixed_over_single``: tokens a second at 16 clients whose requests are for four adapters of the pool in turn, over
   that of such requests for one. mlx_lm.server would load the base anew for each change.
 - ``switch_ms``: what a request for another adapter than the one before takes longer to its first text, one client.
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -42,7 +42,7 @@ from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.models.base import resolve_base
 from mlx_rsgwm.models.base_folder import fingerprint_of
 
-CROWD = 16  # clients of the comparisons with ourselves
+MANY = 16  # clients, where this project is compared with itself
 START = 600.0  # seconds until a server must answer
 WORDS = "Tell a story of a lighthouse keeper, a gull and a storm that came from the north, in plain words, number"
 
@@ -190,16 +190,14 @@ def compare(
 
 def mixed(server: Server, names: Sequence[str], options: argparse.Namespace, end_ids: Sequence[int]) -> float:
     """Tokens a second over adapters in turn by that of one adapter, median of the trials, in turns."""
-    ratios = []
+    shares = []
     for trial in range(options.trials):
         speeds = []
         for models in (names, names[:1]):
-            bodies = requests(
-                models, CROWD * options.requests, options.tokens, end_ids, 7000 + 10 * trial + len(models)
-            )
-            speeds.append(speed(*server.load("/v1/completions", bodies, CROWD), options.tokens))
-        ratios.append(speeds[0] / speeds[1])
-    return statistics.median(ratios)
+            bodies = requests(models, MANY * options.requests, options.tokens, end_ids, 7000 + 10 * trial + len(models))
+            speeds.append(speed(*server.load("/v1/completions", bodies, MANY), options.tokens))
+        shares.append(speeds[0] / speeds[1])
+    return statistics.median(shares)
 
 
 def switch(server: Server, names: Sequence[str], end_ids: Sequence[int]) -> float:
@@ -214,17 +212,18 @@ def switch(server: Server, names: Sequence[str], end_ids: Sequence[int]) -> floa
 
 def verified(server: Server, options: argparse.Namespace) -> float:
     """Verified answers a minute of many clients over those of one."""
-    questions = [question.question for question in generate("change", 4 * CROWD, 3, "test")]
+    questions = [question.question for question in generate("change", 4 * MANY, 3, "test")]
     asked = [
         {"model": "pair", "messages": [{"role": "user", "content": text}], "seed": 1, "max_completion_tokens": 64}
         for text in questions
     ]
     _, alone = server.load("/v1/chat/completions", asked[:8], 1)
-    _, together = server.load("/v1/chat/completions", asked[8:], CROWD)
+    _, together = server.load("/v1/chat/completions", asked[8:], MANY)
     return (len(asked[8:]) / together) / (8 / alone)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", type=Path, required=True)
     parser.add_argument("--pair", type=Path)
@@ -233,7 +232,25 @@ def main() -> None:
     for name, default in (("tokens", 32), ("requests", 2), ("trials", 2), ("port", 18080)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def ratios(compared: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """Tokens a second by number of clients, and times to the first text at ``most`` of them, over mlx-lm's."""
+    throughput = {
+        clients: row["rsgwm"]["tokens_per_second"] / row["mlx_lm"]["tokens_per_second"]
+        for clients, row in compared.items()
+    }
+    at_most = compared[str(most)]
+    return {
+        "throughput_ratio": throughput,
+        "ttft_p95_ratio": at_most["rsgwm"]["ttft_p95"] / at_most["mlx_lm"]["ttft_p95"],
+    }
+
+
+def main() -> None:
+    """Start both servers, measure in turns, print."""
+    options = parsed()
     folder = resolve_base(options.base)
     adapters = sorted(path for path in options.pool.iterdir() if (path / "adapters.safetensors").is_file())[:4]
     names = [path.name for path in adapters]
@@ -250,12 +267,7 @@ def main() -> None:
                 {"rsgwm": (server, names[0]), "mlx_lm": (peer_server, "default_model")}, options, end_ids
             )
         shown: dict[str, Any] = {
-            "throughput_ratio": {
-                clients: row["rsgwm"]["tokens_per_second"] / row["mlx_lm"]["tokens_per_second"]
-                for clients, row in compared.items()
-            },
-            "ttft_p95_ratio": (last := compared[str(options.clients[-1])])["rsgwm"]["ttft_p95"]
-            / last["mlx_lm"]["ttft_p95"],
+            **ratios(compared, options.clients[-1]),
             "mixed_over_single": mixed(server, names, options, end_ids),
             "switch_ms": switch(server, names, end_ids),
             **({"verified_ratio": verified(server, options)} if options.pair else {}),
