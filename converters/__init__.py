@@ -15,9 +15,10 @@ PEFT_FILES = (PEFT_WEIGHTS_FILE, f"{PEFT_WEIGHTS_FILE}.index.json")
 
 
 def _gguf_reader() -> FileReader:
+    from mlx_rsgwm.converters.gguf.file import open_gguf
     from mlx_rsgwm.converters.gguf.read import CONVERSION_VERSION, convert_gguf
 
-    return FileReader(CONVERSION_VERSION, convert_gguf)
+    return FileReader(CONVERSION_VERSION, convert_gguf, open_gguf)
 
 
 def _from_peft(path: Path, base: str | None, progress: Progress, lazy: bool) -> Adapter:

@@ -165,7 +165,8 @@ def resolve_base(name: str, progress: Progress = SILENT) -> Path:
         return check_folder(_resolve_alias(name, progress))
     path = files.expanded(name)
     if path.suffix == ".gguf":
-        return check_folder(_converted(path, files.sha256_file(path) if path.is_file() else "", progress))
+        FILE_READERS[".gguf"]().check(path)  # its header, before all of a large file is read for its hash
+        return check_folder(_converted(path, files.sha256_file(path), progress))
     if path.is_dir():
         return check_folder(path)
     if path.exists():

@@ -26,11 +26,13 @@ class FileReader:
     """How a file becomes a Hugging Face folder.
 
     ``version``: of what ``convert`` makes, part of the cached folder's name. ``convert``: called with the file, the
-    folder to write and a progress; writes it whole or not at all, and returns it.
+    folder to write and a progress; writes it whole or not at all, and returns it. ``check``: refuses a file that is not
+    there or not sound, by its header alone.
     """
 
     version: int
     convert: Callable[[Path, Path, Progress], Path]
+    check: Callable[[Path], object]
 
 
 @dataclass(frozen=True)

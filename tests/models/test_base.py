@@ -190,6 +190,16 @@ def test_gguf_path_is_converted_into_the_cache_by_content(tmp_path):
     assert fingerprint_of(first) != fingerprint_of(second)
 
 
+def test_an_unsound_gguf_file_is_refused_before_it_is_hashed(tmp_path, monkeypatch):
+    (tmp_path / "zeros.gguf").write_bytes(bytes(1 << 20))
+    write_gguf(tmp_path / "short.gguf", weights(0))
+    with open(tmp_path / "short.gguf", "r+b") as file:
+        file.truncate(file.seek(0, 2) - 100)
+    monkeypatch.setattr(files, "sha256_file", lambda path: pytest.fail(f"{path} was read whole"))
+    refused(tmp_path / "zeros.gguf", "does not begin with the bytes GGUF")
+    refused(tmp_path / "short.gguf", "truncated")
+
+
 def run(*arguments):
     from mlx_rsgwm.cli import base
 
