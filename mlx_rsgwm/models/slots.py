@@ -6,9 +6,9 @@ The wrapped layers compute what mlx-lm's ``LoRALinear`` computes, so outputs equ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -58,7 +58,7 @@ class Slots(nn.Module):
         self.linear = layer
         self.active = active
         # The leading underscore keeps these out of parameters(): they belong to no checkpoint of the base.
-        self._factors: dict[str, LowRank] = {}
+        self._factors: dict[str, tuple[LowRank, ...]] = {}  # of a sum of adapters several
 
     @property
     def bare(self) -> nn.Module:
@@ -67,15 +67,15 @@ class Slots(nn.Module):
         return layer
 
     def _update(self, x: mx.array, y: mx.array, apply: Callable[[mx.array, mx.array, LowRank], mx.array]) -> mx.array:
+        def updated(name: str | None, x: mx.array, y: mx.array) -> mx.array:
+            for factors in self._factors.get(name or "", ()):
+                y = apply(x, y, factors)
+            return y
+
         runs = self.active.runs
         if len(runs) == 1:
-            factors = self._factors.get(runs[0][0] or "")
-            return y if factors is None else apply(x, y, factors)
-        parts = []
-        for name, start, stop in runs:
-            factors = self._factors.get(name or "")
-            parts.append(y[start:stop] if factors is None else apply(x[start:stop], y[start:stop], factors))
-        return mx.concatenate(parts, axis=0)
+            return updated(runs[0][0], x, y)
+        return mx.concatenate([updated(name, x[start:stop], y[start:stop]) for name, start, stop in runs], axis=0)
 
 
 class SlotLinear(Slots):
@@ -123,6 +123,7 @@ class AdapterSlots:
         self.model: Any = base.model
         self._active = ActiveAdapter()
         self._loaded: dict[str, Adapter] = {}
+        self._sums: dict[str, list[str]] = {}  # slots that hold a sum of adapters, and the modules that it changes
         unwrap(self.model)
 
     @property
@@ -140,11 +141,19 @@ class AdapterSlots:
             raise RsgwmError(f"no adapter named {name!r} is loaded; there are: {', '.join(self._loaded) or 'none'}")
         return self._loaded[name]
 
+    def sums(self) -> list[str]:
+        """Names of the slots that :meth:`add` filled."""
+        return list(self._sums)
+
+    def modules(self, name: str) -> list[str]:
+        """The modules that a slot changes."""
+        return self._sums[name] if name in self._sums else self.adapter(name).modules()
+
     def use(self, name: str | None) -> None:
-        """Make one loaded adapter the active one, or none of them (the bare base)."""
+        """Make one loaded adapter, or one sum of them, the active one, or none (the bare base)."""
         self._require_model()
         if name is not None:
-            self.adapter(name)
+            self.modules(name)
         self._active.runs = ((name, 0, None),)
 
     @contextmanager
@@ -165,7 +174,7 @@ class AdapterSlots:
         """
         self._require_model()
         for name in set(names) - {None}:
-            self.adapter(str(name))
+            self.modules(str(name))
         before = self._active.runs
         starts = [index for index, name in enumerate(names) if index == 0 or name != names[index - 1]]
         self._active.runs = tuple(
@@ -198,12 +207,13 @@ class AdapterSlots:
                 embedding = isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding))
                 layer = (SlotEmbedding if embedding else SlotLinear)(layer, self._active)
                 wrapped[module] = layer
-            layer._factors[name] = LowRank(a, b, adapter.spec.scale, gains.get(module))
+            layer._factors[name] = (LowRank(a, b, adapter.spec.scale, gains.get(module)),)
         if wrapped:
             self.model.update_modules(tree_unflatten(list(wrapped.items())))
-        if name in self._loaded:
-            for module in set(self._loaded[name].modules()) - set(adapter.modules()):
-                find_module(self.model, module)._factors.pop(name, None)
+        former = self.modules(name) if name in self._loaded or name in self._sums else []
+        for module in set(former) - set(adapter.modules()):
+            find_module(self.model, module)._factors.pop(name, None)
+        self._sums.pop(name, None)
         self._loaded[name] = adapter
 
     def _gains(self, adapter: Adapter) -> dict[str, mx.array]:
@@ -216,11 +226,35 @@ class AdapterSlots:
                 gains[module] = _gain(plain, a, b, adapter.spec.scale, magnitude)
         return gains
 
+    def add(self, name: str, scales: Mapping[str, float]) -> None:
+        """Fill an empty slot with Σ scale · adapter over loaded adapters; it has their arrays, no copies of them.
+
+        Raises:
+            RsgwmError: the slot is filled already.
+            AdapterError: one is a DoRA, whose magnitudes make it no sum of its parts.
+        """
+        self._require_model()
+        if name in self._loaded or name in self._sums:
+            raise RsgwmError(f"the slot {name!r} is filled already")
+        for part in scales:
+            if self.adapter(part).spec.fine_tune_type == "dora":
+                raise AdapterError(f"{self.adapter(part).where} is a DoRA, which cannot be scaled or added to others")
+        modules = list(dict.fromkeys(module for part in scales for module in self.modules(part)))
+        for module in modules:
+            factors = find_module(self.model, module)._factors
+            factors[name] = tuple(
+                replace(update, scale=scale * update.scale)
+                for part, scale in scales.items()
+                for update in factors.get(part, ())
+            )
+        self._sums[name] = modules
+
     def unload(self, name: str) -> None:
-        """Forget an adapter; if it was active, the bare base is."""
-        for module in self.adapter(name).modules():
+        """Forget an adapter or a sum; if it was active, the bare base is."""
+        for module in self.modules(name):
             find_module(self.model, module)._factors.pop(name, None)
-        del self._loaded[name]
+        self._loaded.pop(name, None)
+        self._sums.pop(name, None)
         if self._active.name == name:
             self.use(None)
 
@@ -238,7 +272,7 @@ class AdapterSlots:
         Below it the hidden states of a text are the same whichever of them is active.
         """
         lowest = len(self.model.layers)
-        for module in (module for name in names for module in self.adapter(name).modules()):
+        for module in (module for name in names for module in self.modules(name)):
             match = LAYER.match(module)
             if match:
                 lowest = min(lowest, int(match[1]))

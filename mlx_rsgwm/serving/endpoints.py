@@ -65,6 +65,7 @@ class Server:
             return await answer_verified(self, request, asked, model)
         if asked.verify is not None:
             raise RequestError(f"{asked.model!r} has no verifier", code="unsupported_parameter", param="verify")
+        model = self.library.with_added(model, asked.lora or ())
         writing = self._writing(asked, conversation.question, trim=True)
         head = Head(CHAT, asked.model, self.fingerprint)
         return await self._answer(request, asked, head, [self._maker(model, conversation.prompt, writing)])
@@ -77,6 +78,7 @@ class Server:
             raise RequestError(
                 f"{asked.model!r} answers questions; ask it by /v1/chat/completions", code="chat_only", param="model"
             )
+        model = self.library.with_added(model, asked.lora or ())
         makers = []
         for prompt in asked.prompts:
             stream = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))

@@ -55,9 +55,9 @@ class RequestCancelled(RequestError):
 class ModelNotFound(RequestError):
     """No model of that name is served."""
 
-    def __init__(self, name: str, known: str = "") -> None:
+    def __init__(self, name: str, known: str = "", param: str = "model") -> None:
         told = f"; there are: {known}" if known else ""
-        super().__init__(f"the model {name!r} does not exist{told}", 404, "model_not_found", "model")
+        super().__init__(f"the model {name!r} does not exist{told}", 404, "model_not_found", param)
 
 
 class ContextTooLong(RequestError):

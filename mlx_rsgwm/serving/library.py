@@ -7,8 +7,8 @@ thread; any may look models up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError
@@ -28,12 +28,27 @@ from mlx_rsgwm.serving.events import time_of_day
 from mlx_rsgwm.serving.grammar import Grammars
 
 
+@dataclass(frozen=True)
+class AdapterSum:
+    """Adapters that are added for a request: the models that it names, and how often each slot counts."""
+
+    models: tuple[ServedModel, ...]
+    weights: Mapping[str, float]
+
+    @property
+    def slot(self) -> str | None:
+        """Of the sum: an adapter's where it is that alone, None where nothing is left of any."""
+        if list(self.weights.values()) == [1.0]:
+            return next(iter(self.weights))
+        return " + ".join(f"{weight!r}·{slot}" for slot, weight in self.weights.items()) or None
+
+
 @dataclass(eq=False)
 class ServedModel:
     """A name that requests may give. ``slot``: of what answers alone, None for the bare base; ``pipeline``: of a pair.
 
     ``slots``: all that it uses. ``warnings``: what is odd about it. ``users``: requests under way; ``removed``: it is
-    named no more.
+    named no more. ``sum``: what a request adds to it, which has no name.
     """
 
     name: str
@@ -48,6 +63,7 @@ class ServedModel:
     created: int = field(default_factory=time_of_day)
     users: int = 0
     removed: bool = False
+    sum: AdapterSum | None = None
 
 
 class Noted(Progress):
@@ -77,7 +93,7 @@ class Library:
         self.vocabulary = embedding_rows(base.model) or len(base.tokenizer.get_vocab())
         self.tokenizer = base.tokenizer
         self.grammars = Grammars(base.tokenizer, self.vocabulary)
-        self._removed: list[ServedModel] = []
+        self._nameless: list[ServedModel] = []  # removed models and sums, while requests use them
         template = spoken_template(None, self.tokenizer, None, "")
         self.bare = ServedModel(base.name, "base", template, self.end_ids(template))
         self._models = {base.name: self.bare}  # replaced, never changed: any thread may read it
@@ -91,8 +107,8 @@ class Library:
         """All that are served, the base first."""
         return list(self._models.values())
 
-    def find(self, name: str) -> ServedModel:
-        """The model of exactly that name; ``base:adapter`` is the adapter.
+    def find(self, name: str, param: str = "model") -> ServedModel:
+        """The model of exactly that name, which ``param`` of a request gives; ``base:adapter`` is the adapter.
 
         Raises:
             ModelNotFound: there is none.
@@ -100,8 +116,37 @@ class Library:
         models = self._models
         model = models.get(name) or models.get(name.removeprefix(f"{self.base.name}:"))
         if model is None:
-            raise ModelNotFound(name, ", ".join(list(models)[:20]))
+            raise ModelNotFound(name, ", ".join(list(models)[:20]), param)
         return model
+
+    def with_added(self, model: ServedModel, added: Sequence[tuple[str, float]]) -> ServedModel:
+        """The base or an adapter plus adapters by name, each times its scale; its own counts once, if it is not named.
+
+        Raises:
+            ModelNotFound: one is not served.
+            RequestError: one cannot be added, or is named twice.
+        """
+        if not added:
+            return model
+        scales = {} if model is self.bare else {model: 1.0}
+        named = [self.find(name, "lora") for name, _ in added]
+        for part, (name, scale) in zip(named, added, strict=True):
+            if part.kind != "adapter":
+                raise RequestError(f"lora: {name!r} is not an adapter", code="invalid_value", param="lora")
+            if named.count(part) > 1:
+                raise RequestError(f"lora names {name!r} twice", code="invalid_value", param="lora")
+            scales[part] = scale
+        weights: dict[str, float] = {}  # two names may have one slot
+        for part, scale in scales.items():
+            slot = str(part.slot)
+            weights[slot] = weights.get(slot, 0.0) + scale
+        chosen = AdapterSum(tuple(scales), {slot: weight for slot, weight in sorted(weights.items()) if weight})
+        doras = [part.name for part, scale in scales.items() if scale and part.details["fine_tune_type"] == "dora"]
+        if doras and chosen.slot not in (None, *chosen.weights):
+            message = f"{doras[0]!r} is a DoRA, which cannot be scaled or added to others"
+            raise RequestError(message, code="unsupported_parameter", param="lora")
+        slots = (*chosen.weights, *([chosen.slot] if chosen.slot else []))
+        return replace(model, slot=chosen.slot, slots=slots, sum=chosen, users=0)
 
     def add_adapter(self, name: str, adapter: Adapter, digest: str) -> ServedModel:
         """Serve an adapter, whose content hash is ``digest``, under a name; what had the name before answers its
@@ -116,6 +161,7 @@ class Library:
         end_ids = self.end_ids(template)
         self.hold({digest: adapter})
         details = {
+            "fine_tune_type": adapter.spec.fine_tune_type,
             "rank": adapter.spec.rank,
             "scale": adapter.spec.scale,
             "bytes": sum(value.nbytes for value in adapter.weights.values()),
@@ -202,26 +248,31 @@ class Library:
         """A request under way uses a model.
 
         Raises:
-            ModelNotFound: it was removed since.
+            ModelNotFound: it was removed since, or an adapter that is added to it.
         """
-        if model.removed:
-            raise ModelNotFound(model.name)
+        for each in (model, *(model.sum.models if model.sum else ())):
+            if each.removed:
+                raise ModelNotFound(each.name)
+        if model.sum is not None and not model.users:
+            if model.slot not in (None, *self.slots.names(), *self.slots.sums()):
+                self.slots.add(str(model.slot), model.sum.weights)
+            self._nameless.append(model)
         model.users += 1
 
     def end(self, model: ServedModel) -> None:
         """The request is over."""
         model.users -= 1
-        if model.removed:
+        if model.removed or model.sum is not None:
             self.tidy()
 
     def _retire(self, model: ServedModel) -> None:
         model.removed = True
-        self._removed.append(model)
+        self._nameless.append(model)
         self.tidy()
 
     def tidy(self) -> None:
         """Let go of slots that no model and no request uses."""
-        self._removed = [model for model in self._removed if model.users]
-        used = {slot for model in (*self._models.values(), *self._removed) for slot in model.slots}
-        for slot in [slot for slot in self.slots.names() if slot not in used]:
+        self._nameless = [model for model in self._nameless if model.users]
+        used = {slot for model in (*self._models.values(), *self._nameless) for slot in model.slots}
+        for slot in [slot for slot in (*self.slots.names(), *self.slots.sums()) if slot not in used]:
             self.slots.unload(slot)

@@ -24,6 +24,7 @@ MOST_CHOICES = 64
 MOST_ATTEMPTS = 32  # of a verified answer
 MOST_ANSWERS = 64  # of a question that are verified at once
 LARGEST_SEED = 2**64 - 1
+LARGEST_SCALE = 100.0  # of an adapter that a request adds
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Asked:
 
     ``logprobs``: how many alternatives are told of each token, None: nothing. ``prompts``: of ``/v1/completions``,
     texts or ids; ``conversation``: of ``/v1/chat/completions``. ``verify``: settings of a verified answer.
-    ``schema``: of JSON, which the answer is held to.
+    ``schema``: of JSON, which the answer is held to. ``lora``: adapters that are added to the model, and how often
+    each counts; None: not named.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Asked:
     prompts: tuple[str | tuple[int, ...], ...] = ()
     verify: Mapping[str, Any] | None = None
     schema: str | None = None
+    lora: tuple[tuple[str, float], ...] | None = None
 
     @property
     def sampling(self) -> RowSampling:
@@ -205,6 +208,18 @@ def schema_of(value: Any) -> str | None:
     return json.dumps(schema)
 
 
+def adapters(value: Any) -> tuple[tuple[str, float], ...]:
+    """Adapters by id, and how often each counts, as llama.cpp's server takes them."""
+    if not isinstance(value, list) or not all(
+        isinstance(each, dict) and set(each) == {"id", "scale"} for each in value
+    ):
+        raise ValueError("must be a list of objects with id and scale")
+    check = number(-LARGEST_SCALE, LARGEST_SCALE)
+    if not all(isinstance(each["id"], str) for each in value):
+        raise ValueError("must name adapters as /v1/models does")
+    return tuple((each["id"], check(each["scale"])) for each in value)
+
+
 def prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     """A prompt as text or token ids, or several of them."""
     if isinstance(value, str):
@@ -249,6 +264,7 @@ def _common(body: Body) -> dict[str, Any]:
         "given": given,
         "stream": stream,
         "include_usage": usage,
+        "lora": body.take("lora", adapters),
     }
 
 

@@ -55,6 +55,7 @@ def require_pair(model: ServedModel, asked: Asked) -> None:
         "n": asked.n != 1,
         "stop": bool(asked.stop),
         "logprobs": asked.logprobs is not None,
+        "lora": asked.lora is not None,
     }
     named = [name for name in asked.given if name not in OF_SAMPLING] + [name for name, used in written.items() if used]
     if named:

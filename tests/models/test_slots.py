@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.models.fit_check import find_module
 from mlx_rsgwm.models.slots import AdapterSlots
 
 IDS = [[5, 9, 200, 31, 7, 7, 80]]
@@ -198,3 +200,61 @@ def test_the_memory_account(base, make_adapter):
     account = slots.memory()
     assert account["base"] == before
     assert account["adapters"] == {"one": sum(value.nbytes for value in adapter.weights.values())}
+
+
+def weights_of(adapter, scale):
+    """The change of every weight of the base that an adapter makes, (out, in) float64, times ``scale``."""
+    return {
+        module: scale * adapter.spec.scale * (np.array(a, np.float64) @ np.array(b, np.float64)).T
+        for module, a, b in adapter.factors()
+    }
+
+
+def test_a_sum_of_adapters_computes_the_base_with_all_their_changes(base, make_adapter):
+    first, second = make_adapter(1), make_adapter(2, rank=2, keys=("self_attn.q_proj", "mlp.up_proj"))
+    slots = AdapterSlots(base)
+    slots.load("first", first)
+    slots.load("second", second)
+    slots.add("sum", {"first": 0.5, "second": -1.25})
+    assert slots.sums() == ["sum"]
+    assert set(slots.modules("sum")) == {*first.modules(), *second.modules()}
+    with slots.using_rows(["second", "sum", None, "first"]):
+        rows = slots.model(mx.array(IDS * 4))
+    with slots.using("sum"):
+        logits = slots.model(mx.array(IDS))[0]
+    assert mx.allclose(rows[1], logits, atol=1e-5).item()
+    slots.unload("first")  # what is added up stays
+    with slots.using("sum"):
+        assert mx.array_equal(slots.model(mx.array(IDS))[0], logits).item()
+    with pytest.raises(RsgwmError, match="filled already"):
+        slots.add("second", {"sum": 1.0})
+    slots.unload("sum")
+    assert slots.sums() == []
+
+    for changes in (weights_of(first, 0.5), weights_of(second, -1.25)):
+        for module, change in changes.items():
+            layer = find_module(base.model, module).bare
+            layer.weight = mx.array((np.array(layer.weight, np.float64) + change).astype(np.float32))
+    assert mx.allclose(slots.model(mx.array(IDS))[0], logits, atol=2e-5).item()
+
+
+def test_an_adapter_in_the_place_of_a_sum_forgets_it(base, make_adapter):
+    slots = AdapterSlots(base)
+    slots.load("first", make_adapter(1))
+    slots.add("x", {"first": 2.0})
+    slots.load("x", make_adapter(2, keys=("self_attn.k_proj",)))
+    slots.load("y", make_adapter(2, keys=("self_attn.k_proj",)))
+    assert slots.sums() == []
+    with slots.using("x"):
+        first = slots.model(mx.array(IDS))
+    with slots.using("y"):
+        assert mx.array_equal(slots.model(mx.array(IDS)), first).item()
+
+
+def test_doras_are_not_added(base, make_adapter):
+    slots = AdapterSlots(base)
+    slots.load("one", make_adapter(2))
+    slots.load("two", dora(make_adapter(1), base))
+    with pytest.raises(AdapterError, match="is a DoRA"):
+        slots.add("sum", {"one": 1.0, "two": 1.0})
+    assert slots.sums() == []

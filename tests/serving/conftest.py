@@ -99,10 +99,10 @@ def make_engine(tiny_base, make_adapter):
 def ask():
     """Hands a prompt in: ``ask(engine, name, text, **writing)`` returns the job and what it is told."""
 
-    def submit(engine, name, text, prompt=None, **writing):
+    def submit(engine, name, text, prompt=None, lora=(), **writing):
         told = Told()
         writing = {"sampling": GREEDY, "max_tokens": 24, "trim": False, "stream": text, **writing}
-        model = engine.call(lambda library: library.find(name)).result(SECONDS)
+        model = engine.call(lambda library: library.with_added(library.find(name), lora)).result(SECONDS)
         job = Completion(model, prompt or encoded(text), Writing(**writing), told)
         engine.submit(job)
         return job, told

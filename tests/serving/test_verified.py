@@ -224,6 +224,7 @@ def test_verdicts_on_given_answers(client, pair):
         ({"logprobs": True}, "unsupported_parameter", "logprobs"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"top_k": 3}, "unsupported_parameter", "top_k"),
+        ({"lora": [{"id": "alone", "scale": 1}]}, "unsupported_parameter", "lora"),
         ({"verify": {"depth": 3}}, "unsupported_parameter", "verify.depth"),
         ({"verify": {"attempts": 0}}, "invalid_value", "verify.attempts"),
         ({"verify": {"score": "combined"}}, "invalid_value", "verify"),
