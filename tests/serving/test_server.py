@@ -245,9 +245,18 @@ EXAMPLES = re.findall(r"<!-- run against a server -->\n\n```(\w+)\n(.*?)```", DO
 
 def test_the_examples_of_the_documentation_run(adapters, tiny_base):
     """As they stand, but for the port."""
-    names = ("--base", tiny_base, "--adapter", f"sums={adapters / 'sums'}", "--adapter-dir", adapters)
+    names = (
+        "--base",
+        tiny_base,
+        "--adapter",
+        adapters / "sums",
+        "--adapter",
+        adapters / "words",
+        "--adapter-dir",
+        adapters,
+    )
     pair = ("--verified", f"checked={adapters / 'judged'}+{adapters / 'judged'}")
-    assert [kind for kind, _ in EXAMPLES] == ["bash", "python", "bash", "bash"]
+    assert [kind for kind, _ in EXAMPLES] == ["bash", "python", "bash", "bash", "bash"]
     with serving(*names, *pair) as (_, address):
         for kind, text in EXAMPLES:
             command = [sys.executable, "-c"] if kind == "python" else ["bash", "-ec"]
