@@ -28,7 +28,7 @@ class Delivery:
     def __init__(self, engine: Engine, makers: Sequence[Maker], width: int, seconds: float) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self._until = self._loop.time() + seconds
+        self._timer = self._loop.call_later(seconds, self._too_late)
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._early: list[Event] = []
         self._jobs: list[Job] = []
@@ -80,12 +80,14 @@ class Delivery:
                 self._left -= 1
             else:
                 yield event
+        self._timer.cancel()
+
+    def _too_late(self) -> None:
+        # Not by asyncio.wait_for: until Python 3.12 it loses a cancellation that comes along with an event.
+        self._queue.put_nowait(Failed(RequestError("the answer took longer than the server allows", 504, "timeout")))
 
     async def _next(self) -> Event:
-        try:
-            event = await asyncio.wait_for(self._queue.get(), max(0.0, self._until - self._loop.time()))
-        except asyncio.TimeoutError:
-            raise RequestError("the answer took longer than the server allows", 504, "timeout") from None
+        event = await self._queue.get()
         if isinstance(event, Failed):
             raise event.error
         return event
@@ -101,6 +103,7 @@ class Delivery:
 
     def cancel(self) -> None:
         """Nothing more is wanted; jobs that are over do not mind."""
+        self._timer.cancel()
         for job in self._jobs:
             if not job.over:
                 self._engine.cancel(job)

@@ -6,7 +6,9 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+import anyio
 from starlette.responses import StreamingResponse
+from starlette.types import Message, Send
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.serving.answers import DONE, Head, Json, Usage, begun, server_sent
@@ -14,6 +16,8 @@ from mlx_rsgwm.serving.delivery import Delivery
 from mlx_rsgwm.serving.events import Ended, Piece, TokenLogprob
 from mlx_rsgwm.serving.guard import describe
 from mlx_rsgwm.serving.schema import Asked
+
+LONGEST_STALL = 30.0  # seconds for which a client may read nothing of a stream before it is cut off
 
 log = logging.getLogger(__name__)
 Timed = Callable[[str], None]
@@ -74,7 +78,24 @@ async def parts_of(delivery: Delivery, head: Head, asked: Asked, count: int, tim
 def streamed(delivery: Delivery, parts: AsyncIterator[bytes], timed: Timed) -> StreamingResponse:
     """The response that sends ``parts`` as they come."""
     sent = _to_the_end(delivery, parts, timed)
-    return StreamingResponse(sent, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return _Stream(sent, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+class _Stream(StreamingResponse):
+    """A stream that ends where its client does not read: what is to be sent would wait for it for ever."""
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the parts; where the client stalls, no more of them."""
+
+        async def send_in_time(message: Message) -> None:
+            with anyio.fail_after(LONGEST_STALL):
+                await send(message)
+
+        try:
+            await super().stream_response(send_in_time)
+        except TimeoutError:
+            log.warning("a client read nothing for %g seconds and was cut off", LONGEST_STALL)
+            await self.body_iterator.aclose()  # type: ignore[attr-defined]
 
 
 async def _to_the_end(delivery: Delivery, parts: AsyncIterator[bytes], timed: Timed) -> AsyncIterator[bytes]:

@@ -148,7 +148,7 @@ def test_a_request_whose_step_raises_fails_alone(make_engine, ask, alone, monkey
     apply = type(layer)._apply
 
     def failing(self, x, y, update):
-        if x.shape[-2] == 1 and update is layer._factors.get(slot):  # while tokens are written, not in the prompt
+        if x.shape[-2] == 1 and update is layer._factors[slot][0]:  # while tokens are written, not in the prompt
             raise RuntimeError("no product")
         return apply(self, x, y, update)
 
