@@ -78,7 +78,7 @@ def blindspot(
     slices = [Slice(task, items, how, console.seed, split, folder) for task in tasks]
     chosen = choose_questions(slices, seen, allow_overlap, console.progress)
     with exclusive(out):
-        about = describe_run(speaker.loop, chosen.questions, batch_rows)
+        about = describe_run(speaker.loop, chosen.questions, None)
         summary = find_blind_spot(speaker.loop, chosen.questions, out, about, layer, batch_rows, console.progress)
     for line in chosen.overlap.lines():
         console.line(line)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.kinds import INSIDE, NEW_PATH, PATH, Number, Whole
+from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH, Number, Whole
 
 
 @click.command()
@@ -22,9 +22,16 @@ from mlx_rsgwm.cli.options.kinds import INSIDE, NEW_PATH, PATH, Number, Whole
     help="The same two by another scorer: an effect counts once it is found there, too.",
 )
 @click.option("--column", default="score", show_default=True, metavar="NAME", help="Column of the scores.")
-@click.option("--id", "id_column", default="id", show_default=True, metavar="NAME", help="Column of the items' names.")
+@click.option(
+    "--id",
+    "id_column",
+    metavar="NAME",
+    help="Column of the items' names.  [default: id, where it is; else their order]",
+)
 @click.option("--logit", "as_logits", is_flag=True, help="Scores are chances in (0, 1): take their log odds.")
-@click.option("--quantile", type=INSIDE, default=0.95, show_default=True, help="Where the tail begins.")
+@click.option(
+    "--quantile", type=Number(0.5, 1, max_open=True), default=0.95, show_default=True, help="Where the tail begins."
+)
 @click.option(
     "--effect", type=Number(0.01, 1), default=0.1, show_default=True, help="Difference in the shape ξ that counts."
 )
@@ -37,7 +44,7 @@ def tails(
     second: Path | None,
     again: tuple[Path, Path] | None,
     column: str,
-    id_column: str,
+    id_column: str | None,
     as_logits: bool,
     quantile: float,
     effect: float,
@@ -58,19 +65,20 @@ def tails(
       rsgwm tails runs/a runs/b
     """
     from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.folders import make_folder
     from mlx_rsgwm.evaluation.report.figures import picture_format, write_figure
     from mlx_rsgwm.evaluation.tails.gates import Settings, judge_tail, judge_tails
-    from mlx_rsgwm.evaluation.tails.pareto import needed
     from mlx_rsgwm.evaluation.tails.report import SIZE, draw_tails, power_text, verdict_text
     from mlx_rsgwm.evaluation.tails.scores import read_scores, same_items
 
     if again is not None and second is None:
         raise RsgwmError("--second repeats a comparison; give two files of scores before it")
+    settings = Settings(quantile, effect, resamples=resamples, seed=console.seed)
     if first is None:
         if picture is not None or as_logits:
             raise RsgwmError(f"{'--plot' if picture is not None else '--logit'} is of scores; name a file of them")
-        console.line(power_text(quantile))
-        console.result({"needed": needed(effect), "effect": effect, "quantile": quantile})
+        console.line(power_text(settings))
+        console.result({"needed": settings.least_excesses, "effect": effect, "quantile": quantile})
         return
     if picture is not None:
         picture_format(picture)
@@ -78,13 +86,16 @@ def tails(
     paired = not any(path.is_dir() for path in (first, second) if path is not None)
     if paired:
         read = [read[0], *(same_items(read[0], other) for other in read[1:])]
+        if len(read) > 1 and not read[0].named:
+            console.progress.warning(
+                "warning: items have no names: scores are paired in their files' order; --id names the column of them"
+            )
     if as_logits:
         read = [arm.logits() for arm in read]
     elif paired and all(arm.look_like_chances() for arm in read):
         console.progress.warning(
             "warning: all scores lie in [0, 1]: a sigmoid's pile up at its ends and have no tail; --logit undoes it"
         )
-    settings = Settings(quantile, effect, resamples=resamples, seed=console.seed)
     arms = [(arm.name, arm.scores) for arm in read]
     if second is None:
         verdict = judge_tail(*arms[0], settings)
@@ -93,6 +104,7 @@ def tails(
         verdict = judge_tails([name for name, _ in arms[:2]], scores[:2], settings, scores[2:] or None)
     console.line(verdict_text(verdict))
     if picture is not None:
+        make_folder(picture.absolute().parent)
         write_figure(picture, draw_tails(arms[: len(verdict.arms)], verdict), SIZE)
         console.line(f"plot: {picture}")
     console.result(verdict.to_dict())

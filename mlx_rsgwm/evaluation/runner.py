@@ -180,12 +180,17 @@ def _record(question: Question, drafts: Sequence[DraftRecord], config: LoopConfi
     )
 
 
-def describe_run(pipeline: DraftVerify, questions: Sequence[Question], batch_rows: int, **more: Any) -> dict[str, Any]:
-    """Everything the items of a run depend on, for its journal and its report: prompt and decoding included."""
+def describe_run(
+    pipeline: DraftVerify, questions: Sequence[Question], batch_rows: int | None, **more: Any
+) -> dict[str, Any]:
+    """Everything the items of a run depend on, for its journal and its report: prompt and decoding included.
+
+    ``batch_rows``: where a run that goes on has to end in the same bits; None: where it may go on in other batches.
+    """
     return {
         **describe_pipeline(pipeline),
         "questions": files.sha256_json([asdict(question) for question in questions]),
         "items": len(questions),
-        "batch_rows": batch_rows,
+        **({} if batch_rows is None else {"batch_rows": batch_rows}),
         **more,
     }

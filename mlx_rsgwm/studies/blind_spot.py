@@ -27,13 +27,9 @@ from mlx_rsgwm.studies.blind_spot_report import render_page
 SAMPLES = 6
 JOURNAL_FILE, PAGE_FILE, RESULT_FILE = "journal.jsonl", "blindspot.html", "blindspot.json"
 SAMPLED, FRESH, GRAFTED = "sampled", "fresh", "grafted"
+CHAINS = (GREEDY, *KINDS)
 # R_k: the chains of which any may be right.
-SETS: Mapping[str, tuple[str, ...]] = {
-    "R_1": (GREEDY,),
-    "R_3": (GREEDY, "zero", "rand"),
-    "R_6": SIX,
-    "R_8": (GREEDY, *KINDS),
-}
+SETS: Mapping[str, tuple[str, ...]] = {f"R_{k}": CHAINS[:k] for k in range(1, len(CHAINS) + 1)}
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def find_blind_spot(
 
     fill(SAMPLED, questions, lambda texts: pipeline.draft_many(texts, SAMPLES, batch_rows, progress))
     stratum = [q for q in questions if not any(draft.correct for draft in arms[SAMPLED][q.id])]
-    fill(GRAFTED, stratum, lambda texts: graft_many(pipeline, texts, SETS["R_8"], layer, batch_rows, progress))
+    fill(GRAFTED, stratum, lambda texts: graft_many(pipeline, texts, CHAINS, layer, batch_rows, progress))
     fill(FRESH, stratum, lambda texts: fresh.draft_many(texts, SAMPLES, batch_rows, progress))
     summary = {**summarise([q.id for q in questions], [q.id for q in stratum], arms), "about": dict(about)}
     summary["items"] = [_shown(question, arms) for question in stratum]
@@ -101,9 +97,10 @@ def find_blind_spot(
 
 def summarise(questions: Sequence[str], stratum: Sequence[str], arms: Mapping[str, Arm]) -> dict[str, Any]:
     """Sizes, recoveries with intervals, the paired test against fresh samples, Jaccard indices, tokens spent."""
-    right = {kind: {name for name in stratum if _right(arms[GRAFTED][name], (kind,))} for kind in (GREEDY, *KINDS)}
+    right = {kind: {name for name in stratum if _right(arms[GRAFTED][name], (kind,))} for kind in CHAINS}
     chains = [_right(arms[GRAFTED][name], SIX) for name in stratum]
     again = [any(draft.correct for draft in arms[FRESH][name]) for name in stratum]
+    pairs = jaccards(right, set(stratum))
     told: dict[str, Any] = {
         "questions": len(questions),
         "stratum": share(len(stratum), len(questions)).to_dict(),
@@ -119,26 +116,33 @@ def summarise(questions: Sequence[str], stratum: Sequence[str], arms: Mapping[st
             FRESH: sum(draft.tokens for name in stratum for draft in arms[FRESH][name]),
             GRAFTED: sum(draft.tokens for name in stratum for draft in arms[GRAFTED][name] if draft.kind in SIX),
         },
-        "jaccard": jaccards(right, set(stratum)),
+        "jaccard": {name: max(indices.values(), default=None) for name, indices in pairs.items()},
+        "jaccard_pairs": pairs,
     }
     if stratum:
         told["fresh"] = share(sum(again), len(stratum)).to_dict()
-        told["chains_over_fresh"] = mcnemar(again, chains).to_dict()
+        test = mcnemar(again, chains)
+        told["chains_over_fresh"] = {  # difference: of shares, chains minus fresh samples
+            "n": test.n, "only_fresh": test.only_first, "only_chains": test.only_second,
+            "difference": test.difference, "p_value": test.p_value,
+        }  # fmt: skip
     return told
 
 
-def jaccards(right: Mapping[str, set[str]], stratum: set[str]) -> dict[str, float | None]:
-    """The largest Jaccard index between two kinds: of what they get right and greedy does not (``fixed``), and of what
-    they get wrong (``errors``, what the source's script computes); None where no set has a member.
+def jaccards(right: Mapping[str, set[str]], stratum: set[str]) -> dict[str, dict[str, float]]:
+    """Jaccard indices of every two kinds, as ``a, b``: of what they get right and greedy does not (``fixed``), and of
+    what they get wrong (``errors``, what the source's script computes); without pairs of empty sets.
     """
     fixed = {kind: items - right[GREEDY] for kind, items in right.items() if kind != GREEDY}
     errors = {kind: stratum - items for kind, items in right.items() if kind != GREEDY}
-    return {name: _largest_jaccard(list(sets.values())) for name, sets in (("fixed", fixed), ("errors", errors))}
+    return {name: _by_pair(sets) for name, sets in (("fixed", fixed), ("errors", errors))}
 
 
-def _largest_jaccard(sets: Sequence[set[str]]) -> float | None:
-    pairs = [len(a & b) / len(a | b) for a, b in combinations(sets, 2) if a | b]
-    return max(pairs, default=None)
+def _by_pair(sets: Mapping[str, set[str]]) -> dict[str, float]:
+    pairs = combinations(sets.items(), 2)
+    return {
+        f"{a}, {b}": len(first & second) / len(first | second) for (a, first), (b, second) in pairs if first | second
+    }
 
 
 def _right(drafts: Sequence[Tried], kinds: Sequence[str]) -> bool:

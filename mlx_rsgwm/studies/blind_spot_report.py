@@ -9,6 +9,7 @@ from typing import Any
 from mlx_rsgwm.core import tables
 from mlx_rsgwm.core.tables import Rows, show
 from mlx_rsgwm.evaluation.report.html import page
+from mlx_rsgwm.inference.grafting import GREEDY, KINDS
 
 SHOWN = 40  # recovered questions on the page
 
@@ -30,13 +31,10 @@ def opening(summary: Mapping[str, Any]) -> str:
 def recovery_rows(summary: Mapping[str, Any]) -> Rows:
     """Recovery with 95 % intervals of chains and of the control."""
     rows: list[list[str]] = [["on what six samples missed", "found"]]
-    labels = {
-        "R_1": "greedy",
-        "R_3": "greedy, zero, rand",
-        "R_6": "six chains",
-        "R_8": "greedy and all seven grafts",
-    }
-    rows += [[labels[name], show(rate)] for name, rate in summary["recovery"].items()]
+    rows += [
+        [f"{name}: {GREEDY}" if kind == GREEDY else f"{name}: and {kind}", show(rate)]
+        for (name, rate), kind in zip(summary["recovery"].items(), (GREEDY, *KINDS), strict=True)
+    ]
     if "fresh" in summary:
         rows.append(["six fresh samples (control)", show(summary["fresh"])])
     return rows
@@ -49,14 +47,30 @@ def kind_rows(summary: Mapping[str, Any]) -> Rows:
 
 def study_notes(summary: Mapping[str, Any]) -> list[str]:
     """Tokens and Jaccard indices in words."""
-    tokens, indices = summary["tokens"], summary["jaccard"]
-    shown = {name: "none" if value is None else f"{value:.2f}" for name, value in indices.items()}
+    tokens = summary["tokens"]
+    shown = {name: _largest(pairs) for name, pairs in summary["jaccard_pairs"].items()}
     return [
         f"tokens: six samples of all questions {tokens['sampled']}; of those missed, six chains {tokens['grafted']}, "
         f"six fresh samples {tokens['fresh']}",
         f"largest Jaccard index of two kinds: of what they find and greedy does not {shown['fixed']}, of what they "
         f"miss {shown['errors']}",
     ]
+
+
+def _largest(pairs: Mapping[str, float]) -> str:
+    """The largest index and its pair, as ``0.50 (zero, shuf)``; a dash where every set is empty."""
+    name = max(pairs, key=lambda pair: pairs[pair], default=None)
+    return "–" if name is None else f"{pairs[name]:.2f} ({name})"
+
+
+def jaccard_rows(summary: Mapping[str, Any]) -> Rows:
+    """Jaccard indices of all pairs of kinds, of what they find and greedy does not and of what they miss."""
+    readings = summary["jaccard_pairs"]
+    rows: list[list[str]] = [["Jaccard index", "of what they find", "of what they miss"]]
+    for pair in dict.fromkeys([*readings["fixed"], *readings["errors"]]):
+        indices = (readings[reading].get(pair) for reading in ("fixed", "errors"))
+        rows.append([pair, *("–" if index is None else f"{index:.2f}" for index in indices)])
+    return rows
 
 
 def study_text(summary: Mapping[str, Any]) -> str:
@@ -74,6 +88,7 @@ def render_page(summary: Mapping[str, Any]) -> str:
     if summary["recovery"]:
         body += tables.html(recovery_rows(summary)) + tables.html(kind_rows(summary))
         body += "".join(f'<p class="note">{escape(note)}</p>' for note in study_notes(summary))
+        body += f"<details><summary>All pairs</summary>{tables.html(jaccard_rows(summary))}</details>"
         body += "<h2>Questions that a chain answered rightly</h2>" + _recovered(summary)
     return page("Blind spot", body)
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_rsgwm.inference.grafting import GREEDY, KINDS, SIX
-from mlx_rsgwm.studies.blind_spot import Tried, jaccards, summarise
+from mlx_rsgwm.studies.blind_spot import CHAINS, Tried, jaccards, summarise
 from mlx_rsgwm.studies.blind_spot_report import opening, render_page, study_text
 
 
@@ -35,14 +35,13 @@ def arms():
 def test_recovery_is_counted_on_the_stratum_beside_its_control(arms):
     told = summarise("abcde", "bcde", arms)
     assert (told["questions"], told["stratum"]["value"]) == (5, 0.8)
-    assert {name: rate["value"] for name, rate in told["recovery"].items()} == {
-        "R_1": 0.25,
-        "R_3": 0.5,
-        "R_6": 0.5,
-        "R_8": 0.75,
-    }
+    assert [rate["value"] for rate in told["recovery"].values()] == [0.25, 0.5, 0.5, 0.5, 0.5, 0.5, 0.75, 0.75]
+    assert list(told["recovery"]) == [f"R_{k}" for k in range(1, 9)]
+    assert CHAINS[:6] == SIX
     assert told["fresh"]["value"] == 0.25
-    assert (told["chains_over_fresh"]["only_first"], told["chains_over_fresh"]["only_second"]) == (0, 1)
+    assert told["chains_over_fresh"] == {
+        "n": 4, "only_fresh": 0, "only_chains": 1, "difference": 0.25, "p_value": 1.0
+    }  # fmt: skip
     assert told["by_kind"]["zero"] == 2
     assert told["tokens"] == {"sampled": 60, "fresh": 48, "grafted": 4 * len(SIX) * 3}
 
@@ -50,9 +49,12 @@ def test_recovery_is_counted_on_the_stratum_beside_its_control(arms):
 def test_both_readings_of_jaccard():
     right = {kind: set() for kind in (GREEDY, *KINDS)} | {GREEDY: {"b"}, "zero": {"b", "c"}, "shuf": {"c", "d"}}
     indices = jaccards(right, set("bcde"))
-    assert indices["fixed"] == 0.5  # zero {c}, shuf {c, d}
-    assert indices["errors"] == 1.0  # two kinds that are never right miss the same
-    assert jaccards({kind: set() for kind in right}, set("b"))["fixed"] is None
+    assert indices["fixed"]["zero, shuf"] == 0.5  # {c}, {c, d}
+    assert "rand, bos" not in indices["fixed"]  # neither finds anything
+    assert indices["errors"]["rand, bos"] == 1.0  # two kinds that are never right miss the same
+    assert indices["errors"]["zero, shuf"] == 1 / 3  # {d, e}, {b, e}
+    assert len(indices["errors"]) == 7 * 6 / 2
+    assert jaccards({kind: set() for kind in right}, set("b"))["fixed"] == {}
 
 
 def test_the_page_shows_what_was_recovered_and_escapes_it(arms):
@@ -65,6 +67,9 @@ def test_the_page_shows_what_was_recovered_and_escapes_it(arms):
     assert "text of prev" not in shown
     assert "six fresh samples 25.0%" in opening(told)
     assert "six fresh samples (control)" in study_text(told)
+    assert "R_6: and bos" in study_text(told)
+    assert "greedy does not 1.00 (zero, shuf)" in study_text(told)
+    assert "<td>zero, shuf</td><td>1.00</td>" in shown
 
 
 def test_without_a_blind_spot_it_says_so(arms):
@@ -106,7 +111,7 @@ def test_a_run_goes_on_where_it_was_cut_and_is_refused_for_other_questions(tiny_
     assert len(lines) == 1 + 3 * 5
     (out / "journal.jsonl").write_text("".join(lines[:8]))
     (out / "blindspot.json").unlink()
-    assert run().exit_code == 0
+    assert run("--batch-rows", 3).exit_code == 0
     assert (out / "blindspot.json").read_bytes() == first
     refused = run("--temperature", 0.9)
     assert refused.exit_code == 2

@@ -38,7 +38,7 @@ def compare_tails(
     fewest = min(tail_count(len(arm.scores), settings.quantile) for arm in arms)
     if fewest < FEWEST:
         reason = (
-            f"{fewest} answers are in the smaller tail; a word on their shape takes {FEWEST}, which is "
+            f"the smaller tail has {fewest} of the answers; a word on its shape takes {FEWEST}, which is "
             f"{round(FEWEST / WORST)} wrong answers accepted"
         )
         return {**told, "verdict": INCONCLUSIVE, "reason": reason}

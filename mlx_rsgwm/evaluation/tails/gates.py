@@ -6,6 +6,7 @@ tail is the upper one: of scores where a high value is the bad one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from mlx_rsgwm.evaluation.tails.pareto import GoodnessOfFit, goodness_of_fit, ne
 from mlx_rsgwm.evaluation.tails.resampling import Tails, resampled_tails, tail_count, tails_of
 
 FEWEST = 200  # excesses: below, nothing is fitted
+LARGEST_SCORE = 1e150  # whose square is finite
 LEAST_DISTINCT, MOST_AT_CAP, LOWEST_SHAPE = 0.9, 0.01, -0.5
 THRESHOLDS = (0.90, 0.925, 0.95, 0.97, 0.98)
 STABLE_AT = 4  # of the five
@@ -33,6 +35,15 @@ class Settings:
     level: float = 0.05
     resamples: int = 999
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.quantile < 1:
+            raise RsgwmError(f"a tail begins at a quantile from 0.5 to below 1, not at {self.quantile:g}")
+
+    @property
+    def least_excesses(self) -> int:
+        """How many each arm's tail must have for ``effect`` to be found."""
+        return max(FEWEST, needed(self.effect))
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,8 @@ class FittedTail:
     fit: GoodnessOfFit
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values by field."""
-        return asdict(self)
+        """JSON values by field; None for a ξ that is not there, as of a tail without spread."""
+        return {name: _or_none(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -100,14 +111,23 @@ class TailVerdict:
         }
 
 
+def _or_none(value: Any) -> Any:
+    """NaN as None, in dictionaries too."""
+    if isinstance(value, dict):
+        return {name: _or_none(each) for name, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def fitted_tail(name: str, scores: np.ndarray, settings: Settings) -> FittedTail:
     """The tail of ``scores`` (n,).
 
     Raises:
-        RsgwmError: scores that are not finite or all alike, or fewer excesses than ``FEWEST``.
+        RsgwmError: scores that are not finite, too large to be summed or all alike, or fewer excesses than ``FEWEST``.
     """
     if not np.isfinite(scores).all():
         raise RsgwmError(f"{name}: {np.count_nonzero(~np.isfinite(scores))} of {len(scores)} scores are not finite")
+    if (largest := float(np.abs(scores).max())) > LARGEST_SCORE:
+        raise RsgwmError(f"{name}: scores of up to {largest:g} cannot be summed; divide them by a constant")
     if scores.min() == scores.max():
         raise RsgwmError(f"{name}: all {len(scores)} scores are {scores[0]:g}; a constant has no tail")
     count = tail_count(len(scores), settings.quantile)
@@ -161,8 +181,10 @@ def judge_tails(
     ``second`` are the same two arms by another scorer, on which the effect has to be found again.
 
     Raises:
-        RsgwmError: see :func:`fitted_tail`.
+        RsgwmError: see :func:`fitted_tail`; a second scorer that is the first.
     """
+    if second is not None and all(map(np.array_equal, arms, second)):
+        raise RsgwmError("--second holds the first scorer's scores; an effect is found again by another scorer")
     fitted = tuple(fitted_tail(*pair, settings) for pair in zip(names, arms, strict=True))
     tried = [_admissible(fitted, settings), _fits(fitted, settings), _stable(fitted)]
     if not all(gate.passed for gate in tried):
@@ -211,8 +233,7 @@ def _ended(
 
 
 def _admissible(arms: Sequence[FittedTail], settings: Settings) -> Gate:
-    least = max(FEWEST, needed(settings.effect))
-    problems = []
+    least, problems = settings.least_excesses, []
     for arm in arms:
         if arm.excesses < least:
             items = round(least / (1 - settings.quantile))
@@ -224,7 +245,9 @@ def _admissible(arms: Sequence[FittedTail], settings: Settings) -> Gate:
             problems.append(f"only {arm.distinct:.0%} of {arm.name}'s excesses differ from each other")
         if arm.at_cap >= MOST_AT_CAP:
             problems.append(f"{arm.at_cap:.0%} of {arm.name}'s tail is its largest score: a cap")
-        if not arm.shape > LOWEST_SHAPE:
+        if math.isnan(arm.shape):
+            problems.append(f"{arm.name}'s tail is its largest score alone and has no ξ")
+        elif not arm.shape > LOWEST_SHAPE:
             problems.append(f"{arm.name} has ξ = {arm.shape:.2f}: scores that saturate; take them before the sigmoid")
     return Gate(1, "admissible", not problems, "; ".join(problems) or f"at least {least} excesses, distinct, no cap")
 
@@ -243,6 +266,9 @@ def _stable(arms: Sequence[FittedTail]) -> Gate:
     problems = []
     for arm in arms:
         values = list(arm.shapes.values())
+        if not np.isfinite(values).all():
+            problems.append(f"{arm.name} has no ξ above some thresholds")
+            continue
         # The highest threshold has the fewest excesses: its error is what the others may differ by.
         error = standard_error(values[-1], tail_count(arm.items, THRESHOLDS[-1]))
         if max(values) - min(values) > 2 * error:

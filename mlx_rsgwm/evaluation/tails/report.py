@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from mlx_rsgwm.core.tables import aligned
-from mlx_rsgwm.evaluation.tails.gates import THRESHOLDS, TailVerdict
-from mlx_rsgwm.evaluation.tails.pareto import NEAR_ZERO, needed, standard_error
+from mlx_rsgwm.evaluation.tails.gates import EQUIVALENT, THRESHOLDS, Gate, Settings, TailVerdict
+from mlx_rsgwm.evaluation.tails.pareto import NEAR_ZERO, standard_error
 from mlx_rsgwm.evaluation.tails.resampling import tail_count, tails_of
 
 SIZE = (10.0, 3.4)
@@ -21,7 +22,7 @@ def verdict_text(verdict: TailVerdict) -> str:
     """Verdict, gates and arms, for a terminal."""
     gate = f" (gate {verdict.gate})" if verdict.gate else ""
     lines = [f"{verdict.verdict}{gate}: {verdict.reason}", ""]
-    lines.append(aligned([["gate", "", "why"], *(_gate_row(gate) for gate in verdict.gates)]))
+    lines.append(aligned([["gate", "", "why"], *(_gate_row(gate, verdict.verdict) for gate in verdict.gates)]))
     head = ["", "scores", "in the tail", "from", "mean", "CVaR", "ξ", "±", "σ", "A-D p", "CvM p"]
     rows = [
         [
@@ -40,12 +41,12 @@ def verdict_text(verdict: TailVerdict) -> str:
     return "\n".join([*lines, "", aligned([head, *rows])])
 
 
-def power_text(quantile: float) -> str:
-    """How many excesses, and scores, of each arm a difference in ξ takes."""
-    rows = [["difference in ξ", "in each tail", f"scores, tail from {quantile:g}"]]
-    for effect in EFFECTS:
-        count = needed(effect)
-        rows.append([f"{effect:g}", f"{count}", f"{round(count / (1 - quantile))}"])
+def power_text(settings: Settings) -> str:
+    """How many excesses, and scores, of each arm a difference in ξ takes, that of ``settings`` among them."""
+    rows = [["difference in ξ", "in each tail", f"scores, tail from {settings.quantile:g}"]]
+    for effect in sorted({*EFFECTS, settings.effect}):
+        count = replace(settings, effect=effect).least_excesses
+        rows.append([f"{effect:g}", f"{count}", f"{round(count / (1 - settings.quantile))}"])
     return aligned(rows)
 
 
@@ -81,5 +82,6 @@ def draw_tails(arms: Sequence[tuple[str, np.ndarray]], verdict: TailVerdict) -> 
     return draw
 
 
-def _gate_row(gate: Any) -> list[str]:
-    return [f"{gate.number} {gate.name}", MARKS[gate.passed], gate.reason]
+def _gate_row(gate: Gate, verdict: str) -> list[str]:
+    mark = "no effect" if verdict == EQUIVALENT and gate.number == 4 else MARKS[gate.passed]
+    return [f"{gate.number} {gate.name}", mark, gate.reason]

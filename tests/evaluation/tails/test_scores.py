@@ -43,7 +43,9 @@ def test_items_without_names_count_by_their_place(tmp_path):
         ('{"score": NaN}\n', "line 1"),
         ('{"score": 1}\n{"scor": 2}\n', "line 2: no score; did you mean --column scor"),
         ('{"score": "much"}\n', "'much', not a number"),
-        ('{"score": true}\n', "not a finite number"),
+        ('{"score": true}\n', "True, not a number"),
+        ('{"score": "1_0"}\n', "'1_0', not a number"),
+        ('{"score": 1, "id": "a"}\n{"score": 2}\n', "line 2: no id"),
         ('{"score": 1e999}\n', "line 1"),
         ("[1, 2]\n", "not a JSON object"),
         ('{"score": 1, "id": "a"}\n{"score": 2, "id": "a"}\n', "'a' is there twice"),
@@ -71,8 +73,30 @@ def test_log_odds_of_chances_alone(tmp_path):
     read = read_scores(tmp_path / "a.csv")
     np.testing.assert_allclose(read.logits().scores, [np.log(1 / 3), np.log(3)])
     (tmp_path / "b.csv").write_text("id,score\na,0.25\nb,1\n")
+    near = np.array([1e-300, 1e-9, 1 - 1e-12, 0.5])  # what other logits clip is the tail here
+    (tmp_path / "c.csv").write_text("score\n" + "".join(f"{chance!r}\n" for chance in near.tolist()))
+    np.testing.assert_allclose(
+        read_scores(tmp_path / "c.csv").logits().scores, [np.log(1e-300), np.log(1e-9), -np.log(1e-12), 0.0], rtol=1e-4
+    )
     with pytest.raises(RsgwmError, match="1 scores are not between 0 and 1"):
         read_scores(tmp_path / "b.csv").logits()
+
+
+def test_a_column_of_names_that_is_asked_for_is_there(tmp_path):
+    (tmp_path / "a.csv").write_text("item,score\na,1\nb,2\n")
+    (tmp_path / "b.csv").write_text("id,score\na,1\nb,2\n")
+    with pytest.raises(RsgwmError, match=r"has no column 'itme'; did you mean --id item\?"):
+        read_scores(tmp_path / "a.csv", id_column="itme")
+    with pytest.raises(RsgwmError, match=r"b.csv names its items and .*a.csv does not; .*--id"):
+        same_items(read_scores(tmp_path / "a.csv"), read_scores(tmp_path / "b.csv"))
+    named = read_scores(tmp_path / "a.csv", id_column="item")
+    assert same_items(named, read_scores(tmp_path / "b.csv")).ids == ("a", "b")
+
+
+def test_a_runs_log_odds_are_clipped_at_what_float32_tells_apart():
+    records = [record("a", 1 - 2.0**-24, False), record("b", 1.0, False), record("c", 0.6, False)]
+    read = wrongly_accepted(records, "run")
+    np.testing.assert_allclose(read.scores, [np.log(2.0**24), np.log(2.0**25), np.log(1.5)], rtol=1e-6)
 
 
 def test_of_a_run_wrong_answers_that_were_accepted_count_alone():
