@@ -97,4 +97,6 @@ async def _not_served(request: Request, error: Exception) -> Response:
     """A path that is none, or a method that it has not."""
     assert isinstance(error, HTTPException)
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
-    return refusal(RequestError(f"{request.method} {request.url.path} is not served", error.status_code, code))
+    response = refusal(RequestError(f"{request.method} {request.url.path} is not served", error.status_code, code))
+    response.headers.update(error.headers or {})  # of a method, which ones there are
+    return response

@@ -24,6 +24,7 @@ MOST_CHOICES = 64
 MOST_ATTEMPTS = 32  # of a verified answer
 MOST_ANSWERS = 64  # of a question that are verified at once
 LARGEST_SEED = 2**64 - 1
+LEAST_SHARE = 1e-9  # of top_p
 LARGEST_SCALE = 100.0  # of an adapter that a request adds
 
 
@@ -250,6 +251,8 @@ def _common(body: Body) -> dict[str, Any]:
     given = {name: value for name, check in SETTINGS.items() if (value := body.take(name, check)) is not None}
     if "top_k" in given:
         given["top_k"] = max(0, given["top_k"])  # -1 and 0: all tokens
+    if "top_p" in given:
+        given["top_p"] = max(LEAST_SHARE, given["top_p"])  # OpenAI allows 0: the likeliest token alone
     try:
         RowSampling(**given)
     except RsgwmError as error:

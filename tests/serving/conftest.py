@@ -129,3 +129,26 @@ def start(make_engine):
 @pytest.fixture
 def client(start):
     return start()[0]
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory, tiny_base):
+    """Folders of two adapters on the tiny base."""
+    from mlx_rsgwm.data.template import TEMPLATES
+    from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+    from mlx_rsgwm.models.base import load_base
+    from mlx_rsgwm.training.layers import initial_factors
+
+    base = load_base(str(tiny_base), dtype="float32")
+    folder = tmp_path_factory.mktemp("served")
+    for seed, name in enumerate(("sums", "words")):
+        shapes = {f"model.layers.{layer}.self_attn.q_proj": (32, 32) for layer in range(2)}
+        weights = initial_factors(shapes, 4, seed)
+        for module, (_, outputs) in shapes.items():
+            weights[f"{module}.lora_b"] = initial_factors({module: (4, outputs)}, outputs, seed)[f"{module}.lora_a"]
+        spec = LoraSpec(4, 8.0, 0.0, ("self_attn.q_proj",), 2)
+        manifest = {"kind": "trained", "base": base.describe()}
+        Adapter(spec, weights, manifest=manifest).save(folder / name)
+    manifest["template"] = TEMPLATES["plain"].describe()
+    Adapter(spec, weights, manifest=manifest).save(folder / "judged")
+    return folder

@@ -77,6 +77,14 @@ def test_choices_seeds_and_streams_of_several(client):
     assert client.post("/v1/chat/completions", json={**body, "seed": 8}).json()["choices"] != whole["choices"]
 
 
+def test_no_share_of_the_mass_is_the_likeliest_token(client):
+    body = {"model": "a", "messages": QUESTION, "max_tokens": 8}
+    likeliest = client.post("/v1/chat/completions", json={**body, "temperature": 0}).json()["choices"]
+    assert (
+        client.post("/v1/chat/completions", json={**body, "temperature": 2, "top_p": 0}).json()["choices"] == likeliest
+    )
+
+
 def test_completions_take_texts_and_ids(client):
     ids = client.post("/tokenize", json={"model": "a", "prompt": "Name a number."}).json()["tokens"]
     body = {"model": "a", "temperature": 0, "max_tokens": 6}
@@ -183,7 +191,7 @@ def test_what_has_no_effect_is_accepted(client):
         ({"n": True}, "invalid_value", "n"),
         ({"temperature": -1}, "invalid_value", "temperature"),
         ({"temperature": "hot"}, "invalid_value", "temperature"),
-        ({"top_p": 0}, "invalid_value", None),
+        ({"top_p": 1.1}, "invalid_value", "top_p"),
         ({"seed": 1.5}, "invalid_value", "seed"),
         ({"stop": [""]}, "invalid_value", "stop"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
@@ -213,7 +221,9 @@ def test_unknown_models_paths_and_methods(client):
     for name in ("A", "a ", "", "nobody", "x:a"):
         refused(client.post("/v1/chat/completions", json={**GREEDY, "model": name}), 404, "model_not_found", "model")
     refused(client.get("/v1/nothing"), 404, "not_found")
-    refused(client.get("/v1/chat/completions"), 405, "method_not_allowed")
+    response = client.get("/v1/chat/completions")
+    refused(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize(

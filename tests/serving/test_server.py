@@ -17,53 +17,10 @@ from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
 from tests.browser import SCREENS, keep_screenshot, opened, show
+from tests.serving.program import SECONDS, serving
 
-SECONDS = 60
-MAIN = (sys.executable, "-c", "from mlx_rsgwm.cli.main import main; main()")
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
 ENDLESS = {"prompt": "go on", "max_tokens": 490, "logit_bias": {"0": -100}, "stream": True}
-
-
-@contextlib.contextmanager
-def serving(*arguments, cwd=None):
-    """The program on a free port: the process and its address."""
-    command = [*MAIN, "serve", "--port", "0", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd)
-    try:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if found := re.search(r"(http://\S+)/v1", line):
-                yield process, found[1]
-                break
-        else:
-            raise AssertionError(f"it never served: {lines} {process.stderr.read()[-2000:]}")
-    finally:
-        process.kill()
-        process.wait(SECONDS)
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory, tiny_base):
-    """Folders of two adapters on the tiny base."""
-    from mlx_rsgwm.data.template import TEMPLATES
-    from mlx_rsgwm.models.adapter import Adapter, LoraSpec
-    from mlx_rsgwm.models.base import load_base
-    from mlx_rsgwm.training.layers import initial_factors
-
-    base = load_base(str(tiny_base), dtype="float32")
-    folder = tmp_path_factory.mktemp("served")
-    for seed, name in enumerate(("sums", "words")):
-        shapes = {f"model.layers.{layer}.self_attn.q_proj": (32, 32) for layer in range(2)}
-        weights = initial_factors(shapes, 4, seed)
-        for module, (_, outputs) in shapes.items():
-            weights[f"{module}.lora_b"] = initial_factors({module: (4, outputs)}, outputs, seed)[f"{module}.lora_a"]
-        spec = LoraSpec(4, 8.0, 0.0, ("self_attn.q_proj",), 2)
-        manifest = {"kind": "trained", "base": base.describe()}
-        Adapter(spec, weights, manifest=manifest).save(folder / name)
-    manifest["template"] = TEMPLATES["plain"].describe()
-    Adapter(spec, weights, manifest=manifest).save(folder / "judged")
-    return folder
 
 
 @pytest.fixture(scope="module")
