@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError
@@ -16,10 +17,10 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import open_pipeline
-from mlx_rsgwm.inference.pair import VerifierSource
+from mlx_rsgwm.inference.pair import VerifierSource, load_verifier
 from mlx_rsgwm.inference.speaker import spoken_template
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.adapter_sources import AdapterSource
+from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.tokenizer import embedding_rows
@@ -180,7 +181,9 @@ class Library:
         """
         self.check_name(name)
         noted = Noted(progress)
-        pipeline = open_pipeline(drafter, verifier, self.slots, progress=noted)
+        drafting = load_adapter(drafter, self.base.name, progress=noted)
+        verifying = load_verifier(verifier, self.base.name, noted)
+        pipeline = open_pipeline(drafting, verifying, self.slots, progress=noted)
         slots = tuple(slot for slot in (pipeline.drafter, *pipeline.verifiers) if slot is not None)
         who = [{"name": self.slots.adapter(slot).name, "sha256": slot} for slot in slots]
         details = {
@@ -192,7 +195,7 @@ class Library:
             "bytes": sum(self.slots.nbytes()[slot] for slot in set(slots)),
         }
         model = ServedModel(name, "verified", pipeline.template, pipeline.end_ids, slots[0], slots, pipeline, details)
-        model.warnings = tuple(noted.warnings)
+        model.warnings = tuple(_by_names(warning, (drafting, *verifying)) for warning in noted.warnings)
         return self.put(model)
 
     def put(self, model: ServedModel) -> ServedModel:
@@ -276,3 +279,10 @@ class Library:
         used = {slot for model in (*self._models.values(), *self._nameless) for slot in model.slots}
         for slot in [slot for slot in (*self.slots.names(), *self.slots.sums()) if slot not in used]:
             self.slots.unload(slot)
+
+
+def _by_names(text: str, adapters: Sequence[Adapter]) -> str:
+    """What is said of adapters without their folders, which are nobody's business who asks."""
+    for where in sorted({adapter.where for adapter in adapters}, key=len, reverse=True):
+        text = text.replace(where, PurePath(where).name)
+    return text

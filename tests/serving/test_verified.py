@@ -6,6 +6,7 @@ import threading
 import pytest
 from starlette.testclient import TestClient
 
+from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.open import open_pipeline
 from mlx_rsgwm.models.adapter_sources import load_adapter
@@ -164,6 +165,23 @@ def test_what_is_told(client, pair):
     assert (described["kind"], described["calibrated"], described["threshold"]) == ("verified", False, 0.7)
 
 
+def test_warnings_tell_adapters_by_name_and_not_where_they_are(start, pair, tmp_path):
+    client, engine = start()
+    said = []
+
+    class Kept(Progress):
+        def warning(self, text):
+            said.append(text)
+
+    engine.call(lambda library: library.add_pair("twice", pair[0], [pair[0]], Kept())).result(SECONDS)
+    engine.call(lambda library: library.add_pair("pool twice", pair[0], [pair[1], pair[1]], Kept())).result(SECONDS)
+    assert all(str(tmp_path) in text for text in said)  # at the terminal where it was started
+    for model, warning in (("twice", "same adapter, drafter"), ("pool twice", "verifier and verifier are the same")):
+        told = ask(client, QUESTIONS[0], model).json()
+        assert warning in told["verification"]["warnings"][0]
+        assert str(tmp_path) not in json.dumps({**told, "model": ""})
+
+
 def test_it_abstains(client):
     response = ask(client, QUESTIONS[0], verify={**SETTINGS, "threshold": 1.0, "abstain": True})
     (choice,) = response.json()["choices"]
@@ -226,6 +244,8 @@ def test_verdicts_on_given_answers(client, pair):
         ({"top_k": 3}, "unsupported_parameter", "top_k"),
         ({"lora": [{"id": "alone", "scale": 1}]}, "unsupported_parameter", "lora"),
         ({"verify": {"depth": 3}}, "unsupported_parameter", "verify.depth"),
+        ({"verify": {"router": "pool"}}, "unsupported_parameter", "verify.router"),
+        ({"verify": {"drafts": "grafted"}}, "invalid_value", "verify.drafts"),
         ({"verify": {"attempts": 0}}, "invalid_value", "verify.attempts"),
         ({"verify": {"score": "combined"}}, "invalid_value", "verify"),
         ({"verify": {"target_far": 0.1}}, "no_risk_bound", "verify"),
