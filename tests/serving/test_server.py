@@ -236,6 +236,9 @@ def test_the_page_asks_and_shows_drafts_and_verdicts(browser, adapters, tiny_bas
         assert "default-src 'none'" in httpx.get(f"{address}/").headers["content-security-policy"]
         session, evaluate = opened(browser, f"{address}/", "document.querySelectorAll('#model option').length === 3")
         assert evaluate("document.querySelector('#model').value") == "checked"
+        assert evaluate("document.querySelector('#threshold').placeholder") == "0.700"
+        evaluate("document.querySelector('#threshold').value = 0.90971839")
+        assert evaluate("document.querySelector('#ask').checkValidity()")  # as calibrated pairs have it
         evaluate("document.querySelector('#threshold').value = 1; document.querySelector('#go').click()")
         wait_until(lambda: evaluate("!!document.querySelector('#answer article')"))
         verdicts = evaluate(DRAFTS)
