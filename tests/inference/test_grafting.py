@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -11,8 +12,10 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.grafting import GREEDY, KINDS, SIX, fixed_vectors, grafted_drafts, grafted_layer, layer_at
 from mlx_rsgwm.inference.sampling import Sampling
+from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.hooks import block_names, outputs_changed
+from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
 
 PROMPTS = ([7, 9, 11, 40, 41, 42, 3], [5, 6, 90, 91], [8, 77, 21, 22, 23, 24, 25, 26, 27, 28])
@@ -108,6 +111,36 @@ def test_a_batch_of_chains_is_each_chain_by_itself(model, kind):
         chain = chains[ALL.index(kind)]
         assert (chain.kind, chain.attempt) == (kind, ALL.index(kind) + 1)
         assert (chain.tokens, chain.finished) == slow(kind, prompt, in_mlx(model[0]))
+
+
+def test_a_quantised_base_with_an_adapter_is_grafted_alike(model):
+    base = load_base(str(model[1]), dtype="float32")
+    nn.quantize(base.model, group_size=32, bits=4, class_predicate=divisible)
+    slots = AdapterSlots(base)
+    plain = drafts(base.model)
+    slots.load("adapter", random_adapter(base))
+    slots.use("adapter")
+    together = drafts(base.model)
+    assert [row[0].tokens for row in together] != [row[0].tokens for row in plain]  # or the adapter does nothing
+    for kind in (GREEDY, "zero", "shuf", "prev"):
+        for prompt, chains in zip(PROMPTS, together, strict=True):
+            assert chains[ALL.index(kind)].tokens == slow(kind, prompt, in_mlx(base.model))[0]
+
+
+def divisible(_, module):
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+def random_adapter(base):
+    random = np.random.default_rng(5)
+    weights = {}
+    for layer in range(len(base.model.layers)):
+        projection = base.model.layers[layer].self_attn.q_proj
+        outputs, inputs = projection.weight.shape[0], projection.scales.shape[1] * projection.group_size
+        for leaf, shape in (("lora_a", (inputs, 4)), ("lora_b", (4, outputs))):
+            name = f"model.layers.{layer}.self_attn.q_proj.{leaf}"
+            weights[name] = mx.array(random.standard_normal(shape).astype(np.float32))
+    return Adapter(LoraSpec(4, 2.0, 0.0, ("self_attn.q_proj",), len(base.model.layers)), weights)
 
 
 def test_without_a_graft_it_is_greedy_decoding(model):
