@@ -39,7 +39,7 @@ from mlx_rsgwm.data.arithmetic_parser import (
     terms,
 )
 from mlx_rsgwm.data.arithmetic_tokens import MAX_TEXT, READINGS, Token, normalised, tokens_of
-from mlx_rsgwm.data.arithmetic_units import converted, excuse, noun
+from mlx_rsgwm.data.arithmetic_units import conversions, converted, excuse, noun, unlike
 from mlx_rsgwm.data.numbers import decimals_needed
 
 
@@ -174,7 +174,8 @@ def _values(tokens: Sequence[Token], left: Expression, right: Expression) -> Ite
     assert right.node is not None
     percent = any(literal.percent for literal in literals(right.node))
     hundred = any(literal.percent and literal.value == 100 for literal in literals(left.node))
-    if percent or hundred or (additive(left.node) and additive(right.node)):
+    percents = all(literal.percent for literal in literals(left.node))  # "20% + 30% = 50", and not "50 + 10% = 60"
+    if percent or hundred or (percents and additive(left.node) and additive(right.node)):
         yield evaluate(left.node, Way("unit")), evaluate(right.node, Way("unit"))
 
 
@@ -225,7 +226,9 @@ def _rounded(exact: Fraction, source: Node, written: Fraction, node: Node) -> bo
         or (needed is not None and needed <= places)
     ):
         return False
-    return abs(exact - written) < Fraction(1, 10**places)
+    last, difference = Fraction(1, 10**places), abs(exact - written)
+    cut_off = difference < last and abs(written) < abs(exact) and written * exact >= 0
+    return cut_off or 2 * difference <= last
 
 
 def _check_units(left: Node, right: Node, a: Fraction, b: Fraction) -> None:
@@ -242,6 +245,12 @@ def _check_units(left: Node, right: Node, a: Fraction, b: Fraction) -> None:
             raise Unreadable
         return
     if b == 1 and isinstance(right, Literal) and not right.unit and _is_rate(left):
+        raise Unreadable
+    implied = isinstance(right, Literal) and not _counts(left)  # "24 × 60 = 1 day" counts minutes
+    if implied and isinstance(right, Literal) and b and a / b in conversions(right.unit):
+        raise Unreadable
+    counted = [[number.unit for number in literals(side) if number.unit] for side in (left, right)]
+    if unlike(*counted, summed=additive(left) and additive(right)):
         raise Unreadable
     added = [number.unit for number in (*terms(left), *terms(right))]
     if excuse(added, [number.unit for number in numbers], a / b if b else None):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mlx_rsgwm.data.arithmetic_parser import Literal, Node, Parser, TooLong, Unreadable, literals
 from mlx_rsgwm.data.arithmetic_tokens import Token
+from mlx_rsgwm.data.arithmetic_units import is_measure
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ _NAMED = set(_NAMED_WORDS.split())
 # What stands right after an equation and takes it back or limits it.
 _TAKEN_BACK = re.compile(
     r"\s*(?:[,(\[]\s*)?(?:\?|(?:which |that |this )?(?:is|was) (?:wrong|false|incorrect|not)\b"
-    r"|(?:wrong|false|incorrect)\b"
+    r"|(?:is|was|would|could|ca|wo)n['’]t\b|(?:can ?not|would) be\b|(?:wrong|false|incorrect)\b"
+    r"|(?:\.{2,}|…)\s*\d|(?:and|with) (?:a )?(?:remainder|rest)\b|with \d+ (?:\w+ )?left\b"
     r"|\\?p?mod\b|remainder\b|rem\b|rest\b|reste\b|resto\b|остаток\b|余|r\s?\d|rounded|rounding|round\b|approx|about"
     r"|or so|gerundet|arrondi|more than|less than|fewer than|times (?:more|less|as)|in (?:binary|base)|\(mod"
+    r"|(?:binary|octal|hex\w*)\b"
     r"|(?:(?:with|and) )?\d+ (?:\w+ )?(?:remain(?:s|ing|der)?|left over|leftover|over)\b"
     r"|(?:a|p)\.?m\b|o['’]clock|!\s?[=+*/-]|:\s?\d|\.\(|\.\\|squared|cubed|to the)",
     re.IGNORECASE,
@@ -54,6 +57,14 @@ OTHER_SYSTEM = re.compile(
     r"\b(?:binary|hexadecimal|octal|modulo|mod|base[- ]?(?:\d+|two|eight|ten|sixteen))\b", re.IGNORECASE
 )
 _NOT_STATED = re.compile(r"\b(?:not true|false that|wrong that|incorrect|suppose|instead of|is it)\b", re.IGNORECASE)
+# Words after a number that are read as its unit and are none: what is said was not meant as a sum, or not exactly.
+_NO_UNITS_WORDS = (
+    "remainder rest rem reste resto остаток 余 rounded rounding approx approximately about roughly circa ca gerundet "
+    "arrondi arrondie redondeado mod modulo binary octal hexadecimal hex base wrong incorrect false falsch faux average"
+)
+_NO_UNITS = set(_NO_UNITS_WORDS.split())
+_SUPPOSED = re.compile(r"\b(?:if|assum(?:e|ing)|imagine|pretend|say)(?: that)?,?\s*$", re.IGNORECASE)
+_HEXADECIMAL = re.compile(r"(?<![\d.,])0×[0-9a-fA-F]|(?<![\d.,])0[xXbBoO][0-9a-fA-F]")
 _CLOCK = {"am", "pm", "a.m", "p.m", "o'clock", "o’clock", "uhr"}
 
 
@@ -126,6 +137,10 @@ def may_begin(tokens: Sequence[Token], expression: Expression) -> bool:
         named = expression.first > 2 and tokens[expression.first - 3].kind == "word"
         colon = before.text == ":" and earlier is not None and earlier.kind == "number" and before.space and not named
         return (tokens[expression.first].space and not colon) or before.text in "“„«'\"（，。、*#|；：,"
+    if tokens[expression.first].kind == "open" and before.kind == "word" and not tokens[expression.first].space:
+        return False  # a function: "floor(17/5)"
+    if before.kind == "word" and earlier is not None and earlier.kind == "number" and is_measure(before.text):
+        return not _starts_with_a_measure(expression)  # "2 hours 30 minutes + …"
     if before.kind in ("close", "percent", "number"):
         return before.text == ")" and tokens[expression.first].space and tokens[expression.first].kind != "open"
     if before.text == "*" and (earlier is None or earlier.kind == "newline"):
@@ -133,6 +148,11 @@ def may_begin(tokens: Sequence[Token], expression: Expression) -> bool:
     if before.kind != "word" or (isinstance(expression.node, Literal) and before.text.lower() not in _SO):
         return False
     return _word_may_precede(tokens, expression, before, earlier)
+
+
+def _starts_with_a_measure(expression: Expression) -> bool:
+    first = next(literals(expression.node), None) if expression.node is not None else None
+    return first is not None and any(is_measure(word) for word in first.unit)
 
 
 def _word_may_precede(tokens: Sequence[Token], expression: Expression, before: Token, earlier: Token | None) -> bool:
@@ -150,6 +170,9 @@ def _word_may_precede(tokens: Sequence[Token], expression: Expression, before: T
 
 def may_end(text: str, tokens: Sequence[Token], expression: Expression) -> bool:
     """Whether what stands after an expression leaves it as it is."""
+    ends = {expression.end, _without_unit(tokens, expression)}  # a word that takes back may have been read as a unit
+    if _goes_on_in_units(tokens, expression) or any(_TAKEN_BACK.match(text, tokens[end - 1].end) for end in ends):
+        return False
     if expression.end >= len(tokens):
         return True
     after = tokens[expression.end]
@@ -160,9 +183,25 @@ def may_end(text: str, tokens: Sequence[Token], expression: Expression) -> bool:
         return False
     if after.kind == "open" and (not after.space or last == "close"):
         return False
-    if after.kind == "word" and not after.space and after.text.isascii():
+    return not (after.kind == "word" and not after.space and after.text.isascii())
+
+
+def _without_unit(tokens: Sequence[Token], expression: Expression) -> int:
+    """Where the expression ends without the words after its last number."""
+    end = expression.end
+    while end - 1 > expression.first and tokens[end - 1].kind == "word":
+        end -= 1
+    return end
+
+
+def _goes_on_in_units(tokens: Sequence[Token], expression: Expression) -> bool:
+    """Whether its last number begins a measure in several units: "= 3 hours 15 minutes", "1 foot and 4 inches"."""
+    if not is_measure(tokens[expression.end - 1].text):
         return False
-    return _TAKEN_BACK.match(text, tokens[expression.end - 1].end) is None
+    rest = tokens[expression.end : expression.end + 3]
+    if rest and rest[0].text.lower() in ("and", "und", "et", "y", "e", ","):
+        rest = rest[1:]
+    return len(rest) > 1 and rest[0].kind == "number" and is_measure(rest[1].text)
 
 
 def unmeant(text: str, tokens: Sequence[Token], left: Expression, right: Expression) -> bool:
@@ -185,11 +224,9 @@ def unmeant(text: str, tokens: Sequence[Token], left: Expression, right: Express
         for literal in literals(expression.node)
         for word in literal.unit
     }
-    if (
-        units & _CLOCK
-        or (units & {"more", "less"} and "than" in units)
-        or units & {"remainder", "rest", "rounded", "mod"}
-    ):
+    if units & _CLOCK or (units & {"more", "less"} and "than" in units) or units & _NO_UNITS:
+        return True
+    if _SUPPOSED.search(line[-200:]) or _HEXADECIMAL.search(re.sub(r" *× *", "×", text[start:end])):
         return True
     return any(_is_range(text, tokens, expression) for expression in (left, right))
 

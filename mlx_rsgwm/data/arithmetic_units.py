@@ -11,8 +11,13 @@ from fractions import Fraction
 from itertools import product
 
 _TABLE = {
-    "time": {1: "second seconds sec secs s", 60: "minute minutes min mins Minuten", 3600: "hour hours hr hrs h Stunden",
-             86400: "day days Tage", 604800: "week weeks wk wks Wochen"},
+    "time": {1: "second seconds sec secs s Sekunde Sekunden 秒",
+             60: "minute minutes min mins Minute Minuten 分 分钟",
+             3600: "hour hours hr hrs h Stunde Stunden heure heures hora horas 小时 時間",
+             86400: "day days Tag Tage jour jours día días", 604800: "week weeks wk wks Woche Wochen"},
+    "calendar": {1: "month months Monat Monate mois", 12: "year years Jahr Jahre", 120: "decade decades",
+                 1200: "century centuries"},
+    "data": {1: "bit bits", 8: "byte bytes"},
     "length": {1: "mm millimeters millimetres", 10: "cm centimeters centimetres centimeter centimetre",
                1000: "m meters metres meter metre Meter",
                10**6: "km kilometers kilometres kilometer kilometre Kilometer"},
@@ -24,6 +29,7 @@ _TABLE = {
     "measure": {1: "cup cups", 2: "pint pints", 4: "quart quarts", 16: "gallon gallons"},
     "money": {1: "¢ cent cents c penny pennies", 5: "nickel nickels", 10: "dime dimes", 25: "quarter quarters",
               100: "$ dollar dollars"},
+    "euro": {1: "ct cts Cent Cents", 100: "€ euro euros Euro Euros"},
     "count": {2: "pair pairs couple couples", 12: "dozen dozens", 20: "score", 100: "hundred hundreds",
               1000: "thousand thousands k Tausend", 10**6: "million millions Millionen", 10**9: "billion billions"},
 }  # fmt: skip
@@ -33,7 +39,17 @@ KNOWN = {
 _GLUED_WORDS = "mm cm km mg kg lb lbs oz ft ml mL hr hrs min mins sec secs mph"
 GLUED = set(_GLUED_WORDS.split())
 # Words after a number that name no unit: what was done with the things, or which of them.
-_BESIDE_WORDS = "left remaining more total altogether each sold spent given lost gone away in of for the a an per"
+_BESIDE_WORDS = (
+    "left remaining more total altogether each sold spent given lost gone away in of for the a an per now then today "
+    "here there still only again all him her them"
+)
+# Measures of which nothing exact is known, or which are of several sizes.
+_OTHER_MEASURE_WORDS = (
+    "teaspoon teaspoons tsp tablespoon tablespoons tbsp kb mb gb tb kilobyte kilobytes megabyte megabytes gigabyte "
+    "gigabytes terabyte terabytes fortnight fortnights quarter quarters semester semesters season seasons penny pence "
+    "stone acre acres hectare hectares fluid bushel bushels barrel barrels calorie calories"
+)
+_OTHER_MEASURES = set(_OTHER_MEASURE_WORDS.split())
 _BESIDE = set(_BESIDE_WORDS.split())
 
 Unit = tuple[str, ...]
@@ -68,6 +84,40 @@ def noun(unit: Unit) -> str:
         if word.endswith(ending) and len(word) > 3:
             return word.removesuffix(ending) + singular
     return word
+
+
+def is_measure(word: str) -> bool:
+    """Whether a word names a measure of something, not a thing that is counted."""
+    return word in KNOWN or word.lower() in _OTHER_MEASURES
+
+
+def unlike(left: Iterable[Unit], right: Iterable[Unit], summed: bool) -> bool:
+    """Whether two sides of an equation count different things, so that units may explain the difference.
+
+    Of a sum (``summed``) any two things, of a product only different measures: "4 friends × 3 = 12 cookies".
+    """
+    sides = [{_named(word) for unit in units for word in unit} - {None} for units in (left, right)]
+    if not all(sides) or sides[0] & sides[1]:
+        return False
+    return summed or all(any(is_measure(word) for unit in units for word in unit) for units in (left, right))
+
+
+def _named(word: str) -> object:
+    """What a word of a unit names: the same for all spellings of a measure; None for words beside it."""
+    if word in KNOWN:
+        return KNOWN[word]
+    return noun((word,)) or None
+
+
+def conversions(unit: Unit) -> set[Fraction]:
+    """By how many of another unit of its kind one of this is: "24 × 60 = 1 day" counts minutes and does not say so."""
+    known = [KNOWN[word] for word in unit if word in KNOWN]
+    return {
+        Fraction(factor, other)
+        for kind, factor in known
+        for other in _TABLE[kind]
+        if kind not in ("money", "euro", "count") and other < factor
+    }
 
 
 def excuse(terms: Sequence[Unit], units: Sequence[Unit], ratio: Fraction | None) -> bool:
