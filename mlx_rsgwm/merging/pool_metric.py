@@ -66,7 +66,12 @@ class ModuleGrams(Sequence[Gram]):
         if isinstance(index, slice):
             return ModuleGrams(self._readers[index], self._module, self._width)
         reader = self._readers[index]
-        return reader[self._module] if self._module in reader else no_gram(self._width)
+        gram = reader[self._module] if self._module in reader else no_gram(self._width)
+        if gram.width != self._width:
+            raise RsgwmError(
+                f"directions of {self._module} are of {gram.width} inputs, and it has {self._width}; collect them anew"
+            )
+        return gram
 
 
 @dataclass(frozen=True)

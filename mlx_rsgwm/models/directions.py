@@ -48,8 +48,11 @@ class DirectionsHeader:
         try:
             tokens = {name.partition("/")[2]: int(n) for name, n in metadata.items() if name.startswith("tokens/")}
             shared = {str(name): str(owner) for name, owner in json.loads(metadata.get("shared", "{}")).items()}
-            return cls(int(metadata["k"]), int(metadata["seed"]), tokens, shared)
-        except (KeyError, TypeError, ValueError, AttributeError):
+            header = cls(int(metadata["k"]), int(metadata["seed"]), tokens, shared)
+            if min(header.rank, header.seed, *tokens.values()) < 0:
+                raise ValueError
+            return header
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
             raise AdapterError(f"{where}: what it says of its directions is damaged; collect them anew") from None
 
 
@@ -84,6 +87,8 @@ class RoleGrams(Mapping[str, Gram]):
         means = {leaf: self._mean(f"{owner}.{leaf}") for leaf in self._forms[owner]}
         if not all(np.isfinite(np.array(mean, copy=False)).all() for mean in means.values()):
             raise AdapterError(f"{self._where}: the directions of {owner} are not finite; collect them anew")
+        if "diagonal" in means and mx.any(means["diagonal"] < 0).item():
+            raise AdapterError(f"{self._where}: the directions of {owner} have negative squares; collect them anew")
         if "gram" in means:
             return WholeGram(float64(means["gram"]))
         if "sketch" in means:
@@ -174,4 +179,6 @@ def _misshapen(
         wrong = [name for name, (leaf, array) in shapes.items() if array is None or array.shape != expected.get(leaf)]
         if wrong or set(leaves) not in FORMS:
             problems.append(f"the directions of {module} have other arrays or shapes than they need")
+        elif any(array is not None and array.dtype != mx.float32 for _, array in shapes.values()):
+            problems.append(f"the directions of {module} are not float32")
     return problems

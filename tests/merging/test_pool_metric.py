@@ -14,6 +14,7 @@ from mlx_rsgwm.merging import compressed
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions, Override
 from mlx_rsgwm.merging.pool import Pool
+from mlx_rsgwm.merging.pool_metric import ModuleGrams
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
@@ -199,3 +200,10 @@ def test_directions_of_some_modules_only():
         np.testing.assert_allclose(
             product(mean, name), (product(adapter(0), name) + product(adapter(1), name)) / 2, atol=1e-4
         )
+
+
+def test_directions_of_another_width_are_refused():
+    grams = ModuleGrams([{"m": no_gram(8)}, {"m": no_gram(9)}], "m", 8)
+    assert grams[0].width == 8
+    with pytest.raises(RsgwmError, match="directions of m are of 9 inputs, and it has 8; collect them anew"):
+        grams[1]

@@ -162,7 +162,16 @@ def test_damaged_values_and_metadata(folder: Path) -> None:
     put(folder, {**arrays_of(), f"draft/{Q}.diagonal": mx.full((WIDTH,), float("nan"))})
     with pytest.raises(AdapterError, match=r"the directions of .*q_proj are not finite"):
         load_directions(folder, "draft")[Q]
-    for broken in ({"k": "many"}, {"shared": "[1]"}, {"shared": "{"}, {"tokens/draft": "x"}):
+    put(folder, {**arrays_of(), f"draft/{Q}.diagonal": mx.full((WIDTH,), -1.0)})
+    with pytest.raises(AdapterError, match=r"the directions of .*q_proj have negative squares"):
+        load_directions(folder, "draft")[Q]
+    put(folder, {**arrays_of(), f"draft/{DOWN}.gram": mx.zeros((WIDTH, WIDTH), mx.bfloat16)})
+    refused(folder, "the directions of .*down_proj are not float32")
+    broken_headers = (
+        {"k": "many"}, {"k": "-1"}, {"seed": "-1"}, {"tokens/draft": "-5"}, {"tokens/draft": "x"},
+        {"shared": "[1]"}, {"shared": "{"}, {"shared": "[" * 100_000},
+    )  # fmt: skip
+    for broken in broken_headers:
         put(folder, **broken)
         refused(folder, "what it says of its directions is damaged; collect them anew")
     assert read_safetensors(folder / DIRECTIONS_FILE)[1]["format"] == "mlx"
