@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.linalg.gram import Gram, Moment, SketchedGram, added, float64, no_gram
+from mlx_rsgwm.linalg.gram import Gram, Moment, SketchedGram, WholeGram, added, float64, no_gram
 from mlx_rsgwm.linalg.lowrank import Factors
 from mlx_rsgwm.linalg.metric import (
     Metric,
@@ -197,14 +197,33 @@ def _sketched(
 def _whole(
     grams: Sequence[Gram], moments: Sequence[Moment], weights: Sequence[float], off_diagonal: float, ridge: float
 ) -> tuple[WholeMetric | None, tuple[np.ndarray, ...]]:
-    """Σ w_t Ḡ_t as a matrix, read one after the other, and the w_t Ḡ_t a_t."""
-    total: np.ndarray | None = None
-    columns = []
+    """Σ w_t Ḡ_t as a matrix, read one after the other, and the w_t Ḡ_t a_t.
+
+    Sketches are multiplied out together, as many as have in columns: their products alone take as long as the whole.
+    """
+    width = grams[0].width
+    total, rest, columns = np.zeros((width, width)), np.zeros(width), []
+    factors: list[np.ndarray] = []
     for gram, moment, weight in zip(grams, moments, weights, strict=True):
-        diagonal = added(gram, off_diagonal, ridge)
+        share, diagonal = weight * off_diagonal, added(gram, off_diagonal, ridge)
         columns.append(weight * (off_diagonal * gram.product(moment) + diagonal[:, None] * moment.columns))
-        matrix = gram.dense() * (weight * off_diagonal)
-        matrix[np.diag_indices(gram.width)] += weight * diagonal
-        total = matrix if total is None else np.add(total, matrix, out=total)
-    assert total is not None
+        rest += weight * diagonal
+        if isinstance(gram, WholeGram):
+            total += share * gram.matrix
+            continue
+        rest += share * gram.rest
+        factors.append(math.sqrt(share) * gram.factor)
+        if sum(factor.shape[1] for factor in factors) >= width:
+            total += _multiplied_out(factors)
+            factors = []
+    if factors:
+        total += _multiplied_out(factors)
+    total[np.diag_indices(width)] += rest
     return whole_metric(total), (np.concatenate(columns, axis=1),)
+
+
+def _multiplied_out(factors: Sequence[np.ndarray]) -> np.ndarray:
+    """Σ f fᵀ, (in, in)."""
+    stacked = np.concatenate(factors, axis=1)
+    product: np.ndarray = stacked @ stacked.T
+    return product
