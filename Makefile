@@ -35,7 +35,7 @@ RUN_TESTS = $(RUN) OPENBLAS_NUM_THREADS=1 BLIS_NUM_THREADS=1 OMP_NUM_THREADS=1
 
 SOURCES := $(shell find mlx_rsgwm converters cli bench -name "*.py" -o -name "*.yaml" -o -name "*.html" -o -name py.typed)
 
-.PHONY: demo test slow faults clients coverage lint format wheel-check openblas clean help
+.PHONY: demo test slow faults clients soak coverage lint format wheel-check openblas clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -58,6 +58,10 @@ faults: $(VENV)/.test openblas  ## kill every command at every event, fill its d
 
 clients: $(VENV)/.test openblas  ## ask a server by clients that others wrote, from PyPI and npm, in environments of their own
 	RSGWM_CLIENTS=1 $(RUN_TESTS) $(BIN)/python -m pytest tests/serving/test_clients.py
+
+MINUTES ?= 30
+soak: $(VENV)/.test openblas  ## mixed load on a server for MINUTES, 30 by default: no request lost, memory flat
+	RSGWM_SOAK_MINUTES=$(MINUTES) $(RUN_TESTS) $(BIN)/python -m pytest -s tests/serving/test_soak.py
 
 coverage: $(VENV)/.test openblas  ## run the tests and say which lines they reach; below 90 % fails
 	RSGWM_ALL_PEERS=1 $(RUN_TESTS) $(BIN)/python -m coverage run -m pytest -m "not slow"

@@ -103,7 +103,7 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> Json | None:
 
 def chat_choice(index: int, text: str | None, logprobs: Sequence[TokenLogprob] | None, reason: str | None) -> Json:
     """A choice of ``chat.completion``."""
-    message = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
+    message: Json = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
     return {"index": index, "message": message, "logprobs": _chat_logprobs(logprobs), "finish_reason": reason}
 
 
