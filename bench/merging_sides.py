@@ -146,7 +146,7 @@ def forward_side(folders: Sequence[Path], method: str) -> Iterator[dict[str, Any
     """A forward pass of 512 tokens through a random float32 model of TinyLlama's shapes for every step."""
     from mlx_lm.models.llama import Model, ModelArgs
 
-    from mlx_rsgwm.models.linux_cpu import quicken
+    from mlx_rsgwm.models.quicken import quicken
 
     model = Model(ModelArgs.from_dict(TINYLLAMA))
     mx.eval(model.parameters())

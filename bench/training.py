@@ -43,7 +43,8 @@ from mlx_rsgwm.data.corpus import load_corpus, make_rows, save_corpus, tokenize
 from mlx_rsgwm.data.questions import load_questions
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.models.base import load_base, resolve_base
-from mlx_rsgwm.models.linux_cpu import lazily, quicken
+from mlx_rsgwm.models.linux_cpu import lazily
+from mlx_rsgwm.models.quicken import quicken
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.directions import DirectionSums
 from mlx_rsgwm.training.importance import Importance

@@ -27,7 +27,7 @@ from mlx_rsgwm.linalg.spectrum import Decompositions
 from mlx_rsgwm.merging.automatic import has_directions
 from mlx_rsgwm.merging.pool import HASHING_THREADS, Pool
 from mlx_rsgwm.models.adapter_sources import AdapterSource
-from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
+from mlx_rsgwm.models.cpu_threads import cores, one_blas_thread
 
 Arrays = tuple[np.ndarray, np.ndarray]
 Result = TypeVar("Result")

@@ -20,7 +20,7 @@ from mlx_rsgwm.linalg.metric import Solved, truncate_dense_in, truncate_in, trun
 from mlx_rsgwm.merging.layer import Layer
 from mlx_rsgwm.merging.methods import find_method
 from mlx_rsgwm.merging.pool_metric import output_errors, stay_sketched
-from mlx_rsgwm.models.linux_cpu import cores, one_blas_thread
+from mlx_rsgwm.models.cpu_threads import cores, one_blas_thread
 
 # A module whose adapters' sketches have more entries together is computed alone: several at once are in memory.
 THREADED_ENTRIES = 1 << 22

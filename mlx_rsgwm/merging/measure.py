@@ -18,7 +18,8 @@ import numpy as np
 
 from mlx_rsgwm.linalg.lowrank import Factors, Truncated, cross, owner_matrix, stack
 from mlx_rsgwm.merging.layer import Layer
-from mlx_rsgwm.models.linux_cpu import applies, cores, one_blas_thread
+from mlx_rsgwm.models.cpu_threads import cores, one_blas_thread
+from mlx_rsgwm.models.linux_cpu import applies
 
 # Updates are stacked for their inner products until their ranks reach this sum.
 STACKED_RANK = 128

@@ -31,7 +31,7 @@ from mlx_rsgwm.models.base_folder import check_folder, fingerprint_of, first_lin
 from mlx_rsgwm.models.config import open_model
 from mlx_rsgwm.models.file_readers import FILE_READERS
 from mlx_rsgwm.models.hub_files import readable
-from mlx_rsgwm.models.linux_cpu import quicken
+from mlx_rsgwm.models.quicken import quicken
 
 if TYPE_CHECKING:
     from mlx_rsgwm.models.tokenizer import BaseTokenizer

@@ -1,14 +1,14 @@
 """What MLX's CPU back end does slowly on Linux, asked for in another way where :func:`applies` says so.
 
-Anywhere else ``exp``, ``order_statistics``, ``largest`` and ``cross_entropy`` are MLX's own and ``quicken`` changes
-nothing; ``ones_where`` and ``Dropout`` are the same everywhere.
+Anywhere else ``exp``, ``order_statistics``, ``largest`` and ``cross_entropy`` are MLX's own; ``ones_where`` and
+``Dropout`` are the same everywhere. Products are in :mod:`~mlx_rsgwm.models.linux_products`; which layers take what,
+:mod:`~mlx_rsgwm.models.quicken` settles.
 
 Measured with mlx 0.32.4 on x86-64 (``bench/cpu.py`` prints it): MLX's elementwise functions run on one thread and
 take the exponential of one number at a time, so NumPy's vectorised one is several times as fast even on one thread,
 and it runs on all of them here. ``mx.where`` with a bool mask takes ten times as long as adding a mask of numbers,
 ``mx.partition`` 1.8 to 3.5 times as long as NumPy's, a product with a bool twice as long as one with a uint8.
-``mx.fast.scaled_dot_product_attention`` takes its softmax by the slow exponential and computes it again for the
-gradient. All rewrites compute the same values to float32 round-off.
+All rewrites compute the same values to float32 round-off.
 
 NumPy needs values, so large arrays are evaluated where they are met; small ones (decoding) stay in MLX's lazy graph.
 So does everything inside :func:`lazily`: while gradients are taken, what is evaluated on the way is kept until the
@@ -17,22 +17,18 @@ backward pass is over, three times the memory of a lazy graph.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
-from pathlib import Path
-from types import FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+from mlx_rsgwm.models.cpu_threads import on_all_cores
 
 
 def applies() -> bool:
@@ -63,16 +59,16 @@ def lazily() -> Iterator[None]:
         _LAZY.reset(token)
 
 
-def _in_numpy(x: mx.array) -> bool:
+def in_numpy(x: mx.array) -> bool:
     """Whether NumPy is worth the round trip for ``x``."""
     return x.dtype == mx.float32 and x.size >= SMALL and not _LAZY.get()
 
 
 @mx.custom_function
 def _exp(x: mx.array) -> mx.array:
-    if not _in_numpy(x):
+    if not in_numpy(x):
         return mx.power(math.e, x)
-    return _by_rows(lambda block, out: np.exp(block, out=out), x)
+    return by_rows(lambda block, out: np.exp(block, out=out), x)
 
 
 @_exp.vjp
@@ -80,34 +76,19 @@ def _exp_vjp(primals: mx.array, cotangents: mx.array, outputs: mx.array) -> mx.a
     return cotangents * outputs
 
 
-@cache
-def cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, cores() - 1))  # the caller is one more
-
-
-def _by_rows(work: Callable[..., Any], *arrays: mx.array) -> mx.array:
+def by_rows(work: Callable[..., Any], *arrays: mx.array) -> mx.array:
     """``work(*blocks, out)`` on blocks of rows (all axes but the last) of arrays of one shape, on all cores."""
     width = arrays[0].shape[-1]
     views = [np.array(array, copy=False).reshape(-1, width) for array in arrays]
     out = np.empty(views[0].shape, np.float32)
     step = max(1, BLOCK // max(1, width))
-    share = max(step if len(out) <= step else 1, -(-len(out) // cores()))
 
-    def part(first: int) -> None:
-        for start in range(first, min(first + share, len(out)), step):
-            rows = slice(start, min(start + step, first + share))
+    def part(first: int, last: int) -> None:
+        for start in range(first, last, step):
+            rows = slice(start, min(start + step, last))
             work(*(view[rows] for view in views), out[rows])
 
-    others = [_threads().submit(part, first) for first in range(share, len(out), share)]
-    part(0)
-    for other in others:
-        other.result()
+    on_all_cores(part, len(out), step if len(out) <= step else 1)
     return mx.array(out).reshape(arrays[0].shape)
 
 
@@ -132,31 +113,6 @@ def order_statistics(values: mx.array, *places: int) -> mx.array:
     return mx.array(np.stack(picked, axis=-1))
 
 
-@contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """NumPy's own OpenBLAS on one thread inside: more would spin beside a merge that has the other cores."""
-    library = _numpys_openblas()
-    if library is None:
-        yield
-        return
-    before = library.scipy_openblas_get_num_threads64_()
-    library.scipy_openblas_set_num_threads64_(1)
-    try:
-        yield
-    finally:
-        library.scipy_openblas_set_num_threads64_(before)
-
-
-@cache
-def _numpys_openblas() -> ctypes.CDLL | None:
-    """The OpenBLAS inside NumPy's Linux wheel; None where NumPy has another BLAS."""
-    for path in Path(np.__file__).parent.with_name("numpy.libs").glob("libscipy_openblas64_*.so"):
-        library = ctypes.CDLL(str(path))
-        if hasattr(library, "scipy_openblas_set_num_threads64_"):
-            return library
-    return None
-
-
 def largest(values: mx.array, count: int) -> mx.array:
     """Indices (..., count) of the ``count`` largest entries (float32) along the last axis, in no order; see above."""
     place = values.shape[-1] - count
@@ -177,7 +133,7 @@ def _gated_block(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
 
 @mx.custom_function
 def _gated_in_numpy(gate: mx.array, up: mx.array) -> mx.array:
-    return _by_rows(_gated_block, gate, up)
+    return by_rows(_gated_block, gate, up)
 
 
 @_gated_in_numpy.vjp
@@ -213,83 +169,8 @@ def _gated_gradients(gate: mx.array, up: mx.array, share: mx.array, cotangent: m
 def gated(gate: mx.array, up: mx.array) -> mx.array:
     """silu(gate) · up, elementwise; both of one shape and dtype, and so is the product."""
     alone, with_share = cast("Callable[..., mx.array]", _gated_in_numpy), cast("Callable[..., Any]", _gated_and_share)
-    product: mx.array = alone(gate, up) if _in_numpy(gate) else with_share(gate, up)[0]
+    product: mx.array = alone(gate, up) if in_numpy(gate) else with_share(gate, up)[0]
     return product
-
-
-def _softmax_block(scores: np.ndarray, out: np.ndarray) -> None:
-    np.subtract(scores, scores.max(axis=-1, keepdims=True), out=out)
-    np.exp(out, out=out)
-    out /= out.sum(axis=-1, keepdims=True)
-
-
-@mx.custom_function
-def _softmax(scores: mx.array) -> mx.array:
-    if _in_numpy(scores):
-        return _by_rows(_softmax_block, scores)
-    powers = mx.power(math.e, scores - mx.max(scores, axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
-
-
-@_softmax.vjp
-def _softmax_vjp(scores: mx.array, cotangent: mx.array, shares: mx.array) -> mx.array:
-    weighted = cotangent * shares
-    return weighted - shares * weighted.sum(axis=-1, keepdims=True)
-
-
-def _added(mask: mx.array) -> mx.array:
-    """A bool mask as numbers to add: 0 where it is true, −1e30 elsewhere."""
-    return (ones_where(mask).astype(mx.float32) - 1) * 1e30
-
-
-def attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """softmax(scale · Q Kᵀ + mask) V: queries (batch, heads, length, size), keys, values (batch, groups, seen, size).
-
-    Takes the place, and the arguments, of mlx-lm's ``scaled_dot_product_attention``; what is not plain float32 is
-    handed on to it. The heads that share keys are multiplied together.
-    """
-    if queries.dtype != mx.float32 or sinks is not None or hasattr(cache, "bits"):
-        from mlx_lm.models.base import scaled_dot_product_attention
-
-        inputs: Any = (queries, keys, values, cache, scale, mask, sinks)
-        handed_on: mx.array = scaled_dot_product_attention(*inputs)
-        return handed_on
-    batch, heads, length, size = queries.shape
-    groups, seen = keys.shape[1], keys.shape[2]
-    stacked = (queries * scale).reshape(batch, groups, -1, size)
-    scores = (stacked @ keys.swapaxes(-1, -2)).reshape(batch, groups, heads // groups, length, seen)
-    if isinstance(mask, str):  # mlx-lm's only name: "causal", the queries being the last of the keys' positions
-        mask = mx.tri(length, seen, seen - length, dtype=mx.bool_) if length > 1 else None
-    if mask is not None:
-        if mask.ndim > 2:
-            mask = mx.expand_dims(mask, -3) if mask.shape[-3] == 1 else mx.unflatten(mask, -3, (groups, -1))
-        scores = scores + (_added(mask) if mask.dtype == mx.bool_ else mask)
-    shares: Any = _softmax(scores)
-    return (shares.reshape(batch, groups, -1, seen) @ values).reshape(batch, heads, length, values.shape[-1])
-
-
-@cache
-def _attending_here(kind: type) -> type | None:
-    """``kind`` with its calls of mlx-lm's attention function going to :func:`attention`; None when it makes none."""
-    call = kind.__call__
-    name = "scaled_dot_product_attention"
-    if not isinstance(call, FunctionType) or name not in call.__code__.co_names:
-        return None
-    if getattr(call.__globals__.get(name), "__module__", "") != "mlx_lm.models.base":
-        return None
-    redirected = FunctionType(
-        call.__code__, {**call.__globals__, name: attention}, call.__name__, call.__defaults__, call.__closure__
-    )
-    redirected.__kwdefaults__ = call.__kwdefaults__
-    return type(kind.__name__, (kind,), {"__call__": redirected})
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -317,34 +198,3 @@ class Dropout(nn.Module):
             return x
         mask = ones_where(mx.random.bernoulli(self._keep, x.shape)).astype(x.dtype)
         return x * (mask * (1 / self._keep))
-
-
-class GatedMlp(nn.Module):
-    """down(silu(gate(x)) · up(x)) with the exponential of :func:`exp`: 40 % of a layer's time otherwise."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        down: mx.array = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
-        return down
-
-
-def quicken(model: nn.Module) -> None:
-    """Let the model's layers take the quicker ways, in place; parameters and their names stay as they are.
-
-    Only SwiGLU blocks are touched that consist of the three usual projections and call mlx-lm's
-    ``swiglu``, and blocks that call mlx-lm's attention function. Off Linux's CPU nothing happens.
-    """
-    if not applies():
-        return
-    for module in model.modules():
-        if _is_swiglu_block(module):
-            module.__class__ = GatedMlp
-        elif attending := _attending_here(module.__class__):
-            module.__class__ = attending
-
-
-def _is_swiglu_block(module: Any) -> bool:
-    kind = type(module)
-    if kind.__name__ != "MLP" or set(module.children()) != {"gate_proj", "down_proj", "up_proj"}:
-        return False
-    names = kind.__call__.__code__.co_names
-    return "swiglu" in names and set(names) <= {"swiglu", "gate_proj", "down_proj", "up_proj"}

@@ -19,6 +19,7 @@ from mlx_rsgwm.core.errors import AdapterError, RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.fit_check import check_fit, dora_changes_nothing, find_module
+from mlx_rsgwm.models.linux_products import product
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -85,7 +86,7 @@ class SlotLinear(Slots):
         return self._update(x, self.linear(x), self._apply)
 
     def _apply(self, x: mx.array, y: mx.array, update: LowRank) -> mx.array:
-        added = (update.scale * ((x @ update.a) @ update.b)).astype(x.dtype)
+        added = (update.scale * product(product(x, update.a.T), update.b.T)).astype(x.dtype)
         if update.gain is None:
             return y + added
         bias = self.linear.bias if "bias" in self.linear else None

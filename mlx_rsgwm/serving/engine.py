@@ -29,6 +29,9 @@ from mlx_rsgwm.serving.rows import Reading, Row, RowDecoder
 
 T = TypeVar("T")
 PIECE_SECONDS = 0.2  # of a prompt's reading, so that rows under way never wait longer for their next token
+WHOLE_SECONDS = 1.0  # the same where no row is under way: long pieces are read quicker
+GATHER_SECONDS = 0.003  # that an idle engine waits for a next request, as those that come together are read together
+MOST_GATHERED = 0.05  # seconds of that in a row
 FEWEST_POSITIONS = 16
 PREFIX_SHARE = 0.25  # of the caches' memory, for texts that nobody writes any more
 MOST_RETRIES = 3  # of a request whose rows were read anew since a step with others failed
@@ -175,14 +178,17 @@ class Engine:
         return bool(self._jobs or not self._commands.empty())
 
     def _take_commands(self) -> None:
-        wait = not self._jobs and self._stop_at is None
+        idle = not self._jobs and self._stop_at is None
+        wait, seconds = idle, None
+        until = float("inf")
         while True:
             try:
-                command = self._commands.get(block=wait)
+                command = self._commands.get(wait, seconds)
             except Empty:
                 return
-            wait = False
             command()
+            until = min(until, time.monotonic() + MOST_GATHERED)
+            wait, seconds = idle and time.monotonic() < until, GATHER_SECONDS
 
     def _tick(self) -> None:
         for job in [job for job in self._jobs if job.cancelled]:
@@ -247,7 +253,8 @@ class Engine:
         if all(row.owner.over for row in reading.rows):
             return
         texts, length = reading.size
-        count = min(length, max(FEWEST_POSITIONS, int(self._positions * PIECE_SECONDS / texts)))
+        seconds = PIECE_SECONDS if self._decoder.rows else WHOLE_SECONDS
+        count = min(length, max(FEWEST_POSITIONS, int(self._positions * seconds / texts)))
         started = time.monotonic()
         try:
             over = reading.read_on(count)

@@ -11,7 +11,7 @@ from mlx_rsgwm.bench.random_pools import LINEAR, write_hollow_base
 from mlx_rsgwm.bench.shapes import TINYLLAMA
 from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
-from mlx_rsgwm.models.linux_cpu import cores
+from mlx_rsgwm.models.cpu_threads import cores
 
 KEY = "self_attn.q_proj"
 SIDE, RANK = 2048, 16

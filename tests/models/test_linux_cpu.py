@@ -4,14 +4,16 @@ from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
-from mlx_rsgwm.models import linux_cpu
+from mlx_rsgwm.models import cpu_threads, linux_cpu, linux_products, quicken
 
 
 @pytest.fixture(autouse=True)
 def on_linux(monkeypatch):
-    monkeypatch.setattr(linux_cpu, "applies", lambda: True)
+    for module in (linux_cpu, linux_products, quicken):
+        monkeypatch.setattr(module, "applies", lambda: True)
 
 
 def test_model_is_the_same(tiny_base):
@@ -19,12 +21,14 @@ def test_model_is_the_same(tiny_base):
 
     ids = mx.array([[3, 4, 5, 200], [9, 8, 7, 6]])
     plain, quick = (load_model(tiny_base)[0] for _ in range(2))
-    linux_cpu.quicken(quick)
-    assert type(quick.model.layers[0].mlp) is linux_cpu.GatedMlp
+    quicken.quicken(quick)
+    assert type(quick.model.layers[0].mlp) is quicken.GatedMlp
     assert (
         type(quick.model.layers[0].self_attn).__call__.__globals__["scaled_dot_product_attention"]
-        is linux_cpu.attention
+        is linux_products.attention
     )
+    assert type(quick.model.layers[0].self_attn.q_proj) is quicken.QuickLinear
+    assert type(quick.model.embed_tokens) is quicken.QuickEmbedding
     assert mx.allclose(plain(ids), quick(ids), rtol=1e-5, atol=1e-5).item()
     assert plain.parameters().keys() == quick.parameters().keys()
 
@@ -72,7 +76,7 @@ def test_exp_is_exp(size, lazy):
     ("quick", "plain"),
     [
         (lambda x, y: linux_cpu.gated(x, y), lambda x, y: nn.silu(x) * y),
-        (lambda x, y: linux_cpu._softmax(x) * y, lambda x, y: mx.softmax(x, axis=-1) * y),
+        (lambda x, y: linux_products._softmax(x) * y, lambda x, y: mx.softmax(x, axis=-1) * y),
         (lambda x, y: linux_cpu.exp(x / 9) * y, lambda x, y: mx.exp(x / 9) * y),
     ],
 )
@@ -89,6 +93,38 @@ def test_values_and_gradients_whatever_the_size_and_where(shape, quick, plain, l
     for actual, expected in zip(found, both(plain), strict=True):
         assert mx.allclose(actual, expected, rtol=1e-4, atol=1e-4 * mx.abs(expected).max().item()).item()
     assert mx.isfinite(found[0]).all().item()
+
+
+@pytest.mark.parametrize(
+    "rows", [(1,), (2, linux_products.ROWS // 2), (linux_products.ROWS,), (3, 67), (linux_products.TALL + 1,)]
+)
+@pytest.mark.parametrize("cores", [1, 3])
+def test_products_and_their_gradients(rows, cores, monkeypatch):
+    """Few rows, many and very many, on one thread and several: the products of float64, and MLX's gradients."""
+    monkeypatch.setattr(cpu_threads, "cores", lambda: cores)
+    x, weight = mx.random.normal((*rows, 600)), mx.random.normal((70, 600))
+    expected = np.array(x).astype(np.float64) @ np.array(weight).astype(np.float64).T
+    assert np.allclose(linux_products.product(x, weight), expected, rtol=1e-4, atol=1e-3)
+    assert np.allclose(linux_products.product(x[..., ::2], weight[:, ::2]), x[..., ::2] @ weight[:, ::2].T, atol=1e-3)
+    found, plain = (
+        mx.grad(lambda x, weight, f=f: (f(x, weight) ** 2).sum(), argnums=(0, 1))(x, weight)
+        for f in (linux_products.product, lambda x, weight: x @ weight.T)
+    )
+    for actual, wanted in zip(found, plain, strict=True):
+        assert mx.allclose(actual, wanted, rtol=1e-3, atol=1e-2).item()
+
+
+@pytest.mark.skipif(cpu_threads.numpys_openblas() is None, reason="NumPy has another BLAS")
+def test_one_blas_thread_holds_until_the_last_who_asked_leaves():
+    count = cpu_threads.numpys_openblas().scipy_openblas_get_num_threads64_
+    before = count()
+    first, second = cpu_threads.one_blas_thread(), cpu_threads.one_blas_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # as threads may, in the order in which they came
+    assert count() == 1
+    second.__exit__(None, None, None)
+    assert count() == before
 
 
 @pytest.mark.parametrize("size", [5, linux_cpu.SMALL])
@@ -115,13 +151,13 @@ def test_dropout_is_mlx_dropout():
 def test_other_devices_are_left_alone(tiny_base, monkeypatch):
     from mlx_lm.utils import load_model
 
-    monkeypatch.setattr(linux_cpu, "applies", lambda: False)
+    monkeypatch.setattr(quicken, "applies", lambda: False)
     model = load_model(tiny_base)[0]
-    linux_cpu.quicken(model)
+    quicken.quicken(model)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 2, 5, 5), (1, 6, 2, 1, 7), (3, 4, 4, 3, 8)])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 5, 5), (1, 6, 2, 1, 7), (3, 4, 4, 3, 8), (5, 6, 3, 90, 111)])
 @pytest.mark.parametrize("kind", ["none", "causal", "boolean", "additive", "per head"])
 def test_attention_and_its_gradients(shape, kind):
     batch, heads, groups, length, seen = shape
@@ -139,7 +175,7 @@ def test_attention_and_its_gradients(shape, kind):
     def loss(function):
         return lambda *arrays: (function(*arrays) ** 3).sum()
 
-    ours = loss(lambda q, k, v: linux_cpu.attention(q, k, v, None, 0.3, mask))
+    ours = loss(lambda q, k, v: linux_products.attention(q, k, v, None, 0.3, mask))
     theirs = loss(lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask))
     assert ours(queries, keys, values).item() == pytest.approx(theirs(queries, keys, values).item(), rel=1e-4)
     for mine, expected in zip(
@@ -150,7 +186,7 @@ def test_attention_and_its_gradients(shape, kind):
 
 def test_attention_hands_on_what_is_not_float32():
     queries, keys, values = (mx.random.normal((1, 2, 3, 8)).astype(mx.bfloat16) for _ in range(3))
-    found = linux_cpu.attention(queries, keys, values, None, 0.3, "causal")
+    found = linux_products.attention(queries, keys, values, None, 0.3, "causal")
     expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask="causal")
     assert mx.array_equal(found, expected).item()
 

@@ -110,9 +110,10 @@ def test_a_cancelled_request_frees_its_rows(make_engine, ask):
     engine = make_engine(ADAPTERS, rows=4)
     endless = RowSampling(temperature=0, logit_bias={0: -100})
     jobs = [ask(engine, "a", "go on", sampling=endless, max_tokens=400) for _ in range(4)]
-    waiting, _ = ask(engine, "b", "later", sampling=endless, max_tokens=400)
-    for _, told in jobs:
+    for _, told in jobs:  # all are in: "b", asked with them, would take its turn before the last of "a"
         assert told.first.wait(SECONDS)
+    waiting, begun = ask(engine, "b", "later", sampling=endless, max_tokens=400)
+    begun.events.append(begun.queue.get(timeout=SECONDS))
     assert engine.load() == {"waiting": 1, "running": 5, "rows": 4}
     for job, _ in (*jobs[1:], (waiting, None)):
         engine.cancel(job)
@@ -264,3 +265,13 @@ def test_ends_stops_and_counts_are_told(make_engine, ask, alone):
     cut = ask(engine, "a", PROMPTS[0], max_tokens=2)[1]
     cut.wait()
     assert [(event.reason, event.tokens) for event in cut.events if isinstance(event, Ended)] == [("length", 2)]
+
+
+def test_requests_that_come_together_are_read_together(make_engine, ask, monkeypatch):
+    monkeypatch.setattr("mlx_rsgwm.serving.engine.GATHER_SECONDS", 2.0)
+    monkeypatch.setattr("mlx_rsgwm.serving.engine.MOST_GATHERED", 2.0)
+    engine = make_engine(ADAPTERS)
+    told = [ask(engine, name, PROMPTS[0])[1] for name in ("a", "b", "c")]
+    longest = max(sum(event.tokens for event in each.wait() if isinstance(event, Ended)) for each in told)
+    assert engine.counts.steps <= longest + 1  # no step was made with the first alone
+    until_idle(engine)

@@ -97,6 +97,7 @@ def test_a_client_that_leaves_the_queue_has_no_place_in_it(make_engine, listen):
     port = listen(engine)
     with asking(port, {**ENDLESS, "stream": True}) as running:
         assert b"200 OK" in running.recv(1 << 10)
+        wait_for(lambda: engine.load()["rows"] == 1)
         for left in (1, 2, 3):  # or the second would find the queue full
             with asking(port, ENDLESS):
                 wait_for(lambda: engine.load()["waiting"] == 1)
@@ -110,6 +111,7 @@ def test_a_client_that_leaves_the_queue_has_no_place_in_it(make_engine, listen):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_while_its_prompt_is_read(make_engine, listen, monkeypatch, stream):
     engine = make_engine({"a": 1})
+    engine._positions = 16  # a long prompt takes many pieces
     port = listen(engine)
     reading, left = threading.Event(), threading.Event()
     read_on = Reading.read_on
