@@ -246,11 +246,10 @@ def _check_units(left: Node, right: Node, a: Fraction, b: Fraction) -> None:
         return
     if b == 1 and isinstance(right, Literal) and not right.unit and _is_rate(left):
         raise Unreadable
-    implied = isinstance(right, Literal) and not _counts(left)  # "24 × 60 = 1 day" counts minutes
-    if implied and isinstance(right, Literal) and b and a / b in conversions(right.unit):
-        raise Unreadable
-    counted = [[number.unit for number in literals(side) if number.unit] for side in (left, right)]
-    if unlike(*counted, summed=additive(left) and additive(right)):
+    if isinstance(right, Literal) and not _counts(left) and b and a / b in conversions(right.unit):
+        raise Unreadable  # "24 × 60 = 1 day" counts minutes
+    first, second = ([number.unit for number in literals(side) if number.unit] for side in (left, right))
+    if unlike(first, second, summed=additive(left) and additive(right)):
         raise Unreadable
     added = [number.unit for number in (*terms(left), *terms(right))]
     if excuse(added, [number.unit for number in numbers], a / b if b else None):

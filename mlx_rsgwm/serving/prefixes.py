@@ -72,7 +72,10 @@ class PrefixStore:
         return cache.keys, cache.values
 
     def _drop(self, text: _Text) -> None:
-        self._texts[self._order.pop(text)].remove(text)
+        slot = self._order.pop(text)
+        self._texts[slot].remove(text)
+        if not self._texts[slot]:
+            del self._texts[slot]  # sums of adapters have ever new names
         self.nbytes -= text.nbytes
 
 

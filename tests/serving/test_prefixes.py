@@ -70,6 +70,17 @@ def test_what_is_least_recently_used_goes_first(read):
     PrefixStore(size - 1).keep("a", texts[0], caches, 0)  # larger than all that may be kept
 
 
+def test_nothing_is_left_of_a_slot_whose_texts_are_gone(read):
+    text = tuple(range(FEWEST))
+    caches = read([text])
+    store = PrefixStore(1 << 30)
+    store.keep("a", text, caches, 0)
+    store._most = store.nbytes  # room for one
+    for slot in ("b", "c"):
+        store.keep(slot, text, caches, 0)
+    assert list(store._texts) == ["c"]
+
+
 def test_a_longer_text_takes_the_place_of_its_beginning(read):
     short, long = tuple(range(1, 1 + FEWEST)), tuple(range(1, 1 + 2 * FEWEST))
     store = PrefixStore(1 << 30)
