@@ -43,11 +43,11 @@ _NAMED = set(_NAMED_WORDS.split())
 # What stands right after an equation and takes it back or limits it.
 _TAKEN_BACK = re.compile(
     r"\s*(?:[,(\[]\s*)?(?:\?|(?:which |that |this )?(?:is|was) (?:wrong|false|incorrect|not)\b"
-    r"|(?:is|was|would|could|ca|wo)n['’]t\b|(?:can ?not|would) be\b|(?:wrong|false|incorrect)\b"
+    r"|(?:is|was|would|could|ca|wo)n['’]t\b|(?:can ?not|would) be\b|(?:wrong|false|incorrect|falsch|faux)\b"
     r"|(?:\.{2,}|…)\s*\d|(?:and|with) (?:a )?(?:remainder|rest)\b|with \d+ (?:\w+ )?left\b"
-    r"|\\?p?mod\b|remainder\b|rem\b|rest\b|reste\b|resto\b|остаток\b|余|r\s?\d|rounded|rounding|round\b|approx|about"
-    r"|or so|gerundet|arrondi|more than|less than|fewer than|times (?:more|less|as)|in (?:binary|base)|\(mod"
-    r"|(?:binary|octal|hex\w*)\b"
+    r"|\\?p?mod(?:ulo)?\b|remainder\b|rem\b|rest\b|reste\b|resto\b|остаток\b|余|r\s?\d|rounded|rounding|round\b|approx|about"
+    r"|or so|gerundet|arrondi|more than|less than|fewer than|times (?:more|less|as)|\(mod"
+    r"|(?:in )?(?:binary|octal|hex\w*|base)\b|on average\b|roughly\b|circa\b|ca\b|redondeado"
     r"|(?:(?:with|and) )?\d+ (?:\w+ )?(?:remain(?:s|ing|der)?|left over|leftover|over)\b"
     r"|(?:a|p)\.?m\b|o['’]clock|!\s?[=+*/-]|:\s?\d|\.\(|\.\\|squared|cubed|to the)",
     re.IGNORECASE,
@@ -57,12 +57,6 @@ OTHER_SYSTEM = re.compile(
     r"\b(?:binary|hexadecimal|octal|modulo|mod|base[- ]?(?:\d+|two|eight|ten|sixteen))\b", re.IGNORECASE
 )
 _NOT_STATED = re.compile(r"\b(?:not true|false that|wrong that|incorrect|suppose|instead of|is it)\b", re.IGNORECASE)
-# Words after a number that are read as its unit and are none: what is said was not meant as a sum, or not exactly.
-_NO_UNITS_WORDS = (
-    "remainder rest rem reste resto остаток 余 rounded rounding approx approximately about roughly circa ca gerundet "
-    "arrondi arrondie redondeado mod modulo binary octal hexadecimal hex base wrong incorrect false falsch faux average"
-)
-_NO_UNITS = set(_NO_UNITS_WORDS.split())
 _SUPPOSED = re.compile(r"\b(?:if|assum(?:e|ing)|imagine|pretend|say)(?: that)?,?\s*$", re.IGNORECASE)
 _HEXADECIMAL = re.compile(r"(?<![\d.,])0×[0-9a-fA-F]|(?<![\d.,])0[xXbBoO][0-9a-fA-F]")
 _CLOCK = {"am", "pm", "a.m", "p.m", "o'clock", "o’clock", "uhr"}
@@ -224,7 +218,11 @@ def unmeant(text: str, tokens: Sequence[Token], left: Expression, right: Express
         for literal in literals(expression.node)
         for word in literal.unit
     }
-    if units & _CLOCK or (units & {"more", "less"} and "than" in units) or units & _NO_UNITS:
+    if (
+        units & _CLOCK
+        or (units & {"more", "less"} and "than" in units)
+        or units & {"remainder", "rest", "rounded", "mod"}
+    ):
         return True
     if _SUPPOSED.search(line[-200:]) or _HEXADECIMAL.search(re.sub(r" *× *", "×", text[start:end])):
         return True
