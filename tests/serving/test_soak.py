@@ -15,9 +15,7 @@ from tests.serving.test_clients import HERE, python_with, run
 
 MINUTES = float(os.environ.get("RSGWM_SOAK_MINUTES", 0))
 CLIENTS = 12
-MOST_GROWTH = (
-    0.05  # of the server's resident memory, from the middle fifth of the time, when caches are full, to the last
-)
+MOST_GROWTH = 0.05  # of resident memory from the middle fifth of the time, when caches are full, to the last
 
 
 def resident(process):
@@ -41,20 +39,10 @@ def test_no_request_is_lost_and_memory_stays_flat(adapters, tiny_base, tmp_path)
         watching = threading.Thread(target=watch)
         watching.start()
         try:
-            options = [
-                "--headless",
-                "--users",
-                CLIENTS,
-                "--spawn-rate",
-                CLIENTS,
-                "--run-time",
-                f"{round(MINUTES * 60)}s",
-            ]
-            run(
-                [python, "-m", "locust", "-f", HERE / "locustfile.py", "--host", address, "--only-summary", *options,
-                 "--stop-timeout", "60", "--csv", tmp_path / "soak"],
-                seconds=MINUTES * 60 + 200,
-            )  # fmt: skip
+            load = ["--users", CLIENTS, "--spawn-rate", CLIENTS, "--run-time", f"{round(MINUTES * 60)}s"]
+            told = ["--headless", "--only-summary", "--stop-timeout", "60", "--csv", tmp_path / "soak"]
+            command = [python, "-m", "locust", "-f", HERE / "locustfile.py", "--host", address]
+            run([*command, *load, *told], seconds=MINUTES * 60 + 200)
         finally:
             over.set()
             watching.join()
