@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_rsgwm.serving.engine import Engine
 from mlx_rsgwm.serving.errors import RequestError
-from mlx_rsgwm.serving.events import Begun, Ended, Event, Failed, Finished, Piece
+from mlx_rsgwm.serving.events import Begun, Drafting, Ended, Event, Failed, Finished, Judged, Piece, Verified
 from mlx_rsgwm.serving.jobs import Job
 
 MOST_PENDING = 4096  # events that a client may be behind before it is cut off
@@ -42,7 +42,7 @@ class Delivery:
 
     def _tell(self, first: int, event: Event) -> None:
         """In the engine's thread."""
-        if isinstance(event, (Piece, Ended)):
+        if isinstance(event, (Piece, Ended, Drafting, Judged, Verified)):
             event = replace(event, index=event.index + first)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(self._put, event)

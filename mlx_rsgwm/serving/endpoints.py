@@ -91,11 +91,20 @@ class Server:
         return f"rsgwm_{self.library.base.fingerprint[:12]}"
 
     def _writing(self, asked: Asked, stream: str, trim: bool) -> Writing:
-        if asked.n > self.engine.limits.rows:
-            raise RequestError(f"n is at most {self.engine.limits.rows} here", code="invalid_value", param="n")
+        choices = self.choices(asked)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         limits = (asked.max_tokens, self.settings.max_tokens)
-        return Writing(asked.n, seed, stream, *limits, asked.stop, trim, asked.schema, asked.sampling)
+        return Writing(choices, seed, stream, *limits, asked.stop, trim, asked.schema, asked.sampling)
+
+    def choices(self, asked: Asked) -> int:
+        """How many choices a request asks for.
+
+        Raises:
+            RequestError: more than are written at a time.
+        """
+        if asked.n > self.engine.limits.rows:
+            raise RequestError(f"n is at most {self.engine.limits.rows} here", code="invalid_value", param="n")
+        return asked.n
 
     @staticmethod
     def _maker(model: ServedModel, prompt: Any, writing: Writing) -> Maker:

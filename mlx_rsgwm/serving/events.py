@@ -1,6 +1,6 @@
 """What the engine tells of a request, in this order: begun, pieces and ends of choices, finished; or that it failed.
 
-Of a verified one: begun, drafts and verdicts, what came of them, finished.
+Of a verified one: begun, drafts and verdicts, what came of them, finished. ``index``: of the choice, from 0.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Drafting:
 
     attempt: int
     text: str
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Judged:
     score: float | None
     accepted: bool
     false_equation: str | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Verified:
     probabilities: tuple[float | None, ...]
     tokens: int
     cached: int = 0
+    index: int = 0
 
 
 Event = Begun | Piece | Ended | Drafting | Judged | Verified | Finished | Failed

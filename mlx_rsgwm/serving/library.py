@@ -185,10 +185,10 @@ class Library:
         verifying = load_verifier(verifier, self.base.name, noted)
         pipeline = open_pipeline(drafting, verifying, self.slots, progress=noted)
         slots = tuple(slot for slot in (pipeline.drafter, *pipeline.verifiers) if slot is not None)
-        who = [{"name": self.slots.adapter(slot).name, "sha256": slot} for slot in slots]
+        judges = {adapter.content_hash(): adapter.name for adapter in verifying}  # a slot may have another's name
         details = {
-            "drafter": who[0],
-            "verifier": who[1:],
+            "drafter": {"name": drafting.name, "sha256": pipeline.drafter},
+            "verifier": [{"name": judges[slot], "sha256": slot} for slot in pipeline.verifiers],
             "calibrated": pipeline.calibration is not None,
             "threshold": pipeline.config.threshold,
             "score": pipeline.config.score,

@@ -11,16 +11,22 @@ from mlx_rsgwm.serving.answers import Head, Json, Usage, begun, chat_choice, cha
 from mlx_rsgwm.serving.delivery import Delivery
 from mlx_rsgwm.serving.events import Drafting, Judged, Verified
 from mlx_rsgwm.serving.library import ServedModel
+from mlx_rsgwm.serving.schema import Asked
 from mlx_rsgwm.serving.telling import Timed
 
 SHOWN = ("none", "summary", "full")  # what is told of the drafts
 
 
-def verification_of(verified: Verified, model: ServedModel, shown: str, warnings: Sequence[str]) -> Json:
-    """The object ``verification`` of an answer."""
+def verification_of(answers: Sequence[Verified], model: ServedModel, shown: str, warnings: Sequence[str]) -> Json:
+    """The object ``verification`` of an answer with these choices."""
+    choices = [_choice(verified, shown) for verified in answers]
+    return {"choices": choices, "score_name": answers[0].score_name, **_who(model), "warnings": list(warnings)}
+
+
+def _choice(verified: Verified, shown: str) -> Json:
     draft = verified.drafts[verified.chosen]
     choice = {
-        "index": 0,
+        "index": verified.index,
         **_judged(verified, verified.chosen),
         "threshold": verified.threshold,
         "attempts": len(verified.drafts),
@@ -36,7 +42,7 @@ def verification_of(verified: Verified, model: ServedModel, shown: str, warnings
             }
             for place, draft in enumerate(verified.drafts)
         ]
-    return {"choices": [choice], "score_name": verified.score_name, **_who(model), "warnings": list(warnings)}
+    return choice
 
 
 def _judged(verified: Verified, place: int) -> Json:
@@ -55,20 +61,22 @@ def _who(model: ServedModel) -> Json:
 
 
 def headers_of(verification: Mapping[str, Any]) -> dict[str, str]:
-    """The same in headers, for clients that show nothing else."""
-    choice = verification["choices"][0]
-    score = choice["score"]
+    """The same in headers, for clients that show nothing else; of several choices with commas between them."""
+    choices = verification["choices"]
+    scores = ["" if choice["score"] is None else f"{choice['score']:.6f}" for choice in choices]
     return {
-        "x-rsgwm-score": "" if score is None else f"{score:.6f}",
-        "x-rsgwm-accepted": str(choice["accepted"]).lower(),
-        "x-rsgwm-attempts": str(choice["attempts"]),
+        "x-rsgwm-score": ", ".join(scores),
+        "x-rsgwm-accepted": ", ".join(str(choice["accepted"]).lower() for choice in choices),
+        "x-rsgwm-attempts": ", ".join(str(choice["attempts"]) for choice in choices),
     }
 
 
-def usage_of(verified: Verified, prompt: int) -> Usage:
-    """Tokens of all drafts; those that are not the answer were rejected."""
-    answer = 0 if verified.text is None else len(verified.drafts[verified.chosen].tokens)
-    return Usage(prompt, verified.tokens, verified.cached, verified.tokens - answer)
+def usage_of(answers: Sequence[Verified], prompt: int) -> Usage:
+    """Tokens of all drafts of all choices; those that are not an answer were rejected."""
+    written = sum(verified.tokens for verified in answers)
+    chosen = [verified.drafts[verified.chosen] for verified in answers if verified.text is not None]
+    rejected = written - sum(len(draft.tokens) for draft in chosen)
+    return Usage(prompt, written, answers[0].cached, rejected)
 
 
 def refusal_text(verified: Verified) -> str:
@@ -86,49 +94,56 @@ def reason_of(verified: Verified) -> str:
 def choice_of(verified: Verified) -> Json:
     """The choice of a whole answer; one that abstains has no content, and says why."""
     text = None if verified.text is None else verified.text.strip()
-    choice = chat_choice(0, text, None, reason_of(verified))
+    choice = chat_choice(verified.index, text, None, reason_of(verified))
     choice["message"]["refusal"] = refusal_text(verified) if text is None else None
     return choice
 
 
-async def last_of(delivery: Delivery) -> Verified:
-    """The verdict that a delivery ends with."""
-    last = None
-    async for event in delivery.events():
-        last = event if isinstance(event, Verified) else last
-    assert last is not None
-    return last
+async def all_of(delivery: Delivery) -> list[Verified]:
+    """What became of every choice of a delivery, in their order."""
+    answers = [event async for event in delivery.events() if isinstance(event, Verified)]
+    return _in_order(answers)
+
+
+def _in_order(answers: Sequence[Verified]) -> list[Verified]:
+    return sorted(answers, key=lambda verified: verified.index)
 
 
 async def verified_parts(
-    delivery: Delivery, head: Head, verification: Callable[[Verified], Json], include_usage: bool, timed: Timed
+    delivery: Delivery, head: Head, verification: Callable[[Sequence[Verified]], Json], asked: Asked, timed: Timed
 ) -> AsyncIterator[bytes]:
-    """Comments while drafts are written and judged, then the answer, and ``verification`` where it ends."""
-    empty = {"usage": None} if include_usage else {}
-    yield head.chunk([begun(chat_delta, 0)], **empty)
+    """Comments while drafts are written and judged, then each choice, and where it ends ``verification`` of all that
+    have ended."""
+    empty = {"usage": None} if asked.include_usage else {}
+    answers: list[Verified] = []
+    for index in range(asked.n):
+        yield head.chunk([begun(chat_delta, index)], **empty)
     async for event in delivery.events():
         if isinstance(event, (Drafting, Judged)):
             yield comment(event)
         elif isinstance(event, Verified):
-            timed("first")
+            if not answers:
+                timed("first")
+            answers = _in_order([*answers, event])
             text = None if event.text is None else event.text.strip()
-            delta = chat_delta(0, text, None, None)
+            delta = chat_delta(event.index, text, None, None)
             if text is None:
                 delta["delta"]["refusal"] = refusal_text(event)
             yield head.chunk([delta], **empty)
-            end = chat_delta(0, None, None, reason_of(event))
-            yield head.chunk([end], **empty, verification=verification(event))
-            if include_usage:
-                usage = usage_of(event, delivery.prompt_tokens)
-                yield head.chunk([], usage=usage.describe())
+            end = chat_delta(event.index, None, None, reason_of(event))
+            yield head.chunk([end], **empty, verification=verification(answers))
+    if asked.include_usage:
+        usage = usage_of(answers, delivery.prompt_tokens // asked.n)
+        yield head.chunk([], usage=usage.describe())
 
 
 def comment(event: Drafting | Judged) -> bytes:
     """An event as a comment of a stream: clients pass it over, and none takes the connection for dead."""
+    told: Json = {"choice": event.index, "draft": event.attempt}
     if isinstance(event, Drafting):
-        told: Json = {"draft": event.attempt, "text": event.text}
+        told |= {"text": event.text}
     else:
-        told = {"draft": event.attempt, "score": event.score, "accepted": event.accepted}
+        told |= {"score": event.score, "accepted": event.accepted}
     return b": " + json.dumps(told, ensure_ascii=False).encode() + b"\n\n"
 
 

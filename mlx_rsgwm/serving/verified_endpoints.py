@@ -22,9 +22,9 @@ from mlx_rsgwm.serving.library import ServedModel
 from mlx_rsgwm.serving.schema import Asked, verification_request
 from mlx_rsgwm.serving.telling import streamed
 from mlx_rsgwm.serving.verification import (
+    all_of,
     choice_of,
     headers_of,
-    last_of,
     usage_of,
     verdicts_of,
     verification_of,
@@ -52,7 +52,6 @@ def require_pair(model: ServedModel, asked: Asked) -> None:
     """
     written = {
         "response_format": asked.schema is not None,
-        "n": asked.n != 1,
         "stop": bool(asked.stop),
         "logprobs": asked.logprobs is not None,
         "lora": asked.lora is not None,
@@ -115,7 +114,7 @@ async def answer_verified(server: Server, request: Request, asked: Asked, model:
     verify = asked.verify or {}
     changes = changes_of(asked, verify)
     seed = secrets.randbits(32) if asked.seed is None else asked.seed
-    verifying = Verifying(seed, changes, verify.get("target_far"))
+    rounds = [Verifying(seed + index, changes, verify.get("target_far")) for index in range(server.choices(asked))]
     verification = partial(
         verification_of,
         model=model,
@@ -124,18 +123,18 @@ async def answer_verified(server: Server, request: Request, asked: Asked, model:
     )
     head = Head(CHAT, asked.model, server.fingerprint)
     timed = server.timed(time.monotonic())
-    delivery = Delivery(
-        server.engine, [lambda tell: VerifiedAnswer(model, question, verifying, tell)], 1, server.settings.timeout
-    )
+    makers = [partial(VerifiedAnswer, model, question, verifying) for verifying in rounds]
+    delivery = Delivery(server.engine, makers, 1, server.settings.timeout)
     with delivery.cancelled_on_failure():
         await unless_gone(request.receive, asyncio.ensure_future(delivery.begin()))
         if asked.stream:
-            return streamed(delivery, verified_parts(delivery, head, verification, asked.include_usage, timed), timed)
-        verified: Verified = await unless_gone(request.receive, asyncio.ensure_future(last_of(delivery)))
+            return streamed(delivery, verified_parts(delivery, head, verification, asked, timed), timed)
+        answers: list[Verified] = await unless_gone(request.receive, asyncio.ensure_future(all_of(delivery)))
     timed("answer")
-    told = verification(verified)
-    usage = usage_of(verified, delivery.prompt_tokens)
-    return JSONResponse(head.answer([choice_of(verified)], usage, verification=told), headers=headers_of(told))
+    told = verification(answers)
+    usage = usage_of(answers, delivery.prompt_tokens // asked.n)
+    choices = [choice_of(verified) for verified in answers]
+    return JSONResponse(head.answer(choices, usage, verification=told), headers=headers_of(told))
 
 
 async def verify_answers(server: Server, request: Request) -> Response:
@@ -145,13 +144,9 @@ async def verify_answers(server: Server, request: Request) -> Response:
     if model.pipeline is None:
         raise RequestError(f"{name!r} has no verifier", code="not_a_verified_model", param="model")
     verifying = Verifying(0, changes, target)
-    delivery = Delivery(
-        server.engine,
-        [lambda tell: Verification(model, question, answers, verifying, tell)],
-        1,
-        server.settings.timeout,
-    )
+    maker = partial(Verification, model, question, answers, verifying)
+    delivery = Delivery(server.engine, [maker], 1, server.settings.timeout)
     with delivery.cancelled_on_failure():
         await unless_gone(request.receive, asyncio.ensure_future(delivery.begin()))
-        verified = await unless_gone(request.receive, asyncio.ensure_future(last_of(delivery)))
+        (verified,) = await unless_gone(request.receive, asyncio.ensure_future(all_of(delivery)))
     return JSONResponse(verdicts_of(verified, model, doubts_of(model, changes)))

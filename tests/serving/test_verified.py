@@ -83,11 +83,12 @@ def asked(pair, question, seed=5, verifier=1, **settings):
     return [*open_pipeline(pair[0], verifiers, seed=seed, max_tokens=LENGTH, **options).steps(question)]
 
 
-def check_same(told, steps):
-    """A served answer against the steps of the loop."""
+def check_same(told, steps, index=0):
+    """A choice of a served answer against the steps of the loop."""
     answer, drafts = steps[-1], [step for step in steps if isinstance(step, Draft) and step.state != "drafted"]
-    (choice,) = told["verification"]["choices"]
-    assert told["choices"][0]["message"]["content"] == (None if answer.text is None else answer.text.strip())
+    choice = told["verification"]["choices"][index]
+    assert (choice["index"], told["choices"][index]["index"]) == (index, index)
+    assert told["choices"][index]["message"]["content"] == (None if answer.text is None else answer.text.strip())
     assert (choice["accepted"], choice["attempts"]) == (answer.accepted, answer.attempts)
     assert choice["score"] == pytest.approx(answer.score, abs=1e-5)
     texts = [(draft["text"], draft["accepted"]) for draft in choice["drafts"]]
@@ -182,6 +183,51 @@ def test_warnings_tell_adapters_by_name_and_not_where_they_are(start, pair, tmp_
         assert str(tmp_path) not in json.dumps({**told, "model": ""})
 
 
+def test_several_choices_are_answers_to_seeds_that_count_on(client, pair):
+    told = ask(client, QUESTIONS[0], n=3, verify=FULL).json()
+    alone = [ask(client, QUESTIONS[0], seed=5 + index, verify=FULL) for index in range(3)]
+    for index, response in enumerate(alone):
+        check_same(told, asked(pair, QUESTIONS[0], 5 + index), index)
+        assert told["choices"][index]["message"] == response.json()["choices"][0]["message"]
+    assert len({choice["message"]["content"] for choice in told["choices"]}) > 1  # or the seeds are one
+    usages = [response.json()["usage"] for response in alone]
+    assert told["usage"]["prompt_tokens"] == usages[0]["prompt_tokens"]
+    accepted = ask(client, QUESTIONS[0], n=2, verify={**SETTINGS, "threshold": 0.0})
+    assert accepted.headers["x-rsgwm-accepted"] == "true, true"
+    assert accepted.headers["x-rsgwm-score"].count(", ") == 1
+    usage = ask(client, QUESTIONS[0], n=2, verify={**SETTINGS, "attempts": 1}).json()["usage"]
+    assert usage["completion_tokens_details"]["rejected_prediction_tokens"] == 0
+
+
+def test_several_choices_in_a_stream_tell_of_all_that_have_ended(client):
+    told = ask(client, QUESTIONS[0], n=3, verify=FULL).json()
+    lines = ask(client, QUESTIONS[0], n=3, verify=FULL, stream=True).text.split("\n\n")
+    assert {json.loads(line[2:])["choice"] for line in lines if line.startswith(": ")} == {0, 1, 2}
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    texts, reasons = {}, {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        texts[choice["index"]] = texts.get(choice["index"], "") + (choice["delta"].get("content") or "")
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert texts == {choice["index"]: choice["message"]["content"] for choice in told["choices"]}
+    assert reasons == {choice["index"]: choice["finish_reason"] for choice in told["choices"]}
+    ends = [
+        [choice["index"] for choice in chunk["verification"]["choices"]] for chunk in chunks if "verification" in chunk
+    ]
+    assert [len(indices) for indices in ends] == [1, 2, 3]
+    assert ends[-1] == [0, 1, 2]
+
+
+def test_names_are_those_of_the_model_that_was_asked(start, pair, tmp_path):
+    client, engine = start()
+    twins = [
+        load_adapter(folder).save(tmp_path / name) for folder, name in zip(pair, ("twin drafter", "twin"), strict=False)
+    ]
+    engine.call(lambda library: library.add_pair("twins", twins[0], [twins[1]])).result(SECONDS)
+    for model, names in (("pair", ("drafter", "verifier")), ("twins", ("twin drafter", "twin"))):
+        verification = ask(client, QUESTIONS[0], model).json()["verification"]
+        assert (verification["drafter"]["name"], verification["verifier"][0]["name"]) == names
+
+
 def test_it_abstains(client):
     response = ask(client, QUESTIONS[0], verify={**SETTINGS, "threshold": 1.0, "abstain": True})
     (choice,) = response.json()["choices"]
@@ -237,7 +283,7 @@ def test_verdicts_on_given_answers(client, pair):
 @pytest.mark.parametrize(
     ("change", "code", "param"),
     [
-        ({"n": 2}, "unsupported_parameter", "n"),
+        ({"n": 33}, "invalid_value", "n"),
         ({"stop": "x"}, "unsupported_parameter", "stop"),
         ({"logprobs": True}, "unsupported_parameter", "logprobs"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
