@@ -1,6 +1,6 @@
 """Merging: this project against PEFT's ``add_weighted_adapter``, against a forward pass, and as pools grow.
 
-    python bench/merging.py [--trials 5] [--budget 120] [--plot growth.png] [--out results.json]
+    python bench/merging.py [--trials 5] [--budget 120] [--growing regmean] [--plot growth.png] [--out results.json]
 
 Adapters are random, written once and read by both sides: T = 4, rank 16, q/k/v/o of TinyLlama-1.1B's 22 layers (hidden
 2048, key–value 256), 4.5M parameters each, float32. PEFT merges by ``linear``, ``ties``, ``dare_ties`` and ``svd`` at
@@ -51,6 +51,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_rsgwm.bench.merging_growth import METHODS as GROWN
 from mlx_rsgwm.bench.merging_growth import grow, plot
 from mlx_rsgwm.bench.merging_sides import process_of
 from mlx_rsgwm.bench.random_pools import ATTENTION, COUNT, LAYERS, write_pool
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--budget", type=float, default=120, help="seconds after which a method gets no further trial")
     parser.add_argument("--only", choices=("peft", "forward", "growth"), help="one part instead of all")
+    parser.add_argument("--growing", action="append", choices=list(GROWN), help="repeat; of growth, these alone")
     parser.add_argument("--plot", type=Path, help="write the growth as a PNG here")
     parser.add_argument("--out", type=Path, help="write the JSON, every trial included, here too")
     options = parser.parse_args()
@@ -170,7 +172,7 @@ def main() -> None:
         if options.only in (None, "forward"):
             result |= over_forward(folder, options.trials, options.budget)
         if options.only in (None, "growth"):
-            result["growth"] = grow(folder)
+            result["growth"] = grow(folder, options.growing or tuple(GROWN))
             if options.plot:
                 plot(result["growth"], options.plot)
     give_result(result, options.out, {name: value for name, value in result.items() if not name.endswith("steps")})

@@ -19,25 +19,27 @@ METHODS = {"rsgwm": "o", "linear": "s", "regmean": "^"}  # and their markers
 MOST_LAYERS = {"regmean": 16}  # one of which takes as long as a hundred of the others
 
 
-def grow(folder: Path) -> dict[str, Any]:
-    """Time and peak memory of three methods as the number of adapters grows, and as the adapters do."""
+def grow(folder: Path, methods: Sequence[str] = tuple(METHODS)) -> dict[str, Any]:
+    """Time and peak memory of ``methods`` as the number of adapters grows, and as the adapters do."""
     rows: dict[str, list[dict[str, Any]]] = {"adapters": [], "parameters": []}
     many = write_pool(folder / "many", ATTENTION, 6, max(GROWING_COUNTS), importance=True, directions=True)
     for count in GROWING_COUNTS:
-        rows["adapters"] += [_growing(method, many[:count], count) for method in METHODS]
+        rows["adapters"] += [_growing(method, many[:count], count) for method in methods]
     for layers in GROWING_LAYERS:
-        methods = [method for method in METHODS if layers <= MOST_LAYERS.get(method, layers)]
-        sketched = "regmean" in methods
+        able = [method for method in methods if layers <= MOST_LAYERS.get(method, layers)]
+        if not able:
+            continue
+        sketched = "regmean" in able
         (adapter,) = write_pool(folder / f"layers-{layers}", WIDE, layers, 1, importance=True, directions=sketched)
         names = [folder / f"layers-{layers}" / f"name-{index}" for index in range(COUNT)]
         for name in names:
             name.symlink_to(adapter, target_is_directory=True)
         parameters = layers * RANK * sum(map(sum, WIDE.values()))
-        rows["parameters"] += [_growing(method, names, parameters) for method in methods]
+        rows["parameters"] += [_growing(method, names, parameters) for method in able]
     exponents = {
         f"{what}, {method}, {figure}": round(_slope([r for r in rows[what] if r["method"] == method], figure), 3)
         for what in rows
-        for method in METHODS
+        for method in methods
         for figure in ("seconds", "mb")
     }
     return {**rows, "exponents": exponents}

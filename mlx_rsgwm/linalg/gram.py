@@ -43,6 +43,11 @@ class WholeGram:
         return int(self.matrix.shape[0])
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return int(self.matrix.nbytes)
+
+    @property
     def diagonal(self) -> np.ndarray:
         """The diagonal of G, (in,)."""
         return np.diagonal(self.matrix)
@@ -81,6 +86,11 @@ class SketchedGram:
     def width(self) -> int:
         """in: the length of an input."""
         return int(self.factor.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return int(self.factor.nbytes + self.rest.nbytes)
 
     @cached_property
     def diagonal(self) -> np.ndarray:

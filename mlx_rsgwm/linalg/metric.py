@@ -108,8 +108,12 @@ class Solved:
 def whole_metric(matrix: np.ndarray) -> WholeMetric | None:
     """M (in, in) float64, ready to be solved with; None when not finite, or not positive definite in that precision."""
     scale = _scale(np.diagonal(matrix))
-    lower = None if scale is None else _cholesky(matrix * scale[:, None] * scale[None, :])
-    return None if scale is None or lower is None else WholeMetric(matrix, scale, lower)
+    if scale is None:
+        return None
+    unit = matrix * scale[:, None]
+    unit *= scale
+    lower = _cholesky(unit)
+    return None if lower is None else WholeMetric(matrix, scale, lower)
 
 
 def sketched_metric(

@@ -23,38 +23,40 @@ from mlx_rsgwm.merging.pool_metric import output_errors, stay_sketched
 from mlx_rsgwm.models.cpu_threads import cores, one_blas_thread
 
 # A module whose adapters' sketches have more entries together is computed alone: several at once are in memory.
-THREADED_ENTRIES = 1 << 22
+THREADED_ENTRIES = 3 << 19
+
+_Merged = Future[tuple[Layer, Truncated]]
 
 
 def compressed_modules(
     modules: Iterable[Layer], rank: int, diagnosed: bool, threads: bool = True
 ) -> Iterator[tuple[Layer, Truncated]]:
-    """Every module with its merged update; ``diagnosed``: with notes of what the result's outputs are like; without
-    ``threads`` each is merged before the next is read.
+    """Every module, without its second moments and their metric, with its merged update; ``diagnosed``: with notes of
+    what the result's outputs are like; without ``threads`` each is merged before the next is read.
     """
 
-    def compute(module: Layer) -> Truncated:
+    def compute(module: Layer) -> tuple[Layer, Truncated]:
         compressed = _compressed(module, find_method(module.method).merge(module), rank)
         if diagnosed:
             _note_outputs(module, compressed)
-        return compressed
+        return replace(module, grams=()), compressed
 
-    waiting: deque[tuple[Layer, Future[Truncated]]] = deque()
+    waiting: deque[_Merged] = deque()
     with ExitStack() as stack:
         workers = stack.enter_context(ThreadPoolExecutor(cores()))
         for module in modules:
             if not threads or (ready := _for_threads(module)) is None:
-                yield from ((other, result.result()) for other, result in _popped(waiting, 0))
-                yield module, compute(module)
+                yield from (merged.result() for merged in _popped(waiting, 0))
+                yield compute(module)
                 continue
             if not waiting:
                 stack.enter_context(one_blas_thread())
-            waiting.append((ready, workers.submit(compute, ready)))
-            yield from ((other, result.result()) for other, result in _popped(waiting, cores()))
-        yield from ((other, result.result()) for other, result in _popped(waiting, 0))
+            waiting.append(workers.submit(compute, ready))
+            yield from (merged.result() for merged in _popped(waiting, cores()))
+        yield from (merged.result() for merged in _popped(waiting, 0))
 
 
-def _popped(waiting: deque[tuple[Layer, Future[Truncated]]], most: int) -> Iterator[tuple[Layer, Future[Truncated]]]:
+def _popped(waiting: deque[_Merged], most: int) -> Iterator[_Merged]:
     """The first of ``waiting``, until ``most`` are left."""
     while len(waiting) > most:
         yield waiting.popleft()

@@ -27,6 +27,7 @@ from mlx_rsgwm.merging.parameters import Parameter
 RAISES = 5  # of the ridge, tenfold each, before second moments are given up
 # An adapter whose outputs here have a norm a hundred times below the largest counts as if it were a hundred times.
 LARGEST_RATIO = 1e4
+TOGETHER = 512  # columns: all of a large pool would take as much memory as the sum
 EXPONENTS = {"relative": 1.0, "root": 0.5, "equal": 0.0}
 
 PARAMETERS: Mapping[str, Parameter] = {
@@ -199,7 +200,7 @@ def _whole(
 ) -> tuple[WholeMetric | None, tuple[np.ndarray, ...]]:
     """Σ w_t Ḡ_t as a matrix, read one after the other, and the w_t Ḡ_t a_t.
 
-    Sketches are multiplied out together, as many as have in columns: their products alone take as long as the whole.
+    Sketches are multiplied out together, ``TOGETHER`` columns: their products alone take as long as the whole.
     """
     width = grams[0].width
     total, rest, columns = np.zeros((width, width)), np.zeros(width), []
@@ -213,7 +214,7 @@ def _whole(
             continue
         rest += share * gram.rest
         factors.append(math.sqrt(share) * gram.factor)
-        if sum(factor.shape[1] for factor in factors) >= width:
+        if sum(factor.shape[1] for factor in factors) >= TOGETHER:
             total += _multiplied_out(factors)
             factors = []
     if factors:

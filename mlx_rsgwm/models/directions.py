@@ -30,7 +30,7 @@ from mlx_rsgwm.models.adapter import DIRECTIONS_FILE, MANIFEST_FILE, WEIGHTS_FIL
 FORMER_FILE = "grams.safetensors"  # whole matrices of all rows together, until 0.2
 ALL = "all"
 FORMS = ({"gram"}, {"sketch", "diagonal"}, {"diagonal"})  # what a module's arrays may be
-RECENT = 2  # matrices that stay until others are asked for: a block's modules come in the order of their names
+LARGEST_RECENT = 1 << 28  # bytes of a matrix that stays until another is asked for; larger ones are read again
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,13 @@ class RoleGrams(Mapping[str, Gram]):
 
     def __getitem__(self, module: str) -> Gram:
         owner = self._owners[module]
-        if owner not in self._recent:
-            gram = self._read(owner)
-            self._recent = dict([*self._recent.items()][1 - RECENT :]) | {owner: gram}
-        return self._recent[owner]
+        if owner in self._recent:
+            return self._recent[owner]
+        self._recent = {}  # before the next is read: one stays for every adapter of a pool
+        gram = self._read(owner)
+        if gram.nbytes <= LARGEST_RECENT:
+            self._recent = {owner: gram}
+        return gram
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._owners)
