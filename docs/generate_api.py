@@ -17,7 +17,8 @@ PAGE = Path(__file__).with_name("api.md")
 # The exported functions, in the order in which a job uses them.
 FUNCTIONS = (
     "build_corpus", "load_questions", "load_base", "load_adapter", "train", "average", "audit_adapters", "merge",
-    "open_pipeline", "calibrate", "evaluate", "convert", "fuse", "parity",
+    "open_pipeline", "calibrate", "evaluate", "convert", "extract_vector",
+    "apply_vector", "fuse", "parity",
 )  # fmt: skip
 HEAD = """# Python
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlx_rsgwm.inference.draft import Answer, Draft
     from mlx_rsgwm.inference.loop import DraftVerify
     from mlx_rsgwm.inference.open import open_pipeline
+    from mlx_rsgwm.merging.vector_sources import apply_vector, extract_vector
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.models.adapter_sources import load_adapter
     from mlx_rsgwm.models.base import Base, load_base
@@ -46,6 +47,7 @@ _HOMES = {
     "inference.draft": ("Answer", "Draft"),
     "inference.loop": ("DraftVerify",),
     "inference.open": ("open_pipeline",),
+    "merging.vector_sources": ("apply_vector", "extract_vector"),
     "models.adapter": ("Adapter",),
     "models.adapter_sources": ("load_adapter",),
     "models.base": ("Base", "load_base"),
@@ -69,12 +71,14 @@ __all__ = [
     "RsgwmError",
     "Template",
     "TrainConfig",
+    "apply_vector",
     "audit_adapters",
     "average",
     "build_corpus",
     "calibrate",
     "convert",
     "evaluate",
+    "extract_vector",
     "fuse",
     "load_adapter",
     "load_base",

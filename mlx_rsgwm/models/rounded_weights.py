@@ -42,6 +42,25 @@ def rounded_formats(model: Any, quant: QuantFormat) -> dict[str, QuantFormat]:
     return formats
 
 
+def check_dense(config: Mapping[str, Any], quant: QuantFormat | None) -> None:
+    """Raise where a base cannot be rounded to ``quant`` because its ``config`` says that it is quantised, before
+    its weights are read; with None nothing is rounded.
+
+    Raises:
+        RsgwmError: it is quantised.
+    """
+    packed = config.get("quantization")
+    if quant is not None and isinstance(packed, Mapping):
+        raise _quantised_already(packed.get("bits", "few"), quant)
+
+
+def _quantised_already(bits: Any, quant: QuantFormat) -> RsgwmError:
+    return RsgwmError(
+        f"the base is quantised already ({bits} bits), and rounding to {quant} starts from a dense one: "
+        "take the model that it was made from, or mlx_lm.convert --hf-path BASE --mlx-path DENSE --dequantize"
+    )
+
+
 def check_rounding(model: Any, quant: QuantFormat) -> None:
     """Raise where the weights of ``model``, with its adapted layers in it, cannot be rounded to ``quant``.
 
@@ -51,10 +70,7 @@ def check_rounding(model: Any, quant: QuantFormat) -> None:
     """
     packed = [module for _, module in model.named_modules() if hasattr(module, "scales") and hasattr(module, "bits")]
     if packed:
-        raise RsgwmError(
-            f"the base is quantised already ({packed[0].bits} bits), and rounding to {quant} starts from a dense one: "
-            "take the model that it was made from, or mlx_lm.convert --hf-path BASE --mlx-path DENSE --dequantize"
-        )
+        raise _quantised_already(packed[0].bits, quant)
     layers = {name: layer for name, layer in model.named_modules() if "lora_a" in layer}
     other = [name for name, layer in layers.items() if not isinstance(layer, LoRALinear)]
     if other:

@@ -102,6 +102,18 @@ def test_bad_input_is_one_line(tiny_base, corpus, tmp_path, qat, bits, reason):
     assert not (out / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "pool train"])
+def test_a_quantised_base_is_refused_before_rows_and_weights_are_read(tiny_base, tmp_path, monkeypatch, command):
+    """A large base and its rows take minutes."""
+    place = quantised(tiny_base, tmp_path / "packed", 8)
+    monkeypatch.setattr("mlx_rsgwm.training.job.load_data", None)
+    monkeypatch.setattr("mlx_rsgwm.models.base.load_base", None)
+    arguments = [*command.split(), "--base", place, "--corpus", tmp_path, "--out", tmp_path / "out", "--qat", "4,32"]
+    told = CliRunner().invoke(rsgwm, [*map(str, arguments), "--quiet"])
+    assert told.exit_code == 2
+    assert "quantised already (8 bits)" in told.stderr
+
+
 def test_the_commands(tiny_base, corpus, tmp_path):
     small = ["--rank", 2, "--steps", 2, "--batch-size", 2, "--base", tiny_base, "--corpus", tmp_path / "corpus"]
     for command, out in ((["train"], "single"), (["pool", "train"], "pool")):
