@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,14 +10,26 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import PAIR, PATH, POSITIVE, SOURCE, Number, OneOf, Whole
+from mlx_rsgwm.cli.options.kinds import COUNT, PAIR, PATH, POSITIVE, SOURCE, Number, OneOf, Whole
 from mlx_rsgwm.cli.options.paths import SOURCES
+from mlx_rsgwm.inference.draft import DRAFTS
+from mlx_rsgwm.inference.policy import CHECKS
+from mlx_rsgwm.inference.pool import RULES
 
 if TYPE_CHECKING:
-    from mlx_rsgwm.serving.library import Library
+    from mlx_rsgwm.serving.library import Library, Pair
     from mlx_rsgwm.serving.settings import ServerSettings
 
 DEMO = Path("runs/demo")
+SETTING = re.compile(r",(?=[a-z]+=)")  # where a setting of a pair begins
+# What may follow a pair, and its kind; as in `rsgwm ask`.
+OF_PAIRS: dict[str, click.ParamType] = {
+    "drafts": OneOf(DRAFTS),
+    "layer": COUNT,
+    "router": PATH,
+    "combine": OneOf(RULES),
+    "check": OneOf(CHECKS),
+}
 PORTS = Whole(0, 65535)
 SECONDS = Number(0, 86_400)
 
@@ -35,7 +48,8 @@ SECONDS = Number(0, 86_400)
     type=PAIR,
     multiple=True,
     help="Pair that answers together, as NAME=DRAFTER+VERIFIER: drafts are verified, and answers say how far they can "
-    "be trusted. Several verifiers, as +VERIFIER+VERIFIER or a folder of them, read together. Repeatable.",
+    "be trusted. Several verifiers, as +VERIFIER+VERIFIER or a folder of them, read together. Settings that ask has, "
+    "too, may follow: ,drafts=KIND ,layer=N ,router=POOL ,combine=RULE ,check=WHICH. Repeatable.",
 )
 @click.option(
     "--conversations",
@@ -80,12 +94,15 @@ def serve(
       rsgwm serve --base smollm2-135m
       rsgwm serve --adapter sums=pool/change --adapter compare=pool/compare
       rsgwm serve --verified checked=drafter+verifier
+      rsgwm serve --verified chains=drafter+verifier,drafts=mixed
+      rsgwm serve --verified routed=drafter+verifier,router=pool
       rsgwm serve --adapter-dir adapters --port 8081
     """
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.serving.admission import Limits
 
     try:
+        from mlx_rsgwm.serving.library import Pair
         from mlx_rsgwm.serving.opening import Served, run
     except ModuleNotFoundError as error:
         raise RsgwmError(f"{error.name} is not installed; pip install 'mlx-rsgwm[serve]'") from None
@@ -99,7 +116,7 @@ def serve(
 
     pairs = _pairs(verified)
     if not adapters and not pairs and base_name is None and (DEMO / "drafter").is_dir():
-        pairs = {"demo": (DEMO / "drafter", [DEMO / "verifier"])}
+        pairs = {"demo": Pair(DEMO / "drafter", [DEMO / "verifier"])}
     served = Served(base_name, _named(adapters), pairs, options["max_adapters"])
     run(served, limits, settings, begun, console.progress)
     console.line("stopped")
@@ -141,21 +158,42 @@ def _named(sources: tuple[Path | str, ...]) -> dict[str, Path | str]:
     return named
 
 
-def _pairs(given: tuple[str, ...]) -> dict[str, tuple[Path | str, list[Path | str]]]:
-    """Drafter and verifiers by the names that they are served under.
+def _pairs(given: tuple[str, ...]) -> dict[str, Pair]:
+    """Pairs by the names that they are served under.
 
     Raises:
-        RsgwmError: two of one name, or a drafter without a verifier.
+        RsgwmError: two of one name, a drafter without a verifier, or a setting that there is not.
     """
     from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.serving.library import Pair
 
-    pairs: dict[str, tuple[Path | str, list[Path | str]]] = {}
+    pairs: dict[str, Pair] = {}
     for text in given:
-        name, _, sources = text.partition("=")
-        drafter, *verifiers = sources.split("+")
-        if not drafter or not verifiers or not all(verifiers):
+        name, _, rest = text.partition("=")
+        sources, *settings = SETTING.split(rest)
+        drafter, *verifiers = [SOURCE.convert(each, None, None) for each in sources.split("+") if each]
+        if not verifiers or sources.count("+") != len(verifiers):
             raise RsgwmError(f"--verified {text} wants NAME=DRAFTER+VERIFIER")
         if name in pairs:
             raise RsgwmError(f"two pairs are named {name}; give them different names")
-        pairs[name] = SOURCE.convert(drafter, None, None), [SOURCE.convert(each, None, None) for each in verifiers]
+        pairs[name] = Pair(drafter, verifiers, **_pair_settings(text, settings))
     return pairs
+
+
+def _pair_settings(text: str, settings: list[str]) -> dict[str, Any]:
+    """What follows a pair, ``KEY=VALUE`` each, as fields of :class:`Pair`."""
+    from mlx_rsgwm.core.errors import RsgwmError
+    from mlx_rsgwm.core.nearest import nearest
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in OF_PAIRS or key in values:
+            near = nearest(key, OF_PAIRS)
+            said = "is given twice" if key in values else "is no setting of a pair" + (f"; {near} is" if near else "")
+            raise RsgwmError(f"--verified {text}: {key} {said}; there are {', '.join(OF_PAIRS)}")
+        try:
+            values[key] = OF_PAIRS[key].convert(value, None, None)
+        except click.BadParameter as error:
+            raise RsgwmError(f"--verified {text}: {key}: {error.message}") from None
+    return values

@@ -8,6 +8,7 @@ that comes before the prompt's last token is read once for all chains; their dra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,15 @@ KINDS: Mapping[str, Graft] = {
     "prev": lambda states, vector, order: states.below,
 }
 SIX = (GREEDY, "zero", "rand", "runit", "shuf", "bos")  # the chains of R₆
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A grafted draft to be made: of a kind, at the output of the block ``place``, with the ``seed`` of its vectors."""
+
+    kind: str
+    place: str
+    seed: int
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
@@ -149,20 +159,20 @@ def _written(
     """Drafts, those of a prompt after one another."""
     hidden, head = parts
     ids, caches, padding = unread(model, prompts, batched)
-    before = _before(model, hidden, ids, caches, place)
+    before = states_at(model, hidden, ids[:, :-1], caches, place)
     if len(kinds) > 1:
         rows = mx.repeat(mx.arange(len(prompts)), len(kinds))
         for cache in caches:
             cache.filter(rows)
         ids = ids[rows]
-    with _grafted(model, place, before, padding, kinds, sampling.seed):
+    with grafted(model, place, before, padding, kinds, sampling.seed):
         last = hidden(ids[:, -1:], cache=caches)[:, -1]
         mx.eval(last)
     return write_drafts(parts, end_ids, caches, head(last[:, None])[:, 0], sampling)
 
 
-def _before(model: Any, hidden: Any, ids: mx.array, caches: Sequence[Any], place: str) -> mx.array | None:
-    """Read all but the last token; the states (rows, length − 1, dims) at the grafted layer's output."""
+def states_at(model: Any, hidden: Any, ids: mx.array, caches: Sequence[Any], place: str) -> mx.array | None:
+    """Read ids (rows, length); their states (rows, length, dims) at the output of the layer ``place``, None of none."""
     seen: list[mx.array] = []
 
     def keep(_: str, x: mx.array, y: Any) -> Any:
@@ -170,16 +180,20 @@ def _before(model: Any, hidden: Any, ids: mx.array, caches: Sequence[Any], place
         return y
 
     with outputs_changed(model, [place], keep):
-        for start in range(0, ids.shape[1] - 1, PREFILL_STEP):
-            hidden(ids[:, start : min(start + PREFILL_STEP, ids.shape[1] - 1)], cache=caches)
+        for start in range(0, ids.shape[1], PREFILL_STEP):
+            hidden(ids[:, start : start + PREFILL_STEP], cache=caches)
             mx.eval([cache.state for cache in caches], seen)
     return mx.concatenate(seen, axis=1) if seen else None
 
 
-def _grafted(
+def grafted(
     model: Any, place: str, before: mx.array | None, padding: Sequence[int], kinds: Sequence[str], seed: int
-) -> Any:
-    """The hook that puts every chain's graft at the last token; rows are chains, those of a prompt together."""
+) -> AbstractContextManager[None]:
+    """The hook under which the last tokens of prompts are read, a row for each chain, those of a prompt together: the
+    layer ``place`` puts out every chain's graft.
+
+    ``before``: :func:`states_at` of the prompts' other tokens, padded on the left by ``padding``.
+    """
 
     def change(_: str, x: mx.array, y: Any) -> Any:
         given = _state(y)

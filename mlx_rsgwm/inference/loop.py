@@ -29,7 +29,7 @@ from mlx_rsgwm.inference.draft import SAMPLED, Answer, Draft, Signals, Step
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.grafting import graft_many, grafted_layer
 from mlx_rsgwm.inference.pair import template_mismatches
-from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.policy import LoopConfig, Pacing
 from mlx_rsgwm.inference.pool import check_rule, scores_of_each
 from mlx_rsgwm.inference.pool_reader import in_order, reader_of
 from mlx_rsgwm.inference.prefix_cache import CachedPrefixes, LowerLayerCache
@@ -40,9 +40,6 @@ from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
-
-# Two more rows in a batch cost a step about a tenth; another batch costs a draft. Alone is worth it from here on.
-ALONE_FROM = 0.85
 
 Watch = Callable[[int, Sequence[int]], None]
 
@@ -100,8 +97,7 @@ class DraftVerify:
         self.calibration = calibration
         if combine != "learned" or calibration is not None:
             self.scorer(config.score)  # combined is refused here, not at the first draft
-        # First drafts accepted, of all; one of two to begin with. What with_config returns counts on.
-        self._firsts = [1, 2]
+        self.pacing = Pacing()  # what with_config returns counts on
 
     def with_config(self, config: LoopConfig) -> DraftVerify:
         """The same adapters on the same base with other settings."""
@@ -112,6 +108,15 @@ class DraftVerify:
     def drafter_hashes(self, hash_of: Callable[[Adapter], str]) -> str | dict[str, str] | None:
         """What drafts, by its hash; None for the bare base."""
         return hash_of(self.slots.adapter(self.drafter)) if self.drafter else None
+
+    @property
+    def drafters(self) -> tuple[str | None, ...]:
+        """The slots that may draft."""
+        return (self.drafter,)
+
+    def of_question(self, question: str) -> DraftVerify:
+        """What answers a question: this pipeline, where no router chooses among several."""
+        return self
 
     def answer(self, question: str) -> Answer:
         """The last step of :meth:`steps`."""
@@ -147,7 +152,7 @@ class DraftVerify:
         if self.config.samples:
             yield from self._sampled(question, prompt, lower_cache, watch)
         made = self.config.samples
-        while kinds := self._chains_after(made):
+        while kinds := self.pacing.next_kinds(self.config, made):
             yield from self._grafted([question], kinds, made, len(kinds))[0]
             made += len(kinds)
 
@@ -165,18 +170,13 @@ class DraftVerify:
         if lower_cache is not None:
             lower_cache.prefixes = decoder.prefixes
         for attempt in numbers:
-            beside = [attempt] if self._goes_alone(attempt) else numbers
+            beside = [attempt] if self.pacing.goes_alone(self.config.mode, attempt) else numbers
             with self.slots.using(self.drafter):
                 while (0, attempt) not in decoder.ended:
                     decoder.step([(0, other) for other in beside])
                     if watch is not None:
                         watch(attempt, decoder.written((0, attempt)))
             yield self._with_text(decoder.ended[0, attempt])
-
-    def _chains_after(self, made: int) -> tuple[str, ...]:
-        """The kinds of grafted drafts that a question gets next, side by side, after all the drafts ``made``."""
-        last = made + 1 if self._goes_alone(made + 1) else self.config.most
-        return self.config.kinds(min(last, self.config.most))[made:]
 
     def _grafted(
         self, questions: Sequence[str], kinds: Sequence[str], made: int, batch_rows: int, progress: Progress = SILENT
@@ -190,13 +190,7 @@ class DraftVerify:
         judge(trials, reads, self.scorer(self.config.score))
         for drafted in (trial.drafts[-1] for _, trial in trials):
             if drafted.attempt == 1:
-                self._firsts[:] = self._firsts[0] + bool(drafted.accepted), self._firsts[1] + 1
-
-    def _goes_alone(self, attempt: int) -> bool:
-        """Whether an attempt is written before the later ones are begun; what first drafts came to so far decides."""
-        if self.config.mode != "adaptive" or attempt > 1:
-            return self.config.mode == "sequential"
-        return self._firsts[0] >= ALONE_FROM * self._firsts[1]
+                self.pacing.first_judged(bool(drafted.accepted))
 
     def answer_many(self, questions: Sequence[str], batch_rows: int = 32, progress: Progress = SILENT) -> list[Answer]:
         """What :meth:`answer` says to each question, about ``batch_rows`` drafts or verdicts at a time."""
@@ -235,7 +229,7 @@ class DraftVerify:
         """The steps of the sampled drafts; of ``trials`` those are left that grafted drafts are to go on with."""
         scheduler = BatchScheduler(self._decoder(), questions, prompts, batch_rows)
         while not scheduler.over:
-            writing = self._write(scheduler, self.attempts_after(0))
+            writing = self._write(scheduler, self._attempts_after(0))
             yield from self._drafted(scheduler, trials)
             ready = {index: trial for index, trial in trials.items() if trial.waiting}
             if writing and len(ready) < max(1, batch_rows // 4):
@@ -249,11 +243,11 @@ class DraftVerify:
                 if trial.over or trial.sampled_out:
                     scheduler.done(index)
                 elif len(trial.drafts) == scheduler.attempts(index):  # all that were begun
-                    scheduler.want(index, self.attempts_after(len(trial.drafts)))
+                    scheduler.want(index, self._attempts_after(len(trial.drafts)))
 
-    def attempts_after(self, made: int) -> Sequence[int]:
+    def _attempts_after(self, made: int) -> Sequence[int]:
         """The attempts that a question makes next, side by side, after those that were ``made``."""
-        return range(made + 1, (made + 1 if self._goes_alone(made + 1) else self.config.samples) + 1)
+        return range(made + 1, made + 1 + len(self.pacing.next_kinds(self.config, made)))
 
     def _grafted_many(
         self, questions: Sequence[str], prompts: Sequence[Prompt], trials: dict[int, Trial], batch_rows: int
@@ -261,7 +255,7 @@ class DraftVerify:
         """The steps of the grafted drafts of all ``trials``, to their ends; those of a block of them side by side."""
         while trials:
             made = min(len(trial.drafts) for trial in trials.values())
-            kinds = self._chains_after(made)
+            kinds = self.pacing.next_kinds(self.config, made)
             waiting = [index for index, trial in trials.items() if len(trial.drafts) == made]
             block = sorted(waiting, key=lambda index: len(prompts[index]))[: max(1, batch_rows // len(kinds))]
             chains = self._grafted([questions[index] for index in block], kinds, made, batch_rows)

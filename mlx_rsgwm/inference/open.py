@@ -132,16 +132,17 @@ def open_pipeline(
         base = load_base_for([drafting, *verifying], None if base is None else str(base), progress)
     judges = roles_of(verifying)
     options = (config, asked_in, template_mismatch, calibration, combine)
+    beside = judges if routed is None else routed.beside(judges)
+    slots, place = _placed(shared or base, {"drafter": drafting, **beside})
+    verifiers = [place[name] for name in judges]
     if routed is None:
-        slots, place = _placed(shared or base, {"drafter": drafting, **judges})
-        pipeline = DraftVerify(slots, spoken, place["drafter"], [place[name] for name in judges], *options)
+        pipeline = DraftVerify(slots, spoken, place["drafter"], verifiers, *options)
     else:
-        slots = slots_of(base, {"drafter": drafting, **routed.beside(judges)})
         merged = None if drafter is None else "drafter"
-        pipeline = RoutedDraftVerify(slots, spoken, routed.router, merged, [*judges], *options)
+        pipeline = RoutedDraftVerify(slots, spoken, routed.router, merged, verifiers, *options, place=place)
     for warning in (*pipeline.warnings, *_calibration_doubts(pipeline)):
         progress.warning(f"warning: {warning}")
-    pipeline.config = _settled(pipeline, config, score, threshold, calibrate, progress)
+    pipeline = pipeline.with_config(_settled(pipeline, config, score, threshold, calibrate, progress))
     if needed:
         pipeline.scorer(pipeline.config.score)  # a learned rule that was never fitted is refused before any draft
     return pipeline

@@ -23,6 +23,8 @@ MODES = ("adaptive", "parallel", "sequential")
 CHECKS = ("auto", "arithmetic", "none")
 
 MOST_ATTEMPTS = 10_000  # drafts of one question that are kept at once
+# Two more rows in a batch cost a step about a tenth; another batch costs a draft. Alone is worth it from here on.
+ALONE_FROM = 0.85
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,35 @@ class LoopConfig:
         if len(kinds) < count:
             raise RsgwmError(f"{count} drafts of a question: there are {len(kinds)} that are {self.drafts}")
         return kinds
+
+
+class Pacing:
+    """Which attempts at a question are made side by side; in mode ``adaptive`` what became of first drafts decides.
+
+    Counts of first drafts: accepted, and all; one of two to begin with.
+    """
+
+    def __init__(self) -> None:
+        self._accepted, self._judged = 1, 2
+
+    def first_judged(self, accepted: bool) -> None:
+        """A first draft was judged."""
+        self._accepted, self._judged = self._accepted + accepted, self._judged + 1
+
+    def goes_alone(self, mode: str, attempt: int) -> bool:
+        """Whether an attempt is written before the later ones are begun."""
+        if mode != "adaptive" or attempt > 1:
+            return mode == "sequential"
+        return self._accepted >= ALONE_FROM * self._judged
+
+    def next_kinds(self, config: LoopConfig, made: int) -> tuple[str, ...]:
+        """The kinds of the drafts that a question gets next, side by side, after those ``made``; empty after the last.
+
+        Grafted ones come once all sampled ones are made.
+        """
+        most = config.samples if made < config.samples else config.most
+        last = made + 1 if self.goes_alone(config.mode, made + 1) else most
+        return config.kinds(min(last, most))[made:]
 
 
 @dataclass(frozen=True)

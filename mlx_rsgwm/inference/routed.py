@@ -22,6 +22,7 @@ from mlx_rsgwm.models.slots import AdapterSlots
 
 T = TypeVar("T")
 ROUTER_FILE = "router.safetensors"
+MOST_KNOWN = 10_000  # questions whose routes are remembered
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class RoutedDraftVerify(DraftVerify):
     margin the slot ``merged`` (None: there is none, and the router's first choice drafts).
 
     Every drafter's questions are drafted together. The verifier, the calibration and the settings are one for all.
-    ``options``: what :class:`DraftVerify` takes besides.
+    ``options``: what :class:`DraftVerify` takes besides. ``place``: the slot of each drafter, the merged one too, by
+    its name; None: its name.
 
     Raises:
         RsgwmError: an adapter of the router without a slot, another base or template than the router was fitted with.
@@ -81,15 +83,19 @@ class RoutedDraftVerify(DraftVerify):
         verifier: str | Sequence[str] | None,
         config: LoopConfig,
         *options: Any,
+        place: Mapping[str, str] | None = None,
     ) -> None:
-        missing = [name for name in router.names if name not in slots.names()]
+        names = (*router.names, *([merged] if merged else ()))
+        place = {name: name for name in names} if place is None else place
+        missing = [name for name in router.names if place.get(name) not in slots.names()]
         if missing:
             raise RsgwmError(f"the router chooses among adapters that are not in the pool: {', '.join(missing)}")
         router.require(slots.base, template)
-        super().__init__(slots, template, merged or router.names[0], verifier, config, *options)
-        self.router, self.merged = router, merged
-        drafters = (*router.names, *([merged] if merged else ()))
-        self._by_drafter = {name: DraftVerify(slots, template, name, verifier, config, *options) for name in drafters}
+        super().__init__(slots, template, place[merged or router.names[0]], verifier, config, *options)
+        self.router, self.merged, self.place = router, merged, {name: place[name] for name in names}
+        self._by_drafter = {
+            name: DraftVerify(slots, template, place[name], verifier, config, *options) for name in names
+        }
         self.warnings = list(dict.fromkeys(line for each in self._by_drafter.values() for line in each.warnings))
         self._states = StateReader(slots.base, router.layer)
         self._known: dict[str, Route] = {}
@@ -99,23 +105,38 @@ class RoutedDraftVerify(DraftVerify):
         other = super().with_config(config)
         assert isinstance(other, RoutedDraftVerify)
         other._by_drafter = {name: each.with_config(config) for name, each in self._by_drafter.items()}
+        for each in other._by_drafter.values():
+            each.calibration = self.calibration  # which may have been made since they were
         return other
 
     def drafter_hashes(self, hash_of: Callable[[Adapter], str]) -> dict[str, str]:
         """All that may draft by their hashes, and how one of them is chosen."""
-        return {name: hash_of(self.slots.adapter(name)) for name in self._by_drafter} | {"router": self.router.digest()}
+        hashes = {name: hash_of(self.slots.adapter(str(each.drafter))) for name, each in self._by_drafter.items()}
+        return hashes | {"router": self.router.digest()}
+
+    @property
+    def drafters(self) -> tuple[str | None, ...]:
+        """The slots that may draft."""
+        return tuple(dict.fromkeys(each.drafter for each in self._by_drafter.values()))
+
+    def of_question(self, question: str) -> DraftVerify:
+        """The pipeline of the question's drafter."""
+        (name,) = self.drafters_of([question])
+        return self._by_drafter[name]
 
     def routes(self, questions: Sequence[str]) -> list[Route]:
         """The router's choice for each question; one that was asked before is not read again."""
+        if len(self._known) > MOST_KNOWN:
+            self._known.clear()  # a server is asked for ever
         new = [text for text in dict.fromkeys(questions) if text not in self._known]
         if new:
             with self.slots.using(None):
                 states = self._states.states([self.prompt(text) for text in new])
-            self._known |= dict(zip(new, self.router.routes(states), strict=True))
+            self._known.update(zip(new, self.router.routes(states), strict=True))
         return [self._known[text] for text in questions]
 
     def drafters_of(self, questions: Sequence[str]) -> list[str]:
-        """The slot that drafts on each question."""
+        """The name of what drafts on each question."""
         return [
             self.merged if self.merged is not None and route.margin < self.router.margin else route.name
             for route in self.routes(questions)
@@ -123,8 +144,7 @@ class RoutedDraftVerify(DraftVerify):
 
     def steps(self, question: str, watch: Watch | None = None) -> Iterator[Step]:
         """As :meth:`DraftVerify.steps`, by the question's drafter."""
-        (drafter,) = self.drafters_of([question])
-        yield from self._by_drafter[drafter].steps(question, watch)
+        yield from self.of_question(question).steps(question, watch)
 
     def steps_many(self, questions: Sequence[str], batch_rows: int = 32) -> Iterator[tuple[int, Step]]:
         """As :meth:`DraftVerify.steps_many`, the questions of one drafter after those of another."""

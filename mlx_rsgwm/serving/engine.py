@@ -24,8 +24,9 @@ from mlx_rsgwm.serving.admission import Limits, Waiting
 from mlx_rsgwm.serving.errors import RequestCancelled, ServerBusy, ServerStopping
 from mlx_rsgwm.serving.jobs import Job
 from mlx_rsgwm.serving.library import Library
+from mlx_rsgwm.serving.reading import Reading
 from mlx_rsgwm.serving.row_sampling import Pick
-from mlx_rsgwm.serving.rows import Reading, Row, RowDecoder
+from mlx_rsgwm.serving.rows import Row, RowDecoder
 
 T = TypeVar("T")
 PIECE_SECONDS = 0.2  # of a prompt's reading, so that rows under way never wait longer for their next token

@@ -93,7 +93,8 @@ class Verified:
     """All judged drafts; ``text``: the answer, None where there is none; ``chosen``: the place of its draft.
 
     ``probabilities``: of being right, for each draft, None where no calibration says it. ``tokens``: of all drafts,
-    those included that nobody waited for. ``cached``: tokens of the prompt that were read before.
+    those included that nobody waited for. ``cached``: tokens of the prompt that were read before. ``drafter``: of
+    the drafts, its slot.
     """
 
     drafts: tuple[Draft, ...]
@@ -105,6 +106,7 @@ class Verified:
     tokens: int
     cached: int = 0
     index: int = 0
+    drafter: str | None = None
 
 
 Event = Begun | Piece | Ended | Drafting | Judged | Verified | Finished | Failed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from mlx_rsgwm.core.errors import RsgwmError
@@ -18,6 +18,8 @@ from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import open_pipeline
 from mlx_rsgwm.inference.pair import VerifierSource, load_verifier
+from mlx_rsgwm.inference.policy import LoopConfig
+from mlx_rsgwm.inference.routed import RoutedDraftVerify
 from mlx_rsgwm.inference.speaker import spoken_template
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
@@ -42,6 +44,23 @@ class AdapterSum:
         if list(self.weights.values()) == [1.0]:
             return next(iter(self.weights))
         return " + ".join(f"{weight!r}·{slot}" for slot, weight in self.weights.items()) or None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A drafter and its verifiers, and what is settled when they are opened; the rest a request may say.
+
+    ``router``: a pool whose router chooses what drafts, and ``drafter`` only where none is sure. The others are as in
+    :func:`~mlx_rsgwm.inference.open.open_pipeline`.
+    """
+
+    drafter: AdapterSource
+    verifier: VerifierSource
+    router: str | Path | None = None
+    drafts: str = LoopConfig.drafts
+    layer: int | None = None
+    combine: str = "max"
+    check: str = "auto"
 
 
 @dataclass(eq=False)
@@ -171,20 +190,28 @@ class Library:
         }
         return self.put(ServedModel(name, "adapter", template, end_ids, digest, (digest,), details=details))
 
-    def add_pair(
-        self, name: str, drafter: AdapterSource, verifier: VerifierSource, progress: Progress = SILENT
-    ) -> ServedModel:
-        """Serve a drafter and a verifier under a name, with the settings that ``rsgwm ask`` has by default.
+    def add_pair(self, name: str, pair: Pair, progress: Progress = SILENT) -> ServedModel:
+        """Serve a drafter and a verifier under a name; what the pair leaves open is as in ``rsgwm ask``.
 
         Raises:
             RsgwmError: no pair, or of another base; whatever reading raises.
         """
         self.check_name(name)
         noted = Noted(progress)
-        drafting = load_adapter(drafter, self.base.name, progress=noted)
-        verifying = load_verifier(verifier, self.base.name, noted)
-        pipeline = open_pipeline(drafting, verifying, self.slots, progress=noted)
-        slots = tuple(slot for slot in (pipeline.drafter, *pipeline.verifiers) if slot is not None)
+        drafting = load_adapter(pair.drafter, self.base.name, progress=noted)
+        verifying = load_verifier(pair.verifier, self.base.name, noted)
+        pipeline = open_pipeline(
+            drafting,
+            verifying,
+            self.slots,
+            router=pair.router,
+            drafts=pair.drafts,
+            layer=pair.layer,
+            combine=pair.combine,
+            check=pair.check,
+            progress=noted,
+        )
+        slots = tuple(slot for slot in (*pipeline.drafters, *pipeline.verifiers) if slot is not None)
         judges = {adapter.content_hash(): adapter.name for adapter in verifying}  # a slot may have another's name
         details = {
             "drafter": {"name": drafting.name, "sha256": pipeline.drafter},
@@ -192,8 +219,12 @@ class Library:
             "calibrated": pipeline.calibration is not None,
             "threshold": pipeline.config.threshold,
             "score": pipeline.config.score,
+            "drafts": pipeline.config.drafts,
             "bytes": sum(self.slots.nbytes()[slot] for slot in set(slots)),
         }
+        if isinstance(pipeline, RoutedDraftVerify):
+            drafters = [{"name": each, "sha256": slot} for each, slot in pipeline.place.items()]
+            details["router"] = {"sha256": pipeline.router.digest(), "drafters": drafters}
         model = ServedModel(name, "verified", pipeline.template, pipeline.end_ids, slots[0], slots, pipeline, details)
         model.warnings = tuple(_by_names(warning, (drafting, *verifying)) for warning in noted.warnings)
         return self.put(model)

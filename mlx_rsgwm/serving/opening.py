@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -20,18 +20,18 @@ from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.serving.admission import Limits
 from mlx_rsgwm.serving.app import make_app
 from mlx_rsgwm.serving.engine import Engine
-from mlx_rsgwm.serving.library import Library
+from mlx_rsgwm.serving.library import Library, Pair
 from mlx_rsgwm.serving.settings import ServerSettings
 
 
 @dataclass(frozen=True)
 class Served:
-    """What is to be served: a base (None: the one that the adapters record), adapters by the names of models, and
-    pairs of a drafter and its verifiers."""
+    """What is to be served: a base (None: the one that the adapters record), adapters and pairs by the names of
+    models."""
 
     base: str | None = None
     adapters: Mapping[str, AdapterSource] = field(default_factory=dict)
-    pairs: Mapping[str, tuple[AdapterSource, Sequence[AdapterSource]]] = field(default_factory=dict)
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
     most_adapters: int = 64
 
 
@@ -42,16 +42,18 @@ def open_library(served: Served, progress: Progress = SILENT) -> Library:
         RsgwmError: an adapter that cannot be read or is of another base, no base, more adapters than may be.
     """
     adapters = {name: load_adapter(source, served.base, progress=progress) for name, source in served.adapters.items()}
-    pairs = {
-        name: (load_adapter(drafter, served.base, progress=progress), load_verifier(verifier, served.base, progress))
-        for name, (drafter, verifier) in served.pairs.items()
-    }
-    everything = [*adapters.values(), *(each for drafter, verifier in pairs.values() for each in (drafter, *verifier))]
+    everything = [*adapters.values()]
+    pairs: dict[str, Pair] = {}
+    for name, pair in served.pairs.items():
+        drafter = load_adapter(pair.drafter, served.base, progress=progress)
+        verifier = load_verifier(pair.verifier, served.base, progress)
+        everything += [drafter, *verifier]
+        pairs[name] = replace(pair, drafter=drafter, verifier=verifier)
     library = Library(load_base_for(everything, served.base, progress), served.most_adapters)
     for name, adapter in adapters.items():
         library.add_adapter(name, adapter, adapter.content_hash())
-    for name, (drafter, verifier) in pairs.items():
-        library.add_pair(name, drafter, verifier, progress)
+    for name, pair in pairs.items():
+        library.add_pair(name, pair, progress)
     return library
 
 

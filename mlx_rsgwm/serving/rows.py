@@ -13,12 +13,14 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
+from mlx_rsgwm.inference.grafting import Chain
 from mlx_rsgwm.inference.prefix_cache import GROWTH, concat, select_rows
 from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.serving.grammar import Grammar
 from mlx_rsgwm.serving.prefixes import PrefixStore
+from mlx_rsgwm.serving.reading import ChainsReading, Reading, TextsReading
 from mlx_rsgwm.serving.row_sampling import Pick, RowSampling, pick
 
 
@@ -28,6 +30,7 @@ class Row:
 
     ``uniforms``: its random stream, a number for each of the tokens that it may have. ``owner``: whose it is, for the
     engine. ``cached``: how many of its first tokens were not read for it, being known. ``grammar``: what it may write.
+    ``chain``: what is replaced as the prompt's last token is read.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +42,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     cached: int = 0
     grammar: Grammar | None = None
+    chain: Chain | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -59,53 +63,6 @@ class _Batch:
     rows: list[Row]
     caches: list[Any]
     logits: mx.array
-
-
-class Reading:
-    """Texts on their way into the caches, a piece at a time; rows with equal texts are read once.
-
-    With ``known``, for rows of one text: how many of its tokens are read already, and the caches that hold them.
-    """
-
-    def __init__(self, decoder: RowDecoder, rows: Sequence[Row], known: tuple[int, list[Any]] | None = None) -> None:
-        self.rows = sorted(rows, key=lambda row: row.slot or "")
-        self._decoder = decoder
-        texts = list(dict.fromkeys((row.slot, row.ids) for row in self.rows))
-        self._place = {text: place for place, text in enumerate(texts)}
-        self._slots = [slot for slot, _ in texts]
-        longest = max(len(ids) for _, ids in texts)
-        padding = [longest - len(ids) for _, ids in texts]
-        self._ids = np.array([[0] * pad + list(ids) for pad, (_, ids) in zip(padding, texts, strict=True)])
-        self._read, self._caches = known or (0, decoder.fresh(padding))
-        for row in self.rows:
-            row.cached = self._read
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Texts, and their tokens that are still to be read."""
-        return self._ids.shape[0], self._ids.shape[1] - self._read
-
-    def read_on(self, tokens: int) -> bool:
-        """Read as many positions of every text; True once all are read, and the rows stand among the decoder's."""
-        decoder = self._decoder
-        piece = mx.array(self._ids[:, self._read : self._read + tokens])
-        with decoder.slots.using_rows(self._slots):
-            states = decoder.hidden(piece, cache=self._caches)
-            self._read += piece.shape[1]
-            over = self._read == self._ids.shape[1]
-            logits = decoder.head(states[:, -1:])[:, 0] if over else states[:, -1]
-            mx.eval(logits, [cache.state for cache in self._caches])
-        if over:
-            self._end(logits)
-        return over
-
-    def _end(self, logits: mx.array) -> None:
-        places = [self._place[row.slot, row.ids] for row in self.rows]
-        if places != list(range(len(self._slots))):
-            chosen = mx.array(places)
-            logits = logits[chosen]
-            self._caches = [select_rows(cache, chosen) for cache in self._caches]
-        self._decoder.take_in(self.rows, self._caches, logits)
 
 
 class RowDecoder:
@@ -139,15 +96,24 @@ class RowDecoder:
 
     def read(self, rows: Sequence[Row]) -> list[Reading]:
         """What reads the texts of new rows; one for all of them that have nothing known, where the model allows it."""
+        chains = [row for row in rows if row.chain is not None]
+        plain = [row for row in rows if row.chain is None]
         if not self.together:
-            return [Reading(self, [row]) for row in rows]
+            return [*(TextsReading(self, [row]) for row in plain), *(ChainsReading(self, [row]) for row in chains)]
         texts: dict[tuple[str | None, tuple[int, ...]], list[Row]] = {}
-        for row in rows:
+        for row in plain:
             texts.setdefault((row.slot, row.ids), []).append(row)
         known = {text: self.prefixes.longest(*text) for text in texts}
         new = [row for text, alike in texts.items() if known[text] is None for row in alike]
-        readings = [Reading(self, alike, known[text]) for text, alike in texts.items() if known[text] is not None]
-        return readings + ([Reading(self, new)] if new else [])
+        readings = [TextsReading(self, alike, known[text]) for text, alike in texts.items() if known[text] is not None]
+        prompts: dict[tuple[Any, ...], list[Row]] = {}
+        for row in chains:
+            prompts.setdefault((row.slot, row.prompt, len(row.tokens)), []).append(row)
+        return [
+            *readings,
+            *([TextsReading(self, new)] if new else []),
+            *(ChainsReading(self, alike) for alike in prompts.values()),
+        ]
 
     def take_in(self, rows: Sequence[Row], caches: list[Any], logits: mx.array) -> None:
         """Rows that ``caches`` have read, with the logits (rows, vocabulary) of what follows."""
@@ -200,7 +166,8 @@ class RowDecoder:
         return rows
 
     def _remember(self, batch: _Batch, places: Sequence[int]) -> None:
-        """Keep what is read of rows that leave a batch."""
+        """Keep what is read of rows that leave a batch; of chains nothing, which have other states than their texts."""
+        places = [place for place in places if batch.rows[place].chain is None]
         if not places or not self.together:
             return
         padding: Any = batch.caches[0].left_padding.tolist()

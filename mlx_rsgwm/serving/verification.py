@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_rsgwm.inference.draft import Draft
+from mlx_rsgwm.inference.draft import SAMPLED, Draft
 from mlx_rsgwm.serving.answers import Head, Json, Usage, begun, chat_choice, chat_delta
 from mlx_rsgwm.serving.delivery import Delivery
 from mlx_rsgwm.serving.events import Drafting, Judged, Verified
@@ -20,7 +20,8 @@ SHOWN = ("none", "summary", "full")  # what is told of the drafts
 def verification_of(answers: Sequence[Verified], model: ServedModel, shown: str, warnings: Sequence[str]) -> Json:
     """The object ``verification`` of an answer with these choices."""
     choices = [_choice(verified, shown) for verified in answers]
-    return {"choices": choices, "score_name": answers[0].score_name, **_who(model), "warnings": list(warnings)}
+    who = _who(model, answers[0].drafter)  # of all choices, for they answer one question
+    return {"choices": choices, "score_name": answers[0].score_name, **who, "warnings": list(warnings)}
 
 
 def _choice(verified: Verified, shown: str) -> Json:
@@ -30,14 +31,14 @@ def _choice(verified: Verified, shown: str) -> Json:
         **_judged(verified, verified.chosen),
         "threshold": verified.threshold,
         "attempts": len(verified.drafts),
-        **_false(draft),
+        **_odd(draft),
     }
     if shown != "none":
         choice["drafts"] = [
             {
                 "attempt": draft.attempt,
                 **_judged(verified, place),
-                **_false(draft),
+                **_odd(draft),
                 **({"text": draft.text.strip(), "finished": draft.finished} if shown == "full" else {}),
             }
             for place, draft in enumerate(verified.drafts)
@@ -50,14 +51,21 @@ def _judged(verified: Verified, place: int) -> Json:
     return {"score": draft.score, "probability": verified.probabilities[place], "accepted": bool(draft.accepted)}
 
 
-def _false(draft: Draft) -> Json:
-    """The false equation that a draft states, which the verifier was not shown for it."""
-    return {} if draft.false_equation is None else {"false_equation": draft.false_equation}
+def _odd(draft: Draft) -> Json:
+    """The false equation that a draft states, which the verifier was not shown for it; its kind, if not sampled."""
+    false = {} if draft.false_equation is None else {"false_equation": draft.false_equation}
+    return false if draft.kind == SAMPLED else {**false, "kind": draft.kind}
 
 
-def _who(model: ServedModel) -> Json:
+def _who(model: ServedModel, drafter: str | None = None) -> Json:
+    """What drafts, where that is not known any that may, and what verifies."""
     details = model.details
-    return {name: details[name] for name in ("drafter", "verifier", "calibrated")}
+    routed = {each["sha256"]: each for each in details.get("router", {}).get("drafters", ())}
+    return {
+        "drafter": routed.get(drafter, details["drafter"]),
+        "verifier": details["verifier"],
+        "calibrated": details["calibrated"],
+    }
 
 
 def headers_of(verification: Mapping[str, Any]) -> dict[str, str]:
@@ -150,7 +158,7 @@ def comment(event: Drafting | Judged) -> bytes:
 def verdicts_of(verified: Verified, model: ServedModel, warnings: Sequence[str]) -> Json:
     """What the verifier says of answers that were given, in their order."""
     verdicts = [
-        {"index": place, **_judged(verified, place), **_false(draft)} for place, draft in enumerate(verified.drafts)
+        {"index": place, **_judged(verified, place), **_odd(draft)} for place, draft in enumerate(verified.drafts)
     ]
     return {
         "object": "list",

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.inference.draft import Draft
+from mlx_rsgwm.inference.draft import SAMPLED, Draft
+from mlx_rsgwm.inference.grafting import Chain, grafted_layer
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import LoopConfig, decide
 from mlx_rsgwm.inference.sampling import Sampling, uniforms
@@ -87,24 +90,33 @@ class VerifiedAnswer(Job):
 
     def begin(self, library: Library) -> list[Row]:
         """The first attempts."""
-        self._pair = self.pipeline = self._verifying.pipeline(self.model)
-        config = self._pair.config
+        pipeline = self._verifying.pipeline(self.model)
+        config = pipeline.config
         self._trial = Trial(config)
-        self._prompt = tuple(self._pair.template.draft_prompt(self._pair.tokenizer, self._question))
+        self._prompt = tuple(pipeline.template.draft_prompt(pipeline.tokenizer, self._question))
         room_for(library, self._prompt, config.sampling.max_tokens, config.sampling.max_tokens)
+        self._pair = self.pipeline = pipeline.of_question(self._question)
         self.tell(Begun(len(self._prompt)))
         return self._attempts()
 
     def _attempts(self) -> list[Row]:
         """Rows of the attempts that come next."""
-        sampling = self._pair.config.sampling
-        settings = RowSampling(sampling.temperature, sampling.top_p)
-        rows = []
-        for number in self._pair.attempts_after(len(self._trial.drafts)):
+        pair, made = self._pair, len(self._trial.drafts)
+        kinds = pair.pacing.next_kinds(pair.config, made)
+        rows = {self._row(number, kind): number for number, kind in enumerate(kinds, made + 1)}
+        self._rows |= rows
+        return list(rows)
+
+    def _row(self, number: int, kind: str) -> Row:
+        pair, sampling = self._pair, self._pair.config.sampling
+        if kind == SAMPLED:
             stream = uniforms(sampling.seed, self._question, number, sampling.max_tokens)
-            rows.append(Row(self._prompt, self.model.slot, settings, stream, self._pair.end_ids, self))
-            self._rows[rows[-1]] = number
-        return rows
+            settings, chain = RowSampling(sampling.temperature, sampling.top_p), None
+        else:
+            stream = np.zeros(sampling.max_tokens, dtype=np.float32)
+            place = grafted_layer(pair.slots.model, pair.config.layer)
+            settings, chain = RowSampling(temperature=0), Chain(kind, place, sampling.seed)
+        return Row(self._prompt, pair.drafter, settings, stream, pair.end_ids, self, chain=chain)
 
     def wrote(self, row: Row, pick: Pick) -> bool:
         """Show how far a draft is, now and then."""
@@ -117,7 +129,8 @@ class VerifiedAnswer(Job):
         """Keep the draft until it is its turn to be judged."""
         number = self._rows.pop(row)
         self._cached = row.cached if number == 1 else self._cached
-        draft = Draft(number, tuple(row.tokens), finished, self._pair.tokenizer.decode(row.tokens))
+        kind = SAMPLED if row.chain is None else row.chain.kind
+        draft = Draft(number, tuple(row.tokens), finished, self._pair.tokenizer.decode(row.tokens), kind=kind)
         self._written[number] = draft
         self.tell(Drafting(number, draft.text))
         return self._go_on()
@@ -158,7 +171,8 @@ def _verified(
         None if calibration is None or draft.score is None else calibration.probability(config.score, draft.score)
         for draft in drafts
     )
-    return Verified(tuple(drafts), text, chosen, config.threshold, config.score, likely, tokens, cached)
+    told = (config.threshold, config.score, likely, tokens, cached)
+    return Verified(tuple(drafts), text, chosen, *told, drafter=pipeline.drafter)
 
 
 class Verification(Job):

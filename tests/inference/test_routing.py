@@ -7,6 +7,7 @@ import pytest
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.inference.calibration import Calibration
 from mlx_rsgwm.inference.draft import Answer
 from mlx_rsgwm.inference.identity import pipeline_identity
 from mlx_rsgwm.inference.loop import DraftVerify
@@ -248,6 +249,21 @@ def test_a_calibration_is_for_the_router_too(slots):
     drafters = pipeline_identity(pipeline)["drafter"]
     assert drafters.keys() == {*TASKS, "drafter", "router"}
     assert pipeline_identity(routed(slots, margin=0.5))["drafter"]["router"] != drafters["router"]
+
+
+def test_what_a_calibration_settles_reaches_every_drafter(base, make_adapter, tmp_path):
+    for seed, name in enumerate((*TASKS, "v")):
+        make_adapter(seed).save(tmp_path / name)
+    fit_router(base, TEMPLATE, asked(8)).save(tmp_path / ROUTER_FILE)
+    calibration = Calibration("yesno", 0.0, None, {}, {}, {}, {}, 6, 12, 5)
+    pipeline = open_pipeline(
+        None, tmp_path / "v", base, router=tmp_path, template="plain", max_tokens=4, calibrate=lambda _: calibration
+    )
+    question = asked(1, "test")["change"][0]
+    assert (pipeline.config.score, pipeline.config.threshold) == ("yesno", 0.0)
+    assert pipeline.of_question(question).config == pipeline.config
+    assert pipeline.of_question(question).calibration == calibration
+    assert pipeline.answer(question).accepted  # by that threshold; by the usual one it is not
 
 
 def test_a_router_of_another_base_template_or_pool(slots):

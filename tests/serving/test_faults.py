@@ -132,13 +132,13 @@ def test_a_client_that_leaves_while_its_prompt_is_read(make_engine, listen, monk
 def test_a_client_that_leaves_while_its_drafts_are_verified(tiny_base, make_adapter, tmp_path, listen, monkeypatch):
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.serving.engine import Engine
-    from mlx_rsgwm.serving.library import Library
+    from mlx_rsgwm.serving.library import Library, Pair
 
     sources = [make_adapter(seed).save(tmp_path / name) for seed, name in ((1, "drafter"), (2, "verifier"))]
 
     def open_library():
         library = Library(load_base(str(tiny_base), dtype="float32"))
-        library.add_pair("pair", sources[0], [sources[1]])
+        library.add_pair("pair", Pair(sources[0], [sources[1]]))
         return library
 
     engine = Engine(open_library)

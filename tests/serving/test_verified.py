@@ -14,7 +14,7 @@ from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.serving.admission import Limits
 from mlx_rsgwm.serving.app import make_app
 from mlx_rsgwm.serving.engine import Engine
-from mlx_rsgwm.serving.library import Library
+from mlx_rsgwm.serving.library import Library, Pair
 from mlx_rsgwm.serving.settings import ServerSettings
 from tests.serving.conftest import until_idle
 from tests.serving.test_app import refused
@@ -39,8 +39,8 @@ def start(tiny_base, pair):
     def make(limits=None, **settings):
         def open_library():
             library = Library(load_base(str(tiny_base), dtype="float32"))
-            library.add_pair("pair", pair[0], [pair[1]])
-            library.add_pair("pool", pair[0], [pair[1], pair[2]])
+            library.add_pair("pair", Pair(pair[0], [pair[1]]))
+            library.add_pair("pool", Pair(pair[0], [pair[1], pair[2]]))
             adapter = load_adapter(pair[0])
             library.add_adapter("alone", adapter, adapter.content_hash())
             return library
@@ -174,8 +174,10 @@ def test_warnings_tell_adapters_by_name_and_not_where_they_are(start, pair, tmp_
         def warning(self, text):
             said.append(text)
 
-    engine.call(lambda library: library.add_pair("twice", pair[0], [pair[0]], Kept())).result(SECONDS)
-    engine.call(lambda library: library.add_pair("pool twice", pair[0], [pair[1], pair[1]], Kept())).result(SECONDS)
+    engine.call(lambda library: library.add_pair("twice", Pair(pair[0], [pair[0]]), Kept())).result(SECONDS)
+    engine.call(lambda library: library.add_pair("pool twice", Pair(pair[0], [pair[1], pair[1]]), Kept())).result(
+        SECONDS
+    )
     assert all(str(tmp_path) in text for text in said)  # at the terminal where it was started
     for model, warning in (("twice", "same adapter, drafter"), ("pool twice", "verifier and verifier are the same")):
         told = ask(client, QUESTIONS[0], model).json()
@@ -222,7 +224,7 @@ def test_names_are_those_of_the_model_that_was_asked(start, pair, tmp_path):
     twins = [
         load_adapter(folder).save(tmp_path / name) for folder, name in zip(pair, ("twin drafter", "twin"), strict=False)
     ]
-    engine.call(lambda library: library.add_pair("twins", twins[0], [twins[1]])).result(SECONDS)
+    engine.call(lambda library: library.add_pair("twins", Pair(twins[0], [twins[1]]))).result(SECONDS)
     for model, names in (("pair", ("drafter", "verifier")), ("twins", ("twin drafter", "twin"))):
         verification = ask(client, QUESTIONS[0], model).json()["verification"]
         assert (verification["drafter"]["name"], verification["verifier"][0]["name"]) == names
