@@ -12,14 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache
 
 from mlx_rsgwm.inference.draft import Draft
-from mlx_rsgwm.inference.prefix_cache import GROWTH, CachedPrefix, Prefilled, concat, prefill, read_on, select_rows
+from mlx_rsgwm.inference.prefix_cache import GROWTH, CachedPrefix, Prefilled, prefill, select_rows
+from mlx_rsgwm.inference.row_batch import RowBatch
 from mlx_rsgwm.inference.sampling import Sampling, choose, choose_exact, uniforms
 from mlx_rsgwm.models.split import LayerSplit, Parts
 
-Caches = Sequence[BatchKVCache]
 Key = tuple[int, int]  # place of the question, number of the attempt
 
 
@@ -31,20 +30,10 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows, all read, padded on the left, and the logits (rows, vocabulary) of what follows.
-
-    ``middle``: the states (rows, length of the caches, dims) between lower and upper layers, where the model is split.
-    """
+    """Rows, all read, and their arrays."""
 
     rows: tuple[_Row, ...]
-    caches: Caches
-    logits: mx.array
-    middle: mx.array | None
-
-    @property
-    def length(self) -> int:
-        """Positions in the caches."""
-        return self.caches[0]._idx if self.caches else 0
+    arrays: RowBatch
 
 
 @dataclass(frozen=True)
@@ -77,8 +66,7 @@ class BatchedDecoder:
         sampling: Sampling,
         split: LayerSplit | None = None,
     ) -> None:
-        self._model = model
-        self._hidden, self._head = parts
+        self._model, self._parts = model, parts
         self._split = split
         self._sampling = sampling
         self._end_ids = end_ids
@@ -92,7 +80,7 @@ class BatchedDecoder:
 
     def read(self, prompts: Sequence[Sequence[int]], questions: Sequence[str], attempts: Sequence[int]) -> range:
         """Read the prompts of more questions, and :meth:`add` them."""
-        return self.add(prefill(self._model, self._hidden, prompts, self._split), questions, attempts)
+        return self.add(prefill(self._model, self._parts[0], prompts, self._split), questions, attempts)
 
     def add(self, prefilled: Prefilled, questions: Sequence[str], attempts: Sequence[int]) -> range:
         """More questions with their prompts, read by the adapter that drafts, and the attempts that each may make;
@@ -104,10 +92,10 @@ class BatchedDecoder:
             for attempt in attempts:
                 stream = uniforms(self._sampling.seed, question, attempt, self._sampling.max_tokens)
                 self._streams[place, attempt] = stream
-        logits = self._head(prefilled.last[:, None])[:, 0]
+        logits = self._parts[1](prefilled.last[:, None])[:, 0]
         start = [select_rows(cache, mx.arange(len(questions))) for cache in prefilled.caches]
         rows = tuple(_Row((), tuple((place, attempt) for attempt in attempts)) for place in places)
-        self._take_in(_Batch(rows, start, logits, prefilled.middle))
+        self._take_in(rows, RowBatch(start, logits, prefilled.middle))
         return places
 
     def forget(self, place: int) -> None:
@@ -137,22 +125,19 @@ class BatchedDecoder:
         followers = self._followers(batch)
         stay = [(place, row) for place, row in followers if any(attempt in wanted for attempt in row.attempts)]
         parked = [(place, row) for place, row in followers if (place, row) not in stay]
-        self._parked += [_ParkedRow(row, batch, place, batch.length) for place, row in parked]
+        self._parked += [_ParkedRow(row, batch, place, batch.arrays.length) for place, row in parked]
         if not stay:
             return
         rows = [row for _, row in stay]
-        caches, middle = self._remaining(batch, [place for place, _ in stay], rows)
-        self._read_last(rows, caches, middle)
+        self._read_last(rows, self._remaining(batch, [place for place, _ in stay], rows))
 
-    def _remaining(self, batch: _Batch, places: list[int], rows: Sequence[_Row]) -> tuple[Caches, mx.array | None]:
-        """The caches of some of a batch's rows, without padding that none of them needs."""
+    def _remaining(self, batch: _Batch, places: list[int], rows: Sequence[_Row]) -> RowBatch:
+        """Some of a batch's rows, without padding that none of them needs."""
         needed = max(len(self._prompts[row.attempts[0][0]]) + len(row.tokens) - 1 for row in rows)
-        spare = batch.length - needed
+        spare = batch.arrays.length - needed
         if places == list(range(len(batch.rows))) and spare < GROWTH:
-            return batch.caches, batch.middle
-        chosen = mx.array(places)
-        caches = [select_rows(cache, chosen, start=spare) for cache in batch.caches]
-        return caches, None if batch.middle is None else batch.middle[chosen, spare:]
+            return batch.arrays
+        return batch.arrays.select(places, spare)
 
     def _followers(self, batch: _Batch) -> list[tuple[int, _Row]]:
         """The rows that come of a batch's rows with one token more, each with its row's place; ends are noted."""
@@ -167,10 +152,10 @@ class BatchedDecoder:
             np.array([self._streams[attempt][len(batch.rows[place].tokens)] for place, attempt in riding])
         )
         temperature, top_p = self._sampling.temperature, self._sampling.top_p
-        tokens, certain = choose(batch.logits, uniform, temperature, top_p, rows)
+        tokens, certain = choose(batch.arrays.logits, uniform, temperature, top_p, rows)
         mx.eval(tokens, certain)
         if not mx.all(certain).item():
-            tokens = choose_exact(batch.logits, uniform, temperature, top_p, rows)
+            tokens = choose_exact(batch.arrays.logits, uniform, temperature, top_p, rows)
         chosen: Any = tokens.tolist()
         followers: dict[tuple[int, tuple[int, ...]], list[Key]] = {}
         for (place, attempt), token in zip(riding, chosen, strict=True):
@@ -184,15 +169,16 @@ class BatchedDecoder:
         return [(place, _Row(written, tuple(attempts))) for (place, written), attempts in followers.items()]
 
     def _keep_prefix(self, batch: _Batch, place: int) -> None:
-        if self._split is None or batch.middle is None:
+        arrays = batch.arrays
+        if self._split is None or arrays.middle is None:
             return
         row = batch.rows[place]
         prompt = self._prompts[row.attempts[0][0]]
         tokens = (*prompt, *row.tokens)
         if tokens not in self.prefixes:
-            end = batch.length
-            middle = batch.middle[place : place + 1, end - len(tokens) :]
-            lower: Caches = batch.caches[: self._split.count]
+            end = arrays.length
+            middle = arrays.middle[place : place + 1, end - len(tokens) :]
+            lower = arrays.caches[: self._split.count]
             if self._next > 1:  # a view would keep the whole batch, as the caches do
                 middle, lower = mx.contiguous(middle), ()
                 mx.async_eval(middle)
@@ -204,32 +190,16 @@ class BatchedDecoder:
             self._parked.remove(parked)
             groups.setdefault((id(parked.batch), parked.end), []).append(parked)
         for group in groups.values():
-            batch, rows = group[0].batch, mx.array([parked.place for parked in group])
-            middle = None if batch.middle is None else batch.middle[rows]
-            caches = [select_rows(cache, rows, group[0].end) for cache in batch.caches]
-            self._read_last([parked.row for parked in group], caches, middle)
+            arrays = group[0].batch.arrays.select([parked.place for parked in group], end=group[0].end)
+            self._read_last([parked.row for parked in group], arrays)
 
-    def _read_last(self, rows: Sequence[_Row], caches: Caches, middle: mx.array | None) -> None:
+    def _read_last(self, rows: Sequence[_Row], arrays: RowBatch) -> None:
         """Read the last token of every row, and put the rows beside those that are under way."""
-        ids = mx.array([[row.tokens[-1]] for row in rows])
-        states, between = read_on(self._hidden, self._split, ids, caches)
-        if middle is not None and between is not None:
-            middle = mx.concatenate([middle, between], axis=1)
-        self._take_in(_Batch(tuple(rows), caches, self._head(states[:, -1:])[:, 0], middle))
+        self._take_in(rows, arrays.read([row.tokens[-1] for row in rows], self._parts, self._split))
 
-    def _take_in(self, batch: _Batch) -> None:
+    def _take_in(self, rows: Sequence[_Row], arrays: RowBatch) -> None:
         other = self._batch
         if other is not None:
-            caches = [concat(first, second) for first, second in zip(other.caches, batch.caches, strict=True)]
-            middle = None
-            if other.middle is not None and batch.middle is not None:
-                longest = max(other.length, batch.length)
-                padded = [
-                    mx.pad(part.middle, [(0, 0), (longest - part.length, 0), (0, 0)])  # type: ignore[arg-type]
-                    for part in (other, batch)
-                ]
-                middle = mx.concatenate(padded)
-            logits = mx.concatenate([other.logits, batch.logits])
-            batch = _Batch((*other.rows, *batch.rows), caches, logits, middle)
-        self._batch = batch
-        mx.async_eval(batch.logits)
+            rows, arrays = (*other.rows, *rows), other.arrays.beside(arrays)
+        self._batch = _Batch(tuple(rows), arrays)
+        mx.async_eval(arrays.logits)

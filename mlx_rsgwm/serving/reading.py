@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_rsgwm.inference.grafting import grafted, states_at
 from mlx_rsgwm.inference.prefix_cache import select_rows
+from mlx_rsgwm.inference.row_batch import RowBatch
 
 if TYPE_CHECKING:
     from mlx_rsgwm.serving.rows import Row, RowDecoder
@@ -55,24 +56,18 @@ class TextsReading:
     def read_on(self, tokens: int) -> bool:
         """Read as many positions of every text; True once all are read, and the rows stand among the decoder's."""
         decoder = self._decoder
+        hidden, head = decoder.parts
         piece = mx.array(self._ids[:, self._read : self._read + tokens])
         with decoder.slots.using_rows(self._slots):
-            states = decoder.hidden(piece, cache=self._caches)
+            states = hidden(piece, cache=self._caches)
             self._read += piece.shape[1]
             over = self._read == self._ids.shape[1]
-            logits = decoder.head(states[:, -1:])[:, 0] if over else states[:, -1]
+            logits = head(states[:, -1:])[:, 0] if over else states[:, -1]
             mx.eval(logits, [cache.state for cache in self._caches])
         if over:
-            self._end(logits)
+            places = [self._place[row.slot, row.ids] for row in self.rows]
+            decoder.take_in(self.rows, places, RowBatch(self._caches, logits))
         return over
-
-    def _end(self, logits: mx.array) -> None:
-        places = [self._place[row.slot, row.ids] for row in self.rows]
-        if places != list(range(len(self._slots))):
-            chosen = mx.array(places)
-            logits = logits[chosen]
-            self._caches = [select_rows(cache, chosen) for cache in self._caches]
-        self._decoder.take_in(self.rows, self._caches, logits)
 
 
 class ChainsReading:
@@ -98,7 +93,7 @@ class ChainsReading:
         piece = self._before[self._read : self._read + tokens]
         with decoder.slots.using(self.rows[0].slot):
             if piece:
-                states = states_at(decoder.slots.model, decoder.hidden, mx.array([piece]), self._caches, chain.place)
+                states = states_at(decoder.slots.model, decoder.parts[0], mx.array([piece]), self._caches, chain.place)
                 self._states += [] if states is None else [states]
                 self._read += len(piece)
             over = self._read == len(self._before) and len(piece) < tokens
@@ -109,6 +104,7 @@ class ChainsReading:
     def _end(self) -> None:
         decoder, count = self._decoder, len(self.rows)
         chains = [row.chain for row in self.rows if row.chain is not None]
+        hidden, head = decoder.parts
         caches = self._caches
         if count > 1:
             first = mx.zeros(count, dtype=mx.int32)
@@ -116,9 +112,9 @@ class ChainsReading:
         before = mx.concatenate(self._states, axis=1) if self._states else None
         kinds = [chain.kind for chain in chains]
         with grafted(decoder.slots.model, chains[0].place, before, [0], kinds, chains[0].seed):
-            states = decoder.hidden(mx.full((count, 1), self._last), cache=caches)
+            states = hidden(mx.full((count, 1), self._last), cache=caches)
         if self.rows[0].tokens:
-            states = decoder.hidden(mx.array([row.tokens for row in self.rows]), cache=caches)
-        logits = decoder.head(states[:, -1:])[:, 0]
+            states = hidden(mx.array([row.tokens for row in self.rows]), cache=caches)
+        logits = head(states[:, -1:])[:, 0]
         mx.eval(logits, [cache.state for cache in caches])
-        decoder.take_in(self.rows, caches, logits)
+        decoder.take_in(self.rows, range(count), RowBatch(caches, logits))

@@ -5,7 +5,7 @@ A row is one text under way. The decoder knows adapters by their slots and nothi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from mlx_rsgwm.inference.grafting import Chain
-from mlx_rsgwm.inference.prefix_cache import GROWTH, concat, select_rows
+from mlx_rsgwm.inference.prefix_cache import GROWTH
+from mlx_rsgwm.inference.row_batch import RowBatch
 from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
@@ -57,12 +58,12 @@ class Row:
 
 @dataclass
 class _Batch:
-    """Rows whose tokens are all read, and the logits (rows, vocabulary) of what follows; rows of one adapter stand
-    side by side, for each run of them is a product of its own."""
+    """Rows whose tokens are all read, and the place of each in ``arrays``: rows of one prompt share it while they say
+    the same, as attempts at a question mostly begin."""
 
     rows: list[Row]
-    caches: list[Any]
-    logits: mx.array
+    places: list[int]
+    arrays: RowBatch
 
 
 class RowDecoder:
@@ -74,7 +75,7 @@ class RowDecoder:
     def __init__(self, slots: AdapterSlots, prefixes: int = 0) -> None:
         self.slots = slots
         self.prefixes = PrefixStore(prefixes)
-        self.hidden, self.head = split_head(slots.model)
+        self.parts = split_head(slots.model)
         self.together = can_batch(slots.model)
         self._batches: list[_Batch] = []
         self.bytes_a_token = self._measure()
@@ -115,49 +116,58 @@ class RowDecoder:
             *(ChainsReading(self, alike) for alike in prompts.values()),
         ]
 
-    def take_in(self, rows: Sequence[Row], caches: list[Any], logits: mx.array) -> None:
-        """Rows that ``caches`` have read, with the logits (rows, vocabulary) of what follows."""
-        batch = _Batch(list(rows), caches, logits)
+    def take_in(self, rows: Sequence[Row], places: Sequence[int], arrays: RowBatch) -> None:
+        """Rows whose texts are read, each at a place in ``arrays``."""
+        batch = _Batch(list(rows), list(places), arrays)
         if self.together and self._batches:
             other = self._batches.pop()
-            caches = [concat(first, second) for first, second in zip(other.caches, caches, strict=True)]
-            batch = _Batch([*other.rows, *rows], caches, mx.concatenate([other.logits, logits]))
-            order = sorted(range(len(batch.rows)), key=lambda place: batch.rows[place].slot or "")
-            if order != list(range(len(order))):
-                batch = self._select(batch, order)
+            first = other.arrays.logits.shape[0]
+            places = [*other.places, *(first + place for place in places)]
+            batch = _Batch([*other.rows, *rows], places, other.arrays.beside(arrays))
         self._batches.append(batch)
 
     def drop(self, rows: Collection[Row]) -> None:
-        """Let rows go; for a while their texts stay known."""
-        batches = []
-        for batch in self._batches:
-            self._remember(batch, [place for place, row in enumerate(batch.rows) if row in rows])
-            places = [place for place, row in enumerate(batch.rows) if row not in rows]
-            if len(places) == len(batch.rows):
-                batches.append(batch)
-            elif places:
-                batches.append(self._select(batch, places))
-        self._batches = batches
+        """Let rows go; for a while their texts stay known. Their places go with the next token."""
+        for batch in self._batches if rows else ():
+            self._remember(
+                batch, {place: row for row, place in zip(batch.rows, batch.places, strict=True) if row in rows}
+            )
+            left = [(row, place) for row, place in zip(batch.rows, batch.places, strict=True) if row not in rows]
+            batch.rows, batch.places = [row for row, _ in left], [place for _, place in left]
+        self._batches = [batch for batch in self._batches if batch.rows]
 
     def draw(self) -> list[tuple[Row, Pick | Exception]]:
         """The next token of every row, which is not yet read and not yet among its ``tokens``; or why there is none."""
         drawn: list[tuple[Row, Pick | Exception]] = []
         for batch in self._batches:
+            logits = batch.arrays.logits
+            if batch.places != list(range(logits.shape[0])):
+                logits = logits[mx.array(batch.places)]
             try:
-                drawn += zip(batch.rows, _picks(batch.rows, batch.logits), strict=True)
+                drawn += zip(batch.rows, _picks(batch.rows, logits), strict=True)
             except Exception:
                 # Whatever it was, each row by itself shows whose it is.
-                drawn += [(row, _pick_alone(row, batch.logits[at : at + 1])) for at, row in enumerate(batch.rows)]
+                drawn += [(row, _pick_alone(row, logits[at : at + 1])) for at, row in enumerate(batch.rows)]
         return drawn
 
     def read_last(self) -> None:
-        """Read the last token of every row."""
+        """Read the last token of every row; once for those that share a place and drew the same.
+
+        Rows of one adapter come to stand side by side, for each run of them is a product of its own.
+        """
         for batch in self._batches:
-            ids = mx.array([[row.tokens[-1]] for row in batch.rows])
-            with self.slots.using_rows([row.slot for row in batch.rows]):
-                states = self.hidden(ids, cache=batch.caches)
-                batch.logits = self.head(states[:, -1:])[:, 0]
-                mx.async_eval(batch.logits)
+            texts: dict[tuple[str, int, int], list[Row]] = {}
+            for row, place in zip(batch.rows, batch.places, strict=True):
+                texts.setdefault((row.slot or "", place, row.tokens[-1]), []).append(row)
+            order = sorted(texts)
+            arrays, places = batch.arrays, [place for _, place, _ in order]
+            if places != list(range(arrays.logits.shape[0])):
+                arrays = arrays.select(places, arrays.padding(places))
+            with self.slots.using_rows([texts[text][0].slot for text in order]):
+                batch.arrays = arrays.read([token for _, _, token in order], self.parts)
+            batch.rows = [row for text in order for row in texts[text]]
+            batch.places = [place for place, text in enumerate(order) for _ in texts[text]]
+            mx.async_eval(batch.arrays.logits)
 
     def forget(self) -> list[Row]:
         """Let all rows go after a failure, whatever state their caches are in; returns them, to be read anew."""
@@ -165,31 +175,22 @@ class RowDecoder:
         self._batches = []
         return rows
 
-    def _remember(self, batch: _Batch, places: Sequence[int]) -> None:
-        """Keep what is read of rows that leave a batch; of chains nothing, which have other states than their texts."""
-        places = [place for place in places if batch.rows[place].chain is None]
-        if not places or not self.together:
+    def _remember(self, batch: _Batch, leaving: Mapping[int, Row]) -> None:
+        """Keep what is read of rows that leave a batch, by their places; of chains nothing, which have other states
+        than their texts."""
+        leaving = {place: row for place, row in leaving.items() if row.chain is None}
+        if not leaving or not self.together:
             return
-        padding: Any = batch.caches[0].left_padding.tolist()
-        for place in places:
-            row = batch.rows[place]
-            read = batch.caches[0]._idx - padding[place]
-            self.prefixes.keep(row.slot, row.ids[:read], batch.caches, place)
-
-    def _select(self, batch: _Batch, places: Sequence[int]) -> _Batch:
-        """Some rows of a batch in a new order, without padding that none of them needs."""
-        rows = [batch.rows[place] for place in places]
-        chosen = mx.array(list(places))
-        length = batch.caches[0]._idx
-        padding: Any = batch.caches[0].left_padding[chosen].min().item()
-        caches = [select_rows(cache, chosen, length, start=padding) for cache in batch.caches]
-        return _Batch(rows, caches, batch.logits[chosen])
+        caches = batch.arrays.caches
+        padding: Any = caches[0].left_padding.tolist()
+        for place, row in leaving.items():
+            self.prefixes.keep(row.slot, row.ids[: batch.arrays.length - padding[place]], caches, place)
 
     def _measure(self) -> int:
         """Bytes that a token takes in the caches; also warms the model up."""
         caches = self.fresh([0])
-        states = self.hidden(mx.zeros((1, GROWTH), dtype=mx.int32), cache=caches)
-        mx.eval(self.head(states[:, -1:]))
+        hidden, head = self.parts
+        mx.eval(head(hidden(mx.zeros((1, GROWTH), dtype=mx.int32), cache=caches)[:, -1:]))
         return max(1, sum(_bytes_a_position(cache) for cache in caches))
 
 

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.open import open_pipeline
+from mlx_rsgwm.inference.row_batch import RowBatch
 from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.serving.admission import Limits
@@ -107,6 +108,25 @@ def test_an_answer_is_the_one_of_ask_in_every_mode(client, pair):
             for mode in ("adaptive", "parallel", "sequential"):
                 check_same(ask(client, question, verify={**FULL, "threshold": threshold, "mode": mode}).json(), steps)
     assert outcomes == {(True, 1), (True, 3), (False, 3)}  # or the thresholds tell nothing
+
+
+def test_the_server_and_the_command_line_write_by_the_same_step(client, pair, monkeypatch):
+    """Step for step the same rows are read, and what attempts have in common is read once."""
+    read, rows = RowBatch.read, []
+
+    def reading(self, tokens, *arguments):
+        rows.append(len(tokens))
+        return read(self, tokens, *arguments)
+
+    monkeypatch.setattr(RowBatch, "read", reading)
+    settings = {**SETTINGS, "threshold": 1.0, "mode": "parallel"}
+    pipeline = open_pipeline(pair[0], [pair[1]], seed=5, max_tokens=LENGTH, temperature=0.2, **settings)
+    (answer,) = pipeline.answer_many([QUESTIONS[0]])
+    by_the_loop, rows[:] = list(rows), []
+    told = ask(client, QUESTIONS[0], temperature=0.2, verify=settings).json()
+    assert told["choices"][0]["message"]["content"] == answer.text.strip()
+    assert rows == by_the_loop
+    assert (min(rows), max(rows)) == (1, 3)  # attempts that begin alike are one row, until they differ
 
 
 def test_answers_among_others_are_the_same(start, pair):
