@@ -11,7 +11,7 @@ import uvicorn
 
 from mlx_rsgwm.serving import delivery, telling
 from mlx_rsgwm.serving.app import make_app
-from mlx_rsgwm.serving.rows import Reading
+from mlx_rsgwm.serving.reading import TextsReading
 from mlx_rsgwm.serving.settings import ServerSettings
 from tests.serving.conftest import SECONDS, until_idle
 
@@ -114,14 +114,14 @@ def test_a_client_that_leaves_while_its_prompt_is_read(make_engine, listen, monk
     engine._positions = 16  # a long prompt takes many pieces
     port = listen(engine)
     reading, left = threading.Event(), threading.Event()
-    read_on = Reading.read_on
+    read_on = TextsReading.read_on
 
     def slowly(self, tokens):
         reading.set()
         left.wait(0.2)
         return read_on(self, min(tokens, 16))
 
-    monkeypatch.setattr(Reading, "read_on", slowly)
+    monkeypatch.setattr(TextsReading, "read_on", slowly)
     with asking(port, {**ENDLESS, "prompt": "word " * 80, "max_tokens": 20, "stream": stream}):
         assert reading.wait(SECONDS)
     until_idle(engine, lambda: engine.counts.cancelled == 1)
