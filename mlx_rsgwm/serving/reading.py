@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.inference.grafting import grafted, states_at
-from mlx_rsgwm.inference.prefix_cache import select_rows
+from mlx_rsgwm.inference.prefix_cache import read_on, select_rows
 from mlx_rsgwm.inference.row_batch import RowBatch
+from mlx_rsgwm.serving.prefixes import Known, Lower
 
 if TYPE_CHECKING:
     from mlx_rsgwm.serving.rows import Row, RowDecoder
@@ -32,19 +33,29 @@ class Reading(Protocol):
 class TextsReading:
     """Rows with equal texts are read once.
 
-    With ``known``, for rows of one text: how many of its tokens are read already, and the caches that hold them.
+    ``known``: for rows of one text, what is known of it. Where the model is split, the states between its lower and
+    upper layers are left to rows whose adapters leave the lower ones alone.
     """
 
-    def __init__(self, decoder: RowDecoder, rows: Sequence[Row], known: tuple[int, list[Any]] | None = None) -> None:
+    def __init__(self, decoder: RowDecoder, rows: Sequence[Row], known: Known | None = None) -> None:
         self.rows: Sequence[Row] = sorted(rows, key=lambda row: row.slot or "")
         self._decoder = decoder
         texts = list(dict.fromkeys((row.slot, row.ids) for row in self.rows))
         self._place = {text: place for place, text in enumerate(texts)}
         self._slots = [slot for slot, _ in texts]
         longest = max(len(ids) for _, ids in texts)
-        padding = [longest - len(ids) for _, ids in texts]
-        self._ids = np.array([[0] * pad + list(ids) for pad, (_, ids) in zip(padding, texts, strict=True)])
-        self._read, self._caches = known or (0, decoder.fresh(padding))
+        self._padding = [longest - len(ids) for _, ids in texts]
+        self._ids = np.array([[0] * pad + list(ids) for pad, (_, ids) in zip(self._padding, texts, strict=True)])
+        self._lower = None if known is None else known.lower
+        self._split = decoder.split(decoder.boundary if self._lower is None else self._lower.layers)
+        self._middle: list[mx.array] = []
+        caches = decoder.fresh(self._padding)
+        if known is None:
+            self._read, self._caches = 0, caches
+        elif len(known.caches) == len(caches):
+            self._read, self._caches = known.count, known.caches
+        else:  # the upper layers read from the beginning
+            self._read, self._caches = 0, [*known.caches, *caches[len(known.caches) :]]
         for row in self.rows:
             row.cached = self._read
 
@@ -56,18 +67,42 @@ class TextsReading:
     def read_on(self, tokens: int) -> bool:
         """Read as many positions of every text; True once all are read, and the rows stand among the decoder's."""
         decoder = self._decoder
-        hidden, head = decoder.parts
-        piece = mx.array(self._ids[:, self._read : self._read + tokens])
         with decoder.slots.using_rows(self._slots):
-            states = hidden(piece, cache=self._caches)
-            self._read += piece.shape[1]
+            states = self._states(tokens)
+            self._read += states.shape[1]
             over = self._read == self._ids.shape[1]
-            logits = head(states[:, -1:])[:, 0] if over else states[:, -1]
-            mx.eval(logits, [cache.state for cache in self._caches])
+            logits = decoder.parts[1](states[:, -1:])[:, 0] if over else states[:, -1]
+            mx.eval(logits, [cache.state for cache in self._caches], self._middle)
         if over:
             places = [self._place[row.slot, row.ids] for row in self.rows]
+            self._leave_lower(places)
             decoder.take_in(self.rows, places, RowBatch(self._caches, logits))
         return over
+
+    def _states(self, tokens: int) -> mx.array:
+        """The last hidden states (texts, positions, dims) of at most as many positions, which come next."""
+        hidden, split, lower = self._decoder.parts[0], self._split, self._lower
+        if split is not None and lower is not None and self._read < self._caches[0]._idx:
+            # The lower layers know them; the others read on from there.
+            end = min(self._read + tokens, lower.states.shape[1])
+            return split.upper(lower.states[:, self._read : end], cache=self._caches[split.count :])
+        states, middle = read_on(hidden, split, mx.array(self._ids[:, self._read : self._read + tokens]), self._caches)
+        self._middle += [] if middle is None else [middle]
+        return states
+
+    def _leave_lower(self, places: Sequence[int]) -> None:
+        if self._split is None:
+            return
+        middle = self._middle
+        if self._lower is not None:
+            middle = [self._lower.states, *middle]
+        states = mx.concatenate(middle, axis=1)
+        for row, place in zip(self.rows, places, strict=True):
+            if states.shape[1] < self._ids.shape[1]:
+                row.lower = self._lower  # of what else was known, the states are not
+            elif self._decoder.first_changed(row.slot) >= self._split.count:
+                row.lower = Lower(self._split.count, mx.contiguous(states[place : place + 1, self._padding[place] :]))
+                mx.async_eval(row.lower.states)
 
 
 class ChainsReading:

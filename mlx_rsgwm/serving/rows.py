@@ -18,9 +18,9 @@ from mlx_rsgwm.inference.prefix_cache import GROWTH
 from mlx_rsgwm.inference.row_batch import RowBatch
 from mlx_rsgwm.models.row_batches import can_batch
 from mlx_rsgwm.models.slots import AdapterSlots
-from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.models.split import LayerSplit, split_head, split_layers
 from mlx_rsgwm.serving.grammar import Grammar
-from mlx_rsgwm.serving.prefixes import PrefixStore
+from mlx_rsgwm.serving.prefixes import Known, Lower, PrefixStore
 from mlx_rsgwm.serving.reading import ChainsReading, Reading, TextsReading
 from mlx_rsgwm.serving.row_sampling import Pick, RowSampling, pick
 
@@ -31,7 +31,8 @@ class Row:
 
     ``uniforms``: its random stream, a number for each of the tokens that it may have. ``owner``: whose it is, for the
     engine. ``cached``: how many of its first tokens were not read for it, being known. ``grammar``: what it may write.
-    ``chain``: what is replaced as the prompt's last token is read.
+    ``chain``: what is replaced as the prompt's last token is read. ``lower``: its first tokens as other adapters may
+    read them on.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +45,7 @@ class Row:
     cached: int = 0
     grammar: Grammar | None = None
     chain: Chain | None = None
+    lower: Lower | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -78,6 +80,9 @@ class RowDecoder:
         self.parts = split_head(slots.model)
         self.together = can_batch(slots.model)
         self._batches: list[_Batch] = []
+        self._layers = len(make_prompt_cache(slots.model))
+        self._first_changed: dict[str | None, int] = {}
+        self._splits: dict[int, LayerSplit | None] = {}
         self.bytes_a_token = self._measure()
 
     @property
@@ -104,7 +109,7 @@ class RowDecoder:
         texts: dict[tuple[str | None, tuple[int, ...]], list[Row]] = {}
         for row in plain:
             texts.setdefault((row.slot, row.ids), []).append(row)
-        known = {text: self.prefixes.longest(*text) for text in texts}
+        known = {text: self._known(*text) for text in texts}
         new = [row for text, alike in texts.items() if known[text] is None for row in alike]
         readings = [TextsReading(self, alike, known[text]) for text, alike in texts.items() if known[text] is not None]
         prompts: dict[tuple[Any, ...], list[Row]] = {}
@@ -115,6 +120,33 @@ class RowDecoder:
             *([TextsReading(self, new)] if new else []),
             *(ChainsReading(self, alike) for alike in prompts.values()),
         ]
+
+    def _known(self, slot: str | None, ids: tuple[int, ...]) -> Known | None:
+        """What spares the most of a text's reading: all layers of its first tokens, or the lower ones of more."""
+        known, shared = self.prefixes.longest(slot, ids), self.prefixes.shared(ids, self.first_changed(slot))
+        if known is None or shared is None or shared.lower is None:
+            return known or shared
+        return known if known.count * self._layers >= shared.count * shared.lower.layers else shared
+
+    def first_changed(self, slot: str | None) -> int:
+        """The first layer that an adapter changes; of the base, their number."""
+        if slot not in self._first_changed:
+            self._first_changed[slot] = self.slots.first_changed([] if slot is None else [slot])
+        return self._first_changed[slot]
+
+    @property
+    def boundary(self) -> int:
+        """So many layers are changed by none of the adapters but those that change the first one; 0 for none."""
+        slots = (*self.slots.names(), *self.slots.sums())
+        self._first_changed = {slot: self.first_changed(slot) for slot in (None, *slots)}  # of no others any more
+        changed = [self._first_changed[slot] for slot in slots if self._first_changed[slot]]
+        return min(changed, default=0) if self.together else 0
+
+    def split(self, layers: int) -> LayerSplit | None:
+        """The first ``layers`` layers apart from the rest; None where there are none, or the model is not built so."""
+        if layers not in self._splits:
+            self._splits[layers] = split_layers(self.slots.model, layers)
+        return self._splits[layers]
 
     def take_in(self, rows: Sequence[Row], places: Sequence[int], arrays: RowBatch) -> None:
         """Rows whose texts are read, each at a place in ``arrays``."""
@@ -184,7 +216,7 @@ class RowDecoder:
         caches = batch.arrays.caches
         padding: Any = caches[0].left_padding.tolist()
         for place, row in leaving.items():
-            self.prefixes.keep(row.slot, row.ids[: batch.arrays.length - padding[place]], caches, place)
+            self.prefixes.keep(row.slot, row.ids[: batch.arrays.length - padding[place]], caches, place, row.lower)
 
     def _measure(self) -> int:
         """Bytes that a token takes in the caches; also warms the model up."""

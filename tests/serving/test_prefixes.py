@@ -1,15 +1,24 @@
 """Texts that were read are read on, by the adapter that read them, and say the same."""
 
+from dataclasses import replace
+from functools import partial
+
 import mlx.core as mx
 import pytest
 
 from mlx_rsgwm.inference.prefix_cache import prefill
 from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.serving import rows
 from mlx_rsgwm.serving.events import Ended
-from mlx_rsgwm.serving.prefixes import FEWEST, PrefixStore, common
+from mlx_rsgwm.serving.prefixes import FEWEST, FEWEST_SHARED, PrefixStore, common
+from tests.serving.conftest import evaluated
 
 LONG = "A question that is long enough to be kept, with words and words in it. "
 SECONDS = 60
+
+
+def add(name, adapter, library):
+    library.add_adapter(name, adapter, adapter.content_hash())
 
 
 def cached(told):
@@ -47,6 +56,58 @@ def test_texts_beside_each_other_are_kept_each_for_itself(make_engine, ask):
 
 
 @pytest.fixture
+def upper(make_adapter):
+    """Maker of adapters that change the last layer alone."""
+
+    def make(seed):
+        adapter = make_adapter(seed)
+        adapter.weights = {name: value for name, value in adapter.weights.items() if ".layers.1." in name}
+        return evaluated(adapter)
+
+    return make
+
+
+def test_what_no_adapter_changes_is_read_once_for_all(make_engine, ask, upper, monkeypatch):
+    """The same prompt at the base and at two adapters, a longer one, and one at an adapter that changes all layers."""
+    lower, upper_only = [], []
+    split_layers = rows.split_layers
+
+    def counted(model, count):
+        split = split_layers(model, count)
+
+        def first(ids, cache=None):
+            lower.append(ids.shape[1])
+            return split.lower(ids, cache=cache)
+
+        def rest(states, cache=None):
+            upper_only.append(states.shape[1])
+            return split.upper(states, cache=cache)
+
+        return split and replace(split, lower=first, upper=rest)
+
+    adapters = {"a": upper(1), "b": upper(2)}
+    prompt = LONG * 2
+    expected = {}
+    for name, text in (("a", prompt), ("b", prompt), ("all", prompt), ("b", prompt + "More?")):
+        fresh = make_engine({"all": 3})
+        for other, adapter in adapters.items():
+            fresh.call(partial(add, other, adapter)).result(SECONDS)
+        expected[name, text] = ask(fresh, name, text)[1].texts()
+    monkeypatch.setattr(rows, "split_layers", counted)
+    engine = make_engine({"all": 3})
+    for other, adapter in adapters.items():
+        engine.call(partial(add, other, adapter)).result(SECONDS)
+    assert ask(engine, "a", prompt)[1].texts() == expected["a", prompt]
+    length = sum(lower)
+    assert length == sum(upper_only) > 2 * FEWEST_SHARED
+    assert ask(engine, "b", prompt)[1].texts() == expected["b", prompt] != expected["a", prompt]
+    assert (sum(lower), sum(upper_only)) == (length + 1, 2 * length)  # the last token is always read
+    assert ask(engine, "all", prompt)[1].texts() == expected["all", prompt]
+    assert sum(lower) == 2 * length + 1  # nothing is shared with it
+    assert ask(engine, "b", prompt + "More?")[1].texts() == expected["b", prompt + "More?"]
+
+
+@pytest.fixture
 def read(base):
     """Caches of rows of ids."""
     return lambda rows: prefill(base.model, split_head(base.model)[0], rows).caches
@@ -62,7 +123,7 @@ def test_what_is_least_recently_used_goes_first(read):
     for place in (0, 1):
         store.keep("a", texts[place], caches, place)
     assert store.nbytes == 2 * size
-    assert store.longest("a", (*texts[0], 7))[0] == len(texts[0])
+    assert store.longest("a", (*texts[0], 7)).count == len(texts[0])
     store.keep("a", texts[2], caches, 2)
     assert [store.longest("a", (*text, 7)) is not None for text in texts] == [True, False, True]
     assert store.nbytes == 2 * size
@@ -88,9 +149,9 @@ def test_a_longer_text_takes_the_place_of_its_beginning(read):
     size = store.nbytes
     store.keep(None, long, read([long]), 0)
     assert store.nbytes == 2 * size
-    count, caches = store.longest(None, short[: FEWEST - 4] + (300,) * 9) or (0, [])
-    assert count == 0  # too little in common
-    count, caches = store.longest(None, long[: FEWEST + 3] + (300,) * 9)
+    assert store.longest(None, short[: FEWEST - 4] + (300,) * 9) is None  # too little in common
+    known = store.longest(None, long[: FEWEST + 3] + (300,) * 9)
+    count, caches = known.count, known.caches
     assert count == FEWEST + 3
     assert {cache._idx for cache in caches} == {count}
     fresh = read([long[:count]])
