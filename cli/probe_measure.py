@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.probe.data_measures import PairData
 
+SHOWN = 1000  # pairs; of more the table is the place to look
 AT = Number(0, 1, min_open=True)
 AT_HELP = "Take the snapshots that training kept at this share of its steps.  [default: the finished adapters]"
 
@@ -53,13 +55,16 @@ def measure(
     """
     from mlx_rsgwm.probe.inputs import probed_adapters
     from mlx_rsgwm.probe.measure import write_table
-    from mlx_rsgwm.probe.table import render_rows
+    from mlx_rsgwm.probe.table import read_table, render_rows
 
     loaded, share = probed_adapters(adapters, at, base_name, console.progress)
     measured = _on_data(console, loaded, data, data_rows, base_name)
-    rows = write_table(out, loaded, share, measured, replace, console.progress)
-    console.line(render_rows(rows))
-    console.result({"out": str(out), "at": share, "pairs": [row.to_dict() for row in rows]})
+    write_table(out, loaded, share, measured, replace, console.progress)
+    count = math.comb(len(loaded), 2)
+    rows = read_table(out).in_order() if count <= SHOWN else None
+    console.line(f"{out}: {count:,} pairs" if rows is None else render_rows(rows))
+    pairs = None if rows is None else [row.to_dict() for row in rows]
+    console.result({"out": str(out), "at": share, "count": count, "pairs": pairs})
 
 
 def _on_data(

@@ -1,6 +1,6 @@
 """Every pair of adapters measured, in blocks: memory is that of a module of two blocks, of however many adapters.
 
-A row is kept as soon as its block is done, so that a table which was cut off goes on.
+A block's rows are kept as soon as they are done, and not in memory, so that a table which was cut off goes on.
 """
 
 from __future__ import annotations
@@ -46,13 +46,12 @@ class DataMeasures(Protocol):
 
 def measure_pairs(
     adapters: Sequence[Adapter],
-    at: float = 1.0,
     data: DataMeasures | None = None,
     progress: Progress = SILENT,
     block: int = BLOCK,
     done: frozenset[Pair] = frozenset(),
-) -> Iterator[tuple[Pair, PairRow]]:
-    """The pairs that are not ``done``, by positions and row, block after block.
+) -> Iterator[dict[Pair, PairRow]]:
+    """The pairs that are not ``done``, rows by positions, block after block.
 
     Raises:
         AdapterError: an adapter is damaged, or holds values that are not finite.
@@ -64,10 +63,12 @@ def measure_pairs(
     with pool.checked(), progress.task("probe measure", total) as advance:
         advance(len(done), "measured before" if done else "")
         for pairs in pair_blocks(len(adapters), block):
+            rows = {}
             for pair, row in _measure_block(pool, adapters, [pair for pair in pairs if pair not in done]):
-                row = row if data is None else replace(row, measures={**row.measures, **data.of(*pair)})
-                yield pair, row
-                advance(1, "")
+                rows[pair] = row if data is None else replace(row, measures={**row.measures, **data.of(*pair)})
+            if rows:
+                yield rows
+                advance(len(rows), "")
 
 
 def write_table(
@@ -77,8 +78,8 @@ def write_table(
     data: DataMeasures | None = None,
     replace_other: bool = False,
     progress: Progress = SILENT,
-) -> list[PairRow]:
-    """Measure every pair that the table at ``path`` has not, and keep each; returns all rows in the order of the pairs.
+) -> None:
+    """Measure every pair that the table at ``path`` has not, and keep each there.
 
     Raises:
         RsgwmError: also a table of other adapters or settings at ``path``, unless it may be replaced.
@@ -86,25 +87,22 @@ def write_table(
     pool = Pool.open(adapters)
     require_common_modules(pool.sources)
     about = table_about(pool.sources, adapters, at, data)
-    labels = list(about["adapters"])
-    rows: dict[Pair, PairRow] = {}
+    places = {label: place for place, label in enumerate(about["adapters"])}
+    done: set[Pair] = set()
 
     def take(row: Any, _: str) -> None:
-        known = PairRow.from_dict(row)
-        first, second = (labels.index(name) for name in known.adapters)
-        rows[first, second] = known
+        first, second = (places[name] for name in PairRow.from_dict(row).adapters)
+        done.add((first, second))
 
     with exclusive_file(path):
         journal = Journal(path, about, take, replace_other)
-        for pair, row in measure_pairs(adapters, at, data, progress, done=frozenset(rows)):
-            journal.append([row.to_dict()])
-            rows[pair] = row
-    return [rows[pair] for pair in combinations(range(len(labels)), 2)]
+        for rows in measure_pairs(adapters, data, progress, done=frozenset(done)):
+            journal.append(row.to_dict() for row in rows.values())
 
 
 def measured_table(adapters: Sequence[Adapter], at: float = 1.0, progress: Progress = SILENT) -> Table:
     """The table of all pairs, in memory."""
-    rows = dict(measure_pairs(adapters, at, None, progress))
+    rows = {pair: row for block in measure_pairs(adapters, None, progress) for pair, row in block.items()}
     about = table_about(Pool.open(adapters).sources, adapters, at, None)
     return Table(about, tuple(rows[pair] for pair in combinations(range(len(adapters)), 2)))
 

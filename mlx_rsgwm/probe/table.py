@@ -62,6 +62,11 @@ class Table:
         """Rows by the two adapters, whose order does not count."""
         return {frozenset(row.adapters): row for row in self.rows}
 
+    def in_order(self) -> list[PairRow]:
+        """Rows in the order of the adapters that the table names."""
+        places = {name: place for place, name in enumerate(self.about["adapters"])}
+        return sorted(self.rows, key=lambda row: [places[name] for name in row.adapters])
+
     def require_pairs(self, adapters: Sequence[str]) -> None:
         """Raises RsgwmError unless every two of ``adapters`` are in it."""
         known = self.by_pair()

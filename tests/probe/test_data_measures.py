@@ -177,7 +177,7 @@ def test_every_column_is_measured_with_data(base, make_adapter):
     adapters = [make_adapter(0), make_adapter(1)]
     rows = token_rows(6)
     data = measure_on_data(base, adapters, [rows, rows], rows, ["x"])
-    ((_, row),) = measure_pairs(adapters, data=data)
+    (row,) = next(measure_pairs(adapters, data=data)).values()
     assert set(row.measures) == set(columns(WEIGHTS, SIGNALS, DATA)) - {"training_gradient_cosine"}
 
 

@@ -31,7 +31,9 @@ def test_blocks_have_every_pair_once_and_few_adapters(count, block):
 
 def test_rows_do_not_depend_on_blocks(folders):
     adapters, _ = probed_adapters(folders)
-    whole, blocks = (dict(measure_pairs(adapters, block=size)) for size in (8, 2))
+    whole, blocks = (
+        {pair: row for rows in measure_pairs(adapters, block=size) for pair, row in rows.items()} for size in (8, 2)
+    )
     assert whole.keys() == blocks.keys() == set(combinations(range(5), 2))
     for pair, row in whole.items():
         assert blocks[pair].measures == pytest.approx(row.measures, rel=1e-6, abs=1e-9)
@@ -42,15 +44,18 @@ def test_rows_do_not_depend_on_blocks(folders):
 def test_a_table_that_was_cut_off_goes_on(folders, tmp_path, monkeypatch):
     adapters, at = probed_adapters(folders)
     monkeypatch.setattr(measure, "BLOCK", 2)
-    whole = write_table(tmp_path / "whole.jsonl", adapters, at)
+    write_table(tmp_path / "whole.jsonl", adapters, at)
+    whole = read_table(tmp_path / "whole.jsonl").in_order()
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     cut = tmp_path / "cut.jsonl"
     cut.write_text("".join(lines[:4]) + lines[4][:20])
     seen = []
     monkeypatch.setattr(measure, "pair_measures", lambda modules: seen.append(1) or {"x": 1.0})
-    rows = write_table(cut, adapters, at)
+    write_table(cut, adapters, at)
     assert len(seen) == 10 - 3  # what was there is not measured again
+    rows = read_table(cut).in_order()
     assert [row.adapters for row in rows] == [row.adapters for row in whole]
+    assert [row.adapters for row in whole] == list(combinations(map(str, folders), 2))
     assert read_table(cut).by_pair().keys() == read_table(tmp_path / "whole.jsonl").by_pair().keys()
 
 
@@ -81,12 +86,12 @@ def snapshot(make_adapter, folder, seed, shares=(0.02, 0.05)):
 def test_snapshots_are_measured_at_their_share(folders, make_adapter):
     young = [snapshot(make_adapter, folder, seed) for seed, folder in enumerate(folders[:2])]
     adapters, at = probed_adapters(folders[:2], 0.05)
-    ((_, row),) = measure_pairs(adapters, at)
+    (row,) = next(measure_pairs(adapters)).values()
     assert at == 0.05
     assert row.tasks == ("task-0", "task-1")
     assert row.adapters == tuple(map(str, folders[:2]))  # as the outcomes of the finished adapters call them
     assert row.measures["training_gradient_cosine"] == pytest.approx(1)
-    finished = next(iter(measure_pairs(probed_adapters(folders[:2])[0])))[1]
+    (finished,) = next(measure_pairs(probed_adapters(folders[:2])[0])).values()
     assert "training_gradient_cosine" not in finished.measures
     assert row.measures["task_vector_l2"] < finished.measures["task_vector_l2"] / 5
     assert probed_adapters(young)[1] == 0.05
