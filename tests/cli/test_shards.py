@@ -78,6 +78,19 @@ def test_two_processes_sweep_as_one(launch, pool, tiny_base, tmp_path):
     assert (tmp_path / "one" / "sweep.json").read_text() == (tmp_path / "two" / "sweep.json").read_text()
 
 
+def test_two_processes_measure_outcomes_as_one(launch, pool, tiny_base, tmp_path):
+    run = (
+        "probe", "outcomes", *pool, "--base", tiny_base, "--methods", "linear,ties,norm_equalised", "--data", "change",
+        "--data", "change", "--data-rows", 8,
+    )  # fmt: skip
+    invoke(*run, "--out", tmp_path / "one.jsonl")
+    told = launch(*run, "--out", tmp_path / "two.jsonl", "--json")
+    assert sum(line.startswith("{") for line in told.splitlines()) == 1, told
+    shards = [(tmp_path / name).read_text().splitlines() for name in ("two.jsonl", "two.1.jsonl")]
+    assert [len(rows) > 1 for rows in shards] == [True, True]
+    assert sorted({*shards[0], *shards[1]}) == sorted((tmp_path / "one.jsonl").read_text().splitlines())
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_is_told_and_its_share_is_done_again(launch, start_two, pool, tiny_base, tmp_path):
     run = arguments_of_eval(pool, tiny_base)
