@@ -47,8 +47,10 @@ demo: $(VENV)/.demo openblas  ## set up everything, then data, pool, merge, eval
 test: $(VENV)/.test openblas  ## set up everything and run the tests
 	RSGWM_ALL_PEERS=1 $(RUN_TESTS) $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-slow: $(VENV)/.test openblas  ## run the long proofs
-	$(RUN) $(BIN)/python -m pytest -m slow
+# RSGWM_SHARE=20 feeds commands every twentieth of what there is to be fed.
+slow: $(VENV)/.test openblas  ## run the long proofs; counts in docs/reliability.md what was fed
+	RSGWM_FED=docs/fed.json $(RUN) $(BIN)/python -m pytest -m slow; tried=$$?; \
+		$(BIN)/python -m tests.outside.fed; exit $$tried
 
 # RSGWM_MOST_EVENTS=24 kills each command at so many events only, and sends signals at so many if those are fewer than 8.
 faults: $(VENV)/.test openblas  ## kill every command at every event, fill its disk, race it; writes docs/reliability.md

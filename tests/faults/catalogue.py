@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SMALL = ["--rank", 4, "--alpha", 8, "--batch-size", 2, "--epochs", 3, "--save-every", 2]
+# Five checkpoints, of which three stay and two can be continued; two of each run where several are trained.
+SMALL = ["--rank", 4, "--alpha", 8, "--batch-size", 2, "--steps", 10, "--save-every", 2]
+FEW = [*SMALL[:6], "--steps", 4, "--save-every", 2]
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ KINDS = {
     ),
     "pool train": Kind(
         lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",
-                                   "--corpus", work / "corpus/groups", "--out", place / "out", "--resume", *SMALL],
+                                   "--corpus", work / "corpus/groups", "--out", place / "out", "--resume", *FEW],
         ("out/change/adapters.safetensors", "out/groups/adapters.safetensors"),
     ),
     "pool train --rounds": Kind(
         lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",
-                                   "--corpus", work / "corpus/groups", "--out", place / "out", *SMALL, "--rounds", 3,
+                                   "--corpus", work / "corpus/groups", "--out", place / "out", *FEW, "--rounds", 3,
                                    "--directions", 2, "--resume"],
         ("out/change/adapters.safetensors", "out/groups/adapters.safetensors", "out/change/directions.safetensors",
          "out/groups/importance.safetensors", "out/rounds/round-01/merged/adapters.safetensors",

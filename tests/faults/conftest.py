@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,13 +28,15 @@ HERE = Path(__file__).parent
 class Ended:
     """How a command ended: its exit code (-9: killed), and what it wrote to standard error.
 
-    ``events`` are the changes to the watched folder, ``written`` the bytes written there.
+    ``events`` are the changes to the watched folder, ``written`` the bytes written there, ``peeks`` how often something
+    half written was read.
     """
 
     code: int
     stderr: str
     events: int
     written: int
+    peeks: int
 
 
 class Server:
@@ -42,7 +45,7 @@ class Server:
     def __init__(self, shim: Path, logs: Path, hub: Path) -> None:
         preload = ":".join(filter(None, [os.environ.get("LD_PRELOAD", ""), str(shim)]))
         threads = dict.fromkeys(("BLIS_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
-        offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+        offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[1])}
         self._log = logs / "log"
         self._process = subprocess.Popen(
             [sys.executable, HERE / "server.py"],
@@ -53,11 +56,12 @@ class Server:
         )
         assert json.loads(self._process.stdout.readline())["ready"]
 
-    def run(self, command: list, root: Path, **how: int) -> Ended:
+    def run(self, command: list, root: Path, **how: Any) -> Ended:
         """Run a command; ``kill_at``: before which change below ``root`` (1 is the first, 0 none) it is killed;
         ``room``: after how many written bytes the disk is full (-1: never). ``number``: another signal than SIGKILL,
         ``times``: at how many events from there on; ``step``: seconds that the clock is off from there on, without a
-        signal. ``memory``: how many bytes of addresses it may have beside those it starts with."""
+        signal. ``memory``: how many bytes of addresses it may have beside those it starts with. ``states``: a folder
+        for every state in which a kill could leave ``root``. ``dead``: what the names have whose reading is counted."""
         return self.together([command], root, **how)[0]
 
     def together(
@@ -70,6 +74,8 @@ class Server:
         times: int = 1,
         step: int = 0,
         memory: int = 0,
+        states: Path | None = None,
+        dead: str = "",
     ) -> list[Ended]:
         """Commands that are started at once; their events and bytes are counted as one."""
         task = {
@@ -81,13 +87,21 @@ class Server:
             "times": times,
             "step": step,
             "memory": memory,
+            "states": str(states or ""),
+            "dead": dead,
             "log": str(self._log),
         }
         self._process.stdin.write(json.dumps(task) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
         return [
-            Ended(code, Path(f"{self._log}-{number}.err").read_text(), answer["events"], answer["written"])
+            Ended(
+                code,
+                Path(f"{self._log}-{number}.err").read_text(),
+                answer["events"],
+                answer["written"],
+                answer["peeks"],
+            )
             for number, code in enumerate(answer["codes"])
         ]
 
@@ -155,13 +169,14 @@ def work(tiny_base, tmp_path_factory):
 
 @pytest.fixture
 def harness(server, work, tiny_base, tmp_path):
-    """Of a name in the catalogue, the harness that knows what its command makes."""
+    """Of a name in the catalogue, the harness that knows what its command makes; with ``states``, what kills leave."""
+    (tmp_path / "states").mkdir()
 
-    def of(name: str) -> Harness:
+    def of(name: str, states: bool = False) -> Harness:
         for needed in KINDS[name].needs:
             small_work.make(needed, work, tiny_base)
-        made = Harness(server, KINDS[name], work, tiny_base, tmp_path / "place")
-        made.learn()
+        made = Harness(server, KINDS[name], work, tiny_base, tmp_path / "place", tmp_path / "states")
+        made.learn(states)
         return made
 
     return of

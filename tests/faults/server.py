@@ -2,14 +2,16 @@
 
     LD_PRELOAD=…:interpose.so python tests/faults/server.py
 
-One JSON object a line in, one out: commands that are started together, and how they ended.
-The server imports the package and forks for every command; nothing is computed
-before the fork, since MLX's threads would not survive it.
+One JSON object a line in, one out: commands that are started together, and how they ended. With ``states``, a folder,
+every state of the watched folder in which a kill could leave it is kept there (``states.py``).
+The server imports the package, and what earlier commands had to import, and forks for every command; nothing is
+computed before the fork, since MLX's threads would not survive it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -17,11 +19,15 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from mlx_rsgwm.cli.commands import COMMANDS
 from mlx_rsgwm.cli.startup import hide_torch
+from tests.faults.states import Recorder
 
 PRELOADED = (
     "mlx.core", "mlx_lm", "mlx_lm.utils", "mlx_lm.models.llama", "transformers", "transformers.models.llama",
@@ -40,19 +46,43 @@ def serve() -> None:
     ]  # fmt: skip
     shim.events.restype = ctypes.c_long
     shim.written.restype = ctypes.c_longlong
+    shim.peeks.restype = ctypes.c_long
     hide_torch(["train"])  # as every command does that computes without it
     for name in (*PRELOADED, *(place.partition(":")[0] for place, _ in COMMANDS.values())):
         import_module(name)
+    Figure.draw = lambda figure, renderer: None  # blank pictures: drawing is most of some commands' work, and no file's
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         signals = task["signal"], task["times"], task["step"]
         shim.watch(os.fsencode(task["root"]), task["kill_at"], task["room"], *signals)
+        shim.count_peeks(os.fsencode(task["dead"]))
+        recorder = Recorder(Path(task["root"]), Path(task["states"])) if task["states"] else None
+        if recorder:
+            shim.hold()
         logs = [Path(f"{task['log']}-{number}") for number in range(len(task["commands"]))]
         children = [started(*each, task["memory"]) for each in zip(task["commands"], logs, strict=True)]
-        codes = [ended(child) for child in children]
-        print(json.dumps({"codes": codes, "events": shim.events(), "written": shim.written()}), flush=True)
+        if recorder:
+            codes = [recorded(child, shim, recorder) for child in children]
+        else:
+            codes = [ended(child) for child in children]
+        counts = {"events": shim.events(), "written": shim.written(), "peeks": shim.peeks()}
+        print(json.dumps({"codes": codes, **counts}), flush=True)
         shim.watch(b"", 0, -1, 0, 0, 0)
+        for log in logs:
+            import_what_was_imported(log.with_suffix(".modules"))
+
+
+def import_what_was_imported(file: Path) -> None:
+    """Import the modules that a command found missing; one that was killed does not tell."""
+    if file.exists():
+        for name in file.read_text().split():
+            if name.partition(".")[0] == "torch":  # which no command needs that is tried here
+                continue
+            with suppress(ImportError):
+                import_module(name)
+        file.unlink()
+    gc.freeze()  # a collection in a child would copy every page of what it inherits
 
 
 def ended(child: int) -> int:
@@ -63,6 +93,18 @@ def ended(child: int) -> int:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.1)
         os.kill(child, signal.SIGCONT)
+
+
+def recorded(child: int, shim: ctypes.CDLL, recorder: Recorder) -> int:
+    """The exit code of a process that is held at every event until the folder was looked at."""
+    while True:
+        if shim.is_held(20):
+            recorder.keep(shim.events())
+            shim.go()
+            continue
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
 
 
 def started(arguments: list[str], log: Path, memory: int) -> int:
@@ -87,7 +129,7 @@ def command(arguments: list[str], log: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin = os.fdopen(0)  # the server's own was read from already
     sys.argv = ["rsgwm", *arguments]
-    code = 1
+    code, before = 1, set(sys.modules)
     try:
         main()
         code = 0
@@ -98,6 +140,7 @@ def command(arguments: list[str], log: Path) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        log.with_suffix(".modules").write_text("\n".join(sys.modules.keys() - before))
         os._exit(code)
 
 

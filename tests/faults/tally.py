@@ -63,7 +63,8 @@ def table(known: Known) -> str:
         }
         for trial in TRIALS
     }
-    sums["kills"]["events"] = sum(_events(trials["kills"]) for trials in known.values() if "kills" in trials)
+    for name, count in (("events", _events), ("states", _states)):
+        sums["kills"][name] = sum(count(trials["kills"]) for trials in known.values() if "kills" in trials)
     lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], *rows, _row("all", sums)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -72,7 +73,7 @@ def _row(command: str, trials: dict[str, dict[str, Any]]) -> list[str]:
     tried = [str(trials[trial]["tried"]) if trial in trials else "–" for trial in TRIALS]
     kills = trials.get("kills", {})
     if kills:
-        tried[0] = f"{kills['tried']} of {_events(kills)} events"
+        tried[0] = f"{kills['tried']} of {_events(kills)} events, {_states(kills)} states"
     wrong = [str(sum(trial[name] for trial in trials.values())) for name in OUTCOMES[2:]]
     commits = dict.fromkeys(trial["at"] for trial in trials.values() if trial.get("at"))
     return [command, *tried, *wrong, ", ".join(commits)]
@@ -82,10 +83,20 @@ def _events(kills: dict[str, Any]) -> int:
     return kills.get("events", kills["tried"])
 
 
+def _states(kills: dict[str, Any]) -> int:
+    """Different states of the folder that kills left, each of which was gone on from."""
+    return kills.get("states", kills["tried"])
+
+
 def with_table(page: str, known: Known) -> str:
     """The page with the counts in their place."""
-    before, _, rest = page.partition(BEGIN)
-    return before + BEGIN + "\n" + table(known) + "\n" + END + rest.partition(END)[2]
+    return put_into(page, BEGIN, table(known), END)
+
+
+def put_into(page: str, begin: str, text: str, end: str) -> str:
+    """The page with a text between two of its lines."""
+    before, _, rest = page.partition(begin)
+    return before + begin + "\n" + text + "\n" + end + rest.partition(end)[2]
 
 
 if __name__ == "__main__":

@@ -40,12 +40,12 @@ def test_a_tally_counts_each_outcome_once_and_shows_what_went_wrong(tmp_path, mo
     commits = iter(["1234567", "1234567", "89abcde"])
     monkeypatch.setattr(tally, "commit", lambda: next(commits))
     kept = tally.Tally(str(tmp_path / "counts.json"))
-    kept.keep("a", "kills", ["again", "finished", "lost: event 3"], events=9)
+    kept.keep("a", "kills", ["again", "finished", "lost: event 3"], events=9, states=2)
     kept.keep("a", "sizes", ["again", "wrong: 2 bytes"])
     kept.keep("a", "sizes", ["again", "left over: 2 bytes"])  # tried anew: only the last counts
     rows = tally.table(json.loads((tmp_path / "counts.json").read_text())).splitlines()
-    assert rows[2] == "| a | 3 of 9 events | 2 | – | – | – | 1 | 0 | 1 | 1234567, 89abcde |"
-    assert rows[3] == "| all | 3 of 9 events | 2 | 0 | 0 | 0 | 1 | 0 | 1 |  |"
+    assert rows[2] == "| a | 3 of 9 events, 2 states | 2 | – | – | – | 1 | 0 | 1 | 1234567, 89abcde |"
+    assert rows[3] == "| all | 3 of 9 events, 2 states | 2 | 0 | 0 | 0 | 1 | 0 | 1 |  |"
 
 
 def test_what_writes_where_it_is_told_to_is_not_said_to_write_nothing():

@@ -1,4 +1,4 @@
-"""kill -9 before every change that a command makes to its files, and in the middle of every write.
+"""kill -9 before every change that a command makes to its files, before every write and in the middle of it.
 
 The same command again then ends in the same bytes, or says in one line that the work is finished; either way nothing
 half written is believed and nothing is left lying about.
@@ -10,7 +10,10 @@ import os
 
 import pytest
 
-from tests.faults.catalogue import KINDS, SMALL
+from mlx_rsgwm.core.temporary import boot
+from tests.faults.catalogue import KINDS
+from tests.faults.harness import KILLED
+from tests.faults.states import Recorder, key_of, names_in, restore
 from tests.faults.tally import RIGHT
 
 
@@ -23,41 +26,55 @@ def test_killed_at_a_few_events(harness, name):
     assert "again" in outcomes
 
 
+# One that links, one that copies a file, one that writes through the C library's buffers.
+@pytest.mark.parametrize("name", ["merge", "recipe init", "fuse", "convert to-gguf"])
+def test_a_kill_leaves_what_a_process_shows_that_is_held_there(harness, name):
+    found = harness(name, states=True)
+    assert list(found.keys) == list(range(1, found.events + 1))
+    for event in sorted({2, found.events // 3, 2 * found.events // 3, found.events}):
+        shown = [names_in(found.states[key]) for key in found.keys[event]]
+        found.fresh()
+        assert found.once(kill_at=event).code == KILLED
+        assert names_in(found.now()) == shown[-1], event
+
+
+def test_what_is_read_of_the_half_written_is_counted(server, tmp_path):
+    names = [tmp_path / f".recipe.{pid}-{boot()}0000-0.tmp.yaml" for pid in (7, 77)]
+    for name in names:
+        name.write_text("name: [")
+    ended = [server.run(["run", name, "--dry-run"], tmp_path, dead=f".7-{boot()}") for name in names]
+    assert [(one.code, one.peeks > 0) for one in ended] == [(2, True), (2, False)]
+
+
+def test_states_are_the_same_whoever_wrote_what_is_half_written_in_them(tmp_path):
+    def state(pid, number, text, inside):
+        root = tmp_path / f"{pid}-{number}"
+        part = root / f".out.{pid}-{boot()}0000-{number}.part"
+        part.mkdir(parents=True)
+        (part / "config.json").write_text(text)
+        if inside:
+            (part / f".manifest.{pid}-{boot()}0000-{number}.tmp.json").write_text(text)
+        (root / "rows.jsonl").write_text("finished")
+        return Recorder(root, tmp_path / "store").state(), root
+
+    (first, _), (second, root) = state(7, 0, "half", True), state(77, 3, "", False)
+    assert key_of(first) == key_of(second)
+    restore(second, tmp_path / "store", tmp_path / "again")
+    assert Recorder(tmp_path / "again", tmp_path / "store").state().keys() == second.keys()
+    (root / "rows.jsonl").write_text("other")
+    assert key_of(Recorder(root, tmp_path / "store").state()) != key_of(first)
+    (root / "rows.jsonl").write_text("finished")
+    next(root.glob(".*/config.json")).unlink()  # what stands in a half-written folder may be looked for by its name
+    assert key_of(Recorder(root, tmp_path / "store").state()) != key_of(first)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(KINDS))
 def test_killed_at_every_event(harness, tally, name):
     """At every one, or where RSGWM_MOST_EVENTS says how many are enough, at so many evenly through them."""
-    found = harness(name)
+    found = harness(name, states=True)
     most = min(found.events, int(os.environ.get("RSGWM_MOST_EVENTS", found.events)))
-    outcomes = [found.kill(1 + number * (found.events - 1) // max(1, most - 1)) for number in range(most)]
-    tally.keep(name, "kills", outcomes, events=found.events)
-    assert [outcome for outcome in outcomes if outcome not in RIGHT] == []
-
-
-def saved(folder):
-    """The last step that training had saved there; more than any once it is finished and older ones are gone."""
-    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoints/step-*")]
-    return 10**6 if (folder / "manifest.json").exists() else max(steps, default=0)
-
-
-def first_event_of(found, step):
-    """The first event a kill at which leaves a step saved."""
-    low, high = 1, found.events
-    while low < high:
-        middle = (low + high) // 2
-        found.fresh()
-        found.once(kill_at=middle)
-        low, high = (low, middle) if saved(found.place / "out") >= step else (middle + 1, high)
-    return low
-
-
-@pytest.mark.slow
-def test_training_killed_at_every_event_of_a_checkpoint(harness, tally):
-    """From the moment that one is there to the moment that the next one is: everything that a checkpoint writes."""
-    found = harness("train")
-    every = SMALL[SMALL.index("--save-every") + 1]
-    begin, end = (first_event_of(found, count * every) for count in (2, 3))
-    assert end > begin + 20
-    outcomes = [found.kill(event) for event in range(begin, end + 1)]
-    tally.keep("train: one checkpoint", "kills", outcomes)
+    events = [1 + number * (found.events - 1) // max(1, most - 1) for number in range(most)]
+    outcomes = [found.from_states_of(event) for event in events]
+    tally.keep(name, "kills", outcomes, events=found.events, states=len(found.outcomes))
     assert [outcome for outcome in outcomes if outcome not in RIGHT] == []

@@ -18,7 +18,7 @@ from tests.faults.catalogue import KINDS
 from tests.faults.small_work import run
 
 DAY = 24 * 3600
-LONG = ["train", "eval", "ask", "run"]  # what takes hours at full size
+LONG = ["merge", "train", "eval", "ask", "run"]  # what takes long at full size
 QUICK = {"train": 1, "merge": 1}  # at how many events in the default tests
 
 

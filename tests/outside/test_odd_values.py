@@ -14,6 +14,7 @@ import pytest
 
 from mlx_rsgwm.cli.commands import COMMANDS
 from mlx_rsgwm.core.errors import RsgwmError
+from tests.outside import fed
 from tests.outside.commands import SOUND, command_line, key_of, valued
 from tests.outside.odd_values import ODD
 
@@ -89,6 +90,8 @@ def test_a_sample_of_odd_values(outcomes, problems):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [name for name in SOUND if name not in ("lm-eval", *ENDLESS)])
 def test_all_odd_values(command, outcomes, problems):
-    wrong, codes = failures(cases([command]), outcomes, problems)
+    there = cases([command])
+    wrong, codes = failures(tried := fed.share(there, command), outcomes, problems)
     print(command, dict(codes))
+    fed.keep("odd values in options", command, len(tried), len(there), len(wrong))
     assert not wrong, "\n".join(map(str, wrong))

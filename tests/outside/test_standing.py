@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlx_rsgwm.cli.options.paths import FilePath, NewPath
+from tests.outside import fed
 from tests.outside.commands import SOUND, command_line, key_of, valued
 from tests.outside.test_odd_values import SLOW
 
@@ -109,5 +110,7 @@ def test_a_sample_of_what_stands_in_a_paths_place(standing, outcomes, problems):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [name for name in SOUND if name != "lm-eval"])
 def test_all_that_stands_in_a_paths_place(command, standing, outcomes, problems):
-    wrong = failures(cases([command]), outcomes, problems)
+    there = cases([command])
+    wrong = failures(tried := fed.share(there, command), outcomes, problems)
+    fed.keep("what is no file, or no text", command, len(tried), len(there), len(wrong))
     assert not wrong, "\n".join(map(str, wrong))

@@ -18,6 +18,7 @@ import yaml
 
 from mlx_rsgwm.core.config import parse_yaml
 from mlx_rsgwm.core.errors import RsgwmError
+from tests.outside import fed
 from tests.outside.odd_yaml import ODD_YAML, odd_files
 from tests.outside.yaml_documents import KINDS, MODULE, text_with
 
@@ -182,9 +183,13 @@ def test_no_more_is_read_than_settings_have(work, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_odd_values_in_every_key(kind, work, outcomes, problems, tmp_path, monkeypatch):
     monkeypatch.chdir(work)
-    wrong, taken, refused = readings(kind, cases(kind), tmp_path)
+    there = cases(kind)
+    wrong, taken, refused = readings(kind, tried := fed.share(there, kind), tmp_path)
     print(kind, len(taken), "read,", refused, "refused")
+    fed.keep("odd values in keys of YAML", kind, len(tried), len(there), len(wrong))
     assert not wrong, told_of(wrong)
-    wrong, ends = commands(random.Random(3).sample(taken, min(len(taken), MANY)), work, outcomes, problems)
+    given = fed.share(random.Random(3).sample(taken, min(len(taken), MANY)), kind)
+    wrong, ends = commands(given, work, outcomes, problems)
     print(kind, "whole commands:", dict(ends))
+    fed.keep("odd YAML that is read, to whole commands", kind, len(given), min(len(taken), MANY), len(wrong))
     assert not wrong, told_of(wrong)

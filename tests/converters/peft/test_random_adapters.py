@@ -26,6 +26,7 @@ from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.base import load_base
 from tests.converters.peft import test_matrix as matrix
 from tests.converters.peft.test_matrix import base_layers, folders, torch_bases  # noqa: F401  (fixtures)
+from tests.outside import fed
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -336,9 +337,11 @@ def test_adapters_of_mlx_lm(folders, torch_bases):  # noqa: F811
 
 @pytest.mark.slow
 def test_many_more_adapters_of_peft(folders, torch_bases):  # noqa: F811
-    many(peft_adapters, partial(try_peft, folders, torch_bases), DAMAGES, MANY[0])
+    tried = many(peft_adapters, partial(try_peft, folders, torch_bases), DAMAGES, fed.at_most(MANY[0]))
+    fed.keep("random adapters", "made by PEFT", tried.total() - tried["not made"], MANY[0], 0)
 
 
 @pytest.mark.slow
 def test_many_more_adapters_of_mlx_lm(folders, torch_bases):  # noqa: F811
-    many(mlx_adapters, partial(try_mlx, folders, torch_bases), MLX_DAMAGES, MANY[1])
+    tried = many(mlx_adapters, partial(try_mlx, folders, torch_bases), MLX_DAMAGES, fed.at_most(MANY[1]))
+    fed.keep("random adapters", "made by mlx-lm", tried.total() - tried["not made"], MANY[1], 0)
