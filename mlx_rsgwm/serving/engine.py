@@ -30,7 +30,8 @@ from mlx_rsgwm.serving.rows import Row, RowDecoder
 
 T = TypeVar("T")
 PIECE_SECONDS = 0.2  # of a prompt's reading, so that rows under way never wait longer for their next token
-WHOLE_SECONDS = 1.0  # the same where no row is under way: long pieces are read quicker
+WHOLE_SECONDS = 3.0  # the same where no row is under way: long pieces are read quicker
+MOST_POSITIONS = 1 << 13  # of all texts of a piece, which bounds the memory that it takes
 GATHER_SECONDS = 0.003  # that an idle engine waits for a next request, as those that come together are read together
 MOST_GATHERED = 0.05  # seconds of that in a row
 FEWEST_POSITIONS = 16
@@ -255,7 +256,8 @@ class Engine:
             return
         texts, length = reading.size
         seconds = PIECE_SECONDS if self._decoder.rows else WHOLE_SECONDS
-        count = min(length, max(FEWEST_POSITIONS, int(self._positions * seconds / texts)))
+        most = min(self._positions * seconds, MOST_POSITIONS)
+        count = min(length, max(FEWEST_POSITIONS, int(most / texts)))
         started = time.monotonic()
         try:
             over = reading.read_on(count)

@@ -28,7 +28,8 @@ def resident(process):
 def test_no_request_is_lost_and_memory_stays_flat(adapters, tiny_base, tmp_path):
     python = python_with("locust", "locust>=2.40")
     names = ("--base", tiny_base, "--adapter", adapters / "sums", "--adapter", adapters / "words")
-    pair = ("--verified", f"checked={adapters / 'judged'}+{adapters / 'sums'}")
+    both = f"{adapters / 'judged'}+{adapters / 'sums'}"
+    pair = ("--verified", f"checked={both}", "--verified", f"chains={both},drafts=mixed")
     over, sizes = threading.Event(), []
     with serving(*names, *pair, "--adapter-dir", adapters, "--memory-limit", "0.1") as (process, address):
 

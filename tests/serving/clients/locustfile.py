@@ -85,9 +85,9 @@ class Client(HttpUser):
 
     @task(3)
     def verified(self):
-        """Drafted and verified."""
+        """Drafted, by samples or grafted chains, and verified."""
         verify = {"attempts": 3, "threshold": DRAWN.choice((0.0, 0.5, 1.0)), "drafts": "full"}
-        self.chat("verified", "checked", verify=verify)
+        self.chat("verified", DRAWN.choice(("checked", "checked", "chains")), n=DRAWN.randint(1, 2), verify=verify)
 
     @task(1)
     def verdicts(self):
