@@ -67,8 +67,9 @@ class PrefixStore:
         rows, end = mx.array([place]), caches[0]._idx
         row = [select_rows(cache, rows, start=end - len(ids)) for cache in caches]
         arrays: list[mx.array] = [array for cache in row for array in self._arrays(cache)]
+        arrays += [] if lower is None else [lower.states]
         mx.async_eval(arrays)
-        nbytes = sum(array.nbytes for array in arrays) + (0 if lower is None else lower.states.nbytes)
+        nbytes = sum(array.nbytes for array in arrays)
         if nbytes > self._most:
             return
         for other in [other for other in self._texts.get(slot, ()) if ids[: len(other.ids)] == other.ids]:
@@ -86,8 +87,7 @@ class PrefixStore:
         count, text = max(known, key=lambda each: each[0], default=(0, None))
         if text is None or count < FEWEST:
             return None
-        lower = None if text.lower is None else replace(text.lower, states=text.lower.states[:, :count])
-        return self._known(text, count, text.caches, lower)
+        return self._known(text, count, text.caches, text.lower)
 
     def shared(self, ids: Ids, layers: int) -> Known | None:
         """Likewise, as at most the first ``layers`` layers read it for whatever adapter."""
@@ -99,10 +99,12 @@ class PrefixStore:
         count, lower, text = max(known, key=lambda each: each[0] * each[1].layers, default=(0, None, None))
         if text is None or lower is None or count < FEWEST_SHARED:
             return None
-        return self._known(text, count, text.caches[: lower.layers], replace(lower, states=lower.states[:, :count]))
+        return self._known(text, count, text.caches[: lower.layers], lower)
 
     def _known(self, text: _Text, count: int, caches: Sequence[Any], lower: Lower | None) -> Known:
         self._order[text] = self._order.pop(text)
+        if lower is not None and lower.states.shape[1] > count:
+            lower = replace(lower, states=mx.contiguous(lower.states[:, :count]))  # a view would keep all of them
         return Known(count, [select_rows(cache, mx.array([0]), length=count) for cache in caches], lower)
 
     @staticmethod

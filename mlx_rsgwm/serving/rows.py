@@ -161,10 +161,9 @@ class RowDecoder:
     def drop(self, rows: Collection[Row]) -> None:
         """Let rows go; for a while their texts stay known. Their places go with the next token."""
         for batch in self._batches if rows else ():
-            self._remember(
-                batch, {place: row for row, place in zip(batch.rows, batch.places, strict=True) if row in rows}
-            )
-            left = [(row, place) for row, place in zip(batch.rows, batch.places, strict=True) if row not in rows]
+            placed = list(zip(batch.rows, batch.places, strict=True))
+            self._remember(batch, {place: row for row, place in placed if row in rows})
+            left = [(row, place) for row, place in placed if row not in rows]
             batch.rows, batch.places = [row for row, _ in left], [place for _, place in left]
         self._batches = [batch for batch in self._batches if batch.rows]
 
