@@ -15,6 +15,7 @@ from mlx_rsgwm.cli.options.kinds import FORMAT, SHARE, SOURCE, OneOf
 from mlx_rsgwm.core.errors import RsgwmError
 
 # mlx_rsgwm.converters.fuse.fuse.FORMATS, which is slow to import; a test holds them equal.
+MIN_SHARE = 0.9
 FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 
 
@@ -40,7 +41,7 @@ FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 @click.option(
     "--min-share",
     type=SHARE,
-    default=0.9,
+    default=MIN_SHARE,
     show_default=True,
     help="Share of the adapter's update that must survive in that format.",
 )
@@ -116,6 +117,8 @@ def _tell(console: Console, out: Path, result: Mapping[str, Any]) -> None:
         "updates survive; "
         f"{result['logit_share']:.1%} of the effect on logits, which are off by at most {result['max_abs_logit']:.1e}"
     )
+    if narrow := result["in_floats"]:
+        console.line(f"in floats, for groups do not divide their columns: {len(narrow)} layers ({narrow[0]} …)")
     if reason := result.get("form_reason"):
         console.line(f"for mlx-lm alone: transformers would not load these arrays as they are meant ({reason})")
     console.result(result)
@@ -197,12 +200,12 @@ def render(told: Mapping[str, Any]) -> str:
     from mlx_rsgwm.studies.rounding_remedies import CALLED
 
     width = max(map(len, CALLED.values()))
-    lines = [f"{'way':{width}}     loss   worse (95 %)             kept  error      MB"]
+    lines = [f"{'way':{width}}     loss   worse (95 %)             kept  error  survives       MB"]
     for row in told["remedies"]:
         worse = f"{row['worse']:.4f} ({row['low']:+.4f} to {row['high']:+.4f})"
         lines.append(
-            f"{CALLED[row['remedy']]:{width}}  {row['nll']:7.4f}  {worse:27} {row['kept']:5.0%}  {row['error']:5.2f} "
-            f"{row['bytes'] / 1e6:7.1f}"
+            f"{CALLED[row['remedy']]:{width}}  {row['nll']:7.4f}  {worse:27} {row['kept']:5.0%}  {row['error']:5.2f}  "
+            f"{row['survives']:8.0%} {row['bytes'] / 1e6:8.2f}"
         )
     lines += [f"{CALLED[name]:{width}}  not tried: {reason}" for name, reason in told["not_tried"].items()]
     lines.append(
@@ -210,4 +213,7 @@ def render(told: Mapping[str, Any]) -> str:
         f"the rounded base alone {told['base_nll']:.4f}"
     )
     lines.append(f"take {CALLED[told['recommended']]}: {told['reason']}")
+    chosen = next(row for row in told["remedies"] if row["remedy"] == told["recommended"])
+    if chosen["survives"] < MIN_SHARE:
+        lines.append(f"{chosen['survives']:.0%} of what is rounded survives: rsgwm fuse needs --min-share or --force")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from mlx_rsgwm.converters.fuse.layers import (
     FORMATS,
     StoredForm,
     Target,
+    check_groups,
     dora_gains,
     fuse_layers,
     fused_weight,
@@ -34,6 +35,7 @@ from mlx_rsgwm.converters.fuse.layers import (
     plain_layer,
     quantise,
     stored_as,
+    too_narrow,
 )
 from mlx_rsgwm.converters.fuse.model_files import write_model
 from mlx_rsgwm.converters.parity.mlx import apply_adapter, probe_ids, replace_parameters
@@ -100,11 +102,13 @@ def fuse(
     Returns:
         JSON: ``form``, whose names and layout the arrays have (``transformers`` or ``mlx-lm``), with ``form_reason``
         where that is mlx-lm's though they are floats; ``share`` and ``error`` over all modules, the ``worst`` ones,
-        ``logit_share``, ``logit_error``, ``max_abs_logit`` against base and adapter, and what was fused.
+        ``logit_share``, ``logit_error``, ``max_abs_logit`` against base and adapter, ``in_floats``, layers whose
+        columns the format's groups do not divide, and what was fused.
 
     Raises:
         CheckFailed: less than ``min_share`` survives; nothing is written then, or kept.
-        RsgwmError: the adapter does not fit the base, ``out`` is not empty, no room.
+        RsgwmError: the adapter does not fit the base, groups do not divide an adapted layer's columns, ``out`` is not
+            empty, no room.
     """
     if isinstance(target, str) and target not in FORMATS:
         raise RsgwmError(f"fuse: format {target!r} is unknown; there are {', '.join(FORMATS)}")
@@ -141,6 +145,7 @@ def _fuse(
     layers = _adapted_layers(model, adapter)
     if dora_changes_nothing(adapter, dora_gains(layers.values())):
         raise AdapterError(f"{adapter.where} changes nothing: every lora_b is zero, and its magnitudes are the base's")
+    check_groups(layers, target)
     survivals, rounded = [], {}
     with progress.task("measuring", len(layers)) as advance:
         for name in sorted(layers, key=model_order):
@@ -156,6 +161,8 @@ def _fuse(
             "choose another --format (float16), or --force"
         )
     fused, config, form = _fused_model(path, model, config, layers, adapter, target, rounded)
+    kind = kind_of(target)
+    in_floats = too_narrow(fused, kind) if isinstance(kind, QuantFormat) else []
     del model, layers
     size = sum(value.nbytes for value in _arrays_of(fused))
     require_space(out, size + 2**24)
@@ -176,6 +183,7 @@ def _fuse(
             "worst": [vars(survival) for survival in _worst(survivals)],
             "min_share": min_share,
             "by_feedback": len(rounded),
+            "in_floats": in_floats,
             **_compare_logits(adapter, loaded_name, work, target, progress),
             "versions": versions(),
         }

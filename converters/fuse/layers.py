@@ -16,7 +16,7 @@ from mlx_rsgwm.converters.dense_weights import dequantised, usual_dtype, with_dt
 from mlx_rsgwm.converters.fuse.error_feedback import Packed
 from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.models.hooks import module_at
-from mlx_rsgwm.models.quantisation import QuantFormat
+from mlx_rsgwm.models.quantisation import QuantFormat, require_fit
 
 # What a fused model's weights are: as the base has them, a float type, or quantised.
 FORMATS: dict[str, QuantFormat | str | None] = {
@@ -85,8 +85,28 @@ def stored_as(layer: Any, target: Target) -> StoredForm:
         return StoredForm(DTYPES[kind])
     if kind is None:
         return StoredForm(dtype, QuantFormat(plain.bits, plain.group_size, plain.mode) if packed else None)
-    columns = plain.scales.shape[-1] * plain.group_size if packed else plain.weight.shape[-1]
-    return StoredForm(dtype, kind if kind.fits(columns) else None)
+    return StoredForm(dtype, kind if kind.fits(_columns(plain)) else None)
+
+
+def check_groups(layers: Mapping[str, Any], target: Target) -> None:
+    """Raise where adapted layers would stay in floats because the target's groups do not divide their columns."""
+    kind = kind_of(target)
+    if isinstance(kind, QuantFormat):
+        require_fit(kind, {name: _columns(plain_layer(layer)) for name, layer in layers.items()})
+
+
+def too_narrow(model: Any, quant: QuantFormat) -> list[str]:
+    """The layers of a fused ``model`` that are in floats because groups do not divide their columns."""
+    return [
+        name
+        for name, layer in model.named_modules()
+        if hasattr(layer, "to_quantized") and not quant.fits(layer.weight.shape[-1])
+    ]
+
+
+def _columns(plain: Any) -> int:
+    packed = hasattr(plain, "scales")
+    return int(plain.scales.shape[-1] * plain.group_size if packed else plain.weight.shape[-1])
 
 
 def fuse_layers(

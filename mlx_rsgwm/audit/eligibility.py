@@ -79,16 +79,21 @@ def held_out_rows(data: str, adapter: Adapter, base: Base, count: int, seed: int
         corpus = Corpus(tuple(make_rows(questions, len(questions), 0, seed)), template, {})
         rows, _ = corpus.token_rows(base.tokenizer, MOST_TOKENS, "drop")
     record = record_of(adapter.manifest, adapter.name)
-    drafts = [row for row in rows if row.role == ROLES[0]][:count]
-    new = [row for row in drafts if not record.has(row.keys)]
+    new: list[TokenRow] = []
+    seen = 0
+    for row in (row for row in rows if row.role == ROLES[0]):
+        if len(new) == count:
+            break
+        if record.has(row.keys):
+            seen += 1
+        else:
+            new.append(row)
     if len(new) < FEWEST_ROWS:
-        told = (
-            f"; {len(drafts) - len(new)} were left out, since it was trained on them" if len(drafts) > len(new) else ""
-        )
+        told = f"; {seen} were left out, since it was trained on them" if seen else ""
         raise RsgwmError(
             f"{data} has {len(new)} rows to judge {adapter.where} by, at least {FEWEST_ROWS} are needed{told}"
         )
-    return new, len(drafts) - len(new)
+    return new, seen
 
 
 def rows_of_each(

@@ -8,6 +8,7 @@ scale, and ``affine`` ones an offset. ``symmetric`` is the one scale a row that 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ SYMMETRIC = "symmetric"
 # Modes and their usual groups, which are MLX's; 0: a whole row.
 GROUPS = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16, SYMMETRIC: 0}
 SYMMETRIC_BITS = range(2, 9)
+AFFINE_GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,20 @@ class QuantFormat:
         scale = (mx.abs(weight).max(axis=-1, keepdims=True) / top).astype(dtype).astype(mx.float32)
         steps = mx.clip(mx.round(weight / mx.where(scale == 0, 1.0, scale)), -top - 1, top)
         return steps * scale
+
+
+def require_fit(quant: QuantFormat, widths: Mapping[str, int]) -> None:
+    """Raise where rows of the layers of ``widths`` (columns by name) cannot be cut into the format's groups.
+
+    Raises:
+        RsgwmError: naming a layer, and the groups that would fit all of them.
+    """
+    uneven = {name: columns for name, columns in widths.items() if not quant.fits(columns)}
+    if not uneven:
+        return
+    name, columns = next(iter(uneven.items()))
+    more = f", and of {len(uneven) - 1} more layers" if len(uneven) > 1 else ""
+    sizes = {f"{quant.bits},{size}": size for size in AFFINE_GROUPS} | {"4,mxfp4": 32, "4,nvfp4": 16}
+    fitting = [text for text, size in sizes.items() if not any(width % size for width in widths.values())]
+    remedy = f"take {' or '.join(fitting)}" if fitting else "none of MLX's does"
+    raise RsgwmError(f"{quant}: the group does not divide the {columns} columns of {name}{more}; {remedy}")

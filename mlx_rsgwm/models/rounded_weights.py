@@ -18,7 +18,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.hooks import Call, calls_wrapped, module_at
-from mlx_rsgwm.models.quantisation import SYMMETRIC, QuantFormat
+from mlx_rsgwm.models.quantisation import SYMMETRIC, QuantFormat, require_fit
 
 INNER = ".linear"  # where mlx-lm's LoRA layer holds the base's
 
@@ -77,14 +77,7 @@ def check_rounding(model: Any, quant: QuantFormat) -> None:
         raise RsgwmError(
             f"rounding to {quant} is for linear layers with LoRA; {other[0]} is a {type(layers[other[0]]).__name__}"
         )
-    widths = {name: layer.linear.weight.shape[-1] for name, layer in layers.items()}
-    uneven = {name: columns for name, columns in widths.items() if not quant.fits(columns)}
-    if uneven:
-        name, columns = next(iter(uneven.items()))
-        more = f", and of {len(uneven) - 1} more layers" if len(uneven) > 1 else ""
-        raise RsgwmError(
-            f"{quant}: the group does not divide the {columns} columns of {name}{more}; take a smaller one"
-        )
+    require_fit(quant, {name: layer.linear.weight.shape[-1] for name, layer in layers.items()})
 
 
 def rounded_bytes(model: Any, quant: QuantFormat) -> int:

@@ -45,8 +45,8 @@ CALLED = {
 @dataclass(frozen=True)
 class Remedy:
     """One way: ``nll`` in nats a completion token, by how much it is ``worse`` than the best (95 % from ``low`` to
-    ``high``, rows resampled), the share of ΔW ``kept`` along it and the ``error`` beside it, both of ‖ΔW‖, and the
-    ``bytes`` of all arrays.
+    ``high``, rows resampled), the share of ΔW ``kept`` along it and the ``error`` beside it, both of ‖ΔW‖, the share of
+    what was rounded (ΔW, or ΔW + λ V) that ``survives``, which ``fuse`` asks for, and the ``bytes`` of all arrays.
     """
 
     remedy: str
@@ -56,6 +56,7 @@ class Remedy:
     high: float
     kept: float
     error: float
+    survives: float
     bytes: int
 
 
@@ -116,13 +117,13 @@ def compare_remedies(
     missing = _missing(quant, patched, grams)
     sums = {PLAIN: (adapter, None), FEEDBACK: (adapter, grams), VECTOR: (patched, None), BOTH: (patched, grams)}
     nats: dict[str, np.ndarray] = {}
-    shares: dict[str, tuple[float, float]] = {UNFUSED: (1.0, 0.0)}
+    shares: dict[str, tuple[float, float, float]] = {UNFUSED: (1.0, 0.0, 1.0)}
     with progress.task("remedies", len(REMEDIES) - len(missing) + 2) as advance:
         for name, (summand, moments) in sums.items():
             if name in missing or summand is None:
                 continue
             weights = rounded_base.sums(summand, moments)
-            shares[name] = rounded_base.survival(weights, adapter)
+            shares[name] = (*rounded_base.survival(weights, adapter), rounded_base.survival(weights, summand)[0])
             with rounded_base.using(weights):
                 nats[name] = row_nats(base.model, rows, BATCH)[0]
             advance(1, CALLED[name])
@@ -250,7 +251,7 @@ def _missing(quant: QuantFormat, patched: Adapter | None, grams: Mapping[str, Gr
     if quant.mode != "affine":
         no_feedback = f"error feedback is for affine formats, not for {quant.mode}"
     elif grams is None:
-        no_feedback = "the adapter has no directions (rsgwm directions collect --full)"
+        no_feedback = "the adapter has no directions (rsgwm directions collect ADAPTER --corpus ROWS)"
     reasons = {FEEDBACK: no_feedback, VECTOR: no_vector, BOTH: no_vector or no_feedback}
     return {name: reason for name, reason in reasons.items() if reason}
 
@@ -258,7 +259,7 @@ def _missing(quant: QuantFormat, patched: Adapter | None, grams: Mapping[str, Gr
 def _told(
     nats: Mapping[str, np.ndarray],
     counts: np.ndarray,
-    shares: Mapping[str, tuple[float, float]],
+    shares: Mapping[str, tuple[float, float, float]],
     stored: int,
     adapter: Adapter,
     seed: int,

@@ -57,6 +57,11 @@ def test_rows_that_it_was_trained_on_do_not_count(base, corpus, tmp_path):
     trained = train(base, corpus, TrainConfig(rank=2, epochs=1, batch_size=8, directions=0))
     with pytest.raises(RsgwmError, match="24 were left out, since it was trained on them"):
         held_out_rows(str(tmp_path / "change"), trained, base, 64, 0)
+    both = make_rows([*generate("change", 24, 1, "train"), *generate("change", 12, 1, "test")], 36, 0, 1)
+    save_corpus(tmp_path / "both", both, TEMPLATES["plain"], {"seed": 1})
+    rows, seen = held_out_rows(str(tmp_path / "both"), trained, base, 12, 0)
+    assert len(rows) == 12  # however many known ones come first
+    assert 0 < seen <= 24
 
 
 @pytest.mark.parametrize(

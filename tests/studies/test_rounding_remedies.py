@@ -93,6 +93,7 @@ def test_every_number_is_that_of_the_model_that_would_be_written(
         model, size, fused = written(tmp_path / name)
         assert told[name].nll == pytest.approx(nll(model, rows), rel=1e-3)
         assert told[name].bytes == size
+        assert told[name].survives == pytest.approx(fused["share"], rel=1e-4)
         if source is adapter:
             assert told[name].kept == pytest.approx(fused["share"], rel=1e-4)
             assert told[name].error == pytest.approx(fused["error"], rel=1e-4)
@@ -142,7 +143,7 @@ def test_ways_without_what_they_need_are_named(base, rows, adapter, grams):
     plain = compare_remedies(base, adapter, THREE, rows)
     assert [remedy.remedy for remedy in plain.remedies] == ["plain", "unfused"]
     assert set(plain.not_tried) == {"feedback", "vector", "vector_feedback"}
-    assert "directions collect --full" in plain.not_tried["feedback"]
+    assert "directions collect ADAPTER" in plain.not_tried["feedback"]
     newer = compare_remedies(base, adapter, QuantFormat(4, 32, "mxfp4"), rows, grams=grams)
     assert "not for mxfp4" in newer.not_tried["feedback"]
 
@@ -158,7 +159,7 @@ def test_what_cannot_be_compared(base, rows, adapter):
 
 
 def remedy(name, nll, low=0.0, size=100):
-    return Remedy(name, nll, nll - 1.0, low, nll - 1.0 + 0.1, 1.0, 0.0, size)
+    return Remedy(name, nll, nll - 1.0, low, nll - 1.0 + 0.1, 1.0, 0.0, 1.0, size)
 
 
 def test_the_smallest_of_the_ways_that_are_not_clearly_worse_is_recommended():
@@ -235,6 +236,8 @@ def test_the_command_compares_and_writes_nothing(work):
     assert result["quant"] == {"bits": 3, "group_size": 32, "mode": "affine"}
     assert result["rows"] == 8
     assert "take " in told.stderr
+    chosen = next(row for row in result["remedies"] if row["remedy"] == result["recommended"])
+    assert ("rsgwm fuse needs --min-share" in told.stderr) == (chosen["survives"] < 0.9)
     assert sorted(path.name for path in work.iterdir()) == before
     bare = invoke("fuse", work / "bare", "--compare", "--bits", "3,32", "--data", "groups", "--data-rows", 8)
     assert "error feedback             not tried: the adapter has no directions" in bare.stdout

@@ -266,6 +266,20 @@ def test_a_dense_base_is_quantised_whole(bases, tmp_path, target, bits, capsys):
     assert result["error"] < {8: 0.05, 4: 0.5, 3: 1.0}[bits]
 
 
+def test_layers_that_groups_do_not_divide_are_refused_or_named(bases, tmp_path):
+    """Of adapted layers the survival would be that of floats; others stay floats, and are told."""
+    wide = QuantFormat(4, 128)
+    with pytest.raises(RsgwmError, match=r"the 64 columns of .*, and of 5 more layers; take 4,64 or 4,32 or 4,mxfp4"):
+        fuse(make(tmp_path / "all"), str(bases / "float32"), tmp_path / "out", target=wide, force=True)
+    assert not (tmp_path / "out").exists()
+    adapter = make(tmp_path / "down", keys=("mlp.down_proj",))
+    result = fuse(adapter, str(bases / "float32"), tmp_path / "out", target=wide, force=True)
+    assert len(result["in_floats"]) == 2 * 6 + 1  # of seven layers a block, and the embedding
+    model = load_base(str(tmp_path / "out")).model
+    assert model.layers[0].mlp.down_proj.bits == 4
+    assert not hasattr(model.layers[0].mlp.up_proj, "bits")
+
+
 def test_error_feedback_is_for_linear_layers(bases, tmp_path):
     adapter = make(tmp_path / "adapter", size=0.3, extra={"model.embed_tokens": (320, 64)})
     grams = {name: WholeGram(np.eye(a.shape[0])) for name, a, _ in Adapter.load(adapter).factors()}
