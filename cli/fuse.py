@@ -158,11 +158,13 @@ def _patched(adapter: Any, vector: Any, weight: float | None) -> Any:
 
 def _directions(adapter: Any) -> Any:
     """Second moments of the adapter's inputs, by module, over all roles."""
-    from mlx_rsgwm.models.directions import ALL, load_directions
+    from mlx_rsgwm.models.directions import ALL, load_directions, role_grams
 
-    if adapter.own_folder is None:
-        raise RsgwmError(f"{adapter.where} is no folder with directions (rsgwm directions collect)")
-    return load_directions(adapter.own_folder, ALL)
+    if adapter.own_folder is not None:
+        return load_directions(adapter.own_folder, ALL)
+    if not adapter.directions:
+        raise RsgwmError(f"{adapter.where} has no directions (rsgwm directions collect ADAPTER --corpus ROWS)")
+    return role_grams(lambda: dict(adapter.directions), adapter.directions_metadata, ALL, adapter.where)
 
 
 def _compare(
@@ -177,7 +179,6 @@ def _compare(
 ) -> None:
     from mlx_rsgwm.audit.eligibility import rows_of_each
     from mlx_rsgwm.inference.open import load_base_for
-    from mlx_rsgwm.models.adapter import DIRECTIONS_FILE
     from mlx_rsgwm.studies.rounding_remedies import compare_remedies
 
     if not data:
@@ -185,10 +186,9 @@ def _compare(
     base = load_base_for([adapter, *([vector] if vector is not None else [])], base_name, console.progress)
     new_to = adapter if vector is None else _patched(adapter, vector, weight)
     ((name, rows, seen),) = rows_of_each(data, [new_to], base, count, console.seed)
-    has_directions = DIRECTIONS_FILE in (adapter.manifest.get("files") or {})
     comparison = compare_remedies(
         base, adapter, quant, rows, vector, 1.0 if weight is None else weight,
-        _directions(adapter) if has_directions else None, console.seed, console.progress,
+        _directions(adapter) if adapter.directions else None, console.seed, console.progress,
     )  # fmt: skip
     told = {"adapter": adapter.where, "base": base.name, "data": name, "seen": seen, **comparison.to_dict()}
     console.line(render(told))

@@ -46,7 +46,8 @@ class QuantFormat:
         try:
             mx.quantize(mx.zeros((1, 4 * max(self.group_size, 1))), self.group_size, self.bits, mode=self.mode)
         except (ValueError, TypeError) as error:
-            reason = re.sub(r"^\[quantize\] ", "", str(error).splitlines()[0]).rstrip(".")
+            said = re.sub(r"^\[quantize\] ", "", str(error).splitlines()[0]).rstrip(".")
+            reason = said if isinstance(error, ValueError) else "bits and groups are small whole numbers"
             raise RsgwmError(f"quantisation: MLX has no {self}: {reason}") from None
 
     def __str__(self) -> str:

@@ -243,6 +243,18 @@ def test_the_command_compares_and_writes_nothing(work):
     assert "error feedback             not tried: the adapter has no directions" in bare.stdout
 
 
+def test_a_folder_of_pefts_is_compared_like_ours(work, tiny_base):
+    """A conversion keeps the directions in its sidecar."""
+    invoke("convert", "to-peft", work / "plain", "--out", work / "peft")
+    rows = ("--data", "groups", "--data-rows", 8, "--bits", "3,32", "--base", tiny_base, "--json")
+    first, second = (
+        json.loads(invoke("fuse", work / name, "--compare", *rows).stdout.splitlines()[-1])
+        for name in ("plain", "peft")
+    )
+    assert "feedback" in [row["remedy"] for row in first["remedies"]]
+    assert second["remedies"] == first["remedies"]
+
+
 def test_the_command_fuses_with_a_vector_and_by_feedback(work):
     made = invoke("fuse", work / "plain", "--vector", work / "vector", "--out", work / "out", "--force", "--json")
     result = json.loads(made.stdout.splitlines()[-1])
