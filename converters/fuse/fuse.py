@@ -146,13 +146,7 @@ def _fuse(
     if dora_changes_nothing(adapter, dora_gains(layers.values())):
         raise AdapterError(f"{adapter.where} changes nothing: every lora_b is zero, and its magnitudes are the base's")
     check_groups(layers, target)
-    survivals, rounded = [], {}
-    with progress.task("measuring", len(layers)) as advance:
-        for name in sorted(layers, key=model_order):
-            if name in grams and not hasattr(layers[name], "embedding"):  # whose inputs are no columns of its weight
-                rounded[name] = _by_feedback(layers[name], grams[name], target)
-            survivals.append(_survival(name, layers[name], stored_as(layers[name], target), rounded.get(name)))
-            advance(1, name)
+    survivals, rounded = _measured(layers, grams, target, progress)
     total = _total(survivals)
     if total.share < min_share and not force:
         raise CheckFailed(
@@ -161,8 +155,7 @@ def _fuse(
             "choose another --format (float16), or --force"
         )
     fused, config, form = _fused_model(path, model, config, layers, adapter, target, rounded)
-    kind = kind_of(target)
-    in_floats = too_narrow(fused, kind) if isinstance(kind, QuantFormat) else []
+    in_floats = too_narrow(fused, target)
     del model, layers
     size = sum(value.nbytes for value in _arrays_of(fused))
     require_space(out, size + 2**24)
@@ -244,6 +237,21 @@ def _adapted_layers(model: Any, adapter: Adapter) -> dict[str, Any]:
     without = layers.keys() - set(modules)
     model.update_modules(tree_unflatten([(name, plain_layer(layers[name])) for name in without]))
     return {name: layer for name, layer in layers.items() if name not in without}
+
+
+def _measured(
+    layers: Mapping[str, Any], grams: Mapping[str, Gram], target: Target, progress: Progress
+) -> tuple[list[Survival], dict[str, Packed]]:
+    """What survives of every layer's update in the target, and the layers that error feedback has rounded."""
+    survivals: list[Survival] = []
+    rounded: dict[str, Packed] = {}
+    with progress.task("measuring", len(layers)) as advance:
+        for name in sorted(layers, key=model_order):
+            if name in grams and not hasattr(layers[name], "embedding"):  # whose inputs are no columns of its weight
+                rounded[name] = _by_feedback(layers[name], grams[name], target)
+            survivals.append(_survival(name, layers[name], stored_as(layers[name], target), rounded.get(name)))
+            advance(1, name)
+    return survivals, rounded
 
 
 def _by_feedback(layer: Any, gram: Gram, target: Target) -> Packed:

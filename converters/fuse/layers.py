@@ -95,12 +95,15 @@ def check_groups(layers: Mapping[str, Any], target: Target) -> None:
         require_fit(kind, {name: _columns(plain_layer(layer)) for name, layer in layers.items()})
 
 
-def too_narrow(model: Any, quant: QuantFormat) -> list[str]:
-    """The layers of a fused ``model`` that are in floats because groups do not divide their columns."""
+def too_narrow(fused: Any, target: Target) -> list[str]:
+    """The layers of a ``fused`` model that stay in floats because the target's groups do not divide their columns."""
+    kind = kind_of(target)
+    if not isinstance(kind, QuantFormat):
+        return []
     return [
         name
-        for name, layer in model.named_modules()
-        if hasattr(layer, "to_quantized") and not quant.fits(layer.weight.shape[-1])
+        for name, layer in fused.named_modules()
+        if hasattr(layer, "to_quantized") and not kind.fits(layer.weight.shape[-1])
     ]
 
 
