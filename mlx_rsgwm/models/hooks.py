@@ -30,18 +30,19 @@ def calls_wrapped(model: nn.Module, names: Iterable[str], wrap: Callable[[str, C
     Raises:
         RsgwmError: names that the model has not; nothing is hooked then.
     """
-    hooked: list[tuple[Any, type]] = []
+    hooked: list[tuple[Any, type, Any]] = []
     modules = _modules(model, names)
     try:
         for name, module in modules.items():
             kind: Any = type(module)
             namespace = {"__call__": wrap(name, kind.__call__), "__module__": kind.__module__}
-            hooked.append((module, kind))
-            module.__class__ = type(kind.__name__, (kind,), namespace)
+            hooked.append((module, kind, type(kind.__name__, (kind,), namespace)))
+            module.__class__ = hooked[-1][2]
         yield
     finally:
-        for module, kind in reversed(hooked):
+        for module, kind, calling in reversed(hooked):
             module.__class__ = kind
+            del calling.__call__  # a class waits for the garbage collector, and would keep what its call holds
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Looking into layers and changing them, against the blocks run by hand, on every kind of layer a model may have."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -158,3 +161,19 @@ def test_replaced_modules_compute_and_go_again(base):
     former.weight = weight
     assert dict(model.named_modules())[DOWN] is former
     same(model(IDS), plain)
+
+
+def test_what_a_hook_holds_is_let_go_with_it(base):
+    class Held:
+        pass
+
+    held = Held()
+    gone = weakref.ref(held)
+    gc.disable()
+    try:
+        with outputs_changed(base.model, [Q_PROJ], lambda name, x, y, held=held: y):
+            base.model(IDS)
+        del held
+        assert gone() is None
+    finally:
+        gc.enable()
