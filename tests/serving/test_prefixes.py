@@ -67,44 +67,62 @@ def upper(make_adapter):
     return make
 
 
-def test_what_no_adapter_changes_is_read_once_for_all(make_engine, ask, upper, monkeypatch):
-    """The same prompt at the base and at two adapters, a longer one, and one at an adapter that changes all layers."""
-    lower, upper_only = [], []
+@pytest.fixture
+def positions(monkeypatch):
+    """How many positions the lower layers read, and the upper ones, while the model is split."""
+    read = {"lower": 0, "upper": 0}
     split_layers = rows.split_layers
 
-    def counted(model, count):
+    def counted(part, layers):
+        def call(inputs, cache=None):
+            read[part] += inputs.shape[1]
+            return layers(inputs, cache=cache)
+
+        return call
+
+    def counting(model, count):
         split = split_layers(model, count)
+        return split and replace(split, lower=counted("lower", split.lower), upper=counted("upper", split.upper))
 
-        def first(ids, cache=None):
-            lower.append(ids.shape[1])
-            return split.lower(ids, cache=cache)
+    monkeypatch.setattr(rows, "split_layers", counting)
+    return read
 
-        def rest(states, cache=None):
-            upper_only.append(states.shape[1])
-            return split.upper(states, cache=cache)
 
-        return split and replace(split, lower=first, upper=rest)
+def test_what_no_adapter_changes_is_read_once_for_all(make_engine, ask, upper, positions):
+    """Prompts at adapters of the last layer, at the base, and at an adapter that changes all layers."""
+    adapters = {name: upper(seed) for seed, name in enumerate("abc", 1)}
 
-    adapters = {"a": upper(1), "b": upper(2)}
+    def start():
+        engine = make_engine({"all": 4})
+        for name, adapter in adapters.items():
+            engine.call(partial(add, name, adapter)).result(SECONDS)
+        return engine
+
+    engine = start()
+
+    def read(name, text):
+        """Positions that were read of a text, whose answer is that of an engine which knows nothing."""
+        before = dict(positions)
+        (answer,) = ask(engine, name, text)[1].texts()
+        counts = tuple(positions[part] - before[part] for part in ("lower", "upper"))
+        assert [answer] == ask(start(), name, text)[1].texts()
+        return counts, answer
+
     prompt = LONG * 2
-    expected = {}
-    for name, text in (("a", prompt), ("b", prompt), ("all", prompt), ("b", prompt + "More?")):
-        fresh = make_engine({"all": 3})
-        for other, adapter in adapters.items():
-            fresh.call(partial(add, other, adapter)).result(SECONDS)
-        expected[name, text] = ask(fresh, name, text)[1].texts()
-    monkeypatch.setattr(rows, "split_layers", counted)
-    engine = make_engine({"all": 3})
-    for other, adapter in adapters.items():
-        engine.call(partial(add, other, adapter)).result(SECONDS)
-    assert ask(engine, "a", prompt)[1].texts() == expected["a", prompt]
-    length = sum(lower)
-    assert length == sum(upper_only) > 2 * FEWEST_SHARED
-    assert ask(engine, "b", prompt)[1].texts() == expected["b", prompt] != expected["a", prompt]
-    assert (sum(lower), sum(upper_only)) == (length + 1, 2 * length)  # the last token is always read
-    assert ask(engine, "all", prompt)[1].texts() == expected["all", prompt]
-    assert sum(lower) == 2 * length + 1  # nothing is shared with it
-    assert ask(engine, "b", prompt + "More?")[1].texts() == expected["b", prompt + "More?"]
+    (length, _), answer = read("a", prompt)
+    assert length > 2 * FEWEST_SHARED
+    base = engine.library.base.name
+    for name in ("b", base):
+        counts, other = read(name, prompt)
+        assert counts == (1, length)  # the last token is always read
+        assert other != answer
+    assert read("all", prompt)[0] == (length, length)  # nothing is shared with it
+    turn = prompt + answer + "\nAnd then?"
+    more = read("a", turn)[0][0]  # by itself, what was written included
+    assert 0 < more < length
+    (lower, all_of_it), _ = read("c", turn)
+    assert lower == all_of_it - length  # of what "a" wrote the states are not kept
+    assert read("b", prompt)[0] == (1, 1)
 
 
 @pytest.fixture
