@@ -19,6 +19,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
+import mlx.core as mx
+
 from mlx_rsgwm.inference.trial import Trial
 from mlx_rsgwm.serving.admission import Limits, Waiting
 from mlx_rsgwm.serving.errors import RequestCancelled, ServerBusy, ServerStopping
@@ -155,6 +157,12 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._serve()
+        finally:
+            mx.clear_streams()  # a process that ends while its threads still have some is aborted now and then
+
+    def _serve(self) -> None:
+        try:
             self._library = self._open()
             memory = self.limits.memory()
             prefixes = int(memory * PREFIX_SHARE)
@@ -275,7 +283,7 @@ class Engine:
     def _verdicts(self) -> list[tuple[Job, tuple[str, Trial]]]:
         """Drafts that one pass of a verifier can read: of the model that waits longest, scored alike."""
         waiting = [job for job in self._jobs if job.verdicts]
-        alike = [job for job in waiting if _scored_alike(job, waiting[0])]
+        alike = [job for job in waiting if job.scored_as(waiting[0])]
         verdicts = [(job, verdict) for job in alike for verdict in job.verdicts]
         return verdicts[: max(1, int(self._drafts * PIECE_SECONDS))]
 
@@ -387,11 +395,3 @@ class Engine:
     def _leave_queue(self, job: Job) -> None:
         with self._lock:
             self._queued.discard(job)
-
-
-def _scored_alike(job: Job, other: Job) -> bool:
-    """Whether one pass can score drafts of both; each has its threshold and checks for itself."""
-    first, second = job.pipeline, other.pipeline
-    assert first is not None
-    assert second is not None
-    return job.model is other.model and first.config.score == second.config.score

@@ -42,6 +42,12 @@ class Job(ABC):
         """Questions with drafts that wait for the verifier; the engine scores their last drafts."""
         return ()
 
+    def scored_as(self, other: Job) -> bool:
+        """Whether one pass can score drafts of both; each has its threshold and checks for itself."""
+        assert self.pipeline is not None
+        assert other.pipeline is not None
+        return self.model is other.model and self.pipeline.config.score == other.pipeline.config.score
+
     def judged(self) -> list[Row]:
         """Some of them were scored; returns further rows to write."""
         return []

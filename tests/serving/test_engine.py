@@ -1,5 +1,7 @@
 """Rows of many adapters side by side say what each says alone, come and go, and fail by themselves."""
 
+import subprocess
+import sys
 import threading
 
 import mlx.core as mx
@@ -275,3 +277,20 @@ def test_requests_that_come_together_are_read_together(make_engine, ask, monkeyp
     longest = max(sum(event.tokens for event in each.wait() if isinstance(event, Ended)) for each in told)
     assert engine.counts.steps <= longest + 1  # no step was made with the first alone
     until_idle(engine)
+
+
+ENDING = """
+import sys
+from mlx_rsgwm.serving.engine import Engine
+from mlx_rsgwm.serving.opening import Served, open_library
+
+engine = Engine(lambda: open_library(Served(sys.argv[1])))
+engine.start().result()
+engine.stop()
+"""
+
+
+def test_a_process_whose_engine_was_stopped_ends_well(tiny_base):
+    """By chance it was aborted, about every second time."""
+    command = [sys.executable, "-c", ENDING, str(tiny_base)]
+    assert [subprocess.run(command, timeout=SECONDS).returncode for _ in range(4)] == [0] * 4
