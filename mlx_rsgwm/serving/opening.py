@@ -23,6 +23,10 @@ from mlx_rsgwm.serving.engine import Engine
 from mlx_rsgwm.serving.library import Library, Pair
 from mlx_rsgwm.serving.settings import ServerSettings
 
+# Seconds until an idle connection is closed. uvicorn's 5 are those of httpx, too, so that a client may use a connection
+# again just as it is closed.
+KEEP_ALIVE = 75
+
 
 @dataclass(frozen=True)
 class Served:
@@ -101,6 +105,7 @@ def run(
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(settings.drain)),
     )
     try:

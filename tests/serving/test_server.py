@@ -1,6 +1,7 @@
 """`rsgwm serve` as a program: OpenAI's own client against it, clients that leave, signals, and what it refuses."""
 
 import contextlib
+import http.client
 import os
 import re
 import shutil
@@ -109,6 +110,17 @@ def test_clients_that_leave_free_their_rows(server):
         httpx.post(f"{address}/v1/completions", json={**ENDLESS, "model": "w", "n": 2, "stream": False}, timeout=0.3)
     wait_until(lambda: idle(address))
     assert "rsgwm_engine_cancelled_total 0.0" not in httpx.get(f"{address}/metrics").text
+
+
+def test_a_connection_that_was_idle_is_used_again(server):
+    """For longer than uvicorn keeps it by itself, which is as long as httpx does."""
+    connection = http.client.HTTPConnection(server[1].removeprefix("http://"), timeout=SECONDS)
+    for pause in (6, 0):
+        connection.request("GET", "/ready")
+        connection.getresponse().read()
+        sock = connection.sock
+        time.sleep(pause)
+    assert connection.sock is sock
 
 
 def test_told_to_stop_it_ends_what_is_under_way(adapters, tiny_base):
