@@ -66,11 +66,11 @@ KINDS = {
     ),
     "pool train --rounds": Kind(
         lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",
-                                   "--corpus", work / "corpus/groups", "--out", place / "out", *FEW, "--rounds", 3,
+                                   "--corpus", work / "corpus/groups", "--out", place / "out", *FEW, "--rounds", 2,
                                    "--directions", 2, "--resume"],
         ("out/change/adapters.safetensors", "out/groups/adapters.safetensors", "out/change/directions.safetensors",
          "out/groups/importance.safetensors", "out/rounds/round-01/merged/adapters.safetensors",
-         "out/rounds/round-03/merged/adapters.safetensors", "out/rounds/round-02/round.json"),
+         "out/rounds/round-02/merged/adapters.safetensors", "out/rounds/round-01/round.json"),
     ),
     "pool route": Kind(
         lambda work, base, place: ["pool", "route", place / "pool", "--corpus", work / "corpus/change",
