@@ -26,7 +26,7 @@ from mlx_rsgwm.merging.round_merge import check_rounds, merge_round, on_top
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots, unwrap
-from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.checkpoints import Saving, drop_state
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import plan_of
 from mlx_rsgwm.training.losses import held_out_nats
@@ -254,6 +254,8 @@ class _RoundsRun:
         for member in self.members:
             folder = self.saving.folder / member.name
             if is_complete(folder):
+                with exclusive(folder):  # whoever wrote it may have been killed before its last step
+                    drop_state(folder)
                 continue
             adapter = Adapter.load(self.place(number) / member.name)
             told = self.rounds.at(0)

@@ -14,7 +14,7 @@ SIZES = 24
 
 
 def sizes(total: int, count: int) -> list[int]:
-    """Even steps through what is written, none and the last byte among them."""
+    """Even steps through what is written, no byte and one too few among them."""
     return sorted({*(total * step // count for step in range(count)), total - 1})
 
 

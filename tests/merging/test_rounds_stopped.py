@@ -111,8 +111,11 @@ def test_what_is_done_is_not_done_again_and_a_deleted_adapter_is(base, members, 
     first = run(base, members, config, tmp_path / "pool")
     before = bits(tmp_path / "pool")
     stamp = (tmp_path / "pool/rounds/round-01/merged/manifest.json").stat().st_mtime_ns
+    for left in (".unfinished", ".lock"):  # by a kill after the last manifest
+        (tmp_path / "pool/change" / left).touch()
     assert run(base, members, config, tmp_path / "pool") == first
     assert (tmp_path / "pool/rounds/round-01/merged/manifest.json").stat().st_mtime_ns == stamp
+    assert not [*(tmp_path / "pool").rglob(".*")]
     (tmp_path / "pool/groups/manifest.json").unlink()
     assert run(base, members, config, tmp_path / "pool") == first
     assert bits(tmp_path / "pool") == before
