@@ -14,7 +14,7 @@ from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import FORMAT, SHARE, SOURCE, OneOf
 from mlx_rsgwm.core.errors import RsgwmError
 
-# mlx_rsgwm.converters.fuse.fuse.FORMATS, which is slow to import; a test holds them equal.
+# FORMATS and MIN_SHARE of mlx_rsgwm.converters.fuse.fuse, which is slow to import; a test holds them equal.
 MIN_SHARE = 0.9
 FORMATS = ["keep", "float32", "float16", "bfloat16", "8bit", "4bit", "3bit"]
 

@@ -87,8 +87,7 @@ def train_pool(
     from mlx_rsgwm.core.progress import SILENT
     from mlx_rsgwm.data.loading import load_data
     from mlx_rsgwm.merging import alternate
-    from mlx_rsgwm.models.base import load_base, resolve_base
-    from mlx_rsgwm.models.base_folder import read_config
+    from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.models.rounded_weights import check_dense
     from mlx_rsgwm.training import pool
 
@@ -98,8 +97,7 @@ def train_pool(
     config = train_config(console, {}, {**settings, **_rounds(rounds, given)})
     saving = saving_options(out, {}, running)
     _refuse_probing(probed, predictors, stop_after_probe, rounds, len(folders) + len(tasks))
-    if config.qat:
-        check_dense(read_config(resolve_base(base_name or DEFAULT_BASE, console.progress)), config.qat)
+    check_dense(base_name or DEFAULT_BASE, config.qat, console.progress)
     processes = launched_processes()
     corpora = {folder.stem: folder for folder in folders}
     names = [path.stem for path in (*folders, *map(Path, tasks))]

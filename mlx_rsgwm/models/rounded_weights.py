@@ -17,6 +17,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.progress import SILENT, Progress
+from mlx_rsgwm.models.base import resolve_base
+from mlx_rsgwm.models.base_folder import read_config
 from mlx_rsgwm.models.hooks import Call, calls_wrapped, module_at
 from mlx_rsgwm.models.quantisation import SYMMETRIC, QuantFormat, require_fit
 
@@ -42,15 +45,17 @@ def rounded_formats(model: Any, quant: QuantFormat) -> dict[str, QuantFormat]:
     return formats
 
 
-def check_dense(config: Mapping[str, Any], quant: QuantFormat | None) -> None:
-    """Raise where a base cannot be rounded to ``quant`` because its ``config`` says that it is quantised, before
-    its weights are read; with None nothing is rounded.
+def check_dense(base: str, quant: QuantFormat | None, progress: Progress = SILENT) -> None:
+    """Raise where the base of that name is quantised, before its weights are read: it cannot be rounded to ``quant``.
+    With None nothing is to be rounded.
 
     Raises:
-        RsgwmError: it is quantised.
+        RsgwmError: it is quantised, or cannot be had.
     """
-    packed = config.get("quantization")
-    if quant is not None and isinstance(packed, Mapping):
+    if quant is None:
+        return
+    packed = read_config(resolve_base(base, progress)).get("quantization")
+    if isinstance(packed, Mapping):
         raise _quantised_already(packed.get("bits", "few"), quant)
 
 

@@ -12,8 +12,7 @@ from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.loading import load_data, load_test
 from mlx_rsgwm.models.adapter import Adapter, is_complete
-from mlx_rsgwm.models.base import DEFAULT_BASE, load_base, resolve_base
-from mlx_rsgwm.models.base_folder import read_config
+from mlx_rsgwm.models.base import DEFAULT_BASE, load_base
 from mlx_rsgwm.models.rounded_weights import check_dense
 from mlx_rsgwm.training.checkpoints import Saving, claim_adapter_folder
 from mlx_rsgwm.training.config import TrainConfig
@@ -119,8 +118,7 @@ def run_job(job: TrainJob, progress: Progress = SILENT) -> Adapter | None:
 
 
 def _run_in(job: TrainJob, processes: Processes, progress: Progress) -> Adapter:
-    if job.config.qat:
-        check_dense(read_config(resolve_base(job.base, progress)), job.config.qat)
+    check_dense(job.base, job.config.qat, progress)
     corpus, held_out = load_data(job.data, job.held_out, **job.reading)
     test = load_test(job.data, **job.reading) if job.test else None
     weights = WarmStart.load(job.warm_start) if job.warm_start else None

@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.fuse import FORMATS as CLI_FORMATS
+from mlx_rsgwm.cli.fuse import MIN_SHARE as CLI_MIN_SHARE
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.converters.fuse.fuse import FORMATS, StoredForm, fuse
+from mlx_rsgwm.converters.fuse.fuse import FORMATS, MIN_SHARE, StoredForm, fuse
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError
 from mlx_rsgwm.linalg.gram import WholeGram
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
@@ -337,6 +338,7 @@ def test_a_fused_model_that_lost_the_effect_is_removed(bases, tmp_path, monkeypa
 
 def test_the_command_knows_the_formats_and_its_exit_codes(bases, tmp_path):
     assert list(FORMATS) == CLI_FORMATS
+    assert MIN_SHARE == CLI_MIN_SHARE
     adapter = make(tmp_path / "adapter", size=0.01, base=bases / "4bit")
     name = str(bases / "4bit")
     run = CliRunner().invoke
