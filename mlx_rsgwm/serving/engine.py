@@ -147,11 +147,12 @@ class Engine:
         return not work or not self._started.done() or time.monotonic() - self._beat < STANDSTILL
 
     def load(self) -> dict[str, int]:
-        """How many requests wait, how many are under way, and their rows."""
+        """How many requests wait, how many others are under way, and their rows."""
         with self._lock:
             waiting = len(self._queued)
+            running = len(set(self._jobs) - self._queued)
         rows = len(self._decoder.rows) if self.ready else 0
-        return {"waiting": waiting, "running": len(self._jobs), "rows": rows}
+        return {"waiting": waiting, "running": running, "rows": rows}
 
     # The engine's thread.
 
