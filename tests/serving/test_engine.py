@@ -284,13 +284,14 @@ import sys
 from mlx_rsgwm.serving.engine import Engine
 from mlx_rsgwm.serving.opening import Served, open_library
 
-engine = Engine(lambda: open_library(Served(sys.argv[1])))
-engine.start().result()
-engine.stop()
+for _ in range(3):
+    engine = Engine(lambda: open_library(Served(sys.argv[1])))
+    engine.start().result()
+    engine.stop()
 """
 
 
 def test_a_process_whose_engine_was_stopped_ends_well(tiny_base):
     """By chance it was aborted, about every second time."""
     command = [sys.executable, "-c", ENDING, str(tiny_base)]
-    assert [subprocess.run(command, timeout=SECONDS).returncode for _ in range(4)] == [0] * 4
+    assert [subprocess.run(command, timeout=SECONDS).returncode for _ in range(2)] == [0] * 2
