@@ -25,7 +25,12 @@ class FilePath(click.Path):
 
         if isinstance(value, str) and not value.strip():
             self.fail("is empty; name a file or folder", param, ctx)
-        return super().convert(expanded(value) if isinstance(value, str) and value != "-" else value, param, ctx)
+        if not isinstance(value, str) or value == "-":
+            return super().convert(value, param, ctx)
+        path = expanded(value)
+        if value.endswith("/") and path.is_file():
+            self.fail(f"{value!r} names a folder, and there is a file; leave the / at its end out", param, ctx)
+        return super().convert(path, param, ctx)
 
 
 class NewPath(FilePath):

@@ -33,7 +33,7 @@ from mlx_rsgwm.evaluation.judging import judge
 from mlx_rsgwm.inference.draft import Draft
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.merging.merge import merge
-from mlx_rsgwm.merging.methods import find_method, needs_directions, resolved
+from mlx_rsgwm.merging.methods import find_method, needs_directions, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import CONFIG_FILE, DIRECTIONS_FILE, Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapter
@@ -83,6 +83,7 @@ class Plan:
             problems.append("there are no questions to evaluate on")
         if self.judged < 1 or self.batch_rows < 1:
             problems.append(f"judged and batch_rows must be at least 1, found {self.judged} and {self.batch_rows}")
+        problems += weight_problems(self.options(self.reference, "draft"), len(self.pool))
         raise_problems("merge sweep", problems)
 
     def options(self, variant: Variant, role: str) -> MergeOptions:

@@ -129,6 +129,9 @@ MISTAKES = {
         merge a sums.jsonl --out o                | sums.jsonl is a file, not an adapter
         merge a b --out drafter                   | drafter already holds a finished adapter; choose another folder
         merge a b --out sums.jsonl                | sums.jsonl is a file, and a folder is to be there
+        merge a b --out sums.jsonl/               | 'sums.jsonl/' names a folder, and there is a file; leave the /
+        probe report x --html sums.jsonl/         | 'sums.jsonl/' names a folder, and there is a file; leave the /
+        pool sweep a b --task change --weight 1 --out o | 1 weights for 2 adapters; give one for each
         ask x --base tny                          | base 'tny' does not exist; did you mean 'tiny'?
         ask x --base smollm-135m                  | did you mean 'smollm2-135m'?
         ask x --base sums.jsonl                   | base sums.jsonl is a file, and no .gguf file

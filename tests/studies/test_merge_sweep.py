@@ -230,6 +230,8 @@ def test_plan_refuses(pool):
         make_plan((*pool, pool[0]))
     with pytest.raises(RsgwmError, match="no questions"):
         Plan(pool, (), (), TEMPLATES["plain"])
+    with pytest.raises(RsgwmError, match=f"1 weights for {len(pool)} adapters"):
+        make_plan(pool, weights=(1.0,))
 
 
 def invented(seed=0, items=30, names=("good", "bad")):
