@@ -62,7 +62,8 @@ class Journal:
     Args:
         path: the file; one of several processes writes a ``shard`` of its own beside it, and whoever opens the journal
             reads all of them.
-        about: what the rows depend on. A journal of something else is refused, or with ``replace`` started anew.
+        about: what the rows depend on. A journal of something else is refused, or with ``replace`` started anew; what
+            is no journal is nobody's to replace.
         take: given every row that is there, and where it stands; whatever it raises means a damaged row.
 
     Raises:
@@ -132,7 +133,7 @@ class Journal:
         """Whether a journal that begins with ``head`` is to be started anew; one that may not be is refused."""
         before = _about(head) if head.endswith(b"\n") else None
         if before != self.about:
-            if replace or not head.strip():
+            if not head.strip() or (replace and _begins_journal(head)):
                 return True
             if before is None:
                 raise RsgwmError(f"{path} is not a journal of this version; choose another place, or delete it")
@@ -150,6 +151,14 @@ def _about(line: bytes) -> dict[str, Any] | None:
         if isinstance(head["about"], dict) and head.get("key") in (None, content_key(head["about"])):
             return dict(head["about"])
     return None
+
+
+def _begins_journal(line: bytes) -> bool:
+    """Whether a first line is that of a journal, of whatever version, be it damaged."""
+    with suppress(ValueError):
+        head = files.parse_json(line.decode("utf-8"))
+        return isinstance(head, dict) and "about" in head
+    return False
 
 
 def _literal(text: str) -> str:

@@ -18,7 +18,7 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.json_lines import read_json_lines
-from mlx_rsgwm.core.resume import json_values
+from mlx_rsgwm.core.resume import json_values, read_stamp
 from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
 from mlx_rsgwm.data.perturb import borrow, perturb
@@ -159,6 +159,9 @@ def save_corpus(
 
     ``file_questions``: all questions of the user's own files that the rows were taken from. Without ``replace`` another
     corpus that is there by then is an error; the same one is written again.
+
+    Raises:
+        RsgwmError: no rows; what is there and may not be replaced, a manifest of something else in any case.
     """
     if not rows:
         raise RsgwmError(f"{folder}: a corpus needs at least one row")
@@ -178,12 +181,23 @@ def save_corpus(
     }
     with exclusive(folder):
         path = folder / MANIFEST_FILE
+        require_no_other(folder)
         if not replace and files.is_present(path) and files.read_json(path) != json_values(manifest):
             raise RsgwmError(f"{folder} already holds another corpus; --replace it, or choose another folder")
         path.unlink(missing_ok=True)
         files.write_text(folder / ROWS_FILE, text)
         files.write_json(path, manifest)
     return Corpus(tuple(rows), template, manifest)
+
+
+def require_no_other(folder: Path) -> None:
+    """Refuse a folder whose manifest is of something else, an adapter say, that is no corpus to be replaced by one.
+
+    A manifest that cannot be read says nothing, and may be what is left of a corpus.
+    """
+    before = read_stamp(folder / MANIFEST_FILE)
+    if before is not None and before.get("format") != FORMAT:
+        raise RsgwmError(f"{folder} holds something else than a corpus ({MANIFEST_FILE}); choose another folder")
 
 
 def load_corpus(folder: Path) -> Corpus:

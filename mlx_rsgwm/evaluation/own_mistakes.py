@@ -15,7 +15,7 @@ from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.files import is_present
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.random_streams import DEFAULT_SEED
-from mlx_rsgwm.data.corpus import MANIFEST_FILE, Corpus, CorpusRow, save_corpus
+from mlx_rsgwm.data.corpus import MANIFEST_FILE, Corpus, CorpusRow, require_no_other, save_corpus
 from mlx_rsgwm.data.hard_negatives import MixedRows, make_mixed_rows
 from mlx_rsgwm.data.select import Selection, select_questions
 from mlx_rsgwm.data.template import Template
@@ -89,7 +89,8 @@ def build_from_mistakes(
         RsgwmError: adapters that do not fit, no template, too few questions or mistakes, a corpus in ``out``
             without ``replace``.
     """
-    if not replace and is_present(out / MANIFEST_FILE):  # before minutes of drafting
+    require_no_other(out)  # before minutes of drafting
+    if not replace and is_present(out / MANIFEST_FILE):
         raise RsgwmError(f"{out} already holds a corpus; --replace it, or choose another folder")
     count = max(plan.drafted_on, plan.draft_rows)
     chosen = {task: select_questions(task, "train", count, plan.seed, plan.folder, plan.offset) for task in plan.tasks}

@@ -16,7 +16,7 @@ from pathlib import Path
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
-from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from mlx_rsgwm.models.adapter import CONFIG_FILE, UNFINISHED_FILE, WEIGHTS_FILE, Adapter
 from mlx_rsgwm.models.base import HUB_ID
 from mlx_rsgwm.models.file_readers import ADAPTER_READERS, AdapterReader
 from mlx_rsgwm.models.fit_check import names_other_base, other_base_note
@@ -24,6 +24,7 @@ from mlx_rsgwm.models.hub_files import fetch_adapter
 
 HUB_PREFIX = re.compile(r"hf:/{1,2}")  # a Path has one slash
 SHOWN = 4
+OF_A_RUN = ("checkpoints/step-*", "snapshots/step-*", UNFINISHED_FILE)  # what training keeps before there is an adapter
 
 AdapterSource = str | Path | Adapter
 
@@ -105,7 +106,8 @@ def load_adapters(
     A pattern, ``pool/*``, stands for what it matches, as in a shell.
 
     Raises:
-        RsgwmError: a pattern that matches nothing; and as :func:`load_adapter`.
+        RsgwmError: a pattern that matches nothing; a folder of adapters of which one is not trained to its end; and as
+            :func:`load_adapter`.
     """
     adapters: list[Adapter] = []
     for source in (place for given in sources for place in _matches(given)):
@@ -116,6 +118,7 @@ def load_adapters(
         inside = [] if _reader_of(place.path) else _inside(place.path)
         if inside:
             left = _left_out(place.path, inside)
+            _require_finished(place.path, left)
             passed = f"; {', '.join(left)} passed over, no adapter" if left else ""
             progress.message(f"{source} is a pool: {', '.join(folder.name for folder in inside)}{passed}")
         places = [_Place(path, f"{place.label}/{path.name}" if place.label else "") for path in inside] or [place]
@@ -170,6 +173,16 @@ def _inside(path: Path) -> list[Path]:
 def _left_out(path: Path, inside: Sequence[Path]) -> list[str]:
     """The other folders of a pool."""
     return sorted(entry.name for entry in set(path.iterdir()) - set(inside) if entry.is_dir() and entry.name[0] != ".")
+
+
+def _require_finished(path: Path, left: Sequence[str]) -> None:
+    """Refuse a pool of which an adapter is still being trained, or was stopped: what is left is not that pool."""
+    unfinished = [name for name in left if any(any((path / name).glob(sign)) for sign in OF_A_RUN)]
+    if unfinished:
+        raise RsgwmError(
+            f"{path} is an unfinished pool: {', '.join(unfinished)}; train on (the same command with --resume), "
+            "or name the adapters to take"
+        )
 
 
 def _tell_base(adapter: Adapter, given: str | None, progress: Progress) -> None:

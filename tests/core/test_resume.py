@@ -91,6 +91,19 @@ def test_a_shard_of_something_else_goes_with_what_it_belonged_to(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["j.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "text", ["a text of mine\n", '{"format": "mlx-rsgwm/adapter"}\n', '{\n  "about": {}\n}\n', "[]"]
+)
+def test_only_a_journal_is_replaced_by_a_journal(tmp_path, text):
+    path = tmp_path / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(RsgwmError, match="is not a journal of this version"):
+        rows_of(path, {"seed": 1}, replace=True)
+    assert path.read_text() == text
+    path.write_text('{"key": "0", "about": {"seed": 1}}\n')  # one that was damaged
+    assert rows_of(path, {"seed": 1}, replace=True)[1] == []
+
+
 def test_a_row_longer_than_any_is_refused_and_what_follows_stays(tmp_path, monkeypatch):
     path = tmp_path / "j.jsonl"
     rows_of(path, {"seed": 1})[0].append([{"n": 0}, {"n": 1, "text": "x" * 500}, {"n": 2}])

@@ -160,3 +160,15 @@ def test_another_corpus_is_not_written_over(tmp_path):
             save_corpus(tmp_path, others, TEMPLATES["plain"], {"seed": seed}, replace=False)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert len(save_corpus(tmp_path, rows[:-1], TEMPLATES["plain"], {"seed": 1}).rows) == len(rows) - 1
+
+
+@pytest.mark.parametrize("manifest", ['{"format": "mlx-rsgwm/adapter"}', "{}"])
+def test_what_is_no_corpus_is_not_replaced_by_one(tmp_path, manifest):
+    rows = make_rows(generate("change", 4, 1, "train"), 4, 2, 1)
+    (tmp_path / "manifest.json").write_text(manifest)
+    for replace in (False, True):
+        with pytest.raises(RsgwmError, match="holds something else than a corpus"):
+            save_corpus(tmp_path, rows, TEMPLATES["plain"], {"seed": 1}, replace=replace)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"manifest.json": manifest}
+    (tmp_path / "manifest.json").write_text('{"format": "mlx-rsg')  # what is left of one may be a corpus
+    assert save_corpus(tmp_path, rows, TEMPLATES["plain"], {"seed": 1}).rows == tuple(rows)

@@ -70,6 +70,21 @@ def test_a_pool_stands_for_its_adapters(adapter_sources, tiny_base, tmp_path):
         load_adapter(pool)
 
 
+@pytest.mark.parametrize("kept", ["checkpoints/step-000002", "snapshots/step-000001", ".unfinished"])
+def test_a_pool_that_was_not_trained_to_its_end_stands_for_nothing(kept, adapter_sources, tmp_path):
+    pool = tmp_path / "pool"
+    for seed, name in enumerate(("a", "c")):
+        Adapter.load(adapter_sources(seed)["ours"]).save(pool / name)
+    (pool / "b" / kept).parent.mkdir(parents=True)
+    (pool / "b" / kept).touch()
+    (pool / "data" / "a").mkdir(parents=True)
+    with pytest.raises(RsgwmError, match=r"is an unfinished pool: b; train on .*, or name the adapters to take"):
+        load_adapters([pool])
+    assert [adapter.name for adapter in load_adapters([pool / "a", pool / "c"])] == ["a", "c"]
+    (pool / "b" / kept).unlink()
+    assert [adapter.name for adapter in load_adapters([pool])] == ["a", "c"]
+
+
 def test_what_is_not_recorded_is_told_once(adapter_sources, tiny_base):
     sources = adapter_sources(1, sidecar=False)
     for kind in FOREIGN:
