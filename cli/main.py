@@ -27,7 +27,7 @@ from mlx_rsgwm.cli.console import Stopped, show
 from mlx_rsgwm.cli.crashes import address_limit, crashes_told
 from mlx_rsgwm.cli.groups import LazyGroup
 from mlx_rsgwm.cli.old_names import with_new_names
-from mlx_rsgwm.cli.startup import hide_torch
+from mlx_rsgwm.cli.startup import hide_torch, keep_limits
 from mlx_rsgwm.cli.wrong_words import explained, refuse_one_dash
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.signals import handled
@@ -39,6 +39,7 @@ UNREAD = 141  # what a shell makes of SIGPIPE
 LONGEST_SHOWN = 60  # characters of a name that is too long
 LONG_WORD = re.compile(r"\S{400,}")  # longer than any name worth reading: what somebody gave by mistake
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+TOO_MANY_OPEN = {errno.EMFILE, errno.ENFILE}
 FAILING = {errno.EIO, errno.ESTALE}
 UNUSABLE = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 # MLX's words: of the Metal and the CUDA allocator, and of a command buffer that failed on Metal; then the loader's of a
@@ -132,6 +133,8 @@ def _of_a_file(error: OSError) -> str | None:
         name = str(error.filename or "a name")
         shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}…"
         return f"{shown}: {str(error.strerror).lower()}; choose another name"
+    if error.errno in TOO_MANY_OPEN:
+        return "too many files are open; raise the limit (ulimit -n)"
     if error.errno in FAILING:
         return f"{error.filename or 'a file'}: {error.strerror}; the disk or network drive failed, try again"
     return None
@@ -259,4 +262,5 @@ def main() -> NoReturn:
         set_environment()
         quieten_libraries(sys.argv[1:])
         hide_torch(sys.argv[1:])
+        keep_limits()
         rsgwm.main()

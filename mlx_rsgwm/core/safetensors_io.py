@@ -66,6 +66,9 @@ def read_header(path: Path) -> Header:
 
 
 def _unsound(path: Path, error: Exception) -> RsgwmError:
+    if isinstance(error, OSError):  # it was opened a moment ago: nothing is known of what is in it
+        why = error.strerror or "it went away meanwhile, or too many files are open (ulimit -n)"
+        return RsgwmError(f"cannot read {path}: {why}")
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0].rstrip(".") if lines else type(error).__name__
     return RsgwmError(f"{path} is not a sound safetensors file: {reason}")

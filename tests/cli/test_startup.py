@@ -52,6 +52,18 @@ def test_ask_without_torch(pair, tiny_base):
     assert loaded.isdisjoint({"torch", "datasets", "peft", "sklearn"})
 
 
+def test_a_low_limit_of_open_files_does_not_stop_mlx_lm(pair, tiny_base):
+    """mlx-lm asks for 4,096 when it is imported, which nobody without privileges gets where fewer are allowed."""
+    code = (
+        "import resource\nfrom mlx_rsgwm.cli.startup import keep_limits\nbefore = resource.setrlimit\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\nkeep_limits()\nimport mlx_lm.utils\n"
+        "assert resource.setrlimit is before\nprint(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout in ("(256, 256)\n", "(2048, 4096)\n")  # the second for who may raise it
+
+
 def test_convert_without_torch(pair, tiny_base):
     loaded = run("convert", "to-peft", pair / "drafter", "--out", pair / "peft", "--base", tiny_base)
     assert loaded.isdisjoint({"torch", "peft", "datasets"})
