@@ -135,8 +135,7 @@ def save_adapter(adapter: Adapter, out: Path, others: Sequence[Path] = ()) -> No
         RsgwmError: no room, or ``out`` cannot be written, or is a folder that is not empty.
     """
     raise_problems(adapter.where, adapter.shape_problems(), AdapterError)
-    groups = (adapter.weights, adapter.full, adapter.importance, adapter.directions, adapter.init, adapter.kept)
-    require_space_for(out, *groups)
+    require_space_for(out, *adapter.array_groups())
     with new_folder(out) as work:
         arrays = {**adapter.weights, **adapter.full}
         adapter.weights.clear()

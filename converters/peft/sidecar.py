@@ -1,8 +1,8 @@
 """What an adapter loses in PEFT's format, kept in the folder ``mlx_rsgwm/`` inside the PEFT folder.
 
-Importance, directions, initialisation, manifest, and the exact spec (a scale may have no alpha that divides back to
-it). PEFT never looks there. The sidecar counts only while PEFT's files are the ones it was written with, so an adapter
-that was trained further in torch does not come back with stale importance or directions.
+Importance, directions, prompt states, initialisation, manifest, and the exact spec (a scale may have no alpha that
+divides back to it). PEFT never looks there. The sidecar counts only while PEFT's files are the ones it was written
+with, so an adapter that was trained further in torch does not come back with stale importance or directions.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import (
+    BESIDE_FILES,
     CONFIG_FILE,
     DIRECTIONS_FILE,
     IMPORTANCE_FILE,
     INIT_FILE,
+    KEPT_FILE,
     MANIFEST_FILE,
+    PROMPT_STATES_FILE,
     Adapter,
     LoraSpec,
 )
@@ -80,7 +83,7 @@ def read_sidecar(folder: Path, config: Mapping[str, Any], weights_sha256: Callab
         raise AdapterError(f"{path / MANIFEST_FILE} does not list {CONFIG_FILE}; remove {path} to convert without it")
     problems = []
     for name, expected in listed.items():
-        if name not in (CONFIG_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, INIT_FILE):
+        if name not in BESIDE_FILES or name == KEPT_FILE:
             problems.append(f"unknown file {name!r} in its manifest")
         elif not (path / name).is_file():
             problems.append(f"{name} is missing")
@@ -109,10 +112,11 @@ def rows_of_changed(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def restore(adapter: Adapter, sidecar: Sidecar) -> Adapter:
-    """``adapter`` with what the sidecar kept: exact spec, importance, directions, initialisation and manifest."""
+    """``adapter`` with what the sidecar kept: exact spec, arrays beside the weights, and manifest."""
     path, listed = sidecar.path, sidecar.manifest["files"]
     importance, metadata = read_safetensors(path / IMPORTANCE_FILE) if IMPORTANCE_FILE in listed else ({}, {})
     directions, of_directions = read_safetensors(path / DIRECTIONS_FILE) if DIRECTIONS_FILE in listed else ({}, {})
+    states, of_states = read_safetensors(path / PROMPT_STATES_FILE) if PROMPT_STATES_FILE in listed else ({}, {})
     init = read_safetensors(path / INIT_FILE)[0] if INIT_FILE in listed else {}
     spec = LoraSpec.from_config(files.read_json_object(path / CONFIG_FILE), str(path / CONFIG_FILE))
     return replace(
@@ -122,6 +126,8 @@ def restore(adapter: Adapter, sidecar: Sidecar) -> Adapter:
         importance_metadata=metadata,
         directions=directions,
         directions_metadata=of_directions,
+        prompt_states=states,
+        prompt_states_metadata=of_states,
         init=init,
         manifest=dict(sidecar.manifest.get("adapter") or {}),
     )

@@ -15,9 +15,10 @@ from mlx_rsgwm.inference.draft import Draft, Step
 from mlx_rsgwm.inference.loop import DraftVerify, Watch
 from mlx_rsgwm.inference.pair import ROLES
 from mlx_rsgwm.inference.policy import LoopConfig
-from mlx_rsgwm.inference.routing import Route, Router, StateReader
+from mlx_rsgwm.inference.routing import Route, Router
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapter
+from mlx_rsgwm.models.prompt_states import StateReader
 from mlx_rsgwm.models.slots import AdapterSlots
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ def load_routed(pool: str | Path, base: str | Path | None, progress: Progress = 
     """
     folder = files.expanded(str(pool))
     if not (folder / ROUTER_FILE).is_file():
-        raise RsgwmError(f"{folder} has no router; make one: rsgwm pool route {folder} --corpus ROWS …")
+        raise RsgwmError(f"{folder} has no router; make one: rsgwm pool route {folder}")
     router = Router.load(folder / ROUTER_FILE)
     outside = [name for name in router.names if Path(name).name != name or not (folder / name).is_dir()]
     if outside:

@@ -1,7 +1,8 @@
 """Which adapter of a pool a question is for, by the state of its prompt in the bare base.
 
 A prompt's state is the mean of its tokens' hidden states after the first layers of the base, which no adapter changes.
-A router is fitted on questions of every adapter's task and chooses by one of three rules:
+A router is fitted on questions of every adapter's task and chooses by one of three rules; where there are none, by the
+first of them, from what training kept of every task (:mod:`~mlx_rsgwm.models.prompt_statistics`):
 
 - ``distance``: to the mean of each task's states, in the metric of their common covariance, shrunk (Ledoit and Wolf,
   2004); a linear discriminant.
@@ -24,18 +25,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_rsgwm.core import files
-from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.safetensors_io import read_safetensors, write_safetensors
 from mlx_rsgwm.data.template import Template
 from mlx_rsgwm.models.base import Base
-from mlx_rsgwm.models.slots import unwrap
-from mlx_rsgwm.models.split import split_blocks
+from mlx_rsgwm.models.prompt_states import depth_of, prompt_states
+from mlx_rsgwm.models.prompt_statistics import LEAST, PromptStatistics
 
 RULES = ("distance", "nearest", "classifier")
 FORMAT = "mlx-rsgwm/router"
-NEIGHBOURS, FOLDS, LEAST = 5, 5, 5
-DEPTH = 0.25  # of the layers, where a prompt's state is taken; deeper ones cost more and told no more apart
-BATCH_ROWS = 16
+NEIGHBOURS, FOLDS = 5, 5
+UNTRIED_MARGIN = 0.5  # of a router that no question has tried: three times as likely as the next
 
 
 @dataclass(frozen=True)
@@ -137,52 +137,6 @@ def _values(array: mx.array) -> np.ndarray:
     return np.array(array).view(np.float64)
 
 
-def depth_of(base: Base) -> int:
-    """The number of layers after which states are taken: a quarter of them, at least one."""
-    model: Any = base.model
-    return max(1, round(DEPTH * len(model.layers)))
-
-
-def prompt_states(base: Base, prompts: Sequence[Sequence[int]], layer: int) -> np.ndarray:
-    """Mean hidden state of each prompt's tokens after ``layer`` layers of the bare base, (prompts, dims) float64.
-
-    Raises:
-        RsgwmError: the model's layers cannot be reached one by one, or there are not so many.
-    """
-    unwrap(base.model)
-    return StateReader(base, layer).states(prompts)
-
-
-class StateReader:
-    """Reads prompts with the first ``layer`` layers of a base. No adapter may be active there."""
-
-    def __init__(self, base: Base, layer: int) -> None:
-        blocks = split_blocks(base.model)
-        if blocks is None:
-            raise RsgwmError("the layers of this base cannot be reached one by one, so it has no states to route by")
-        if not 0 < layer <= len(blocks):
-            raise RsgwmError(f"layer must be in [1, {len(blocks)}], found {layer}")
-        self._blocks = blocks[:layer]
-
-    def states(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """(prompts, dims) float64; prompts of like lengths are read together."""
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        read: dict[int, np.ndarray] = {}
-        for start in range(0, len(order), BATCH_ROWS):
-            indices = order[start : start + BATCH_ROWS]
-            lengths = mx.array([len(prompts[index]) for index in indices])
-            longest = len(prompts[indices[-1]])
-            ids = mx.array([[*prompts[index], *[0] * (longest - len(prompts[index]))] for index in indices])
-            states = ids
-            for block in self._blocks:
-                states = block(states)
-            # What pads a prompt comes after it, and no earlier token sees it.
-            inside = (mx.arange(longest)[None] < lengths[:, None]).astype(mx.float32)[..., None]
-            means = (states.astype(mx.float32) * inside).sum(axis=1) / lengths[:, None]
-            read.update(zip(indices, np.array(means).astype(np.float64), strict=True))
-        return np.stack([read[index] for index in range(len(prompts))])
-
-
 def fit_router(
     base: Base,
     template: Template,
@@ -223,6 +177,59 @@ def fit_router(
         "accuracy": accuracy,
     }
     return Router(names, chosen, layer, _fit(chosen, states, labels, len(names)), margin, about)
+
+
+def router_of_statistics(statistics: Mapping[str, PromptStatistics], margin: float = UNTRIED_MARGIN) -> Router:
+    """A router by ``distance`` among the adapters that ``statistics`` names, without a question of any task.
+
+    The tasks' covariances have equal parts in the common one, each shrunk, as :func:`fit_router` does with questions.
+
+    Raises:
+        RsgwmError: fewer than two adapters, a margin out of range, statistics of different bases, templates or layers
+            (says whose), states that do not vary.
+    """
+    if not 0 <= margin <= 1:
+        raise RsgwmError(f"margin must be in [0, 1], found {margin}")
+    if len(statistics) < 2:
+        raise RsgwmError(f"a router chooses among two or more adapters, found {len(statistics)}")
+    (leader, first), *others = statistics.items()
+    problems = [
+        f"{name} has them of another {what} than {leader}"
+        for name, other in others
+        for what in ("base", "template", "layer")
+        if getattr(other, what) != getattr(first, what)
+    ]
+    problems += [f"{name} has other dimensions than {leader}" for name, s in others if s.mean.shape != first.mean.shape]
+    raise_problems("the pool's prompt states differ", problems)
+    weight, bias = _discriminant(list(statistics.values()))
+    about = {
+        "base": first.base,
+        "template": first.template,
+        "questions": {name: each.questions for name, each in statistics.items()},
+        "source": "kept by training",
+    }
+    return Router(tuple(statistics), "distance", first.layer, {"weight": weight, "bias": bias}, margin, about)
+
+
+def _discriminant(statistics: Sequence[PromptStatistics]) -> tuple[np.ndarray, np.ndarray]:
+    """Weight (tasks, dims) and bias (tasks,) of log-densities of normals of one covariance, less what all share."""
+    means = np.stack([each.mean for each in statistics])
+    shared = np.zeros((means.shape[1], means.shape[1]))
+    for each in statistics:
+        shared += each.covariance() / len(statistics)
+    scales = np.sqrt(np.diag(shared))
+    moves = scales > 0  # a dimension that never varies tells nothing
+    centre, scales, shared = means.mean(axis=0), scales[moves], shared[np.ix_(moves, moves)]
+    standard = ((means - centre)[:, moves] / scales).T
+    try:
+        solved = np.linalg.solve(shared / np.outer(scales, scales), standard)
+    except np.linalg.LinAlgError:
+        solved = np.full_like(standard, np.nan)
+    if not (moves.any() and np.isfinite(solved).all()):
+        raise RsgwmError("the pool's prompt states have no covariance that can be inverted")
+    weight = np.zeros_like(means)
+    weight[:, moves] = (solved / scales[:, None]).T
+    return weight, -0.5 * (solved * standard).sum(axis=0) - weight @ centre
 
 
 def _left_out_accuracy(rule: str, states: np.ndarray, labels: np.ndarray, count: int, seed: int) -> float:

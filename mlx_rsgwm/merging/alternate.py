@@ -40,7 +40,8 @@ MERGED = "merged"
 RECORD_FILE = "round.json"
 SCORED_ROWS = 8  # of each role, where a task has no held-out rows
 CROSSES = (
-    "adapter folders: weights, importance, directions, manifest with hashes of what rows ask",
+    "adapter folders: weights, importance, directions, mean and covariance of prompt states, manifest with hashes of "
+    "what rows ask",
     "losses and counts of each task's own rows",
 )
 

@@ -31,8 +31,10 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
 IMPORTANCE_FILE = "importance.safetensors"
 DIRECTIONS_FILE = "directions.safetensors"
+PROMPT_STATES_FILE = "prompt_states.safetensors"
 INIT_FILE = "init.safetensors"
 KEPT_FILE = "kept.safetensors"
+BESIDE_FILES = (CONFIG_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, PROMPT_STATES_FILE, INIT_FILE, KEPT_FILE)
 MANIFEST_FILE = "manifest.json"
 UNFINISHED_FILE = ".unfinished"
 SIGNALS = ("all", "draft", "verify")
@@ -45,6 +47,7 @@ class Adapter:
     ``weights``: ``{module}.lora_a`` (in, rank), ``{module}.lora_b`` (rank, out), for DoRA also ``{module}.m`` (out,).
     ``importance``: float32 arrays of the weights' shapes under ``all/``, ``draft/``, ``verify/`` + weight name, or
     empty. ``directions``: second moments of the modules' inputs (:mod:`~mlx_rsgwm.models.directions`), or empty.
+    ``prompt_states``: where its task's prompts lie (:mod:`~mlx_rsgwm.models.prompt_statistics`), or empty.
     ``init``: lora_a at initialisation under the weights' names, or empty. ``manifest``: provenance.
     Layers of experts have three axes: ``lora_a`` (experts, rank, in), ``lora_b`` (experts, out, rank).
 
@@ -72,6 +75,8 @@ class Adapter:
     base_assumed: bool = False
     directions: dict[str, mx.array] = field(default_factory=dict)
     directions_metadata: dict[str, str] = field(default_factory=dict)
+    prompt_states: dict[str, mx.array] = field(default_factory=dict)
+    prompt_states_metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -220,8 +225,12 @@ class Adapter:
         init, _ = _read_optional(folder / INIT_FILE, lazy)
         kept_arrays, _ = _read_optional(folder / KEPT_FILE, lazy=True)
         adapter = cls(spec, weights, importance, metadata, init, manifest, folder, full, kept_arrays)
-        if DIRECTIONS_FILE in (manifest.get("files") or {}):  # large where they are whole: read when they are used
+        listed = manifest.get("files") or {}
+        if DIRECTIONS_FILE in listed:  # large where they are whole: read when they are used
             adapter.directions, adapter.directions_metadata = _read_optional(folder / DIRECTIONS_FILE, lazy=True)
+        if PROMPT_STATES_FILE in listed:
+            path_of_states = folder / PROMPT_STATES_FILE
+            adapter.prompt_states, adapter.prompt_states_metadata = _read_optional(path_of_states, lazy=True)
         if "base" not in manifest and isinstance(model := config.get("model"), str):  # as mlx_lm.lora was given it
             adapter.named_base = model
         raise_problems(str(folder), adapter.shape_problems() if lazy else adapter.problems(), AdapterError)
@@ -237,8 +246,7 @@ class Adapter:
         """
         raise_problems(self.where, self.problems(), AdapterError)
         folder = Path(path)
-        groups = (self.weights, self.full, self.importance, self.directions, self.init, self.kept)
-        require_space_for(folder, *groups)
+        require_space_for(folder, *self.array_groups())
         with exclusive(folder):
             files.write_text(folder / UNFINISHED_FILE, "This folder is being written, or its writer was stopped.\n")
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
@@ -248,6 +256,11 @@ class Adapter:
             (folder / UNFINISHED_FILE).unlink(missing_ok=True)
         self.path = folder
         return folder
+
+    def array_groups(self) -> tuple[dict[str, mx.array], ...]:
+        """All arrays that its folder holds, by file."""
+        beside = (self.importance, self.directions, self.prompt_states, self.init, self.kept)
+        return (self.weights, self.full, *beside)
 
     def write_beside(self, folder: Path) -> list[str]:
         """Write everything but weights and manifest into an existing folder; returns the names of the files.
@@ -261,6 +274,7 @@ class Adapter:
         for name, arrays, metadata in (
             (IMPORTANCE_FILE, self.importance, self.importance_metadata),
             (DIRECTIONS_FILE, self.directions, {**self.directions_metadata, **of_weights}),
+            (PROMPT_STATES_FILE, self.prompt_states, self.prompt_states_metadata),
             (INIT_FILE, self.init, {}),
             (KEPT_FILE, self.kept, {}),
         ):
@@ -299,7 +313,7 @@ def is_complete(path: str | Path) -> bool:
 def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
     """What changes when another process replaces or rewrites a file of the folder."""
     stamps = {}
-    for name in (MANIFEST_FILE, CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, INIT_FILE, KEPT_FILE):
+    for name in (MANIFEST_FILE, WEIGHTS_FILE, *BESIDE_FILES):
         with suppress(OSError):
             stat = (folder / name).stat()
             stamps[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)

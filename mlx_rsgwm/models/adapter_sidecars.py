@@ -16,18 +16,7 @@ from mlx_rsgwm.core.errors import AdapterError
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.safetensors_io import require_space_for, write_safetensors
 from mlx_rsgwm.core.versions import versions
-from mlx_rsgwm.models.adapter import (
-    CONFIG_FILE,
-    DIRECTIONS_FILE,
-    IMPORTANCE_FILE,
-    INIT_FILE,
-    KEPT_FILE,
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    read_manifest,
-    seal,
-)
+from mlx_rsgwm.models.adapter import BESIDE_FILES, MANIFEST_FILE, WEIGHTS_FILE, Adapter, read_manifest, seal
 
 
 def put_beside(
@@ -76,7 +65,6 @@ def _manifest_by_now(adapter: Adapter, folder: Path) -> dict[str, Any]:
 
 def _digests_of_others(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, str]:
     """SHA-256 of every file beside ``name``, recorded or taken now."""
-    known = (CONFIG_FILE, WEIGHTS_FILE, IMPORTANCE_FILE, DIRECTIONS_FILE, INIT_FILE, KEPT_FILE)
-    there = [other for other in known if other != name and (folder / other).is_file()]
+    there = [other for other in (WEIGHTS_FILE, *BESIDE_FILES) if other != name and (folder / other).is_file()]
     recorded = {other: digest for other, digest in (manifest.get("files") or {}).items() if other != name}
     return recorded or {other: files.sha256_file(folder / other) for other in there}

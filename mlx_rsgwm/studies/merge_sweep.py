@@ -35,7 +35,7 @@ from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import find_method, needs_directions, resolved, weight_problems
 from mlx_rsgwm.merging.options import MergeOptions
-from mlx_rsgwm.models.adapter import CONFIG_FILE, DIRECTIONS_FILE, Adapter
+from mlx_rsgwm.models.adapter import CONFIG_FILE, DIRECTIONS_FILE, PROMPT_STATES_FILE, Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
@@ -341,7 +341,8 @@ def adapter_hashes(source: FolderOrAdapter) -> dict[str, str]:
     """
     if isinstance(source, Adapter):
         return {"content": source.content_hash()}
-    names = [CONFIG_FILE, *sorted(path.name for path in source.glob("*.safetensors") if path.name != DIRECTIONS_FILE)]
+    unread = (DIRECTIONS_FILE, PROMPT_STATES_FILE)
+    names = [CONFIG_FILE, *sorted(path.name for path in source.glob("*.safetensors") if path.name not in unread)]
     return {name: files.sha256_file(source / name) for name in names if (source / name).is_file()}
 
 

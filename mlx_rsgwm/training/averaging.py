@@ -247,7 +247,8 @@ def _check_alike(weighted: Weighted, adapters: Sequence[Adapter], space: str) ->
 def _beside(weighted: Weighted, result: Adapter, keep: bool) -> Mapping[str, Any]:
     """Take over what the finished run has beside its weights, and return its manifest; empty where none is finished.
 
-    Its directions are sums over all of its steps already; its initialisation holds for the mean of factors alone.
+    Its directions are sums over all of its steps already, and its prompt states are the base's; its initialisation
+    holds for the mean of factors alone.
     """
     folder = run_folder(weighted.checkpoints[-1])
     if folder is None:
@@ -255,6 +256,7 @@ def _beside(weighted: Weighted, result: Adapter, keep: bool) -> Mapping[str, Any
     finished = Adapter.load(folder)
     result.directions = finished.directions
     result.directions_metadata = {k: v for k, v in finished.directions_metadata.items() if k != "weights_sha256"}
+    result.prompt_states, result.prompt_states_metadata = finished.prompt_states, finished.prompt_states_metadata
     result.init = finished.init if keep else {}
     return finished.manifest
 

@@ -2,8 +2,8 @@
 
 Loss is taken on completion tokens only, logits are computed only at their positions, batches hold one role each and
 are bucketed by length, and two things are kept besides: the second moment of the gradients as importance, that of the
-layers' inputs as directions. With a :class:`Saving` the run can be stopped at any moment; resumed later, its final
-weights are bit-identical.
+layers' inputs as directions; once all steps are done, where the prompts lie in the bare base. With a :class:`Saving`
+the run can be stopped at any moment; resumed later, its final weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from mlx_rsgwm.training.config import ALL_LINEAR, TrainConfig
 from mlx_rsgwm.training.layers import expert_keys, linear_keys, lora_layers, updates_beneath
 from mlx_rsgwm.training.losses import held_out_loss
 from mlx_rsgwm.training.memory import MemoryEstimate, MemoryOptions, check_estimate, estimate, memory_line, memory_now
+from mlx_rsgwm.training.prompt_statistics import prompt_fields
 from mlx_rsgwm.training.reporting import NO_REPORTS, Reports
 from mlx_rsgwm.training.rounds import round_steps
 from mlx_rsgwm.training.state import TrainingRun
@@ -136,7 +137,8 @@ def train(
     }
     adapter = Adapter(config.spec(), weights, arrays, importance.metadata(), {} if warm_start else init, manifest)
     about_directions = {**run.directions.metadata(), "data_hash": corpus.hash, "source": "training"}
-    return replace(adapter, directions=directions, directions_metadata=about_directions)
+    prompts = prompt_fields(base, corpus, config, message)
+    return replace(adapter, directions=directions, directions_metadata=about_directions, **prompts)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli import route
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.data.corpus import make_rows, save_corpus
+from mlx_rsgwm.data.corpus import load_corpus, make_rows, save_corpus
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.inference import routing
+from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.base import load_base
+from mlx_rsgwm.models.prompt_statistics import statistics_of_pool
+from mlx_rsgwm.training.config import TrainConfig
+from mlx_rsgwm.training.prompt_statistics import prompt_statistics
 
 PAIR = ("--score", "yesno", "--threshold", "0.5", "--max-tokens", "4", "--attempts", "1")
 
@@ -58,6 +65,107 @@ def test_a_pool_gets_a_router_and_answers_by_it(pool, tiny_base, tmp_path):
     asked.write_text(json.dumps({"question": question}) + "\n")
     done = invoke("ask", "--file", asked, "--router", pool, *pair, "--base", tiny_base, "--json")
     assert json.loads(done.stdout.splitlines()[-1])["answers"][0]["answer"] == answer["answer"]
+
+
+@pytest.fixture
+def with_states(pool, tiny_base, tmp_path):
+    """As ``pool``; its adapters have what training would keep of 12 questions, and no corpus is left."""
+    base = load_base(str(tiny_base))
+    for task in ("change", "groups"):
+        corpus = load_corpus(tmp_path / "data" / task)
+        statistics = prompt_statistics(base, corpus, TrainConfig())
+        put(pool / task, statistics)
+    shutil.rmtree(tmp_path / "data")
+    return pool
+
+
+def put(folder, statistics):
+    adapter = Adapter.load(folder)
+    adapter.prompt_states, adapter.prompt_states_metadata = statistics.arrays(), statistics.metadata()
+    adapter.manifest["base"] = {**adapter.manifest.get("base", {}), "fingerprint": statistics.base}
+    adapter.save(folder)
+
+
+def test_a_pool_is_routed_by_what_training_kept(with_states, tiny_base, tmp_path):
+    done = invoke("pool", "route", with_states, "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["questions"] == {"change": 12, "groups": 12}
+    assert (told["rule"], told["layer"], told["margin"], told["accuracy"]) == ("distance", 1, 0.5, None)
+    assert (
+        "of 24 questions; without rows of the tasks nobody knows how often it is right (--corpus tells)" in done.stderr
+    )
+    assert "the drafter answers where the first choice is less than 0.5 above the second" in done.stderr
+    pair = ("--drafter", tmp_path / "drafter", "--verifier", tmp_path / "verifier", *PAIR, "--template", "plain")
+    question = generate("groups", 1, 5, "test")[0].question
+    done = invoke("ask", question, "--router", with_states, *pair, "--base", tiny_base, "--json")
+    assert done.exit_code == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["route"] in ("change", "groups")
+    assert answer["drafted_by"] in ("drafter", answer["route"])
+    first = (with_states / "router.safetensors").read_bytes()
+    done = invoke(
+        "pool", "route", with_states, "--base", tiny_base, "--rule", "distance", "--margin", "0.5", "--replace"
+    )
+    assert done.exit_code == 0, done.stderr
+    assert (with_states / "router.safetensors").read_bytes() == first
+    assert invoke("pool", "route", with_states, "--margin", "0", "--replace").exit_code == 0
+    assert routing.Router.load(with_states / "router.safetensors").margin == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--rule", "nearest"), "--rule: for --corpus; what training kept has its rule, layer and template"),
+        (("--lower-layers", "2", "--rows", "9"), "--lower-layers, --rows: for --corpus"),
+        (("--template", "plain"), "--template: for --corpus"),
+        (("--margin", "2"), "2.0 is not in the range 0<=x<=1"),
+    ],
+)
+def test_options_that_take_rows(with_states, more, reason):
+    done = invoke("pool", "route", with_states, *more)
+    assert (done.exit_code, reason in done.stderr) == (2, True), done.stderr
+    assert sorted(path.name for path in with_states.iterdir()) == ["change", "groups"]
+
+
+def test_adapters_without_statistics_are_named(pool):
+    done = invoke("pool", "route", pool)
+    assert done.exit_code == 2
+    assert "no prompt states beside change, groups; training on a corpus keeps them now; give --corpus" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"mean": np.full(64, np.nan)}, "groups: its prompt_states.safetensors is damaged"),
+        ({"mean": np.zeros(3)}, "groups: its prompt_states.safetensors is damaged"),
+        (
+            {"mean": np.zeros(3), "rest": np.ones(3), "factor": np.ones((2, 3))},
+            "groups has other dimensions than change",
+        ),
+        ({"base": "f" * 98}, "groups has them of another base than change"),
+        ({"template": "t"}, "groups has them of another template than change"),
+        ({"layer": 2}, "groups has them of another layer than change"),
+    ],
+)
+def test_statistics_that_cannot_route_together(with_states, change, reason):
+    (statistics,) = statistics_of_pool([Adapter.load(with_states / "groups")]).values()
+    put(with_states / "groups", replace(statistics, **change))
+    done = invoke("pool", "route", with_states)
+    assert (done.exit_code, reason in done.stderr) == (2, True), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(path.name for path in with_states.iterdir()) == ["change", "groups"]
+
+
+def test_another_base_than_the_adapters(with_states):
+    (statistics,) = statistics_of_pool([Adapter.load(with_states / "groups")]).values()
+    put(with_states / "groups", statistics)
+    adapter = Adapter.load(with_states / "groups")
+    adapter.manifest["base"]["fingerprint"] = "f" * 98
+    adapter.save(with_states / "groups")
+    done = invoke("pool", "route", with_states)
+    assert (done.exit_code, "groups: its prompt_states.safetensors is of another base" in done.stderr) == (2, True)
 
 
 def test_a_margin_that_none_reaches_leaves_all_to_the_drafter(pool, tiny_base, tmp_path):

@@ -51,7 +51,7 @@ KINDS = {
         lambda work, base, place: ["train", "--base", base, "--corpus", work / "corpus/change", "--out", place / "out",
                                    "--resume", *SMALL],
         ("out/adapters.safetensors", "out/importance.safetensors", "out/directions.safetensors", "out/init.safetensors",
-         "out/adapter_config.json"),
+         "out/prompt_states.safetensors", "out/adapter_config.json"),
     ),
     "average": Kind(
         lambda work, base, place: ["average", work / "checkpointed", "--out", place / "out"],
@@ -62,14 +62,15 @@ KINDS = {
     "pool train": Kind(
         lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",
                                    "--corpus", work / "corpus/groups", "--out", place / "out", "--resume", *FEW],
-        ("out/change/adapters.safetensors", "out/groups/adapters.safetensors"),
+        ("out/change/adapters.safetensors", "out/groups/adapters.safetensors", "out/change/prompt_states.safetensors",
+         "out/groups/prompt_states.safetensors"),
     ),
     "pool train --rounds": Kind(
         lambda work, base, place: ["pool", "train", "--base", base, "--corpus", work / "corpus/change",
                                    "--corpus", work / "corpus/groups", "--out", place / "out", *FEW, "--rounds", 2,
                                    "--directions", 2, "--resume"],
         ("out/change/adapters.safetensors", "out/groups/adapters.safetensors", "out/change/directions.safetensors",
-         "out/groups/importance.safetensors", "out/rounds/round-01/merged/adapters.safetensors",
+         "out/groups/importance.safetensors", "out/groups/prompt_states.safetensors", "out/rounds/round-01/merged/adapters.safetensors",
          "out/rounds/round-02/merged/adapters.safetensors", "out/rounds/round-01/round.json"),
     ),
     "pool route": Kind(

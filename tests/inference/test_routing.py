@@ -14,9 +14,10 @@ from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import open_pipeline
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.routed import ROUTER_FILE, RoutedDraftVerify, RoutedPool, load_routed
-from mlx_rsgwm.inference.routing import RULES, Router, _shares, fit_router, prompt_states
+from mlx_rsgwm.inference.routing import RULES, Router, _shares, fit_router
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.hooks import outputs_changed
+from mlx_rsgwm.models.prompt_states import prompt_states
 from mlx_rsgwm.models.slots import AdapterSlots
 
 TASKS = ("change", "groups", "prices")

@@ -148,10 +148,12 @@ def test_a_pool_of_rounds_starts_each_round_at_the_merge(base, members, tmp_path
     assert [record["number"] for record in records] == [1, 2, 3]
     pool = [Adapter.load(tmp_path / "pool" / name) for name in NAMES]
     merged = Adapter.load(tmp_path / "pool/rounds/round-02/merged")
+    assert not merged.prompt_states
     for name, one in zip(NAMES, pool, strict=True):
         assert one.manifest["task"] == name
         assert len(one.manifest["history"]) == 2  # of 6 steps
         assert one.directions
+        assert one.prompt_states
         assert {signal.partition("/")[0] for signal in one.importance} == {"all", "draft", "verify"}
         assert one.manifest["rounds"]["between_parties"][0].startswith("adapter folders")
         assert one.spec.rank == (12 if mode == "accumulate" else 4)

@@ -129,6 +129,8 @@ def test_the_mean_of_factors_and_importances_is_that_of_float64(run, tmp_path, m
     assert read.manifest["base"] == finished.manifest["base"]
     assert read.directions.keys() == finished.directions.keys()  # the run's own, bound to the new weights
     assert read.init.keys() == finished.init.keys()
+    states = [path / "prompt_states.safetensors" for path in (run, tmp_path / "out")]
+    assert states[0].read_bytes() == states[1].read_bytes()
 
 
 def test_the_mean_of_products_is_that_of_float64_and_the_cosine_is_told(run, tmp_path):

@@ -22,7 +22,7 @@ from mlx_rsgwm.models.quantisation import QuantFormat
 from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders, claim_adapter_folder, clear_run, read_checkpoint
 from mlx_rsgwm.training.loop import finish, train
 
-RESULT = ("adapters.safetensors", "importance.safetensors", "directions.safetensors", "init.safetensors")
+RESULT = tuple(f"{name}.safetensors" for name in ("adapters", "importance", "directions", "prompt_states", "init"))
 
 
 class Stop(Progress):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from mlx_rsgwm.converters.peft.convert import from_peft, to_peft
 from mlx_rsgwm.core.errors import AdapterError
 from mlx_rsgwm.data.row_hashes import KEY, RowRecord, record_of
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+from mlx_rsgwm.models.prompt_statistics import PromptStatistics
 from tests.converters.peft.tiny_adapters import make_adapter, make_peft
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -36,6 +38,18 @@ def test_rows_of_an_adapter_trained_further_in_torch_still_count(tmp_path, place
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 40}))
     again = record_of(from_peft(tmp_path / "peft").manifest, "peft")
     assert (again.used, again.unknown) == (rows.used, ("peft",))
+
+
+def test_prompt_states_come_back_to_the_same_bits(tmp_path):
+    adapter = make_adapter()
+    states = np.random.default_rng(0).standard_normal((20, 8))
+    statistics = PromptStatistics.of_states(states, 1, adapter.base_fingerprint or "b", "template")
+    adapter.prompt_states, adapter.prompt_states_metadata = statistics.arrays(), statistics.metadata()
+    adapter.save(tmp_path / "before")
+    to_peft(Adapter.load(tmp_path / "before"), "b", tmp_path / "peft")
+    from_peft(tmp_path / "peft").save(tmp_path / "back")
+    first, again = (tmp_path / name / "prompt_states.safetensors" for name in ("before", "back"))
+    assert first.read_bytes() == again.read_bytes()
 
 
 def test_a_damaged_sidecar_is_an_error(tmp_path):
