@@ -70,8 +70,9 @@ KINDS = {
                                    "--corpus", work / "corpus/groups", "--out", place / "out", *FEW, "--rounds", 2,
                                    "--directions", 2, "--resume"],
         ("out/change/adapters.safetensors", "out/groups/adapters.safetensors", "out/change/directions.safetensors",
-         "out/groups/importance.safetensors", "out/groups/prompt_states.safetensors", "out/rounds/round-01/merged/adapters.safetensors",
-         "out/rounds/round-02/merged/adapters.safetensors", "out/rounds/round-01/round.json"),
+         "out/groups/importance.safetensors", "out/rounds/round-01/merged/adapters.safetensors",
+         "out/rounds/round-02/merged/adapters.safetensors", "out/rounds/round-01/round.json",
+         "out/groups/prompt_states.safetensors"),
     ),
     "pool route": Kind(
         lambda work, base, place: ["pool", "route", place / "pool", "--corpus", work / "corpus/change",
