@@ -68,7 +68,8 @@ def route(
     `rsgwm ask`, `rsgwm eval` and others take the folder with --router: the chosen adapter drafts, all on one base.
 
     Without --corpus it needs no rows: it chooses by distance to the mean and covariance of prompt states that training
-    kept beside each adapter. How often it is right cannot be said then, so the drafter answers where it is not sure.
+    kept beside each adapter. How often it is right cannot be said then. The drafter answers a question that is between
+    two tasks (--margin); one of no task at all goes to some adapter all the same.
 
     \b
     Examples:
