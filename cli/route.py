@@ -43,7 +43,7 @@ RULES = ("distance", "nearest", "classifier")  # of inference.routing, which hel
     "--margin",
     type=SHARE,
     help="The drafter answers where the first choice is less than so far above the second; 0: never, 1: always.  "
-    "[default: 0; without --corpus 0.5]",
+    "[default: 0; without --corpus 0.9]",
 )
 @shared.rows(256)
 @shared.base()

@@ -35,7 +35,7 @@ from mlx_rsgwm.models.prompt_statistics import LEAST, PromptStatistics
 RULES = ("distance", "nearest", "classifier")
 FORMAT = "mlx-rsgwm/router"
 NEIGHBOURS, FOLDS = 5, 5
-UNTRIED_MARGIN = 0.5  # of a router that no question has tried: three times as likely as the next
+UNTRIED_MARGIN = 0.9  # of a router that no question has tried, and whose probabilities are too sure of themselves
 
 
 @dataclass(frozen=True)

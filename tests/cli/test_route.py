@@ -91,11 +91,11 @@ def test_a_pool_is_routed_by_what_training_kept(with_states, tiny_base, tmp_path
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["questions"] == {"change": 12, "groups": 12}
-    assert (told["rule"], told["layer"], told["margin"], told["accuracy"]) == ("distance", 1, 0.5, None)
+    assert (told["rule"], told["layer"], told["margin"], told["accuracy"]) == ("distance", 1, 0.9, None)
     assert (
         "of 24 questions; without rows of the tasks nobody knows how often it is right (--corpus tells)" in done.stderr
     )
-    assert "the drafter answers where the first choice is less than 0.5 above the second" in done.stderr
+    assert "the drafter answers where the first choice is less than 0.9 above the second" in done.stderr
     pair = ("--drafter", tmp_path / "drafter", "--verifier", tmp_path / "verifier", *PAIR, "--template", "plain")
     question = generate("groups", 1, 5, "test")[0].question
     done = invoke("ask", question, "--router", with_states, *pair, "--base", tiny_base, "--json")
@@ -105,7 +105,7 @@ def test_a_pool_is_routed_by_what_training_kept(with_states, tiny_base, tmp_path
     assert answer["drafted_by"] in ("drafter", answer["route"])
     first = (with_states / "router.safetensors").read_bytes()
     done = invoke(
-        "pool", "route", with_states, "--base", tiny_base, "--rule", "distance", "--margin", "0.5", "--replace"
+        "pool", "route", with_states, "--base", tiny_base, "--rule", "distance", "--margin", "0.9", "--replace"
     )
     assert done.exit_code == 0, done.stderr
     assert (with_states / "router.safetensors").read_bytes() == first

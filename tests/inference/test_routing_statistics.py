@@ -82,7 +82,7 @@ def test_questions_go_where_a_corpus_would_send_them(base):
         for task, texts in questions.items()
     }
     by_statistics = router_of_statistics(pool)
-    assert by_statistics.margin == 0.5
+    assert by_statistics.margin == 0.9
     by_statistics.require(base, TEMPLATE)
     new = asked(40, "test")
     states = np.concatenate([read(base, texts) for texts in new.values()])
