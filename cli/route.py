@@ -81,7 +81,7 @@ def route(
     from mlx_rsgwm.core.errors import RsgwmError
     from mlx_rsgwm.core.folders import exclusive
     from mlx_rsgwm.inference.open import find_base, load_base_for, template_of
-    from mlx_rsgwm.inference.routed import ROUTER_FILE
+    from mlx_rsgwm.inference.routed import ROUTER_FILE, save_router
     from mlx_rsgwm.inference.routing import UNTRIED_MARGIN, fit_router, router_of_statistics
     from mlx_rsgwm.models.adapter_sources import load_adapters
     from mlx_rsgwm.models.prompt_statistics import statistics_of_pool
@@ -100,8 +100,8 @@ def route(
             if base_name is not None:
                 find_base(adapters, base_name)
             router = router_of_statistics(statistics_of_pool(adapters), UNTRIED_MARGIN if margin is None else margin)
-        router.save(pool / ROUTER_FILE)
-    _tell(console, router, pool / ROUTER_FILE)
+        path = save_router(router, pool, adapters)
+    _tell(console, router, path)
 
 
 def _refuse_without_corpus(corpora: Sequence[Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,11 +47,18 @@ class RoutedPool:
         return {**judges, **self.adapters}
 
 
+def save_router(router: Router, pool: Path, adapters: Sequence[Adapter]) -> Path:
+    """Write the router of the ``adapters`` in the folder ``pool`` with what tells them from others; its path."""
+    hashes = {adapter.name: adapter.weights_hash() for adapter in adapters}
+    replace(router, about={**router.about, "adapters": hashes}).save(pool / ROUTER_FILE)
+    return pool / ROUTER_FILE
+
+
 def load_routed(pool: str | Path, base: str | Path | None, progress: Progress = SILENT) -> RoutedPool:
     """The router in a pool's folder, and the adapters in it that the router names.
 
     Raises:
-        RsgwmError: no router there, an adapter that is missing or cannot be read.
+        RsgwmError: no router there, an adapter that is missing, cannot be read, or is another than it was fitted for.
     """
     folder = files.expanded(str(pool))
     if not (folder / ROUTER_FILE).is_file():
@@ -60,7 +67,15 @@ def load_routed(pool: str | Path, base: str | Path | None, progress: Progress = 
     outside = [name for name in router.names if Path(name).name != name or not (folder / name).is_dir()]
     if outside:
         raise RsgwmError(f"the router of {folder} chooses among adapters that are not there: {', '.join(outside)}")
-    return RoutedPool(router, {name: load_adapter(folder / name, base, progress=progress) for name in router.names})
+    adapters = {name: load_adapter(folder / name, base, progress=progress) for name in router.names}
+    fitted = router.about.get("adapters", {})  # routers from before have none
+    others = [name for name, adapter in adapters.items() if fitted and fitted.get(name) != adapter.weights_hash()]
+    if others:
+        raise RsgwmError(
+            f"{folder}: {', '.join(others)} is not what the router was fitted for; fit it again: "
+            f"rsgwm pool route {folder} --replace"
+        )
+    return RoutedPool(router, adapters)
 
 
 class RoutedDraftVerify(DraftVerify):

@@ -53,7 +53,8 @@ class Router:
 
     ``layer``: states are those after so many layers. ``arrays``: linear rules have weight (adapters, dims) and bias
     (adapters,), nearest has states (n, dims), unit length, and labels (n,); all float64. ``margin``: below it no
-    adapter is sure. ``about``: base and template that the states depend on, and what was measured when it was fitted.
+    adapter is sure. ``about``: base and template that the states depend on, the adapters' hashes, and what was measured
+    when it was fitted.
     """
 
     names: tuple[str, ...]
@@ -95,14 +96,9 @@ class Router:
             raise RsgwmError(f"{path} is no router; rsgwm pool route makes one")
         try:
             told = files.parse_json(metadata["router"])
-            router = Router(
-                tuple(map(str, told["names"])),
-                str(told["rule"]),
-                int(told["layer"]),
-                {name: _values(array) for name, array in arrays.items()},
-                float(told["margin"]),
-                dict(told["about"]),
-            )
+            values = {name: _values(array) for name, array in arrays.items()}
+            settings = (told[name] for name in ("rule", "layer"))
+            router = Router(tuple(told["names"]), *settings, values, told["margin"], dict(told["about"]))
         except (KeyError, TypeError, ValueError) as error:
             raise RsgwmError(f"{path} is no sound router: {error}") from error
         router.check(path)
@@ -110,8 +106,8 @@ class Router:
 
     def check(self, path: Path) -> None:
         """Raise for what cannot choose: another number of adapters than names, values that are not finite."""
-        parts = {"nearest": ("states", "labels")}.get(self.rule, ("weight", "bias"))
-        sound = self.rule in RULES and set(self.arrays) == set(parts) and 0 <= self.margin <= 1 and len(self.names) > 1
+        parts = ("states", "labels") if self.rule == "nearest" else ("weight", "bias")
+        sound = self._has_sound_settings() and set(self.arrays) == set(parts)
         if sound:
             first, second = (self.arrays[name] for name in parts)
             rows = len(first) if self.rule == "nearest" else len(self.names)
@@ -120,6 +116,13 @@ class Router:
             sound = sound and (self.rule != "nearest" or set(second.tolist()) <= set(range(len(self.names))))
         if not sound:
             raise RsgwmError(f"{path} is no sound router; rsgwm pool route makes one")
+
+    def _has_sound_settings(self) -> bool:
+        """Whether all but the arrays is what :meth:`save` writes: ``true`` is no number, and "1" none either."""
+        names = all(isinstance(name, str) for name in self.names) and len(set(self.names)) == len(self.names) > 1
+        layer = type(self.layer) is int and self.layer >= 1
+        margin = type(self.margin) in (int, float) and 0 <= self.margin <= 1
+        return names and layer and margin and self.rule in RULES and isinstance(self.about.get("adapters", {}), dict)
 
     def require(self, base: Base, template: Template) -> None:
         """Raise when states here are others than those that the router was fitted on."""

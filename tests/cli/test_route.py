@@ -201,6 +201,22 @@ def test_a_router_that_is_there_stays(pool, tiny_base, tmp_path):
     assert fit(pool, tiny_base, "--corpus", tmp_path / "data", "--margin", "0.5", "--replace").exit_code == 0
 
 
+def test_an_adapter_replaced_by_another(pool, tiny_base, tmp_path):
+    assert fit(pool, tiny_base, "--corpus", tmp_path / "data").exit_code == 0
+    shutil.rmtree(pool / "change")
+    shutil.copytree(pool / "groups", pool / "change")
+    pair = ("--drafter", tmp_path / "drafter", "--verifier", tmp_path / "verifier", *PAIR, "--template", "plain")
+    ask = ("ask", "What?", "--router", pool, *pair, "--base", tiny_base)
+    done = invoke(*ask)
+    assert (done.exit_code, "change is not what the router was fitted for; fit it again" in done.stderr) == (2, True)
+    assert fit(pool, tiny_base, "--corpus", tmp_path / "data", "--replace").exit_code == 0
+    assert invoke(*ask).exit_code == 0
+    router = routing.Router.load(pool / "router.safetensors")
+    old = replace(router, about={name: value for name, value in router.about.items() if name != "adapters"})
+    old.save(pool / "router.safetensors")
+    assert invoke(*ask).exit_code == 0  # nothing says what it was fitted for
+
+
 def test_a_pool_without_a_router_or_without_an_adapter(pool, tiny_base, tmp_path):
     pair = ("--drafter", tmp_path / "drafter", "--verifier", tmp_path / "verifier", *PAIR, "--template", "plain")
     done = invoke("ask", "What?", "--router", pool, *pair, "--base", tiny_base)

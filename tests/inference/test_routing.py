@@ -1,5 +1,7 @@
 """Routers: states against the model's own layers, rules written out in float64, files, and the loop over a pool."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -182,6 +184,29 @@ def test_a_router_comes_back_to_the_same_bits(base, tmp_path, rule):
 )
 def test_a_router_that_cannot_choose_is_refused(tmp_path, arrays):
     Router(TASKS, "classifier", 1, arrays).save(tmp_path / "router.safetensors")
+    with pytest.raises(RsgwmError, match="is no sound router"):
+        Router.load(tmp_path / "router.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": ("change", "change", "prices")},
+        {"names": ("change", "groups", 3)},
+        {"layer": 1.5},
+        {"layer": True},
+        {"layer": "1"},
+        {"layer": 0},
+        {"margin": True},
+        {"margin": "0.5"},
+        {"margin": 1.5},
+        {"about": {"adapters": []}},
+    ],
+)
+def test_settings_that_are_not_what_they_look_like(tmp_path, change):
+    router = Router(TASKS, "classifier", 1, {"weight": np.zeros((3, 4)), "bias": np.zeros(3)})
+    router.check(tmp_path)
+    replace(router, **change).save(tmp_path / "router.safetensors")
     with pytest.raises(RsgwmError, match="is no sound router"):
         Router.load(tmp_path / "router.safetensors")
 
