@@ -117,7 +117,7 @@ def train(
     if folder is None:
         return train_adapter(_base(base, progress), rows, chosen, held, progress=progress)
     saving = Saving(folder, resume="continue")
-    with claim_adapter_folder(folder):
+    with claim_adapter_folder(folder, trains=True):
         adapter = train_adapter(_base(base, progress), rows, chosen, held, progress=progress, saving=saving)
         finish(adapter, saving)
     return adapter

@@ -24,10 +24,11 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 from mlx_rsgwm.core.folders import exclusive, new_folder
 from mlx_rsgwm.core.progress import Progress
-from mlx_rsgwm.core.resume import differing
+from mlx_rsgwm.core.resume import differing, read_stamp
 from mlx_rsgwm.core.safetensors_io import read_safetensors, require_space_for, write_safetensors
 from mlx_rsgwm.models.adapter import (
     CONFIG_FILE,
+    FORMAT,
     IMPORTANCE_FILE,
     MANIFEST_FILE,
     UNFINISHED_FILE,
@@ -151,28 +152,53 @@ def prune(folder: Path, keep: int, with_state: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif position >= with_state:
             (path / STATE_FILE).unlink(missing_ok=True)
-    for path in (folder / FOLDER).glob("*"):
+    for path in (folder / FOLDER).glob("*step-*"):
         if path.is_dir() and not (path / MANIFEST_FILE).is_file():
             shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def claim_adapter_folder(folder: Path) -> Iterator[None]:
+def claim_adapter_folder(folder: Path, trains: bool = False) -> Iterator[None]:
     """Hold ``folder`` for an adapter that the body makes, so that of two commands one makes it and the other says so.
 
     Of a finished adapter in it what only an unfinished run needs is removed, before it is refused.
 
     Raises:
-        RsgwmError: it holds a finished one, or one that was not trained here, or another process is writing it.
+        RsgwmError: whatever :func:`require_free` refuses, or another process is writing it.
     """
     with exclusive(folder):
-        if is_complete(folder):
-            drop_state(folder)
-            raise RsgwmError(f"{folder} already holds a finished adapter; choose another folder or remove it")
-        others = [name for name in (WEIGHTS_FILE, CONFIG_FILE, PEFT_WEIGHTS_FILE) if files.is_present(folder / name)]
-        if others and not (folder / UNFINISHED_FILE).is_file() and not checkpoint_folders(folder):
-            raise RsgwmError(f"{folder} holds {others[0]} of another program; choose another folder or remove it")
+        require_free(folder, trains)
         yield
+
+
+def require_free(folder: Path, trains: bool) -> None:
+    """Refuse a folder that an adapter written there would spoil, or be spoiled by.
+
+    Raises:
+        RsgwmError: it holds a finished adapter, or one that was not made here; a model, a corpus, a pool; an unfinished
+            run, whose checkpoints would be taken for the new adapter's, unless the body ``trains``.
+    """
+    advice = "choose another folder or remove it"
+    if is_complete(folder):
+        manifest = read_stamp(folder / MANIFEST_FILE) or {}
+        if manifest.get("format", FORMAT) != FORMAT:
+            raise RsgwmError(f"{folder} holds something else than an adapter ({manifest['format']}); {advice}")
+        drop_state(folder)
+        raise RsgwmError(f"{folder} already holds a finished adapter; {advice}")
+    others = [name for name in (WEIGHTS_FILE, CONFIG_FILE, PEFT_WEIGHTS_FILE) if files.is_present(folder / name)]
+    if others and not (folder / UNFINISHED_FILE).is_file() and not checkpoint_folders(folder):
+        raise RsgwmError(f"{folder} holds {others[0]} of another program; {advice}")
+    if files.is_present(folder / "config.json") or any(folder.glob("model*.safetensors")):
+        raise RsgwmError(f"{folder} holds a base model; choose another folder")
+    signs = (WEIGHTS_FILE, PEFT_WEIGHTS_FILE, f"{FOLDER}/step-*")
+    if inside := sorted(path.relative_to(folder).parts[0] for sign in signs for path in folder.glob(f"[!.]*/{sign}")):
+        raise RsgwmError(f"{folder} is a folder of adapters ({inside[0]} is there); choose a name in it, or another")
+    runs = [path for name in (FOLDER, SNAPSHOTS) for path in (folder / name).glob("step-*")]
+    if runs and not trains:
+        raise RsgwmError(
+            f"{folder} holds an unfinished training ({runs[0].relative_to(folder)}); finish it (rsgwm train --resume), "
+            "remove the folder, or choose another"
+        )
 
 
 def drop_state(folder: Path) -> None:

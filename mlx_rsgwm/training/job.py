@@ -109,7 +109,7 @@ def run_job(job: TrainJob, progress: Progress = SILENT) -> Adapter | None:
     """
     processes, folder = launched_processes(), job.saving.folder
     if processes.writes:
-        with claim_adapter_folder(folder):
+        with claim_adapter_folder(folder, trains=True):
             return _run_in(job, processes, progress)
     if is_complete(folder):
         raise RsgwmError(f"{folder} already holds a finished adapter; choose another folder or remove it")

@@ -17,7 +17,7 @@ from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.base_folder import base_difference
-from mlx_rsgwm.training.checkpoints import Paused, Saving, drop_state
+from mlx_rsgwm.training.checkpoints import Paused, Saving, drop_state, require_free
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train
 from mlx_rsgwm.training.memory import MemoryOptions
@@ -67,6 +67,7 @@ def train_pool(
                 drop_state(folder)
                 progress.message(f"{member.name}: finished before")
                 continue
+            require_free(folder, trains=True)
             member_saving = replace(saving, folder=folder)
             try:
                 adapter = train(

@@ -138,6 +138,9 @@ MISTAKES = {
         fuse a --out tiny                         | tiny exists and is not an empty folder
         train --base tiny --corpus corpse --out o | corpse does not exist; did you mean 'corpus'?
         train --base tiny --corpus corpus --out a | a already holds a finished adapter
+        train --base tiny --corpus corpus --out tiny   | tiny holds a base model; choose another folder
+        train --base tiny --corpus corpus --out corpus | corpus holds something else than an adapter (mlx-rsgwm/corpus)
+        merge a b --out tiny                      | tiny holds a base model; choose another folder
         ask --file sum.jsonl --adapter a          | sum.jsonl does not exist; did you mean 'sums.jsonl'?
         ask --file corpus --adapter a             | corpus is a folder, not a file
         ask --file sums.jsonl --adapter a --out corpus | corpus is a folder; name a file for the answers

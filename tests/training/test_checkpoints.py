@@ -335,3 +335,39 @@ def test_an_adapter_of_another_program_is_not_written_over(tmp_path, name):
     with pytest.raises(RsgwmError, match=f"holds {name} of another program"), claim_adapter_folder(folder):
         raise AssertionError
     assert [path.name for path in folder.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        ("config.json", "holds a base model"),
+        ("model-00001-of-00002.safetensors", "holds a base model"),
+        ("change/adapters.safetensors", r"is a folder of adapters \(change is there\)"),
+        ("change/adapter_model.safetensors", "is a folder of adapters"),
+        ("change/checkpoints/step-000002", "is a folder of adapters"),
+        (
+            "checkpoints/step-000002",
+            r"an unfinished training \(checkpoints/step-000002\); finish it",
+        ),
+        ("snapshots/step-000002", "unfinished training"),
+    ],
+)
+def test_what_an_adapter_would_spoil_is_not_written_into(tmp_path, held, reason):
+    folder = tmp_path / "out"
+    (folder / held).parent.mkdir(parents=True)
+    (folder / held).touch()
+    for trains in (False, True):
+        if trains and "unfinished" in reason:
+            with claim_adapter_folder(folder, trains=True):
+                continue
+        with pytest.raises(RsgwmError, match=reason), claim_adapter_folder(folder, trains):
+            raise AssertionError
+    assert (folder / held).exists()
+
+
+def test_a_folder_of_something_else_is_not_cleared(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": "mlx-rsgwm/corpus"}')
+    (tmp_path / "checkpoints" / "notes").mkdir(parents=True)
+    with pytest.raises(RsgwmError, match=r"else than an adapter \(mlx-rsgwm/corpus\)"), claim_adapter_folder(tmp_path):
+        raise AssertionError
+    assert (tmp_path / "checkpoints" / "notes").is_dir()
