@@ -143,7 +143,13 @@ class PoolAdapter:
     def describe(self) -> dict[str, Any]:
         """JSON object that names this source in a merge's manifest."""
         digest = self.content_hash() or sha256_json({name: list(shape) for name, shape in self.shapes.items()})
-        return {"name": self.name, "manifest_sha256": digest}
+        weights = self.weights_hash()
+        return {"name": self.name, "manifest_sha256": digest, **({"weights_sha256": weights} if weights else {})}
+
+    def weights_hash(self) -> str | None:
+        """What its manifest says of its weights, which stays where directions are put beside them; None for nothing."""
+        recorded = (self.manifest.get("files") or {}).get(WEIGHTS_FILE)
+        return str(recorded) if recorded else None
 
     def content_hash(self) -> str | None:
         """What tells it from every other adapter: the hash of its manifest, or of the files of another format that it
@@ -158,10 +164,11 @@ class PoolAdapter:
         read = [origin] if origin.is_file() else sorted(origin.glob("*.safetensors"))
         return sha256_json([self.spec.to_config(), *map(sha256_unchanged, read)])
 
-    def merged_from(self) -> dict[str, str]:
-        """Content hashes of the adapters that it was merged from, with their names."""
+    def merged_from(self) -> set[str]:
+        """Hashes of manifests and weights of the adapters that it was merged from."""
         sources = (self.manifest.get("merge") or {}).get("sources") or ()
-        return {str(part.get("manifest_sha256")): str(part.get("name")) for part in sources if isinstance(part, dict)}
+        hashes = ("manifest_sha256", "weights_sha256")
+        return {str(part[name]) for part in sources if isinstance(part, dict) for name in hashes if name in part}
 
     @property
     def base_fingerprint(self) -> str:

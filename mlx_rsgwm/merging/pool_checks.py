@@ -91,9 +91,9 @@ def _descents(sources: Sequence[PoolAdapter]) -> list[str]:
     merges = [(source, source.merged_from()) for source in sources]
     if not any(parts for _, parts in merges):
         return []
-    labels = {source.content_hash(): source.label for source in sources}
+    hashes = {source.label: {source.content_hash(), source.weights_hash()} for source in sources}
     return [
-        f"{source.label} was merged from {' and '.join(again)}, which counts again here"
+        f"{source.label} was merged from {' and '.join(again)}, which counts again here; name the adapters to take"
         for source, parts in merges
-        if (again := [label for digest, label in labels.items() if digest in parts and label != source.label])
+        if (again := [label for label, known in hashes.items() if known & parts and label != source.label])
     ]

@@ -1,5 +1,7 @@
 """``auto``: which method a pool gets, why, and what was given instead of a method's name."""
 
+import json
+
 import mlx.core as mx
 import pytest
 
@@ -82,7 +84,12 @@ def test_a_merge_beside_its_own_sources_is_named(make_adapter, tmp_path):
     folders = [make_adapter(seed).save(tmp_path / f"a{seed}") for seed in range(3)]
     merged = merge(folders[:2], MergeOptions()).save(tmp_path / "m")
     (warning,) = told(merged, folders[1])["warnings"]
-    assert warning == f"{merged} was merged from {folders[1]}, which counts again here"
+    expected = f"{merged} was merged from {folders[1]}, which counts again here; name the adapters to take"
+    assert warning == expected
+    path = folders[1] / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "collected": True}))  # as what is put beside it does
+    (warning,) = told(merged, folders[1])["warnings"]
+    assert warning == expected
     assert not told(merged, folders[2])["warnings"]
 
 
