@@ -28,6 +28,7 @@ from mlx_rsgwm.cli.crashes import address_limit, crashes_told
 from mlx_rsgwm.cli.groups import LazyGroup
 from mlx_rsgwm.cli.old_names import with_new_names
 from mlx_rsgwm.cli.startup import hide_torch, keep_limits
+from mlx_rsgwm.cli.streams import prepare_streams
 from mlx_rsgwm.cli.wrong_words import explained, refuse_one_dash
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.signals import handled
@@ -196,22 +197,6 @@ def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     environment.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def prepare_streams() -> None:
-    """Standard streams that are there and take any text.
-
-    One that was closed would be the number of the next file that is opened; nothing is read from it, and what is
-    written to it is lost. A character that the terminal's encoding lacks is written out.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, and so this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
-        getattr(sys, name).reconfigure(errors="backslashreplace" if number else "surrogateescape")
 
 
 def quieten_libraries(arguments: Sequence[str]) -> None:

@@ -51,6 +51,16 @@ def test_streams_that_are_closed_leave_the_exit_code(line, code, tmp_path):
     assert "Traceback" not in done.stderr.decode()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device on this system")
+@pytest.mark.parametrize("line", ["2> /dev/full", "2< /dev/null", "2>&-"])
+def test_progress_that_cannot_be_shown_ends_no_work(line, make_adapter, tmp_path):
+    adapters = [make_adapter(seed).save(tmp_path / str(seed)) for seed in range(2)]
+    done = shell(line, "merge", *adapters, "--out", tmp_path / "merged", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout.decode().splitlines()[-1])["out"] == str(tmp_path / "merged")
+    assert (tmp_path / "merged" / "manifest.json").exists()
+
+
 def test_a_reader_that_goes_away_is_one_line():
     """``| head``: the exit code is the one that a shell gives to what a closed pipe ends."""
     done = shell("| true", "help", "--markdown")

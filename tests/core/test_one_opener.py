@@ -22,7 +22,7 @@ OF_MODULES = {
 ALLOWED = {
     "mlx_rsgwm/core/files.py": "the opener",
     "cli/crashes.py": "the system's own tables of a process",
-    "cli/main.py": "the system's own null device, in place of a closed stream",
+    "cli/streams.py": "the system's own null device, in place of a closed stream",
     "mlx_rsgwm/core/folders.py": "folders and their locks",
     "mlx_rsgwm/core/safetensors_io.py": "arrays, once the opener has seen the file",
     "mlx_rsgwm/core/temporary.py": "the system's own boot id",
