@@ -40,7 +40,7 @@ from mlx_rsgwm.core.machine import SLOW_GFLOPS, all_versions, blas_fix, examine_
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import TEMPLATES
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
-from mlx_rsgwm.models.base import Base
+from mlx_rsgwm.models.base import Base, resolve_base
 
 KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 WORKS = ("forward", "lora", "fused", "train", "merge", "loop")
@@ -101,6 +101,7 @@ def measure_latency(config: LatencyConfig, progress: Progress = SILENT) -> dict[
         RsgwmError: torch is not installed, or the base or device is not there.
         AdapterError: an adapter that is damaged or does not fit the base.
     """
+    resolve_base(config.base, progress)  # first, for torch's import takes seconds
     import_torch()
     device = bench_device(config.device)
     before = conditions()

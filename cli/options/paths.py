@@ -34,12 +34,20 @@ class FilePath(click.Path):
 
 
 class NewPath(FilePath):
-    """A file or folder to write, whose name is UTF-8: MLX opens no others, and would say so after the work."""
+    """A file or folder to write: what could not be written is said before the work.
+
+    Its name is UTF-8, for MLX opens no others, and it is no device or pipe, whose place a file would take.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from mlx_rsgwm.core.files import other_kind
+
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
             self.fail("is not UTF-8; choose another name", param, ctx)
-        return super().convert(value, param, ctx)
+        path = super().convert(value, param, ctx)
+        if isinstance(path, Path) and (kind := other_kind(path)) and not path.is_dir():
+            self.fail(f"{value!r} is {kind}; name a file or folder", param, ctx)
+        return path
 
 
 PATH = FilePath()

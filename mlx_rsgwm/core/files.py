@@ -67,10 +67,22 @@ def open_regular(path: Path, largest: int | None = None) -> BinaryIO:
 
 def _check_regular(path: Path, status: os.stat_result, largest: int | None) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = OTHER_KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise RsgwmError(f"{path} is {kind}, not a file")
+        raise RsgwmError(f"{path} is {_kind(status)}, not a file")
     if largest is not None and status.st_size > largest:
         raise RsgwmError(f"{path} has {status.st_size >> 20} MB, which is more than such a file can have")
+
+
+def _kind(status: os.stat_result) -> str:
+    return OTHER_KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+
+
+def other_kind(path: Path) -> str:
+    """What a name or what it links to is, where that is no regular file: "a device"; empty for a file or nothing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ""
+    return "" if stat.S_ISREG(status.st_mode) else _kind(status)
 
 
 def is_present(path: Path) -> bool:
@@ -244,8 +256,11 @@ def new_file(path: Path, replace: bool = True) -> Iterator[Path]:
     When the body fails nothing is left; what killed processes left half written in the folder is removed.
 
     Raises:
-        RsgwmError: it cannot be written; without ``replace`` also when there is a file by then.
+        RsgwmError: it cannot be written; it is a folder, a pipe or a device, which a rename would put an end to (root's
+            even to /dev/null); without ``replace`` also when there is a file by then.
     """
+    if replace and (kind := other_kind(path)):
+        raise RsgwmError(f"cannot write {path}: it is {kind}, not a file")
     remove_leftovers(path.parent)
     temporary = temporary_file(path)
     try:

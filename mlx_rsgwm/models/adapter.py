@@ -377,6 +377,8 @@ def _explain_missing_weights(folder: Path) -> str:
 def _explain_missing_folder(folder: Path) -> str:
     if folder.is_file():
         return f"{folder} is a file, not an adapter; name the adapter's folder, or a .gguf file"
+    if kind := files.other_kind(folder):
+        return f"{folder} is {kind}, not an adapter; name the adapter's folder, or a .gguf file"
     several = "; write several with spaces between them" if "," in folder.name else ""
     made = several or nearest_path(folder) or "; `rsgwm demo` makes some, `rsgwm train` your own"
     return f"adapter folder {folder} does not exist{made}"

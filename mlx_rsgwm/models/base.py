@@ -170,7 +170,8 @@ def resolve_base(name: str, progress: Progress = SILENT) -> Path:
     if path.is_dir():
         return check_folder(path)
     if path.exists():
-        raise RsgwmError(f"base {name} is a file, and no .gguf file; give a model's folder, Hub id, or .gguf file")
+        kind = files.other_kind(path) or "a file, and no .gguf file"
+        raise RsgwmError(f"base {name} is {kind}; give a model's folder, Hub id, or .gguf file")
     if HUB_ID.fullmatch(name):
         return check_folder(_from_hub(name, progress))
     alias = nearest(name, ALIASES)

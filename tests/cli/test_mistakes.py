@@ -5,6 +5,7 @@ person who made that mistake wants to read.
 """
 
 import json
+import os
 import shlex
 import shutil
 
@@ -127,6 +128,10 @@ MISTAKES = {
         ask x --adapter drafte                    | adapter folder drafte does not exist; did you mean 'drafter'?
         merge a nowhere --out o                   | adapter folder nowhere does not exist
         merge a sums.jsonl --out o                | sums.jsonl is a file, not an adapter
+        merge a pipe --out o                      | pipe is a pipe, not an adapter
+        parity pipe --out o                       | pipe is a pipe, not an adapter
+        parity a --out pipe                       | 'pipe' is a pipe; name a file or folder
+        eval a --task change --out pipe           | 'pipe' is a pipe; name a file or folder
         merge a b --out drafter                   | drafter already holds a finished adapter; choose another folder
         merge a b --out sums.jsonl                | sums.jsonl is a file, and a folder is to be there
         merge a b --out sums.jsonl/               | 'sums.jsonl/' names a folder, and there is a file; leave the /
@@ -214,6 +219,7 @@ def folder(tiny_base, tmp_path_factory):
     question = [{"question": f"What is {n} + 3?", "answer": str(n + 3)} for n in range(9)]
     (top / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in question))
     (top / "sums.json").write_text(json.dumps(question))
+    os.mkfifo(top / "pipe")
     (top / "utf16.csv").write_bytes("question\nHi?\n".encode("utf-16"))
     for name, text in FILES.items():
         (top / name).write_text(text)

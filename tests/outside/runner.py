@@ -32,6 +32,9 @@ PRELOADED = (
 )  # fmt: skip
 
 
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full")  # odd values name them, and root may put files in their places
+
+
 def peak_memory() -> int:
     """The most bytes that this process has had in memory since :func:`forget_peak`, where the system tells."""
     for line in Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else ():
@@ -46,8 +49,11 @@ def forget_peak() -> None:
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Every name below a folder, with what a change of it would change."""
+    """Every name below a folder, and devices, with what a change of it would change."""
     names = {}
+    for device in filter(os.path.exists, DEVICES):
+        status = os.lstat(device)
+        names[device] = (status.st_ino, status.st_mode, 0)
     for place, below, held in os.walk(folder):
         for name in (*below, *held):
             status = os.lstat(os.path.join(place, name))
