@@ -102,6 +102,8 @@ def measure_latency(config: LatencyConfig, progress: Progress = SILENT) -> dict[
         AdapterError: an adapter that is damaged or does not fit the base.
     """
     resolve_base(config.base, progress)  # first, for torch's import takes seconds
+    if config.adapter:
+        Adapter.load(Path(config.adapter), lazy=True)
     import_torch()
     device = bench_device(config.device)
     before = conditions()

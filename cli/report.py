@@ -8,7 +8,7 @@ import click
 
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
-from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH
+from mlx_rsgwm.cli.options.kinds import NEW_FILE, PATH
 
 
 @click.command()
@@ -17,7 +17,7 @@ from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH
 @click.option(
     "--lm-eval", "against", is_flag=True, help="List the drafts that lm_eval's GSM8K filters judge otherwise."
 )
-@click.option("--tables", "tables_file", type=NEW_PATH, help="Write the tables alone here, too: .md, .tex or .csv.")
+@click.option("--tables", "tables_file", type=NEW_FILE, help="Write the tables alone here, too: .md, .tex or .csv.")
 @common_options
 def report(console: Console, run: Path, out: Path | None, against: bool, tables_file: Path | None) -> None:
     """Write the report of RUN anew (report.html, report.md, plot.png, report.json) from its items.jsonl.

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_rsgwm.cli.console import Console, common_options
-from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH, Number, Whole
+from mlx_rsgwm.cli.options.kinds import NEW_FILE, PATH, Number, Whole
 
 
 @click.command()
@@ -36,7 +36,7 @@ from mlx_rsgwm.cli.options.kinds import NEW_PATH, PATH, Number, Whole
     "--effect", type=Number(0.01, 1), default=0.1, show_default=True, help="Difference in the shape ξ that counts."
 )
 @click.option("--resamples", type=Whole(99, 100_000), default=999, show_default=True, help="Bootstrap samples.")
-@click.option("--plot", "picture", type=NEW_PATH, help="Write mean excess, quantiles and stability here: .png or .svg.")
+@click.option("--plot", "picture", type=NEW_FILE, help="Write mean excess, quantiles and stability here: .png or .svg.")
 @common_options
 def tails(
     console: Console,

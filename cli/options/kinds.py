@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mlx_rsgwm.cli.options.paths import NEW_FILE as NEW_FILE
 from mlx_rsgwm.cli.options.paths import NEW_PATH as NEW_PATH
 from mlx_rsgwm.cli.options.paths import PATH as PATH  # beside their neighbours for those who take several
 from mlx_rsgwm.cli.options.paths import SOURCE as SOURCE

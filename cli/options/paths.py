@@ -50,8 +50,19 @@ class NewPath(FilePath):
         return path
 
 
+class NewFile(NewPath):
+    """A file to write, in the place of a file or of nothing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if isinstance(path, Path) and (path.is_dir() or str(value).endswith("/")):
+            self.fail(f"{str(value)!r} is a folder; name a file", param, ctx)
+        return path
+
+
 PATH = FilePath()
 NEW_PATH = NewPath()
+NEW_FILE = NewFile()
 
 
 class AdapterSourceType(FilePath):

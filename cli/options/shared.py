@@ -15,6 +15,7 @@ import click
 from mlx_rsgwm.cli.options.kinds import (
     ANY_NUMBER,
     COUNT,
+    NEW_FILE,
     NEW_PATH,
     PAIR,
     PATH,
@@ -81,7 +82,7 @@ def methods(tail: str, default: str) -> Any:
 
 def page(what: str) -> Any:
     """``--html``: a page with pictures."""
-    return click.option("--html", "page", type=NEW_PATH, help=f"Write a page here: {what}.")
+    return click.option("--html", "page", type=NEW_FILE, help=f"Write a page here: {what}.")
 
 
 def data() -> Any:

@@ -85,9 +85,9 @@ def check_parity(
     if not 0 < tolerance < float("inf"):
         raise RsgwmError(f"parity tolerance must be a number above 0, found {tolerance}")
     adapter = load_adapter(source, base_name, progress=progress)  # first, for torch's import takes seconds
+    name, path = base_of(adapter, base_name, progress)
     torch_version = import_torch().__version__
     device = torch_device(device)
-    name, path = base_of(adapter, base_name, progress)
     if peft_folder is None and adapter.origin is not None and adapter.origin.is_dir():
         peft_folder = adapter.origin
     with tempfile.TemporaryDirectory(prefix="rsgwm-parity-") as temporary, progress.task("parity", 2) as advance:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -170,20 +170,35 @@ def missing_problems(
     return []
 
 
-def missing_saved(groups: Groups, config: Mapping[str, Any], reading: PeftReading) -> list[str]:
-    """Modules that were to be saved whole and of which nothing is there. PEFT warns and takes the base's; so does this.
+def saved_modules(groups: Groups) -> set[str]:
+    """Modules of which something was saved whole, as transformers calls them."""
+    return {name.rpartition(".")[0] for name in groups.full} | groups.copies.keys() | groups.embeddings.keys()
 
-    Nobody but whoever trained it could say what they held.
+
+def missing_saved(
+    saved: Collection[str], config: Mapping[str, Any], base: BaseLayers | None, reading: PeftReading
+) -> list[str]:
+    """Modules that were to be saved whole and are not among those ``saved``. Nobody could say what they held.
+
+    One that the base is known to have is a problem: PEFT saves and asks for each. Of any other name that is told, and a
+    problem only if all is strict: a head that the base ties, or a name that finds nothing.
     """
-    modules = {name.rpartition(".")[0] for name in groups.full} | groups.copies.keys() | groups.embeddings.keys()
     names = config.get("modules_to_save") or ()
-    missing = [name for name in names if not any(saves_whole({"modules_to_save": [name]}, each) for each in modules)]
+    others: list[str] = []
+    if names and base is not None:
+        there = {base.names.mlx_module(module) for module in saved}
+        modules = {name.rpartition(".")[0] for name in base.parameters}
+        others = sorted(map(base.names.transformers_module, modules - there))
+    lost = [name for name in others if saves_whole(config, name)]
+    problems = [f"{name} was trained whole (modules_to_save), and is not in the file" for name in lost]
+    known = [*saved, *lost]
+    missing = [name for name in names if not any(saves_whole({"modules_to_save": [name]}, each) for each in known)]
     if reading.strict:
-        return [f"modules_to_save names {name}, and nothing of it was saved" for name in missing]
+        return problems + [f"modules_to_save names {name}, and nothing of it was saved" for name in missing]
     if missing:
         shown = ", ".join(missing)
         reading.notes.append(f"modules_to_save names {shown}, of which nothing was saved: left as in the base")
-    return []
+    return problems
 
 
 def base_names_missing(config: Mapping[str, Any], base: BaseLayers, adapted: set[str]) -> list[str]:
@@ -213,16 +228,17 @@ def _shown(layer: Any) -> tuple[int, ...]:
 def size_problems(adapter: Adapter, base: BaseLayers | None) -> list[str]:
     """Modules whose factors are of other sizes than the base's layers, which PEFT would not load; none without a base.
 
-    An embedding may have rows of tokens that the base has not.
+    An embedding may have rows of tokens that the base has not, and none less.
     """
     problems = []
     for module in adapter.modules():
         layer = base.layers.get(module) if base is not None else None
-        if layer is None or is_embedding(module):
+        if layer is None:
             continue
         a, b = (adapter.weights[f"{module}.{leaf}"].shape for leaf in ("lora_a", "lora_b"))
         sizes = (a[-1], b[-2]) if layer.kind == "experts" else (a[0], b[-1])
-        if sizes != (layer.inputs, layer.outputs):
+        more = is_embedding(module) and sizes[0] > layer.inputs
+        if sizes != (layer.inputs, layer.outputs) and not (more and sizes[1] == layer.outputs):
             wanted = f"{layer.inputs}→{layer.outputs}"
             problems.append(f"{module}: adapter is {sizes[0]}→{sizes[1]}, the base's layer {wanted}")
     return problems

@@ -19,6 +19,7 @@ from mlx_rsgwm.converters.peft.fit import (
     missing_problems,
     missing_saved,
     other_towers,
+    saved_modules,
     take_copies,
     take_other_weights,
 )
@@ -79,6 +80,7 @@ def read_peft(
     sidecar = read_sidecar(folder.path, config, folder.sha256)
     layout = Layout()
     copies: dict[str, mx.array] = {}
+    wrong += missing_saved(saved_modules(groups), config, base, reading)
     if base is not None:
         wrong += other_towers(groups, base, reading)
         copies = take_copies(groups, base)
@@ -121,7 +123,6 @@ def _read_groups(
     if base is not None:
         problems += fit_problems(updates, groups, base)
         problems += missing_problems(updates, config, base, reading)
-    problems += missing_saved(groups, config, reading)
     reading.notes += config_notes(config)
     if layout.untied:
         reading.notes.append(

@@ -136,6 +136,9 @@ MISTAKES = {
         merge a b --out sums.jsonl                | sums.jsonl is a file, and a folder is to be there
         merge a b --out sums.jsonl/               | 'sums.jsonl/' names a folder, and there is a file; leave the /
         probe report x --html sums.jsonl/         | 'sums.jsonl/' names a folder, and there is a file; leave the /
+        audit a b --html /                        | '/' is a folder; name a file
+        audit a b --html corpus                   | 'corpus' is a folder; name a file
+        audit a b --html new/                     | 'new/' is a folder; name a file
         pool sweep a b --task change --weight 1 --out o | 1 weights for 2 adapters; give one for each
         ask x --base tny                          | base 'tny' does not exist; did you mean 'tiny'?
         ask x --base smollm-135m                  | did you mean 'smollm2-135m'?

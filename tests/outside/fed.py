@@ -19,6 +19,7 @@ from tests.faults.tally import DOCS, PAGE, commit, put_into
 
 COUNTS = DOCS / "fed.json"
 BEGIN, END = "<!-- fed: made by `make slow` -->\n", "<!-- end of fed -->\n"
+HERE = Path.cwd()  # some tests go elsewhere
 Case = TypeVar("Case")
 
 
@@ -35,11 +36,12 @@ def at_most(count: int) -> int:
 
 def keep(fed: str, tried_by: str, count: int, of: int, wrong: int) -> None:
     """Replace what is known of one part of what is fed: how many were tried of how many, and how many went wrong."""
-    if not (file := os.environ.get("RSGWM_FED")):
+    if not (name := os.environ.get("RSGWM_FED")):
         return
-    known = json.loads(Path(file).read_text()) if Path(file).exists() else {}
+    file = HERE / name
+    known = json.loads(file.read_text()) if file.exists() else {}
     known.setdefault(fed, {})[tried_by] = {"tried": count, "of": of, "wrong": wrong, "at": commit()}
-    Path(file).write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def table(known: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.peft.convert import convert_from_peft, to_peft
+from mlx_rsgwm.converters.peft.fit import size_problems
 from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import Progress
@@ -50,11 +51,39 @@ def test_a_sound_one_is_told_nothing_of(theirs, tiny_base, tmp_path):
     assert not [note for note in notes(theirs, tiny_base, tmp_path / "ours") if "zero" in note or "saved" in note]
 
 
-def test_a_saved_module_without_arrays_is_told_or_refused(theirs, tiny_base, tmp_path):
-    set_keys(theirs, modules_to_save=["norm"])
-    assert [note for note in notes(theirs, tiny_base, tmp_path / "ours") if "norm, of which nothing was saved" in note]
-    with pytest.raises(RsgwmError, match="modules_to_save names norm, and nothing of it was saved"):
+def test_a_name_that_saved_nothing_is_told_or_refused(theirs, tiny_base, tmp_path):
+    set_keys(theirs, modules_to_save=["score"])
+    assert [note for note in notes(theirs, tiny_base, tmp_path / "ours") if "score, of which nothing was saved" in note]
+    with pytest.raises(RsgwmError, match="modules_to_save names score, and nothing of it was saved"):
         notes(theirs, tiny_base, tmp_path / "strict", strict=True)
+
+
+@pytest.mark.parametrize("saved", [[], ["model.layers.0.input_layernorm"]])
+def test_a_saved_module_that_is_not_in_the_file_is_refused(theirs, tiny_base, tmp_path, saved):
+    """PEFT asks for every module whose name ends so; what it held nobody could say."""
+    arrays = mx.load(str(theirs / "adapter_model.safetensors"))
+    parameters = mx.load(str(tiny_base / "model.safetensors"))
+    arrays |= {f"base_model.model.{name}.weight": parameters[f"{name}.weight"] * 1.5 for name in saved}
+    mx.eval(arrays)
+    mx.save_safetensors(str(theirs / "adapter_model.safetensors"), arrays, {"format": "pt"})
+    set_keys(theirs, modules_to_save=["norm"])
+    with pytest.raises(
+        RsgwmError, match=r"model\.norm was trained whole \(modules_to_save\), and is not in the file"
+    ) as told:
+        notes(theirs, tiny_base, tmp_path / "ours")
+    assert ("layers.0.input_layernorm was" in str(told.value)) is not bool(saved)
+    assert "layers.1.input_layernorm was" in str(told.value)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_saved_module_that_is_the_bases_own_is_there(theirs, tiny_base, tmp_path):
+    arrays = mx.load(str(theirs / "adapter_model.safetensors"))
+    parameters = mx.load(str(tiny_base / "model.safetensors"))
+    arrays["base_model.model.model.norm.weight"] = parameters["model.norm.weight"]
+    mx.eval(arrays)
+    mx.save_safetensors(str(theirs / "adapter_model.safetensors"), arrays, {"format": "pt"})
+    set_keys(theirs, modules_to_save=["model.norm"])
+    assert any("no change: model.norm.weight" in note for note in notes(theirs, tiny_base, tmp_path / "ours", True))
 
 
 def test_a_lora_b_of_zeros_is_told(theirs, tiny_base, tmp_path):
@@ -114,6 +143,17 @@ def test_factors_of_other_sizes_than_the_base_has_are_not_written(make_adapter, 
     with pytest.raises(RsgwmError, match=r"q_proj: adapter is 31→32, the base's layer 32→32"):
         to_peft(adapter, str(tiny_base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_embeddings_factor_may_have_more_rows_than_the_base_and_none_less(make_adapter, tiny_base, tmp_path):
+    layer = read_base_layers(str(tiny_base), tiny_base).layers["model.embed_tokens"]
+    for rows, refused in ((layer.inputs - 1, True), (layer.inputs, False), (layer.inputs + 3, False)):
+        adapter = replace(make_adapter(1), importance={}, init={})
+        adapter.weights["model.embed_tokens.lora_a"] = mx.ones((rows, 4))
+        adapter.weights["model.embed_tokens.lora_b"] = mx.ones((4, layer.outputs))
+        assert bool(size_problems(adapter, read_base_layers(str(tiny_base), tiny_base))) is refused
+        adapter.weights["model.embed_tokens.lora_b"] = mx.ones((4, layer.outputs + 1))
+        assert size_problems(adapter, read_base_layers(str(tiny_base), tiny_base))
 
 
 def test_magnitudes_of_another_size_than_the_outputs_are_refused(make_adapter):
