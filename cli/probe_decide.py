@@ -50,6 +50,7 @@ def decide(
       rsgwm probe decide pool --predictors predictors --apply --out decided
       rsgwm probe decide pool --at 0.05 --predictors early-predictors
     """
+    from mlx_rsgwm.converters.peft.convert import require_empty
     from mlx_rsgwm.models.adapter_sources import load_adapters
     from mlx_rsgwm.probe.apply import apply as carry_out
     from mlx_rsgwm.probe.decide import decide as decide_on
@@ -61,6 +62,8 @@ def decide(
 
     if apply != (out is not None):
         raise click.UsageError("--apply and --out belong together: where the merged groups go")
+    if out is not None:
+        require_empty(out)
     fitted = only_method(read_predictors(predictors), decide_by) if predictors is not None else []
     loaded, share = probed_adapters(adapters, at, base_name, console.progress)
     pairs = measured_table(loaded, share, console.progress) if table is None else read_table(table)

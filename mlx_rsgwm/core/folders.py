@@ -177,7 +177,9 @@ def require_space(folder: Path, needed: int) -> None:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed:
+        units = ((1e6, "MB"), (1e3, "KB"), (1.0, "bytes"))
+        size, unit = next((size, unit) for size, unit in units if round(needed / size) != round(free / size))
         raise RsgwmError(
-            f"not enough disk space for {folder}: {needed / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free; "
+            f"not enough disk space for {folder}: {needed / size:.0f} {unit} needed, {free / size:.0f} {unit} free; "
             "free some space or choose another folder"
         )

@@ -97,8 +97,8 @@ class Router:
         try:
             told = files.parse_json(metadata["router"])
             values = {name: _values(array) for name, array in arrays.items()}
-            settings = (told[name] for name in ("rule", "layer"))
-            router = Router(tuple(told["names"]), *settings, values, told["margin"], dict(told["about"]))
+            names, rule, layer = tuple(told["names"]), told["rule"], told["layer"]
+            router = Router(names, rule, layer, values, told["margin"], dict(told["about"]))
         except (KeyError, TypeError, ValueError) as error:
             raise RsgwmError(f"{path} is no sound router: {error}") from error
         router.check(path)

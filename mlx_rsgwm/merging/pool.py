@@ -332,12 +332,15 @@ class Pool:
 
     def require_signal(self, signal: str) -> None:
         """Raise unless every adapter has the importance of ``signal``."""
+        lacking = [source for source in self.sources if signal not in source.signals]
+        for source in lacking:
+            if source.folder is not None:
+                check_hashes(source.folder, source.manifest)  # a file that is lost is not to be collected but had back
         raise_problems(
             f"the merge needs importance for {signal!r}",
             [
                 f"{source.label} has {', '.join(sorted(source.signals)) or 'none'}; {importance_remedy(source)}"
-                for source in self.sources
-                if signal not in source.signals
+                for source in lacking
             ],
         )
 

@@ -109,6 +109,8 @@ def test_decide_and_apply(folders, tmp_path):
     assert (len(printed["pairs"]), printed["predicted"]) == (3, False)
     assert printed["written"] == [str(out / "merged")]
     assert load_adapter(out / "merged").manifest["kind"] == "merged"
+    code, printed = run("probe", "decide", *folders, "--apply", "--out", out, "--table", tmp_path / "none")
+    assert (code, "decided exists and is not an empty folder" in printed["error"]) == (2, True)  # before any work
     code, printed = run("probe", "decide", *folders, "--apply")
     assert (code, "--apply and --out belong together" in printed["error"]) == (2, True)
     code, printed = run("probe", "decide", *folders, "--predictors", tmp_path / "none")

@@ -360,3 +360,11 @@ def test_a_stream_that_ends_early_never_makes_a_smaller_adapter(make_adapter, mo
     monkeypatch.setattr(Pool, stream, lambda pool, of: list(every(pool, of))[:-1])
     with pytest.raises(ValueError, match="shorter"):
         merge(adapters, MergeOptions(method=method, role="draft"))
+
+
+def test_importance_that_was_lost_is_not_to_be_collected(make_adapter, tmp_path):
+    """What collects it would refuse the folder: the file is to be had back."""
+    folders = [make_adapter(seed).save(tmp_path / str(seed)) for seed in range(2)]
+    (folders[1] / "importance.safetensors").unlink()
+    with pytest.raises(RsgwmError, match=r"1: importance\.safetensors is in the manifest but not in the folder"):
+        merge(folders, MergeOptions("rsgwm"))
