@@ -22,7 +22,7 @@ from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 
 
 class Stopped(KeyboardInterrupt):
-    """The program was told to end (SIGTERM): unlike Ctrl-C, nothing goes on after it."""
+    """The program was told to end (SIGTERM, SIGHUP): unlike Ctrl-C, nothing goes on after it."""
 
 
 def show(text: str, err: bool = False, newline: bool = True) -> None:

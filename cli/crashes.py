@@ -17,8 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from mlx_rsgwm.core.signals import TOLD_TO_END
+
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT}
-PASSED_ON = {signal.SIGINT, signal.SIGTERM}
+PASSED_ON = {signal.SIGINT, *TOLD_TO_END}
 PATIENCE = 15.0  # seconds without any work
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 

@@ -31,7 +31,7 @@ from mlx_rsgwm.cli.startup import hide_torch, keep_limits
 from mlx_rsgwm.cli.streams import prepare_streams
 from mlx_rsgwm.cli.wrong_words import explained, refuse_one_dash
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.core.signals import handled
+from mlx_rsgwm.core.signals import TOLD_TO_END, handled
 
 BAD_INPUT = RsgwmError.exit_code
 INTERNAL = 1
@@ -76,7 +76,7 @@ class Rsgwm(LazyGroup):
         code, text = 0, ""
         try:
             refuse_one_dash(arguments)
-            with handled((signal.SIGTERM,), _stop):
+            with handled(TOLD_TO_END, _stop):
                 returned = super().main(
                     arguments, prog_name or "rsgwm", **{**settings, "standalone_mode": False, "obj": outcome}
                 )
@@ -186,7 +186,8 @@ def asks_json(arguments: Sequence[str]) -> bool:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    """Let ``kill`` end the work much as Ctrl-C does, so that every ``finally`` runs."""
+    """Let ``kill`` end the work much as Ctrl-C does, so that every ``finally`` runs; a SIGHUP after it is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise Stopped
 
 

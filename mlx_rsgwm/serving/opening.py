@@ -13,7 +13,7 @@ import uvicorn
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
-from mlx_rsgwm.core.signals import handled
+from mlx_rsgwm.core.signals import TOLD_TO_END, handled
 from mlx_rsgwm.inference.open import load_base_for
 from mlx_rsgwm.inference.pair import load_verifier
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
@@ -89,7 +89,7 @@ def run(
     begun: Callable[[str, Library], None],
     progress: Progress = SILENT,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then requests under way have ``settings.drain`` seconds to end.
+    """Serve until SIGINT, SIGTERM or SIGHUP; then requests under way have ``settings.drain`` seconds to end.
 
     ``begun`` is told the server's address and what is served once requests are answered.
 
@@ -121,7 +121,7 @@ def run(
     try:
         library = engine.start().result()
         server = _Server(config, lambda: begun(address, library))
-        with handled((signal.SIGINT, signal.SIGTERM), stop):
+        with handled((signal.SIGINT, *TOLD_TO_END), stop):
             server.run(sockets=[listener])
     finally:
         listener.close()

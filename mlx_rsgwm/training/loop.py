@@ -90,7 +90,7 @@ def train(
         RsgwmError: rows that do not fit, keys that match nothing, a rank above a layer's dimensions, weights that
             cannot be rounded, too little memory, a run that cannot be resumed, a loss that is not finite (names step
             and rows).
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step was finished and saved.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the step was finished and saved.
     """
     message = partial(_message, progress, label)
     config = _with_keys(base, config, message)

@@ -55,7 +55,7 @@ def test_any_other_end_is_the_commands_own(act, code):
 
 
 @linux
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_passed_on_once(number):
     act = f"signal.signal({number:d}, lambda *_: (time.sleep(0.5), sys.exit(7))); print(flush=True); time.sleep(60)"
     child = start(act)

@@ -281,7 +281,7 @@ def test_libraries_warn_and_log_for_who_asks(options, heard, tmp_path):
     assert heard or done.stderr == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_kill_and_ctrl_c_run_the_clean_up(number, tmp_path):
     """A command that is stopped runs its ``finally`` and exits with 130."""
     ready, cleaned = tmp_path / "ready", tmp_path / "cleaned"

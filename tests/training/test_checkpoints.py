@@ -84,7 +84,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("changes", SETTINGS, ids=["lora", "dora", "everything", "qat"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_and_resumed_is_bit_equal(base, corpus, config, tmp_path, changes, number):
     settings = config(learning_rate=1e-2, **changes)
     held = corpus if settings.validate_every else None
