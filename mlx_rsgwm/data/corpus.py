@@ -19,6 +19,7 @@ from mlx_rsgwm.core.errors import RsgwmError, grouped, raise_problems
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.json_lines import read_json_lines
 from mlx_rsgwm.core.resume import json_values, read_stamp
+from mlx_rsgwm.core.versions import format_problem
 from mlx_rsgwm.data.arithmetic import false_equations
 from mlx_rsgwm.data.batching import NO_KEYS, ROLES, TokenRow
 from mlx_rsgwm.data.perturb import borrow, perturb
@@ -27,6 +28,7 @@ from mlx_rsgwm.data.row_hashes import KEY, RowKeys, RowRecord, contents_hash, ro
 from mlx_rsgwm.data.template import Template, Tokenizer
 
 FORMAT = "mlx-rsgwm/corpus"
+FORMAT_VERSION = 1
 ROWS_FILE = "rows.jsonl"
 MANIFEST_FILE = "manifest.json"
 MOST_DRAWS = 12  # wrong answers drawn for a question until one states no false equation
@@ -172,7 +174,7 @@ def save_corpus(
     }
     manifest = {
         "format": FORMAT,
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "template": template.describe(),
         "counts": counts,
         **provenance,
@@ -209,8 +211,8 @@ def load_corpus(folder: Path) -> Corpus:
             f"{folder} holds neither a corpus (no {MANIFEST_FILE}; make one with: rsgwm data build) nor train.jsonl"
         )
     manifest = files.read_json_object(folder / MANIFEST_FILE)
-    if manifest.get("format") != FORMAT:
-        raise RsgwmError(f"{folder / MANIFEST_FILE}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+    if problem := format_problem(manifest, FORMAT, FORMAT_VERSION):
+        raise RsgwmError(f"{folder / MANIFEST_FILE}: {problem}")
     path = folder / ROWS_FILE
     if not path.is_file():
         raise RsgwmError(f"{folder}: {ROWS_FILE} is missing")

@@ -19,6 +19,7 @@ from mlx_rsgwm.core.errors import AdapterError, raise_problems
 from mlx_rsgwm.core.folders import exclusive
 from mlx_rsgwm.core.nearest import nearest_path
 from mlx_rsgwm.core.safetensors_io import PICKLE_SUFFIXES, read_safetensors, require_space_for, write_safetensors
+from mlx_rsgwm.core.versions import format_problem
 from mlx_rsgwm.models.adapter_shapes import FULL_LEAVES, array_problems, factor_problems
 from mlx_rsgwm.models.base_folder import base_difference
 from mlx_rsgwm.models.file_readers import PEFT_WEIGHTS_FILE
@@ -323,8 +324,8 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest whose parts that everything else relies on are of the right types."""
     manifest = files.read_json_object(path)
-    if manifest and manifest.get("format") != FORMAT:
-        raise AdapterError(f"{path}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+    if manifest and (problem := format_problem(manifest, FORMAT, FORMAT_VERSION)):
+        raise AdapterError(f"{path}: {problem}")
     problems = []
     for name, inner in (("files", None), ("base", "fingerprint"), ("template", "hash")):
         part = manifest.get(name)

@@ -16,13 +16,14 @@ from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.tables import ABSENT, Section, markdown_page, show, text_page
+from mlx_rsgwm.core.versions import format_problem
 from mlx_rsgwm.data.row_hashes import not_recorded, repeated_items
 from mlx_rsgwm.evaluation.calculator_systems import SYSTEMS, annotated
 from mlx_rsgwm.evaluation.records import ItemRecord, items_text, read_items, write_items
 from mlx_rsgwm.evaluation.report.html import render_html
 from mlx_rsgwm.evaluation.report.outcome import p_shown
 from mlx_rsgwm.evaluation.report.plots import plot_report
-from mlx_rsgwm.evaluation.report.summary import FORMAT, summarise_records
+from mlx_rsgwm.evaluation.report.summary import FORMAT, FORMAT_VERSION, summarise_records
 
 TITLE = "Evaluation"
 REPORT_FILE = "report.json"
@@ -316,8 +317,8 @@ def read_report(folder: Path) -> tuple[dict[str, Any], list[ItemRecord]]:
     """
     folder = report_folder(folder)
     summary = files.read_json_object(folder / REPORT_FILE)
-    if summary.get("format") != FORMAT:
-        raise RsgwmError(f"{folder / REPORT_FILE}: format is {summary.get('format')!r}, not {FORMAT!r}")
+    if problem := format_problem(summary, FORMAT, FORMAT_VERSION):
+        raise RsgwmError(f"{folder / REPORT_FILE}: {problem}")
     if not isinstance(summary.get("k"), int) or not isinstance(summary.get("metadata"), dict):
         raise RsgwmError(f"{folder / REPORT_FILE} has no k or no metadata; evaluate again")
     return summary, read_items(folder / ITEMS_FILE)
