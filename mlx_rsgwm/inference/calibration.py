@@ -89,6 +89,13 @@ class Calibration:
             problems.append("the score is combined, but there is no combination")
         if not 0 <= self.threshold <= 1:
             problems.append(f"threshold must be in [0, 1], found {self.threshold}")
+        if not 0 <= self.correct <= self.drafts or self.items < 0:
+            problems.append(f"{self.correct} right of {self.drafts} drafts of {self.items} items cannot be")
+        problems += [
+            f"auroc of {name} must be in [0, 1], found {value}"
+            for name, value in (*self.auroc.items(), *self.perturbed_auroc.items())
+            if value is not None and not 0 <= value <= 1
+        ]
         if self.risk_bound is not None and self.risk_bound.threshold != self.threshold:
             problems.append(f"the risk bound is for {self.risk_bound.threshold}, not for threshold {self.threshold}")
         raise_problems("calibration", problems, RsgwmError)
@@ -229,4 +236,7 @@ def load_calibration(folder: Path) -> Calibration | None:
         raise RsgwmError(
             f"{path} is not a calibration of this version; calibrate the verifier again with: rsgwm calibrate"
         )
-    return build(Calibration, value, str(path))
+    try:
+        return build(Calibration, value, str(path))
+    except RsgwmError as error:
+        raise RsgwmError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error

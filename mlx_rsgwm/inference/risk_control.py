@@ -70,6 +70,8 @@ class RiskBound:
             problems.append(f"{self.wrong} wrong of {self.accepted} accepted of {self.items} items cannot be")
         if not 0 < self.bound <= self.far < 1:
             problems.append(f"a bound of {self.bound} does not hold the target of {self.far}")
+        if not 0 < self.confidence < 1 or self.attempts < 1:
+            problems.append(f"confidence {self.confidence} after {self.attempts} attempts cannot be")
         raise_problems("risk bound", problems, RsgwmError)
 
     def to_dict(self) -> dict[str, Any]:

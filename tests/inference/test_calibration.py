@@ -179,7 +179,23 @@ def stored(tmp_path_factory):
         ({"extra": 1}, "unknown key 'extra'"),
         ({"score": "combined", "combination": None}, "there is no combination"),
         ({"curves": {"vibes": {"method": "platt"}}}, "score must be one of"),
-        ({"curves": {"yesno": {"method": "platt", "slope": -2}}}, "slope must be above 0"),
+        ({"curves": {"yesno": {"method": "platt", "slope": -2}}}, "json: calibration curve: slope must be above 0"),
+        ({"correct": 10**6}, "1000000 right of .* drafts"),
+        ({"items": -1}, "drafts of -1 items cannot be"),
+        ({"auroc": {"yesno": 5}}, r"auroc of yesno must be in \[0, 1\], found 5"),
+        (
+            {
+                "risk_bound": {
+                    **dict.fromkeys(("threshold", "far", "bound"), 0.5),
+                    "confidence": 7,
+                    "attempts": 1,
+                    "items": 5,
+                    "accepted": 3,
+                    "wrong": 0,
+                }
+            },
+            "risk bound: confidence 7.0 after 1 attempts cannot be",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, stored, change, message):
