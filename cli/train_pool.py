@@ -90,6 +90,7 @@ def train_pool(
     from mlx_rsgwm.models.base import load_base
     from mlx_rsgwm.models.rounded_weights import check_dense
     from mlx_rsgwm.training import pool
+    from mlx_rsgwm.training.checkpoints import require_pool_place
 
     if not folders and not tasks:
         raise RsgwmError("give at least one --corpus or --task")
@@ -101,8 +102,10 @@ def train_pool(
     processes = launched_processes()
     corpora = {folder.stem: folder for folder in folders}
     names = [path.stem for path in (*folders, *map(Path, tasks))]
-    if double := sorted({name for name in names if names.count(name) > 1}):
+    folded = [name.casefold() for name in names]  # one folder on many disks
+    if double := sorted({name for name in names if folded.count(name.casefold()) > 1}):
         raise RsgwmError(f"two --corpus or --task are called {double[0]}; adapters are named after them")
+    require_pool_place(out)
     if processes.writes:
         _build(console, tasks, out, draft_rows, verify_rows, folder, template_name)
     processes.wait()

@@ -26,7 +26,7 @@ from mlx_rsgwm.merging.round_merge import check_rounds, merge_round, on_top
 from mlx_rsgwm.models.adapter import Adapter, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots, unwrap
-from mlx_rsgwm.training.checkpoints import Saving, drop_state
+from mlx_rsgwm.training.checkpoints import Saving, drop_state, require_pool_place
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import plan_of
 from mlx_rsgwm.training.losses import held_out_nats
@@ -68,6 +68,7 @@ def train_rounds(
     check_rounds(config)
     if len(names) < 2:
         raise RsgwmError(f"rounds merge a pool of two tasks or more, found {', '.join(names) or 'none'}")
+    require_pool_place(saving.folder)
     given = [member.name for member in members]
     if given != list(names[processes.rank :: processes.size]):
         raise RsgwmError(

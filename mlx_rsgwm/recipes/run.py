@@ -55,6 +55,7 @@ from mlx_rsgwm.recipes.schema import MERGED, Recipe, folder_name, load_recipe, s
 from mlx_rsgwm.recipes.stage_bars import StageBars
 from mlx_rsgwm.recipes.stages import Stage, Stages
 from mlx_rsgwm.recipes.train_stages import train_stages
+from mlx_rsgwm.training.checkpoints import require_pool_place
 from mlx_rsgwm.training.loop import check_layers
 
 __all__ = ["Recipe", "RecipeRun", "load_recipe", "run_recipe", "shipped_recipes"]
@@ -353,5 +354,6 @@ def run_recipe(recipe: Recipe, out: Path, progress: Progress = SILENT, details: 
     """Run or resume a recipe in ``out``, with the details of every stage or without; returns the summary."""
     if is_complete(out):
         raise RsgwmError(f"{out} is an adapter folder; give a recipe a folder of its own")
+    require_pool_place(out)
     with exclusive(out):
         return RecipeRun(recipe, out, progress, details).execute()

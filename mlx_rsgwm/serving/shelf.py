@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mlx_rsgwm.serving.errors import RequestError
 from mlx_rsgwm.serving.library import ServedModel
 
 MOST_FILES = 1000
+LONGEST_SHOWN = 200  # characters of a path
 
 
 class Shelf:
@@ -85,9 +87,12 @@ class Shelf:
             raise outside from None
         if place == folder or not place.is_relative_to(folder):
             raise outside
-        if not place.exists():
+        if not os.path.exists(place):  # of a name that is too long a Path would raise
             raise RequestError(
-                f"there is no adapter {path!r} in the server's folder", 404, "adapter_not_found", "lora_path"
+                f"there is no adapter {path[:LONGEST_SHOWN]!r} in the server's folder",
+                404,
+                "adapter_not_found",
+                "lora_path",
             )
         inside = list(place.rglob("*"))[: MOST_FILES + 1] if place.is_dir() else []
         if len(inside) > MOST_FILES:

@@ -201,6 +201,17 @@ def require_free(folder: Path, trains: bool) -> None:
         )
 
 
+def require_pool_place(folder: Path) -> None:
+    """Refuse the folder of an adapter, which is never read as a pool, and of a base model."""
+    for name, what in (
+        (WEIGHTS_FILE, "an adapter"),
+        (PEFT_WEIGHTS_FILE, "an adapter"),
+        ("config.json", "a base model"),
+    ):
+        if files.is_present(folder / name):
+            raise RsgwmError(f"{folder} holds {what}; choose another folder")
+
+
 def drop_state(folder: Path) -> None:
     """Remove what only an unfinished run needs: whoever finished it may have been killed before."""
     (folder / UNFINISHED_FILE).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.base_folder import base_difference
-from mlx_rsgwm.training.checkpoints import Paused, Saving, drop_state, require_free
+from mlx_rsgwm.training.checkpoints import Paused, Saving, drop_state, require_free, require_pool_place
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.loop import TrainingData, finish, train
 from mlx_rsgwm.training.memory import MemoryOptions
@@ -53,7 +53,8 @@ def train_pool(
     Raises:
         RsgwmError: two members of one name, a finished member that was trained otherwise, whatever training raises.
     """
-    names = [member.name for member in members]
+    require_pool_place(saving.folder)
+    names = [member.name.casefold() for member in members]  # one folder on many disks
     double = sorted({name for name in names if names.count(name) > 1})
     raise_problems("pool", [f"two members are named {name}" for name in double])
     for member in members:

@@ -148,6 +148,10 @@ MISTAKES = {
         train --base tiny --corpus corpus --out a | a already holds a finished adapter
         train --base tiny --corpus corpus --out tiny   | tiny holds a base model; choose another folder
         train --base tiny --corpus corpus --out corpus | corpus holds something else than an adapter (mlx-rsgwm/corpus)
+        pool train --base tiny --corpus corpus --out tiny | tiny holds a base model; choose another folder
+        pool train --base tiny --corpus corpus --out a | a holds an adapter; choose another folder
+        run good.yaml --out a                     | a is an adapter folder; give a recipe a folder of its own
+        run good.yaml --out tiny                  | tiny holds a base model; choose another folder
         merge a b --out tiny                      | tiny holds a base model; choose another folder
         ask --file sum.jsonl --adapter a          | sum.jsonl does not exist; did you mean 'sums.jsonl'?
         ask --file corpus --adapter a             | corpus is a folder, not a file

@@ -228,6 +228,9 @@ def test_two_files_of_one_name_are_no_pool(tmp_path):
     files = [write(folder / "mine.jsonl", ROWS) for folder in (tmp_path, tmp_path / "a")]
     error, _ = invoke("pool", "train", "--task", files[0], "--task", files[1], "--out", tmp_path / "pool", code=2)
     assert "two --corpus or --task are called mine" in error["error"]
+    other = write(tmp_path / "a" / "Mine.jsonl", ROWS)  # one folder where a disk does not tell them apart
+    error, _ = invoke("pool", "train", "--task", files[0], "--task", other, "--out", tmp_path / "pool", code=2)
+    assert "two --corpus or --task are called Mine" in error["error"]
     assert not (tmp_path / "pool").exists()
 
 

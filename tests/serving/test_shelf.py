@@ -68,7 +68,7 @@ def test_nothing_outside_the_folder_is_read(shelf):
                "http://evil.example/a", "a\0b", "link/adapters.safetensors"]  # fmt: skip
     for path in outside:
         refused(load(client, path), 403, "path_outside_adapter_dir", "lora_path")
-    for path in ("nothing", "owner/name", "~/a"):
+    for path in ("nothing", "owner/name", "~/a", "x" * 5000):
         refused(load(client, path), 404, "adapter_not_found", "lora_path")
     assert load(client, "loop").status_code in (403, 404)
     assert load(client, "alias").status_code == 200  # a link that stays inside
