@@ -86,6 +86,8 @@ def check_parity(
         raise RsgwmError(f"parity tolerance must be a number above 0, found {tolerance}")
     adapter = load_adapter(source, base_name, progress=progress)  # first, for torch's import takes seconds
     name, path = base_of(adapter, base_name, progress)
+    if peft_folder is not None:
+        open_peft(peft_folder)
     torch_version = import_torch().__version__
     device = torch_device(device)
     if peft_folder is None and adapter.origin is not None and adapter.origin.is_dir():
