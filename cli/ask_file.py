@@ -48,8 +48,6 @@ def claimed(out: Path | None, asked: Path) -> Iterator[None]:
         return
     if out.is_dir():
         raise RsgwmError(f"{out} is a folder; name a file for the answers, such as {out / 'answers.jsonl'}")
-    if out.exists() and not out.is_file():
-        raise RsgwmError(f"{out} is not a file that could be resumed; without --out answers are printed")
     if out.exists() and asked.exists() and out.samefile(asked):
         raise RsgwmError(f"{out} holds the questions; give another --out")
     with exclusive_file(out):
@@ -81,6 +79,8 @@ def answer_file(
         Interrupted: where the answers are that were done.
     """
     rows: dict[int, dict[str, Any]] = {}
+    for each in asked:
+        pipeline.prompt(each.question, f"question {each.number}")  # before anything is written or answered
     journal = None if out is None else _journal(out, pipeline, asked, rows, console)
     waiting = [place for place in range(len(asked)) if place not in rows]
     printed = _InOrder(console, asked) if out is None else None

@@ -77,6 +77,8 @@ def blindspot(
     )
     slices = [Slice(task, items, how, console.seed, split, folder) for task in tasks]
     chosen = choose_questions(slices, seen, allow_overlap, console.progress)
+    for question in chosen.questions:
+        speaker.loop.prompt(question.question, f"question {question.id}")  # before anything is written
     with exclusive(out):
         about = describe_run(speaker.loop, chosen.questions, None)
         summary = find_blind_spot(speaker.loop, chosen.questions, out, about, layer, batch_rows, console.progress)

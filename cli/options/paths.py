@@ -28,7 +28,7 @@ class FilePath(click.Path):
         if not isinstance(value, str) or value == "-":
             return super().convert(value, param, ctx)
         path = expanded(value)
-        if value.endswith("/") and path.is_file():
+        if value.endswith("/") and os.path.isfile(path):
             self.fail(f"{value!r} names a folder, and there is a file; leave the / at its end out", param, ctx)
         return super().convert(path, param, ctx)
 
@@ -45,7 +45,7 @@ class NewPath(FilePath):
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
             self.fail("is not UTF-8; choose another name", param, ctx)
         path = super().convert(value, param, ctx)
-        if isinstance(path, Path) and (kind := other_kind(path)) and not path.is_dir():
+        if isinstance(path, Path) and (kind := other_kind(path)) and not os.path.isdir(path):
             self.fail(f"{value!r} is {kind}; name a file or folder", param, ctx)
         return path
 
@@ -55,7 +55,7 @@ class NewFile(NewPath):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = super().convert(value, param, ctx)
-        if isinstance(path, Path) and (path.is_dir() or str(value).endswith("/")):
+        if isinstance(path, Path) and (os.path.isdir(path) or str(value).endswith("/")):
             self.fail(f"{str(value)!r} is a folder; name a file", param, ctx)
         return path
 

@@ -53,6 +53,9 @@ def report_run(
     Returns:
         What ``report.json`` holds; None in a process that does not write.
     """
+    for question in questions:
+        # One that is too long is refused before anything is written.
+        pipeline.prompt(question.question, f"question {question.id}")
     journal = None if out is None else EvaluationJournal(out / FILE, about, replace=replace, shard=processes.rank)
     records = evaluate(
         pipeline, questions, timed, batch_rows, progress,

@@ -361,13 +361,13 @@ class DraftVerify:
         """A given answer text in the form of a draft, so that it can be scored."""
         return Draft(0, tuple(self.template.completion(self.tokenizer, answer)[:-1]), True, answer)
 
-    def prompt(self, question: str) -> Prompt:
-        """The ids that the drafter reads for a question; RsgwmError for one that is empty or too long."""
+    def prompt(self, question: str, about: str = "the question") -> Prompt:
+        """The ids that the drafter reads for a question; RsgwmError about one that is empty or too long."""
         if not question.strip():
-            raise RsgwmError("the question is empty")
+            raise RsgwmError(f"{about} is empty")
         prompt = self.template.draft_prompt(self.tokenizer, question)
         longest = self.config.sampling.max_tokens
-        return self.slots.base.fitting_prompt(prompt, longest, "the question", "shorten it or lower max_tokens")
+        return self.slots.base.fitting_prompt(prompt, longest, about, "shorten it or lower max_tokens")
 
     @property
     def scores(self) -> tuple[str, ...]:

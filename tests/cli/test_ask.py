@@ -152,7 +152,7 @@ def test_answers_are_kept_in_the_order_of_the_questions(make_adapter, tmp_path, 
     same = ask("--file", questions, "--adapter", folder, "--out", questions, code=2)
     assert f"{questions} holds the questions; give another --out" in same.stderr
     device = ask("--file", questions, "--adapter", folder, "--out", os.devnull, code=2)
-    assert "is not a file that could be resumed; without --out answers are printed" in device.stderr
+    assert f"'{os.devnull}' is a device; name a file or folder" in device.stderr
     assert "standard input holds no question" in ask("--file", "-", "--adapter", folder, code=2, input="").stderr
     assert "is a folder; name a file" in ask("--file", questions, "--adapter", folder, "--out", tmp_path, code=2).stderr
 

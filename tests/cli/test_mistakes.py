@@ -124,7 +124,7 @@ MISTAKES = {
         convert from-peft a --out o               | a is an mlx-lm adapter already; rsgwm convert to-peft
         fuse tiny --out o                         | tiny is a base model, not an adapter
     """,
-    "files and folders": """
+    "files and folders": f"""
         ask x --adapter drafte                    | adapter folder drafte does not exist; did you mean 'drafter'?
         merge a nowhere --out o                   | adapter folder nowhere does not exist
         merge a sums.jsonl --out o                | sums.jsonl is a file, not an adapter
@@ -136,6 +136,9 @@ MISTAKES = {
         merge a b --out sums.jsonl                | sums.jsonl is a file, and a folder is to be there
         merge a b --out sums.jsonl/               | 'sums.jsonl/' names a folder, and there is a file; leave the /
         probe report x --html sums.jsonl/         | 'sums.jsonl/' names a folder, and there is a file; leave the /
+        eval {PAIR} --task sums.jsonl --split all --score yesno --max-tokens 9999 --out o | takes 20 tokens
+        blindspot drafter --task sums.jsonl --split all --max-tokens 9999 --out o | beyond the model's context of
+        ask --file sums.jsonl --adapter a --max-tokens 9999 --out x.jsonl | question 1 takes 20 tokens, and with 9999
         audit a b --html /                        | '/' is a folder; name a file
         audit a b --html corpus                   | 'corpus' is a folder; name a file
         audit a b --html new/                     | 'new/' is a folder; name a file
