@@ -13,7 +13,7 @@ from mlx_rsgwm.serving.jobs import Job
 from mlx_rsgwm.serving.library import Library, ServedModel
 from mlx_rsgwm.serving.row_sampling import Pick, RowSampling
 from mlx_rsgwm.serving.rows import Row
-from mlx_rsgwm.serving.text import HALF, TextStream
+from mlx_rsgwm.serving.text import HALF, TextStream, bytes_of
 
 Prompt = Callable[[Library, ServedModel], tuple[int, ...]]
 
@@ -120,4 +120,5 @@ class Completion(Job):
 
     def _named(self, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
         text = self._tokenizer.decode([token])
-        return TokenLogprob(text, None if HALF in text else tuple(text.encode()), logprob, top)
+        piece = self._tokenizer.convert_ids_to_tokens(token) if HALF in text else None
+        return TokenLogprob(text, bytes_of(text, piece), logprob, top)

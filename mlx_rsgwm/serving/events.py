@@ -18,7 +18,7 @@ def time_of_day() -> int:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token as text and bytes (None: of a part of a character), its log-probability in nats, and the likeliest
+    """A token as text and bytes (None: they cannot be told), its log-probability in nats, and the likeliest
     tokens at its place with theirs."""
 
     text: str

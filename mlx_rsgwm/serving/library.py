@@ -30,6 +30,8 @@ from mlx_rsgwm.serving.errors import ModelNotFound, RequestError
 from mlx_rsgwm.serving.events import time_of_day
 from mlx_rsgwm.serving.grammar import Grammars
 
+NAME = "lora_name"  # what requests call a model's name that is loaded or unloaded
+
 
 @dataclass(frozen=True)
 class AdapterSum:
@@ -177,6 +179,7 @@ class Library:
             RequestError: a name that cannot be given, or more adapters than may be.
         """
         self.check_name(name)
+        self.check_is_adapter(name)
         template = spoken_template(adapter, self.tokenizer, None, "")
         end_ids = self.end_ids(template)
         self.hold({digest: adapter})
@@ -238,17 +241,32 @@ class Library:
         return model
 
     def check_name(self, name: str) -> None:
-        """Refuse the base's name, one that says nothing, and one model more than may be.
+        """Refuse the base's name, one that says nothing or stands for ``base:adapter``, and one model more than may be.
 
         Raises:
             RequestError: it cannot be given.
         """
         if name == self.base.name:
-            raise RequestError(f"{name!r} is the base; give the adapter another name", code="name_taken")
+            raise RequestError(f"{name!r} is the base; give the adapter another name", 400, "name_taken", NAME)
+        if name.startswith(f"{self.base.name}:"):
+            known = name.removeprefix(f"{self.base.name}:")
+            raise RequestError(
+                f"{name!r} stands for {known!r} on the base; leave the base out", 400, "name_taken", NAME
+            )
         if not name.strip() or len(name) > 200 or not name.isprintable():
-            raise RequestError("a model's name has 1 to 200 printable characters", code="invalid_name")
+            raise RequestError("a model's name has 1 to 200 printable characters", 400, "invalid_name", NAME)
         if name not in self._models and len(self._models) > self.most:
             raise RequestError(f"{self.most} models are served already; unload one first", code="too_many_adapters")
+
+    def check_is_adapter(self, name: str) -> None:
+        """Refuse what came as a verified pair, whose name promises that its answers are checked; unknown names pass.
+
+        Raises:
+            RequestError: it stays as long as the server runs.
+        """
+        model = self._models.get(name) or self._models.get(name.removeprefix(f"{self.base.name}:"))
+        if model is not None and model.kind == "verified":
+            raise RequestError(f"{model.name!r} is a verified pair, which stays as it is", 400, "name_taken", NAME)
 
     def hold(self, adapters: Mapping[str, Adapter]) -> None:
         """Load adapters, by their content hashes, where no model has them yet.
@@ -273,7 +291,7 @@ class Library:
         """
         model = self.find(name)
         if model is self.bare:
-            raise RequestError("the base cannot be unloaded", code="base_model")
+            raise RequestError("the base cannot be unloaded", 400, "base_model", NAME)
         self._models = {name: other for name, other in self._models.items() if other is not model}
         self._retire(model)
         return model

@@ -46,11 +46,12 @@ class Shelf:
         """Read an adapter below the folder and serve it under a name.
 
         Raises:
-            RequestError: it may not be read, or the name has a model already.
+            RequestError: it may not be read, or the name has a model already, or is a verified pair's.
         """
         folder = self.require()
         library = self._engine.library
         library.check_name(name)
+        library.check_is_adapter(name)
         if not replace and any(model.name == name for model in library.models()):
             raise RequestError(
                 f"{name!r} is loaded already; load_inplace replaces it", 400, "already_loaded", "lora_name"
@@ -62,10 +63,12 @@ class Shelf:
         """Serve a model no more.
 
         Raises:
-            RequestError: there is none of that name, or models stay as they are.
+            RequestError: there is none of that name, or models stay as they are, as verified pairs do.
         """
         self.require()
-        self._engine.library.find(name)
+        library = self._engine.library
+        library.find(name)
+        library.check_is_adapter(name)
         return self._engine.call(lambda library: library.remove(name))
 
     def close(self) -> None:

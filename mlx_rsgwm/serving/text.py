@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 HALF = "\ufffd"  # what a decoder shows of a character whose other bytes are still to come
+
+# Vocabularies of bytes write each as a letter: printable ones as themselves, the others from U+0100 on (GPT-2), or in
+# hexadecimal (SentencePiece).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(0x100) if byte not in _PRINTABLE]
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + place): byte for place, byte in enumerate(_OTHERS)}
+HEXADECIMAL = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def bytes_of(text: str, piece: str | None) -> tuple[int, ...] | None:
+    """A token's bytes, by its text, or where that is half a character by its ``piece`` in the vocabulary."""
+    if HALF not in text:
+        return tuple(text.encode())
+    if piece is not None and (byte := HEXADECIMAL.fullmatch(piece)):
+        return (int(byte[1], 16),)
+    return tuple(BYTES[letter] for letter in piece) if piece and BYTES.keys() >= set(piece) else None
 
 
 class Decoder:

@@ -8,7 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from mlx_rsgwm.serving.app import make_app
+from mlx_rsgwm.serving.library import Pair
 from mlx_rsgwm.serving.settings import ServerSettings
+from tests.serving.conftest import SECONDS
 from tests.serving.test_app import GREEDY, refused
 
 
@@ -21,6 +23,7 @@ def shelf(tmp_path, make_adapter, make_engine):
     make_adapter(3).save(tmp_path / "outside")
     engine = make_engine({"kept": 9})
     with TestClient(make_app(engine, ServerSettings(adapter_dir=folder)), base_url="http://localhost") as client:
+        client.engine = engine
         yield folder, client
 
 
@@ -51,9 +54,27 @@ def test_load_replace_and_unload(shelf):
     assert client.delete("/v1/models/new").json() == {"id": "new", "object": "model", "deleted": True}
     assert [model["id"] for model in client.get("/v1/models").json()["data"]][1:] == ["kept"]
     base = client.get("/v1/models").json()["data"][0]["id"]
-    refused(client.delete(f"/v1/models/{base}"), 400, "base_model")
-    refused(load(client, "a", name=base), 400, "name_taken")
+    refused(client.delete(f"/v1/models/{base}"), 400, "base_model", "lora_name")
+    refused(load(client, "a", name=base), 400, "name_taken", "lora_name")
     refused(load(client, "a", lora_int_id=3), 400, "unsupported_parameter", "lora_int_id")
+
+
+def test_verified_pairs_stay_and_names_mean_one_thing(shelf):
+    """A name that promises checked answers is not given to an adapter, nor one that stands for another."""
+    folder, client = shelf
+    pair = Pair(folder / "a", [folder / "b"])
+    client.engine.call(lambda library: library.add_pair("checked", pair)).result(SECONDS)
+    base = client.get("/v1/models").json()["data"][0]["id"]
+    for name in ("checked", f"{base}:checked", f"{base}:kept", f"{base}:new"):
+        for replace in (False, True):
+            refused(load(client, "a", name=name, load_inplace=replace), 400, "name_taken", "lora_name")
+    for name in ("checked", f"{base}:checked"):
+        refused(client.post("/v1/unload_lora_adapter", json={"lora_name": name}), 400, "name_taken", "lora_name")
+        refused(client.delete(f"/v1/models/{name}"), 400, "name_taken", "lora_name")
+    for name in ("", "x" * 201, "a\n"):
+        refused(load(client, "a", name=name), 400, "invalid_name", "lora_name")
+    assert client.get("/v1/models/checked").json()["x_rsgwm"]["kind"] == "verified"
+    assert said(client, f"{base}:kept") == said(client, "kept")
 
 
 def test_nothing_outside_the_folder_is_read(shelf):

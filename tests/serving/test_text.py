@@ -3,8 +3,9 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mlx_rsgwm.serving.text import TextStream
+from mlx_rsgwm.serving.text import HALF, TextStream, bytes_of
 
 
 def told(pieces, stop=(), trim=False):
@@ -60,3 +61,25 @@ def test_characters_come_whole_and_together_they_are_the_decoded_text(base):
         tokens = [draw.randrange(1, 260) for _ in range(30)]
         stream = TextStream(decode)
         assert "".join([stream.add(token) for token in tokens]) + stream.end() == decode(tokens)
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text():
+    """By a vocabulary of single bytes of the tokenizers library, whose letters for them are GPT-2's."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    text = "a 🙂 in the café\t" + "".join(map(chr, range(0x20, 0x250)))
+    ids = tokenizer.encode(text).ids
+    assert len(ids) == len(text.encode())
+    shown = [tokenizer.decode([token]) for token in ids]
+    assert any(HALF in each for each in shown)
+    parts = [bytes_of(each, tokenizer.id_to_token(token)) for each, token in zip(shown, ids, strict=True)]
+    assert bytes(byte for part in parts for byte in part).decode() == text
+
+
+def test_pieces_in_hexadecimal_are_bytes_and_unknown_ones_are_none():
+    assert bytes_of(HALF, "<0xF0>") == (0xF0,)
+    assert bytes_of(HALF, "<0xF>") == tuple(b"<0xF>")
+    assert bytes_of(HALF, "数") is None
+    assert bytes_of(HALF, None) is None
+    assert bytes_of("é", None) == (0xC3, 0xA9)
