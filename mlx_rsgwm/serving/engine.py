@@ -94,7 +94,9 @@ class Engine:
         with self._lock:
             if self._stop_at is not None:
                 raise ServerStopping
-            if len(self._queued) >= self.limits.queue:
+            running = len(set(self._jobs) - self._queued)
+            rows = len(self._decoder.rows) if self.ready else 0
+            if len(self._queued) >= self.limits.queue + max(0, self.limits.rows - max(running, rows)):
                 raise ServerBusy(len(self._queued))
             self._queued.add(job)
         self._commands.put(lambda: self._take(job))

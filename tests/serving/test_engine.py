@@ -269,6 +269,18 @@ def test_ends_stops_and_counts_are_told(make_engine, ask, alone):
     assert [(event.reason, event.tokens) for event in cut.events if isinstance(event, Ended)] == [("length", 2)]
 
 
+def test_a_burst_at_an_idle_engine_fills_its_rows_and_its_queue(make_engine, ask):
+    engine = make_engine({"a": 1}, rows=4, queue=2)
+    busy = threading.Event()
+    engine.call(lambda library: busy.wait(SECONDS))  # nothing is taken in meanwhile
+    asked = [ask(engine, "a", f"question {number}", max_tokens=2)[1] for number in range(6)]
+    with pytest.raises(ServerBusy):
+        ask(engine, "a", "one more")
+    busy.set()
+    assert all(told.texts() for told in asked)
+    until_idle(engine)
+
+
 def test_requests_that_come_together_are_read_together(make_engine, ask, monkeypatch):
     monkeypatch.setattr("mlx_rsgwm.serving.engine.GATHER_SECONDS", 2.0)
     monkeypatch.setattr("mlx_rsgwm.serving.engine.MOST_GATHERED", 2.0)
