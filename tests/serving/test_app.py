@@ -355,7 +355,7 @@ def test_a_full_queue_and_a_long_answer_are_told(start):
     client, engine = start(limits={"rows": 1, "queue": 1}, timeout=0.3)
     endless = {"model": "a", "prompt": "x", "max_tokens": 490, "logit_bias": {"0": -100}}
     refused(client.post("/v1/completions", json=endless), 504, "timeout")
-    engine.limits = type(engine.limits)(0, 0)  # no row is free, and nothing may wait
+    engine.limits = type(engine.limits)(1, -1)  # as if another request had the row
     response = client.post("/v1/completions", json={**endless, "max_tokens": 3})
     refused(response, 429, "queue_full")
     assert response.headers["retry-after"] == "1"
