@@ -13,10 +13,11 @@ from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.sampling import Sampling
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
+from mlx_rsgwm.serving.completion import Completion, Writing
 from mlx_rsgwm.serving.errors import ContextTooLong, ModelNotFound, ServerBusy, ServerStopping
 from mlx_rsgwm.serving.events import Begun, Ended, Failed
 from mlx_rsgwm.serving.row_sampling import RowSampling
-from tests.serving.conftest import evaluated, until_idle
+from tests.serving.conftest import Told, encoded, evaluated, until_idle
 
 ADAPTERS = {"a": 1, "b": 2, "c": 3, "d": 4}
 PROMPTS = ["What is 2 + 2?", "Name a number.", "A much longer question, with several more words in it, is here?"]
@@ -269,14 +270,22 @@ def test_ends_stops_and_counts_are_told(make_engine, ask, alone):
     assert [(event.reason, event.tokens) for event in cut.events if isinstance(event, Ended)] == [("length", 2)]
 
 
-def test_a_burst_at_an_idle_engine_fills_its_rows_and_its_queue(make_engine, ask):
+def test_a_burst_at_an_idle_engine_fills_its_rows_and_its_queue(make_engine):
     engine = make_engine({"a": 1}, rows=4, queue=2)
-    busy = threading.Event()
-    engine.call(lambda library: busy.wait(SECONDS))  # nothing is taken in meanwhile
-    asked = [ask(engine, "a", f"question {number}", max_tokens=2)[1] for number in range(6)]
+    model, held, go_on = engine.library.find("a"), threading.Event(), threading.Event()
+    engine.call(lambda library: (held.set(), go_on.wait(SECONDS)))
+    assert held.wait(SECONDS)  # the engine takes nothing in meanwhile
+
+    def submit(number):
+        told = Told()
+        writing = Writing(sampling=RowSampling(temperature=0), max_tokens=2)
+        engine.submit(Completion(model, encoded(f"question {number}"), writing, told))
+        return told
+
+    asked = [submit(number) for number in range(6)]
     with pytest.raises(ServerBusy):
-        ask(engine, "a", "one more")
-    busy.set()
+        submit(6)
+    go_on.set()
     assert all(told.texts() for told in asked)
     until_idle(engine)
 
@@ -289,6 +298,16 @@ def test_requests_that_come_together_are_read_together(make_engine, ask, monkeyp
     longest = max(sum(event.tokens for event in each.wait() if isinstance(event, Ended)) for each in told)
     assert engine.counts.steps <= longest + 1  # no step was made with the first alone
     until_idle(engine)
+
+
+def test_the_thread_of_an_engine_leaves_no_stream(make_engine, monkeypatch):
+    """By chance a process is aborted for those that it leaves: the test below may pass without."""
+    cleared = []
+    monkeypatch.setattr(mx, "clear_streams", lambda: cleared.append(threading.current_thread().name))
+    engine = make_engine({"a": 1})
+    assert cleared == []
+    engine.stop()
+    assert cleared == ["engine"]
 
 
 ENDING = """
