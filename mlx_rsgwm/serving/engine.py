@@ -94,9 +94,7 @@ class Engine:
         with self._lock:
             if self._stop_at is not None:
                 raise ServerStopping
-            running = len(set(self._jobs) - self._queued)
-            rows = len(self._decoder.rows) if self.ready else 0
-            if len(self._queued) >= self.limits.queue + max(0, self.limits.rows - max(running, rows)):
+            if len(self._queued) >= self.limits.queue + max(0, self.limits.rows - max(self._under_way())):
                 raise ServerBusy(len(self._queued))
             self._queued.add(job)
         self._commands.put(lambda: self._take(job))
@@ -151,10 +149,12 @@ class Engine:
     def load(self) -> dict[str, int]:
         """How many requests wait, how many others are under way, and their rows."""
         with self._lock:
-            waiting = len(self._queued)
-            running = len(set(self._jobs) - self._queued)
-        rows = len(self._decoder.rows) if self.ready else 0
-        return {"waiting": waiting, "running": running, "rows": rows}
+            running, rows = self._under_way()
+            return {"waiting": len(self._queued), "running": running, "rows": rows}
+
+    def _under_way(self) -> tuple[int, int]:
+        """Requests that do not wait, and rows; the lock is held."""
+        return len(set(self._jobs) - self._queued), len(self._decoder.rows) if self.ready else 0
 
     # The engine's thread.
 
