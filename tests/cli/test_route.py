@@ -27,6 +27,12 @@ def invoke(*arguments):
     return CliRunner().invoke(rsgwm, [str(each) for each in arguments])
 
 
+def told_by(done):
+    """The JSON object of a command that ended well."""
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.fixture
 def pool(make_adapter, tmp_path):
     """Two adapters, their corpora, and a pair."""
@@ -49,22 +55,20 @@ def test_the_option_names_every_rule():
 
 def test_a_pool_gets_a_router_and_answers_by_it(pool, tiny_base, tmp_path):
     done = fit(pool, tiny_base, "--corpus", tmp_path / "data", "--json")
-    assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = told_by(done)
     assert told["questions"] == {"change": 12, "groups": 12}
     assert max(told["accuracy"].values()) == told["accuracy"][told["rule"]] > 0.6
     assert "left-out questions to the right adapter, taken" in done.stderr
     pair = ("--drafter", tmp_path / "drafter", "--verifier", tmp_path / "verifier", *PAIR, "--template", "plain")
     question = generate("groups", 1, 5, "test")[0].question
     done = invoke("ask", question, "--router", pool, *pair, "--base", tiny_base, "--json")
-    assert done.exit_code == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = told_by(done)
     assert answer["drafted_by"] == answer["route"]
     assert f"drafted by {answer['route']}" in done.stderr
     asked = tmp_path / "asked.jsonl"
     asked.write_text(json.dumps({"question": question}) + "\n")
     done = invoke("ask", "--file", asked, "--router", pool, *pair, "--base", tiny_base, "--json")
-    assert json.loads(done.stdout.splitlines()[-1])["answers"][0]["answer"] == answer["answer"]
+    assert told_by(done)["answers"][0]["answer"] == answer["answer"]
 
 
 @pytest.fixture
@@ -88,8 +92,7 @@ def put(folder, statistics):
 
 def test_a_pool_is_routed_by_what_training_kept(with_states, tiny_base, tmp_path):
     done = invoke("pool", "route", with_states, "--json")
-    assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = told_by(done)
     assert told["questions"] == {"change": 12, "groups": 12}
     assert (told["rule"], told["layer"], told["margin"], told["accuracy"]) == ("distance", 1, 0.9, None)
     assert (
@@ -99,8 +102,7 @@ def test_a_pool_is_routed_by_what_training_kept(with_states, tiny_base, tmp_path
     pair = ("--drafter", tmp_path / "drafter", "--verifier", tmp_path / "verifier", *PAIR, "--template", "plain")
     question = generate("groups", 1, 5, "test")[0].question
     done = invoke("ask", question, "--router", with_states, *pair, "--base", tiny_base, "--json")
-    assert done.exit_code == 0, done.stderr
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = told_by(done)
     assert answer["route"] in ("change", "groups")
     assert answer["drafted_by"] in ("drafter", answer["route"])
     first = (with_states / "router.safetensors").read_bytes()
@@ -172,7 +174,7 @@ def test_a_margin_that_none_reaches_leaves_all_to_the_drafter(pool, tiny_base, t
     assert fit(pool, tiny_base, "--corpus", tmp_path / "data", "--margin", "1").exit_code == 0
     pair = ("--drafter", tmp_path / "drafter", "--verifier", tmp_path / "verifier", *PAIR, "--template", "plain")
     done = invoke("ask", "What is 2 + 2?", "--router", pool, *pair, "--base", tiny_base, "--json")
-    assert json.loads(done.stdout.splitlines()[-1])["drafted_by"] == "drafter"
+    assert told_by(done)["drafted_by"] == "drafter"
 
 
 @pytest.mark.parametrize(
