@@ -47,11 +47,11 @@ def convert_to_peft(
     from mlx_rsgwm.converters.parity.certificate import embed_certificate
     from mlx_rsgwm.converters.peft import convert as peft
     from mlx_rsgwm.converters.peft.bulk import is_mlx, is_whole_peft, to_peft_verified
-    from mlx_rsgwm.core.folders import new_folder
+    from mlx_rsgwm.core.folders import new_folder, require_empty
     from mlx_rsgwm.models.adapter_sources import load_adapter
 
     def convert(source: Path | str, target: Path) -> Converted:
-        peft.require_empty(target)
+        require_empty(target)
         with new_folder(target) as work:
             if verify:
                 converted = to_peft_verified(source, base_name, work, console.progress)
@@ -86,11 +86,12 @@ def convert_from_peft(
     from mlx_rsgwm.converters.peft import convert as peft
     from mlx_rsgwm.converters.peft.bulk import adapter_folders, from_peft_verified, is_peft
     from mlx_rsgwm.converters.peft.layout import PeftReading
+    from mlx_rsgwm.core.folders import require_empty
     from mlx_rsgwm.models.adapter import is_complete
     from mlx_rsgwm.models.base import resolve_base
 
     if is_peft(folder) or not adapter_folders(folder, is_peft):
-        peft.require_empty(out)
+        require_empty(out)
         peft.check_peft(folder)
     if base_name is None:
         raise click.UsageError("missing option --base")

@@ -39,9 +39,8 @@ def importance(
 
     Example: rsgwm adapter importance adapters --corpus corpus/change --base smollm2-135m
     """
-    from mlx_rsgwm.converters.peft.convert import require_empty
     from mlx_rsgwm.core.errors import RsgwmError
-    from mlx_rsgwm.core.folders import new_folder
+    from mlx_rsgwm.core.folders import new_folder, require_empty
     from mlx_rsgwm.data.loading import load_data
     from mlx_rsgwm.inference.open import load_base_for
     from mlx_rsgwm.models.adapter_sources import load_adapter

@@ -50,7 +50,7 @@ def decide(
       rsgwm probe decide pool --predictors predictors --apply --out decided
       rsgwm probe decide pool --at 0.05 --predictors early-predictors
     """
-    from mlx_rsgwm.converters.peft.convert import require_empty
+    from mlx_rsgwm.core.folders import require_empty
     from mlx_rsgwm.models.adapter_sources import load_adapters
     from mlx_rsgwm.probe.apply import apply as carry_out
     from mlx_rsgwm.probe.decide import decide as decide_on

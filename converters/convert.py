@@ -9,9 +9,9 @@ import numpy as np
 
 from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.gguf.adapter import to_gguf
-from mlx_rsgwm.converters.peft.convert import require_empty, to_peft
+from mlx_rsgwm.converters.peft.convert import to_peft
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
-from mlx_rsgwm.core.folders import new_folder
+from mlx_rsgwm.core.folders import new_folder, require_empty
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_rsgwm.converters.peft.convert import Converted, replaced_notes, require_empty
-from mlx_rsgwm.core.folders import new_folder
+from mlx_rsgwm.converters.peft.convert import Converted, replaced_notes
+from mlx_rsgwm.core.folders import new_folder, require_empty
 from mlx_rsgwm.models.adapter import Adapter
 
 

@@ -39,14 +39,13 @@ from mlx_rsgwm.converters.fuse.layers import (
 )
 from mlx_rsgwm.converters.fuse.model_files import write_model
 from mlx_rsgwm.converters.parity.mlx import apply_adapter, probe_ids, replace_parameters
-from mlx_rsgwm.converters.peft.convert import require_empty
 from mlx_rsgwm.converters.peft.names import model_order
 from mlx_rsgwm.converters.resized_vocabulary import make_room, rows_of, tokenizer_of
 from mlx_rsgwm.converters.untied_base import adapts_head, untied_base
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.dtypes import DTYPES
 from mlx_rsgwm.core.errors import AdapterError, CheckFailed, RsgwmError, raise_problems
-from mlx_rsgwm.core.folders import new_folder, require_space
+from mlx_rsgwm.core.folders import new_folder, require_empty, require_space
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.row_hashes import FUSED_FILE, KEY, RowRecord, record_of, record_of_base

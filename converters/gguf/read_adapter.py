@@ -16,12 +16,12 @@ from mlx_rsgwm.converters.base_layers import BaseLayers, shared_base_layers
 from mlx_rsgwm.converters.gguf.file import GgufFile, open_gguf
 from mlx_rsgwm.converters.gguf.names import adapter_architecture, heads_of, tensor_namer
 from mlx_rsgwm.converters.gguf.read import unpermute
-from mlx_rsgwm.converters.peft.convert import Converted, require_empty
+from mlx_rsgwm.converters.peft.convert import Converted
 from mlx_rsgwm.converters.peft.read import keys_of
 from mlx_rsgwm.converters.peft.uniform import Update, common_scale, fold_scale, widen_rank
 from mlx_rsgwm.core.dtypes import FLOATS
 from mlx_rsgwm.core.errors import AdapterError, raise_problems
-from mlx_rsgwm.core.folders import new_folder
+from mlx_rsgwm.core.folders import new_folder, require_empty
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec

@@ -17,13 +17,13 @@ from mlx_rsgwm.converters.base_layers import read_base_layers
 from mlx_rsgwm.converters.hub.model_card import model_card
 from mlx_rsgwm.converters.parity.certificate import read_certificate
 from mlx_rsgwm.converters.peft.bulk import is_mlx, is_peft
-from mlx_rsgwm.converters.peft.convert import check_peft, convert_from_peft, require_empty, to_peft
+from mlx_rsgwm.converters.peft.convert import check_peft, convert_from_peft, to_peft
 from mlx_rsgwm.converters.peft.folder import is_of_wrapped_model, open_peft
 from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.sidecar import CERTIFICATE_FILE, PEFT_CONFIG_FILE, SIDECAR_FOLDER
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.core.folders import make_folder, new_folder
+from mlx_rsgwm.core.folders import make_folder, new_folder, require_empty
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.safetensors_io import write_safetensors
 from mlx_rsgwm.models.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_rsgwm.converters.base_layers import BaseLayers, read_base_layers
-from mlx_rsgwm.converters.peft.convert import Converted, convert_from_peft, convert_to_peft, require_empty
+from mlx_rsgwm.converters.peft.convert import Converted, convert_from_peft, convert_to_peft
 from mlx_rsgwm.converters.peft.folder import INDEX_FILE, PeftFolder, open_peft
 from mlx_rsgwm.converters.peft.layout import PeftReading
 from mlx_rsgwm.converters.peft.names import parse_name
@@ -18,7 +18,7 @@ from mlx_rsgwm.converters.peft.raw_arrays import RawArray, read_raw
 from mlx_rsgwm.converters.peft.sidecar import PEFT_CONFIG_FILE
 from mlx_rsgwm.converters.peft.verify import require_equal
 from mlx_rsgwm.core.errors import CheckFailed, RsgwmError
-from mlx_rsgwm.core.folders import new_folder
+from mlx_rsgwm.core.folders import new_folder, require_empty
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE
 from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter

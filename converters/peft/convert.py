@@ -31,7 +31,7 @@ from mlx_rsgwm.converters.resized_vocabulary import rows_of, tokenizer_files
 from mlx_rsgwm.converters.stream import save_adapter, write_arrays
 from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import AdapterError, RsgwmError, raise_problems
-from mlx_rsgwm.core.folders import new_folder
+from mlx_rsgwm.core.folders import new_folder, require_empty
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.core.safetensors_io import read_safetensors, require_space_for
 from mlx_rsgwm.models.adapter import WEIGHTS_FILE, Adapter, LoraSpec, check_hashes
@@ -241,12 +241,6 @@ def _read_on(folder: Path, base: BaseLayers, reading: PeftReading | None = None)
     except AdapterError as error:
         reason = str(error).removeprefix(f"{folder}: ")
         raise AdapterError(f"{folder} cannot be converted for {base.name}: {reason}") from None
-
-
-def require_empty(out: Path) -> None:
-    """Refuse an output folder that holds anything: a half-old, half-new adapter must never exist."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise RsgwmError(f"{out} exists and is not an empty folder; choose another one or remove it")
 
 
 def _evaluated(adapter: Adapter) -> Adapter:

@@ -170,6 +170,12 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def require_empty(out: Path) -> None:
+    """Refuse an output folder that holds anything: a half-old, half-new result must never exist."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise RsgwmError(f"{out} exists and is not an empty folder; choose another one or remove it")
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Refuse to start writing ``needed`` bytes below ``folder`` when the file system has not that much room."""
     existing = folder.absolute()
