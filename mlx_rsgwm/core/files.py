@@ -160,7 +160,11 @@ def parse_json(text: str, unique: bool = False) -> Any:
     except ValueError as error:
         raise ValueError(str(error).partition(";")[0] if text.strip() else "it is empty") from None
     if "\\ud" in text.lower():  # half of a surrogate pair is a string to Python and to nothing that it is given to
-        json.dumps(value, ensure_ascii=False).encode()
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ValueError(f"{half} is half of a character, without its other half") from None
     return value
 
 

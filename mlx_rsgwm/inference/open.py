@@ -213,16 +213,7 @@ def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
     calibration = pipeline.calibration
     if calibration is None:
         return []
-    doubts = []
-    if changed := _changed_since(calibration, pipeline_identity(pipeline)):
-        options = changed.keys() <= OPTIONS  # the rest are hashes
-        named = ", ".join(_told(name, was, now, options) for name, (was, now) in changed.items())
-        given = {name: was for name, (was, _) in changed.items() if was is not None}
-        same = " ".join(f"--{name.replace('_', '-')} {was}" for name, was in given.items())
-        doubts.append(
-            f"the verifier was calibrated with another {named}; its threshold and what its scores mean may not hold "
-            f"here; {f'take {same}, or ' if options and same else ''}calibrate again with: rsgwm calibrate"
-        )
+    doubts = settings_doubts(pipeline)
     bound = calibration.risk_bound
     if bound is not None and bound.check != pipeline.config.check:
         doubts.append(
@@ -232,6 +223,22 @@ def _calibration_doubts(pipeline: DraftVerify) -> list[str]:
     if not calibration.made_for:
         doubts.append("the verifier's calibration does not say which pair it was made for; see rsgwm calibrate")
     return doubts
+
+
+def settings_doubts(pipeline: DraftVerify) -> list[str]:
+    """A sentence on what differs from the pipeline that was calibrated, if anything does."""
+    calibration = pipeline.calibration
+    changed = {} if calibration is None else _changed_since(calibration, pipeline_identity(pipeline))
+    if not changed:
+        return []
+    options = changed.keys() <= OPTIONS  # the rest are hashes
+    named = ", ".join(_told(name, was, now, options) for name, (was, now) in changed.items())
+    given = {name: was for name, (was, _) in changed.items() if was is not None}
+    same = " ".join(f"--{name.replace('_', '-')} {was}" for name, was in given.items())
+    return [
+        f"the verifier was calibrated with another {named}; its threshold and what its scores mean may not hold "
+        f"here; {f'take {same}, or ' if options and same else ''}calibrate again with: rsgwm calibrate"
+    ]
 
 
 def _told(name: str, was: object, now: object, values: bool) -> str:

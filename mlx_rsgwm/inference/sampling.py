@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,7 @@ from mlx_rsgwm.core.random_streams import DEFAULT_SEED
 from mlx_rsgwm.models.linux_cpu import exp, largest
 
 CANDIDATES = 128
+TAIL_KEY = 0x7A11  # the second half of the keys of draws beyond the candidates
 COLDEST = (1e-37, 3e38)  # what logits are multiplied by, at least and at most
 
 
@@ -64,26 +66,61 @@ def choose(
         return best if rows is None else best[rows], mx.ones(uniform.shape[0], dtype=mx.bool_)
     wide = logits.astype(mx.float32)
     best = largest(wide, min(CANDIDATES, wide.shape[-1]))
-    return _from_candidates(wide, best, uniform, temperature, top_p, rows)
+    nucleus = _nucleus(wide, best, uniform, temperature, top_p, rows)
+    return nucleus.tokens(), nucleus.certain
 
 
 def choose_exact(
     logits: mx.array, uniform: mx.array, temperature: float, top_p: float, rows: mx.array | None = None
 ) -> mx.array:
-    """:func:`choose` over the whole vocabulary, for flat distributions: next tokens (n,)."""
+    """:func:`choose` over the whole vocabulary, for flat distributions: next tokens (n,).
+
+    A draw that falls beyond the ``CANDIDATES`` best is made anew among those there, by the largest log p + Gumbel
+    noise, the noise of each token from the bits of the draw. Inverse transform would go through thousands of tokens
+    whose order, and with it the choice, hangs on the last bits of the logits, which batches and cached prompts change.
+    """
     wide = logits.astype(mx.float32)
     everything = mx.broadcast_to(mx.arange(wide.shape[-1]), wide.shape)
-    return _from_candidates(wide, everything, uniform, temperature, top_p, rows)[0]
+    nucleus = _nucleus(wide, everything, uniform, temperature, top_p, rows)
+    chosen = nucleus.tokens()
+    if wide.shape[-1] <= CANDIDATES:
+        return chosen
+    noise = mx.stack([mx.random.gumbel((wide.shape[-1],), key=key) for key in _keys(uniform)])
+    tail = (mx.arange(wide.shape[-1]) >= CANDIDATES) & (nucleus.mass > 0)
+    noisy = mx.log(nucleus.mass) + mx.take_along_axis(noise, nucleus.candidates, axis=-1)
+    best = mx.argmax(mx.where(tail, noisy, -mx.inf), axis=-1)
+    drawn = mx.take_along_axis(nucleus.candidates, best[:, None], axis=-1)[:, 0]
+    return mx.where(nucleus.index < CANDIDATES, chosen, drawn)
 
 
-def _from_candidates(
+def _keys(uniform: mx.array) -> mx.array:
+    """A key of MLX's random numbers for each draw (n, 2)."""
+    bits = uniform.astype(mx.float32).view(mx.uint32)
+    return mx.stack([bits, mx.full(bits.shape, TAIL_KEY, dtype=mx.uint32)], axis=-1)
+
+
+class _Nucleus(NamedTuple):
+    """Of every draw, n of them: the ``candidates`` (n, c), likeliest first, their probability ``mass``, 0 outside the
+    nucleus, the ``index`` (n,) that inverse transform chooses, and whether candidates reach ``top_p``."""
+
+    candidates: mx.array
+    mass: mx.array
+    index: mx.array
+    certain: mx.array
+
+    def tokens(self) -> mx.array:
+        """What the indices stand for (n,)."""
+        return mx.take_along_axis(self.candidates, self.index[:, None], axis=-1)[:, 0]
+
+
+def _nucleus(
     logits: mx.array,
     candidates: mx.array,
     uniform: mx.array,
     temperature: float,
     top_p: float,
     rows: mx.array | None,
-) -> tuple[mx.array, mx.array]:
+) -> _Nucleus:
     values = mx.take_along_axis(logits, candidates, axis=-1)
     # Ties are broken by token id, so that the order does not depend on how the candidates were found.
     order = mx.argsort(candidates, axis=-1)
@@ -104,4 +141,4 @@ def _from_candidates(
     index = mx.sum(cumulative <= uniform[:, None] * mass, axis=-1)
     index = mx.minimum(index, mx.sum(nucleus > 0, axis=-1) - 1)
     certain = mass[:, 0] >= min(top_p, 1.0) - 1e-6 if candidates.shape[-1] < logits.shape[-1] else mass[:, 0] >= 0
-    return mx.take_along_axis(candidates, index[:, None], axis=-1)[:, 0], certain
+    return _Nucleus(candidates, nucleus, index, certain)

@@ -22,7 +22,7 @@ Prompt = Callable[[Library, ServedModel], tuple[int, ...]]
 class Writing:
     """How choices are written. ``stream``: what names their random streams, beside the seed; for ``rsgwm ask`` that is
     the question. ``max_tokens`` None: as many as ``usual``, or as the context has room for.
-    ``schema``: of JSON, which the text is to be a value of."""
+    ``schema``: of JSON, which the text is to be a value of. ``param``: what the request calls the prompt."""
 
     n: int = 1
     seed: int = 0
@@ -32,11 +32,12 @@ class Writing:
     stop: tuple[str, ...] = ()
     trim: bool = True
     schema: str | None = None
+    param: str = "prompt"
     sampling: RowSampling = field(default_factory=RowSampling)
 
 
-def room_for(library: Library, prompt: tuple[int, ...], asked: int | None, usual: int) -> int:
-    """Tokens that may be written after a prompt.
+def room_for(library: Library, prompt: tuple[int, ...], asked: int | None, usual: int, param: str) -> int:
+    """Tokens that may be written after a prompt, which the request calls ``param``.
 
     Raises:
         ContextTooLong: fewer than were asked for, or none.
@@ -44,7 +45,7 @@ def room_for(library: Library, prompt: tuple[int, ...], asked: int | None, usual
     limit = library.base.config.get("max_position_embeddings") or (1 << 31)
     room = int(limit) - len(prompt)
     if room < (asked or 1):
-        raise ContextTooLong(len(prompt), asked or 1, int(limit))
+        raise ContextTooLong(len(prompt), asked or 1, int(limit), param)
     return asked or min(usual, room)
 
 
@@ -66,7 +67,7 @@ class Completion(Job):
             message = f"logit_bias has token {beyond[0]}; the model has {library.vocabulary}"
             raise RequestError(message, code="invalid_value", param="logit_bias")
         prompt = self._prompt(library, model)
-        count = room_for(library, prompt, writing.max_tokens, writing.usual)
+        count = room_for(library, prompt, writing.max_tokens, writing.usual, writing.param)
         rows = [
             Row(
                 prompt,

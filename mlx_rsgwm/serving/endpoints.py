@@ -94,7 +94,8 @@ class Server:
         choices = self.choices(asked)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         limits = (asked.max_tokens, self.settings.max_tokens)
-        return Writing(choices, seed, stream, *limits, asked.stop, trim, asked.schema, asked.sampling)
+        param = "prompt" if asked.conversation is None else "messages"
+        return Writing(choices, seed, stream, *limits, asked.stop, trim, asked.schema, param, asked.sampling)
 
     def choices(self, asked: Asked) -> int:
         """How many choices a request asks for.

@@ -63,6 +63,7 @@ class ModelNotFound(RequestError):
 class ContextTooLong(RequestError):
     """The prompt, with what is to be written, is longer than the model reads."""
 
-    def __init__(self, prompt: int, answer: int, limit: int) -> None:
+    def __init__(self, prompt: int, answer: int, limit: int, param: str) -> None:
         message = f"the prompt has {prompt} tokens, and with {answer} to be written is beyond the context of {limit}"
-        super().__init__(f"{message}; shorten it or lower max_completion_tokens", 400, "context_length_exceeded")
+        told = f"{message}; shorten it or lower max_completion_tokens"
+        super().__init__(told, 400, "context_length_exceeded", param)

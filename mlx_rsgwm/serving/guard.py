@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -19,6 +19,7 @@ from mlx_rsgwm.serving.settings import LOOPBACK_NAMES, ServerSettings, is_addres
 LARGEST_BODY = 8 << 20
 OPEN = (b"/health", b"/ready", b"/")  # nothing here tells what is served or asked
 ADMIN = re.compile(rb"/v1/(load|unload)_lora_adapter$")
+CHARSET = re.compile(r"charset\s*=\s*\"?([^\s;\"]+)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]/\s]+)(?::\d+)?")
 
 
@@ -55,8 +56,8 @@ class Guard:
             # Which endpoint answers is settled by the decoded path: /v1/load%5Flora_adapter loads, too.
             admin = method == "DELETE" or any(ADMIN.match(each) for each in (path, scope["path"].encode()))
             self._check_key(headers.get("authorization", ""), admin)
-        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise RequestError("the body must be sent as application/json", 415, "unsupported_media_type")
+        if method == "POST":
+            _check_form(headers)
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > LARGEST_BODY:
             raise RequestError(f"the body is larger than {LARGEST_BODY >> 20} MB", 413, "body_too_large")
@@ -75,6 +76,18 @@ class Guard:
         if scheme.lower() != "bearer" or not any(sound):
             what = "no API key" if not header else "the API key is wrong"
             raise RequestError(f"{what}; send it as Authorization: Bearer KEY", 401, "invalid_api_key")
+
+
+def _check_form(headers: Mapping[str, str]) -> None:
+    """Refuse a body that is said to be no JSON, in no UTF-8, or compressed."""
+    media, _, parameters = headers.get("content-type", "").partition(";")
+    charset = CHARSET.search(parameters)
+    if media.strip().lower() != "application/json":
+        raise RequestError("the body must be sent as application/json", 415, "unsupported_media_type")
+    if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise RequestError("the body must be in UTF-8", 415, "unsupported_media_type")
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise RequestError("the body must not be compressed", 415, "unsupported_media_type")
 
 
 def refusal(error: Exception) -> Response:

@@ -15,8 +15,9 @@ from typing import Any
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.data.template import Template
+from mlx_rsgwm.inference.identity import pipeline_identity
 from mlx_rsgwm.inference.loop import DraftVerify
-from mlx_rsgwm.inference.open import open_pipeline
+from mlx_rsgwm.inference.open import open_pipeline, settings_doubts
 from mlx_rsgwm.inference.pair import VerifierSource, load_verifier
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.routed import RoutedDraftVerify
@@ -69,8 +70,9 @@ class Pair:
 class ServedModel:
     """A name that requests may give. ``slot``: of what answers alone, None for the bare base; ``pipeline``: of a pair.
 
-    ``slots``: all that it uses. ``warnings``: what is odd about it. ``users``: requests under way; ``removed``: it is
-    named no more. ``sum``: what a request adds to it, which has no name.
+    ``slots``: all that it uses. ``warnings``: what is odd about it; ``differing``: what its calibration was not made
+    for, by the names of a pipeline's identity. ``users``: requests under way; ``removed``: it is named no more.
+    ``sum``: what a request adds to it, which has no name.
     """
 
     name: str
@@ -82,6 +84,7 @@ class ServedModel:
     pipeline: DraftVerify | None = None
     details: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    differing: tuple[str, ...] = ()
     created: int = field(default_factory=time_of_day)
     users: int = 0
     removed: bool = False
@@ -229,7 +232,11 @@ class Library:
             drafters = [{"name": each, "sha256": slot} for each, slot in pipeline.place.items()]
             details["router"] = {"sha256": pipeline.router.digest(), "drafters": drafters}
         model = ServedModel(name, "verified", pipeline.template, pipeline.end_ids, slots[0], slots, pipeline, details)
-        model.warnings = tuple(_by_names(warning, (drafting, *verifying)) for warning in noted.warnings)
+        # What differs from the calibration's settings is told of each request, which may name them.
+        warnings = [warning for warning in noted.warnings if warning not in settings_doubts(pipeline)]
+        model.warnings = tuple(_by_names(warning, (drafting, *verifying)) for warning in warnings)
+        if pipeline.calibration is not None:
+            model.differing = tuple(pipeline.calibration.differences(pipeline_identity(pipeline)))
         return self.put(model)
 
     def put(self, model: ServedModel) -> ServedModel:

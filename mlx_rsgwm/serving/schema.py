@@ -92,7 +92,8 @@ class Body:
     def require(self, name: str, check: Check) -> Any:
         """As :meth:`take`, of a parameter that must be there."""
         if name not in self._values:
-            raise RequestError(f"{name} is missing", code="missing_required_parameter", param=name)
+            full = self._inside + name
+            raise RequestError(f"{full} is missing", code="missing_required_parameter", param=full)
         return self.take(name, check)
 
     def end(self, ignored: Sequence[str] = ()) -> None:
@@ -141,6 +142,18 @@ def number(least: float, most: float) -> Check:
         return float(value)
 
     return check
+
+
+def above(least: float, most: float) -> Check:
+    """A number in a range whose lower end is not in it."""
+    check = number(least, most)
+
+    def check_above(value: Any) -> float:
+        if check(value) == least:
+            raise ValueError(f"must be above {least:g}")
+        return float(value)
+
+    return check_above
 
 
 def several(check: Check) -> Check:
@@ -241,7 +254,7 @@ SETTINGS: dict[str, Check] = {
     "min_p": number(0, 1),
     "presence_penalty": number(-2, 2),
     "frequency_penalty": number(-2, 2),
-    "repetition_penalty": number(0, 10),
+    "repetition_penalty": above(0, 10),
     "logit_bias": biases,
 }
 
@@ -258,7 +271,9 @@ def _common(body: Body) -> dict[str, Any]:
     except RsgwmError as error:
         raise RequestError(error, code="invalid_value") from None
     stream = body.take("stream", flag, False)
-    usage = body.take("stream_options", stream_options, False) if stream else False
+    usage = body.take("stream_options", stream_options)
+    if usage is not None and not stream:
+        raise RequestError("stream_options needs stream", code="invalid_value", param="stream_options")
     return {
         "model": body.require("model", text),
         "n": body.take("n", integer(1, MOST_CHOICES), 1),
@@ -266,7 +281,7 @@ def _common(body: Body) -> dict[str, Any]:
         "stop": body.take("stop", stops, ()),
         "given": given,
         "stream": stream,
-        "include_usage": usage,
+        "include_usage": bool(usage),
         "lora": body.take("lora", adapters),
     }
 
@@ -301,14 +316,17 @@ def chat_request(values: Any) -> Asked:
     if top is not None and not wanted:
         raise RequestError("top_logprobs needs logprobs", code="invalid_value", param="top_logprobs")
     most = body.take("max_tokens", integer(1, 1 << 31))
-    most = body.take("max_completion_tokens", integer(1, 1 << 31), most)
+    written = body.take("max_completion_tokens", integer(1, 1 << 31), most)
+    if most not in (None, written):
+        message = "max_tokens and max_completion_tokens differ; give the second alone"
+        raise RequestError(message, code="invalid_value", param="max_tokens")
     schema = body.take("response_format", schema_of)
     verify = body.take("verify", verify_settings)
     conversation = body.require("messages", conversation_of)
     body.end(IGNORED)
     return Asked(
         **common,
-        max_tokens=most,
+        max_tokens=written,
         logprobs=(top or 0) if wanted else None,
         conversation=conversation,
         verify=verify,
@@ -324,7 +342,7 @@ def completion_request(values: Any) -> Asked:
     most = body.take("max_tokens", integer(1, 1 << 31))
     texts = body.require("prompt", prompts)
     body.take("echo", exactly(False))
-    body.take("best_of", exactly(1, common["n"]))
+    body.take("best_of", exactly(*dict.fromkeys((1, common["n"]))))
     body.end(IGNORED)
     return Asked(**common, max_tokens=most, logprobs=logprobs, prompts=texts)
 

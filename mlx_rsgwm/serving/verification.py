@@ -71,7 +71,7 @@ def _who(model: ServedModel, drafter: str | None = None) -> Json:
 def headers_of(verification: Mapping[str, Any]) -> dict[str, str]:
     """The same in headers, for clients that show nothing else; of several choices with commas between them."""
     choices = verification["choices"]
-    scores = ["" if choice["score"] is None else f"{choice['score']:.6f}" for choice in choices]
+    scores = ["null" if choice["score"] is None else f"{choice['score']:.6f}" for choice in choices]
     return {
         "x-rsgwm-score": ", ".join(scores),
         "x-rsgwm-accepted": ", ".join(str(choice["accepted"]).lower() for choice in choices),

@@ -34,11 +34,12 @@ SHOWN_EVERY = 4  # tokens of a draft between two looks at it
 class Verifying:
     """How a question is answered. ``changes``: of the pair's settings, by the names of :class:`LoopConfig` and
     :class:`Sampling`; ``target_far``: the share of wrong answers among accepted ones that is to be kept, by the
-    calibration's bound."""
+    calibration's bound. ``inside``: what stands before these settings where the request names them."""
 
     seed: int = 0
     changes: Mapping[str, Any] = field(default_factory=dict)
     target_far: float | None = None
+    inside: str = "verify."
 
     def pipeline(self, model: ServedModel) -> DraftVerify:
         """The model's pair with these settings.
@@ -55,25 +56,26 @@ class Verifying:
         try:
             drawn: Sampling = replace(pair.config.sampling, seed=self.seed, **sampling)
             config: LoopConfig = replace(pair.config, sampling=drawn, **changes)
-            if config.score not in pair.scores:
-                raise RsgwmError(f"the score is one of {', '.join(pair.scores)} here, found {config.score!r}")
         except RsgwmError as error:
-            raise RequestError(error, code="invalid_value", param="verify") from None
+            raise RequestError(error, code="invalid_value", param=self.inside.rstrip(".") or None) from None
+        if config.score not in pair.scores:
+            message = f"the score is one of {', '.join(pair.scores)} here, found {config.score!r}"
+            raise RequestError(message, code="invalid_value", param=f"{self.inside}score")
         return pair.with_config(config)
 
     def _bounded(self, pair: DraftVerify, changes: Mapping[str, Any]) -> dict[str, Any]:
         bound = pair.calibration.risk_bound if pair.calibration is not None else None
+        param = f"{self.inside}target_far"
         if "threshold" in changes or "score" in changes:
-            raise RequestError(
-                "verify.target_far settles score and threshold; leave them out", code="invalid_value", param="verify"
-            )
+            message = f"{param} settles score and threshold; leave them out"
+            raise RequestError(message, code="invalid_value", param=param)
         if bound is None or pair.calibration is None or bound.far > (self.target_far or 0):
             known = "none" if bound is None else f"a share of {bound.far:g}"
             raise RequestError(
                 f"no threshold is known that keeps target_far; the calibration bounds {known} "
                 "(rsgwm calibrate --target-far)",
                 code="no_risk_bound",
-                param="verify",
+                param=param,
             )
         return {"threshold": bound.threshold, "score": pair.calibration.score}
 
@@ -94,7 +96,7 @@ class VerifiedAnswer(Job):
         config = pipeline.config
         self._trial = Trial(config)
         self._prompt = tuple(pipeline.template.draft_prompt(pipeline.tokenizer, self._question))
-        room_for(library, self._prompt, config.sampling.max_tokens, config.sampling.max_tokens)
+        room_for(library, self._prompt, config.sampling.max_tokens, config.sampling.max_tokens, "messages")
         self._pair = self.pipeline = pipeline.of_question(self._question)
         self.tell(Begun(len(self._prompt)))
         return self._attempts()
@@ -196,7 +198,7 @@ class Verification(Job):
         for trial, text in zip(self._trials, self._answers, strict=True):
             draft = self._pair.as_draft(text)
             prompt = self._pair.template.verify_prompt(self._pair.tokenizer, self._question, text)
-            room_for(library, tuple(prompt), 1, 1)
+            room_for(library, tuple(prompt), 1, 1, "answers")
             trial.drafts.append(draft)
         self.tell(Begun(0))
         return []

@@ -93,15 +93,22 @@ def changes_of(asked: Asked, verify: Mapping[str, Any]) -> dict[str, Any]:
     return changes | ({} if asked.max_tokens is None else {"max_tokens": asked.max_tokens})
 
 
-def doubts_of(model: ServedModel, changes: Mapping[str, Any]) -> list[str]:
-    """What is odd about the pair, and what of the request its calibration was not made for."""
-    calibration = model.pipeline.calibration if model.pipeline is not None else None
+def doubts_of(model: ServedModel, changes: Mapping[str, Any] | None) -> list[str]:
+    """What is odd about the pair, and what its calibration was not made for, of the request's settings, too, unless
+    others wrote the answers (``changes`` None)."""
+    pipeline = model.pipeline
     doubts = list(model.warnings)
-    if calibration is not None:
-        named = calibration.differences({name: changes[name] for name in CALIBRATED if name in changes})
-        if named:
+    if pipeline is not None and pipeline.calibration is not None:
+        usual = {**vars(pipeline.config.sampling), "attempts": pipeline.config.attempts}
+        asked = {} if changes is None else {name: changes.get(name, usual[name]) for name in CALIBRATED}
+        recorded = pipeline.calibration.recorded
+        differing = [name for name in model.differing if name not in CALIBRATED]
+        differing += [
+            f"{name} ({recorded[name]}, now {asked[name]})" for name in pipeline.calibration.differences(asked)
+        ]
+        if differing:
             doubts.append(
-                f"the verifier was calibrated with another {', '.join(named)}; what its scores mean may not hold"
+                f"the verifier was calibrated with another {', '.join(differing)}; what its scores mean may not hold"
             )
     return doubts
 
@@ -143,10 +150,10 @@ async def verify_answers(server: Server, request: Request) -> Response:
     model = server.library.find(name)
     if model.pipeline is None:
         raise RequestError(f"{name!r} has no verifier", code="not_a_verified_model", param="model")
-    verifying = Verifying(0, changes, target)
+    verifying = Verifying(0, changes, target, "")
     maker = partial(Verification, model, question, answers, verifying)
     delivery = Delivery(server.engine, [maker], 1, server.settings.timeout)
     with delivery.cancelled_on_failure():
         await unless_gone(request.receive, asyncio.ensure_future(delivery.begin()))
         (verified,) = await unless_gone(request.receive, asyncio.ensure_future(all_of(delivery)))
-    return JSONResponse(verdicts_of(verified, model, doubts_of(model, changes)))
+    return JSONResponse(verdicts_of(verified, model, doubts_of(model, None)))

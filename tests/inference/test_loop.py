@@ -10,7 +10,7 @@ from mlx_rsgwm.inference.draft import Answer, Draft
 from mlx_rsgwm.inference.generate import DraftRequest, draft
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.policy import LoopConfig, decide
-from mlx_rsgwm.inference.sampling import Sampling, choose, choose_exact, uniforms
+from mlx_rsgwm.inference.sampling import CANDIDATES, TAIL_KEY, Sampling, choose, choose_exact, uniforms
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
 
@@ -18,7 +18,7 @@ QUESTIONS = ["What is 2 + 2?", "Name a number.", "A much longer question, with s
 
 
 def reference_choice(logits, uniform, temperature, top_p):
-    """Sort the whole vocabulary, cut the nucleus, walk the cumulative sum; float64."""
+    """Sort the whole vocabulary, cut the nucleus, walk the cumulative sum; beyond the 128 best, log p + noise."""
     scaled = logits.astype(np.float64) / temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
@@ -30,11 +30,15 @@ def reference_choice(logits, uniform, temperature, top_p):
         nucleus.append(token)
         mass += probabilities[token]
     walked = 0.0
-    for token in nucleus:
+    for token in nucleus[:CANDIDATES]:
         walked += probabilities[token]
         if walked > uniform * mass:
             return token
-    return nucleus[-1]
+    if len(nucleus) <= CANDIDATES:
+        return nucleus[-1]
+    key = mx.array([int(np.float32(uniform).view(np.uint32)), TAIL_KEY], dtype=mx.uint32)
+    noise = np.array(mx.random.gumbel((len(scaled),), key=key)).astype(np.float64)
+    return max(nucleus[CANDIDATES:], key=lambda token: np.log(probabilities[token]) + noise[token])
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])

@@ -1,6 +1,7 @@
 """Every endpoint through the application: what is honoured, what is refused and how it is said."""
 
 import asyncio
+import gzip
 import json
 from urllib.parse import unquote
 
@@ -12,6 +13,7 @@ from tests.serving.conftest import until_idle
 
 QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
 GREEDY = {"messages": QUESTION, "temperature": 0, "max_tokens": 8}
+SCHEMA = "response_format.json_schema"
 
 
 def refused(response, status, code, param=None):
@@ -185,7 +187,15 @@ def test_what_has_no_effect_is_accepted(client):
         ({"adapters": "/somewhere"}, "unsupported_parameter", "adapters"),
         ({"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort"),
         ({"echo": True}, "unsupported_parameter", "echo"),
-        ({"stream_options": {"include_usage": True}}, "unsupported_parameter", "stream_options"),
+        ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
+        ({"max_completion_tokens": 9}, "invalid_value", "max_tokens"),  # and max_tokens is another
+        ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "missing_required_parameter",
+            f"{SCHEMA}.schema",
+        ),
+        ({"response_format": {"type": "json_schema", "json_schema": 1}}, "invalid_value", SCHEMA),
         ({"n": 0}, "invalid_value", "n"),
         ({"n": 1000}, "invalid_value", "n"),
         ({"n": True}, "invalid_value", "n"),
@@ -206,8 +216,8 @@ def test_what_has_no_effect_is_accepted(client):
         ({"messages": [{"role": "user", "content": " "}]}, "invalid_value", "messages"),
         ({"messages": None}, "missing_required_parameter", "messages"),
         ({"model": None}, "missing_required_parameter", "model"),
-        ({"max_tokens": 10_000}, "context_length_exceeded", None),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, "context_length_exceeded", None),
+        ({"max_tokens": 10_000}, "context_length_exceeded", "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "context_length_exceeded", "messages"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(client, change, code, param):
@@ -245,9 +255,14 @@ def test_a_body_that_is_too_large_or_not_json_is_refused_before_it_is_read(clien
 
     refused(client.post("/v1/completions", content=endless(), headers={"content-type": "application/json"}),
             413, "body_too_large")  # fmt: skip
-    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/json; charset=utf-16"):
         response = client.post("/v1/completions", content=b"{}", headers={"content-type": kind})
         refused(response, 415, "unsupported_media_type")
+    zipped = {"content-type": "application/json", "content-encoding": "gzip"}
+    refused(client.post("/v1/completions", content=gzip.compress(b"{}"), headers=zipped), 415, "unsupported_media_type")
+    told = {"content-type": 'application/json; charset="UTF-8"', "content-encoding": "identity"}
+    asked = json.dumps({"model": "a", "prompt": "x", "max_tokens": 1}).encode()
+    assert client.post("/v1/completions", content=asked, headers=told).status_code == 200
 
 
 def test_the_server_is_called_by_its_names_alone(start):
