@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -90,7 +89,7 @@ def choose_exact(
     noisy = mx.log(nucleus.mass) + mx.take_along_axis(noise, nucleus.candidates, axis=-1)
     best = mx.argmax(mx.where(tail, noisy, -mx.inf), axis=-1)
     drawn = mx.take_along_axis(nucleus.candidates, best[:, None], axis=-1)[:, 0]
-    return mx.where(nucleus.index < CANDIDATES, chosen, drawn)
+    return mx.where(nucleus.chosen < CANDIDATES, chosen, drawn)
 
 
 def _keys(uniform: mx.array) -> mx.array:
@@ -99,18 +98,19 @@ def _keys(uniform: mx.array) -> mx.array:
     return mx.stack([bits, mx.full(bits.shape, TAIL_KEY, dtype=mx.uint32)], axis=-1)
 
 
-class _Nucleus(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Nucleus:
     """Of every draw, n of them: the ``candidates`` (n, c), likeliest first, their probability ``mass``, 0 outside the
-    nucleus, the ``index`` (n,) that inverse transform chooses, and whether candidates reach ``top_p``."""
+    nucleus, the place ``chosen`` (n,) that inverse transform chooses, and whether candidates reach ``top_p``."""
 
     candidates: mx.array
     mass: mx.array
-    index: mx.array
+    chosen: mx.array
     certain: mx.array
 
     def tokens(self) -> mx.array:
         """What the indices stand for (n,)."""
-        return mx.take_along_axis(self.candidates, self.index[:, None], axis=-1)[:, 0]
+        return mx.take_along_axis(self.candidates, self.chosen[:, None], axis=-1)[:, 0]
 
 
 def _nucleus(

@@ -99,16 +99,16 @@ def test_what_is_no_file_of_questions(tmp_path, name, text, message):
 
 def test_one_adapter_a_base_and_a_fused_model_answer_alone(make_adapter, tiny_base, tmp_path):
     folder = make_adapter(1).save(tmp_path / "a")
-    alone = ask(QUESTIONS[0], "--adapter", folder, *SHORT)
-    named = result(ask(QUESTIONS[0], "--adapter", folder, *SHORT, "--json"))
+    alone = ask(QUESTIONS[1], "--adapter", folder, *SHORT)
+    named = result(ask(QUESTIONS[1], "--adapter", folder, *SHORT, "--json"))
     assert named["by"] == str(folder)
     assert alone.stdout.count(named["answer"]) == 1
-    base = result(ask(QUESTIONS[0], "--base", tiny_base, *SHORT, "--json"))
+    base = result(ask(QUESTIONS[1], "--base", tiny_base, *SHORT, "--json"))
     assert base["by"] == str(tiny_base)
     assert base["answer"] != named["answer"]
     fused = CliRunner().invoke(rsgwm, ["fuse", str(folder), "--out", str(tmp_path / "fused")])
     assert fused.exit_code == 0, fused.output
-    merged = result(ask(QUESTIONS[0], "--base", tmp_path / "fused", "--template", "plain", *SHORT, "--json"))
+    merged = result(ask(QUESTIONS[1], "--base", tmp_path / "fused", "--template", "plain", *SHORT, "--json"))
     assert merged["answer"] == named["answer"]
 
 
