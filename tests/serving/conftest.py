@@ -8,13 +8,14 @@ import mlx.core as mx
 import pytest
 from starlette.testclient import TestClient
 
+from mlx_rsgwm.models.adapter_sources import load_adapter
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.serving.admission import Limits
 from mlx_rsgwm.serving.app import make_app
 from mlx_rsgwm.serving.completion import Completion, Writing
 from mlx_rsgwm.serving.engine import Engine
 from mlx_rsgwm.serving.events import Ended, Failed, Finished, Piece
-from mlx_rsgwm.serving.library import Library
+from mlx_rsgwm.serving.library import Library, Pair
 from mlx_rsgwm.serving.row_sampling import RowSampling
 from mlx_rsgwm.serving.settings import ServerSettings
 
@@ -152,3 +153,34 @@ def adapters(tmp_path_factory, tiny_base):
     manifest["template"] = TEMPLATES["plain"].describe()
     Adapter(spec, weights, manifest=manifest).save(folder / "judged")
     return folder
+
+
+@pytest.fixture
+def pair(tmp_path, make_adapter):
+    """Folders of a drafter, a verifier and another adapter."""
+    return [make_adapter(seed).save(tmp_path / name) for seed, name in ((1, "drafter"), (2, "verifier"), (3, "other"))]
+
+
+@pytest.fixture
+def start_pairs(tiny_base, pair):
+    """Starts a server of a pair, of a pool as verifier, and of its drafter alone."""
+    opened = []
+
+    def make(limits=None, **settings):
+        def open_library():
+            library = Library(load_base(str(tiny_base), dtype="float32"))
+            library.add_pair("pair", Pair(pair[0], [pair[1]]))
+            library.add_pair("pool", Pair(pair[0], [pair[1], pair[2]]))
+            adapter = load_adapter(pair[0])
+            library.add_adapter("alone", adapter, adapter.content_hash())
+            return library
+
+        engine = Engine(open_library, Limits(**(limits or {})))
+        engine.start().result(SECONDS)
+        client = TestClient(make_app(engine, ServerSettings(**settings)), base_url="http://localhost")
+        opened.append(client.__enter__())
+        return client, engine
+
+    yield make
+    for client in opened:
+        client.__exit__(None, None, None)

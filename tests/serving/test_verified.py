@@ -2,24 +2,14 @@
 
 import json
 import threading
-from dataclasses import replace
 
 import pytest
-from starlette.testclient import TestClient
 
-from mlx_rsgwm.core.progress import Progress
-from mlx_rsgwm.inference.calibration import Calibration, save_calibration
 from mlx_rsgwm.inference.draft import Draft
-from mlx_rsgwm.inference.identity import pipeline_identity
 from mlx_rsgwm.inference.open import open_pipeline
 from mlx_rsgwm.inference.row_batch import RowBatch
 from mlx_rsgwm.models.adapter_sources import load_adapter
-from mlx_rsgwm.models.base import load_base
-from mlx_rsgwm.serving.admission import Limits
-from mlx_rsgwm.serving.app import make_app
-from mlx_rsgwm.serving.engine import Engine
-from mlx_rsgwm.serving.library import Library, Pair
-from mlx_rsgwm.serving.settings import ServerSettings
+from mlx_rsgwm.serving.library import Pair
 from tests.serving.conftest import until_idle
 from tests.serving.test_app import refused
 
@@ -30,34 +20,8 @@ LENGTH = 12
 
 
 @pytest.fixture
-def pair(tmp_path, make_adapter):
-    """Folders of a drafter, a verifier and another adapter."""
-    return [make_adapter(seed).save(tmp_path / name) for seed, name in ((1, "drafter"), (2, "verifier"), (3, "other"))]
-
-
-@pytest.fixture
-def start(tiny_base, pair):
-    """Starts a server of a pair, of a pool as verifier, and of its drafter alone."""
-    opened = []
-
-    def make(limits=None, **settings):
-        def open_library():
-            library = Library(load_base(str(tiny_base), dtype="float32"))
-            library.add_pair("pair", Pair(pair[0], [pair[1]]))
-            library.add_pair("pool", Pair(pair[0], [pair[1], pair[2]]))
-            adapter = load_adapter(pair[0])
-            library.add_adapter("alone", adapter, adapter.content_hash())
-            return library
-
-        engine = Engine(open_library, Limits(**(limits or {})))
-        engine.start().result(SECONDS)
-        client = TestClient(make_app(engine, ServerSettings(**settings)), base_url="http://localhost")
-        opened.append(client.__enter__())
-        return client, engine
-
-    yield make
-    for client in opened:
-        client.__exit__(None, None, None)
+def start(start_pairs):
+    return start_pairs
 
 
 @pytest.fixture
@@ -190,49 +154,6 @@ def test_what_is_told(client, pair):
     assert usage["completion_tokens"] <= 3 * LENGTH
     described = client.get("/v1/models/pair").json()["x_rsgwm"]
     assert (described["kind"], described["calibrated"], described["threshold"]) == ("verified", False, 0.7)
-
-
-def test_warnings_tell_adapters_by_name_and_not_where_they_are(start, pair, tmp_path):
-    client, engine = start()
-    said = []
-
-    class Kept(Progress):
-        def warning(self, text):
-            said.append(text)
-
-    engine.call(lambda library: library.add_pair("twice", Pair(pair[0], [pair[0]]), Kept())).result(SECONDS)
-    engine.call(lambda library: library.add_pair("pool twice", Pair(pair[0], [pair[1], pair[1]]), Kept())).result(
-        SECONDS
-    )
-    assert all(str(tmp_path) in text for text in said)  # at the terminal where it was started
-    for model, warning in (("twice", "same adapter, drafter"), ("pool twice", "verifier and verifier are the same")):
-        told = ask(client, QUESTIONS[0], model).json()
-        assert warning in told["verification"]["warnings"][0]
-        assert str(tmp_path) not in json.dumps({**told, "model": ""})
-
-
-def test_another_calibration_is_told_of_the_request_that_differs(start, pair):
-    pipeline = open_pipeline(pair[0], [pair[1]], max_tokens=LENGTH, attempts=3, temperature=0.5)
-    calibration = Calibration("yesno", 0.4, None, {}, {}, {}, {}, 6, 12, 5, made_for=pipeline_identity(pipeline))
-    save_calibration(pair[1], calibration)
-    client, _ = start()
-
-    def warned(**more):
-        return ask(client, QUESTIONS[0], verify={}, **more).json()["verification"]["warnings"]
-
-    assert warned(temperature=0.5) == []
-    (told,) = warned()
-    assert "calibrated with another temperature (0.5, now 0.7);" in told
-    (told,) = warned(temperature=0.5, max_completion_tokens=7)
-    assert f"calibrated with another max_tokens ({LENGTH}, now 7);" in told
-    body = {"model": "pair", "question": QUESTIONS[0], "answers": ["4"]}
-    assert client.post("/v1/verifications", json=body).json()["warnings"] == []
-    changed = {**calibration.made_for, "drafter": "0" * 64}
-    save_calibration(pair[1], replace(calibration, made_for=changed))
-    client, _ = start()
-    (told,) = warned(temperature=0.5)
-    assert "calibrated with another drafter;" in told
-    assert client.post("/v1/verifications", json=body).json()["warnings"] == [told]
 
 
 def test_several_choices_are_answers_to_seeds_that_count_on(client, pair):
