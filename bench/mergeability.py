@@ -1,6 +1,6 @@
 """Can mergeability be forecast? Adapters with snapshots, what merges did to their pairs, forecasts on left-out tasks.
 
-    python bench/mergeability.py FOLDER [--tasks change,groups,…] [--data DIR] [--seeds 2] [--sets 40] [--stage train]
+    python bench/mergeability.py FOLDER [--tasks change,groups,…] [--data DIR] [--seed 0] [--sets 20] [--stage train]
 
 For every seed a pool from one initialisation: an adapter a task, of the embedded families and, with ``--data``, of
 the data sets in DIR (``DIR/TASK/train.jsonl`` and ``test.jsonl``). Every pair is measured from the snapshots of 1, 2
@@ -9,16 +9,17 @@ every method and measured by held-out NLL. Then, at every share of training and 
 ``--models ridge,trees,fingerprint`` more) is judged on left-out tasks.
 
 The last line is JSON: Spearman, R² and AUC by share of training and method with intervals, the null and baselines;
-and, of pairs, what deciding by left-out forecasts keeps, on average and at worst, how many adapters stay resident and
-what it costs by the rule, beside every single method, routing everything, and the oracle. ``--out`` has fingerprints,
-too, with their overlap and sign agreement. Whatever is finished in FOLDER is not made again.
+and, of pairs and of larger sets, what deciding by left-out forecasts keeps, on average and at worst, how many adapters
+stay resident and what it costs by the rule, beside every single method, routing everything, and the oracle. ``--out``
+has fingerprints, too, with their overlap and sign agreement. ``--ship`` writes predictors as the package has them.
+Whatever is finished in FOLDER is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import numpy as np
 from mlx_rsgwm.audit.eligibility import rows_of_each
 from mlx_rsgwm.bench.public_tasks import public_questions
 from mlx_rsgwm.bench.results import give_result
+from mlx_rsgwm.core.folders import make_folder
 from mlx_rsgwm.core.progress import LineProgress
 from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.corpus import Corpus, make_rows, save_corpus
@@ -40,7 +42,7 @@ from mlx_rsgwm.probe.fingerprints import agreement, fingerprint
 from mlx_rsgwm.probe.inputs import probed_adapters
 from mlx_rsgwm.probe.measure import write_table
 from mlx_rsgwm.probe.outcomes import Outcomes, random_sets, read_outcomes
-from mlx_rsgwm.probe.predictor import Fitted, fit_predictor
+from mlx_rsgwm.probe.predictor import Fitted, file_name, fit_predictor
 from mlx_rsgwm.probe.table import Table, read_table
 from mlx_rsgwm.studies.merge_outcomes import OutcomeStudy, TaskData, units_of
 from mlx_rsgwm.studies.sweep_variants import parse_variants
@@ -49,6 +51,7 @@ from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.pool import Member, train_pool
 
 SHARES = (0.01, 0.02, 0.05, 1.0)
+SHIPPED = (0.05, 1.0)
 METHODS = "linear,ties,dare_ties,norm_equalised,rsgwm,regmean"
 STAGES = ("train", "measure", "outcomes", "fit")
 SIZES = (3, 4, 5)
@@ -62,9 +65,10 @@ class Study:
     base: str
     tasks: tuple[str, ...]
     data: Path | None
-    seeds: int
+    seeds: tuple[int, ...]
     train_rows: int
     rows: int
+    most_tokens: int
     sets: int
     methods: str
     models: tuple[str, ...]
@@ -97,7 +101,7 @@ class Study:
 
 def train_pools(study: Study, base: Base) -> None:
     """Train every seed's adapters that are not finished; a run that was cut off goes on."""
-    for seed in range(study.seeds):
+    for seed in study.seeds:
         members = []
         for task in study.tasks:
             rows = study.questions(task, "train", study.train_rows, seed).rows
@@ -110,7 +114,7 @@ def train_pools(study: Study, base: Base) -> None:
 
 def measure(study: Study) -> None:
     """Every seed's pairs at every share of training."""
-    for seed in range(study.seeds):
+    for seed in study.seeds:
         for share in SHARES:
             adapters, at = probed_adapters(study.adapters(seed), share)
             write_table(study.table(seed, share), adapters, at, progress=LineProgress())
@@ -118,7 +122,7 @@ def measure(study: Study) -> None:
 
 def merge_all(study: Study, base: Base) -> None:
     """Every seed's pairs and random sets by every method."""
-    for seed in range(study.seeds):
+    for seed in study.seeds:
         adapters = load_adapters(study.adapters(seed))
         data = [
             TaskData(task, held_out(study, base, task, adapter))
@@ -131,22 +135,48 @@ def merge_all(study: Study, base: Base) -> None:
 
 
 def held_out(study: Study, base: Base, task: str, adapter: Adapter) -> list[Any]:
-    """Test rows of a task that the adapter was not trained on."""
+    """Test rows of a task that the adapter was not trained on, as far as ``most_tokens`` reach; two at least."""
     if task in FAMILIES or study.data is None:
-        return rows_of_each([task], [adapter], base, study.rows, 1)[0][1]
-    rows, _ = study.questions(task, "test", study.rows, 1).token_rows(base.tokenizer, 1024, "drop")
-    return rows
+        rows = rows_of_each([task], [adapter], base, study.rows, 1)[0][1]
+    else:
+        rows, _ = study.questions(task, "test", study.rows, 1).token_rows(base.tokenizer, 1024, "drop")
+    before = np.cumsum([0, *(len(row.tokens) for row in rows)])[:-1]
+    return rows[: max(2, int((before < study.most_tokens).sum()))]
 
 
 def joined(study: Study, share: float) -> tuple[Table, Outcomes]:
-    """Tables and outcomes of all seeds together; adapters are named by their folders, so that none meets another."""
-    tables = [read_table(study.table(seed, share)) for seed in range(study.seeds)]
-    outcomes = [read_outcomes(study.outcomes(seed)) for seed in range(study.seeds)]
+    """Tables and outcomes of all seeds together; adapters are named by seed and task, so that none meets another."""
+    tables = [_renamed_table(read_table(study.table(seed, share)), seed) for seed in study.seeds]
+    outcomes = [_renamed_outcomes(read_outcomes(study.outcomes(seed)), seed) for seed in study.seeds]
     names = {name: digest for each in tables for name, digest in each.about["adapters"].items()}
     tasks = {name: task for each in outcomes for name, task in each.tasks.items()}
     rows = {key: row for each in outcomes for key, row in each.rows.items()}
     table = Table({**tables[0].about, "adapters": names}, tuple(row for each in tables for row in each.rows))
     return table, Outcomes({**outcomes[0].about, "adapters": names, "tasks": tasks}, rows)
+
+
+def _renamed_table(table: Table, seed: int) -> Table:
+    rows = tuple(
+        replace(row, adapters=(_name(row.adapters[0], seed), _name(row.adapters[1], seed))) for row in table.rows
+    )
+    adapters = {_name(each, seed): digest for each, digest in table.about["adapters"].items()}
+    return Table({**table.about, "adapters": adapters}, rows)
+
+
+def _renamed_outcomes(outcomes: Outcomes, seed: int) -> Outcomes:
+    about = dict(outcomes.about)
+    for field in ("adapters", "tasks", "data", "rows", "questions"):
+        about[field] = {_name(each, seed): value for each, value in about[field].items()}
+    rows = {}
+    for (members, method), row in outcomes.rows.items():
+        scores = {_name(each, seed): value for each, value in row.scores.items()}
+        names = tuple(_name(each, seed) for each in row.members)
+        rows[frozenset(_name(each, seed) for each in members), method] = replace(row, members=names, scores=scores)
+    return Outcomes(about, rows)
+
+
+def _name(folder: str, seed: int) -> str:
+    return f"{seed}/{Path(folder).name}"
 
 
 def forecasts(study: Study) -> dict[str, Any]:
@@ -166,9 +196,23 @@ def forecasts(study: Study) -> dict[str, Any]:
         common = agreement(prints)
         result["fingerprints"][f"{share:g}"] = {"beta": prints, "common": None if common is None else vars(common)}
         by_ridge = {method: each for (method, kind), each in fitted.items() if kind == study.models[0]}
-        result["decisions"][f"{share:g}"] = decisions(by_ridge)
+        result["decisions"][f"{share:g}"] = {"pairs": decisions(by_ridge), "larger": decisions(by_ridge, larger=True)}
         print(f"at {share:g}: " + ", ".join(_told(name, each) for name, each in by_ridge.items()), flush=True)
     return result
+
+
+def ship(study: Study, folder: Path) -> None:
+    """Write what the package ships: ridge on what weights alone tell, at 5 % of training and at its end."""
+    for share in SHIPPED:
+        table, outcomes = joined(study, share)
+        kept_out = {"fisher_overlap", "training_gradient_cosine"}  # of what not every adapter comes with
+        rows = tuple(
+            replace(row, measures={name: value for name, value in row.measures.items() if name not in kept_out})
+            for row in table.rows
+        )
+        for method in outcomes.methods:
+            predictor = fit_predictor(Table(table.about, rows), outcomes, method).predictor
+            predictor.save(make_folder(folder / f"at-{share:g}") / file_name(method, predictor.kind))
 
 
 def _told(method: str, fitted: Fitted) -> str:
@@ -176,41 +220,46 @@ def _told(method: str, fitted: Fitted) -> str:
     return f"{method} {estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
-def decisions(fitted: Mapping[str, Fitted]) -> dict[str, Any]:
-    """Of the pairs that every method merged: the strategies beside each other, by what was measured.
+def decisions(fitted: Mapping[str, Fitted], larger: bool = False) -> dict[str, Any]:
+    """Of the pairs, or the ``larger`` sets, that every method merged: the strategies beside each other, as measured.
 
-    Retention is the mean of a pair's members, 1 where they are routed. Cost is the rule's, of what was measured; regret
+    Retention is the mean of a set's members, 1 where they are routed. Cost is the rule's, of what was measured; regret
     is above the oracle, which knows it.
     """
     sets = set.intersection(*(set(each.examples.sets) for each in fitted.values()))
-    pairs = sorted(members for members in sets if len(members) == 2)
-    measured = {m: _of(each, each.examples.y, pairs) for m, each in fitted.items()}
-    predicted = {m: _of(each, each.validation.predicted, pairs) for m, each in fitted.items()}
+    chosen_sets = sorted(members for members in sets if (len(members) > 2) == larger)
+    measured = {m: _of(each, each.examples.y, chosen_sets) for m, each in fitted.items()}
+    predicted = {m: _of(each, each.validation.predicted, chosen_sets) for m, each in fitted.items()}
     residuals = {m: each.validation.measured - each.validation.predicted for m, each in fitted.items()}
     costs = {m: _cost(m) + np.maximum(WORTH - values, 0.0) for m, values in measured.items()}
     expected = {
         m: _cost(m) + np.array([shortfall(value, residuals[m]) for value in values]) for m, values in predicted.items()
     }
-    every = {**measured, ROUTE: np.ones(len(pairs))}
-    costs, expected = ({**each, ROUTE: np.full(len(pairs), COSTS[ROUTE])} for each in (costs, expected))
-    chosen = {f"always {method}": [method] * len(pairs) for method in every}
+    every = {**measured, ROUTE: np.ones(len(chosen_sets))}
+    costs, expected = ({**each, ROUTE: np.full(len(chosen_sets), COSTS[ROUTE])} for each in (costs, expected))
+    chosen = {f"always {method}": [method] * len(chosen_sets) for method in every}
     for name, by in (("decided", expected), ("oracle", costs)):
-        chosen[name] = [min(by, key=lambda method: by[method][place]) for place in range(len(pairs))]
+        chosen[name] = [min(by, key=lambda method: by[method][place]) for place in range(len(chosen_sets))]
     least = np.min(list(costs.values()), axis=0)
-    return {name: _strategy(methods, every, costs, least) for name, methods in chosen.items()}
+    resident = np.array([len(members) for members in chosen_sets])
+    return {name: _strategy(methods, every, costs, least, resident) for name, methods in chosen.items()}
 
 
 def _strategy(
-    methods: Sequence[str], retained: Mapping[str, np.ndarray], costs: Mapping[str, np.ndarray], least: np.ndarray
+    methods: Sequence[str],
+    retained: Mapping[str, np.ndarray],
+    costs: Mapping[str, np.ndarray],
+    least: np.ndarray,
+    members: np.ndarray,
 ) -> dict[str, float]:
     retention = np.array([retained[method][place] for place, method in enumerate(methods)])
     cost = np.array([costs[method][place] for place, method in enumerate(methods)])
     routed = np.array([method == ROUTE for method in methods])
     return {
-        "pairs": len(methods),
+        "sets": len(methods),
         "retention": float(retention.mean()),
         "worst": float(retention.min()),
-        "adapters_resident": float(np.where(routed, 2, 1).mean()),
+        "adapters_resident": float(np.where(routed, members, 1).mean()),
         "cost": float(cost.mean()),
         "regret": float((cost - least).mean()),
     }
@@ -224,16 +273,17 @@ def _of(fitted: Fitted, values: np.ndarray, sets: Sequence[tuple[str, ...]]) -> 
     return values[[fitted.examples.sets.index(members) for members in sets]]
 
 
-def parsed() -> tuple[Study, list[str], Path | None]:
-    """The study, its stages, and where its result goes."""
+def parsed() -> tuple[Study, list[str], Path | None, Path | None]:
+    """The study, its stages, and where its result and predictors to ship go."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--tasks", default=",".join(FAMILIES))
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seed", action="append", type=int, help="repeat; default: 0, 1")
     parser.add_argument("--train-rows", type=int, default=400)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows of each task")
+    parser.add_argument("--most-tokens", type=int, default=4096, help="of them together")
     parser.add_argument("--sets", type=int, default=40, help="random sets of 3 to 5 a seed")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--models", default="ridge,fingerprint")
@@ -243,6 +293,7 @@ def parsed() -> tuple[Study, list[str], Path | None]:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this; repeatable")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--ship", type=Path, help="a folder for predictors as the package ships them")
     given = parser.parse_args()
     settings = {
         "num_layers": given.layers,
@@ -251,16 +302,17 @@ def parsed() -> tuple[Study, list[str], Path | None]:
         "learning_rate": given.learning_rate,
         "batch_size": given.batch_size,
     }
+    tasks, models, seeds = tuple(given.tasks.split(",")), tuple(given.models.split(",")), tuple(given.seed or (0, 1))
     study = Study(
-        given.folder, given.base, tuple(given.tasks.split(",")), given.data, given.seeds, given.train_rows, given.rows,
-        given.sets, given.methods, tuple(given.models.split(",")), settings,
+        given.folder, given.base, tasks, given.data, seeds, given.train_rows, given.rows, given.most_tokens,
+        given.sets, given.methods, models, settings,
     )  # fmt: skip
-    return study, given.stage or list(STAGES), given.out
+    return study, given.stage or list(STAGES), given.out, given.ship
 
 
 def main() -> None:
     """Parse, run, print."""
-    study, stages, out = parsed()
+    study, stages, out, shipped = parsed()
     base = load_base(study.base) if {"train", "outcomes"} & set(stages) else None
     result: dict[str, Any] = {"versions": versions(), "tasks": study.tasks, "seeds": study.seeds}
     if "train" in stages and base is not None:
@@ -271,6 +323,8 @@ def main() -> None:
         merge_all(study, base)
     if "fit" in stages:
         result |= forecasts(study)
+    if shipped is not None:
+        ship(study, shipped)
     give_result(result, out, {name: result[name] for name in result if name != "fingerprints"})
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,20 @@ from mlx_rsgwm.cli.probe_measure import AT, AT_HELP
 
 if TYPE_CHECKING:
     from mlx_rsgwm.probe.decide import Choice, Decision
+    from mlx_rsgwm.probe.table import Table
+
+RULE = "rule"
 
 
 @click.command()
 @click.argument("adapters", metavar="POOL...", nargs=-1, required=True, type=SOURCE)
 @click.option("--at", type=AT, help=AT_HELP)
 @shared.predictors()
-@click.option("--decide-by", type=OneOf(MODELS), default="ridge", show_default=True, help="Which fit decides.")
+@click.option(
+    "--decide-by",
+    type=OneOf((*MODELS, RULE)),
+    help="Which fit decides, or the rule of the measures.  [default: ridge of --predictors]",
+)
 @click.option("--table", type=PATH, help="Table of the pool's pairs, measured before (with data, say).")
 @click.option("--apply", is_flag=True, help="Carry it out: merge the groups into --out.")
 @shared.base()
@@ -33,7 +41,7 @@ def decide(
     adapters: tuple[Path | str, ...],
     at: float | None,
     predictors: Path | None,
-    decide_by: str,
+    decide_by: str | None,
     table: Path | None,
     apply: bool,
     base_name: str | None,
@@ -44,30 +52,31 @@ def decide(
     Merge as they are, reweight, prune, or leave apart and route: what costs least, counting what a merge is forecast to
     lose. Then the pool is grouped: the two groups whose union saves most are joined, as long as one costs no more.
 
+    What merges lose is forecast by --predictors, or by those that come with rsgwm. These know adapters of SmolLM2-135M,
+    finished or after 5 % of training; of any other a rule of the measures decides, which is said.
+
     \b
     Examples:
       rsgwm probe decide pool
+      rsgwm probe decide pool --decide-by rule
       rsgwm probe decide pool --predictors predictors --apply --out decided
       rsgwm probe decide pool --at 0.05 --predictors early-predictors
     """
     from mlx_rsgwm.core.folders import require_empty
     from mlx_rsgwm.models.adapter_sources import load_adapters
     from mlx_rsgwm.probe.apply import apply as carry_out
-    from mlx_rsgwm.probe.decide import decide as decide_on
-    from mlx_rsgwm.probe.decide import only_method
     from mlx_rsgwm.probe.inputs import probed_adapters
     from mlx_rsgwm.probe.measure import measured_table
-    from mlx_rsgwm.probe.predictor import read_predictors
     from mlx_rsgwm.probe.table import read_table
 
     if apply != (out is not None):
         raise click.UsageError("--apply and --out belong together: where the merged groups go")
     if out is not None:
         require_empty(out)
-    fitted = only_method(read_predictors(predictors), decide_by) if predictors is not None else []
+    decider = decider_of(predictors, decide_by)
     loaded, share = probed_adapters(adapters, at, base_name, console.progress)
     pairs = measured_table(loaded, share, console.progress) if table is None else read_table(table)
-    decision = decide_on(pairs, fitted)
+    decision = decider(pairs)
     tell_decision(console, decision)
     result = decision.to_dict()
     if out is not None:
@@ -75,6 +84,26 @@ def decide(
         result["written"] = carry_out(decision, finished, out, console.progress)
         console.line(f"written: {out}")
     console.result(result)
+
+
+def decider_of(predictors: Path | None, decide_by: str | None) -> Callable[[Table], Decision]:
+    """What decides by the options: predictors of a folder, those of the package, or the rule.
+
+    Raises:
+        RsgwmError: there are no such predictors.
+        click.UsageError: options that do not go together.
+    """
+    from mlx_rsgwm.probe.decide import decide, only_method
+    from mlx_rsgwm.probe.predictor import read_predictors
+    from mlx_rsgwm.probe.shipped import decide_by_default
+
+    if predictors is not None:
+        if decide_by == RULE:
+            raise click.UsageError("--decide-by rule looks at no predictors; leave --predictors out")
+        return partial(decide, predictors=only_method(read_predictors(predictors), decide_by or MODELS[0]))
+    if decide_by not in (None, RULE):
+        raise click.UsageError(f"--decide-by {decide_by} needs --predictors, which rsgwm probe fit makes")
+    return decide if decide_by == RULE else decide_by_default
 
 
 def tell_decision(console: Console, decision: Decision) -> None:
@@ -86,7 +115,8 @@ def tell_decision(console: Console, decision: Decision) -> None:
         (title, [head, *map(_row, choices)])
         for title, choices in (("Pairs", decision.pairs), ("Together", decision.groups))
     ]
-    notes = [] if decision.predicted else ["no predictor: a rule of the measures decided, retention is not forecast"]
+    reason = f"; {decision.reason}" if decision.reason else ""
+    notes = [] if decision.predicted else [f"a rule of the measures decided, retention is not forecast{reason}"]
     console.line(text_page(sections, notes))
 
 

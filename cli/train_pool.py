@@ -154,14 +154,12 @@ def _refuse_probing(probed: float | None, predictors: Path | None, stop: bool, r
 
 def _decide(console: Console, folders: Sequence[Path], share: float, predictors: Path | None) -> dict[str, Any]:
     """What :func:`~mlx_rsgwm.probe.decide.decide` says of a pool's young adapters, which is shown."""
-    from mlx_rsgwm.cli.probe_decide import tell_decision
-    from mlx_rsgwm.probe.decide import apart, decide, only_method
+    from mlx_rsgwm.cli.probe_decide import decider_of, tell_decision
+    from mlx_rsgwm.probe.decide import apart
     from mlx_rsgwm.probe.inputs import young_adapters
     from mlx_rsgwm.probe.measure import measured_table
-    from mlx_rsgwm.probe.predictor import read_predictors
 
-    fitted = only_method(read_predictors(predictors), "ridge") if predictors is not None else []
-    decision = decide(measured_table(young_adapters(folders, share), share, console.progress), fitted)
+    decision = decider_of(predictors, None)(measured_table(young_adapters(folders, share), share, console.progress))
     tell_decision(console, decision)
     alone = apart(decision)
     for name in alone:

@@ -59,7 +59,9 @@ def test_every_data_file_is_shipped():
     extra = {file for file in (ROOT / "mlx_rsgwm").rglob("*") if file.is_file() and file.suffix not in {".py", ".pyc"}}
     recipes = set((ROOT / "mlx_rsgwm" / "recipes").glob("*.yaml"))
     page = ROOT / "mlx_rsgwm" / "serving" / "page.html"
-    assert extra - recipes <= {ROOT / "mlx_rsgwm" / "py.typed", page}
+    predictors = set((ROOT / "mlx_rsgwm" / "probe" / "predictors").glob("*/*.json"))
+    assert extra - recipes - predictors <= {ROOT / "mlx_rsgwm" / "py.typed", page}
+    assert '"mlx_rsgwm.probe" = ["predictors/*/*.json"]' in PYPROJECT
     assert '"mlx_rsgwm.serving" = ["page.html"]' in PYPROJECT
     assert '"mlx_rsgwm.recipes" = ["*.yaml"]' in PYPROJECT
     assert 'mlx_rsgwm = ["py.typed"]' in PYPROJECT

@@ -70,7 +70,7 @@ def corpus(tail: str = "", required: bool = False, multiple: bool = False, name:
 
 def predictors() -> Any:
     """``--predictors``: what forecasts the retention of merges."""
-    text = "Folder of `rsgwm probe fit`, or a file in it; without one a rule of the measures decides."
+    text = "Folder of `rsgwm probe fit`, or a file in it.  [default: those that come with rsgwm, where they fit]"
     return click.option("--predictors", type=PATH, help=text)
 
 

@@ -65,16 +65,18 @@ class Choice:
 @dataclass(frozen=True)
 class Decision:
     """``groups``: every adapter in one; of several groups routing chooses. ``pairs``: each pair by itself.
-    ``predicted``: whether predictors decided, or the rule."""
+    ``predicted``: whether predictors decided, or the rule; then ``reason`` says why, if that was not asked for."""
 
     groups: tuple[Choice, ...]
     pairs: tuple[Choice, ...]
     predicted: bool
+    reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "predicted": self.predicted,
+            "reason": self.reason,
             "groups": [each.to_dict() for each in self.groups],
             "pairs": [each.to_dict() for each in self.pairs],
         }

@@ -28,6 +28,10 @@ SLACK = 1.0
 PROVENANCE = {"base", "at", "utility", "target", "left_out", "left_out_sets"}
 
 
+class PredictorRefusal(RsgwmError):
+    """A predictor is not for what it was asked about."""
+
+
 @dataclass(frozen=True)
 class Forecast:
     """Predicted retention of a set, and what at least 80 % of such sets keep."""
@@ -76,14 +80,16 @@ class Predictor:
         """Raise unless the predictor may be used on what a table was measured on."""
         base, other = self.about["base"], table.about.get("base")
         if base and other and base != other:
-            raise RsgwmError(f"the predictor was fitted on another base ({str(base)[:12]}, here {str(other)[:12]})")
+            raise PredictorRefusal(
+                f"the predictor was fitted on another base ({str(base)[:12]}, here {str(other)[:12]})"
+            )
         if table.at != self.about["at"]:
-            raise RsgwmError(
+            raise PredictorRefusal(
                 f"the predictor was fitted at {self.about['at']:g} of training, the table is at {table.at:g}"
             )
         known = set_features(table.rows[0].adapters, table.by_pair(), table.columns)
         if missing := [name for name in self.features if name not in known]:
-            raise RsgwmError(
+            raise PredictorRefusal(
                 f"the predictor was fitted on other measures: the table has no {missing[0]}"
                 + (f", and {len(missing) - 1} more are missing" if len(missing) > 1 else "")
             )
@@ -94,7 +100,7 @@ class Predictor:
         outside = np.flatnonzero((x < low - slack) | (x > high + slack))
         if len(outside):
             place = int(outside[0])
-            raise RsgwmError(
+            raise PredictorRefusal(
                 f"{' and '.join(members)} are far outside what the predictor was fitted to: "
                 f"{self.features[place]} is {x[place]:.3g}, there it was {low[place]:.3g} to {high[place]:.3g}"
             )

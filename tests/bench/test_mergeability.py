@@ -30,16 +30,16 @@ def test_strategies_by_hand():
         }
     )
     assert told["always linear"] == pytest.approx(
-        {"pairs": 3, "retention": 2.37 / 3, "worst": 0.5, "adapters_resident": 1, "cost": (0 + 0.05 + 0.45) / 3,
+        {"sets": 3, "retention": 2.37 / 3, "worst": 0.5, "adapters_resident": 1, "cost": (0 + 0.05 + 0.45) / 3,
          "regret": (0.05 - 0.02 + 0.45 - 0.10) / 3}
     )  # fmt: skip
     assert told["always route"] == pytest.approx(
-        {"pairs": 3, "retention": 1, "worst": 1, "adapters_resident": 2, "cost": 0.10, "regret": (0.10 + 0.08) / 3}
+        {"sets": 3, "retention": 1, "worst": 1, "adapters_resident": 2, "cost": 0.10, "regret": (0.10 + 0.08) / 3}
     )
     # Forecasts are exact, so what is decided is the oracle's: merge, reweight, route.
     assert told["decided"] == told["oracle"]
     assert told["oracle"] == pytest.approx(
-        {"pairs": 3, "retention": (0.97 + 0.94 + 1) / 3, "worst": 0.94, "adapters_resident": 4 / 3,
+        {"sets": 3, "retention": (0.97 + 0.94 + 1) / 3, "worst": 0.94, "adapters_resident": 4 / 3,
          "cost": (0 + 0.02 + 0.10) / 3, "regret": 0}
     )  # fmt: skip
 
@@ -48,3 +48,9 @@ def test_a_wrong_forecast_is_paid_for():
     told = decisions({"linear": fitted([0.97, 0.50, 0.97], [0.97, 0.97, 0.97])})
     assert told["decided"]["worst"] == 0.5 or told["decided"]["adapters_resident"] == 2
     assert told["decided"]["regret"] > 0
+
+
+def test_larger_sets_are_told_apart_from_pairs():
+    told = decisions({"linear": fitted([0.97, 0.90, 0.50], [0.97, 0.90, 0.50])}, larger=True)
+    assert (told["always linear"]["sets"], told["always linear"]["retention"]) == (1, 0.0)
+    assert told["always route"]["adapters_resident"] == 3

@@ -38,7 +38,7 @@ def test_a_probed_pool_ends_in_the_bits_of_one_that_was_not(tiny_base, tmp_path)
     assert [pair["members"] for pair in result["probe"]["pairs"]] == [
         ["change", "groups"], ["change", "prices"], ["groups", "prices"]
     ]  # fmt: skip
-    assert "no predictor: a rule of the measures decided" in probed.stderr
+    assert "a rule of the measures decided, retention is not forecast; the package's predictors were" in probed.stderr
 
 
 def test_it_may_stop_after_the_probe_and_go_on_later(tiny_base, tmp_path):
