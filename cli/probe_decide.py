@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from mlx_rsgwm.cli.probe_fit import MODELS
 from mlx_rsgwm.cli.probe_measure import AT, AT_HELP
 
 if TYPE_CHECKING:
+    from mlx_rsgwm.models.adapter import Adapter
     from mlx_rsgwm.probe.decide import Choice, Decision
     from mlx_rsgwm.probe.table import Table
 
@@ -76,7 +76,7 @@ def decide(
     decider = decider_of(predictors, decide_by)
     loaded, share = probed_adapters(adapters, at, base_name, console.progress)
     pairs = measured_table(loaded, share, console.progress) if table is None else read_table(table)
-    decision = decider(pairs)
+    decision = decider(pairs, loaded)
     tell_decision(console, decision)
     result = decision.to_dict()
     if out is not None:
@@ -86,7 +86,7 @@ def decide(
     console.result(result)
 
 
-def decider_of(predictors: Path | None, decide_by: str | None) -> Callable[[Table], Decision]:
+def decider_of(predictors: Path | None, decide_by: str | None) -> Callable[[Table, Sequence[Adapter]], Decision]:
     """What decides by the options: predictors of a folder, those of the package, or the rule.
 
     Raises:
@@ -100,10 +100,11 @@ def decider_of(predictors: Path | None, decide_by: str | None) -> Callable[[Tabl
     if predictors is not None:
         if decide_by == RULE:
             raise click.UsageError("--decide-by rule looks at no predictors; leave --predictors out")
-        return partial(decide, predictors=only_method(read_predictors(predictors), decide_by or MODELS[0]))
+        fitted = only_method(read_predictors(predictors), decide_by or MODELS[0])
+        return lambda table, adapters: decide(table, fitted)
     if decide_by not in (None, RULE):
         raise click.UsageError(f"--decide-by {decide_by} needs --predictors, which rsgwm probe fit makes")
-    return decide if decide_by == RULE else decide_by_default
+    return decide_by_default if decide_by is None else lambda table, adapters: decide(table)
 
 
 def tell_decision(console: Console, decision: Decision) -> None:

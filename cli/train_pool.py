@@ -159,7 +159,8 @@ def _decide(console: Console, folders: Sequence[Path], share: float, predictors:
     from mlx_rsgwm.probe.inputs import young_adapters
     from mlx_rsgwm.probe.measure import measured_table
 
-    decision = decider_of(predictors, None)(measured_table(young_adapters(folders, share), share, console.progress))
+    young = young_adapters(folders, share)
+    decision = decider_of(predictors, None)(measured_table(young, share, console.progress), young)
     tell_decision(console, decision)
     alone = apart(decision)
     for name in alone:

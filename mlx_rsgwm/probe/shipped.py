@@ -6,18 +6,26 @@ training. Everywhere else the rule of the measures decides, and says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_rsgwm.merging.methods import find_method
+from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.probe.decide import Decision, decide
+from mlx_rsgwm.probe.inputs import FINISHED
 from mlx_rsgwm.probe.predictor import Predictor, PredictorRefusal, read_predictors
 from mlx_rsgwm.probe.table import Table
 
 FOLDER = Path(__file__).parent / "predictors"
+STATISTICS = ("importance", "directions")
 
 
-def shipped_predictors(table: Table) -> list[Predictor]:
+def shipped_predictors(table: Table, adapters: Sequence[Adapter] = ()) -> list[Predictor]:
     """Those that were fitted at the table's share of training and to its base and measures.
+
+    ``adapters``: those of the table; a method that needs what finished ones have not kept (importance, directions) is
+    left out.
 
     Raises:
         PredictorRefusal: there are none, and why.
@@ -31,12 +39,13 @@ def shipped_predictors(table: Table) -> list[Predictor]:
         raise PredictorRefusal("the adapters do not say which weights they were trained on, as rsgwm's own do")
     for predictor in fitting:
         predictor.check(table)
-    return fitting
+    lacking = {need for need in STATISTICS if table.at == FINISHED and not all(getattr(a, need) for a in adapters)}
+    return [each for each in fitting if not lacking & set(find_method(each.method).needs)]
 
 
-def decide_by_default(table: Table) -> Decision:
-    """What to do with the adapters of a table by the package's predictors, or by the rule, and then why by that."""
+def decide_by_default(table: Table, adapters: Sequence[Adapter] = ()) -> Decision:
+    """What to do with the ``adapters`` of a table by the package's predictors, or by the rule, and then why by that."""
     try:
-        return decide(table, shipped_predictors(table))
+        return decide(table, shipped_predictors(table, adapters))
     except PredictorRefusal as refusal:
         return replace(decide(table), reason=str(refusal))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,21 @@ def test_they_decide_where_they_were_fitted(at):
     model = predictor.model
     by_hand = ((x - model.centre) / model.spread) @ model.beta + model.intercept
     assert predictor.model.predict(x[None])[0] == pytest.approx(by_hand)
+
+
+def test_methods_that_need_what_is_not_there_are_left_out():
+    table, _ = middle(1.0)
+
+    def methods(importance, directions, table=table):
+        adapters = [SimpleNamespace(importance={"a": 1}, directions={"a": 1}),
+                    SimpleNamespace(importance=importance, directions=directions)]  # fmt: skip
+        return {each.method for each in shipped_predictors(table, adapters)}
+
+    everything = {"linear", "ties", "dare_ties", "norm_equalised", "rsgwm", "regmean"}
+    assert methods({"a": 1}, {"a": 1}) == everything
+    assert methods({}, {"a": 1}) == everything - {"rsgwm"}
+    assert methods({"a": 1}, {}) == everything - {"regmean"}
+    assert methods({}, {}, middle(0.05)[0]) == everything  # training keeps both to its end
 
 
 @pytest.mark.parametrize(
