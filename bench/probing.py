@@ -1,12 +1,12 @@
 """Measuring pairs of adapters: one pair at TinyLlama's shapes, and the table of more and more adapters.
 
-    python bench/probing.py [--trials 3] [--most 256] [--out results.json]
+    python bench/probing.py [--trials 3] [--least 16] [--most 256] [--out results.json]
 
 - ``pair_seconds``: ``rsgwm probe measure`` of two random adapters of rank 16 on TinyLlama's 22 layers, all seven linear
   modules, without data; the median, and ``pair_mb`` what it adds to the resident set at its peak.
-- ``growth``: tables of 16, 32, … ``--most`` adapters of one small module each: seconds, milliseconds a pair, and what
+- ``growth``: tables of ``--least``, twice as many, … ``--most`` adapters of one small module each: seconds, milliseconds a pair, and what
   making the table adds to the resident set at its peak (an adapter's headers stay, rows do not), each in a fresh
-  process. An exponent is the slope of a straight line through the logarithms, over the pairs.
+  process. With two or more tables, an exponent is the slope of a straight line through the logarithms, over the pairs.
 
 The last line is JSON.
 """
@@ -32,7 +32,6 @@ from mlx_rsgwm.probe.inputs import probed_adapters
 from mlx_rsgwm.probe.measure import write_table
 
 SMALL = {"self_attn.q_proj": (64, 64)}
-LEAST = 16
 FIGURES = ("seconds", "mb")
 
 
@@ -59,9 +58,9 @@ def one_pair(folder: Path, trials: int) -> dict[str, Any]:
     return {f"pair_{name}": round(statistics.median(step[name] for step in steps), 2) for name in FIGURES}
 
 
-def growth(folder: Path, most: int) -> dict[str, Any]:
+def growth(folder: Path, least: int, most: int) -> dict[str, Any]:
     """Seconds, milliseconds a pair and MB of larger and larger tables, and the exponents."""
-    counts = [*takewhile(lambda count: count < most, (LEAST << power for power in count_from())), most]
+    counts = [*takewhile(lambda count: count < most, (least << power for power in count_from())), most]
     folders = write_pool(folder / "many", SMALL, 1, most, importance=False)
     rows = []
     for count in counts:
@@ -74,6 +73,8 @@ def growth(folder: Path, most: int) -> dict[str, Any]:
             f"{count} adapters: {pairs} pairs, {step['seconds']:.1f} s, {each:.2f} ms each, {step['mb']:.0f} MB",
             flush=True,
         )
+    if len(rows) < 2:
+        return {"growth": rows}
     x = [math.log(row["pairs"]) for row in rows]
     slopes = {
         name: round(statistics.linear_regression(x, [math.log(row[name]) for row in rows]).slope, 3) for name in FIGURES
@@ -85,13 +86,14 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--least", type=int, default=16, help="adapters of the smallest table")
     parser.add_argument("--most", type=int, default=256, help="adapters of the largest table")
     parser.add_argument("--out", type=Path, help="write the JSON here, too")
     options = parser.parse_args()
     result: dict[str, Any] = {"versions": versions()}
     with tempfile.TemporaryDirectory() as temporary:
         result |= one_pair(Path(temporary), options.trials)
-        result |= growth(Path(temporary), options.most)
+        result |= growth(Path(temporary), options.least, options.most)
     give_result(result, options.out)
 
 
