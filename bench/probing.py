@@ -4,9 +4,10 @@
 
 - ``pair_seconds``: ``rsgwm probe measure`` of two random adapters of rank 16 on TinyLlama's 22 layers, all seven linear
   modules, without data; the median, and ``pair_mb`` what it adds to the resident set at its peak.
-- ``growth``: tables of ``--least``, twice as many, … ``--most`` adapters of one small module each: seconds, milliseconds a pair, and what
-  making the table adds to the resident set at its peak (an adapter's headers stay, rows do not), each in a fresh
-  process. With two or more tables, an exponent is the slope of a straight line through the logarithms, over the pairs.
+- ``growth``: tables of ``--least``, twice as many, … ``--most`` adapters of one small module each: seconds,
+  milliseconds a pair, and what making the table adds to the resident set at its peak (an adapter's headers stay, rows
+  do not), each in a fresh process. With two or more tables, an exponent is the slope of a straight line through the
+  logarithms, over the pairs.
 
 The last line is JSON.
 """
