@@ -44,6 +44,7 @@ from mlx_rsgwm.probe.measure import write_table
 from mlx_rsgwm.probe.outcomes import Outcomes, random_sets, read_outcomes
 from mlx_rsgwm.probe.predictor import Fitted, file_name, fit_predictor
 from mlx_rsgwm.probe.table import Table, read_table
+from mlx_rsgwm.probe.validation import PERMUTATIONS
 from mlx_rsgwm.studies.merge_outcomes import OutcomeStudy, TaskData, units_of
 from mlx_rsgwm.studies.sweep_variants import parse_variants
 from mlx_rsgwm.training.checkpoints import Saving
@@ -72,6 +73,8 @@ class Study:
     sets: int
     methods: str
     models: tuple[str, ...]
+    shares: tuple[float, ...]
+    permutations: int
     settings: Mapping[str, Any]
 
     def pool(self, seed: int) -> Path:
@@ -182,10 +185,10 @@ def _name(folder: str, seed: int) -> str:
 def forecasts(study: Study) -> dict[str, Any]:
     """Figures on left-out tasks by share of training, method and model, fingerprints, and decisions."""
     result: dict[str, Any] = {"left_out": {}, "fingerprints": {}, "decisions": {}}
-    for share in SHARES:
+    for share in study.shares:
         table, outcomes = joined(study, share)
         fitted = {
-            (method, kind): fit_predictor(table, outcomes, method, kind)
+            (method, kind): fit_predictor(table, outcomes, method, kind, permutations=study.permutations)
             for method in outcomes.methods
             for kind in study.models
         }
@@ -287,6 +290,10 @@ def parsed() -> tuple[Study, list[str], Path | None, Path | None]:
     parser.add_argument("--sets", type=int, default=40, help="random sets of 3 to 5 a seed")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--models", default="ridge,fingerprint")
+    parser.add_argument(
+        "--share", type=float, action="append", help="of training, to fit at; repeat; default: all four"
+    )
+    parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="of the null")
     parser.add_argument("--layers", type=int, default=-1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -305,7 +312,7 @@ def parsed() -> tuple[Study, list[str], Path | None, Path | None]:
     tasks, models, seeds = tuple(given.tasks.split(",")), tuple(given.models.split(",")), tuple(given.seed or (0, 1))
     study = Study(
         given.folder, given.base, tasks, given.data, seeds, given.train_rows, given.rows, given.most_tokens,
-        given.sets, given.methods, models, settings,
+        given.sets, given.methods, models, tuple(given.share or SHARES), given.permutations, settings,
     )  # fmt: skip
     return study, given.stage or list(STAGES), given.out, given.ship
 

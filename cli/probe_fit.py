@@ -11,7 +11,7 @@ from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import PATH, OneOf
 from mlx_rsgwm.cli.probe_outcomes import UTILITIES, UTILITY
 
-MODELS = ("ridge", "trees", "fingerprint")
+MODELS = ("ridge", "trees", "blend", "fingerprint")
 
 
 @click.command()
@@ -22,7 +22,7 @@ MODELS = ("ridge", "trees", "fingerprint")
     "models",
     multiple=True,
     type=OneOf(MODELS),
-    help="What is fitted: ridge, boosted trees, or the fingerprint of each method; repeatable.  [default: ridge]",
+    help="What is fitted: ridge, boosted trees, both, or each method's fingerprint; repeatable.  [default: ridge]",
 )
 @shared.methods("as the outcomes call them; repeatable", "all of the outcomes")
 @click.option("--utility", type=OneOf(UTILITIES), default="nll", show_default=True, help=UTILITY)

@@ -1,4 +1,4 @@
-"""The models that predict retention from features: ridge, gradient-boosted trees, and the fingerprint fit.
+"""The models that predict retention from features: ridge, gradient-boosted trees, their mean, and the fingerprint fit.
 
 All are plain numbers after fitting, so that a file of them runs nothing when it is read.
 """
@@ -87,7 +87,29 @@ class Trees:
         return cls(float(value["start"]), float(value["rate"]), nodes)
 
 
-Model = Linear | Trees
+@dataclass(frozen=True)
+class Blend:
+    """The mean of what ridge and trees predict: a line's reach, and bends where there is enough to see them."""
+
+    ridge: Linear
+    trees: Trees
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """(n,) of features (n, d)."""
+        mean: np.ndarray = (self.ridge.predict(x) + self.trees.predict(x)) / 2
+        return mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"ridge": self.ridge.to_dict(), "trees": self.trees.to_dict()}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Blend:
+        """Raises ValueError, KeyError, TypeError or IndexError for what is none."""
+        return cls(Linear.from_dict(value["ridge"]), Trees.from_dict(value["trees"]))
+
+
+Model = Linear | Trees | Blend
 
 
 def fit_ridge(x: np.ndarray, y: np.ndarray) -> Linear:
@@ -114,6 +136,11 @@ def fit_trees(x: np.ndarray, y: np.ndarray) -> Trees:
         columns = (features, inner.threshold, inner.children_left, inner.children_right, inner.value[:, 0, 0])
         nodes.append(tuple(tuple(map(float, node)) for node in zip(*columns, strict=True)))
     return Trees(float(np.ravel(model.init_.constant_)[0]), float(model.learning_rate), tuple(nodes))
+
+
+def fit_blend(x: np.ndarray, y: np.ndarray) -> Blend:
+    """Ridge and trees, each as by itself."""
+    return Blend(fit_ridge(x, y), fit_trees(x, y))
 
 
 def fit_fingerprint(x: np.ndarray, y: np.ndarray, strength: float = 1.0) -> Linear:
@@ -159,9 +186,11 @@ def _correlating(x: np.ndarray, y: np.ndarray, strength: float) -> np.ndarray:
 
 
 Fit = Callable[[np.ndarray, np.ndarray], Model]
-MODELS: Mapping[str, Fit] = MappingProxyType({"ridge": fit_ridge, "trees": fit_trees, "fingerprint": fit_fingerprint})
-KINDS: Mapping[str, type[Linear] | type[Trees]] = MappingProxyType(
-    {"ridge": Linear, "trees": Trees, "fingerprint": Linear}
+MODELS: Mapping[str, Fit] = MappingProxyType(
+    {"ridge": fit_ridge, "trees": fit_trees, "blend": fit_blend, "fingerprint": fit_fingerprint}
+)
+KINDS: Mapping[str, type[Linear] | type[Trees] | type[Blend]] = MappingProxyType(
+    {"ridge": Linear, "trees": Trees, "blend": Blend, "fingerprint": Linear}
 )
 
 

@@ -221,7 +221,7 @@ def test_the_conformal_quantile_by_hand():
 
 def test_a_predictor_is_read_back_and_refuses_what_it_does_not_know(tmp_path):
     table, outcomes = study(sets=[(0, 1, 2), (3, 4, 5)])
-    for kind in ("ridge", "trees", "fingerprint"):
+    for kind in ("ridge", "trees", "blend", "fingerprint"):
         predictor = fit_predictor(table, outcomes, "linear", kind).predictor
         path = tmp_path / f"linear.{kind}.predictor.json"
         predictor.save(path)
