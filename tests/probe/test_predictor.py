@@ -229,7 +229,7 @@ def test_a_predictor_is_read_back_and_refuses_what_it_does_not_know(tmp_path):
         members = ("pool/0", "pool/3")
         assert again.forecast(table, members) == predictor.forecast(table, members)
         assert again.about["left_out"]["sets"] == (28 if kind == "fingerprint" else 30)
-    assert len(read_predictors(tmp_path)) == 3
+    assert len(read_predictors(tmp_path)) == 4
     with pytest.raises(RsgwmError, match="fitted on another base"):
         again.forecast(Table({**table.about, "base": "c" * 64}, table.rows), members)
     with pytest.raises(RsgwmError, match=r"fitted at 1 of training, the table is at 0\.05"):
