@@ -10,9 +10,9 @@ every method and measured by held-out NLL. Then, at every share of training and 
 
 The last line is JSON: Spearman, R² and AUC by share of training and method with intervals, the null and baselines;
 and, of pairs and of larger sets, what deciding by left-out forecasts keeps, on average and at worst, how many adapters
-stay resident and what it costs by the rule, beside every single method, routing everything, and the oracle. ``--out``
-has fingerprints, too, with their overlap and sign agreement. ``--ship`` writes predictors as the package has them.
-Whatever is finished in FOLDER is not made again.
+stay resident and what it costs by the rule, beside every single method, routing everything, and the oracle; once among
+all methods, once among those that need the weights alone. ``--out`` has fingerprints, too, with their overlap and sign
+agreement. ``--ship`` writes predictors as the package has them. Whatever is finished in FOLDER is not made again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.corpus import Corpus, make_rows, save_corpus
 from mlx_rsgwm.data.synthetic import FAMILIES, generate
 from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.merging.methods import find_method
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapters
 from mlx_rsgwm.models.base import Base, load_base
@@ -199,7 +200,12 @@ def forecasts(study: Study) -> dict[str, Any]:
         common = agreement(prints)
         result["fingerprints"][f"{share:g}"] = {"beta": prints, "common": None if common is None else vars(common)}
         by_ridge = {method: each for (method, kind), each in fitted.items() if kind == study.models[0]}
-        result["decisions"][f"{share:g}"] = {"pairs": decisions(by_ridge), "larger": decisions(by_ridge, larger=True)}
+        blind = {method: each for method, each in by_ridge.items() if not find_method(method).needs}
+        result["decisions"][f"{share:g}"] = {
+            f"{what}{tail}": decisions(of, larger)
+            for what, larger in (("pairs", False), ("larger", True))
+            for tail, of in (("", by_ridge), (", by weights alone", blind))
+        }
         print(f"at {share:g}: " + ", ".join(_told(name, each) for name, each in by_ridge.items()), flush=True)
     return result
 
