@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import click
@@ -66,7 +66,7 @@ def decide(
     from mlx_rsgwm.models.adapter_sources import load_adapters
     from mlx_rsgwm.probe.apply import apply as carry_out
     from mlx_rsgwm.probe.inputs import probed_adapters
-    from mlx_rsgwm.probe.measure import measured_table
+    from mlx_rsgwm.probe.measure import measured_table, named_adapters
     from mlx_rsgwm.probe.table import read_table
 
     if apply != (out is not None):
@@ -75,13 +75,18 @@ def decide(
         require_empty(out)
     decider = decider_of(predictors, decide_by)
     loaded, share = probed_adapters(adapters, at, base_name, console.progress)
-    pairs = measured_table(loaded, share, console.progress) if table is None else read_table(table)
-    decision = decider(pairs, loaded)
+    finished = load_adapters(adapters, base_name, lazy=True, hashes=False)
+    pairs = (
+        measured_table(loaded, share, console.progress)
+        if table is None
+        else read_table(table).chosen(named_adapters(loaded), share)
+    )
+    decision = decider(pairs, finished)
     tell_decision(console, decision)
     result = decision.to_dict()
     if out is not None:
-        finished = {each.where: each for each in load_adapters(adapters, base_name, lazy=True, hashes=False)}
-        result["written"] = carry_out(decision, finished, out, console.progress)
+        by_name = {each.where: each for each in finished}
+        result["written"] = carry_out(decision, by_name, out, console.progress)
         console.line(f"written: {out}")
     console.result(result)
 
@@ -93,7 +98,7 @@ def decider_of(predictors: Path | None, decide_by: str | None) -> Callable[[Tabl
         RsgwmError: there are no such predictors.
         click.UsageError: options that do not go together.
     """
-    from mlx_rsgwm.probe.decide import decide, only_method
+    from mlx_rsgwm.probe.decide import decide, feasible, only_method
     from mlx_rsgwm.probe.predictor import read_predictors
     from mlx_rsgwm.probe.shipped import decide_by_default
 
@@ -101,7 +106,7 @@ def decider_of(predictors: Path | None, decide_by: str | None) -> Callable[[Tabl
         if decide_by == RULE:
             raise click.UsageError("--decide-by rule looks at no predictors; leave --predictors out")
         fitted = only_method(read_predictors(predictors), decide_by or MODELS[0])
-        return lambda table, adapters: decide(table, fitted)
+        return lambda table, adapters: decide(table, feasible(fitted, adapters))
     if decide_by not in (None, RULE):
         raise click.UsageError(f"--decide-by {decide_by} needs --predictors, which rsgwm probe fit makes")
     return decide_by_default if decide_by is None else lambda table, adapters: decide(table)
@@ -112,8 +117,11 @@ def tell_decision(console: Console, decision: Decision) -> None:
     from mlx_rsgwm.core.tables import text_page
 
     head = ["adapters", "do", "by", "keeps", "at least", "why"]
+    names = {name for choice in decision.pairs for name in choice.members}
+    short = {name: PurePath(name).name for name in names}
+    short = short if len(set(short.values())) == len(names) else {name: name for name in names}
     sections = [
-        (title, [head, *map(_row, choices)])
+        (title, [head, *(_row(choice, short) for choice in choices)])
         for title, choices in (("Pairs", decision.pairs), ("Together", decision.groups))
     ]
     reason = f"; {decision.reason}" if decision.reason else ""
@@ -121,10 +129,10 @@ def tell_decision(console: Console, decision: Decision) -> None:
     console.line(text_page(sections, notes))
 
 
-def _row(choice: Choice) -> list[str]:
+def _row(choice: Choice, names: Mapping[str, str]) -> list[str]:
     shown: Sequence[float | None] = (choice.retention, choice.bound)
     return [
-        " + ".join(choice.members),
+        " + ".join(names[member] for member in choice.members),
         choice.action,
         choice.method,
         *("–" if value is None else f"{value:.3f}" for value in shown),

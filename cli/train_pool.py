@@ -160,7 +160,8 @@ def _decide(console: Console, folders: Sequence[Path], share: float, predictors:
     from mlx_rsgwm.probe.measure import measured_table
 
     young = young_adapters(folders, share)
-    decision = decider_of(predictors, None)(measured_table(young, share, console.progress), young)
+    # Which statistics the finished ones will have is not known yet, so no method is left out for them.
+    decision = decider_of(predictors, None)(measured_table(young, share, console.progress), ())
     tell_decision(console, decision)
     alone = apart(decision)
     for name in alone:

@@ -41,7 +41,9 @@ def apply(decision: Decision, adapters: Mapping[str, Adapter], out: Path, progre
         told: list[dict[str, Any]] = [
             {**choice.to_dict(), "adapter": place} for choice, place in zip(decision.groups, places, strict=True)
         ]
-        files.write_json(work / DECISION_FILE, {"predicted": decision.predicted, "groups": told})
+        files.write_json(
+            work / DECISION_FILE, {"predicted": decision.predicted, "reason": decision.reason, "groups": told}
+        )
     sizes = [len(choice.members) for choice in decision.groups]
     return [place if size == 1 else str(out / place) for size, place in zip(sizes, places, strict=True)]
 

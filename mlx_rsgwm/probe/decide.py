@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.merging.methods import find_method
+from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.probe.predictor import Forecast, Predictor
 from mlx_rsgwm.probe.table import PairRow, Table
 
@@ -39,6 +41,9 @@ ACTION_OF: Mapping[str, str] = MappingProxyType(
 TIE = 1e-12  # costs that differ by rounding alone
 # Of the rule: norms apart, entries opposed, a sum much longer than its parts.
 NORM_RATIO, OPPOSED, AMPLIFIED = 3.0, 0.4, 1.3
+RULE_MEASURES = ("log_norm_ratio.mean", "sign_disagreement.mean", "overamplification.mean")
+LARGEST_LOG = 700.0  # of which exp is a float still
+STATISTICS = ("importance", "directions")  # what a method may need beside the weights
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def decide(table: Table, predictors: Sequence[Predictor] = ()) -> Decision:
     for predictor in predictors:
         predictor.check(table)
     names = list(table.about["adapters"])
+    require_different(table)
     table.require_pairs(names)
     pairs = tuple(choose(table, pair, predictors) for pair in combinations(names, 2))
     return Decision(tuple(grouped(table, names, predictors)), pairs, bool(predictors))
@@ -125,9 +131,9 @@ def shortfall(forecast: float, residuals: np.ndarray, worth: float = WORTH) -> f
 
 
 def grouped(table: Table, names: Sequence[str], predictors: Sequence[Predictor]) -> list[Choice]:
-    """Greedy clustering: every adapter by itself, which costs what routing does; then the two groups whose union costs
-    least more than they do, as long as one costs no more. Costs are counted by adapter; of equal ones fewer groups are
-    better, since fewer adapters stay in memory.
+    """Greedy clustering: every adapter by itself; then the two groups whose union costs least more than they do, as
+    long as one costs no more. What a merge costs counts for each of its adapters, and each group costs what routing
+    does, as long as there are several to route between.
     """
     groups = [_alone(name) for name in names]
     known: dict[tuple[str, ...], Choice] = {}
@@ -137,12 +143,40 @@ def grouped(table: Table, names: Sequence[str], predictors: Sequence[Predictor])
             members = tuple(name for name in names if name in first.members + second.members)
             if members not in known:
                 known[members] = choose(table, members, predictors)
-            unions.append((_total(known[members]) - _total(first) - _total(second), first, second, known[members]))
-        gain, first, second, union = min(unions, key=lambda each: each[0])
-        if gain > TIE or union.action == ROUTE:
+            if known[members].action != ROUTE:
+                more = _merging(known[members]) - _merging(first) - _merging(second)
+                unions.append((more, first, second, known[members]))
+        spared = COSTS[ROUTE] * (2 if len(groups) == 2 else 1)  # of the last two groups nobody routes any more
+        if not unions:
+            break
+        more, first, second, union = min(unions, key=lambda each: each[0])
+        if more - spared > TIE:
             break
         groups = [each for each in groups if each not in (first, second)] + [union]
     return groups
+
+
+def require_different(table: Table) -> None:
+    """Raise if two adapters of a table are one under two names."""
+    by_content: dict[str, str] = {}
+    for name, digest in table.about["adapters"].items():
+        if digest and by_content.setdefault(digest, name) != name:
+            raise RsgwmError(f"{by_content[digest]} and {name} are the same adapter; name it once")
+
+
+def feasible(predictors: Sequence[Predictor], adapters: Sequence[Adapter]) -> list[Predictor]:
+    """The predictors of methods that have what they need of ``adapters``, which are to be merged.
+
+    Raises:
+        RsgwmError: there are none, or one is of no method.
+    """
+    lacking = {need for need in STATISTICS if not all(getattr(adapter, need) for adapter in adapters)}
+    chosen = [each for each in predictors if not lacking & set(find_method(each.method.partition(":")[0]).needs)]
+    if not chosen:
+        raise RsgwmError(
+            f"the adapters have no {' and '.join(sorted(lacking))}, which every method with a predictor needs"
+        )
+    return chosen
 
 
 def apart(decision: Decision) -> list[str]:
@@ -152,8 +186,9 @@ def apart(decision: Decision) -> list[str]:
     return [name for name in names if name not in merges]
 
 
-def _total(choice: Choice) -> float:
-    return choice.cost * len(choice.members)
+def _merging(choice: Choice) -> float:
+    """What a group's merge costs, all its adapters together."""
+    return 0.0 if len(choice.members) == 1 else choice.cost * len(choice.members)
 
 
 def _alone(name: str) -> Choice:
@@ -171,7 +206,9 @@ def _by_rule(table: Table, members: tuple[str, ...]) -> Choice:
 
 def rule(row: PairRow) -> tuple[str, str]:
     """What a pair's measures ask for, and why."""
-    ratio = exp(row.measures["log_norm_ratio.mean"])
+    if missing := [name for name in RULE_MEASURES if name not in row.measures]:
+        raise RsgwmError(f"the table has no {missing[0]}, which the rule goes by; measure the adapters again")
+    ratio = exp(min(row.measures["log_norm_ratio.mean"], LARGEST_LOG))
     if ratio > NORM_RATIO:
         return REWEIGHT, f"norms are {ratio:.1f} times apart"
     if (opposed := row.measures["sign_disagreement.mean"]) > OPPOSED:

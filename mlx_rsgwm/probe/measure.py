@@ -107,6 +107,11 @@ def measured_table(adapters: Sequence[Adapter], at: float = 1.0, progress: Progr
     return Table(about, tuple(rows[pair] for pair in combinations(range(len(adapters)), 2)))
 
 
+def named_adapters(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Identities by the names that a table has."""
+    return {source.label: identity(source) for source in Pool.open(adapters).sources}
+
+
 def table_about(
     sources: Sequence[PoolAdapter], adapters: Sequence[Adapter], at: float, data: DataMeasures | None
 ) -> dict[str, Any]:

@@ -69,6 +69,8 @@ class Predictor:
         x = np.array([known[name] for name in self.features])
         self._check_ranges(x, members)
         value = float(self.model.predict(x[None])[0])
+        if not np.isfinite(value):
+            raise RsgwmError(f"the predictor of {self.method} forecasts no number for {' and '.join(members)}")
         return Forecast(value, value - self.margin)
 
     @property
@@ -139,8 +141,11 @@ class Predictor:
         ranges = np.array(value["ranges"], np.float64)
         model = KINDS[value["model"]].from_dict(value["fitted"])
         margin = float("inf") if value["margin"] is None else float(value["margin"])
+        at = value["about"]["at"]
+        if isinstance(at, bool) or not isinstance(at, (int, float)) or not 0 < at <= 1 or np.isnan(margin):
+            raise ValueError("share of training or margin out of range")
         about = dict(value["about"])
-        if ranges.shape != (len(features), 2) or not about.keys() >= PROVENANCE:
+        if ranges.shape != (len(features), 2) or (ranges[:, 0] > ranges[:, 1]).any() or not about.keys() >= PROVENANCE:
             raise ValueError("ranges or provenance do not fit")
         model.predict(np.zeros((1, len(features))))  # another number of features, a tree that asks for one beyond them
         predictor = cls(str(value["model"]), str(value["method"]), features, model, margin, ranges, about)

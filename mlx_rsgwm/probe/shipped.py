@@ -10,22 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mlx_rsgwm.merging.methods import find_method
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.probe.decide import Decision, decide
-from mlx_rsgwm.probe.inputs import FINISHED
+from mlx_rsgwm.probe.decide import Decision, decide, feasible
 from mlx_rsgwm.probe.predictor import Predictor, PredictorRefusal, read_predictors
 from mlx_rsgwm.probe.table import Table
 
 FOLDER = Path(__file__).parent / "predictors"
-STATISTICS = ("importance", "directions")
 
 
 def shipped_predictors(table: Table, adapters: Sequence[Adapter] = ()) -> list[Predictor]:
     """Those that were fitted at the table's share of training and to its base and measures.
 
-    ``adapters``: those of the table; a method that needs what finished ones have not kept (importance, directions) is
-    left out.
+    ``adapters``: those that are to be merged; a method that needs what they have not kept is left out.
 
     Raises:
         PredictorRefusal: there are none, and why.
@@ -39,8 +35,7 @@ def shipped_predictors(table: Table, adapters: Sequence[Adapter] = ()) -> list[P
         raise PredictorRefusal("the adapters do not say which weights they were trained on, as rsgwm's own do")
     for predictor in fitting:
         predictor.check(table)
-    lacking = {need for need in STATISTICS if table.at == FINISHED and not all(getattr(a, need) for a in adapters)}
-    return [each for each in fitting if not lacking & set(find_method(each.method).needs)]
+    return feasible(fitting, adapters)
 
 
 def decide_by_default(table: Table, adapters: Sequence[Adapter] = ()) -> Decision:

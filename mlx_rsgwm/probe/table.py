@@ -67,6 +67,24 @@ class Table:
         places = {name: place for place, name in enumerate(self.about["adapters"])}
         return sorted(self.rows, key=lambda row: [places[name] for name in row.adapters])
 
+    def chosen(self, adapters: Mapping[str, str], at: float) -> Table:
+        """The table of some of its adapters.
+
+        Args:
+            adapters: identities by name, as in ``about``.
+            at: the share of training that they are at.
+
+        Raises:
+            RsgwmError: it is of other adapters, or of another share.
+        """
+        if self.at != at:
+            raise RsgwmError(f"the table is at {self.at:g} of training, the adapters are at {at:g}")
+        for name, digest in adapters.items():
+            if self.about["adapters"].get(name) != digest:
+                raise RsgwmError(f"the table was measured without {name} as it is now; measure it again")
+        rows = tuple(row for row in self.rows if adapters.keys() >= set(row.adapters))
+        return Table({**self.about, "adapters": dict(adapters)}, rows)
+
     def require_pairs(self, adapters: Sequence[str]) -> None:
         """Raises RsgwmError unless every two of ``adapters`` are in it."""
         known = self.by_pair()

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import combinations
 from math import log
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from mlx_rsgwm.probe.decide import (
     Decision,
     choose,
     decide,
+    feasible,
     only_method,
     rule,
     shortfall,
@@ -104,6 +106,49 @@ def test_adapters_that_go_together_are_grouped():
     nothing = decide(table(lambda *_: 0.3), [predictor()])
     assert [each.members for each in nothing.groups] == [("a",), ("b",), ("c",), ("d",)]
     assert {each.action for each in nothing.groups} == {ROUTE}
+
+
+def test_a_group_more_is_worth_what_routing_costs():
+    """Two pairs lose nothing; all four together lose .04 each, .16, and spare two groups that are routed between."""
+    friends = ({"a", "b"}, {"c", "d"})
+    near, far = (table(lambda i, j, kept=kept: 0.97 if {i, j} in friends else kept) for kept in (0.88, 0.84))
+    assert [each.members for each in decide(near, [predictor()]).groups] == [tuple("abcd")]  # 4 · .04 of .91
+    assert len(decide(far, [predictor()]).groups) == 2  # 4 · .067 of .883
+
+
+def test_what_cannot_be_merged_or_decided_on_is_refused():
+    pool = table(lambda *_: 0.97, "ab")
+    same = Table({**pool.about, "adapters": {"a": "x", "b": "x"}}, pool.rows)
+    with pytest.raises(RsgwmError, match="a and b are the same adapter"):
+        decide(same, [predictor()])
+    with pytest.raises(RsgwmError, match=r"the table has no log_norm_ratio\.mean, which the rule goes by"):
+        decide(pool)
+    bare, whole = (SimpleNamespace(importance=has, directions=has) for has in ({}, {"a": 1}))
+    fitted = [predictor("linear"), predictor("rsgwm"), predictor("regmean")]
+    assert [each.method for each in feasible(fitted, [whole, bare])] == ["linear"]
+    assert feasible(fitted, [whole, whole]) == fitted
+    with pytest.raises(RsgwmError, match="no directions and importance, which every method with a predictor needs"):
+        feasible(fitted[1:], [bare])
+    with pytest.raises(RsgwmError, match="unknown method 'gone'"):
+        feasible([predictor("gone")], [whole])
+    endless = replace(predictor(), model=Linear(np.zeros(1), np.ones(1), np.full(1, 1e308), 1e308))
+    with pytest.raises(RsgwmError, match="forecasts no number for a and b"):
+        decide(table(lambda *_: 9.0, "ab"), [endless])
+    huge = PairRow(("a", "b"), ("a", "b"), 1, {**measures().measures, "log_norm_ratio.mean": 1e6})
+    assert rule(huge)[0] == REWEIGHT
+
+
+def test_a_table_is_that_of_the_adapters():
+    pool = Table({**table(lambda *_: 0.97).about, "adapters": dict(zip("abcd", "1234", strict=True))},
+                 table(lambda *_: 0.97).rows)  # fmt: skip
+    some = pool.chosen({"a": "1", "c": "3"}, 1.0)
+    assert ([row.adapters for row in some.rows], [*some.about["adapters"]]) == ([("a", "c")], ["a", "c"])
+    with pytest.raises(RsgwmError, match="measured without c as it is now"):
+        pool.chosen({"a": "1", "c": "4"}, 1.0)
+    with pytest.raises(RsgwmError, match="measured without e as it is now"):
+        pool.chosen({"a": "1", "e": "5"}, 1.0)
+    with pytest.raises(RsgwmError, match=r"at 1 of training, the adapters are at 0\.05"):
+        pool.chosen({"a": "1"}, 0.05)
 
 
 def test_one_stranger_is_left_out():

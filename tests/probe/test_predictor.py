@@ -254,6 +254,8 @@ def test_a_predictor_is_read_back_and_refuses_what_it_does_not_know(tmp_path):
         {"features": ["a"]},
         {"ranges": [[0]]},
         {"about": {}},
+        {"margin": float("nan")},
+        {"ranges": [[1, 0]]},
         {"fitted": {"centre": [0], "spread": [0], "beta": [0], "intercept": 1}},
         {"fitted": 7},
     ],
