@@ -1,6 +1,6 @@
 """Can mergeability be forecast? Adapters with snapshots, what merges did to their pairs, forecasts on left-out tasks.
 
-    python bench/mergeability.py FOLDER [--tasks change,groups,…] [--data DIR] [--seed 0] [--sets 20] [--stage train]
+    python bench/mergeability.py FOLDER [--tasks change,groups,…] [--data DIR] [--seed 0 --seed 1] [--sets 40]
 
 For every seed a pool from one initialisation: an adapter a task, of the embedded families and, with ``--data``, of
 the data sets in DIR (``DIR/TASK/train.jsonl`` and ``test.jsonl``). Every pair is measured from the snapshots of 1, 2

@@ -29,7 +29,7 @@ RULE = "rule"
 @click.option(
     "--decide-by",
     type=OneOf((*MODELS, RULE)),
-    help="Which fit decides, or the rule of the measures.  [default: ridge of --predictors]",
+    help="Which fit decides, or the rule of the measures.  [default: ridge]",
 )
 @click.option("--table", type=PATH, help="Table of the pool's pairs, measured before (with data, say).")
 @click.option("--apply", is_flag=True, help="Carry it out: merge the groups into --out.")
@@ -107,9 +107,9 @@ def decider_of(predictors: Path | None, decide_by: str | None) -> Callable[[Tabl
             raise click.UsageError("--decide-by rule looks at no predictors; leave --predictors out")
         fitted = only_method(read_predictors(predictors), decide_by or MODELS[0])
         return lambda table, adapters: decide(table, feasible(fitted, adapters))
-    if decide_by not in (None, RULE):
+    if decide_by not in (None, MODELS[0], RULE):
         raise click.UsageError(f"--decide-by {decide_by} needs --predictors, which rsgwm probe fit makes")
-    return decide_by_default if decide_by is None else lambda table, adapters: decide(table)
+    return lambda table, adapters: decide(table) if decide_by == RULE else decide_by_default(table, adapters)
 
 
 def tell_decision(console: Console, decision: Decision) -> None:

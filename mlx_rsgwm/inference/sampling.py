@@ -82,7 +82,7 @@ def choose_exact(
     everything = mx.broadcast_to(mx.arange(wide.shape[-1]), wide.shape)
     nucleus = _nucleus(wide, everything, uniform, temperature, top_p, rows)
     chosen = nucleus.tokens()
-    if wide.shape[-1] <= CANDIDATES:
+    if wide.shape[-1] <= CANDIDATES or not mx.any(nucleus.chosen >= CANDIDATES).item():
         return chosen
     noise = mx.stack([mx.random.gumbel((wide.shape[-1],), key=key) for key in _keys(uniform)])
     tail = (mx.arange(wide.shape[-1]) >= CANDIDATES) & (nucleus.mass > 0)

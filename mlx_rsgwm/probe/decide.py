@@ -19,7 +19,7 @@ import numpy as np
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.merging.methods import find_method
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.probe.predictor import Forecast, Predictor
+from mlx_rsgwm.probe.predictor import Forecast, Predictor, PredictorRefusal
 from mlx_rsgwm.probe.table import PairRow, Table
 
 MERGE, REWEIGHT, PRUNE, ROUTE = "merge", "reweight", "prune", "route"
@@ -131,29 +131,40 @@ def shortfall(forecast: float, residuals: np.ndarray, worth: float = WORTH) -> f
 
 
 def grouped(table: Table, names: Sequence[str], predictors: Sequence[Predictor]) -> list[Choice]:
-    """Greedy clustering: every adapter by itself; then the two groups whose union costs least more than they do, as
-    long as one costs no more. What a merge costs counts for each of its adapters, and each group costs what routing
-    does, as long as there are several to route between.
+    """Greedy clustering: every adapter by itself; then the two groups whose union costs least more than they do are
+    joined, again and again, and of all these groupings the cheapest is taken, of equal ones that with fewest groups.
+
+    What a merge costs counts for each of its adapters, and each group costs what routing does, where there are several
+    to route between. Unions that are better routed, or that the predictors do not know, are not joined.
     """
     groups = [_alone(name) for name in names]
-    known: dict[tuple[str, ...], Choice] = {}
+    known: dict[tuple[str, ...], Choice | None] = {}
+    best, least = groups, _total(groups)
     while len(groups) > 1:
         unions = []
         for first, second in combinations(groups, 2):
             members = tuple(name for name in names if name in first.members + second.members)
             if members not in known:
-                known[members] = choose(table, members, predictors)
-            if known[members].action != ROUTE:
-                more = _merging(known[members]) - _merging(first) - _merging(second)
-                unions.append((more, first, second, known[members]))
-        spared = COSTS[ROUTE] * (2 if len(groups) == 2 else 1)  # of the last two groups nobody routes any more
+                known[members] = _union(table, members, predictors)
+            union = known[members]
+            if union is not None:
+                unions.append((_merging(union) - _merging(first) - _merging(second), first, second, union))
         if not unions:
             break
-        more, first, second, union = min(unions, key=lambda each: each[0])
-        if more - spared > TIE:
-            break
-        groups = [each for each in groups if each not in (first, second)] + [union]
-    return groups
+        _, first, second, joined = min(unions, key=lambda each: each[0])
+        groups = [each for each in groups if each not in (first, second)] + [joined]
+        if _total(groups) <= least + TIE:
+            best, least = groups, _total(groups)
+    return best
+
+
+def _union(table: Table, members: tuple[str, ...], predictors: Sequence[Predictor]) -> Choice | None:
+    """The merge of a group, or None where it is not to be made."""
+    try:
+        chosen = choose(table, members, predictors)
+    except PredictorRefusal:
+        return None
+    return None if chosen.action == ROUTE else chosen
 
 
 def require_different(table: Table) -> None:
@@ -184,6 +195,11 @@ def apart(decision: Decision) -> list[str]:
     merges = {name for pair in decision.pairs if pair.action != ROUTE for name in pair.members}
     names = dict.fromkeys(name for pair in decision.pairs for name in pair.members)
     return [name for name in names if name not in merges]
+
+
+def _total(groups: Sequence[Choice]) -> float:
+    routing = COSTS[ROUTE] * len(groups) if len(groups) > 1 else 0.0
+    return routing + sum(map(_merging, groups))
 
 
 def _merging(choice: Choice) -> float:

@@ -70,7 +70,7 @@ class Predictor:
         self._check_ranges(x, members)
         value = float(self.model.predict(x[None])[0])
         if not np.isfinite(value):
-            raise RsgwmError(f"the predictor of {self.method} forecasts no number for {' and '.join(members)}")
+            raise PredictorRefusal(f"the predictor of {self.method} forecasts no number for {' and '.join(members)}")
         return Forecast(value, value - self.margin)
 
     @property
@@ -176,7 +176,8 @@ def fit_predictor(
 ) -> Fitted:
     """Fit one model to one method's outcomes; it is judged on left-out tasks, and then fitted to all.
 
-    ``kind``: ridge or trees on everything, fingerprint on the 28 (those of them that the table has) of pairs alone.
+    ``kind``: ridge, trees or their blend on everything, fingerprint on the 28 (those of them that the table has) of
+    pairs alone.
 
     Raises:
         RsgwmError: an unknown model or method, too few sets or tasks, a table of other adapters.

@@ -53,7 +53,7 @@ def parity(first, second, folder):
 
 def calibrate(first, second, folder):
     result = invoke(
-        "calibrate", "--drafter", first, "--verifier", second, *LOOP, "--task", "change", "--items", 8,
+        "calibrate", "--drafter", first, "--verifier", second, *LOOP, "--task", "change", "--items", 16,
         "--score", "mean_logprob", "--curve", "platt",
     )  # fmt: skip
     asked = invoke("ask", "What is 2 + 2?", "--drafter", first, "--verifier", second, *LOOP)

@@ -116,6 +116,19 @@ def test_a_group_more_is_worth_what_routing_costs():
     assert len(decide(far, [predictor()]).groups) == 2  # 4 · .067 of .883
 
 
+def test_adapters_that_merge_well_stay_together_whatever_their_number():
+    # Joining two of three costs .06 each and spares one of three groups, .10; all three together spare them all.
+    assert [each.members for each in decide(table(lambda *_: 0.89, "abc"), [predictor()]).groups] == [tuple("abc")]
+
+
+def test_a_union_that_predictors_do_not_know_is_not_joined():
+    small = replace(predictor(), features=("kept", "set_size"), ranges=np.array([[-9.0, 9.0], [2.0, 2.5]]),
+                    model=Linear(np.zeros(2), np.ones(2), np.array([1.0, 0.0]), 0.0))  # fmt: skip
+    decision = decide(table(lambda *_: 0.97), [small])  # set_size reaches 3 with the slack
+    assert decision.predicted
+    assert sorted(len(each.members) for each in decision.groups) in ([1, 3], [2, 2])
+
+
 def test_what_cannot_be_merged_or_decided_on_is_refused():
     pool = table(lambda *_: 0.97, "ab")
     same = Table({**pool.about, "adapters": {"a": "x", "b": "x"}}, pool.rows)
