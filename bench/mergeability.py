@@ -199,14 +199,19 @@ def forecasts(study: Study) -> dict[str, Any]:
         prints = {m: fingerprint(each.predictor) for (m, kind), each in fitted.items() if kind == "fingerprint"}
         common = agreement(prints)
         result["fingerprints"][f"{share:g}"] = {"beta": prints, "common": None if common is None else vars(common)}
-        by_ridge = {method: each for (method, kind), each in fitted.items() if kind == study.models[0]}
-        blind = {method: each for method, each in by_ridge.items() if not find_method(method).needs}
+        by_first = {method: each for (method, kind), each in fitted.items() if kind == study.models[0]}
+        alone = _from_weights(table)
+        blind = {
+            method: fit_predictor(alone, outcomes, method, study.models[0], permutations=1)
+            for method in outcomes.methods
+            if not find_method(method).needs
+        }
         result["decisions"][f"{share:g}"] = {
             f"{what}{tail}": decisions(of, larger)
             for what, larger in (("pairs", False), ("larger", True))
-            for tail, of in (("", by_ridge), (", by weights alone", blind))
+            for tail, of in (("", by_first), (", by weights alone", blind))
         }
-        print(f"at {share:g}: " + ", ".join(_told(name, each) for name, each in by_ridge.items()), flush=True)
+        print(f"at {share:g}: " + ", ".join(_told(name, each) for name, each in by_first.items()), flush=True)
     return result
 
 
@@ -214,14 +219,19 @@ def ship(study: Study, folder: Path) -> None:
     """Write what the package ships: ridge on what weights alone tell, at 5 % of training and at its end."""
     for share in SHIPPED:
         table, outcomes = joined(study, share)
-        kept_out = {"fisher_overlap", "training_gradient_cosine"}  # of what not every adapter comes with
-        rows = tuple(
-            replace(row, measures={name: value for name, value in row.measures.items() if name not in kept_out})
-            for row in table.rows
-        )
         for method in outcomes.methods:
-            predictor = fit_predictor(Table(table.about, rows), outcomes, method).predictor
+            predictor = fit_predictor(_from_weights(table), outcomes, method).predictor
             predictor.save(make_folder(folder / f"at-{share:g}") / file_name(method, predictor.kind))
+
+
+def _from_weights(table: Table) -> Table:
+    """Without what not every adapter comes with."""
+    kept_out = {"fisher_overlap", "training_gradient_cosine"}
+    rows = tuple(
+        replace(row, measures={name: value for name, value in row.measures.items() if name not in kept_out})
+        for row in table.rows
+    )
+    return Table(table.about, rows)
 
 
 def _told(method: str, fitted: Fitted) -> str:
@@ -239,10 +249,11 @@ def decisions(fitted: Mapping[str, Fitted], larger: bool = False) -> dict[str, A
     chosen_sets = sorted(members for members in sets if (len(members) > 2) == larger)
     measured = {m: _of(each, each.examples.y, chosen_sets) for m, each in fitted.items()}
     predicted = {m: _of(each, each.validation.predicted, chosen_sets) for m, each in fitted.items()}
-    residuals = {m: each.validation.measured - each.validation.predicted for m, each in fitted.items()}
     costs = {m: _cost(m) + np.maximum(WORTH - values, 0.0) for m, values in measured.items()}
     expected = {
-        m: _cost(m) + np.array([shortfall(value, residuals[m]) for value in values]) for m, values in predicted.items()
+        m: _cost(m)
+        + np.array([shortfall(value, _errors(fitted[m], s)) for value, s in zip(values, chosen_sets, strict=True)])
+        for m, values in predicted.items()
     }
     every = {**measured, ROUTE: np.ones(len(chosen_sets))}
     costs, expected = ({**each, ROUTE: np.full(len(chosen_sets), COSTS[ROUTE])} for each in (costs, expected))
@@ -252,6 +263,14 @@ def decisions(fitted: Mapping[str, Fitted], larger: bool = False) -> dict[str, A
     least = np.min(list(costs.values()), axis=0)
     resident = np.array([len(members) for members in chosen_sets])
     return {name: _strategy(methods, every, costs, least, resident) for name, methods in chosen.items()}
+
+
+def _errors(fitted: Fitted, members: tuple[str, ...]) -> np.ndarray:
+    """Of the forecasts for sets without a task of ``members``, if there are any: the rest would know of the outcome."""
+    tasks = fitted.examples.tasks[fitted.examples.sets.index(members)]
+    apart = np.array([not tasks & each for each in fitted.examples.tasks])
+    errors: np.ndarray = fitted.validation.measured - fitted.validation.predicted
+    return errors[apart] if apart.any() else errors
 
 
 def _strategy(
