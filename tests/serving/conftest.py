@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from contextlib import ExitStack
 
 import mlx.core as mx
 import pytest
@@ -112,19 +113,26 @@ def ask():
 
 
 @pytest.fixture
-def start(make_engine):
+def client_of():
+    """Makes clients of applications over engines: ``client_of(engine, **settings)``; all are closed at the end."""
+    with ExitStack() as clients:
+
+        def make(engine, **settings):
+            app = make_app(engine, ServerSettings(**settings))
+            return clients.enter_context(TestClient(app, base_url="http://127.0.0.1:8080"))
+
+        yield make
+
+
+@pytest.fixture
+def start(make_engine, client_of):
     """Starts an application over an engine: ``start(adapters, limits, **settings)`` returns a client and the engine."""
-    clients = []
 
     def make(adapters=MODELS, limits=None, **settings):
         engine = make_engine(adapters, **(limits or {}))
-        client = TestClient(make_app(engine, ServerSettings(**settings)), base_url="http://127.0.0.1:8080")
-        clients.append(client.__enter__())
-        return client, engine
+        return client_of(engine, **settings), engine
 
-    yield make
-    for client in clients:
-        client.__exit__(None, None, None)
+    return make
 
 
 @pytest.fixture
@@ -162,9 +170,8 @@ def pair(tmp_path, make_adapter):
 
 
 @pytest.fixture
-def start_pairs(tiny_base, pair):
+def start_pairs(tiny_base, pair, client_of):
     """Starts a server of a pair, of a pool as verifier, and of its drafter alone."""
-    opened = []
 
     def make(limits=None, **settings):
         def open_library():
@@ -177,10 +184,6 @@ def start_pairs(tiny_base, pair):
 
         engine = Engine(open_library, Limits(**(limits or {})))
         engine.start().result(SECONDS)
-        client = TestClient(make_app(engine, ServerSettings(**settings)), base_url="http://localhost")
-        opened.append(client.__enter__())
-        return client, engine
+        return client_of(engine, **settings), engine
 
-    yield make
-    for client in opened:
-        client.__exit__(None, None, None)
+    return make

@@ -4,7 +4,6 @@ import threading
 import time
 
 import pytest
-from starlette.testclient import TestClient
 
 from mlx_rsgwm.cli.serve import _pairs
 from mlx_rsgwm.core.errors import RsgwmError
@@ -20,12 +19,10 @@ from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.models.split import split_head
 from mlx_rsgwm.serving.admission import Limits
-from mlx_rsgwm.serving.app import make_app
 from mlx_rsgwm.serving.engine import Engine
 from mlx_rsgwm.serving.library import Library, Pair
 from mlx_rsgwm.serving.row_sampling import RowSampling
 from mlx_rsgwm.serving.rows import Row, RowDecoder
-from mlx_rsgwm.serving.settings import ServerSettings
 from tests.serving.conftest import until_idle
 from tests.serving.test_verified import FULL, LENGTH, QUESTIONS, SECONDS, SETTINGS, ask, check_same
 
@@ -42,9 +39,8 @@ def pair(tmp_path, make_adapter):
 
 
 @pytest.fixture
-def start(tiny_base, pair):
+def start(tiny_base, pair, client_of):
     """Starts a server of pairs: ``start(name=Pair's settings, …)``."""
-    opened = []
 
     def make(limits=None, **pairs):
         def open_library():
@@ -55,13 +51,9 @@ def start(tiny_base, pair):
 
         engine = Engine(open_library, Limits(**(limits or {})))
         engine.start().result(SECONDS)
-        client = TestClient(make_app(engine, ServerSettings()), base_url="http://localhost")
-        opened.append(client.__enter__())
-        return client, engine
+        return client_of(engine), engine
 
-    yield make
-    for client in opened:
-        client.__exit__(None, None, None)
+    return make
 
 
 def steps(pair, question, **settings):
