@@ -38,7 +38,7 @@ from mlx_rsgwm.merging.methods import find_method
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.models.adapter_sources import load_adapters
 from mlx_rsgwm.models.base import Base, load_base
-from mlx_rsgwm.probe.decide import ACTION_OF, COSTS, MERGE, ROUTE, WORTH, shortfall
+from mlx_rsgwm.probe.decide import COSTS, ROUTE, WORTH, action_of, shortfall
 from mlx_rsgwm.probe.fingerprints import agreement, fingerprint
 from mlx_rsgwm.probe.inputs import probed_adapters
 from mlx_rsgwm.probe.measure import write_table
@@ -294,7 +294,7 @@ def _strategy(
 
 
 def _cost(method: str) -> float:
-    return COSTS[ACTION_OF.get(method.partition(":")[0], MERGE)]
+    return COSTS[action_of(method)]
 
 
 def _of(fitted: Fitted, values: np.ndarray, sets: Sequence[tuple[str, ...]]) -> np.ndarray:

@@ -15,7 +15,7 @@ from mlx_rsgwm.core.progress import SILENT, Progress
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.probe.decide import PLAN, Choice, Decision
+from mlx_rsgwm.probe.decide import PLAN, Choice, Decision, variant
 
 DECISION_FILE = "decision.json"
 
@@ -52,20 +52,5 @@ def _merged(choice: Choice, adapters: Mapping[str, Adapter], progress: Progress)
     sources = [adapters[name] for name in choice.members]
     if choice.method == PLAN:
         return merge_by_plan(plan_of(audit(sources)), sources, progress=progress)
-    method, parameters = _variant(choice.method)
+    method, parameters = variant(choice.method)
     return merge(sources, MergeOptions(method, "draft", parameters), progress)
-
-
-def _variant(label: str) -> tuple[str, dict[str, Any]]:
-    """Method and parameters of a name as the outcomes have it, ``ties:density=0.2``."""
-    method, _, pairs = label.partition(":") if "=" in label else (label, "", "")
-    parameters = dict(pair.partition("=")[::2] for pair in pairs.split(",") if pair)
-    return method, {name: files.parse_json(value) if _is_json(value) else value for name, value in parameters.items()}
-
-
-def _is_json(text: str) -> bool:
-    try:
-        files.parse_json(text)
-    except ValueError:
-        return False
-    return True

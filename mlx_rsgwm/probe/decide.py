@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_rsgwm.core import files
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.merging.methods import find_method
+from mlx_rsgwm.merging.methods import find_method, needs_directions
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.probe.predictor import Forecast, Predictor, PredictorRefusal
 from mlx_rsgwm.probe.table import PairRow, Table
@@ -108,7 +109,7 @@ def choose(table: Table, members: Sequence[str], predictors: Sequence[Predictor]
         return _by_rule(table, tuple(members))
     best: dict[str, tuple[float, str, Forecast]] = {}
     for predictor in predictors:
-        action = ACTION_OF.get(predictor.method.partition(":")[0], MERGE)
+        action = action_of(predictor.method)
         forecast = predictor.forecast(table, members)
         cost = COSTS[action] + WEIGHT * shortfall(forecast.value, predictor.residuals)
         if action not in best or cost < best[action][0]:
@@ -182,12 +183,38 @@ def feasible(predictors: Sequence[Predictor], adapters: Sequence[Adapter]) -> li
         RsgwmError: there are none, or one is of no method.
     """
     lacking = {need for need in STATISTICS if not all(getattr(adapter, need) for adapter in adapters)}
-    chosen = [each for each in predictors if not lacking & set(find_method(each.method.partition(":")[0]).needs)]
+    chosen = [each for each in predictors if not lacking & _needs(each.method)]
     if not chosen:
         raise RsgwmError(
             f"the adapters have no {' and '.join(sorted(lacking))}, which every method with a predictor needs"
         )
     return chosen
+
+
+def _needs(label: str) -> set[str]:
+    name, parameters = variant(label)
+    method = find_method(name)
+    return {*method.needs, *(("directions",) if needs_directions(method, parameters) else ())}
+
+
+def action_of(label: str) -> str:
+    """What a method does to a pool, by its name as the outcomes have it."""
+    return ACTION_OF.get(variant(label)[0], MERGE)
+
+
+def variant(label: str) -> tuple[str, dict[str, Any]]:
+    """Method and parameters of a name as the outcomes have it, ``ties:density=0.2``."""
+    method, _, pairs = label.partition(":") if "=" in label else (label, "", "")
+    parameters = dict(pair.partition("=")[::2] for pair in pairs.split(",") if pair)
+    return method, {name: files.parse_json(value) if _is_json(value) else value for name, value in parameters.items()}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        files.parse_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 def apart(decision: Decision) -> list[str]:

@@ -140,6 +140,8 @@ def test_what_cannot_be_merged_or_decided_on_is_refused():
     fitted = [predictor("linear"), predictor("rsgwm"), predictor("regmean")]
     assert [each.method for each in feasible(fitted, [whole, bare])] == ["linear"]
     assert feasible(fitted, [whole, whole]) == fitted
+    by_metric = [predictor("linear"), predictor("linear:truncate=metric")]  # which goes by directions
+    assert feasible(by_metric, [bare]) == by_metric[:1]
     with pytest.raises(RsgwmError, match="no directions and importance, which every method with a predictor needs"):
         feasible(fitted[1:], [bare])
     with pytest.raises(RsgwmError, match="unknown method 'gone'"):
