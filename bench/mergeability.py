@@ -219,8 +219,9 @@ def ship(study: Study, folder: Path) -> None:
     """Write what the package ships: ridge on what weights alone tell, at 5 % of training and at its end."""
     for share in SHIPPED:
         table, outcomes = joined(study, share)
+        alone = _from_weights(table)
         for method in outcomes.methods:
-            predictor = fit_predictor(_from_weights(table), outcomes, method).predictor
+            predictor = fit_predictor(alone, outcomes, method).predictor
             predictor.save(make_folder(folder / f"at-{share:g}") / file_name(method, predictor.kind))
 
 

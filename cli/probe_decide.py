@@ -50,7 +50,7 @@ def decide(
     """Say what to do with every pair of POOL, and which of its adapters go together.
 
     Merge as they are, reweight, prune, or leave apart and route: what costs least, counting what a merge is forecast to
-    lose. Then the pool is grouped: the two groups whose union saves most are joined, as long as one costs no more.
+    lose. Then the pool is grouped: groups whose union costs least more are joined, and the cheapest grouping is taken.
 
     What merges lose is forecast by --predictors, or by those that come with rsgwm. These know adapters of SmolLM2-135M,
     finished or after 5 % of training; of any other a rule of the measures decides, which is said.

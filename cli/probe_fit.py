@@ -22,7 +22,8 @@ MODELS = ("ridge", "trees", "blend", "fingerprint")
     "models",
     multiple=True,
     type=OneOf(MODELS),
-    help="What is fitted: ridge, boosted trees, both, or each method's fingerprint; repeatable.  [default: ridge]",
+    help="What is fitted: ridge, boosted trees, the mean of both, or each method's fingerprint; repeatable.  "
+    "[default: ridge]",
 )
 @shared.methods("as the outcomes call them; repeatable", "all of the outcomes")
 @click.option("--utility", type=OneOf(UTILITIES), default="nll", show_default=True, help=UTILITY)

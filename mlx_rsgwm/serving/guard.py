@@ -19,7 +19,7 @@ from mlx_rsgwm.serving.settings import LOOPBACK_NAMES, ServerSettings, is_addres
 LARGEST_BODY = 8 << 20
 OPEN = (b"/health", b"/ready", b"/")  # nothing here tells what is served or asked
 ADMIN = re.compile(rb"/v1/(load|unload)_lora_adapter$")
-CHARSET = re.compile(r"charset\s*=\s*\"?([^\s;\"]+)", re.IGNORECASE)
+CHARSET = re.compile(r"(?:^|;)\s*charset\s*=\s*\"?([^\s;\"]+)", re.IGNORECASE)
 HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]/\s]+)(?::\d+)?")
 
 
@@ -86,7 +86,7 @@ def _check_form(headers: Mapping[str, str]) -> None:
         raise RequestError("the body must be sent as application/json", 415, "unsupported_media_type")
     if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise RequestError("the body must be in UTF-8", 415, "unsupported_media_type")
-    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+    if headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         raise RequestError("the body must not be compressed", 415, "unsupported_media_type")
 
 

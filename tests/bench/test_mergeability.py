@@ -46,8 +46,9 @@ def test_strategies_by_hand():
 
 def test_a_wrong_forecast_is_paid_for():
     told = decisions({"linear": fitted([0.97, 0.50, 0.97], [0.97, 0.97, 0.97])})
-    assert told["decided"]["worst"] == 0.5 or told["decided"]["adapters_resident"] == 2
-    assert told["decided"]["regret"] > 0
+    # One of four forecasts is .47 too high, so that merging is expected to lose .45 / 4, more than routing costs.
+    assert told["decided"]["adapters_resident"] == 2
+    assert told["decided"]["regret"] == pytest.approx((0.10 + 0 + 0.10) / 3)
 
 
 def test_larger_sets_are_told_apart_from_pairs():

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mlx_rsgwm.probe.features import set_features
 from mlx_rsgwm.probe.predictor import Predictor
 from mlx_rsgwm.probe.shipped import FOLDER, decide_by_default, shipped_predictors
 from mlx_rsgwm.probe.table import PairRow, Table
 
 FILES = sorted(FOLDER.glob("at-*/*.json"))
 NAMES = ("a", "b", "c")
+ACTION_COSTS = {"linear": 0, "rsgwm": 0, "regmean": 0, "norm_equalised": 0.01, "ties": 0.02, "dare_ties": 0.02}
 
 
 def middle(at, **more):
@@ -47,14 +49,19 @@ def test_every_method_has_one_at_either_share():
 
 @pytest.mark.parametrize("at", [0.05, 1.0])
 def test_they_decide_where_they_were_fitted(at):
-    table, predictor = middle(at)
+    table, _ = middle(at)
     assert len(shipped_predictors(table)) == 6
     decision = decide_by_default(table)
     assert (decision.predicted, decision.reason) == (True, "")
-    x = predictor.ranges.mean(axis=1)
-    model = predictor.model
-    by_hand = ((x - model.centre) / model.spread) @ model.beta + model.intercept
-    assert predictor.model.predict(x[None])[0] == pytest.approx(by_hand)
+    known = set_features(("a", "b"), table.by_pair(), table.columns)
+    costs = {"": 0.10}  # routing
+    for each in shipped_predictors(table):
+        x = np.array([known[name] for name in each.features])
+        by_hand = ((x - each.model.centre) / each.model.spread) @ each.model.beta + each.model.intercept
+        assert each.forecast(table, ("a", "b")).value == pytest.approx(by_hand)
+        costs[each.method] = ACTION_COSTS[each.method] + np.maximum(0.95 - by_hand - each.residuals, 0).mean()
+    assert decision.pairs[0].method == min(costs, key=costs.get)
+    assert decision.pairs[0].cost == pytest.approx(min(costs.values()))
 
 
 def test_methods_that_need_what_is_not_there_are_left_out():
@@ -101,4 +108,3 @@ def test_far_outside_its_measures_the_rule_decides():
     )
     assert not decision.predicted
     assert "far outside what the predictor was fitted to" in decision.reason
-    assert np.isfinite(high)
