@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import SILENT, Progress
@@ -20,6 +23,8 @@ from mlx_rsgwm.models.adapter_sources import AdapterSource, load_adapter
 from mlx_rsgwm.serving.admission import Limits
 from mlx_rsgwm.serving.app import make_app
 from mlx_rsgwm.serving.engine import Engine
+from mlx_rsgwm.serving.errors import RequestError
+from mlx_rsgwm.serving.guard import describe
 from mlx_rsgwm.serving.library import Library, Pair
 from mlx_rsgwm.serving.settings import ServerSettings
 
@@ -59,6 +64,22 @@ def open_library(served: Served, progress: Progress = SILENT) -> Library:
     for name, pair in pairs.items():
         library.add_pair(name, pair, progress)
     return library
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's, which tells those who send no HTTP what is wrong as every other refusal is told."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse, and close."""
+        body = json.dumps(describe(RequestError(msg, code="invalid_http"))).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -101,6 +122,7 @@ def run(
         make_app(engine, settings),
         settings.host,
         settings.port,
+        http=_Protocol,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -2,10 +2,12 @@
 
 import contextlib
 import http.client
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -121,6 +123,17 @@ def test_a_connection_that_was_idle_is_used_again(server):
         sock = connection.sock
         time.sleep(pause)
     assert connection.sock is sock
+
+
+@pytest.mark.parametrize("sent", [b"no request\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"])
+def test_what_is_no_http_is_refused_as_everything_else(server, sent):
+    place = httpx.URL(server[1])
+    with socket.create_connection((place.host, place.port), timeout=SECONDS) as connection:
+        connection.sendall(sent)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        told = json.loads(response.read())["error"]
+    assert (response.status, told["type"], told["code"]) == (400, "invalid_request_error", "invalid_http")
 
 
 def test_told_to_stop_it_ends_what_is_under_way(adapters, tiny_base):
