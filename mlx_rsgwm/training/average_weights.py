@@ -56,18 +56,24 @@ def loss_weights(losses: Sequence[float], penalty: float, power: float) -> np.nd
     """w_x ∝ p^rank(ℓ_x) · (1 / ℓ_x)^q, (n,) float64 that sum to 1; the lowest loss has rank 0."""
     floored = np.maximum(np.asarray(losses, dtype=np.float64), SMALLEST_LOSS)
     # Divided by the least loss, which changes no share: a large q would leave the range of numbers.
-    return _shares(penalty ** average_ranks(losses) * (floored.min() / floored) ** power)
+    return _shares(_factors(losses, penalty) * (floored.min() / floored) ** power)
 
 
 def step_weights(steps: Sequence[int], penalty: float, power: float) -> np.ndarray:
     """w_x ∝ p^rank · (s_x / s_max)^q, (n,) float64 that sum to 1; the latest step has rank 0."""
     array = np.asarray(steps, dtype=np.float64)
-    return _shares(penalty ** average_ranks(-array) * (array / array.max()) ** power)
+    return _shares(_factors(-array, penalty) * (array / array.max()) ** power)
 
 
 def effective_count(weights: np.ndarray) -> float:
     """(Σ w)² / Σ w²: of how many equally weighted checkpoints the average is worth."""
     return float(weights.sum() ** 2 / np.square(weights).sum())
+
+
+def _factors(values: Sequence[float] | np.ndarray, penalty: float) -> np.ndarray:
+    """p^rank, from the least rank, which changes no share: ties at the best and a tiny p would all be 0."""
+    ranks = average_ranks(values)
+    return np.asarray(penalty ** (ranks - ranks.min()))
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:

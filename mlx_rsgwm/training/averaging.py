@@ -30,7 +30,7 @@ from mlx_rsgwm.training.average_weights import (
     step_weights,
 )
 from mlx_rsgwm.training.checkpoints import claim_adapter_folder
-from mlx_rsgwm.training.run_checkpoints import RunCheckpoint, run_checkpoints, run_folder
+from mlx_rsgwm.training.run_checkpoints import TRAIN, VALIDATION, RunCheckpoint, run_checkpoints, run_folder
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,12 @@ def weigh(checkpoints: Sequence[RunCheckpoint], options: AverageOptions) -> Weig
         raise RsgwmError(f"the last {options.last} checkpoints are asked for, and there are {len(checkpoints)}")
     chosen = tuple(checkpoints[-options.last :])
     metric = options.metric
-    known = [name for name in ("validation-loss", "train-loss") if all(c.loss(name) is not None for c in chosen)]
+    known = [
+        name for name in (VALIDATION, TRAIN) if all(c.loss(name) is not None or name in c.refused for c in chosen)
+    ]
     if metric == "loss" and known:
         metric = known[0]
+    raise_problems("average", [c.refused[metric] for c in chosen if metric in c.refused])
     if metric == "steps":
         return Weighted(chosen, step_weights([c.step for c in chosen], options.penalty, options.power), metric)
     if metric not in known:
@@ -141,7 +144,7 @@ def weigh(checkpoints: Sequence[RunCheckpoint], options: AverageOptions) -> Weig
 
 
 def _names(metric: str) -> tuple[str, ...]:
-    return ("validation-loss", "train-loss") if metric == "loss" else (metric,)
+    return (VALIDATION, TRAIN) if metric == "loss" else (metric,)
 
 
 def warnings_of(weighted: Weighted) -> list[str]:
@@ -253,7 +256,7 @@ def _beside(weighted: Weighted, result: Adapter, keep: bool) -> Mapping[str, Any
     folder = run_folder(weighted.checkpoints[-1])
     if folder is None:
         return {}
-    finished = Adapter.load(folder)
+    finished = Adapter.load(folder, lazy=True)
     result.directions = finished.directions
     result.directions_metadata = {k: v for k, v in finished.directions_metadata.items() if k != "weights_sha256"}
     result.prompt_states, result.prompt_states_metadata = finished.prompt_states, finished.prompt_states_metadata

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,15 @@ NUMBERED = re.compile(r"(\d{7,})_adapters\.safetensors")  # mlx_lm.lora's
 TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")  # transformers' Trainer's
 TRAINER_FILE = "trainer_state.json"
 # What mlx_lm.lora prints: "Iter 10: Train loss 2.345, …"; from 0.32 on a table, "10  2.345 ▼ …" and "10  val 2.345".
+LOSS = r"(\d+(?:\.\d+)?|nan|inf)(?![\w.])"
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LINES = (
-    re.compile(r"\s*Iter (\d+): (Train|Val) loss ([0-9.]+|nan|inf)"),
-    re.compile(r"\s*(\d+)\s+()([0-9.]+|nan|inf)\s+[▼▲]"),
-    re.compile(r"\s*(\d+)\s+(val)\s+([0-9.]+|nan|inf)"),
+    re.compile(rf"\s*Iter (\d+): (Train|Val) loss {LOSS}"),
+    re.compile(rf"\s*(\d+)\s+(){LOSS}\s+[▼▲]"),
+    re.compile(rf"\s*(\d+)\s+(val)\s+{LOSS}"),
 )
+
+TRAIN, VALIDATION = "train-loss", "validation-loss"
 
 Losses = dict[int, float]
 
@@ -40,7 +43,8 @@ Losses = dict[int, float]
 class RunCheckpoint:
     """A checkpoint by ``name``; ``run`` is what all of one run have in common. Losses in nats per token, or None.
 
-    ``train_loss``: the mean since the checkpoint before.
+    ``train_loss``: the mean since the checkpoint before. ``refused``: of a loss that is recorded and is no finite
+    number from 0, by the name of its metric, what is wrong with it.
     """
 
     name: str
@@ -50,10 +54,11 @@ class RunCheckpoint:
     train_loss: float | None
     validation_loss: float | None
     load: Callable[[], Adapter]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def loss(self, metric: str) -> float | None:
         """The loss of ``metric``, train-loss or validation-loss."""
-        return self.train_loss if metric == "train-loss" else self.validation_loss
+        return self.train_loss if metric == TRAIN else self.validation_loss
 
 
 def run_checkpoints(
@@ -102,12 +107,12 @@ def _open(path: Path, logged: tuple[Losses, Losses], base: str | None, progress:
     if match := NUMBERED.fullmatch(path.name):
         step = int(match[1])
         load = partial(_load_numbered, path)
-        return RunCheckpoint(path.name, step, path, _parent(path), None, logged[1].get(step), load)
+        losses = _Losses().take(VALIDATION, partial(_number, logged[1].get(step), f"the log, step {step}: the loss"))
+        return losses.checkpoint(path, step, _parent(path), load)
     if (match := TRAINER_FOLDER.fullmatch(path.name)) and path.is_dir():
         step = int(match[1])
-        train, validation = _trainer_losses(path, step)
-        load = partial(load_adapter, path, base, progress=progress)
-        return RunCheckpoint(path.name, step, path, _parent(path), train, validation, load)
+        load = partial(load_adapter, path, base, lazy=True, progress=progress)
+        return _trainer_losses(path, step).checkpoint(path, step, _parent(path), load)
     raise RsgwmError(
         f"{path} is no checkpoint; a folder step-NNNNNN of rsgwm train, a file NNNNNNN_adapters.safetensors of "
         "mlx_lm.lora, or a folder checkpoint-N of a PEFT trainer is"
@@ -119,9 +124,31 @@ def _own_checkpoint(path: Path) -> RunCheckpoint:
     record, step = manifest.get("record"), manifest.get("step")
     if manifest.get("kind") != "checkpoint" or not isinstance(record, dict) or not isinstance(step, int):
         raise RsgwmError(f"{path} is an adapter, no checkpoint of a run; name its folder's checkpoints/step-NNNNNN")
-    losses = [_number(record.get(name), f"{path}: {name}") for name in ("train_loss_window", "validation_loss")]
-    load = partial(Adapter.load, path, lazy=True)
-    return RunCheckpoint(path.name, step, path, manifest.get("run"), losses[0], losses[1], load)
+    losses = _Losses()
+    for metric, name in ((TRAIN, "train_loss_window"), (VALIDATION, "validation_loss")):
+        losses.take(metric, partial(_number, record.get(name), f"{path}: {name}"))
+    return losses.checkpoint(path, step, manifest.get("run"), partial(Adapter.load, path, lazy=True))
+
+
+class _Losses:
+    """A checkpoint's losses by metric as they are read, and what is wrong with those that are none."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, float | None] = {}
+        self.refused: dict[str, str] = {}
+
+    def take(self, metric: str, read: Callable[[], float | None]) -> _Losses:
+        """Read one."""
+        try:
+            self.read[metric] = read()
+        except RsgwmError as error:
+            self.refused[metric] = str(error)
+        return self
+
+    def checkpoint(self, path: Path, step: int, run: Any, load: Callable[[], Adapter]) -> RunCheckpoint:
+        """The checkpoint that has these."""
+        train, validation = self.read.get(TRAIN), self.read.get(VALIDATION)
+        return RunCheckpoint(path.name, step, path, run, train, validation, load, self.refused)
 
 
 def _number(value: Any, where: str) -> float | None:
@@ -168,18 +195,28 @@ def _read_log(path: Path) -> tuple[Losses, Losses]:
     return train, validation
 
 
-def _trainer_losses(folder: Path, step: int) -> tuple[float | None, float | None]:
+def _trainer_losses(folder: Path, step: int) -> _Losses:
     """Training loss at ``step`` and validation loss there, of a Trainer's own log in the checkpoint."""
-    file = folder / TRAINER_FILE
+    file, losses = folder / TRAINER_FILE, _Losses()
     if not file.is_file():
-        return None, None
+        return losses
     history = files.read_json_object(file).get("log_history")
     rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
     train = {row["step"]: row["loss"] for row in rows if isinstance(row.get("step"), int) and "loss" in row}
     scored = [row["eval_loss"] for row in rows if row.get("step") == step and "eval_loss" in row]
-    before = [int(match[1]) for path in folder.parent.iterdir() if (match := TRAINER_FOLDER.fullmatch(path.name))]
-    window = _window(train, max((other for other in before if other < step), default=0), step, str(file))
-    return window, _number(scored[-1], f"{file}: eval_loss") if scored else None
+    since = _saved_before(step, folder, TRAINER_FOLDER)
+    losses.take(TRAIN, partial(_window, train, since, step, str(file)))
+    return losses.take(VALIDATION, partial(_number, scored[-1] if scored else None, f"{file}: eval_loss"))
+
+
+def _saved_before(step: int, path: Path, names: re.Pattern[str]) -> int:
+    """The step that the run saved before ``step``, whether that checkpoint is averaged or not.
+
+    Of the first that is left it is as long before as the next is after: earlier ones may have been removed.
+    """
+    steps = sorted(int(match[1]) for other in path.parent.iterdir() if (match := names.fullmatch(other.name)))
+    earlier, later = [other for other in steps if other < step], [other for other in steps if other > step]
+    return earlier[-1] if earlier else max(0, 2 * step - later[0]) if later else 0
 
 
 def _window(logged: Mapping[int, Any], before: int, step: int, where: str) -> float | None:
@@ -196,11 +233,12 @@ def _windowed(taken: list[RunCheckpoint], logged: Losses) -> list[RunCheckpoint]
     """The same with the training losses of a log, where there is one."""
     if not logged:
         return taken
-    before = [0, *(each.step for each in taken)]
-    return [
-        replace(each, train_loss=_window(logged, start, each.step, "the log"))
-        for start, each in zip(before, taken, strict=False)
-    ]
+    told = []
+    for each in taken:
+        since = _saved_before(each.step, each.path, NUMBERED)
+        losses = _Losses().take(TRAIN, partial(_window, logged, since, each.step, "the log"))
+        told.append(replace(each, train_loss=losses.read.get(TRAIN), refused={**each.refused, **losses.refused}))
+    return told
 
 
 def run_folder(checkpoint: RunCheckpoint) -> Path | None:

@@ -348,6 +348,48 @@ def test_a_loss_that_is_none_is_refused_with_its_checkpoint(run, tmp_path, value
     assert not (tmp_path / "out").exists()
 
 
+def test_of_a_run_with_such_a_loss_the_steps_weigh(run, tmp_path):
+    damage(run, "train_loss_window", math.nan)
+    assert average(run, metric="steps").manifest["average"]["effective"] > 2
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("side", ["Train", "Val"])
+def test_such_a_loss_in_a_log_is_refused_with_its_step(run, tmp_path, side, value):
+    folder = mlx_lm_run(run, tmp_path / "mlx-lm")
+    lines = [f"Iter {n}: {side} loss {value if n == 6 else 1.5}, rest" for n in range(2, 15, 2)]
+    (tmp_path / "train.log").write_text("\n".join(lines))
+    with pytest.raises(RsgwmError, match=f"the log, step 6: the .*loss is {value}, no finite loss"):
+        average(folder, log=tmp_path / "train.log")
+    assert average(folder, log=tmp_path / "train.log", metric="steps").weights
+
+
+@pytest.mark.parametrize("text", ["1.2.3", "...", "12x", "-1"])
+def test_what_is_no_number_in_a_log_is_no_loss(run, tmp_path, text):
+    folder = mlx_lm_run(run, tmp_path / "mlx-lm")
+    (tmp_path / "train.log").write_text(f"Iter 2: Train loss {text}, rest\n  2   val {text}   1.2s\n")
+    with pytest.raises(RsgwmError, match="no line of losses"):
+        average(folder, log=tmp_path / "train.log")
+
+
+def test_the_window_of_the_first_checkpoint_that_is_left_is_as_long_as_the_next(run, tmp_path):
+    """Early ones may have been removed, as transformers' Trainer does; and a list's windows are those of its run."""
+    folder = mlx_lm_run(run, tmp_path / "mlx-lm")
+    (tmp_path / "train.log").write_text(LOGS["former"])
+    for step in (2, 4):
+        (folder / f"{step:07d}_adapters.safetensors").unlink()
+    windows = [3 - (n - 0.5) / 10 for n in range(6, 15, 2)]
+    taken = run_checkpoints([folder], tmp_path / "train.log")
+    assert [each.train_loss for each in taken] == pytest.approx(windows)
+    listed = run_checkpoints([taken[0].path, taken[3].path], tmp_path / "train.log")
+    assert [each.train_loss for each in listed] == pytest.approx([windows[0], windows[3]])
+
+
+def test_many_equal_losses_with_a_tiny_penalty_share_the_weight():
+    assert loss_weights([1.0] * 9 + [2.0], 1e-90, 1.0) == pytest.approx([1 / 9] * 9 + [0.0])
+    assert step_weights([5] * 9 + [1], 1e-90, 1.0) == pytest.approx([1 / 9] * 9 + [0.0])
+
+
 def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     path = checkpoint_folders(run)[0] / "adapters.safetensors"
     data = bytearray(path.read_bytes())
