@@ -109,6 +109,12 @@ def _choose(
     trained_on = sum(record_of(newest.manifest, newest.name).has(row.keys) for row in token_rows)
     if trained_on:
         console.progress.warning(f"NOT NEW: the run was trained on what {trained_on} of {len(token_rows)} rows ask")
+    weighing = options.metric in ("loss", "validation-loss") and checkpoints[-1].validation_loss is not None
+    if weighing and checkpoints[-1].run.get("held_out") == data.hash:
+        console.progress.warning(
+            "NOT NEW: the checkpoints' validation losses are of these rows, so weights by them have seen what they are "
+            "chosen on; choose on other rows, or weigh by --metric train-loss or steps"
+        )
     return choose(base, checkpoints, token_rows, options, fixed, console.seed, progress=console.progress)
 
 

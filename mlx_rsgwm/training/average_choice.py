@@ -19,7 +19,7 @@ from mlx_rsgwm.data.batching import TokenRow
 from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots
 from mlx_rsgwm.training.average_weights import AverageOptions
-from mlx_rsgwm.training.averaging import mean_of, weigh
+from mlx_rsgwm.training.averaging import Weighted, mean_weights, weigh
 from mlx_rsgwm.training.losses import row_nats
 from mlx_rsgwm.training.run_checkpoints import RunCheckpoint
 
@@ -113,12 +113,8 @@ def _scored(
         for column in weights:
             if column.tobytes() not in known:
                 taken = [place for place, weight in enumerate(column) if weight]
-                weighted = replace(
-                    weigh(checkpoints, replace(options, last=0, metric="steps")),
-                    checkpoints=tuple(checkpoints[place] for place in taken),
-                    weights=column[taken],
-                )
-                slots.load("average", mean_of(weighted, options))
+                weighted = Weighted(tuple(checkpoints[place] for place in taken), column[taken], options.metric)
+                slots.load("average", mean_weights(weighted, options))
                 with slots.using("average"):
                     known[column.tobytes()], counts = row_nats(slots.model, rows, batch_size)
             advance(1, "")

@@ -124,9 +124,7 @@ def weigh(checkpoints: Sequence[RunCheckpoint], options: AverageOptions) -> Weig
         raise RsgwmError(f"the last {options.last} checkpoints are asked for, and there are {len(checkpoints)}")
     chosen = tuple(checkpoints[-options.last :])
     metric = options.metric
-    known = [
-        name for name in (VALIDATION, TRAIN) if all(c.loss(name) is not None or name in c.refused for c in chosen)
-    ]
+    known = [name for name in (VALIDATION, TRAIN) if all(c.loss(name) is not None or name in c.refused for c in chosen)]
     if metric == "loss" and known:
         metric = known[0]
     raise_problems("average", [c.refused[metric] for c in chosen if metric in c.refused])
@@ -163,10 +161,8 @@ def mean_of(weighted: Weighted, options: AverageOptions, progress: Progress = SI
     Raises:
         RsgwmError: checkpoints of different modules or shapes, products of adapters that are no plain LoRA.
     """
-    adapters = [each.load() for each in weighted.checkpoints]
-    first = adapters[-1]
-    _check_alike(weighted, adapters, options.space)
-    measured: dict[str, float] = dict.fromkeys(("dot", "factor", "product", "discarded"), 0.0)
+    adapters, first = _loaded(weighted, options.space)
+    measured = _nothing()
     weights: dict[str, mx.array] = {}
     modules = first.modules()
     with progress.task("average", len(modules)) as advance:
@@ -182,6 +178,37 @@ def mean_of(weighted: Weighted, options: AverageOptions, progress: Progress = SI
     result.manifest = _manifest(weighted, options, first, finished, measured)
     raise_problems("average", result.problems())
     return result
+
+
+def mean_weights(weighted: Weighted, options: AverageOptions) -> Adapter:
+    """The weights of :func:`mean_of` alone: nothing is told of them, and there is no importance.
+
+    Raises:
+        RsgwmError: as :func:`mean_of`.
+    """
+    adapters, first = _loaded(weighted, options.space)
+    weights: dict[str, mx.array] = {}
+    for module in first.modules():
+        names = [name for name in first.weights if name.rpartition(".")[0] == module]
+        arrays = [{name: adapter.weights.pop(name) for name in names} for adapter in adapters]
+        if options.space == "factor":
+            weights |= {name: mean_array([each[name] for each in arrays], weighted.weights) for name in names}
+        else:
+            weights |= _mean_module(module, arrays, weighted.weights, first.spec.scale, options.space, _nothing())
+        mx.eval(weights)
+    return Adapter(first.spec, weights)
+
+
+def _nothing() -> dict[str, float]:
+    """What :func:`_mean_module` adds to."""
+    return dict.fromkeys(("dot", "factor", "product", "discarded"), 0.0)
+
+
+def _loaded(weighted: Weighted, space: str) -> tuple[list[Adapter], Adapter]:
+    """The checkpoints' adapters, alike, and the newest of them."""
+    adapters = [each.load() for each in weighted.checkpoints]
+    _check_alike(weighted, adapters, space)
+    return adapters, adapters[-1]
 
 
 def _mean_module(

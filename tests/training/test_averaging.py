@@ -22,7 +22,7 @@ from mlx_rsgwm.training.average_weights import (
     loss_weights,
     step_weights,
 )
-from mlx_rsgwm.training.averaging import average, weigh
+from mlx_rsgwm.training.averaging import average, mean_of, mean_weights, weigh
 from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders
 from mlx_rsgwm.training.loop import finish, train
 from mlx_rsgwm.training.run_checkpoints import run_checkpoints
@@ -276,6 +276,37 @@ def test_choosing_tries_every_setting_and_says_what_it_costs(run, base, corpus, 
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["penalty"] == told["choice"]["penalty"]
     assert "NOT NEW" in done.stderr  # the run was trained on these rows
+
+
+@pytest.mark.parametrize("space", ["factor", "product"])
+def test_what_choosing_scores_is_the_average(run, space):
+    options = AverageOptions(space=space)
+    weighted = weigh(run_checkpoints([run]), options)
+    expected = mean_of(weighted, options).weights
+    scored = mean_weights(weighted, options).weights
+    assert list(scored) == list(expected)
+    for name, value in scored.items():
+        assert (value == expected[name]).all().item()
+
+
+def test_choosing_on_the_rows_that_weigh_is_told(base, corpus, config, tmp_path):
+    saving = Saving(tmp_path / "run", every=2, keep=20, snapshots=())
+    settings = config(epochs=1, learning_rate=1e-2)
+    finish(train(base, corpus, settings, corpus, progress=Progress(), saving=saving), saving)
+    done = invoke("average", tmp_path / "run", "--choose", tmp_path / "corpus", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "validation losses are of these rows" in done.stderr
+    done = invoke(
+        "average",
+        tmp_path / "run",
+        "--choose",
+        tmp_path / "corpus",
+        "--metric",
+        "steps",
+        "--out",
+        tmp_path / "by-steps",
+    )
+    assert "validation losses are of these rows" not in done.stderr
 
 
 def test_the_nested_split_finds_a_choice_by_chance():
