@@ -65,9 +65,9 @@ def train_rounds(
         RsgwmError: steps that the rounds cannot share, rounds that were made otherwise, whatever training and merging
             raise.
     """
-    check_rounds(config)
     if len(names) < 2:
         raise RsgwmError(f"rounds merge a pool of two tasks or more, found {', '.join(names) or 'none'}")
+    check_rounds(config, len(names))
     require_pool_place(saving.folder)
     given = [member.name for member in members]
     if given != list(names[processes.rank :: processes.size]):

@@ -21,6 +21,7 @@ from mlx_rsgwm.core.versions import versions
 from mlx_rsgwm.data.row_hashes import KEY, record_of
 from mlx_rsgwm.linalg.gram import float64
 from mlx_rsgwm.linalg.lowrank import Factors, stack, truncate
+from mlx_rsgwm.merging.families.linear import two_adapters
 from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import find_method, needs_directions, resolved
 from mlx_rsgwm.merging.options import MergeOptions
@@ -29,6 +30,7 @@ from mlx_rsgwm.training.averaging import mean_array
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.rounds import ACCUMULATE, AVG_PRODUCT, BY_PRODUCTS, Rounds
 
+EVERYTHING = "all"  # the signal of all batches
 ROLE = "round"  # of neither role: directions of all tokens count
 # Of a column of lora_a at initialisation, U(±1/√in): learning rates are chosen for factors of that size.
 COLUMN_NORM = 3**-0.5
@@ -38,11 +40,12 @@ COLUMN_NORM = 3**-0.5
 class Measures:
     """Sums over modules: ``products`` (T, T) of the tasks' updates of this round, squares of norms otherwise.
 
-    ``state``: of θ', ``step``: of θ' − θ, ``discarded``: of what the rank took away. ``method_discarded``: the share
-    that another method than the mean had discarded before.
+    ``state``: of θ', ``step``: of θ' − θ, ``discarded``: of what the rank took away, from θ', or with ``accumulated``
+    from the step alone. ``method_discarded``: the share that another method than the mean had discarded before.
     """
 
     products: np.ndarray
+    accumulated: bool = False
     state: float = 0.0
     step: float = 0.0
     discarded: float = 0.0
@@ -60,13 +63,14 @@ class Measures:
         """JSON object: norms, the share of ‖·‖² that was discarded, cosines (T, T) between the tasks' updates."""
         norms = np.sqrt(np.maximum(np.diag(self.products), 0.0))
         scale = np.outer(norms, norms)
+        left = self.step if self.accumulated else self.state
         cosines = np.divide(self.products, scale, out=np.zeros_like(scale), where=scale > 0)
         return {
             "norm": max(self.state, 0.0) ** 0.5,
             "step_norm": max(self.step, 0.0) ** 0.5,
             "update_norms": norms.tolist(),
             "cosines": cosines.tolist(),
-            "discarded": self.discarded / (self.state + self.discarded) if self.discarded > 0 else 0.0,
+            "discarded": self.discarded / (left + self.discarded) if self.discarded > 0 else 0.0,
             "method_discarded": self.method_discarded,
         }
 
@@ -80,11 +84,12 @@ def _products(updates: Sequence[Factors]) -> np.ndarray:
     return np.asarray(np.add.reduceat(np.add.reduceat(pieces, starts, axis=0), starts, axis=1))
 
 
-def check_rounds(config: TrainConfig) -> None:
-    """Find out before any training whether the rounds' merges can be made.
+def check_rounds(config: TrainConfig, tasks: int) -> None:
+    """Find out before any training whether the merges of the rounds of so many ``tasks`` can be made.
 
     Raises:
-        RsgwmError: an unknown method or parameter, factors that cannot be merged, directions that are not kept.
+        RsgwmError: an unknown method or parameter, factors that cannot be merged, directions that are not kept, the
+            importance of a role, which not every round has, a method of two adapters for more.
     """
     rounds = config.rounds
     if rounds is None:
@@ -95,13 +100,19 @@ def check_rounds(config: TrainConfig) -> None:
     parameters = resolved(options)
     if parameters.get("space") == "factor" and rounds.mode == AVG_PRODUCT:
         raise RsgwmError(f"rounds of mode {rounds.mode} merge products; {rounds.method} needs space=product for that")
-    if needs_directions(find_method(rounds.method), parameters) and not config.directions:
+    method = find_method(rounds.method)
+    if "importance" in method.needs and parameters["signal"] != EVERYTHING:
+        raise RsgwmError(f"rounds merged by {rounds.method} use the importance of all batches: signal=shared")
+    if method.survey is two_adapters and tasks > 2:
+        raise RsgwmError(f"{rounds.method} merges two adapters, and the rounds are of {tasks} tasks")
+    if needs_directions(method, parameters) and not config.directions:
         raise RsgwmError(f"rounds merged by {rounds.method} need directions, and training keeps none (--directions 0)")
 
 
 def merge_options(rounds: Rounds, seed: int) -> MergeOptions:
-    """The merge of a round."""
-    return MergeOptions(method=rounds.method, role=ROLE, parameters=rounds.parameters, seed=seed)
+    """The merge of a round; where a method chooses by importance, by that of all batches unless it is said."""
+    shared = {"signal": "shared"} if "signal" in find_method(rounds.method).parameters else {}
+    return MergeOptions(method=rounds.method, role=ROLE, parameters={**shared, **rounds.parameters}, seed=seed)
 
 
 def merge_round(
@@ -116,7 +127,7 @@ def merge_round(
     """
     rounds = config.rounds
     assert rounds is not None
-    measures = Measures(np.zeros((len(adapters),) * 2))
+    measures = Measures(np.zeros((len(adapters),) * 2), rounds.mode == ACCUMULATE)
     if rounds.mode not in BY_PRODUCTS:
         weights, rank = _mean_factors(state, adapters, rounds, measures), adapters[0].spec.rank
     else:

@@ -315,9 +315,9 @@ class Recipe:
             problems.append("with train.rounds no task can be called rounds, which is a folder of the pool")
         for name, section in (("merge", self.merge), ("paper", self.paper)):
             factors = section is not None and resolved(section.options("draft")).get("space") == "factor"
-            if factors and self.train.rounds.mode != "accumulate":
+            if factors:
                 problems.append(f"{name}: adapters of rounds share no initialisation; set parameters.space product")
-        check_rounds(self.train)
+        check_rounds(self.train, len(self.data.tasks))
         return problems
 
     @property

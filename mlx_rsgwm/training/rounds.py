@@ -62,7 +62,8 @@ def round_steps(plan: Sequence[list[int]], roles: Sequence[str], rounds: Rounds)
     Every role's steps are spread evenly, its last one in the last round, which so has all roles.
 
     Raises:
-        RsgwmError: the steps cannot be dealt out alike; which numbers of rounds would do is said.
+        RsgwmError: the steps cannot be dealt out alike, which numbers of rounds would do is said; a round has fewer
+            steps than there are roles.
     """
     if len(plan) % rounds.count:
         divisors = [str(count) for count in range(2, len(plan) + 1) if len(plan) % count == 0]
@@ -73,6 +74,11 @@ def round_steps(plan: Sequence[list[int]], roles: Sequence[str], rounds: Rounds)
         )
     each = len(plan) // rounds.count
     counts = {role: list(roles).count(role) for role in roles}
+    if each < len(counts):
+        raise RsgwmError(
+            f"{rounds.count} rounds of {each} step each have no room for {' and '.join(counts)} in the last; "
+            f"take at most {len(plan) // len(counts)} rounds"
+        )
     seen = dict.fromkeys(counts, 0)
     places = []
     for step, role in zip(plan, roles, strict=True):

@@ -371,6 +371,7 @@ def test_averages_of_checkpoints_make_the_pool(recipe_file, tmp_path):
     ({"average": {"penalty": 0}}, "penalty = 0"), ({"average": {"save_every": 0}}, "save_every must be at least 1"),
     ({"train": {"rounds": {"count": 2}}, "average": {}, "merge": {"method": "linear"}}, "no checkpoints to average"),
     ({"train": {"rounds": {"count": 2}}}, "share no initialisation; set parameters.space product"),
+    ({"train": {"rounds": {"count": 2, "mode": "accumulate"}}}, "share no initialisation; set"),
     ({"train": {"rounds": {"count": 2, "method": "rsgwm"}}, "merge": {"method": "linear"}}, "no tau"),
     ({"train": {"rounds": {"mode": "freeze_a"}}}, "count"), ({"train": {"rounds": {"count": 2, "modes": 1}}}, "modes"),
 ])  # fmt: skip
