@@ -8,17 +8,31 @@ from importlib.util import find_spec
 from mlx_rsgwm.core.errors import raise_problems
 from mlx_rsgwm.training.average_weights import AverageOptions
 
+MOST_CHECKPOINTS = 100
+
 
 @dataclass(frozen=True)
 class AverageSection(AverageOptions):
-    """Every run's checkpoints are averaged; the options are ``rsgwm average``'s. ``save_every`` counts steps."""
+    """Every run's checkpoints are averaged; the options are ``rsgwm average``'s. ``save_every`` counts steps.
+
+    A recipe trains without validation rows, so losses are those of training. ``last`` 0 is all, at most 100.
+    """
 
     save_every: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        problems = []
         if self.save_every < 1:
-            raise_problems("recipe, average", [f"save_every must be at least 1, found {self.save_every}"])
+            problems.append(f"save_every must be at least 1, found {self.save_every}")
+        if self.metric == "validation-loss":
+            problems.append("metric is validation-loss, and a recipe trains without validation rows; take train-loss")
+        raise_problems("recipe, average", problems)
+
+    @property
+    def kept(self) -> int:
+        """How many checkpoints training keeps."""
+        return self.last or MOST_CHECKPOINTS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_rsgwm.data.corpus import load_corpus, save_corpus
+from mlx_rsgwm.core.errors import RsgwmError
+from mlx_rsgwm.data.corpus import Corpus, load_corpus, save_corpus
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.merging.alternate import FOLDER as ROUNDS_FOLDER
 from mlx_rsgwm.merging.alternate import render_rounds, train_rounds
@@ -15,14 +16,12 @@ from mlx_rsgwm.recipes.schema import folder_name
 from mlx_rsgwm.recipes.stages import Stage
 from mlx_rsgwm.training.averaging import mean_of, warnings_of, weigh
 from mlx_rsgwm.training.checkpoints import Saving, claim_adapter_folder
-from mlx_rsgwm.training.loop import finish, train
+from mlx_rsgwm.training.loop import finish, plan_of, train
 from mlx_rsgwm.training.pool import Member
 from mlx_rsgwm.training.run_checkpoints import run_checkpoints
 
 if TYPE_CHECKING:
     from mlx_rsgwm.recipes.run import RecipeRun
-
-MOST_CHECKPOINTS = 100
 
 
 def train_stages(run: RecipeRun) -> list[Stage]:
@@ -51,8 +50,9 @@ def _data_stage(run: RecipeRun, task: str) -> Stage:
 
 def _train_stage(run: RecipeRun, task: str) -> Stage:
     recipe = run.recipe
-    every = {"save_every": recipe.average.save_every} if recipe.average else {}
-    settings = {**run.shared(), "task": task, "config": recipe.train.describe(), **every}
+    section = recipe.average
+    kept = {"save_every": section.save_every, "kept": section.kept} if section else {}
+    settings = {**run.shared(), "task": task, "config": recipe.train.describe(), **kept}
     work = partial(_train, run, task)
     return Stage(f"train-{folder_name(task)}", settings, (run.corpus(task),), (_trained(run, task),), work)
 
@@ -98,10 +98,23 @@ def _train(run: RecipeRun, task: str) -> None:
     # Of another run only checkpoints can be here, of one that was killed; they are used if they are of this run.
     saving = Saving(_trained(run, task), resume="replace")
     if section:
-        saving = Saving(saving.folder, section.save_every, section.last or MOST_CHECKPOINTS, resume="replace")
+        _require_checkpoints(run, task, corpus, section.save_every)
+        saving = Saving(saving.folder, section.save_every, section.kept, resume="replace")
     adapter = train(run.base, corpus, run.recipe.train, label=f"train {task}", progress=run.progress, saving=saving)
     adapter.manifest["task"] = task
     finish(adapter, saving)
+
+
+def _require_checkpoints(run: RecipeRun, task: str, corpus: Corpus, every: int) -> None:
+    """Find out before training whether it will leave two checkpoints to average: the last step has one, too."""
+    config = run.recipe.train
+    rows, _ = corpus.token_rows(run.base.tokenizer, config.max_tokens, config.long_rows)
+    steps = len(plan_of(rows, config))
+    if steps <= every:
+        raise RsgwmError(
+            f"{task}: {steps} steps with one checkpoint each {every} leave a single one to average; set "
+            f"average.save_every to at most {max(1, steps - 1)}, or train for longer"
+        )
 
 
 def _average(run: RecipeRun, task: str) -> None:

@@ -365,9 +365,26 @@ def test_averages_of_checkpoints_make_the_pool(recipe_file, tmp_path):
     assert run_recipe(load_recipe(path), tmp_path / "out")["executed"] == []
     again = run_recipe(load_recipe(path, ["average.penalty=0.5"]), tmp_path / "out")
     assert again["executed"] == [*stages[4:], *STAGES[4:]]
+    # Training kept all checkpoints; of those that another run keeps there are too few, or more than are asked for.
+    fewer = run_recipe(load_recipe(path, ["average.last=2"]), tmp_path / "out")
+    assert fewer["executed"] == [*stages[2:], *STAGES[4:]]
+    assert len(Adapter.load(tmp_path / "out/pool/change").manifest["average"]["checkpoints"]) == 2
+    back = run_recipe(load_recipe(path), tmp_path / "out")
+    assert back["executed"] == [*stages[2:], *STAGES[4:]]
+    assert len(Adapter.load(tmp_path / "out/pool/change").manifest["average"]["checkpoints"]) == 4
+
+
+def test_a_single_checkpoint_is_told_before_training(recipe_file, tmp_path):
+    path = recipe_file(train=ROUNDS, average={"save_every": 4, "metric": "steps"})
+    with pytest.raises(
+        RsgwmError, match=r"4 steps with one checkpoint each 4 leave .* average.save_every to at most 3"
+    ):
+        run_recipe(load_recipe(path), tmp_path / "out")
+    assert not (tmp_path / "out/trained").exists()
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"average": {"metric": "validation-loss"}}, "without validation rows; take train-loss"),
     ({"average": {"penalty": 0}}, "penalty = 0"), ({"average": {"save_every": 0}}, "save_every must be at least 1"),
     ({"train": {"rounds": {"count": 2}}, "average": {}, "merge": {"method": "linear"}}, "no checkpoints to average"),
     ({"train": {"rounds": {"count": 2}}}, "share no initialisation; set parameters.space product"),
