@@ -171,7 +171,8 @@ class _RoundsRun:
         rows = [
             line
             for member in self.members
-            for line in differing((told.get(member.name) or {}).get("data"), member.data.hash, f"{member.name}.data")
+            for name, value in _rows_of(member).items()
+            for line in differing((told.get(member.name) or {}).get(name), value, f"{member.name}.{name}")
         ]
         if record.get("key") != key or rows:
             raise RsgwmError(
@@ -230,8 +231,7 @@ class _RoundsRun:
                 by_itself = on_top(self.state, adapter) if self.rounds.mode == ACCUMULATE else adapter
                 losses = {"own": self._loss(slots, by_itself, name), "merged": self._loss(slots, merged, name)}
                 losses["base"] = first[name]["base"] if first else self._loss(slots, None, name)
-                rows, held = len(self.scored[name]), member.held_out is not None
-                about = {"data": member.data.hash, "scored_rows": rows, "held_out": held}
+                about = {**_rows_of(member), "scored_rows": len(self.scored[name])}
                 content = json.dumps({**about, **losses, "retained": retained(losses)}).encode()
             told[name] = json.loads(self.processes.broadcast(content, position % self.processes.size))
         unwrap(self.base.model)
@@ -298,6 +298,11 @@ class _RoundsRun:
                 content = self.processes.broadcast(files.read_bytes(folder / name) if sends else None, owner)
                 if work is not None:
                     files.write_bytes(work / name, content)
+
+
+def _rows_of(member: Member) -> dict[str, str | None]:
+    """What a task was trained and scored on, by its hash; None where it has no held-out rows."""
+    return {"data": member.data.hash, "held_out": member.held_out.hash if member.held_out else None}
 
 
 def retained(losses: Mapping[str, float]) -> float | None:

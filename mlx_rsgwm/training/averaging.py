@@ -35,11 +35,15 @@ from mlx_rsgwm.training.run_checkpoints import TRAIN, VALIDATION, RunCheckpoint,
 
 @dataclass(frozen=True)
 class Weighted:
-    """Checkpoints with their weights (n,) float64, which sum to 1, by ``metric`` (what decided them)."""
+    """Checkpoints with their weights (n,) float64, which sum to 1, by ``metric`` (what decided them).
+
+    ``passed_over``: those with a validation loss, which did not weigh because others have none.
+    """
 
     checkpoints: tuple[RunCheckpoint, ...]
     weights: np.ndarray
     metric: str
+    passed_over: int = 0
 
     @property
     def effective(self) -> float:
@@ -138,7 +142,9 @@ def weigh(checkpoints: Sequence[RunCheckpoint], options: AverageOptions) -> Weig
             f"{', '.join((*known, 'steps'))}: --metric {(*known, 'steps')[0]} (mlx_lm.lora's losses: --log FILE)"
         )
     losses = [loss for c in chosen if (loss := c.loss(metric)) is not None]
-    return Weighted(chosen, loss_weights(losses, options.penalty, options.power), metric)
+    validated = sum(c.validation_loss is not None for c in chosen)
+    passed_over = validated if (options.metric, metric) == ("loss", TRAIN) else 0
+    return Weighted(chosen, loss_weights(losses, options.penalty, options.power), metric, passed_over)
 
 
 def _names(metric: str) -> tuple[str, ...]:
@@ -147,12 +153,18 @@ def _names(metric: str) -> tuple[str, ...]:
 
 def warnings_of(weighted: Weighted) -> list[str]:
     """What a careful person would want to know of these weights."""
-    if weighted.effective >= FEW_EFFECTIVE:
-        return []
-    return [
-        f"the average is worth {weighted.effective:.2f} checkpoints, hardly more than the best alone; "
-        "raise --penalty or lower --power"
-    ]
+    told = []
+    if weighted.passed_over:
+        told.append(
+            f"{weighted.passed_over} of {len(weighted.checkpoints)} checkpoints have a validation loss and the others "
+            "none, so the training loss weighs; leave the others out, or name the --metric"
+        )
+    if weighted.effective < FEW_EFFECTIVE:
+        told.append(
+            f"the average is worth {weighted.effective:.2f} checkpoints, hardly more than the best alone; "
+            "raise --penalty or lower --power"
+        )
+    return told
 
 
 def mean_of(weighted: Weighted, options: AverageOptions, progress: Progress = SILENT) -> Adapter:

@@ -292,6 +292,9 @@ def test_rounds_of_other_settings_or_rows_are_not_gone_on_from(base, members, tm
         (tmp_path / "pool" / name / "manifest.json").unlink()
     with pytest.raises(RsgwmError, match="round-01 was made with other settings or rows"):
         run(base, members, settings(Rounds(2), steps=2, learning_rate=2e-2), tmp_path / "pool")
+    held = [replace(members[0], held_out=members[0].data), *members[1:]]  # by which its losses would be told
+    with pytest.raises(RsgwmError, match=r"rows \(change.held_out"):
+        run(base, held, settings(Rounds(2), steps=2), tmp_path / "pool")
 
 
 def test_one_task_or_a_single_run_has_no_rounds(base, members, tmp_path):

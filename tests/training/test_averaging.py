@@ -22,7 +22,7 @@ from mlx_rsgwm.training.average_weights import (
     loss_weights,
     step_weights,
 )
-from mlx_rsgwm.training.averaging import average, mean_of, mean_weights, weigh
+from mlx_rsgwm.training.averaging import average, mean_of, mean_weights, warnings_of, weigh
 from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders
 from mlx_rsgwm.training.loop import finish, train
 from mlx_rsgwm.training.run_checkpoints import run_checkpoints
@@ -419,6 +419,14 @@ def test_the_window_of_the_first_checkpoint_that_is_left_is_as_long_as_the_next(
 def test_many_equal_losses_with_a_tiny_penalty_share_the_weight():
     assert loss_weights([1.0] * 9 + [2.0], 1e-90, 1.0) == pytest.approx([1 / 9] * 9 + [0.0])
     assert step_weights([5] * 9 + [1], 1e-90, 1.0) == pytest.approx([1 / 9] * 9 + [0.0])
+
+
+def test_validation_losses_that_others_lack_are_told(run):
+    damage(run, "validation_loss", 1.5)
+    checkpoints = run_checkpoints([run])
+    [told] = warnings_of(weigh(checkpoints, AverageOptions(penalty=0.9)))
+    assert told.startswith("1 of 7 checkpoints have a validation loss and the others none")
+    assert warnings_of(weigh(checkpoints, AverageOptions("train-loss", 0.9))) == []
 
 
 def test_a_damaged_checkpoint_is_refused(run, tmp_path):
