@@ -7,7 +7,8 @@ validation loss, the uniform mean, means weighted by that loss (p = .5, .7, .9) 
 row by row, and greedy answers to test questions are counted. Whatever is finished in FOLDER is not made again.
 
 The last line is JSON: for every task each variant's loss in nats per token, its paired differences from the last
-checkpoint and from the uniform mean (rows resampled, seeds averaged within a row), and accuracy with its interval.
+checkpoint and from the uniform mean, and accuracy; test rows are those of every seed, seeds are averaged within a row
+and rows resampled.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.data.select import select_questions
 from mlx_rsgwm.data.template import find_template
 from mlx_rsgwm.evaluation.judging import judge
-from mlx_rsgwm.evaluation.stats.intervals import share
-from mlx_rsgwm.evaluation.stats.paired import mean_difference
+from mlx_rsgwm.evaluation.stats.paired import RESAMPLES, mean_difference
+from mlx_rsgwm.evaluation.stats.stratified import item_counts, item_mean
 from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
@@ -71,7 +72,8 @@ def corpora(
     }
     made, asked = {}, []
     for name, (purpose, count, offset) in wanted.items():
-        chosen = select_questions(task, purpose, count, seed, options.questions, offset=offset)
+        # Test rows are the same for every seed, so that a row's differences can be averaged over them.
+        chosen = select_questions(task, purpose, count, 0 if name == "test" else seed, options.questions, offset=offset)
         rows = make_rows(chosen.questions, count, 0, seed)
         made[name] = save_corpus(folder / "data" / name, rows, find_template("plain"), {"seed": seed, "task": task})
         asked = list(chosen.questions)
@@ -145,13 +147,16 @@ def compared(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     losses = {name: np.array([run[name]["loss"] for run in runs]).T for name in VARIANTS}
     result = {}
     for name in VARIANTS:
-        right = [answer for run in runs for answer in run[name]["right"]]
+        drawn = np.random.default_rng(0)
+        right = np.array([run[name]["right"] for run in runs], dtype=np.float64).mean(axis=0)
         result[name] = {
             "loss": float(losses[name].mean()),
             "by_seed": losses[name].mean(axis=0).tolist(),
             "against_last": asdict(mean_difference(losses[LAST], losses[name])),
             "against_uniform": asdict(mean_difference(losses[UNIFORM], losses[name])),
-            "accuracy": share(sum(right), len(right)).to_dict() if any(right) else None,
+            "accuracy": item_mean(right, item_counts(drawn, len(right), RESAMPLES)).to_dict(len(right))
+            if right.any()
+            else None,
         }
     return result
 

@@ -94,6 +94,7 @@ def sweep(base: Base, name: str, folder: Path, methods: Sequence[str], seed: int
         judged=judged,
         max_tokens=MAX_TOKENS,
         seed=seed,
+        alone=False,
     )
     return Sweep(base, plan, folder / name / "sweep", LineProgress()).execute()
 

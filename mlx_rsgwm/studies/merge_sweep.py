@@ -58,7 +58,8 @@ class Plan:
     other adapters by name, measured beside them. ``questions``: held-out items of any tasks. ``judged``: how many
     of each task's questions get labelled answers. ``max_tokens``: of a draft; None for twice the longest gold
     completion. ``seed``: of random merges, of the perturbed answers and of the reference drafts. ``reference``: the
-    merge whose drafts are among the labelled answers.
+    merge whose drafts are among the labelled answers. ``alone``: whether the base and every adapter of the pool are
+    measured, too.
     """
 
     pool: tuple[FolderOrAdapter, ...]
@@ -73,6 +74,7 @@ class Plan:
     seed: int = DEFAULT_SEED
     batch_rows: int = 32
     reference: Variant = REFERENCE
+    alone: bool = True
 
     def __post_init__(self) -> None:
         problems = []
@@ -264,10 +266,11 @@ class Sweep:
 
     def _candidates(self) -> list[Candidate]:
         plan = self.plan
-        adapters = [Candidate(source.name, "adapter", source=source) for source in plan.pool]
+        adapters = [Candidate("base", "base")]
+        adapters += [Candidate(source.name, "adapter", source=source) for source in plan.pool]
         extras = [Candidate(name, "extra", source=source) for name, source in plan.extras.items()]
         merges = [Candidate(variant.label, "merge", variant) for variant in plan.variants]
-        return [Candidate("base", "base"), *adapters, *extras, *merges]
+        return [*(adapters if plan.alone else []), *extras, *merges]
 
     def _depends_on(self, candidate: Candidate) -> Any:
         """What a candidate's outcome depends on beyond the plan's items and the labelled answers."""

@@ -99,6 +99,8 @@ def test_every_candidate_is_measured_on_the_same(base, pool, tmp_path):
     assert set(by_name["linear"].diagnosis) == {"draft"}  # one merge serves both roles
     assert set(by_name["rsgwm"].diagnosis) == {"draft", "verify"}
     assert by_name["linear"].diagnosis["draft"]["norm"] > 0
+    merges = Sweep(base, make_plan(pool, judged=2, alone=False), tmp_path / "out").execute()
+    assert merges.outcomes == measured.outcomes[-2:]
 
 
 def test_loss_and_scores_are_those_of_the_merge(base, pool, tmp_path):
