@@ -8,8 +8,9 @@ on all rows for as many steps as a pool takes together. Of every pool the drafte
 methods of ``--methods``, and each pair's accuracy and AUROC measured by a merge sweep on held-out questions. Whatever
 is finished in FOLDER is not made again.
 
-The last line is JSON: by condition and merge accuracy, its share of joint training's, AUROC, and the mean cosine
-between the tasks' updates of every round.
+The last line is JSON: by condition and merge accuracy, its share of joint training's and what it has over the one-shot
+pool's same merge (questions resampled within seed and task), AUROC, and the mean cosine between the tasks' updates of
+every round. Labelled answers are gold, perturbed gold and drafts by the pool's own mean, so those differ by condition.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_rsgwm.bench.merge_study import questions, save_questions
 from mlx_rsgwm.bench.results import give_result
 from mlx_rsgwm.core import files
@@ -28,6 +31,8 @@ from mlx_rsgwm.core.progress import LineProgress
 from mlx_rsgwm.data.corpus import Corpus, CorpusRow, make_rows, save_corpus
 from mlx_rsgwm.data.questions import load_jsonl
 from mlx_rsgwm.data.template import find_template
+from mlx_rsgwm.evaluation.stats.paired import RESAMPLES
+from mlx_rsgwm.evaluation.stats.stratified import Estimate, item_counts, item_mean, stratified_mean
 from mlx_rsgwm.merging.alternate import FOLDER as ROUNDS_FOLDER
 from mlx_rsgwm.merging.alternate import RECORD_FILE, mean_cosine, train_rounds
 from mlx_rsgwm.models.base import Base, load_base
@@ -40,9 +45,9 @@ from mlx_rsgwm.training.pool import Member, train_pool
 from mlx_rsgwm.training.rounds import Rounds
 
 TASKS = ("change", "groups", "compare", "prices")
-JOINT = "joint"
+JOINT, ONCE = "joint", "once"
 CONDITIONS: Mapping[str, Rounds | None] = {
-    "once": None,
+    ONCE: None,
     **{f"mean-{count}": Rounds(count) for count in (2, 4, 8)},
     **{f"regmean-{count}": Rounds(count, method="regmean") for count in (2, 4, 8)},
 }
@@ -90,7 +95,7 @@ def sweep(base: Base, name: str, folder: Path, methods: Sequence[str], seed: int
         variants=tuple(parse_variants(methods)),
         questions=tuple(test),
         template=find_template("plain"),
-        extras={JOINT: folder / JOINT} if name == "once" else {},
+        extras={JOINT: folder / JOINT} if name == ONCE else {},
         judged=judged,
         max_tokens=MAX_TOKENS,
         seed=seed,
@@ -105,18 +110,64 @@ def cosines(folders: Sequence[Path]) -> list[list[float]]:
     return [[mean_cosine(files.read_json_object(path)) for path in row] for row in zip(*told, strict=True)]
 
 
-def brief(summaries: Mapping[str, Mapping[str, Any]], folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def compared(runs: Mapping[str, Sequence[Measured]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
+    """Of every condition's merges the share of joint training's accuracy, and what they have over the same merge of
+    ``once``, with intervals: all answer a seed's questions, which are resampled within seed and task."""
+    drawn = np.random.default_rng(seed)
+    strata = [
+        (place, [i for i, question in enumerate(run.questions) if question.task == task])
+        for place, run in enumerate(runs[ONCE])
+        for task in dict.fromkeys(question.task for question in run.questions)
+    ]
+    counts = [item_counts(drawn, len(items), RESAMPLES) for _, items in strata]
+
+    def accuracies(condition: str) -> dict[str, Estimate]:
+        return {name: stratified_mean(parts) for name, parts in _by_stratum(runs[condition], strata, counts).items()}
+
+    once = accuracies(ONCE)
+    return {
+        condition: {
+            name: {
+                "of_joint": value.over(once[JOINT]).to_dict(sum(len(items) for _, items in strata)),
+                **({"over_once": value.minus(once[name])} if name in once else {}),
+            }
+            for name, value in accuracies(condition).items()
+        }
+        for condition in runs
+    }
+
+
+def _by_stratum(
+    runs: Sequence[Measured], strata: Sequence[tuple[int, list[int]]], counts: Sequence[np.ndarray]
+) -> dict[str, list[Estimate]]:
+    """Every candidate's accuracy in each stratum."""
+    rights = [{one.name: np.array([float(ok) for _, ok in one.drafts]) for one in run.outcomes} for run in runs]
+    return {
+        name: [
+            item_mean(rights[place][name][items], drawn) for (place, items), drawn in zip(strata, counts, strict=True)
+        ]
+        for name in rights[0]
+    }
+
+
+def brief(
+    summaries: Mapping[str, Mapping[str, Any]],
+    runs: Mapping[str, Sequence[Measured]],
+    folder: Path,
+    seeds: Sequence[int],
+) -> dict[str, Any]:
     """The last line's object: every row of every condition's table, beside the joint adapter."""
-    joint = next((row for row in summaries.get("once", {"rows": []})["rows"] if row["name"] == JOINT), None)
+    beside = compared(runs) if ONCE in runs else {}
     result: dict[str, Any] = {}
     for name, summary in summaries.items():
-        merges = {}
-        for row in summary["rows"]:
-            share = (
-                row["accuracy"]["value"] / joint["accuracy"]["value"] if joint and joint["accuracy"]["value"] else None
-            )
-            auroc = {score: told["all"] for score, told in row["auroc"].items()}
-            merges[row["name"]] = {"accuracy": row["accuracy"], "of_joint": share, "auroc": auroc}
+        merges = {
+            row["name"]: {
+                "accuracy": row["accuracy"],
+                **beside.get(name, {}).get(row["name"], {}),
+                "auroc": {score: told["all"] for score, told in row["auroc"].items()},
+            }
+            for row in summary["rows"]
+        }
         pools = [folder / f"seed-{seed}" / name for seed in seeds]
         result[name] = {"n": sum(summary["tasks"].values()), "merges": merges, "cosines": cosines(pools)}
     return result
@@ -148,15 +199,16 @@ def main() -> None:
     if options.stage == "train":
         return
     summaries: dict[str, Any] = {}
+    runs: dict[str, list[Measured]] = {}
     for name in names:
-        runs = [
+        runs[name] = [
             sweep(base, name, options.folder / f"seed-{seed}", options.methods or METHODS, seed, options.items,
                   options.judged)
             for seed in seeds
         ]  # fmt: skip
-        summaries[name] = write_sweep(make_folder(options.folder / name), runs)
+        summaries[name] = write_sweep(make_folder(options.folder / name), runs[name])
         print(f"\n{name}\n\n{render_table(summaries[name])}\n", flush=True)
-    give_result(brief(summaries, options.folder, seeds), options.results)
+    give_result(brief(summaries, runs, options.folder, seeds), options.results)
 
 
 if __name__ == "__main__":
