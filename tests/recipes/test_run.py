@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import yaml
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.evaluation import judging
@@ -12,28 +11,6 @@ from mlx_rsgwm.evaluation.report.folder import read_items
 from mlx_rsgwm.inference.calibration import Calibration, load_calibration, score_and_threshold
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.recipes.run import load_recipe, run_recipe, shipped_recipes
-
-
-@pytest.fixture
-def recipe_file(tiny_base, tmp_path):
-    def write(**changes):
-        values = {
-            "name": "tiny",
-            "base": str(tiny_base),
-            "data": {"tasks": ["change", "groups"], "rows": 24, "verify_share": 0.5, "calibration_items": 2},
-            "merge": {"method": "rsgwm"},
-            "train": {"rank": 4, "alpha": 8, "epochs": 1, "batch_size": 4, "learning_rate": 1e-2},
-            "loop": {"attempts": 2, "max_tokens": 6, "threshold": "auto"},
-            "evaluate": {"items": 3, "timed": 2},
-            "export": {"parity": False},
-            **changes,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return str(path)
-
-    return write
-
 
 STAGES = [
     "data-change",
@@ -327,78 +304,3 @@ def test_the_pool_of_a_run_verifies(recipe_file, tmp_path, monkeypatch):
     assert mean["executed"] == ["calibrate", "evaluate"]
     with pytest.raises(RsgwmError, match=r"loop.verifier: 'pool/x' matches none of verifier, pool/change, pool/groups"):
         load_recipe(recipe_file(), ["loop.verifier=pool/x"])
-
-
-ROUNDS = {"rank": 4, "alpha": 8, "epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "directions": 4}
-
-
-@pytest.mark.parametrize("mode", ["avg_product", "accumulate"])
-def test_a_pool_is_trained_in_rounds(recipe_file, tmp_path, mode):
-    train = {**ROUNDS, "rounds": {"count": 2, "mode": mode}}
-    path, out = (
-        recipe_file(train=train, merge={"method": "regmean"}, evaluate={"items": 2, "timed": 0}),
-        tmp_path / "out",
-    )
-    first = run_recipe(load_recipe(path), out)
-    assert first["executed"] == [*STAGES[:2], "train-in-rounds", *STAGES[4:]]
-    assert Adapter.load(out / "pool/change").spec.rank == (8 if mode == "accumulate" else 4)
-    assert Adapter.load(out / "drafter").spec.rank == 4
-    assert (out / "pool/rounds/round-02/round.json").is_file()
-    weights = [path for path in contents(out) if path.endswith("adapters.safetensors") and "export" not in path]
-    written = {path: (out / path).read_bytes() for path in weights}
-    assert run_recipe(load_recipe(path), out)["executed"] == []
-    (out / "pool/rounds/round-01/round.json").unlink()  # what is deleted is made again, to the same bits
-    assert run_recipe(load_recipe(path), out)["executed"][0] == "train-in-rounds"
-    assert {path: (out / path).read_bytes() for path in weights} == written
-
-
-def test_averages_of_checkpoints_make_the_pool(recipe_file, tmp_path):
-    path = recipe_file(train=ROUNDS, average={"save_every": 1, "metric": "steps"}, evaluate={"items": 2, "timed": 0})
-    first = run_recipe(load_recipe(path), tmp_path / "out")
-    stages = [f"{name}-{task}" for name in ("data", "train", "average") for task in ("change", "groups")]
-    assert first["executed"] == [*stages, *STAGES[4:]]
-    averaged = Adapter.load(tmp_path / "out/pool/change")
-    assert averaged.manifest["task"] == "change"
-    assert len(averaged.manifest["average"]["checkpoints"]) == 4
-    assert averaged.manifest["average"]["metric"] == "steps"
-    assert averaged.importance_of("draft")  # which the merge has used
-    assert run_recipe(load_recipe(path), tmp_path / "out")["executed"] == []
-    again = run_recipe(load_recipe(path, ["average.penalty=0.5"]), tmp_path / "out")
-    assert again["executed"] == [*stages[4:], *STAGES[4:]]
-    # Training kept all checkpoints; of those that another run keeps there are too few, or more than are asked for.
-    fewer = run_recipe(load_recipe(path, ["average.last=2"]), tmp_path / "out")
-    assert fewer["executed"] == [*stages[2:], *STAGES[4:]]
-    assert len(Adapter.load(tmp_path / "out/pool/change").manifest["average"]["checkpoints"]) == 2
-    back = run_recipe(load_recipe(path), tmp_path / "out")
-    assert back["executed"] == [*stages[2:], *STAGES[4:]]
-    assert len(Adapter.load(tmp_path / "out/pool/change").manifest["average"]["checkpoints"]) == 4
-
-
-def test_a_single_checkpoint_is_told_before_training(recipe_file, tmp_path):
-    path = recipe_file(train=ROUNDS, average={"save_every": 4, "metric": "steps"})
-    with pytest.raises(
-        RsgwmError, match=r"4 steps with one checkpoint each 4 leave .* average.save_every to at most 3"
-    ):
-        run_recipe(load_recipe(path), tmp_path / "out")
-    assert not (tmp_path / "out/trained").exists()
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"average": {"metric": "validation-loss"}}, "without validation rows; take train-loss"),
-    ({"average": {"penalty": 0}}, "penalty = 0"), ({"average": {"save_every": 0}}, "save_every must be at least 1"),
-    ({"train": {"rounds": {"count": 2}}, "average": {}, "merge": {"method": "linear"}}, "no checkpoints to average"),
-    ({"train": {"rounds": {"count": 2}}}, "share no initialisation; set parameters.space product"),
-    ({"train": {"rounds": {"count": 2, "mode": "accumulate"}}}, "share no initialisation; set"),
-    ({"train": {"rounds": {"count": 2, "method": "rsgwm"}}, "merge": {"method": "linear"}}, "no tau"),
-    ({"train": {"rounds": {"mode": "freeze_a"}}}, "count"), ({"train": {"rounds": {"count": 2, "modes": 1}}}, "modes"),
-])  # fmt: skip
-def test_what_stops_rounds_and_averages_is_told_first(recipe_file, changes, message):
-    with pytest.raises(RsgwmError, match=message):
-        load_recipe(recipe_file(**changes))
-
-
-def test_steps_that_rounds_cannot_share_are_told_before_any_training(recipe_file, tmp_path):
-    path = recipe_file(train={**ROUNDS, "rounds": {"count": 5}}, merge={"method": "linear"})
-    with pytest.raises(RsgwmError, match="cannot be shared out among 5 rounds"):
-        run_recipe(load_recipe(path), tmp_path / "out")
-    assert not list((tmp_path / "out/pool").glob("*/*"))
