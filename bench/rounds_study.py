@@ -141,7 +141,9 @@ def _by_stratum(
     runs: Sequence[Measured], strata: Sequence[tuple[int, list[int]]], counts: Sequence[np.ndarray]
 ) -> dict[str, list[Estimate]]:
     """Every candidate's accuracy in each stratum."""
-    rights = [{one.name: np.array([float(ok) for _, ok in one.drafts]) for one in run.outcomes} for run in runs]
+    rights = [
+        {outcome.name: np.array([float(ok) for _, ok in outcome.drafts]) for outcome in run.outcomes} for run in runs
+    ]
     return {
         name: [
             item_mean(rights[place][name][items], drawn) for (place, items), drawn in zip(strata, counts, strict=True)

@@ -30,7 +30,7 @@ class AverageSection(AverageOptions):
         raise_problems("recipe, average", problems)
 
     @property
-    def kept(self) -> int:
+    def keep(self) -> int:
         """How many checkpoints training keeps."""
         return self.last or MOST_CHECKPOINTS
 

@@ -51,8 +51,8 @@ def _data_stage(run: RecipeRun, task: str) -> Stage:
 def _train_stage(run: RecipeRun, task: str) -> Stage:
     recipe = run.recipe
     section = recipe.average
-    kept = {"save_every": section.save_every, "kept": section.kept} if section else {}
-    settings = {**run.shared(), "task": task, "config": recipe.train.describe(), **kept}
+    checkpoints = {"save_every": section.save_every, "keep": section.keep} if section else {}
+    settings = {**run.shared(), "task": task, "config": recipe.train.describe(), **checkpoints}
     work = partial(_train, run, task)
     return Stage(f"train-{folder_name(task)}", settings, (run.corpus(task),), (_trained(run, task),), work)
 
@@ -99,7 +99,7 @@ def _train(run: RecipeRun, task: str) -> None:
     saving = Saving(_trained(run, task), resume="replace")
     if section:
         _require_checkpoints(run, task, corpus, section.save_every)
-        saving = Saving(saving.folder, section.save_every, section.kept, resume="replace")
+        saving = Saving(saving.folder, section.save_every, section.keep, resume="replace")
     adapter = train(run.base, corpus, run.recipe.train, label=f"train {task}", progress=run.progress, saving=saving)
     adapter.manifest["task"] = task
     finish(adapter, saving)
