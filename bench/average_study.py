@@ -39,7 +39,7 @@ from mlx_rsgwm.inference.loop import DraftVerify
 from mlx_rsgwm.inference.open import slots_of
 from mlx_rsgwm.inference.policy import LoopConfig
 from mlx_rsgwm.inference.sampling import Sampling
-from mlx_rsgwm.models.adapter import Adapter, is_complete
+from mlx_rsgwm.models.adapter import MANIFEST_FILE, Adapter, is_complete, read_manifest
 from mlx_rsgwm.models.base import Base, load_base
 from mlx_rsgwm.models.slots import unwrap
 from mlx_rsgwm.training.average_weights import AverageOptions
@@ -88,7 +88,11 @@ def train_run(base: Base, data: Mapping[str, Corpus], folder: Path, seed: int, o
         schedule=options.schedule, directions=0,
     )  # fmt: skip
     unwrap(base.model)  # of the slots in which another run's averages were scored
-    if not is_complete(out):
+    if is_complete(out):
+        made = read_manifest(out / MANIFEST_FILE)
+        if (made["config"], made["data"]["hash"]) != (config.describe(), data["train"].hash):
+            raise SystemExit(f"{out} was trained with other settings or rows; remove it, or name another folder")
+    else:
         saving = Saving(out, options.steps // options.checkpoints, options.checkpoints, "continue", ())
         adapter = train(
             base, data["train"], config, data["validation"], label=str(out), progress=LineProgress(), saving=saving
@@ -99,8 +103,8 @@ def train_run(base: Base, data: Mapping[str, Corpus], folder: Path, seed: int, o
 
 def variants(checkpoints: Sequence[RunCheckpoint]) -> dict[str, Weighted]:
     """Which checkpoints each variant averages, with their weights; of the first two a single one."""
-    losses = [each.validation_loss for each in checkpoints]
-    best = min(range(len(losses)), key=lambda place: losses[place] or 0.0)
+    losses = [np.inf if each.validation_loss is None else each.validation_loss for each in checkpoints]
+    best = int(np.argmin(losses))
     single = {LAST: len(checkpoints) - 1, BEST: best}
     return {
         **{name: Weighted((checkpoints[place],), np.ones(1), name) for name, place in single.items()},

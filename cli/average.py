@@ -62,26 +62,18 @@ def average(
       rsgwm average adapters --log train.log --out averaged
       rsgwm average pool/change --choose corpus/held --out averaged
     """
-    from mlx_rsgwm.training.averaging import mean_of, warnings_of, weigh
-    from mlx_rsgwm.training.checkpoints import claim_adapter_folder
-    from mlx_rsgwm.training.run_checkpoints import run_checkpoints
+    from mlx_rsgwm.training.averaging import average_run
 
     settings = {name: value for name, value in given.items() if value is not None}
     options = AverageOptions(metric=metric, space=space, **settings)
-    with claim_adapter_folder(out):
-        checkpoints = run_checkpoints(sources, log, base_name, console.progress)
-        choice = None
-        if rows is not None:
-            choice = _choose(console, checkpoints, rows, base_name, options, tuple(settings))
-            options = choice.options
-        weighted = weigh(checkpoints, options)
-        adapter = mean_of(weighted, options, console.progress)
-        if choice is not None:
-            adapter.manifest["average"]["choice"] = choice.describe()
-        adapter.save(out)
-    for warning in warnings_of(weighted):
-        console.progress.warning(f"warning: {warning}")
-    told = adapter.manifest["average"]
+
+    def settle(checkpoints: Any) -> Any:
+        if rows is None:
+            return options, None
+        choice = _choose(console, checkpoints, rows, base_name, options, tuple(settings))
+        return choice.options, choice.describe()
+
+    told = average_run(sources, settle, out, log, base_name, console.progress).manifest["average"]
     console.line(render(str(out), told))
     console.result({"out": str(out), **told})
 

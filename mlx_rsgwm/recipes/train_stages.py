@@ -14,11 +14,10 @@ from mlx_rsgwm.merging.alternate import render_rounds, train_rounds
 from mlx_rsgwm.recipes.questions import training_rows
 from mlx_rsgwm.recipes.schema import folder_name
 from mlx_rsgwm.recipes.stages import Stage
-from mlx_rsgwm.training.averaging import mean_of, warnings_of, weigh
-from mlx_rsgwm.training.checkpoints import Saving, claim_adapter_folder
+from mlx_rsgwm.training.averaging import average_run
+from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.loop import finish, plan_of, train
 from mlx_rsgwm.training.pool import Member
-from mlx_rsgwm.training.run_checkpoints import run_checkpoints
 
 if TYPE_CHECKING:
     from mlx_rsgwm.recipes.run import RecipeRun
@@ -120,12 +119,8 @@ def _require_checkpoints(run: RecipeRun, task: str, corpus: Corpus, every: int) 
 def _average(run: RecipeRun, task: str) -> None:
     section = run.recipe.average
     assert section is not None
-    weighted = weigh(run_checkpoints([_trained(run, task)]), section)
-    for warning in warnings_of(weighted):
-        run.progress.warning(f"warning: {task}: {warning}")
-    with claim_adapter_folder(run.adapter(task)):
-        mean_of(weighted, section, run.progress).save(run.adapter(task))
-    run.progress.detail(f"{task}: the average is worth {weighted.effective:.2f} checkpoints")
+    adapter = average_run([_trained(run, task)], lambda _: (section, None), run.adapter(task), progress=run.progress)
+    run.progress.detail(f"{task}: the average is worth {adapter.manifest['average']['effective']:.2f} checkpoints")
 
 
 def _train_rounds(run: RecipeRun) -> None:

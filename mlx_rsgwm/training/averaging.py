@@ -6,7 +6,7 @@ computed to say how near. Of a product the mean is exact (stacked factors) and b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,15 +106,34 @@ def average(
     """
     options = AverageOptions(metric, penalty, power, last, space)
     sources = [Path(run)] if isinstance(run, (str, Path)) else [Path(source) for source in run]
-    folder = None if out is None else Path(out)
-    with claim_adapter_folder(folder) if folder is not None else nullcontext():
-        checkpoints = run_checkpoints(sources, None if log is None else Path(log), base, progress)
+    folder, printed = (None if path is None else Path(path) for path in (out, log))
+    return average_run(sources, lambda _: (options, None), folder, printed, base, progress)
+
+
+def average_run(
+    sources: Sequence[Path],
+    settle: Callable[[list[RunCheckpoint]], tuple[AverageOptions, Mapping[str, Any] | None]],
+    out: Path | None,
+    log: Path | None = None,
+    base: str | None = None,
+    progress: Progress = SILENT,
+) -> Adapter:
+    """:func:`average` with settings that the checkpoints decide: ``settle`` gives them, and what is told of a choice.
+
+    Raises:
+        RsgwmError: as :func:`average`, and whatever ``settle`` raises; nothing is written then.
+    """
+    with claim_adapter_folder(out) if out is not None else nullcontext():
+        checkpoints = run_checkpoints(sources, log, base, progress)
+        options, choice = settle(checkpoints)
         weighted = weigh(checkpoints, options)
         for warning in warnings_of(weighted):
             progress.warning(f"warning: {warning}")
         adapter = mean_of(weighted, options, progress)
-        if folder is not None:
-            adapter.save(folder)
+        if choice is not None:
+            adapter.manifest["average"]["choice"] = dict(choice)
+        if out is not None:
+            adapter.save(out)
     return adapter
 
 
