@@ -1,4 +1,4 @@
-"""What the tests of averages share: a run with checkpoints, its numbers, weights by a transcription, the command."""
+"""What the tests of averages share: a run's numbers, weights by a transcription, the command."""
 
 import json
 import math
@@ -8,8 +8,7 @@ import numpy as np
 from click.testing import CliRunner
 
 from mlx_rsgwm.cli.main import rsgwm
-from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders
-from mlx_rsgwm.training.loop import finish, train
+from mlx_rsgwm.training.checkpoints import checkpoint_folders
 
 
 def reference_weights(values, penalty, power, newest_first=False):
@@ -45,11 +44,3 @@ def numbers(folder):
 
 def invoke(*arguments):
     return CliRunner().invoke(rsgwm, [str(argument) for argument in arguments])
-
-
-def make_run(base, corpus, config, folder):
-    """A finished run of 14 steps with checkpoints 2, 4, …, 14."""
-    saving = Saving(folder, every=2, keep=20, snapshots=())
-    settings = config(epochs=2, learning_rate=1e-2, dropout=0.1, directions=4)
-    finish(train(base, corpus, settings, saving=saving), saving)
-    return saving.folder

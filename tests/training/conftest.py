@@ -5,7 +5,9 @@ import pytest
 from mlx_rsgwm.data.corpus import make_rows, save_corpus
 from mlx_rsgwm.data.synthetic import generate
 from mlx_rsgwm.data.template import TEMPLATES
+from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.config import TrainConfig
+from mlx_rsgwm.training.loop import finish, train
 
 
 @pytest.fixture
@@ -31,3 +33,12 @@ def config():
         return TrainConfig(**{**defaults, **changes})
 
     return make
+
+
+@pytest.fixture
+def run(base, corpus, config, tmp_path):
+    """A finished run of 14 steps with checkpoints 2, 4, …, 14."""
+    saving = Saving(tmp_path / "run", every=2, keep=20, snapshots=())
+    settings = config(epochs=2, learning_rate=1e-2, dropout=0.1, directions=4)
+    finish(train(base, corpus, settings, saving=saving), saving)
+    return saving.folder

@@ -9,7 +9,6 @@ import pytest
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.core.progress import Progress
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.training.average_choice import _chosen, candidates, choose
 from mlx_rsgwm.training.average_weights import (
     AverageOptions,
@@ -22,7 +21,7 @@ from mlx_rsgwm.training.averaging import average, mean_of, mean_weights, weigh
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.loop import finish, train
 from mlx_rsgwm.training.run_checkpoints import run_checkpoints
-from tests.training.averaged_runs import invoke, make_run, numbers, reference_weights
+from tests.training.averaged_runs import invoke, numbers, reference_weights
 
 
 def reference_product(arrays, weights, scale, rank):
@@ -32,16 +31,6 @@ def reference_product(arrays, weights, scale, rank):
     )
     u, sigma, vt = np.linalg.svd(dense)
     return (u[:, :rank] * sigma[:rank]) @ vt[:rank], (sigma[rank:] ** 2).sum()
-
-
-@pytest.fixture
-def base(tiny_base):
-    return load_base(str(tiny_base), dtype="float32")
-
-
-@pytest.fixture
-def run(base, corpus, config, tmp_path):
-    return make_run(base, corpus, config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("penalty", "power"), [(0.7, 1.0), (0.5, 0.0), (1.0, 2.5), (1.0, 0.0), (0.9, 400.0)])

@@ -9,23 +9,12 @@ import pytest
 
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
-from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.training.average_weights import AverageOptions
 from mlx_rsgwm.training.averaging import average, warnings_of, weigh
 from mlx_rsgwm.training.checkpoints import Saving, checkpoint_folders
 from mlx_rsgwm.training.loop import finish, train
 from mlx_rsgwm.training.run_checkpoints import run_checkpoints
-from tests.training.averaged_runs import invoke, make_run, numbers, reference_weights
-
-
-@pytest.fixture
-def base(tiny_base):
-    return load_base(str(tiny_base), dtype="float32")
-
-
-@pytest.fixture
-def run(base, corpus, config, tmp_path):
-    return make_run(base, corpus, config, tmp_path / "run")
+from tests.training.averaged_runs import invoke, numbers, reference_weights
 
 
 def mlx_lm_run(run, folder):
@@ -115,6 +104,7 @@ def test_runs_that_cannot_be_averaged_are_refused_in_a_line(run, base, corpus, c
         "is an adapter, no checkpoint": (run, run / "checkpoints/step-000002"),
         "is no folder of a run": (log,),
         "two checkpoints are of step 2": (run / "checkpoints/step-000002",) * 2,
+        "--log is for the numbered files": (run, "--log", log),
         "has no line of losses": (mlx_lm_run(run, tmp_path / "mlx-lm"), "--log", log),
         "there is steps: --metric steps": (tmp_path / "mlx-lm",),
     }
