@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_rsgwm.bench.rounds_study import CONDITIONS, JOINT, ONCE, compared
+from mlx_rsgwm.bench.rounds_study import JOINT, ONCE, compared
 from mlx_rsgwm.data.questions import Question
 from mlx_rsgwm.studies.merge_sweep import Measured, Outcome
 
@@ -37,9 +37,3 @@ def test_shares_of_joint_training_are_of_the_same_questions():
     over = told["mean-2"]["linear"]["over_once"]
     assert over["difference"] == pytest.approx(np.mean(rounds) - np.mean(once))
     assert over["low"] > 0
-
-
-def test_conditions_share_out_the_steps_of_the_recipe():
-    counts = [rounds.count for rounds in CONDITIONS.values() if rounds]
-    assert sorted(set(counts)) == [2, 4, 8]
-    assert all(24 % count == 0 for count in counts)
