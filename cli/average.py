@@ -52,8 +52,8 @@ def average(
 ) -> None:
     """Average the checkpoints of one run, weighted by their losses or steps (MWA): RUN is its folder, or checkpoints.
 
-    Weights are p^rank · (1 / loss)^q, or p^rank · (step / last step)^q; p = 1 and q = 0 are the uniform mean. Runs of
-    rsgwm train, of mlx_lm.lora (numbered files) and of PEFT's Trainer (checkpoint-N) are read.
+    Weights are p^rank · (1 / loss)^q, or p^rank · (step / last step)^q; p = 1 and q = 0 are the uniform mean. Read are
+    runs of rsgwm train, of mlx_lm.lora (numbered files) and of PEFT's Trainer (checkpoint-N).
 
     \b
     Examples:

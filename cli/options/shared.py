@@ -202,15 +202,9 @@ def template(default: str = "", text: str = "the one that the adapters were trai
 
 def out(what: str, required: bool = False, default: str = "") -> Any:
     """``--out`` or ``-o``: the file or folder that a command writes."""
-    return click.option(
-        "--out",
-        "-o",
-        type=NEW_PATH,
-        required=required,
-        default=Path(default) if default else None,
-        show_default=bool(default),
-        help=f"Where to write: {what}.",
-    )
+    # A default of None would be one to click (8.5), and a required option is not asked for where there is one.
+    usual: dict[str, Any] = {"default": Path(default), "show_default": True} if default else {}
+    return click.option("--out", "-o", type=NEW_PATH, required=required, help=f"Where to write: {what}.", **usual)
 
 
 def settings(what: str, name: str = "settings") -> Any:

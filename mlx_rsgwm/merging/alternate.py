@@ -74,8 +74,9 @@ def train_rounds(
         raise RsgwmError(
             f"process {processes.rank} of {processes.size} trains other tasks of {', '.join(names)}: {given}"
         )
-    if FOLDER in names:
-        raise RsgwmError(f"with rounds no task can be called {FOLDER}, which is a folder of the pool")
+    for name in (FOLDER, MERGED):
+        if name in names:
+            raise RsgwmError(f"with rounds no task can be called {name}, which is a folder of the pool")
     run = _RoundsRun(base, tuple(names), tuple(members), config, saving, memory, progress, processes)
     with ExitStack() as stack:
         if processes.writes:
@@ -166,7 +167,7 @@ class _RoundsRun:
         text = self.processes.broadcast(content, 0)
         if not text:
             return None
-        record: dict[str, Any] = json.loads(text)
+        record = _read_record(text, path)
         told, key = record.get("tasks") or {}, self._key(number)
         rows = [
             line
@@ -298,6 +299,21 @@ class _RoundsRun:
                 content = self.processes.broadcast(files.read_bytes(folder / name) if sends else None, owner)
                 if work is not None:
                     files.write_bytes(work / name, content)
+
+
+def _read_record(content: bytes, path: Path) -> dict[str, Any]:
+    """A round's record.
+
+    Raises:
+        RsgwmError: it is not what was written there.
+    """
+    try:
+        record = files.parse_json(content.decode())
+    except ValueError:  # of bytes that are no text, too
+        record = None
+    if not isinstance(record, dict) or not {"key", "number", "norm", "cosines", "discarded", "tasks"} <= record.keys():
+        raise RsgwmError(f"{path} is damaged; remove it, and the round is made again from what is there")
+    return record
 
 
 def _rows_of(member: Member) -> dict[str, str | None]:

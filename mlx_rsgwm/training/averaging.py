@@ -156,6 +156,8 @@ def weigh(checkpoints: Sequence[RunCheckpoint], options: AverageOptions) -> Weig
     if metric not in known:
         without = [c.name for c in chosen if all(c.loss(name) is None for name in _names(metric))]
         shown = ", ".join(without[:3]) + (" …" if len(without) > 3 else "")
+        if not without:  # each has one of the two
+            raise RsgwmError("some checkpoints have a validation loss alone and others a training loss; --metric steps")
         raise RsgwmError(
             f"{shown} has no {metric.replace('-', ' ')}; there {'are' if known else 'is'} "
             f"{', '.join((*known, 'steps'))}: --metric {(*known, 'steps')[0]} (mlx_lm.lora's losses: --log FILE)"

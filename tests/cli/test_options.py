@@ -40,6 +40,15 @@ def options():
     return option_table()
 
 
+def test_what_is_required_is_asked_for(options):
+    """In every version of click: a default of None is one, to some, and the option is not asked for then."""
+    asked = [(name, option) for users in options.values() for name, option in users.items() if option.required]
+    assert len(asked) > 10
+    for name, option in asked:
+        with pytest.raises(click.MissingParameter):
+            option.handle_parse_result(click.Context(find_command(name), info_name=name), {}, [])
+
+
 def test_one_name_has_one_type_one_metavar_and_one_help(options):
     clashes = []
     for flag, users in options.items():

@@ -297,6 +297,27 @@ def test_rounds_of_other_settings_or_rows_are_not_gone_on_from(base, members, tm
         run(base, held, settings(Rounds(2), steps=2), tmp_path / "pool")
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe", b'{"key": 1'])
+def test_a_damaged_record_is_told_and_made_again_without_it(base, members, tmp_path, content):
+    config = settings(Rounds(2), steps=2)
+    before = run(base, members, config, tmp_path / "pool")
+    record = tmp_path / "pool/rounds/round-02/round.json"
+    record.write_bytes(content)
+    if content:  # an empty one is none
+        with pytest.raises(RsgwmError, match=r"round-02/round.json is damaged; remove it"):
+            run(base, members, config, tmp_path / "pool")
+        record.unlink()
+    assert run(base, members, config, tmp_path / "pool") == before
+
+
+@pytest.mark.parametrize("name", ["rounds", "merged"])
+def test_folders_of_the_pool_are_no_tasks(base, members, tmp_path, name):
+    named = [replace(members[0], name=name), *members[1:]]
+    with pytest.raises(RsgwmError, match=f"no task can be called {name}"):
+        train_rounds(base, (name, *NAMES[1:]), named, settings(Rounds(2)), Saving(tmp_path / "pool"))
+    assert not (tmp_path / "pool").exists()
+
+
 def test_one_task_or_a_single_run_has_no_rounds(base, members, tmp_path):
     with pytest.raises(RsgwmError, match="two tasks or more"):
         train_rounds(base, NAMES[:1], members[:1], settings(Rounds(2)), Saving(tmp_path / "pool"))
