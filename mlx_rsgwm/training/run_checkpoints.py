@@ -73,8 +73,8 @@ def run_checkpoints(
             checkpoints that record their losses themselves.
     """
     places = _inside(sources[0]) if len(sources) == 1 else list(sources)
-    if other := [place for place in places if log is not None and not NUMBERED.fullmatch(place.name)]:
-        raise RsgwmError(f"--log is for the numbered files of mlx_lm.lora; {other[0]} has its losses beside it")
+    if unlogged := [place for place in places if log is not None and not NUMBERED.fullmatch(place.name)]:
+        raise RsgwmError(f"--log is for the numbered files of mlx_lm.lora; {unlogged[0]} has its losses beside it")
     logged = _read_log(log) if log is not None else ({}, {})
     taken = sorted((_open(place, logged, base, progress) for place in places), key=lambda each: each.step)
     where = ", ".join(map(str, sources[:2]))
