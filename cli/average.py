@@ -10,6 +10,7 @@ import click
 from mlx_rsgwm.cli.console import Console, common_options
 from mlx_rsgwm.cli.options import shared
 from mlx_rsgwm.cli.options.kinds import COUNT, PATH, Number, OneOf
+from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.training.average_weights import METRICS, SPACES, AverageOptions
 
 
@@ -32,7 +33,7 @@ from mlx_rsgwm.training.average_weights import METRICS, SPACES, AverageOptions
     type=OneOf(SPACES),
     default=AverageOptions.space,
     show_default=True,
-    help="Mean of the factors, or of their products at the run's rank.",
+    help="Mean of the factors, or of their products at the run's rank, without importance.",
 )
 @click.option("--log", type=PATH, help="What mlx_lm.lora printed, for its losses.")
 @shared.choose("--last, --penalty and --power")
@@ -63,14 +64,19 @@ def average(
       rsgwm average pool/change --choose corpus/held --out averaged
     """
     from mlx_rsgwm.training.averaging import average_run
+    from mlx_rsgwm.training.run_checkpoints import TRAINER_FOLDER
 
     settings = {name: value for name, value in given.items() if value is not None}
     options = AverageOptions(metric=metric, space=space, **settings)
 
     def settle(checkpoints: Any) -> Any:
         if rows is None:
+            if base_name is not None and not any(TRAINER_FOLDER.fullmatch(each.name) for each in checkpoints):
+                raise RsgwmError("--base is for --choose, and for checkpoints of a PEFT trainer")
             return options, None
         choice = _choose(console, checkpoints, rows, base_name, options, tuple(settings))
+        if choice.warning:
+            console.progress.warning(choice.warning)
         return choice.options, choice.describe()
 
     told = average_run(sources, settle, out, log, base_name, console.progress).manifest["average"]

@@ -11,9 +11,10 @@ import codecs
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -302,6 +303,15 @@ def write_bytes(path: Path, content: bytes, replace: bool = True) -> None:
 def write_text(path: Path, text: str, replace: bool = True) -> None:
     """Write UTF-8 text atomically, see :func:`write_bytes`."""
     write_bytes(path, text.encode("utf-8"), replace)
+
+
+def json_problems(value: Any, where: str = "manifest") -> list[str]:
+    """The places in ``value`` (mappings, lists) of numbers that are not finite, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return [line for name, inner in value.items() for line in json_problems(inner, f"{where}.{name}")]
+    if isinstance(value, (list, tuple)):
+        return [line for place, inner in enumerate(value) for line in json_problems(inner, f"{where}[{place}]")]
+    return [f"{where} is {value}, not finite"] if isinstance(value, float) and not math.isfinite(value) else []
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ the rank from is exact: stacked factors, never a dense matrix. docs/methods.md#r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -26,6 +27,7 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.methods import find_method, needs_directions, resolved
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.finite import not_finite
 from mlx_rsgwm.training.averaging import mean_array
 from mlx_rsgwm.training.config import TrainConfig
 from mlx_rsgwm.training.rounds import ACCUMULATE, AVG_PRODUCT, BY_PRODUCTS, Rounds
@@ -134,6 +136,10 @@ def merge_round(
         merged = None if rounds.method == "linear" else _merged_steps(state, adapters, config, progress)
         weights, rank = _by_products(state, adapters, rounds, merged, measures)
         measures.method_discarded = _discarded(merged)
+    if not math.isfinite(measures.state + measures.discarded) or not_finite(weights):
+        raise RsgwmError(
+            f"the merge of round {rounds.number} has values that are not finite; lower the learning rate or alpha"
+        )
     spec = replace(adapters[0].spec, rank=rank)
     return Adapter(spec, weights, manifest=_manifest(state, adapters, rounds, measures))
 

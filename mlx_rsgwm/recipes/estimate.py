@@ -20,6 +20,7 @@ from mlx_rsgwm.recipes import own_mistakes
 from mlx_rsgwm.recipes.questions import training_rows
 from mlx_rsgwm.recipes.run import RecipeRun
 from mlx_rsgwm.recipes.schema import Recipe, folder_name
+from mlx_rsgwm.recipes.train_stages import check_steps
 
 BACKWARD = 3.0  # a training step in forward passes of its tokens
 STEPS = 4  # decoded tokens that are timed
@@ -36,7 +37,11 @@ class Speed:
 
 
 def forecast(run: RecipeRun) -> dict[str, float | None]:
-    """Seconds that each stage of the run would take, by its name and in order; None for one that is done."""
+    """Seconds that each stage of the run would take, by its name and in order; None for one that is done.
+
+    Raises:
+        RsgwmError: what would stop the run once it has its questions.
+    """
     ahead = run.stages_ahead()
     lengths = {task: _lengths(run, task) for task in run.recipe.data.tasks}
     prompt, answer = (mean(task_lengths[place] for task_lengths in lengths.values()) for place in (1, 2))
@@ -69,6 +74,7 @@ def _plain(name: str) -> str:
 def _lengths(run: RecipeRun, task: str) -> tuple[int, float, float]:
     """Tokens of a task's training, and the mean tokens of a question and of an answer."""
     rows, _ = training_rows(run.recipe, task)
+    check_steps(run, task, rows)
     encode = run.base.tokenizer.encode
     questions, texts = [len(encode(row.question)) for row in rows], [len(encode(row.answer)) for row in rows]
     return sum(questions + texts) * _epochs(run.recipe, len(rows)), mean(questions), mean(texts)

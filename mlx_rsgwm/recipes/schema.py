@@ -311,8 +311,10 @@ class Recipe:
             problems.append("train.rounds merges a pool, and data.tasks names one task; leave it out")
         if self.average:
             problems.append("train.rounds leaves no checkpoints to average; leave out average or train.rounds")
-        if "rounds" in map(folder_name, self.data.tasks):
-            problems.append("with train.rounds no task can be called rounds, which is a folder of the pool")
+        if self.train.rounds.number:
+            problems.append("train.rounds.number is which round a run is; a recipe trains all of them, so leave it out")
+        for name in {"rounds", "merged"} & set(map(folder_name, self.data.tasks)):
+            problems.append(f"with train.rounds no task can be called {name}, which is a folder of the pool")
         for name, section in (("merge", self.merge), ("paper", self.paper)):
             factors = section is not None and resolved(section.options("draft")).get("space") == "factor"
             if factors:

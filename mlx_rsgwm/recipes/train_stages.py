@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_rsgwm.core.errors import RsgwmError
-from mlx_rsgwm.data.corpus import Corpus, load_corpus, save_corpus
+from mlx_rsgwm.data.corpus import Corpus, CorpusRow, load_corpus, save_corpus
 from mlx_rsgwm.data.question_files import is_question_file
 from mlx_rsgwm.merging.alternate import FOLDER as ROUNDS_FOLDER
 from mlx_rsgwm.merging.alternate import render_rounds, train_rounds
@@ -88,6 +90,7 @@ def _data(run: RecipeRun, task: str) -> None:
     rows, chosen = training_rows(run.recipe, task)
     if chosen.note(task):
         run.progress.message(chosen.note(task))
+    check_steps(run, task, rows)
     about = {"seed": run.recipe.seed, "task": task, "split": chosen.split}
     save_corpus(run.corpus(task), rows, run.template, about, chosen.file_questions)
 
@@ -97,22 +100,37 @@ def _train(run: RecipeRun, task: str) -> None:
     # Of another run only checkpoints can be here, of one that was killed; they are used if they are of this run.
     saving = Saving(_trained(run, task), resume="replace")
     if section:
-        _require_checkpoints(run, task, corpus, section.save_every)
         saving = Saving(saving.folder, section.save_every, section.keep, resume="replace")
     adapter = train(run.base, corpus, run.recipe.train, label=f"train {task}", progress=run.progress, saving=saving)
     adapter.manifest["task"] = task
     finish(adapter, saving)
 
 
-def _require_checkpoints(run: RecipeRun, task: str, corpus: Corpus, every: int) -> None:
-    """Find out before training whether it will leave two checkpoints to average: the last step has one, too."""
-    config = run.recipe.train
-    rows, _ = corpus.token_rows(run.base.tokenizer, config.max_tokens, config.long_rows)
-    steps = len(plan_of(rows, config))
-    if steps <= every:
+def check_steps(run: RecipeRun, task: str, rows: Sequence[CorpusRow]) -> None:
+    """Find out before any training whether a task's steps do for the rounds, or leave what is averaged.
+
+    Raises:
+        RsgwmError: steps that the rounds cannot share, fewer checkpoints than two or than ``average.last``.
+    """
+    config, section = run.recipe.train, run.recipe.average
+    if not config.rounds and not section:
+        return
+    tokens, _ = Corpus(tuple(rows), run.template, {}).token_rows(
+        run.base.tokenizer, config.max_tokens, config.long_rows
+    )
+    try:
+        steps = len(plan_of(tokens, replace(config, rounds=config.rounds.at(1)) if config.rounds else config))
+    except RsgwmError as error:
+        raise RsgwmError(f"{task}: {error}") from error
+    if section is None:
+        return
+    wanted, every = section.last or 2, section.save_every
+    checkpoints = -(-steps // every)  # the last step has one, too
+    if checkpoints < wanted:
+        advice = f"set average.save_every to at most {(steps - 1) // (wanted - 1)}, or " if steps >= wanted else ""
         raise RsgwmError(
-            f"{task}: {steps} steps with one checkpoint each {every} leave a single one to average; set "
-            f"average.save_every to at most {max(1, steps - 1)}, or train for longer"
+            f"{task}: {steps} steps with one checkpoint each {every} leave {checkpoints} to average, and "
+            f"{wanted} are wanted; {advice}train for longer"
         )
 
 

@@ -50,6 +50,16 @@ class Choice:
         """By how much the loss on the choosing rows is too low."""
         return self.nested - self.loss
 
+    @property
+    def warning(self) -> str:
+        """Where averaging gains nothing over the newest checkpoint, that it does not; else empty."""
+        if self.nested < self.newest:
+            return ""
+        return (
+            f"warning: the newest checkpoint alone is no worse: loss {self.newest:.4f} on these rows, the average's "
+            f"{self.nested:.4f} where other rows chose it"
+        )
+
     def describe(self) -> dict[str, Any]:
         """JSON object."""
         names = ("loss", "nested", "optimism", "uniform", "newest", "settings", "rows")
@@ -84,7 +94,7 @@ def choose(
         RsgwmError: fewer rows than parts; what :func:`~mlx_rsgwm.training.averaging.weigh` raises.
     """
     if len(rows) < PARTS:
-        raise RsgwmError(f"{len(rows)} held-out rows are too few to choose by; a nested split takes {PARTS} or more")
+        raise RsgwmError(f"too few held-out rows to choose by ({len(rows)}); a nested split takes {PARTS} or more")
     tried = candidates(len(checkpoints), options, fixed)
     weights = [np.zeros(len(checkpoints)) for _ in range(2 + len(tried))]
     weights[0][-1] = 1.0

@@ -34,14 +34,14 @@ class AverageOptions:
 
     def __post_init__(self) -> None:
         checks = {
-            "metric": self.metric in METRICS,
-            "penalty": 0 < self.penalty <= 1,
-            "power": 0 <= self.power < float("inf"),
-            "last": self.last == 0 or self.last >= 2,
-            "space": self.space in SPACES,
+            "metric": (self.metric in METRICS, f"of {', '.join(METRICS)}"),
+            "penalty": (0 < self.penalty <= 1, "in (0, 1]"),
+            "power": (0 <= self.power < float("inf"), "a finite number from 0"),
+            "last": (self.last == 0 or self.last >= 2, "0 (all) or at least 2"),
+            "space": (self.space in SPACES, f"of {', '.join(SPACES)}"),
         }
-        problems = [f"{name} = {getattr(self, name)!r} is out of range" for name, ok in checks.items() if not ok]
-        raise_problems("average", problems)
+        wrong = {name: rule for name, (ok, rule) in checks.items() if not ok}
+        raise_problems("average", [f"{name} = {getattr(self, name)!r} is not {rule}" for name, rule in wrong.items()])
 
 
 def average_ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:

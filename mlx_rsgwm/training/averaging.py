@@ -6,6 +6,7 @@ computed to say how near. Of a product the mean is exact (stacked factors) and b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from mlx_rsgwm.data.row_hashes import KEY
 from mlx_rsgwm.linalg.gram import float64
 from mlx_rsgwm.linalg.lowrank import Factors, cross, stack, truncate
 from mlx_rsgwm.models.adapter import Adapter
+from mlx_rsgwm.models.finite import not_finite
 from mlx_rsgwm.training.average_weights import (
     FEW_EFFECTIVE,
     AverageOptions,
@@ -157,10 +159,12 @@ def weigh(checkpoints: Sequence[RunCheckpoint], options: AverageOptions) -> Weig
         without = [c.name for c in chosen if all(c.loss(name) is None for name in _names(metric))]
         shown = ", ".join(without[:3]) + (" …" if len(without) > 3 else "")
         if not without:  # each has one of the two
-            raise RsgwmError("some checkpoints have a validation loss alone and others a training loss; --metric steps")
+            raise RsgwmError(
+                "some checkpoints have a validation loss alone and others a training loss; weigh by metric steps"
+            )
         raise RsgwmError(
             f"{shown} has no {metric.replace('-', ' ')}; there {'are' if known else 'is'} "
-            f"{', '.join((*known, 'steps'))}: --metric {(*known, 'steps')[0]} (mlx_lm.lora's losses: --log FILE)"
+            f"{', '.join((*known, 'steps'))}: weigh by metric {(*known, 'steps')[0]} (mlx_lm.lora's losses: --log FILE)"
         )
     losses = [loss for c in chosen if (loss := c.loss(metric)) is not None]
     validated = sum(c.validation_loss is not None for c in chosen)
@@ -178,12 +182,12 @@ def warnings_of(weighted: Weighted) -> list[str]:
     if weighted.passed_over:
         told.append(
             f"{weighted.passed_over} of {len(weighted.checkpoints)} checkpoints have a validation loss and the others "
-            "none, so the training loss weighs; leave the others out, or name the --metric"
+            "none, so the training loss weighs; leave the others out, or name the metric"
         )
     if weighted.effective < FEW_EFFECTIVE:
         told.append(
             f"the average is worth {weighted.effective:.2f} checkpoints, hardly more than the best alone; "
-            "raise --penalty or lower --power"
+            "raise the penalty or lower the power"
         )
     return told
 
@@ -204,7 +208,10 @@ def mean_of(weighted: Weighted, options: AverageOptions, progress: Progress = SI
             arrays = [{name: adapter.weights.pop(name) for name in names} for adapter in adapters]
             weights |= _mean_module(module, arrays, weighted.weights, first.spec.scale, options.space, measured)
             advance(1, "")
+    _check_finite(weighted, weights, measured)
     keep = options.space == "factor"
+    if not keep and adapters[-1].importance:
+        progress.message("an average of products has no importance, which belongs to factors")
     importance = _mean_importance(adapters, weighted.weights) if keep else {}
     result = Adapter(first.spec, weights, importance, first.importance_metadata if importance else {})
     finished = _beside(weighted, result, keep)
@@ -230,6 +237,19 @@ def mean_weights(weighted: Weighted, options: AverageOptions) -> Adapter:
             weights |= _mean_module(module, arrays, weighted.weights, first.spec.scale, options.space, _nothing())
         mx.eval(weights)
     return Adapter(first.spec, weights)
+
+
+def _check_finite(weighted: Weighted, weights: dict[str, mx.array], measured: Mapping[str, float]) -> None:
+    """Refuse a mean that is not finite, with the checkpoints that make it so.
+
+    Raises:
+        RsgwmError: values of a checkpoint that are not finite, or too large for their products.
+    """
+    if not_finite(weights):
+        broken = [str(each.path) for each in weighted.checkpoints if not_finite(each.load().weights)]
+        raise_problems("average", [f"{path} has values that are not finite; leave it out" for path in broken])
+    if not all(map(math.isfinite, measured.values())):
+        raise RsgwmError("the checkpoints' weights are so large that their products leave float32; average others")
 
 
 def _nothing() -> dict[str, float]:

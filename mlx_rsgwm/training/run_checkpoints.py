@@ -20,8 +20,11 @@ from mlx_rsgwm.core.resume import differing
 from mlx_rsgwm.core.safetensors_io import read_safetensors
 from mlx_rsgwm.models.adapter import CONFIG_FILE, MANIFEST_FILE, Adapter, LoraSpec, is_complete, read_manifest
 from mlx_rsgwm.models.adapter_sources import load_adapter
+from mlx_rsgwm.training.checkpoints import FOLDER as CHECKPOINTS
 from mlx_rsgwm.training.checkpoints import checkpoint_folders
 
+SINGLE = "is a single checkpoint; name the run's folder, or two or more checkpoints"
+STEP_FOLDER = re.compile(r"step-\d{6,}")  # rsgwm train's
 NUMBERED = re.compile(r"(\d{7,})_adapters\.safetensors")  # mlx_lm.lora's
 TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")  # transformers' Trainer's
 TRAINER_FILE = "trainer_state.json"
@@ -72,7 +75,7 @@ def run_checkpoints(
         RsgwmError: fewer than two, of several runs, two of one step, a source that is no checkpoint, or a log of
             checkpoints that record their losses themselves.
     """
-    places = _inside(sources[0]) if len(sources) == 1 else list(sources)
+    places = _inside(sources[0], progress) if len(sources) == 1 else list(sources)
     if unlogged := [place for place in places if log is not None and not NUMBERED.fullmatch(place.name)]:
         raise RsgwmError(f"--log is for the numbered files of mlx_lm.lora; {unlogged[0]} has its losses beside it")
     logged = _read_log(log) if log is not None else ({}, {})
@@ -90,18 +93,29 @@ def run_checkpoints(
             raise RsgwmError(
                 f"{other.path} and {taken[0].path} are checkpoints of different runs ({'; '.join(differences[:3])})"
             )
+    if (taken[-1].path / MANIFEST_FILE).is_file() and run_folder(taken[-1]) is None:
+        progress.warning(f"warning: the run is not finished; its newest checkpoint is of step {taken[-1].step}")
     return _windowed(taken, logged[0])
 
 
-def _inside(folder: Path) -> list[Path]:
-    """What of a run's folder is a checkpoint."""
+def _inside(folder: Path, progress: Progress) -> list[Path]:
+    """What of a run's folder, or of its folder of checkpoints, is a checkpoint."""
+    if NUMBERED.fullmatch(folder.name) and folder.is_file():
+        raise RsgwmError(f"{folder} {SINGLE}")
     if not folder.is_dir():
         raise RsgwmError(f"{folder} is no folder of a run; name one, or two or more checkpoints")
-    if folders := checkpoint_folders(folder):
+    run = folder.parent if folder.name == CHECKPOINTS else folder
+    if folders := checkpoint_folders(run):
+        begun = [path for path in (run / CHECKPOINTS).iterdir() if STEP_FOLDER.fullmatch(path.name)]
+        for path in sorted(set(begun) - set(folders)):
+            progress.warning(f"warning: {path} was not written to its end, and is left out")
         return folders
     entries = sorted(folder.iterdir())
     numbered = [path for path in entries if NUMBERED.fullmatch(path.name)]
-    return numbered or [path for path in entries if TRAINER_FOLDER.fullmatch(path.name) and path.is_dir()]
+    trainers = [path for path in entries if TRAINER_FOLDER.fullmatch(path.name) and path.is_dir()]
+    if not numbered and not trainers and any(names.fullmatch(folder.name) for names in (STEP_FOLDER, TRAINER_FOLDER)):
+        raise RsgwmError(f"{folder} {SINGLE}")
+    return numbered or trainers
 
 
 def _open(path: Path, logged: tuple[Losses, Losses], base: str | None, progress: Progress) -> RunCheckpoint:
@@ -163,7 +177,9 @@ def _number(value: Any, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise RsgwmError(f"{where} is {value!r}, no finite loss; leave that checkpoint out, or weigh by --metric steps")
+        raise RsgwmError(
+            f"{where} is {value!r}, no finite number from 0; leave that checkpoint out, or weigh by metric steps"
+        )
     return float(value)
 
 

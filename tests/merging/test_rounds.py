@@ -117,6 +117,16 @@ def test_a_rounds_merge_is_that_of_float64(mode, alpha, started):
         np.testing.assert_allclose(lengths, 3**-0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", BY_PRODUCTS)
+def test_a_merge_that_is_not_finite_is_refused(mode):
+    shared = {name: np.array(value) for name, value in adapter(1).init.items()}
+    tasks = [adapter(seed, init=shared) for seed in (2, 3)]
+    for task in tasks:
+        task.weights = {name: value * 1e15 for name, value in task.weights.items()}
+    with pytest.raises(RsgwmError, match="the merge of round 2 has values that are not finite"):
+        merge_round(adapter(9, init=shared), tasks, settings(Rounds(3, mode, number=2)))
+
+
 def test_another_method_merges_the_updates_of_the_round():
     """Task arithmetic with λ: θ + λ Σ (ΔW_t − θ), which is no mean of the ΔW_t."""
     config = settings(Rounds(2, method="task_arithmetic", parameters={"lambda": 0.4}, number=2))
@@ -266,7 +276,8 @@ def test_what_cannot_be_is_refused_before_any_training(base, members, tmp_path, 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"count": 0}, "count = 0"), ({"count": 2, "mode": "nosuch"}, "mode = 'nosuch'"),
-    ({"count": 2, "alpha": 0}, "alpha = 0"), ({"count": 2, "alpha": float("nan")}, "alpha = nan"),
+    ({"count": 2, "alpha": 0}, "alpha = 0 is not above 0, at most 100"),
+    ({"count": 2, "alpha": float("nan")}, "alpha = nan"), ({"count": 2, "alpha": 101}, "at most 100"),
     ({"count": 2, "number": 3}, "number = 3"), ({"count": 2, "mode": "freeze_a", "method": "ties"}, "averages factors"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_named(arguments, message):

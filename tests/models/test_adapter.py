@@ -91,6 +91,16 @@ def test_every_problem_at_once(make_adapter, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_numbers_that_json_cannot_hold_are_refused_before_anything_is_written(make_adapter, tmp_path):
+    adapter = make_adapter(1)
+    adapter.manifest["merge"] = {"norms": [1.0, float("nan")], "scale": float("inf")}
+    with pytest.raises(AdapterError) as caught:
+        adapter.save(tmp_path / "a")
+    assert "manifest.merge.norms[1] is nan, not finite" in str(caught.value)
+    assert "manifest.merge.scale is inf, not finite" in str(caught.value)
+    assert not (tmp_path / "a").exists()
+
+
 def test_no_path_outside_the_folder(make_adapter, tmp_path):
     make_adapter(1).save(tmp_path / "a")
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())

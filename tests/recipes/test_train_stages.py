@@ -1,7 +1,9 @@
 """Recipes that train in rounds or average checkpoints: what is made anew, and what is told before any training."""
 
 import pytest
+from click.testing import CliRunner
 
+from mlx_rsgwm.cli.main import rsgwm
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.adapter import Adapter
 from mlx_rsgwm.recipes.run import load_recipe, run_recipe
@@ -52,13 +54,25 @@ def test_averages_of_checkpoints_make_the_pool(recipe_file, tmp_path):
     assert len(Adapter.load(tmp_path / "out/pool/change").manifest["average"]["checkpoints"]) == 4
 
 
-def test_a_single_checkpoint_is_told_before_training(recipe_file, tmp_path):
-    path = recipe_file(train=ROUNDS, average={"save_every": 4, "metric": "steps"})
-    with pytest.raises(
-        RsgwmError, match=r"4 steps with one checkpoint each 4 leave .* average.save_every to at most 3"
-    ):
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"average": {"save_every": 4, "metric": "steps"}},
+     "change: 4 steps with one checkpoint each 4 leave 1 to average, and 2 are wanted; set average.save_every to at "
+     "most 3, or train"),
+    ({"average": {"save_every": 2, "last": 3}},
+     "leave 2 to average, and 3 are wanted; set average.save_every to at most 1"),
+    ({"average": {"save_every": 1, "last": 5}}, "leave 4 to average, and 5 are wanted; train for longer"),
+    ({"train": {**ROUNDS, "rounds": {"count": 3}}, "merge": {"method": "linear"}},
+     "change: 4 steps cannot be shared out among 3 rounds"),
+])  # fmt: skip
+def test_steps_that_leave_too_little_are_told_before_training_and_by_a_look(recipe_file, tmp_path, changes, message):
+    path = recipe_file(**{"train": ROUNDS, **changes})
+    with pytest.raises(RsgwmError, match=message):
         run_recipe(load_recipe(path), tmp_path / "out")
     assert not (tmp_path / "out/trained").exists()
+    looked = CliRunner().invoke(rsgwm, ["run", str(path), "--dry-run", "--out", str(tmp_path / "look")])
+    assert looked.exit_code == 2
+    assert message in looked.stderr
+    assert not (tmp_path / "look").exists()
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -68,6 +82,7 @@ def test_a_single_checkpoint_is_told_before_training(recipe_file, tmp_path):
     ({"train": {"rounds": {"count": 2}}}, "share no initialisation; set parameters.space product"),
     ({"train": {"rounds": {"count": 2, "mode": "accumulate"}}}, "share no initialisation; set"),
     ({"train": {"rounds": {"count": 2, "method": "rsgwm"}}, "merge": {"method": "linear"}}, "no tau"),
+    ({"train": {"rounds": {"count": 2, "number": 1}}, "merge": {"method": "linear"}}, "trains all of them"),
     ({"train": {"rounds": {"mode": "freeze_a"}}}, "count"), ({"train": {"rounds": {"count": 2, "modes": 1}}}, "modes"),
 ])  # fmt: skip
 def test_what_stops_rounds_and_averages_is_told_first(recipe_file, changes, message):

@@ -208,7 +208,7 @@ def test_the_nested_split_finds_a_choice_by_chance():
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--penalty", "0"], "--penalty"), (["--penalty", "1.1"], "--penalty"), (["--penalty", "nan"], "--penalty"),
-    (["--power", "-1"], "--power"), (["--last", "1"], "last = 1 is out of range"),
+    (["--power", "-1"], "--power"), (["--last", "1"], "last = 1 is not 0 (all) or at least 2"),
     (["--last", "9"], "the last 9 checkpoints are asked for, and there are 7"),
     (["--metric", "validation-loss"], "there are train-loss, steps"),
 ])  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -106,7 +107,10 @@ def test_runs_that_cannot_be_averaged_are_refused_in_a_line(run, base, corpus, c
         "two checkpoints are of step 2": (run / "checkpoints/step-000002",) * 2,
         "--log is for the numbered files": (run, "--log", log),
         "has no line of losses": (mlx_lm_run(run, tmp_path / "mlx-lm"), "--log", log),
-        "there is steps: --metric steps": (tmp_path / "mlx-lm",),
+        "there is steps: weigh by metric steps": (tmp_path / "mlx-lm",),
+        "step-000002 is a single checkpoint; name the run's folder": (run / "checkpoints/step-000002",),
+        "0000004_adapters.safetensors is a single checkpoint": (tmp_path / "mlx-lm/0000004_adapters.safetensors",),
+        "--base is for --choose": (run, "--base", base.path),
     }
     for message, sources in cases.items():
         done = invoke("average", *sources, "--out", tmp_path / "out")
@@ -135,7 +139,7 @@ def test_such_a_loss_in_a_log_is_refused_with_its_step(run, tmp_path, side, valu
     folder = mlx_lm_run(run, tmp_path / "mlx-lm")
     lines = [f"Iter {n}: {side} loss {value if n == 6 else 1.5}, rest" for n in range(2, 15, 2)]
     (tmp_path / "train.log").write_text("\n".join(lines))
-    with pytest.raises(RsgwmError, match=f"the log, step 6: the .*loss is {value}, no finite loss"):
+    with pytest.raises(RsgwmError, match=f"the log, step 6: the .*loss is {value}, no finite number from 0"):
         average(folder, log=tmp_path / "train.log")
     assert average(folder, log=tmp_path / "train.log", metric="steps").weights
 
@@ -177,3 +181,31 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     done = invoke("average", run, "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert "was changed or damaged" in done.stderr
+
+
+def test_a_runs_folder_of_checkpoints_is_the_run(run):
+    of_run, of_folder = average(run), average(run / "checkpoints")
+    assert of_folder.content_hash() == of_run.content_hash()
+    assert of_folder.manifest["average"]["checkpoints"] == of_run.manifest["average"]["checkpoints"]
+
+
+def test_what_of_a_run_is_not_finished_is_told(run, tmp_path):
+    (run / "checkpoints/step-000004/manifest.json").unlink()
+    (run / "manifest.json").unlink()
+    done = invoke("average", run, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "step-000004 was not written to its end, and is left out" in done.stderr
+    assert "the run is not finished; its newest checkpoint is of step 14" in done.stderr
+
+
+@pytest.mark.parametrize("space", ["factor", "product"])
+@pytest.mark.parametrize(("factor", "message"), [(1e30, "products leave float32"), (math.nan, "0000004_adapters")])
+def test_values_that_no_mean_can_have_are_refused_before_anything_is_written(run, tmp_path, space, factor, message):
+    folder = mlx_lm_run(run, tmp_path / "mlx-lm")
+    broken = folder / "0000004_adapters.safetensors"
+    mx.save_safetensors(str(broken), {name: value * factor for name, value in mx.load(str(broken)).items()})
+    done = invoke("average", folder, "--metric", "steps", "--space", space, "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    [told] = [line for line in done.stderr.splitlines() if not line.startswith("average: ")]  # progress
+    assert message in told
+    assert not (tmp_path / "out").exists()
