@@ -32,7 +32,7 @@ from mlx_rsgwm.training.loop import plan_of
 from mlx_rsgwm.training.losses import held_out_nats
 from mlx_rsgwm.training.memory import MemoryOptions
 from mlx_rsgwm.training.pool import Member, check_finished, train_pool
-from mlx_rsgwm.training.rounds import ACCUMULATE, Rounds
+from mlx_rsgwm.training.rounds import ACCUMULATE, FREEZE_A, Rounds
 from mlx_rsgwm.training.warm_start import WarmStart
 
 FOLDER = "rounds"
@@ -264,6 +264,8 @@ class _RoundsRun:
             told = self.rounds.at(0)
             if told.mode == ACCUMULATE:
                 adapter = on_top(before, adapter)
+            elif told.mode == FREEZE_A:  # which never moved: factors can be merged as those of a pool in one piece
+                adapter.init = {name: value for name, value in adapter.weights.items() if name.endswith(".lora_a")}
             described = {"count": told.count, "mode": told.mode, "between_parties": list(CROSSES)}
             adapter.manifest["rounds"] = described
             adapter.save(folder)

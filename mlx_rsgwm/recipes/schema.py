@@ -32,6 +32,7 @@ from mlx_rsgwm.merging.round_merge import check_rounds
 from mlx_rsgwm.models.adapter import SIGNALS
 from mlx_rsgwm.recipes.sections import AverageSection, EvaluateSection, ExportSection, OwnMistakesSection
 from mlx_rsgwm.training.config import TrainConfig
+from mlx_rsgwm.training.rounds import FREEZE_A
 
 FOLDER = Path(__file__).parent  # of the shipped recipes
 LARGEST_SEED = 2**32 - 1
@@ -317,7 +318,7 @@ class Recipe:
             problems.append(f"with train.rounds no task can be called {name}, which is a folder of the pool")
         for name, section in (("merge", self.merge), ("paper", self.paper)):
             factors = section is not None and resolved(section.options("draft")).get("space") == "factor"
-            if factors:
+            if factors and self.train.rounds.mode != FREEZE_A:
                 problems.append(f"{name}: adapters of rounds share no initialisation; set parameters.space product")
         check_rounds(self.train, len(self.data.tasks))
         return problems

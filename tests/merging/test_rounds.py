@@ -187,6 +187,10 @@ def test_a_pool_of_rounds_starts_each_round_at_the_merge(base, members, tmp_path
         for name, value in merged.weights.items():
             if name.endswith(".lora_a"):
                 assert all((one.weights[name] == value).all().item() for one in pool)
+        by_factors = merge(pool, MergeOptions(method="rsgwm"))
+        for name, value in merged.weights.items():
+            if name.endswith(".lora_a"):
+                assert (by_factors.weights[name] == value).all().item()
     # What the table says of the last round is what the adapters are.
     again = merge_round(
         merged, [Adapter.load(tmp_path / "pool" / name) for name in NAMES], settings(Rounds(3, mode, number=3))
