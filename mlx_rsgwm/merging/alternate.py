@@ -28,7 +28,7 @@ from mlx_rsgwm.models.base import Base
 from mlx_rsgwm.models.slots import AdapterSlots, unwrap
 from mlx_rsgwm.training.checkpoints import Saving, drop_state, require_pool_place
 from mlx_rsgwm.training.config import TrainConfig
-from mlx_rsgwm.training.loop import plan_of
+from mlx_rsgwm.training.loop import float_type, plan_of
 from mlx_rsgwm.training.losses import held_out_nats
 from mlx_rsgwm.training.memory import MemoryOptions
 from mlx_rsgwm.training.pool import Member, check_finished, train_pool
@@ -154,7 +154,7 @@ class _RoundsRun:
         """Of all that a round depends on, but for the rows, which every task's trainer compares itself."""
         before = None if self.state is None else self.state.content_hash()
         settings = replace(self.config, rounds=self.rounds.at(number)).describe()
-        return content_key([settings, self.base.fingerprint, list(self.names), before])
+        return content_key([settings, self.base.fingerprint, float_type(self.base.model), list(self.names), before])
 
     def _record(self, number: int) -> dict[str, Any] | None:
         """What a round that is done told; None for one that is not.

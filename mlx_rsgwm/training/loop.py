@@ -296,7 +296,7 @@ def _identity(
     return {
         "config": config.describe(),
         "base": base.fingerprint,
-        "dtype": _float_type(base.model),
+        "dtype": float_type(base.model),
         "data": corpus.hash,
         "template": corpus.template.hash if corpus.template else None,
         "held_out": held_out.hash if held_out else None,
@@ -347,6 +347,7 @@ def finish(adapter: Adapter, saving: Saving) -> None:
     prune(saving.folder, saving.keep, with_state=0)
 
 
-def _float_type(model: Any) -> str:
+def float_type(model: Any) -> str:
+    """The types of a model's floating parameters (``float32``), which a run's bits depend on."""
     flat: Any = tree_flatten(model.parameters())
     return ", ".join(sorted({name_of(value.dtype) for _, value in flat if mx.issubdtype(value.dtype, mx.floating)}))

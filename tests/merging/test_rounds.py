@@ -17,6 +17,7 @@ from mlx_rsgwm.merging.merge import merge
 from mlx_rsgwm.merging.options import MergeOptions
 from mlx_rsgwm.merging.round_merge import merge_round, on_top
 from mlx_rsgwm.models.adapter import Adapter, LoraSpec
+from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.slots import AdapterSlots, unwrap
 from mlx_rsgwm.training.checkpoints import Saving
 from mlx_rsgwm.training.losses import held_out_nats
@@ -310,6 +311,8 @@ def test_rounds_of_other_settings_or_rows_are_not_gone_on_from(base, members, tm
     held = [replace(members[0], held_out=members[0].data), *members[1:]]  # by which its losses would be told
     with pytest.raises(RsgwmError, match=r"rows \(change.held_out"):
         run(base, held, settings(Rounds(2), steps=2), tmp_path / "pool")
+    with pytest.raises(RsgwmError, match="round-01 was made with other settings"):
+        run(load_base(base.path, "bfloat16"), members, settings(Rounds(2), steps=2), tmp_path / "pool")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe", b'{"key": 1'])
