@@ -92,24 +92,17 @@ def train_pool(
     from mlx_rsgwm.training import pool
     from mlx_rsgwm.training.checkpoints import require_pool_place
 
-    if not folders and not tasks:
-        raise RsgwmError("give at least one --corpus or --task")
+    corpora = _corpora(folders, tasks, out)
     given = {"mode": round_mode, "method": round_method, "alpha": round_alpha, "parameters": round_settings}
     config = train_config(console, {}, {**settings, **_rounds(rounds, given)})
     saving = saving_options(out, {}, running)
-    _refuse_probing(probed, predictors, stop_after_probe, rounds, len(folders) + len(tasks))
+    _refuse_probing(probed, predictors, stop_after_probe, rounds, len(corpora))
     check_dense(base_name or DEFAULT_BASE, config.qat, console.progress)
     processes = launched_processes()
-    corpora = {folder.stem: folder for folder in folders}
-    names = [path.stem for path in (*folders, *map(Path, tasks))]
-    folded = [name.casefold() for name in names]  # one folder on many disks
-    if double := sorted({name for name in names if folded.count(name.casefold()) > 1}):
-        raise RsgwmError(f"two --corpus or --task are called {double[0]}; adapters are named after them")
     require_pool_place(out)
     if processes.writes:
         _build(console, tasks, out, draft_rows, verify_rows, folder, template_name)
     processes.wait()
-    corpora |= {Path(task).stem: out / "data" / Path(task).stem for task in tasks}
     named = [*corpora.items()][processes.rank :: processes.size] if config.rounds else [*corpora.items()]
     members = [pool.Member(name, *load_data(folder, None, mask_prompt)) for name, folder in named]
     progress = console.progress if processes.writes else SILENT
@@ -134,12 +127,30 @@ def train_pool(
     else:
         told["trained"] = pool.train_pool(base, members, config, saving, memory, progress, processes)
     processes.wait()
-    if not processes.writes:
-        return
-    if config.rounds:
-        console.line(alternate.render_rounds(told["rounds"]))
-    rows = pool.pool_summary(out, list(corpora))
-    console.line(pool.render_pool(rows))
+    if processes.writes:
+        _tell(console, out, list(corpora), told)
+
+
+def _corpora(folders: Sequence[Path], tasks: Sequence[str], out: Path) -> dict[str, Path]:
+    """Every adapter's corpus by its name; those of tasks lie where they will be made."""
+    if not folders and not tasks:
+        raise RsgwmError("give at least one --corpus or --task")
+    named = [(folder.stem, folder) for folder in folders]
+    named += [(Path(task).stem, out / "data" / Path(task).stem) for task in tasks]
+    folded = [name.casefold() for name, _ in named]  # one folder on many disks
+    if double := sorted({name for name, _ in named if folded.count(name.casefold()) > 1}):
+        raise RsgwmError(f"two --corpus or --task are called {double[0]}; adapters are named after them")
+    return dict(named)
+
+
+def _tell(console: Console, out: Path, names: Sequence[str], told: Mapping[str, Any]) -> None:
+    from mlx_rsgwm.merging.alternate import render_rounds
+    from mlx_rsgwm.training.pool import pool_summary, render_pool
+
+    if "rounds" in told:
+        console.line(render_rounds(told["rounds"]))
+    rows = pool_summary(out, names)
+    console.line(render_pool(rows))
     console.result({"out": str(out), **told, "adapters": rows})
 
 
