@@ -104,7 +104,7 @@ def _inside(folder: Path, progress: Progress) -> list[Path]:
         raise RsgwmError(f"{folder} {SINGLE}")
     if not folder.is_dir():
         raise RsgwmError(f"{folder} is no folder of a run; name one, or two or more checkpoints")
-    run = folder.parent if folder.name == CHECKPOINTS else folder
+    run = folder.resolve().parent if folder.resolve().name == CHECKPOINTS else folder
     if folders := checkpoint_folders(run):
         begun = [path for path in (run / CHECKPOINTS).iterdir() if STEP_FOLDER.fullmatch(path.name)]
         for path in sorted(set(begun) - set(folders)):

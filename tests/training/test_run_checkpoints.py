@@ -183,8 +183,11 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     assert "was changed or damaged" in done.stderr
 
 
-def test_a_runs_folder_of_checkpoints_is_the_run(run):
-    of_run, of_folder = average(run), average(run / "checkpoints")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_runs_folder_of_checkpoints_is_the_run(run, monkeypatch, inside):
+    if inside:
+        monkeypatch.chdir(run / "checkpoints")
+    of_run, of_folder = average(run), average("." if inside else run / "checkpoints")
     assert of_folder.content_hash() == of_run.content_hash()
     assert of_folder.manifest["average"]["checkpoints"] == of_run.manifest["average"]["checkpoints"]
 
