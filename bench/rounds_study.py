@@ -50,6 +50,8 @@ CONDITIONS: Mapping[str, Rounds | None] = {
     ONCE: None,
     **{f"mean-{count}": Rounds(count) for count in (2, 4, 8)},
     **{f"regmean-{count}": Rounds(count, method="regmean") for count in (2, 4, 8)},
+    "mean-8-run": Rounds(8, schedule="run"),  # one decay over all rounds, as joint training has
+    "regmean-8-run": Rounds(8, method="regmean", schedule="run"),
     "mean-8-alpha-2": Rounds(8, alpha=2.0),  # late updates have little in common, and their mean is a quarter of each
 }
 METHODS = ("linear,regmean,rsgwm:space=product",)

@@ -15,7 +15,7 @@ from mlx_rsgwm.cli.options.kinds import COUNT, Number, OneOf
 from mlx_rsgwm.cli.options.train import memory_options, saving_options, train_config, train_options
 from mlx_rsgwm.core.errors import RsgwmError
 from mlx_rsgwm.models.base import DEFAULT_BASE
-from mlx_rsgwm.training.rounds import MODES, Rounds
+from mlx_rsgwm.training.rounds import MODES, SCHEDULES, Rounds
 
 
 @click.command(name="train")
@@ -42,6 +42,11 @@ from mlx_rsgwm.training.rounds import MODES, Rounds
 @click.option("--round-mode", type=OneOf(MODES), help=f"How rounds are merged.  [default: {Rounds.mode}]")
 @click.option("--round-method", metavar="METHOD", help=f"Merge of a round, by name.  [default: {Rounds.method}]")
 @click.option("--round-alpha", type=Number(0, min_open=True), help="Length of a round's step.  [default: 1]")
+@click.option(
+    "--round-schedule",
+    type=OneOf(SCHEDULES),
+    help=f"What the learning rate decays over: each round, or the whole run.  [default: {Rounds.schedule}]",
+)
 @shared.settings("a parameter of --round-method", "round_settings")
 @train_options
 @common_options
@@ -63,6 +68,7 @@ def train_pool(
     round_mode: str | None,
     round_method: str | None,
     round_alpha: float | None,
+    round_schedule: str | None,
     round_settings: tuple[str, ...],
     settings: Mapping[str, Any],
     running: Mapping[str, Any],
@@ -93,7 +99,13 @@ def train_pool(
     from mlx_rsgwm.training.checkpoints import require_pool_place
 
     corpora = _corpora(folders, tasks, out)
-    given = {"mode": round_mode, "method": round_method, "alpha": round_alpha, "parameters": round_settings}
+    given = {
+        "mode": round_mode,
+        "method": round_method,
+        "alpha": round_alpha,
+        "schedule": round_schedule,
+        "parameters": round_settings,
+    }
     config = train_config(console, {}, {**settings, **_rounds(rounds, given)})
     saving = saving_options(out, {}, running)
     _refuse_probing(probed, predictors, stop_after_probe, rounds, len(corpora))
@@ -191,9 +203,7 @@ def _rounds(count: int, given: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: value for name, value in given.items() if value}
     if not count:
         if chosen:
-            raise RsgwmError(
-                "--round-mode, --round-method, --round-alpha and --set are for --rounds; give their number"
-            )
+            raise RsgwmError("--round-mode and other --round- options, and --set, are for --rounds; give their number")
         return {}
     if "parameters" in chosen:
         chosen["parameters"] = named_values(chosen["parameters"], "--set")

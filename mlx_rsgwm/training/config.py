@@ -158,6 +158,8 @@ class TrainConfig:
         for name in ("eps", "bias_correction", "lr_schedule", "directions", "directions_every", "rounds", "qat"):
             if values[name] == getattr(TrainConfig, name):
                 del values[name]
+        if self.rounds and self.rounds.schedule == Rounds.schedule:
+            del values["rounds"]["schedule"]
         if self.lr_schedule:
             values["lr_schedule"]["arguments"] = list(self.lr_schedule.arguments)
         return values
@@ -170,6 +172,8 @@ class TrainConfig:
 
 def learning_rate_at(config: TrainConfig, step: int, total: int) -> float:
     """Learning rate of 0-based ``step``: linear warm-up from one step's share, then the schedule down to zero."""
+    if config.rounds:
+        step, total = config.rounds.place(step, total)
     if config.lr_schedule:
         return config.lr_schedule.rate(step)
     warmup = round(config.warmup * total)

@@ -13,6 +13,7 @@ from mlx_rsgwm.core.errors import RsgwmError, raise_problems
 
 AVG_PRODUCT, AVG_FACTORS, FREEZE_A, ACCUMULATE = MODES = ("avg_product", "avg_factors", "freeze_a", "accumulate")
 MOST_ALPHA = 100.0  # a step so many times as long as the merged update leads nowhere already
+SCHEDULES = ("round", "run")
 BY_PRODUCTS = (AVG_PRODUCT, ACCUMULATE)  # these merge by any method
 
 
@@ -23,7 +24,8 @@ class Rounds:
     ``mode``: ``avg_product`` merges products and brings them back to the rank; ``avg_factors`` averages factors;
     ``freeze_a`` trains lora_b alone, whose mean is exact; ``accumulate`` lays each round's merge under the next, with
     fresh factors on top. ``method`` and ``parameters`` are a merge's, for the two that merge products. ``alpha`` is
-    the length of the step towards the merged update. ``number`` is which round a run is, 0 for all of them.
+    the length of the step towards the merged update. ``schedule`` is what the learning rate's spans: each ``round``
+    anew, or the whole ``run``, whose last round so has the least rate. ``number`` is which round a run is, 0 for all.
     """
 
     count: int
@@ -31,6 +33,7 @@ class Rounds:
     method: str = "linear"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     alpha: float = 1.0
+    schedule: str = "round"
     number: int = 0
 
     def __post_init__(self) -> None:
@@ -38,6 +41,7 @@ class Rounds:
             "count": (1 <= self.count <= 10_000, "from 1 to 10000"),
             "mode": (self.mode in MODES, f"of {', '.join(MODES)}"),
             "alpha": (0 < self.alpha <= MOST_ALPHA, f"above 0, at most {MOST_ALPHA:g}"),
+            "schedule": (self.schedule in SCHEDULES, f"of {', '.join(SCHEDULES)}"),
             "number": (0 <= self.number <= self.count, "of a round, or 0 for all"),
         }
         wrong = {name: rule for name, (ok, rule) in checks.items() if not ok}
@@ -52,6 +56,12 @@ class Rounds:
     def last(self) -> bool:
         """Whether this is the last round."""
         return self.number == self.count
+
+    def place(self, step: int, total: int) -> tuple[int, int]:
+        """Where the schedule is at 0-based ``step`` of a round of ``total`` steps, and of how many steps it is."""
+        if self.schedule == "round" or not self.number:
+            return step, total
+        return (self.number - 1) * total + step, self.count * total
 
     def at(self, number: int) -> Rounds:
         """Round ``number`` of them, from 1."""

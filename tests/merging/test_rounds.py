@@ -20,8 +20,10 @@ from mlx_rsgwm.models.adapter import Adapter, LoraSpec
 from mlx_rsgwm.models.base import load_base
 from mlx_rsgwm.models.slots import AdapterSlots, unwrap
 from mlx_rsgwm.training.checkpoints import Saving
+from mlx_rsgwm.training.config import learning_rate_at
 from mlx_rsgwm.training.losses import held_out_nats
 from mlx_rsgwm.training.rounds import BY_PRODUCTS, MODES, Rounds, round_steps
+from mlx_rsgwm.training.schedule import RateSchedule
 from tests.merging.rounds_of_a_pool import NAMES, make_members, run, settings
 
 LORA = LoraSpec(4, 2.0, 0.0, ("self_attn.q_proj",), -1)
@@ -161,6 +163,22 @@ def test_steps_are_dealt_out_evenly_with_every_role_in_the_last_round():
         round_steps(plan, roles, Rounds(5, number=1))
 
 
+@pytest.mark.parametrize("changes", [
+    {"warmup": 0.2}, {"warmup": 0.2, "schedule": "cosine"}, {"schedule": "constant"},
+    {"schedule": "constant", "warmup": 0.0, "lr_schedule": RateSchedule("linear_schedule", (1e-2, 1e-4, 20), 3)},
+])  # fmt: skip
+def test_a_schedule_of_the_run_goes_on_from_round_to_round(changes):
+    alone = settings(None, **changes)
+    expected = [learning_rate_at(alone, step, 24) for step in range(24)]
+    of_run = [settings(Rounds(4, schedule="run").at(number), **changes) for number in range(1, 5)]
+    assert [learning_rate_at(config, step, 6) for config in of_run for step in range(6)] == expected
+    anew = [settings(Rounds(4).at(number), **changes) for number in range(1, 5)]
+    each = [learning_rate_at(alone, step, 6) for step in range(6)]
+    assert [learning_rate_at(config, step, 6) for config in anew for step in range(6)] == each * 4
+    assert "schedule" not in anew[0].describe()["rounds"]  # of rounds made before there was a choice
+    assert of_run[0].describe()["rounds"]["schedule"] == "run"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_pool_of_rounds_starts_each_round_at_the_merge(base, members, tmp_path, mode):
     records = run(base, members, settings(Rounds(3, mode)), tmp_path / "pool")
@@ -283,7 +301,9 @@ def test_what_cannot_be_is_refused_before_any_training(base, members, tmp_path, 
     ({"count": 0}, "count = 0"), ({"count": 2, "mode": "nosuch"}, "mode = 'nosuch'"),
     ({"count": 2, "alpha": 0}, "alpha = 0 is not above 0, at most 100"),
     ({"count": 2, "alpha": float("nan")}, "alpha = nan"), ({"count": 2, "alpha": 101}, "at most 100"),
-    ({"count": 2, "number": 3}, "number = 3"), ({"count": 2, "mode": "freeze_a", "method": "ties"}, "averages factors"),
+    ({"count": 2, "number": 3}, "number = 3"),
+    ({"count": 2, "schedule": "whole"}, "schedule = 'whole' is not of round, run"),
+    ({"count": 2, "mode": "freeze_a", "method": "ties"}, "averages factors"),
 ])  # fmt: skip
 def test_settings_out_of_range_are_named(arguments, message):
     with pytest.raises(RsgwmError, match=message):
