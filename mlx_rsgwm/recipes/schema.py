@@ -314,7 +314,7 @@ class Recipe:
             problems.append("train.rounds leaves no checkpoints to average; leave out average or train.rounds")
         if self.train.rounds.number:
             problems.append("train.rounds.number is which round a run is; a recipe trains all of them, so leave it out")
-        for name in {"rounds", "merged"} & set(map(folder_name, self.data.tasks)):
+        for name in sorted({"rounds", "merged"} & set(map(folder_name, self.data.tasks))):
             problems.append(f"with train.rounds no task can be called {name}, which is a folder of the pool")
         for name, section in (("merge", self.merge), ("paper", self.paper)):
             factors = section is not None and resolved(section.options("draft")).get("space") == "factor"
