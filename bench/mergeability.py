@@ -148,7 +148,7 @@ def held_out(study: Study, base: Base, task: str, adapter: Adapter) -> list[Any]
     return rows[: max(2, int((before < study.most_tokens).sum()))]
 
 
-def joined(study: Study, share: float) -> tuple[Table, Outcomes]:
+def of_all_seeds(study: Study, share: float) -> tuple[Table, Outcomes]:
     """Tables and outcomes of all seeds together; adapters are named by seed and task, so that none meets another."""
     tables = [_renamed_table(read_table(study.table(seed, share)), seed) for seed in study.seeds]
     outcomes = [_renamed_outcomes(read_outcomes(study.outcomes(seed)), seed) for seed in study.seeds]
@@ -187,7 +187,7 @@ def forecasts(study: Study) -> dict[str, Any]:
     """Figures on left-out tasks by share of training, method and model, fingerprints, and decisions."""
     result: dict[str, Any] = {"left_out": {}, "fingerprints": {}, "decisions": {}}
     for share in study.shares:
-        table, outcomes = joined(study, share)
+        table, outcomes = of_all_seeds(study, share)
         fitted = {
             (method, kind): fit_predictor(table, outcomes, method, kind, permutations=study.permutations)
             for method in outcomes.methods
@@ -218,7 +218,7 @@ def forecasts(study: Study) -> dict[str, Any]:
 def ship(study: Study, folder: Path) -> None:
     """Write what the package ships: ridge on what weights alone tell, at 5 % of training and at its end."""
     for share in SHIPPED:
-        table, outcomes = joined(study, share)
+        table, outcomes = of_all_seeds(study, share)
         alone = _from_weights(table)
         for method in outcomes.methods:
             predictor = fit_predictor(alone, outcomes, method).predictor

@@ -32,8 +32,8 @@ forward pass of 512 tokens, logits and all, through a random model of TinyLlama'
 ``regmean`` up to 21M), each in a fresh process. Memory includes the result. An exponent is the slope of a straight line
 through the logarithms.
 
-The last line is JSON: these figures (``speedup``: seconds theirs / ours; ``memory``: ours / theirs), by method where
-there are several.
+The last line is JSON: these figures (``speedup``: seconds of the peer by those of this project;
+``memory``: of this project by that of the peer), by method where there are several.
 """
 
 from __future__ import annotations

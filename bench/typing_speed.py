@@ -8,8 +8,8 @@ prompt stands there. A question is typed, and the clock runs from Enter until th
 second one is. Both decode greedily, with the base's own chat template and no system message.
 
 Of two programs the other work of a machine falls on both; the ratios of medians hold on a busy one, the seconds do not.
-The last line is JSON: ``cold_start_ratio``, ``first_token_ratio``, ``next_token_ratio`` (the second question), ours
-over theirs, and each side's medians in seconds.
+The last line is JSON: ``cold_start_ratio``, ``first_token_ratio``, ``next_token_ratio`` (the second question), this
+project's over the peer's, and each side's medians in seconds.
 """
 
 from __future__ import annotations

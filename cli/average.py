@@ -64,14 +64,13 @@ def average(
       rsgwm average pool/change --choose corpus/held --out averaged
     """
     from mlx_rsgwm.training.averaging import average_run
-    from mlx_rsgwm.training.run_checkpoints import TRAINER_FOLDER
 
     settings = {name: value for name, value in given.items() if value is not None}
     options = AverageOptions(metric=metric, space=space, **settings)
 
     def settle(checkpoints: Any) -> Any:
         if rows is None:
-            if base_name is not None and not any(TRAINER_FOLDER.fullmatch(each.name) for each in checkpoints):
+            if base_name is not None and not any(each.reads_base for each in checkpoints):
                 raise RsgwmError("--base is for --choose, and for checkpoints of a PEFT trainer")
             return options, None
         choice = _choose(console, checkpoints, rows, base_name, options, tuple(settings))

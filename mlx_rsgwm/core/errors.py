@@ -6,7 +6,7 @@ that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 LONGEST = 1500  # characters of a message; what a damaged file held may be quoted in it
 
@@ -37,6 +37,11 @@ def raise_problems(where: str, problems: Iterable[str], error: type[RsgwmError] 
     if listed:
         shown = listed if len(listed) <= 8 else [*listed[:8], f"and {len(listed) - 8} more"]
         raise error(f"{where}: " + "; ".join(shown))
+
+
+def range_problems(settings: object, rules: Mapping[str, tuple[bool, str]]) -> list[str]:
+    """What is wrong with the attributes of ``settings``: of each name whether it holds, and what must hold of it."""
+    return [f"{name} = {getattr(settings, name)!r} is not {rule}" for name, (holds, rule) in rules.items() if not holds]
 
 
 def grouped(problems: Iterable[tuple[str, str]]) -> list[str]:

@@ -305,8 +305,8 @@ def write_text(path: Path, text: str, replace: bool = True) -> None:
     write_bytes(path, text.encode("utf-8"), replace)
 
 
-def json_problems(value: Any, where: str = "manifest") -> list[str]:
-    """The places in ``value`` (mappings, lists) of numbers that are not finite, which JSON cannot hold."""
+def json_problems(value: Any, where: str) -> list[str]:
+    """The places in ``value`` (mappings, lists; called ``where``) of numbers that are not finite: JSON cannot hold them."""
     if isinstance(value, Mapping):
         return [line for name, inner in value.items() for line in json_problems(inner, f"{where}.{name}")]
     if isinstance(value, (list, tuple)):

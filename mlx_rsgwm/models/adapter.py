@@ -245,7 +245,7 @@ class Adapter:
         Adapters that are not in memory whole are written by ``converters/stream.py``, unfinished ones by
         ``training/checkpoints.py``; :func:`seal` ends each.
         """
-        raise_problems(self.where, [*self.problems(), *files.json_problems(self.manifest)], AdapterError)
+        raise_problems(self.where, [*self.problems(), *files.json_problems(self.manifest, "manifest")], AdapterError)
         folder = Path(path)
         require_space_for(folder, *self.array_groups())
         with exclusive(folder):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_rsgwm.core.errors import raise_problems
+from mlx_rsgwm.core.errors import raise_problems, range_problems
 
 METRICS = ("loss", "train-loss", "validation-loss", "steps")
 SPACES = ("factor", "product")
@@ -33,15 +33,14 @@ class AverageOptions:
     space: str = "factor"
 
     def __post_init__(self) -> None:
-        checks = {
+        rules = {
             "metric": (self.metric in METRICS, f"of {', '.join(METRICS)}"),
             "penalty": (0 < self.penalty <= 1, "in (0, 1]"),
             "power": (0 <= self.power < float("inf"), "a finite number from 0"),
             "last": (self.last == 0 or self.last >= 2, "0 (all) or at least 2"),
             "space": (self.space in SPACES, f"of {', '.join(SPACES)}"),
         }
-        wrong = {name: rule for name, (ok, rule) in checks.items() if not ok}
-        raise_problems("average", [f"{name} = {getattr(self, name)!r} is not {rule}" for name, rule in wrong.items()])
+        raise_problems("average", range_problems(self, rules))
 
 
 def average_ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:

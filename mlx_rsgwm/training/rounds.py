@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlx_rsgwm.core.errors import RsgwmError, raise_problems
+from mlx_rsgwm.core.errors import RsgwmError, raise_problems, range_problems
 
 AVG_PRODUCT, AVG_FACTORS, FREEZE_A, ACCUMULATE = MODES = ("avg_product", "avg_factors", "freeze_a", "accumulate")
 MOST_ALPHA = 100.0  # a step so many times as long as the merged update leads nowhere already
@@ -37,15 +37,14 @@ class Rounds:
     number: int = 0
 
     def __post_init__(self) -> None:
-        checks = {
+        rules = {
             "count": (1 <= self.count <= 10_000, "from 1 to 10000"),
             "mode": (self.mode in MODES, f"of {', '.join(MODES)}"),
             "alpha": (0 < self.alpha <= MOST_ALPHA, f"above 0, at most {MOST_ALPHA:g}"),
             "schedule": (self.schedule in SCHEDULES, f"of {', '.join(SCHEDULES)}"),
             "number": (0 <= self.number <= self.count, "of a round, or 0 for all"),
         }
-        wrong = {name: rule for name, (ok, rule) in checks.items() if not ok}
-        problems = [f"{name} = {getattr(self, name)!r} is not {rule}" for name, rule in wrong.items()]
+        problems = range_problems(self, rules)
         if self.mode not in BY_PRODUCTS and (self.method != "linear" or self.parameters):
             problems.append(
                 f"mode {self.mode} averages factors; method and parameters are for {', '.join(BY_PRODUCTS)}"

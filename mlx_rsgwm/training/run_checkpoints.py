@@ -59,6 +59,11 @@ class RunCheckpoint:
     load: Callable[[], Adapter]
     refused: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether loading it needs a base, as PEFT's folders do."""
+        return TRAINER_FOLDER.fullmatch(self.name) is not None
+
     def loss(self, metric: str) -> float | None:
         """The loss of ``metric``, train-loss or validation-loss."""
         return self.train_loss if metric == TRAIN else self.validation_loss
@@ -79,23 +84,25 @@ def run_checkpoints(
     if unlogged := [place for place in places if log is not None and not NUMBERED.fullmatch(place.name)]:
         raise RsgwmError(f"--log is for the numbered files of mlx_lm.lora; {unlogged[0]} has its losses beside it")
     logged = _read_log(log) if log is not None else ({}, {})
-    taken = sorted((_open(place, logged, base, progress) for place in places), key=lambda each: each.step)
+    checkpoints = sorted((_open(place, logged, base, progress) for place in places), key=lambda each: each.step)
     where = ", ".join(map(str, sources[:2]))
-    if len(taken) < 2:
+    if len(checkpoints) < 2:
         raise RsgwmError(
-            f"{where} holds {len(taken) or 'no'} checkpoint{'s' * (len(taken) != 1)}; an average needs at least two "
+            f"{where} holds {len(checkpoints) or 'no'} checkpoint{'s' * (len(checkpoints) != 1)}; an average needs at least two "
             "(rsgwm train keeps them: --save-every 50 --keep 10)"
         )
-    double = sorted({str(each.step) for each in taken if sum(other.step == each.step for other in taken) > 1})
+    double = sorted(
+        {str(each.step) for each in checkpoints if sum(other.step == each.step for other in checkpoints) > 1}
+    )
     raise_problems(where, [f"two checkpoints are of step {step}" for step in double])
-    for other in taken[1:]:
-        if differences := differing(taken[0].run, other.run):
+    for other in checkpoints[1:]:
+        if differences := differing(checkpoints[0].run, other.run):
             raise RsgwmError(
-                f"{other.path} and {taken[0].path} are checkpoints of different runs ({'; '.join(differences[:3])})"
+                f"{other.path} and {checkpoints[0].path} are checkpoints of different runs ({'; '.join(differences[:3])})"
             )
-    if (taken[-1].path / MANIFEST_FILE).is_file() and run_folder(taken[-1]) is None:
-        progress.warning(f"warning: the run is not finished; its newest checkpoint is of step {taken[-1].step}")
-    return _windowed(taken, logged[0])
+    if (checkpoints[-1].path / MANIFEST_FILE).is_file() and run_folder(checkpoints[-1]) is None:
+        progress.warning(f"warning: the run is not finished; its newest checkpoint is of step {checkpoints[-1].step}")
+    return _windowed(checkpoints, logged[0])
 
 
 def _inside(folder: Path, progress: Progress) -> list[Path]:
