@@ -306,7 +306,7 @@ def write_text(path: Path, text: str, replace: bool = True) -> None:
 
 
 def json_problems(value: Any, where: str) -> list[str]:
-    """The places in ``value`` (mappings, lists; called ``where``) of numbers that are not finite: JSON cannot hold them."""
+    """The places in ``value`` (called ``where``; mappings, lists) of numbers that are not finite, so no JSON."""
     if isinstance(value, Mapping):
         return [line for name, inner in value.items() for line in json_problems(inner, f"{where}.{name}")]
     if isinstance(value, (list, tuple)):

@@ -88,20 +88,20 @@ def run_checkpoints(
     where = ", ".join(map(str, sources[:2]))
     if len(checkpoints) < 2:
         raise RsgwmError(
-            f"{where} holds {len(checkpoints) or 'no'} checkpoint{'s' * (len(checkpoints) != 1)}; an average needs at least two "
-            "(rsgwm train keeps them: --save-every 50 --keep 10)"
+            f"{where} holds {len(checkpoints) or 'no'} checkpoint{'s' * (len(checkpoints) != 1)}; an average needs at "
+            "least two (rsgwm train keeps them: --save-every 50 --keep 10)"
         )
-    double = sorted(
-        {str(each.step) for each in checkpoints if sum(other.step == each.step for other in checkpoints) > 1}
-    )
+    steps = [each.step for each in checkpoints]
+    double = sorted({str(step) for step in steps if steps.count(step) > 1})
     raise_problems(where, [f"two checkpoints are of step {step}" for step in double])
+    oldest, newest = checkpoints[0], checkpoints[-1]
     for other in checkpoints[1:]:
-        if differences := differing(checkpoints[0].run, other.run):
+        if differences := differing(oldest.run, other.run):
             raise RsgwmError(
-                f"{other.path} and {checkpoints[0].path} are checkpoints of different runs ({'; '.join(differences[:3])})"
+                f"{other.path} and {oldest.path} are checkpoints of different runs ({'; '.join(differences[:3])})"
             )
-    if (checkpoints[-1].path / MANIFEST_FILE).is_file() and run_folder(checkpoints[-1]) is None:
-        progress.warning(f"warning: the run is not finished; its newest checkpoint is of step {checkpoints[-1].step}")
+    if (newest.path / MANIFEST_FILE).is_file() and run_folder(newest) is None:
+        progress.warning(f"warning: the run is not finished; its newest checkpoint is of step {newest.step}")
     return _windowed(checkpoints, logged[0])
 
 

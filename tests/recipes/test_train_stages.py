@@ -90,6 +90,23 @@ def test_what_stops_rounds_and_averages_is_told_first(recipe_file, changes, mess
         load_recipe(recipe_file(**changes))
 
 
+def test_rounds_with_a_frozen_a_are_merged_by_factors(recipe_file, tmp_path):
+    train = {**ROUNDS, "rounds": {"count": 2, "mode": "freeze_a"}}
+    path = recipe_file(train=train, evaluate={"items": 2, "timed": 0})  # the recipe's merge is rsgwm, of factors
+    run_recipe(load_recipe(path), tmp_path / "out")
+    merged, task = (Adapter.load(tmp_path / "out" / name) for name in ("drafter", "pool/change"))
+    for name, value in task.init.items():
+        assert (merged.weights[name] == value).all().item()
+
+
+@pytest.mark.parametrize("name", ["rounds", "merged"])
+def test_folders_of_rounds_are_no_tasks_of_a_recipe(recipe_file, tmp_path, name):
+    data = {"tasks": ["change", str(tmp_path / f"{name}.jsonl")]}
+    (tmp_path / f"{name}.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    with pytest.raises(RsgwmError, match=f"no task can be called {name}"):
+        load_recipe(recipe_file(train={"rounds": {"count": 2}}, data=data, merge={"method": "linear"}))
+
+
 def test_steps_that_rounds_cannot_share_are_told_before_any_training(recipe_file, tmp_path):
     path = recipe_file(train={**ROUNDS, "rounds": {"count": 5}}, merge={"method": "linear"})
     with pytest.raises(RsgwmError, match="cannot be shared out among 5 rounds"):

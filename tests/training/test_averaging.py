@@ -220,6 +220,22 @@ def test_bad_settings_are_refused_in_a_line(run, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_choice_that_the_newest_checkpoint_matches_is_told():
+    nats = np.ones((3, 20))  # the newest, the uniform mean, one setting
+    counts = np.ones(20, dtype=np.int64)
+    assert (
+        "the newest checkpoint alone is no worse: loss 1.0000" in _chosen([AverageOptions()], nats, counts, 0).warning
+    )
+    nats[0] = 1.001
+    assert _chosen([AverageOptions()], nats, counts, 0).warning == ""
+
+
+def test_a_mean_of_products_tells_that_it_has_no_importance(run, tmp_path):
+    told = "an average of products has no importance"
+    assert told in invoke("average", run, "--space", "product", "--out", tmp_path / "product").stderr
+    assert told not in invoke("average", run, "--out", tmp_path / "factor").stderr
+
+
 def test_many_equal_losses_with_a_tiny_penalty_share_the_weight():
     assert loss_weights([1.0] * 9 + [2.0], 1e-90, 1.0) == pytest.approx([1 / 9] * 9 + [0.0])
     assert step_weights([5] * 9 + [1], 1e-90, 1.0) == pytest.approx([1 / 9] * 9 + [0.0])
